@@ -1,0 +1,68 @@
+# make run     the frames sweep, from a fresh clone with nothing but Python >= 3.10 and a C++ compiler
+# make test    the test suite        make lint    format, lint and types, as pre-commit runs them
+# make bench   the CPU figures       make bench-regress    the pytest-benchmark suite
+#
+# Everything runs in .venv, which is made with the versions in constraints.txt. PYTHON chooses the interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+LIBRARY := ral_kernels/lib/libral_cpu.so
+NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: run test lint bench bench-regress build clean ruff-format ruff-check mypy clang-format
+
+run: build
+	$(BIN)/python benchmarks/frames_sweep.py
+
+test: build
+	$(BIN)/python -m pytest -q
+
+bench: build
+	$(BIN)/python benchmarks/attention_bench.py
+
+bench-regress: build
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+build: $(LIBRARY)
+
+# The library is a file target, so that where there is no compiler each make looks for one anew.
+$(LIBRARY): $(INSTALLED) $(NATIVE_SOURCES)
+	@echo "== native library"
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@if [ -f $@ ]; then touch $@; fi
+
+# Without build isolation, so that constraints.txt holds for the build tools too and `setup.py build_ext` finds the
+# same ones afterwards. The step above builds the library.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.x")'
+	@echo "== $(VENV): packages of constraints.txt"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools cmake ninja
+	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# pre-commit's hooks call the four targets below, so a commit is held to exactly what CI is. A tree without git, as
+# from an archive, goes to them directly.
+lint: $(INSTALLED)
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/pre-commit run --all-files; \
+	else $(MAKE) --no-print-directory ruff-format ruff-check mypy clang-format; fi
+
+ruff-format: $(INSTALLED)
+	@$(BIN)/ruff format --check .
+
+ruff-check: $(INSTALLED)
+	@$(BIN)/ruff check .
+
+mypy: $(INSTALLED)
+	@$(BIN)/mypy
+
+clang-format: $(INSTALLED)
+	@find csrc -type f -name '*.[ch]*' -exec $(BIN)/clang-format --dry-run --Werror {} +
+
+clean:
+	rm -rf build ral_kernels/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,208 @@
+"""Builds the native libraries with CMake; all else about the package stands in pyproject.toml.
+
+The libraries know neither torch nor Python, so a wheel that carries them is tagged
+`py3-none-<platform>`. Where they cannot be built the installation goes on without them: what is
+missing is printed, and also left in `ral_kernels/lib/ral_cpu.missing.txt`, where
+`ral_kernels.native` finds it at run time (pip hides what a build prints). `RAL_REQUIRE_NATIVE=1`
+makes it an error instead.
+
+`python setup.py build_ext --inplace` rebuilds in a checkout, without pip, without a network, and
+without the `cmake` and `ninja` modules where the system has a CMake.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD_DIR = ROOT / "build" / "cmake"
+LIBRARY_FILE = "libral_cpu.so"
+NOTE_FILE = "ral_cpu.missing.txt"  # read by ral_kernels.native
+CMAKE_MINIMUM = (3, 18)  # as in CMakeLists.txt
+
+
+class BuildError(Exception):
+    """The native libraries cannot be built; the text says what is missing."""
+
+
+def find_cmake() -> str:
+    """The first CMake that runs and is recent enough."""
+    refused = ""
+    for program in candidates("cmake", "CMAKE_BIN_DIR"):
+        version = re.search(r"version (\d+)\.(\d+)", output_of_version(program) or "")
+        if version is None:
+            refused += f"; {program} does not run"
+        elif (int(version[1]), int(version[2])) < CMAKE_MINIMUM:
+            refused += f"; {program} is version {version[1]}.{version[2]}"
+        else:
+            return program
+    wanted = ".".join(map(str, CMAKE_MINIMUM))
+    raise BuildError(f"CMake >= {wanted} was not found{refused}; `pip install cmake` supplies it")
+
+
+def find_ninja() -> str | None:
+    """A ninja that runs, or None: CMake's default generator builds as well, if more slowly."""
+    return next((p for p in candidates("ninja", "BIN_DIR") if output_of_version(p)), None)
+
+
+def candidates(name: str, module_directory: str) -> list[str]:
+    """Where a build tool may be: in its Python module, as under build isolation, or on PATH."""
+    found = [shutil.which(name)]
+    try:
+        module = importlib.import_module(name)
+        found.insert(0, shutil.which(name, path=getattr(module, module_directory)))
+    except (ImportError, AttributeError):
+        pass  # no such module, or another one of that name
+    return [program for program in found if program is not None]
+
+
+def output_of_version(program: str) -> str | None:
+    """What `program --version` prints; None where it does not run, as a stale wrapper does not."""
+    try:
+        result = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout
+
+
+def cached(key: str) -> str | None:
+    """The value of `key` in the CMake cache of an earlier build."""
+    cache = BUILD_DIR / "CMakeCache.txt"
+    if not cache.is_file():
+        return None
+    text = cache.read_text(errors="replace")
+    match = re.search(rf"^{key}:\w+=(.*)$", text, flags=re.MULTILINE)
+    return None if match is None else match[1]
+
+
+def is_cache_stale(ninja: str | None) -> bool:
+    """Whether an earlier build's cache would stop or mislead CMake."""
+    generator, compiler = cached("CMAKE_GENERATOR"), os.environ.get("CXX")
+    return generator is not None and (
+        (generator == "Ninja") != (ninja is not None)
+        or cached("CMAKE_HOME_DIRECTORY") != str(ROOT)  # the tree was moved, build/ with it
+        or (compiler is not None and cached("CMAKE_CXX_COMPILER") != shutil.which(compiler))
+    )
+
+
+def build_native(output_dir: Path) -> None:
+    """Configures and builds every native library into `output_dir`.
+
+    Raises:
+        BuildError: a tool is missing, or the sources do not compile.
+    """
+    cmake, ninja = find_cmake(), find_ninja()
+    if is_cache_stale(ninja):
+        shutil.rmtree(BUILD_DIR)
+    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD_DIR), f"-DRAL_OUTPUT_DIR={output_dir}"]
+    if ninja is not None:
+        # By its path: the cache may name the ninja of an isolated build, which is gone since.
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    status, output = run(configure)
+    if status != 0:
+        shutil.rmtree(BUILD_DIR, ignore_errors=True)  # CMake caches a failed search, too
+        if "CMAKE_CXX_COMPILER" in output:
+            raise BuildError("no working C++17 compiler; install g++ or clang++, or set CXX")
+        raise BuildError(f"CMake could not configure the build:\n{tail(output)}")
+    status, output = run([cmake, "--build", str(BUILD_DIR), "--parallel", str(os.cpu_count())])
+    if status != 0:
+        raise BuildError(f"the C++ sources did not build:\n{tail(output)}")
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    """Runs a command, passing its output on as it comes; returns exit status and output."""
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)
+
+
+def tail(output: str) -> str:
+    """The end of a long output, where compilers and CMake say what stopped them."""
+    return "\n".join(output.strip().splitlines()[-20:])
+
+
+class NativeDistribution(Distribution):
+    """A distribution with native code, although it has no Python extension module."""
+
+    native_missing: bool = False
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+class BuildNative(build_ext):
+    """`build_ext` by CMake; a failure leaves a note in place of the library."""
+
+    distribution: NativeDistribution
+
+    def output_dir(self) -> Path:
+        in_place = self.inplace or self.editable_mode
+        return (ROOT if in_place else Path(self.build_lib).resolve()) / "ral_kernels" / "lib"
+
+    def run(self) -> None:
+        output_dir = self.output_dir()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / NOTE_FILE).unlink(missing_ok=True)
+        try:
+            build_native(output_dir)
+        except BuildError as error:
+            self.go_without(output_dir, str(error))
+
+    def go_without(self, output_dir: Path, reason: str) -> None:
+        self.distribution.native_missing = True
+        # An older library would not fit this version's Python code.
+        (output_dir / LIBRARY_FILE).unlink(missing_ok=True)
+        (output_dir / NOTE_FILE).write_text(f"{reason}\n", encoding="utf-8")
+        message = f"ral_kernels: the native libraries were NOT built: {reason}"
+        if os.environ.get("RAL_REQUIRE_NATIVE", "0") not in ("", "0"):
+            raise SystemExit(message)
+        rule = "*" * 100
+        print(
+            f"{rule}\n{message}\n"
+            "The installation goes on without the cpu backend; the others work.\n"
+            "Afterwards install again, or in a checkout: python setup.py build_ext --inplace\n"
+            f"{rule}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def get_outputs(self) -> list[str]:
+        name = NOTE_FILE if self.distribution.native_missing else LIBRARY_FILE
+        return [str(self.output_dir() / name)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # an editable installation builds the libraries where they belong
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags a wheel with its platform if it carries native libraries, and as pure if it does not."""
+
+    distribution: NativeDistribution
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if self.distribution.native_missing:
+            self.root_is_pure = True
+            return "py3", "none", "any"
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    distclass=NativeDistribution,
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)
