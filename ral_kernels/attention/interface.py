@@ -1,0 +1,449 @@
+"""The `attention` op: public function, checks, torch.library ops and the choice of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..spans import Spans
+from . import cpu, reference
+from .arguments import AttentionArgs
+
+BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": reference}
+backends.register("attention", BACKENDS)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class AttentionOutput(NamedTuple):
+    """What `attention` returns.
+
+    out: [B, H, T, Dv] in q's dtype.
+    marginals: float32 [B, H, R, S], or [B, R, S] with head_reduction; None without spans.
+    lse: float32 [B, H, T], natural logarithm.
+    """
+
+    out: Tensor
+    marginals: Tensor | None
+    lse: Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans | None = None,
+    *,
+    span_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    rows: slice | tuple[int, int] | None = None,
+    head_reduction: str | None = None,
+    backend: str | None = None,
+) -> AttentionOutput:
+    """Attention that also returns how much of it went to each span of keys, differentiably.
+
+        s = softcap(scale * q kᵀ) + span_bias[σ] + attn_mask        p = softmax(s)
+        out = p v        marginals[..., s] = Σ_{i: σ(i) = s} p[..., i]        lse = log Σ exp(s)
+
+    (README.md of this folder, equations 1 to 7; the marginals are the attention policy of arXiv
+    2602.04884 summed over spans). The matrix p is never stored: memory beyond the outputs does not
+    grow with T * N on the compiled backends. Everything accumulates in float32 and repeats bit for
+    bit. Kept for the backward: the inputs, `out`, `marginals` and `lse`. Gradients flow from all
+    three outputs into q, k, v and `span_bias`; they are not differentiable again.
+
+    A query that sees no key gives out = 0, lse = -inf, marginals = 0, and has no gradient.
+
+    Args:
+        q: [B, H, T, D] queries in float32, bfloat16 or float16 (float64 on the reference backend),
+            unit last stride.
+        k: [B, Hk, N, D] keys; H is a multiple of Hk, and query head h reads key head h // (H / Hk).
+        v: [B, Hk, N, Dv] values.
+        spans: which key belongs to which of S spans; None for no marginals.
+        span_bias: floating, broadcastable to [B, H, T, S]; added to the scores of a span's keys
+            after the soft cap, in natural units. ∂lse/∂span_bias are the marginals.
+        attn_mask: broadcastable to [B, H, T, N]; bool (True = attend), or floating (float32 or q's
+            dtype), added to the scores. It gets no gradient.
+        is_causal: query t of T sees keys up to N - T + t (bottom-right aligned).
+        scale: factor on q kᵀ, finite and > 0; default 1/sqrt(D).
+        key_padding_mask: bool [B, N], True = a real key, as in a boolean attn_mask.
+        window: keys a query sees around its diagonal position N - T + t: (left, right) with None or
+            -1 for no bound; an int w means (w, w), or (w, 0) with is_causal.
+        softcap: c > 0 turns scores into c * tanh(scores / c).
+        rows: the R queries that get marginals, as a slice of step 1 or (start, stop); default all.
+            `out` and `lse` always cover every query.
+        head_reduction: "mean" averages the marginals over heads.
+        backend: name of a backend, or None for the first that can run the call. See
+            `available_backends`.
+
+    Returns:
+        AttentionOutput(out, marginals, lse), with out in the memory layout of q.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+        NotImplementedError: no backend, or not the requested one, can run this; attn_mask requires
+            grad.
+        RuntimeError: the requested backend is missing on this machine.
+    """
+    q, k, v = autocast_inputs(q, k, v)
+    check_attention("attention", q, k, v, spans)
+    checks.check_flag("attention", "is_causal", is_causal)
+    if head_reduction is not None and head_reduction != "mean":
+        raise ValueError(
+            f"attention: head_reduction must be None or 'mean'; got {head_reduction!r}"
+        )
+    out, marginals, lse = call_attention(
+        "attention",
+        q,
+        k,
+        v,
+        spans,
+        span_bias=span_bias,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        scale=checks.resolve_scale("attention", scale, q.shape[3]),
+        window=checks.resolve_window("attention", window, is_causal),
+        softcap=checks.resolve_softcap("attention", softcap),
+        rows=checks.resolve_rows("attention", rows, q.shape[2]),
+        backend=backends.check_backend("attention", backend),
+    )
+    if marginals is not None and head_reduction is not None:
+        marginals = marginals.mean(dim=1)
+    return AttentionOutput(out, marginals, lse)
+
+
+def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, q, k and v in its dtype, as PyTorch does for its own attention."""
+    if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    if not all(isinstance(x, Tensor) and x.dtype in checks.HALF_OR_FLOAT for x in (q, k, v)):
+        return q, k, v
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def check_attention(
+    op: str, q: Any, k: Any, v: Any, spans: Any, names: tuple[str, str, str] = ("q", "k", "v")
+) -> None:
+    """Check what every form of the op has, in the layout [B, H, T, D], under the caller's names."""
+    name_q, name_k, name_v = names
+    checks.check_tensor(op, name_q, q, "a [B, H, T, D] tensor")
+    checks.check_tensor(op, name_k, k, "a [B, Hk, N, D] tensor")
+    checks.check_tensor(op, name_v, v, "a [B, Hk, N, Dv] tensor")
+    if q.dim() != 4:
+        raise ValueError(f"{op}: {name_q} must be [B, H, T, D]; got {tuple(q.shape)}")
+    if q.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name_q} must be float32, bfloat16, float16 (or float64, reference backend "
+            f"only); got {checks.dtype_name(q.dtype)}"
+        )
+    batch_size, num_heads, _, head_dim = q.shape
+    if num_heads < 1 or head_dim < 1:
+        raise ValueError(
+            f"{op}: {name_q} must be [B, H, T, D] with H >= 1 and D >= 1; got {tuple(q.shape)}"
+        )
+    for name, tensor in ((name_k, k), (name_v, v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(
+                f"{op}: {name} must have {name_q}'s dtype {checks.dtype_name(q.dtype)}; got "
+                f"{checks.dtype_name(tensor.dtype)}"
+            )
+        checks.check_same_device(op, name, tensor, q, name_q)
+    if k.dim() != 4 or k.shape[0] != batch_size or k.shape[3] != head_dim:
+        raise ValueError(
+            f"{op}: {name_k} must be [B, Hk, N, D] with B={batch_size}, D={head_dim}; got "
+            f"{tuple(k.shape)}"
+        )
+    num_kv_heads, seqlen_k = k.shape[1], k.shape[2]
+    if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"{op}: {name_k} must have a number of heads Hk that divides H={num_heads}; got "
+            f"Hk={num_kv_heads}"
+        )
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] < 1:
+        raise ValueError(
+            f"{op}: {name_v} must be [B, Hk, N, Dv] with B={batch_size}, Hk={num_kv_heads}, "
+            f"N={seqlen_k}, Dv >= 1; got {tuple(v.shape)}"
+        )
+    for name, tensor in ((name_q, q), (name_k, k), (name_v, v)):
+        checks.check_unit_last_stride(op, name, tensor)
+    if spans is not None:
+        if not isinstance(spans, Spans):
+            raise TypeError(f"{op}: spans must be None or Spans; got {type(spans).__name__}")
+        ids = spans.ids
+        if ids.shape[-1] != seqlen_k or (ids.dim() == 2 and ids.shape[0] != batch_size):
+            raise ValueError(
+                f"{op}: spans must have ids [N] or [B, N] with B={batch_size}, N={seqlen_k}; got "
+                f"{tuple(ids.shape)}"
+            )
+        checks.check_same_device(op, "spans", ids, q, name_q)
+
+
+def _prepare_span_bias(op: str, span_bias: Any, spans: Spans | None, q: Tensor) -> Tensor:
+    """`span_bias` as the op takes it: float32, and expanded, so that autograd sums the gradient."""
+    checks.check_tensor(
+        op, "span_bias", span_bias, "None or a tensor broadcastable to [B, H, T, S]"
+    )
+    if spans is None:
+        raise ValueError(f"{op}: span_bias needs spans; got spans=None")
+    if not span_bias.is_floating_point():
+        raise TypeError(
+            f"{op}: span_bias must be floating; got {checks.dtype_name(span_bias.dtype)}"
+        )
+    shape = (*q.shape[:3], spans.num_spans)
+    checks.check_broadcastable(op, "span_bias", span_bias, shape, "[B, H, T, S]")
+    checks.check_same_device(op, "span_bias", span_bias, q, "q")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return span_bias.to(dtype).expand(shape)
+
+
+def _prepare_attn_mask(op: str, attn_mask: Any, q: Tensor, k: Tensor) -> Tensor:
+    checks.check_tensor(
+        op, "attn_mask", attn_mask, "None or a tensor broadcastable to [B, H, T, N]"
+    )
+    if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise TypeError(
+            f"{op}: attn_mask must be bool (True = attend), float32 or q's dtype "
+            f"{checks.dtype_name(q.dtype)}; got {checks.dtype_name(attn_mask.dtype)}"
+        )
+    shape = (*q.shape[:3], k.shape[2])
+    checks.check_broadcastable(op, "attn_mask", attn_mask, shape, "[B, H, T, N]")
+    checks.check_same_device(op, "attn_mask", attn_mask, q, "q")
+    if attn_mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{op}: attn_mask gets no gradient, so it must not require grad; use span_bias for a "
+            "differentiable bias, or attn_mask.detach()"
+        )
+    return attn_mask.expand(shape)
+
+
+def _check_key_padding_mask(op: str, key_padding_mask: Any, k: Tensor) -> None:
+    checks.check_tensor(op, "key_padding_mask", key_padding_mask, "None or a bool [B, N] tensor")
+    if key_padding_mask.dtype != torch.bool:
+        raise TypeError(
+            f"{op}: key_padding_mask must be bool (True = a real key); got "
+            f"{checks.dtype_name(key_padding_mask.dtype)}"
+        )
+    shape = (k.shape[0], k.shape[2])
+    if key_padding_mask.shape != shape:
+        raise ValueError(
+            f"{op}: key_padding_mask must be [B, N] = {shape}; got {tuple(key_padding_mask.shape)}"
+        )
+    checks.check_same_device(op, "key_padding_mask", key_padding_mask, k, "k")
+
+
+def call_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans | None,
+    *,
+    scale: float,
+    window: tuple[int, int],
+    softcap: float,
+    rows: tuple[int, int] | None = None,
+    span_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    top_left: bool = False,
+    backend: str = "",
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Call the op with tensors that passed `check_attention` and options that are resolved.
+
+    The drop-ins come in here too; `op` is the name of the public function, for messages.
+    """
+    if span_bias is not None:
+        span_bias = _prepare_span_bias(op, span_bias, spans, q)
+    if attn_mask is not None:
+        attn_mask = _prepare_attn_mask(op, attn_mask, q, k)
+    if key_padding_mask is not None:
+        _check_key_padding_mask(op, key_padding_mask, k)
+    row_start, row_stop = (0, q.shape[2]) if rows is None else rows
+    has_spans = spans is not None and spans.num_spans > 0
+    out, marginals, lse = torch.ops.ral.attention_fwd(
+        q,
+        k,
+        v,
+        spans.ids if spans is not None and has_spans else None,
+        span_bias if has_spans else None,
+        attn_mask,
+        key_padding_mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        spans.num_spans if spans is not None else 0,
+        scale,
+        window[0],
+        window[1],
+        top_left,
+        softcap,
+        row_start,
+        row_stop,
+        backend,
+    )
+    return out, None if spans is None else marginals, lse
+
+
+def _new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Every tensor that a kernel writes is made here (the tests fill it with NaN first)."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _empty_like_layout(like: Tensor, last: int) -> Tensor:
+    """An empty [B, H, T, last] laid out as `like`: token-major ([B, T, H, D]) or contiguous."""
+    batch_size, num_heads, seqlen, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        shape = (batch_size, seqlen, num_heads, last)
+        return _new_empty(like, shape, like.dtype).transpose(1, 2)
+    return _new_empty(like, (batch_size, num_heads, seqlen, last), like.dtype)
+
+
+def _allocate_outputs(
+    q: Tensor, v: Tensor, num_rows: int, num_spans: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch_size, num_heads, seqlen_q, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (
+        _empty_like_layout(q, v.shape[3]),
+        _new_empty(q, (batch_size, num_heads, num_rows, num_spans), dtype),
+        _new_empty(q, (batch_size, num_heads, seqlen_q), dtype),
+    )
+
+
+def _allocate_gradients(
+    args: AttentionArgs, wants_dspan_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, span_bias = args.q, args.span_bias
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    assert span_bias is not None or not wants_dspan_bias
+    return (
+        _empty_like_layout(q, args.head_dim),
+        _empty_like_layout(args.k, args.head_dim),
+        _empty_like_layout(args.v, args.head_dim_v),
+        _new_empty(
+            q, span_bias.shape if span_bias is not None and wants_dspan_bias else (0,), dtype
+        ),
+    )
+
+
+# The fields of AttentionArgs, in order, and the backend's name ("" = automatic).
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? span_ids, Tensor? span_bias, Tensor? attn_mask, "
+    "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt num_spans, "
+    "float scale, SymInt window_left, SymInt window_right, bool top_left, float softcap, "
+    "SymInt row_start, SymInt row_stop, str backend"
+)
+_NUM_INPUTS = 18
+_NUM_TENSORS = 9  # how many of them, from the first, are tensors or None
+
+
+@torch.library.custom_op(
+    "ral::attention_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
+)
+def attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (out, marginals, lse)."""
+    args = AttentionArgs(*inputs[:-1])
+    out, marginals, lse = _allocate_outputs(args.q, args.v, args.num_rows, args.num_spans)
+    chosen = backends.choose("attention", BACKENDS, args, inputs[-1])
+    if out.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
+        out.zero_()
+        marginals.zero_()
+        lse.fill_(float("-inf"))
+    else:
+        chosen.fwd(args, out, marginals, lse)
+    return out, marginals, lse
+
+
+@attention_fwd.register_fake
+def _attention_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    args = AttentionArgs(*inputs[:-1])
+    return _allocate_outputs(args.q, args.v, args.num_rows, args.num_spans)
+
+
+@torch.library.custom_op(
+    "ral::attention_bwd",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor out, Tensor marginals, Tensor lse, Tensor? dout, "
+    "Tensor? dmarginals, Tensor? dlse, bool wants_dspan_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> (dq, dk, dv, dspan_bias), the last of shape [0] if it is not wanted.
+
+    A gradient of None counts as zero and spares its share of the work.
+    """
+    args = AttentionArgs(*inputs[: _NUM_INPUTS - 1])
+    backend = inputs[_NUM_INPUTS - 1]
+    out, marginals, lse, dout, dmarginals, dlse, wants_dspan_bias = inputs[_NUM_INPUTS:]
+    gradients = _allocate_gradients(args, wants_dspan_bias)
+    chosen = backends.choose("attention", BACKENDS, args, backend)
+    if out.numel() == 0 or args.seqlen_k == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    # Autograd hands over whatever strides it has, e.g. all zero from `out.sum()`; backends get a
+    # unit last stride.
+    if dout is not None and dout.shape[3] > 1 and dout.stride(3) != 1:
+        dout = dout.contiguous()
+    if dmarginals is not None:
+        dmarginals = dmarginals.contiguous() if args.num_spans > 0 else None
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    dq, dk, dv, dspan_bias = gradients
+    chosen.bwd(
+        args,
+        out,
+        marginals,
+        lse,
+        dout,
+        dmarginals,
+        dlse,
+        dq,
+        dk,
+        dv,
+        dspan_bias if wants_dspan_bias else None,
+    )
+    return gradients
+
+
+@attention_bwd.register_fake
+def _attention_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _allocate_gradients(AttentionArgs(*inputs[: _NUM_INPUTS - 1]), inputs[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Gradients of unused outputs must stay None: the backward then skips their work.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+    ctx.options = inputs[_NUM_TENSORS:]
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dmarginals: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    wants_dspan_bias = ctx.needs_input_grad[4]
+    dq, dk, dv, dspan_bias = torch.ops.ral.attention_bwd(
+        *tensors[:_NUM_TENSORS],
+        *ctx.options,
+        *tensors[_NUM_TENSORS:],
+        dout,
+        dmarginals,
+        dlse,
+        wants_dspan_bias,
+    )
+    rest = [None] * (_NUM_INPUTS - 5)
+    return dq, dk, dv, None, dspan_bias if wants_dspan_bias else None, *rest
+
+
+attention_fwd.register_autograd(_backward, setup_context=_setup_context)

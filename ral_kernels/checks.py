@@ -1,0 +1,159 @@
+"""Checks shared by the ops: a message names the op, the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the elements can be read: not under tracing, not fake, not on the meta device."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_int(value: Any) -> bool:
+    """An integer in the sense of the interface: a symbolic one counts, `True` does not."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_tensor(op: str, name: str, value: Any, what: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be {what}; got {type(value).__name__}")
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False; got {value!r}")
+
+
+def check_same_device(op: str, name: str, tensor: Tensor, reference: Tensor, of: str) -> None:
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {of}, {reference.device}; got {tensor.device}"
+        )
+
+
+def check_unit_last_stride(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} must have a unit last stride; got strides {tuple(tensor.stride())}, "
+            "call .contiguous() on it"
+        )
+
+
+def check_broadcastable(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dims: str
+) -> None:
+    """`tensor` must broadcast to `shape`, whose axes `dims` names, e.g. `[B, H, T, N]`."""
+    ok = tensor.dim() <= len(shape)
+    if ok:
+        for got, wanted in zip(reversed(tensor.shape), reversed(shape), strict=False):
+            ok = ok and (got == wanted or got == 1)
+    if not ok:
+        raise ValueError(
+            f"{op}: {name} must be broadcastable to {dims} = {tuple(shape)}; got "
+            f"{tuple(tensor.shape)}"
+        )
+
+
+def _finite_number(op: str, name: str, value: Any, wanted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be {wanted}; got {type(value).__name__}")
+    if not isinstance(value, (int, float)):
+        return cast(float, value)  # symbolic: nothing to read before the graph runs
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: {name} must be {wanted}; got {value}")
+    return float(value)
+
+
+def resolve_scale(op: str, scale: Any, head_dim: int, name: str = "scale") -> float:
+    """The factor on the scores: `scale`, or 1/sqrt(head_dim)."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    return _finite_number(op, name, scale, "None or a finite number > 0")
+
+
+def resolve_softcap(op: str, softcap: Any) -> float:
+    """The soft cap of the scores, with 0.0 for none."""
+    if softcap is None:
+        return 0.0
+    return _finite_number(op, "softcap", softcap, "None or a finite number > 0")
+
+
+def _window_bound(op: str, name: str, bound: Any) -> int:
+    if bound is None:
+        return -1
+    if not is_int(bound):
+        raise TypeError(
+            f"{op}: {name} must hold integers or None; got {bound!r} of type {type(bound).__name__}"
+        )
+    if bound < -1:
+        raise ValueError(f"{op}: {name} must hold bounds >= 0, or -1 for no bound; got {bound}")
+    return bound
+
+
+def resolve_window(op: str, window: Any, is_causal: bool, name: str = "window") -> tuple[int, int]:
+    """(left, right) around the diagonal, -1 for no bound; is_causal cuts the right side at 0."""
+    left: int
+    right: int
+    if window is None:
+        left, right = -1, -1
+    elif is_int(window):
+        left = right = _window_bound(op, name, window)
+    elif isinstance(window, (tuple, list)):
+        if len(window) != 2:
+            raise ValueError(
+                f"{op}: {name} must be None, an int or (left, right); got {len(window)} elements"
+            )
+        left, right = _window_bound(op, name, window[0]), _window_bound(op, name, window[1])
+    else:
+        raise TypeError(
+            f"{op}: {name} must be None, an int or (left, right); got {type(window).__name__}"
+        )
+    return left, 0 if is_causal else right
+
+
+def resolve_rows(op: str, rows: Any, seqlen_q: int) -> tuple[int, int]:
+    """The half-open range of queries that `rows` picks: a slice of step 1 or (start, stop).
+
+    Negative indices count from the end, as in Python. Unlike Python's slices nothing is clamped: a
+    range that does not lie inside the queries is a mistake in the caller's bookkeeping and would
+    give a shorter result in silence.
+    """
+    if rows is None:
+        return 0, seqlen_q
+    if isinstance(rows, slice):
+        if rows.step is not None and rows.step != 1:
+            raise ValueError(f"{op}: rows must be a slice of step 1; got step {rows.step!r}")
+        bounds = (rows.start, rows.stop)
+    elif isinstance(rows, (tuple, list)):
+        if len(rows) != 2:
+            raise ValueError(f"{op}: rows must be (start, stop); got {len(rows)} elements")
+        bounds = (rows[0], rows[1])
+    else:
+        raise TypeError(
+            f"{op}: rows must be None, a slice of step 1 or (start, stop); got "
+            f"{type(rows).__name__}"
+        )
+    start, stop = bounds
+    for bound in bounds:
+        if bound is not None and not is_int(bound):
+            raise TypeError(f"{op}: rows must hold integers; got {bound!r}")
+    start = 0 if start is None else start + seqlen_q if start < 0 else start
+    stop = seqlen_q if stop is None else stop + seqlen_q if stop < 0 else stop
+    if not 0 <= start <= stop <= seqlen_q:
+        raise ValueError(
+            f"{op}: rows must satisfy 0 <= start <= stop <= T={seqlen_q}; got {bounds[0]}, "
+            f"{bounds[1]}"
+        )
+    return start, stop

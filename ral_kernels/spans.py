@@ -1,0 +1,322 @@
+"""Spans: which key belongs to which frame, image, tile or token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import dtype_name, has_values, is_int
+
+GRANULARITIES = ("frame", "image", "tile", "token")
+
+
+class Spans:
+    """A map from keys to spans: `ids[i]` is the span of key `i`, or -1 for none.
+
+    Spans may be contiguous (the fast path of every backend) or not. Treat the object as immutable:
+    `ids` is checked once, here, and kernels rely on the check. Under `torch.compile` the values
+    cannot be read, so there ids that are out of range become -1 instead of raising.
+
+    Args:
+        ids: integer tensor [N], the same for the batch, or [B, N]; kept as contiguous int32.
+        num_spans: number of spans S; every id is in [-1, S).
+
+    Raises:
+        TypeError: `ids` is not an int32 or int64 tensor, or `num_spans` is not an int.
+        ValueError: a shape or a value out of range.
+    """
+
+    def __init__(self, ids: Tensor, num_spans: int) -> None:
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"Spans: ids must be an int32 tensor; got {type(ids).__name__}")
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"Spans: ids must be int32 or int64; got {dtype_name(ids.dtype)}")
+        if ids.dim() not in (1, 2):
+            raise ValueError(f"Spans: ids must be [N] or [B, N]; got {tuple(ids.shape)}")
+        if not is_int(num_spans):
+            raise TypeError(f"Spans: num_spans must be an int; got {type(num_spans).__name__}")
+        if num_spans < 0 or num_spans > torch.iinfo(torch.int32).max:
+            raise ValueError(f"Spans: num_spans must be in [0, 2**31); got {num_spans}")
+        if not has_values(ids):
+            ids = torch.where((ids >= 0) & (ids < num_spans), ids, -1)
+        elif ids.numel() > 0:
+            low, high = (int(value) for value in torch.aminmax(ids))
+            if low < -1 or high >= num_spans:
+                raise ValueError(
+                    f"Spans: ids must be in [-1, num_spans={num_spans}); got values from {low} to "
+                    f"{high}"
+                )
+        self.ids = ids.to(torch.int32).contiguous()
+        self.num_spans = num_spans
+
+    @classmethod
+    def from_lengths(
+        cls,
+        lengths: Iterable[int],
+        *,
+        start: int = 0,
+        seqlen_k: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Spans:
+        """Contiguous spans of the given lengths, one after the other from key `start`.
+
+        Args:
+            lengths: number of keys of each span, >= 0.
+            start: keys before `start` belong to no span.
+            seqlen_k: total number of keys N, default `start + sum(lengths)`; keys behind the last
+                span belong to none.
+            device: where `ids` [N] is made.
+        """
+        lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        for length in lengths:
+            if not is_int(length):
+                raise TypeError(f"Spans.from_lengths: lengths must hold integers; got {length!r}")
+            if length < 0:
+                raise ValueError(f"Spans.from_lengths: lengths must be >= 0; got {length}")
+        if not is_int(start) or start < 0:
+            raise ValueError(f"Spans.from_lengths: start must be an int >= 0; got {start!r}")
+        stop = start + sum(lengths)
+        total = stop if seqlen_k is None else seqlen_k
+        if total < stop:
+            raise ValueError(
+                f"Spans.from_lengths: seqlen_k must be at least start + sum(lengths) = {stop}; got "
+                f"{total}"
+            )
+        ids = torch.full((total,), -1, dtype=torch.int32)
+        ids[start:stop] = torch.repeat_interleave(
+            torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64)
+        )
+        return cls(ids if device is None else ids.to(device), len(lengths))
+
+    @classmethod
+    def from_vision_grid(
+        cls,
+        input_ids: Tensor,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        *,
+        token_id: int | Sequence[int],
+        merge_size: int = 2,
+        granularity: str = "frame",
+        tile: tuple[int, int] | None = None,
+    ) -> Spans:
+        """Spans over the visual tokens of a prompt, from what a Qwen-VL processor returns.
+
+        An item (image or video) of grid `(t, h, w)` takes `t * (h / merge_size) * (w / merge_size)`
+        placeholder tokens, in the order time, row, column. Placeholders are matched to grids by
+        order alone, so both layouts work: one run of placeholders a video (Qwen2-VL, Qwen2.5-VL),
+        and one run a frame between timestamps (Qwen3-VL). A "frame" is one step of `t`: that is
+        `temporal_patch_size` (2) frames of the source video.
+
+        Args:
+            input_ids: [N] or [B, N] prompt with placeholders. The grids are consumed across the
+                batch in order, as processors return them; the numbering of spans restarts in each
+                sample, and `num_spans` is the largest.
+            grid_thw: [items, 3] `image_grid_thw` or `video_grid_thw`, in patches. Images and videos
+                of one prompt are two calls, joined by `union`.
+            token_id: the placeholder's id (`image_token_id` or `video_token_id` of the processor or
+                config), or several.
+            merge_size: patches a side that the model merges into one token (`spatial_merge_size`).
+            granularity: one span a "frame", a whole "image" (or video), a "tile" of a frame, or a
+                "token".
+            tile: (rows, columns) of tokens in a tile, for `granularity="tile"`; tiles at the edge
+                may be smaller.
+
+        Raises:
+            TypeError, ValueError: arguments of a wrong type or value, or token counts that do not
+                match the grid.
+        """
+        name = "Spans.from_vision_grid"
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"{name}: input_ids must be a tensor; got {type(input_ids).__name__}")
+        if input_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"{name}: input_ids must be integers; got {dtype_name(input_ids.dtype)}"
+            )
+        if input_ids.dim() not in (1, 2):
+            raise ValueError(
+                f"{name}: input_ids must be [N] or [B, N]; got {tuple(input_ids.shape)}"
+            )
+        token_ids = _token_ids(name, token_id)
+        grids = _grids(name, grid_thw, merge_size)
+        tile = _check_granularity(name, granularity, tile)
+        items = [_number_tokens(grid, granularity, tile) for grid in grids]
+
+        visual = torch.isin(input_ids, torch.tensor(token_ids, device=input_ids.device)).cpu()
+        samples = visual if visual.dim() == 2 else visual[None]
+        wanted, got = sum(ids.numel() for ids, _ in items), int(samples.sum())
+        if wanted != got:
+            raise ValueError(
+                f"{name}: grid_thw of {len(grids)} items describes {wanted} visual tokens, "
+                f"but input_ids holds {got}"
+            )
+        ids = torch.full(samples.shape, -1, dtype=torch.int32)
+        num_spans, item = 0, 0
+        for index, sample in enumerate(samples):
+            count = int(sample.sum())
+            parts: list[Tensor] = []
+            offset = filled = 0
+            while filled < count:
+                numbers, size = items[item]
+                parts.append(numbers + offset)
+                offset, filled, item = offset + size, filled + numbers.numel(), item + 1
+            if filled != count:
+                raise ValueError(
+                    f"{name}: the grids must end where samples end; sample {index} holds {count} "
+                    f"visual tokens, its grids up to item {item - 1} describe {filled}"
+                )
+            if parts:
+                ids[index, sample] = torch.cat(parts)
+            num_spans = max(num_spans, offset)
+        return cls(ids.reshape(input_ids.shape).to(input_ids.device), num_spans)
+
+    @property
+    def seqlen_k(self) -> int:
+        """Number of keys N."""
+        return self.ids.shape[-1]
+
+    @property
+    def batch_size(self) -> int | None:
+        """Batch size of per-sample ids [B, N]; None for ids [N], which serve any batch."""
+        return self.ids.shape[0] if self.ids.dim() == 2 else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether every span is one run of keys in each sample."""
+        ids = self.ids if self.ids.dim() == 2 else self.ids[None]
+        for row in ids.cpu():
+            runs = torch.unique_consecutive(row)
+            runs = runs[runs >= 0]
+            if runs.numel() != torch.unique(runs).numel():
+                return False
+        return True
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Spans:
+        """The same spans on `device`."""
+        return self._replace(self.ids.to(device, non_blocking=non_blocking), self.num_spans)
+
+    def extend_to(self, seqlen_k: int) -> Spans:
+        """The same spans over more keys, such as generated text, which belong to none."""
+        extra = seqlen_k - self.seqlen_k
+        if extra < 0:
+            raise ValueError(
+                f"Spans.extend_to: seqlen_k must be at least {self.seqlen_k}; got {seqlen_k}"
+            )
+        ids = torch.nn.functional.pad(self.ids, (0, extra), value=-1)
+        return self._replace(ids, self.num_spans)
+
+    def union(self, other: Spans) -> Spans:
+        """Both sets of spans, those of `other` numbered behind these: images and videos together.
+
+        Raises:
+            ValueError: the two differ in N or B, or a key belongs to both.
+        """
+        if not isinstance(other, Spans):
+            raise TypeError(f"Spans.union: other must be Spans; got {type(other).__name__}")
+        batches = {spans.batch_size for spans in (self, other)} - {None}
+        if self.seqlen_k != other.seqlen_k or len(batches) > 1:
+            raise ValueError(
+                f"Spans.union: both must cover the same keys; got {tuple(self.ids.shape)} and "
+                f"{tuple(other.ids.shape)}"
+            )
+        both = (self.ids >= 0) & (other.ids >= 0)
+        if has_values(both) and bool(both.any()):
+            raise ValueError(
+                f"Spans.union: spans must be disjoint; got {int(both.sum())} keys in both"
+            )
+        shifted = torch.where(other.ids >= 0, other.ids + self.num_spans, -1)
+        ids = torch.where(self.ids >= 0, self.ids, shifted.to(torch.int32))
+        return self._replace(ids, self.num_spans + other.num_spans)
+
+    def _replace(self, ids: Tensor, num_spans: int) -> Spans:
+        """Spans from good ids, without a second look at the values that would wait for a device."""
+        spans = object.__new__(Spans)
+        spans.ids = ids
+        spans.num_spans = num_spans
+        return spans
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Spans):
+            return NotImplemented
+        return self.num_spans == other.num_spans and torch.equal(self.ids, other.ids)
+
+    def __repr__(self) -> str:
+        shape = ", ".join(str(size) for size in self.ids.shape)
+        return f"Spans(ids=int32[{shape}] on {self.ids.device}, num_spans={self.num_spans})"
+
+
+def _token_ids(name: str, token_id: Any) -> list[int]:
+    token_ids = [token_id] if is_int(token_id) else token_id
+    if not isinstance(token_ids, (list, tuple)) or not token_ids or not all(map(is_int, token_ids)):
+        raise TypeError(
+            f"{name}: token_id must be an int or a non-empty sequence of ints; got {token_id!r}"
+        )
+    return list(token_ids)
+
+
+def _grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, int]]:
+    """The grids in tokens: (t, h / merge_size, w / merge_size) of each item."""
+    if not is_int(merge_size) or merge_size < 1:
+        raise ValueError(f"{name}: merge_size must be an int >= 1; got {merge_size!r}")
+    grid = torch.as_tensor(grid_thw)
+    if grid.numel() == 0:
+        return []  # a batch of text alone
+    if grid.is_floating_point() or grid.dtype == torch.bool:
+        raise TypeError(f"{name}: grid_thw must be integers; got {dtype_name(grid.dtype)}")
+    if grid.dim() != 2 or grid.shape[1] != 3:
+        raise ValueError(
+            f"{name}: grid_thw must be [items, 3] of (t, h, w); got {tuple(grid.shape)}"
+        )
+    grids = []
+    for t, h, w in grid.tolist():
+        if min(t, h, w) < 1 or h % merge_size or w % merge_size:
+            raise ValueError(
+                f"{name}: grid_thw must hold t >= 1 and h, w that are multiples of "
+                f"merge_size={merge_size}; got {(t, h, w)}"
+            )
+        grids.append((t, h // merge_size, w // merge_size))
+    return grids
+
+
+def _check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int]:
+    """The tile in tokens: the one asked for, and (1, 1) where tiles play no part."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"{name}: granularity must be one of {', '.join(GRANULARITIES)}; got {granularity!r}"
+        )
+    if granularity != "tile":
+        if tile is not None:
+            raise ValueError(f"{name}: tile needs granularity='tile'; got {granularity!r}")
+        return 1, 1
+    if (
+        not isinstance(tile, (tuple, list))
+        or len(tile) != 2
+        or not all(is_int(side) and side >= 1 for side in tile)
+    ):
+        raise ValueError(f"{name}: tile must be (rows, columns) of tokens, both >= 1; got {tile!r}")
+    return tile[0], tile[1]
+
+
+def _number_tokens(
+    grid: tuple[int, int, int], granularity: str, tile: tuple[int, int]
+) -> tuple[Tensor, int]:
+    """The span of each token of one item, in the order of its tokens, and the number of spans."""
+    t, h, w = grid
+    if granularity == "image":
+        return torch.zeros(t * h * w, dtype=torch.int32), 1
+    frame = torch.arange(t, dtype=torch.int32)[:, None, None]
+    if granularity == "frame":
+        return frame.expand(t, h, w).reshape(-1), t
+    # A token is a tile of 1 x 1.
+    tile_rows, tile_columns = math.ceil(h / tile[0]), math.ceil(w / tile[1])
+    row = (torch.arange(h, dtype=torch.int32) // tile[0])[:, None]
+    column = torch.arange(w, dtype=torch.int32) // tile[1]
+    ids = (frame * tile_rows + row) * tile_columns + column
+    return ids.reshape(-1), t * tile_rows * tile_columns
