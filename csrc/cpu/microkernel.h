@@ -1,0 +1,177 @@
+// The register tile that every matrix product of the CPU backend goes through, and its operands.
+//
+//   acc[m][n] += sum_k a[m][k] * b[k][n],   m < 6, n < V * kLanes, k over 32-bit elements
+//
+// A is read by broadcasts, either packed ([group of 6 rows][k][6]) or row-major with a stride; B is
+// read by whole vectors ([k][n]). 6 x 4 vectors: 24 independent sums hide the latency of two
+// multiply-adds a cycle, and 10 loads feed 24 of them (Zen 5: 12 cycles of arithmetic against 5 of
+// loads).
+#pragma once
+
+#include "compute.h"
+
+namespace ral {
+namespace RAL_ISA {
+
+constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a full-width tile
+
+enum class AOperand { kPacked, kRowMajor };
+
+template <class Compute, AOperand kA, int M, int V>
+RAL_INLINE void multiply_tile(Vec (&acc)[M][V], const uint32_t* a, int64_t lda, const uint32_t* b,
+                              int64_t ldb, int64_t steps) {
+  for (int64_t k = 0; k < steps; ++k) {
+    Vec column[V];
+    RAL_UNROLL
+    for (int v = 0; v < V; ++v) memcpy(&column[v], b + v * kLanes, sizeof column[v]);
+    RAL_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const uint32_t element = kA == AOperand::kPacked ? a[m] : a[m * lda];
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) Compute::multiply_add(acc[m][v], element, column[v]);
+    }
+    a += kA == AOperand::kPacked ? kTileRows : 1;
+    b += ldb;
+  }
+}
+
+template <int M, int V>
+RAL_INLINE void clear(Vec (&acc)[M][V]) {
+  RAL_UNROLL
+  for (int m = 0; m < M; ++m) {
+    RAL_UNROLL
+    for (int v = 0; v < V; ++v) acc[m][v] = Vec{};
+  }
+}
+
+// A matrix product's right-hand side and extent.
+struct Product {
+  const uint32_t* a;
+  int64_t lda;
+  const uint32_t* b;
+  int64_t ldb;
+  int64_t steps;
+};
+
+// c (+)= a b. The old c is fetched ahead and added last: sums that start from it would wait for
+// memory.
+template <class Compute, AOperand kA, int M, int V>
+RAL_NOINLINE void accumulate_tile(float* c, int64_t ldc, bool add, const Product& product) {
+  Vec acc[M][V];
+  clear(acc);
+  if (add) {
+    RAL_UNROLL
+    for (int m = 0; m < M; ++m) {
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) __builtin_prefetch(c + m * ldc + v * kLanes, 1);
+    }
+  }
+  multiply_tile<Compute, kA, M, V>(acc, product.a, product.lda, product.b, product.ldb,
+                                   product.steps);
+  if (add) {
+    RAL_UNROLL
+    for (int m = 0; m < M; ++m) {
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) acc[m][v] += load(c + m * ldc + v * kLanes);
+    }
+  }
+  RAL_UNROLL
+  for (int m = 0; m < M; ++m) {
+    RAL_UNROLL
+    for (int v = 0; v < V; ++v) store(c + m * ldc + v * kLanes, acc[m][v]);
+  }
+}
+
+template <class Compute, AOperand kA, int V>
+RAL_INLINE void accumulate_rows(int64_t rows, float* c, int64_t ldc, bool add,
+                                const Product& product) {
+  switch (rows) {
+    case 1:
+      return accumulate_tile<Compute, kA, 1, V>(c, ldc, add, product);
+    case 2:
+      return accumulate_tile<Compute, kA, 2, V>(c, ldc, add, product);
+    case 3:
+      return accumulate_tile<Compute, kA, 3, V>(c, ldc, add, product);
+    case 4:
+      return accumulate_tile<Compute, kA, 4, V>(c, ldc, add, product);
+    case 5:
+      return accumulate_tile<Compute, kA, 5, V>(c, ldc, add, product);
+    default:
+      return accumulate_tile<Compute, kA, 6, V>(c, ldc, add, product);
+  }
+}
+
+// One panel of at most kPanel columns, without multiplying the vectors that lie past `columns`.
+template <class Compute, AOperand kA>
+RAL_INLINE void accumulate_panel(int64_t rows, int64_t columns, float* c, int64_t ldc, bool add,
+                                 const Product& product) {
+  if (columns > 3 * kLanes && kTileVectors >= 4) {
+    accumulate_rows<Compute, kA, kTileVectors>(rows, c, ldc, add, product);
+  } else if (columns > 2 * kLanes && kTileVectors >= 4) {
+    accumulate_rows<Compute, kA, kTileVectors >= 4 ? 3 : 1>(rows, c, ldc, add, product);
+  } else if (columns > kLanes) {
+    accumulate_rows<Compute, kA, 2>(rows, c, ldc, add, product);
+  } else {
+    accumulate_rows<Compute, kA, 1>(rows, c, ldc, add, product);
+  }
+}
+
+// Rows of a source tensor, `count` of them from `data`, `stride` elements apart.
+struct Rows {
+  int32_t dtype;
+  const char* data;
+  int64_t stride_bytes;
+  int64_t count;
+
+  const char* row(int64_t i) const { return i < count ? data + i * stride_bytes : nullptr; }
+};
+
+// Elements along one row of `features` numbers.
+template <class Compute>
+constexpr int64_t steps_of(int64_t features) {
+  return (features + Compute::kPair - 1) / Compute::kPair;
+}
+constexpr int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// A operand whose rows are the source's rows 6g ... 6g+5, contracted over features: [steps][6].
+template <class Compute>
+void pack_a_rows(const Rows& source, int64_t group, int64_t features, uint32_t* stage,
+                 uint32_t* dst) {
+  const int64_t steps = steps_of<Compute>(features);
+  for (int r = 0; r < kTileRows; ++r) {
+    const char* row = source.row(group * kTileRows + r);
+    if (row) {
+      Compute::load_row(source.dtype, row, features, stage + r * steps);
+    } else {
+      memset(stage + r * steps, 0, steps * sizeof(uint32_t));
+    }
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    for (int r = 0; r < kTileRows; ++r) dst[k * kTileRows + r] = stage[r * steps + k];
+  }
+}
+
+// A operand whose rows are features, contracted over the source's rows: [features /
+// 6][total_steps][6]. Packs step `step`: source rows step * kPair and following.
+template <class Compute>
+void pack_a_columns(const Rows& source, int64_t step, int64_t features, int64_t total_steps,
+                    uint32_t* stage, uint32_t* dst) {
+  const int64_t groups = round_up(features, kTileRows) / kTileRows;
+  const char* first = source.row(step * Compute::kPair);
+  if (first) {
+    Compute::load_row_pair(source.dtype, first, source.row(step * Compute::kPair + 1), features,
+                           stage);
+  } else {
+    memset(stage, 0, features * sizeof(uint32_t));
+  }
+  memset(stage + features, 0, (groups * kTileRows - features) * sizeof(uint32_t));
+  for (int64_t g = 0; g < groups; ++g) {
+    uint32_t* to = dst + (g * total_steps + step) * kTileRows;
+    for (int r = 0; r < kTileRows; ++r) to[r] = stage[g * kTileRows + r];
+  }
+}
+
+}  // namespace RAL_ISA
+}  // namespace ral

@@ -1,0 +1,96 @@
+#include "threads.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+namespace ral {
+namespace {
+
+// Signature of GOMP_parallel, the entry that compilers call for `#pragma omp parallel`.
+using OpenmpParallel = void (*)(void (*fn)(void*), void* data, unsigned num_threads,
+                                unsigned flags);
+std::atomic<OpenmpParallel> openmp_parallel{nullptr};
+
+struct Loop {
+  void (*fn)(void*, int64_t, int);
+  void* context;
+  int64_t num_tasks;
+  std::atomic<int64_t> next_task{0};
+  std::atomic<int> next_worker{0};
+};
+
+void work(void* data) {
+  Loop& loop = *static_cast<Loop*>(data);
+  const int worker = loop.next_worker.fetch_add(1);
+  for (;;) {
+    const int64_t task = loop.next_task.fetch_add(1);
+    if (task >= loop.num_tasks) return;
+    loop.fn(loop.context, task, worker);
+  }
+}
+
+}  // namespace
+
+void parallel_for(int num_threads, int64_t num_tasks, void (*fn)(void*, int64_t, int),
+                  void* context) {
+  Loop loop{fn, context, num_tasks};
+  if (num_threads > num_tasks) num_threads = static_cast<int>(num_tasks);
+  if (num_threads <= 1) {
+    work(&loop);
+  } else if (OpenmpParallel run = openmp_parallel.load()) {
+    run(work, &loop, static_cast<unsigned>(num_threads), 0);
+  } else {
+    std::vector<std::thread> helpers;
+    for (int i = 1; i < num_threads; ++i) helpers.emplace_back(work, &loop);
+    work(&loop);
+    for (std::thread& helper : helpers) helper.join();
+  }
+}
+
+void spin_pause(int64_t iteration) {
+  // A worker whose predecessor was descheduled must not burn the core it needs.
+  if (iteration % 256 == 255) {
+    sched_yield();
+    return;
+  }
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+}
+
+size_t Arena::reserve(int64_t count, size_t size) {
+  const size_t offset = bytes_;
+  bytes_ += (static_cast<size_t>(count) * size + 63) / 64 * 64;
+  return offset;
+}
+
+bool Arena::allocate() {
+  constexpr size_t kHugePage = size_t{1} << 21;
+  void* memory = nullptr;
+  const bool large = bytes_ >= 2 * kHugePage;
+  if (posix_memalign(&memory, large ? kHugePage : 64, bytes_ + 64) != 0) return false;
+#ifdef __linux__
+  // Scratch lives for one call: fewer, larger page faults. Advice only, so the result does not
+  // matter.
+  if (large) madvise(memory, bytes_, MADV_HUGEPAGE);
+#endif
+  data_ = static_cast<char*>(memory);
+  return true;
+}
+
+Arena::~Arena() {
+  free(data_);
+}
+
+}  // namespace ral
+
+extern "C" __attribute__((visibility("default"))) void ral_cpu_set_openmp(void* gomp_parallel) {
+  ral::openmp_parallel.store(reinterpret_cast<ral::OpenmpParallel>(gomp_parallel));
+}

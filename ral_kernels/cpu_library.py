@@ -1,0 +1,108 @@
+"""What the `cpu` backends of all ops share: the library, its structs, variants and errors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from . import native
+
+# ral_dtype and ral_status of csrc/include/ral
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+STATUS = {
+    1: "out of memory for its scratch",
+    2: "the chosen variant does not run on this processor",
+}
+
+
+class TensorStruct(ctypes.Structure):
+    """`ral_tensor`: [batch, head, token, feature] with unit feature stride."""
+
+    _fields_ = [("data", c_void_p), *((f"stride_{d}", c_int64) for d in "bht")]
+
+
+class BroadcastStruct(ctypes.Structure):
+    """`ral_broadcast`: [batch, head, query, key or span] with any strides."""
+
+    _fields_ = [("data", c_void_p), *((f"stride_{d}", c_int64) for d in "bhts")]
+
+
+def tensor_struct(x: Tensor | None) -> TensorStruct:
+    return TensorStruct() if x is None else TensorStruct(x.data_ptr(), *x.stride()[:3])
+
+
+def broadcast_struct(x: Tensor | None) -> BroadcastStruct:
+    return BroadcastStruct() if x is None else BroadcastStruct(x.data_ptr(), *x.stride())
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None or x.numel() == 0 else x.data_ptr()
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """`ral_cpu`, told to run on torch's own threads.
+
+    Raises:
+        RuntimeError: it is missing or does not load.
+    """
+    found = native.load("ral_cpu")
+    found.ral_cpu_isa_name.restype = c_char_p
+    found.ral_cpu_set_openmp.argtypes = [c_void_p]
+    found.ral_cpu_set_openmp(native.openmp_runtime())
+    return found
+
+
+def check_struct_sizes(symbol: str, structs: Sequence[type[ctypes.Structure]]) -> None:
+    """Refuse a library whose structs are not the ones that this package fills."""
+    sizes = (c_int64 * len(structs))()
+    getattr(library(), symbol)(sizes)
+    expected = [ctypes.sizeof(struct) for struct in structs]
+    if list(sizes) != expected:
+        raise RuntimeError(
+            f"libral_cpu.so was built from other sources than this package ({symbol}: "
+            f"{list(sizes)}, expected {expected}); rebuild it with "
+            "`python setup.py build_ext --inplace`"
+        )
+
+
+@functools.cache
+def _isas() -> dict[str, int]:
+    """Variants that this processor runs, best first: name -> index in the library."""
+    found, index = {}, 0
+    while name := library().ral_cpu_isa_name(c_int32(index)):
+        if library().ral_cpu_isa_supported(c_int32(index)):
+            found[name.decode()] = index
+        index += 1
+    return found
+
+
+def supported_isas() -> list[str]:
+    """Names of the variants that this machine runs, best first; `RAL_CPU_ISA` forces one."""
+    return list(_isas())
+
+
+def chosen_isa() -> int:
+    """Index of the variant to run: the best, or the one that `RAL_CPU_ISA` names."""
+    isas = _isas()
+    forced = os.environ.get("RAL_CPU_ISA")
+    if not forced:
+        return next(iter(isas.values()))
+    if forced not in isas:
+        raise RuntimeError(
+            f"RAL_CPU_ISA must be one of {', '.join(isas)} on this machine; got {forced!r}"
+        )
+    return isas[forced]
+
+
+def raise_for_status(op: str, status: int, shapes: str) -> None:
+    """Turn a status of the library into an exception that names op and shapes."""
+    if status != 0:
+        reason = STATUS.get(status, f"status {status}")
+        raise RuntimeError(f"{op}: backend 'cpu' failed: {reason}; {shapes}")
