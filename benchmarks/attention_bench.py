@@ -1,0 +1,272 @@
+"""The CPU promises for `attention`, each measured against its peer in one interleaved run.
+
+    python benchmarks/attention_bench.py            # the whole table, about 5 minutes on 2 cores
+    python benchmarks/attention_bench.py --quick    # two lengths, fewer repeats
+
+Rows: forward and forward+backward with 32 span marginals over PyTorch's SDPA without any, in
+bfloat16 and float32 (causal, 16:2 heads of 128); what 32 and 64 contiguous span marginals add to
+the same kernel; errors against float64 beside SDPA's; peak memory beyond the outputs as the length
+doubles. Each problem passes the float64 gate first: a wrong result is not timed and the exit status
+is 1. A missed target is printed as missed and does not change the exit status, because machines
+differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
+# stays the one in use.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.sweeps import exact, machine
+from benchmarks.sweeps.contestants import REGISTRY
+from benchmarks.sweeps.examine import FreshProcesses, leaves, run_once
+from benchmarks.sweeps.inputs import Heads, Problem, random_problem
+from benchmarks.sweeps.measure import FLOPS_PER_PAIR, quantiles
+
+TARGETS = {  # DESIGN: ours with marginals / SDPA without
+    ("bfloat16", "forward"): 0.22,
+    ("bfloat16", "forward+backward"): 0.33,
+    ("float32", "forward"): 0.38,
+    ("float32", "forward+backward"): 0.45,
+}
+MARGINALS_TARGET = 1.03  # with 32 to 64 contiguous spans / without
+ACCURACY_TARGET = 2.0  # our error against float64 / SDPA's
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CPU = torch.device("cpu")
+
+
+def problem_of(seqlen: int, num_spans: int, dtype: torch.dtype) -> Problem:
+    return random_problem([seqlen // num_spans] * num_spans, Heads(), dtype, "cpu")
+
+
+def runner(name: str, problem: Problem, backward: bool) -> Callable[[], Any]:
+    attend, inputs = REGISTRY[name].prepare(problem), leaves(problem, backward)
+    return lambda: run_once(attend, inputs, problem.dout, problem.dmarginals, backward)
+
+
+def errors_of(name: str, problem: Problem) -> dict[str, float]:
+    """Relative errors of out, marginals and gradients against float64, for the gate's rows."""
+    contestant = REGISTRY[name]
+    dout, dmarginals = exact.gate_gradients(problem)
+    got = run_once(contestant.prepare(problem), leaves(problem, True), dout, dmarginals, True)
+    for key in ("out", "marginals"):
+        tensor = got[key]
+        if tensor is not None:
+            got[key] = tensor.index_select(2, problem.gate_rows)
+    return exact.relative_errors(got, exact.exact(problem, with_marginals=contestant.has_marginals))
+
+
+def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, all of them once in each repeat, another one first each time."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for call in runs.values():
+        call()
+    for repeat in range(repeats):
+        turn = repeat % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            seconds[name].append(machine.clock(runs[name], CPU))
+    return seconds
+
+
+def repeats_for(seqlen: int, quick: bool) -> int:
+    return max(5, min(15, 16384 // seqlen)) if quick else max(9, min(41, 65536 // seqlen))
+
+
+def measure_speed(dtype: str, seqlen: int, quick: bool) -> list[dict[str, Any]]:
+    """Forward, and forward+backward, at one length: ours with 32 spans, ours without, and SDPA."""
+    problem = problem_of(seqlen, 32, DTYPES[dtype])
+    errors = {name: errors_of(name, problem) for name in ("ral", "ral_plain", "sdpa")}
+    rows = []
+    for mode, backward in (("forward", False), ("forward+backward", True)):
+        row: dict[str, Any] = {"dtype": dtype, "mode": mode, "seqlen": seqlen, "errors": errors}
+        row["wrong"] = exact.verdict(errors["ral"], DTYPES[dtype])
+        rows.append(row)
+        if row["wrong"]:
+            continue
+        runs = {name: runner(name, problem, backward) for name in ("sdpa", "ral", "ral_plain")}
+        seconds = interleave(runs, repeats_for(seqlen, quick))
+        gemm = machine.gemm_gflops(DTYPES[dtype], CPU)
+        row["ms"] = {name: quantiles([1e3 * s for s in times]) for name, times in seconds.items()}
+        row["ratio"] = quantiles(
+            [a / b for a, b in zip(seconds["ral"], seconds["sdpa"], strict=True)]
+        )
+        flops = FLOPS_PER_PAIR[mode] * problem.heads.head_dim * problem.pairs
+        row["gflops"] = flops / row["ms"]["ral"]["median"] / 1e6
+        row["gemm_share"] = row["gflops"] / gemm
+        row["target"] = TARGETS[dtype, mode]
+    return rows
+
+
+def measure_marginals(seqlen: int, num_spans: int, quick: bool) -> list[dict[str, Any]]:
+    """What marginals add to the same kernel; bfloat16, where arithmetic is cheapest."""
+    problem = problem_of(seqlen, num_spans, torch.bfloat16)
+    rows = []
+    for mode, backward in (("forward", False), ("forward+backward", True)):
+        runs = {name: runner(name, problem, backward) for name in ("ral", "ral_plain")}
+        seconds = interleave(runs, 2 * repeats_for(seqlen, quick))
+        ratio = quantiles([a / b for a, b in zip(*seconds.values(), strict=True)])
+        rows.append(
+            {
+                "mode": mode,
+                "seqlen": seqlen,
+                "num_spans": num_spans,
+                "ratio": ratio,
+                "target": MARGINALS_TARGET,
+            }
+        )
+    return rows
+
+
+def measure_memory(seqlens: Sequence[int]) -> list[dict[str, Any]]:
+    """Peak resident memory over the inputs, less the outputs, each in a fresh process."""
+    rows = []
+    processes = FreshProcesses(torch.get_num_threads())
+    with tempfile.TemporaryDirectory(prefix="ral-bench-") as folder:
+        for seqlen in seqlens:
+            problem = problem_of(seqlen, 32, torch.bfloat16)
+            files = [str(Path(folder) / name) for name in ("problem.pt", "exact.pt")]
+            torch.save(problem.tensors(), files[0])
+            torch.save({"all": exact.exact(problem, with_marginals=True)}, files[1])
+            forward = {"out": problem.q, "marginals": problem.dmarginals, "lse": problem.q[..., :2]}
+            gradients = {"dq": problem.q, "dk": problem.k, "dv": problem.v}
+            for mode, outputs in (
+                ("forward", forward),
+                ("forward+backward", {**forward, **gradients}),
+            ):
+                record = processes.examine(
+                    "ral", files[0], mode != "forward", files[1], timeout=600.0
+                )
+                if record["status"] != "ok":
+                    rows.append({"mode": mode, "seqlen": seqlen, "wrong": record["reason"]})
+                    continue
+                size = sum(x.numel() * x.element_size() for x in outputs.values())
+                rows.append(
+                    {
+                        "mode": mode,
+                        "seqlen": seqlen,
+                        "outputs_mib": size / 2**20,
+                        "scratch_mib": (record["peak_bytes"] - size) / 2**20,
+                        "one_score_matrix_mib": problem.q.shape[1] * seqlen**2 * 2 / 2**20,
+                    }
+                )
+    processes.close()
+    return rows
+
+
+def print_speed(row: dict[str, Any]) -> None:
+    head = f"{row['dtype']:9} {row['mode']:17} N={row['seqlen']:5}"
+    if row["wrong"]:
+        print(f"{head}  WRONG: {row['wrong']}")
+        return
+    ratio = row["ratio"]
+    met = "met" if ratio["median"] <= row["target"] else "MISSED"
+    print(
+        f"{head}  SDPA {row['ms']['sdpa']['median']:8.1f} ms  "
+        f"ours {row['ms']['ral']['median']:7.1f} ms  ratio {ratio['median']:.3f} "
+        f"(p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f})  target {row['target']} {met}  "
+        f"{row['gflops']:5.0f} GFLOP/s, {100 * row['gemm_share']:.0f} % of GEMM",
+        flush=True,
+    )
+
+
+def print_accuracy(row: dict[str, Any]) -> None:
+    # SDPA has no marginals, so its gradients are those of the loss on `out`; so are `ral_plain`'s.
+    ours, peer = row["errors"]["ral_plain"], row["errors"]["sdpa"]
+    shares = {key: ours[key] / peer[key] for key in peer}
+    met = "met" if max(shares.values()) <= ACCURACY_TARGET else "MISSED"
+    cells = "  ".join(f"{key} {ours[key]:.1e}/{peer[key]:.1e}={shares[key]:.2f}" for key in shares)
+    print(
+        f"{row['dtype']:9} N={row['seqlen']:5}  {cells}  target <= {ACCURACY_TARGET:.0f} {met}; "
+        f"marginals {row['errors']['ral']['marginals']:.1e}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="two lengths and fewer repeats")
+    parser.add_argument("--seqlens", type=int, nargs="+", help="default: 1024 2048 4096 8192")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    seqlens = options.seqlens or ([1024, 2048] if options.quick else [1024, 2048, 4096, 8192])
+    run: dict[str, Any] = {
+        "benchmark": "attention_bench",
+        "machine": machine.describe(CPU),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "settings": {
+            "heads": "16:2 of 128",
+            "causal": True,
+            "num_spans": 32,
+            "quick": options.quick,
+        },
+    }
+    facts = run["machine"]
+    print(
+        f"machine   {facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores, "
+        f"{' '.join(facts['vector_extensions'])}"
+    )
+    print("versions  " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()))
+    print(f"commit    {run['commit']['hash']}{' with changes' if run['commit']['dirty'] else ''}\n")
+
+    print("attention with 32 span marginals / SDPA without (causal, 16:2 heads of 128)")
+    run["speed"] = []
+    for dtype in DTYPES:
+        for seqlen in seqlens:
+            for row in measure_speed(dtype, seqlen, options.quick):
+                run["speed"].append(row)
+                print_speed(row)
+    print("\nerror against float64, ours / SDPA's, loss on out alone")
+    for row in run["speed"]:
+        if row["mode"] == "forward":
+            print_accuracy(row)
+    print("\ncontiguous span marginals / the same kernel without, bfloat16")
+    run["marginals"] = []
+    for seqlen in seqlens:
+        for num_spans in (32, 64):
+            for row in measure_marginals(seqlen, num_spans, options.quick):
+                run["marginals"].append(row)
+                met = "met" if row["ratio"]["median"] <= row["target"] else "MISSED"
+                print(
+                    f"{row['mode']:17} N={seqlen:5} S={num_spans}  "
+                    f"ratio {row['ratio']['median']:.3f} (p20 {row['ratio']['p20']:.3f}, "
+                    f"p80 {row['ratio']['p80']:.3f})  target {row['target']} {met}",
+                    flush=True,
+                )
+    print("\npeak memory beyond inputs and outputs, bfloat16, 32 spans, fresh process")
+    run["memory"] = measure_memory(seqlens)
+    for row in run["memory"]:
+        if "wrong" in row:
+            print(f"{row['mode']:17} N={row['seqlen']:5}  WRONG: {row['wrong']}")
+            continue
+        per_token = 1024 * row["scratch_mib"] / row["seqlen"]
+        print(
+            f"{row['mode']:17} N={row['seqlen']:5}  {row['scratch_mib']:7.1f} MiB, "
+            f"{per_token:5.1f} KiB a token  (outputs {row['outputs_mib']:.0f} MiB; "
+            f"one H x N x N matrix {row['one_score_matrix_mib']:.0f} MiB)"
+        )
+    folder = options.out or Path(__file__).parent / "results" / machine.slug(facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"attention_bench-{run['commit']['hash'] or 'none'}.json"
+    file.write_text(json.dumps(run, indent=1) + "\n")
+    print(f"\nwritten to {file}")
+    return int(any(row.get("wrong") for row in run["speed"] + run["memory"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

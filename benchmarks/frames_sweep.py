@@ -1,0 +1,73 @@
+"""What attention policies cost as video frames grow, against what a user would do instead.
+
+A camera pans over the pictures of the scikit-image wheel; each frame is an image of a prompt, as
+TRL-style trainers pass videos on; the real Qwen2-VL image processor and a randomly initialised
+Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame.
+
+    python benchmarks/frames_sweep.py
+    python benchmarks/frames_sweep.py --frames 4 8 16 --input random --dtype float32
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
+# stays the one in use.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.sweeps.inputs import TOKEN_PIXELS, ModelInputs, Problem, random_problem
+from benchmarks.sweeps.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep
+
+FRAMES = (4, 8, 16, 32, 64)
+FULL_FRAMES = (*FRAMES, 128, 256)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "--frames",
+        type=int,
+        nargs="+",
+        help=f"numbers of frames (default: {FRAMES}; --full: {FULL_FRAMES})",
+    )
+    parser.add_argument(
+        "--grid",
+        type=int,
+        nargs=2,
+        default=(6, 10),
+        help="visual tokens of a frame, rows and columns (default: 6 10)",
+    )
+    add_arguments(parser)
+    options = parse(parser, arguments)
+    rows, columns = options.grid
+    frames = options.frames or (FULL_FRAMES if options.full else FRAMES)
+    heads, dtype = heads_of(options), DTYPES[options.dtype]
+    model = ModelInputs(heads, dtype, options.device) if options.input == "model" else None
+
+    def make(count: int) -> Problem:
+        if model is None:
+            return random_problem([rows * columns] * count, heads, dtype, options.device)
+        from benchmarks.sweeps.pictures import pan
+
+        pictures = list(pan(count, rows * TOKEN_PIXELS, columns * TOKEN_PIXELS))
+        return model.problem(pictures, "frame", None)
+
+    sizes = [
+        Size(
+            f"{count} frames",
+            {"frames": count},
+            count * rows * columns,
+            functools.partial(make, count),
+        )
+        for count in frames
+    ]
+    return run_sweep("frames_sweep", options, sizes, {"frame_grid": [rows, columns]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What attention policies cost as resolution grows, against what a user would do instead.
+
+A picture of the scikit-image wheel at growing resolution goes through the real Qwen2-VL image
+processor and a randomly initialised Qwen2.5-VL into q, k, v of its last layer. One span a tile of
+the picture: its keys are scattered, a few in each row of tokens, which is the hard case for
+kernels. With several pictures a prompt, `--spans image` makes one contiguous span of each.
+
+    python benchmarks/resolution_sweep.py
+    python benchmarks/resolution_sweep.py --tokens 256 1024 --images 2 --spans image
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
+# stays the one in use.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.sweeps.inputs import TOKEN_PIXELS, ModelInputs, Problem, random_problem
+from benchmarks.sweeps.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep
+
+TOKENS = (256, 512, 1024, 2048, 4096)
+FULL_TOKENS = (*TOKENS, 8192, 16384)
+
+
+def grid_of(tokens: int) -> tuple[int, int]:
+    """Rows and columns of the grid nearest to `tokens`, its width one to two times its height."""
+    grids = [
+        (rows, round(tokens / rows))
+        for rows in range(max(math.isqrt(tokens // 2), 1), math.isqrt(tokens) + 1)
+    ]
+    return min(grids, key=lambda grid: (abs(grid[0] * grid[1] - tokens), grid[1] - grid[0]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help=f"visual tokens an image (default: {TOKENS}; --full: {FULL_TOKENS})",
+    )
+    add("--images", type=int, default=1, help="pictures in the prompt (default: %(default)s)")
+    add(
+        "--spans",
+        choices=("tile", "image"),
+        default="tile",
+        help="what a span is (default: %(default)s)",
+    )
+    add(
+        "--tile",
+        type=int,
+        nargs=2,
+        default=(8, 8),
+        help="tokens of a tile, rows and columns (default: 8 8)",
+    )
+    add_arguments(parser)
+    options = parse(parser, arguments)
+    tokens = options.tokens or (FULL_TOKENS if options.full else TOKENS)
+    heads, dtype = heads_of(options), DTYPES[options.dtype]
+    model = ModelInputs(heads, dtype, options.device) if options.input == "model" else None
+    tile = tuple(options.tile) if options.spans == "tile" else None
+
+    def make(count: int) -> Problem:
+        rows, columns = grid_of(count)
+        if model is None:  # contiguous spans of a tile's size, or of an image's
+            length = rows * columns if tile is None else min(tile[0] * tile[1], rows * columns)
+            full, rest = divmod(rows * columns * options.images, length)
+            lengths = [length] * full + ([rest] if rest else [])
+            return random_problem(lengths, heads, dtype, options.device)
+        from benchmarks.sweeps.pictures import STILLS, still
+
+        height, width = rows * TOKEN_PIXELS, columns * TOKEN_PIXELS
+        names = [STILLS[index % len(STILLS)] for index in range(options.images)]
+        return model.problem([still(name, height, width) for name in names], options.spans, tile)
+
+    sizes = []
+    for count in tokens:
+        rows, columns = grid_of(count)
+        visual = rows * columns * options.images
+        name = f"{columns * TOKEN_PIXELS} x {rows * TOKEN_PIXELS} pixels"
+        axis = {"tokens_per_image": rows * columns, "images": options.images}
+        sizes.append(Size(name, axis, visual, functools.partial(make, count)))
+    extra = {"spans": options.spans, "tile": list(tile) if tile else None}
+    return run_sweep("resolution_sweep", options, sizes, extra)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

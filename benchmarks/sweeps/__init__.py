@@ -1,0 +1,1 @@
+"""What the sweeps share: inputs, contestants, the float64 gate, timing, memory, report, plot."""

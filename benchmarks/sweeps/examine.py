@@ -1,0 +1,233 @@
+"""One run of one contestant: is it right, how much memory does it take, how long about.
+
+On CPU each examination has a process of its own (`FreshProcesses`), so that peak memory is that of
+the contestant alone and a contestant that exhausts memory kills nobody else. On CUDA it runs in
+place, where the allocator's own statistics are exact.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contestants import REGISTRY, Attend, Contestant
+from .exact import GRADIENTS, gate_gradients, relative_errors, verdict
+from .inputs import Problem, random_problem
+from .machine import peak_memory, reset_peak_memory
+
+Leaves = tuple[Tensor, Tensor, Tensor]
+
+
+def leaves(problem: Problem, backward: bool) -> Leaves:
+    """q, k, v as leaves of a graph of their own, in the memory layout of the problem."""
+    q, k, v = (
+        tensor.detach().requires_grad_(backward) for tensor in (problem.q, problem.k, problem.v)
+    )
+    return q, k, v
+
+
+def run_once(
+    attend: Attend, inputs: Leaves, dout: Tensor, dmarginals: Tensor, backward: bool
+) -> dict[str, Tensor | None]:
+    """What is timed: forward, and the backward of <out, dout> + <marginals, dmarginals>."""
+    with torch.set_grad_enabled(backward):
+        out, marginals = attend(*inputs)
+        results: dict[str, Tensor | None] = {"out": out, "marginals": marginals}
+        if backward:
+            outputs, gradients = [out], [dout]
+            if marginals is not None:
+                outputs.append(marginals)
+                gradients.append(dmarginals.to(marginals.dtype))
+            found = torch.autograd.grad(outputs, inputs, gradients)
+            results.update(zip(GRADIENTS, found, strict=True))
+    return results
+
+
+def examine(
+    contestant: Contestant, problem: Problem, backward: bool, exact_file: str
+) -> dict[str, Any]:
+    """Run a contestant once: `status`, `reason`, `errors`, `seconds`, `peak_bytes` over the inputs.
+
+    The run has output gradients on the gate's rows only: the same work, and a result whose every
+    gradient is known.
+    """
+    device = problem.q.device
+    attend = contestant.prepare(problem)
+    inputs = leaves(problem, backward)
+    dout, dmarginals = gate_gradients(problem)
+    if contestant.compiles:
+        run_once(attend, inputs, dout, dmarginals, backward)
+    before = reset_peak_memory(device)
+    start = time.perf_counter()
+    results = run_once(attend, inputs, dout, dmarginals, backward)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    peak = peak_memory(device) - before
+
+    for name in ("out", "marginals"):
+        tensor = results[name]
+        if tensor is not None:
+            results[name] = tensor.index_select(2, problem.gate_rows)
+    exact_of = torch.load(exact_file, map_location=device, weights_only=True)
+    wanted = exact_of["all" if contestant.has_marginals else "out_only"]
+    errors = relative_errors(results, wanted)
+    reason = verdict(errors, problem.q.dtype, wanted)
+    status = "ok" if reason is None else "wrong"
+    return {
+        "status": status,
+        "reason": reason,
+        "errors": errors,
+        "seconds": seconds,
+        "peak_bytes": max(peak, 0),
+    }
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """The record of a contestant that raised: the exception's name and its first line."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return {"status": "failed", "reason": f"{type(error).__name__}: {first_line[:160]}"}
+
+
+def examine_here(
+    contestant: Contestant, problem: Problem, backward: bool, exact_file: str
+) -> dict[str, Any]:
+    """`examine` in this process, with an exception turned into a record."""
+    try:
+        return examine(contestant, problem, backward, exact_file)
+    except Exception as error:
+        return failure(error)
+    finally:
+        gc.collect()
+        if problem.q.is_cuda:
+            torch.cuda.empty_cache()
+
+
+class FreshProcesses:
+    """A server that has imported all and computed nothing; it forks a process an examination.
+
+    A fork of it starts in milliseconds where a new interpreter would import torch for seconds, and
+    is as good as
+    new: no pool of threads, no allocator history.
+    """
+
+    def __init__(self, threads: int) -> None:
+        # The server must import what this process imported, wherever it found it.
+        code = (
+            "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+            f"from {__name__} import main; main()"
+        )
+        environment = dict(
+            os.environ,
+            # Every larger block is mapped on its own and goes back to the system when it is freed;
+            # otherwise glibc moves this threshold while it runs, and memory of past blocks hides
+            # the need for new ones.
+            MALLOC_MMAP_THRESHOLD_=str(1 << 18),
+            MALLOC_TRIM_THRESHOLD_=str(1 << 18),
+            TORCHINDUCTOR_COMPILE_THREADS="1",
+        )
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(sys.path), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def examine(
+        self, contestant: str, problem_file: str, backward: bool, exact_file: str, timeout: float
+    ) -> dict[str, Any]:
+        """`examine` in a fresh process; a killed or overdue one comes back as a record too."""
+        request = {
+            "contestant": contestant,
+            "problem_file": problem_file,
+            "backward": backward,
+            "exact_file": exact_file,
+            "timeout": timeout,
+        }
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        answer = self._server.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"sweeps: the examining process ended with {self._server.wait()}")
+        record: dict[str, Any] = json.loads(answer)
+        return record
+
+    def close(self) -> None:
+        if self._server.stdin is not None:
+            self._server.stdin.close()
+        self._server.wait()
+
+
+def _examine_in_fork(request: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Fork, examine in the child, and read its record from a pipe."""
+    contestant = REGISTRY[request["contestant"]]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            torch.set_num_threads(threads)
+            problem = Problem(**torch.load(request["problem_file"], weights_only=True))
+            if not contestant.compiles:  # those warm up at full size
+                _warm_up(contestant, problem, request["backward"])
+            record = examine(contestant, problem, request["backward"], request["exact_file"])
+        except Exception as error:
+            if contestant.ours:
+                traceback.print_exc(file=sys.stderr)
+            record = failure(error)
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(record, pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        ready, _, _ = select.select([pipe], [], [], request["timeout"])
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not ready:
+        return {"status": "skipped", "reason": f"a run takes over {request['timeout']:.0f} s"}
+    if not answer:
+        name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "an exit"
+        why = "out of memory?" if name == "SIGKILL" else "crashed"
+        return {"status": "failed", "reason": f"ended by {name} ({why})"}
+    record = json.loads(answer)
+    return record if isinstance(record, dict) else {"status": "failed", "reason": str(record)}
+
+
+def _warm_up(contestant: Contestant, problem: Problem, backward: bool) -> None:
+    """Start threads and do late imports, which are not the contestant's memory."""
+    tiny = random_problem([32, 32], problem.heads, problem.q.dtype, "cpu")
+    attend = contestant.prepare(tiny)
+    run_once(attend, leaves(tiny, backward), tiny.dout, tiny.dmarginals, backward)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def main() -> None:
+    """Serve requests, one JSON line each, until stdin ends."""
+    import torch._dynamo
+    import torch._inductor.compile_fx  # noqa: F401  imported here once, not in every fork
+
+    threads = int(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a contestant prints must not mix with the answers
+    for line in sys.stdin:
+        json.dump(_examine_in_fork(json.loads(line), threads), answers)
+        answers.write("\n")
+        answers.flush()

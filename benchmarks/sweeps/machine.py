@@ -1,0 +1,154 @@
+"""What a measurement depends on: machine, versions, commit, free memory, GEMM rate."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+GEMM_SIZE = 2048
+
+
+def _proc(path: str, key: str) -> str | None:
+    """The first value of `key` in a `key : value` file of /proc."""
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{re.escape(key)}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else None
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """CPU, cores, threads, vector extensions, memory and, where one is used, the GPU."""
+    flags = (_proc("/proc/cpuinfo", "flags") or "").split()
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    total = _proc("/proc/meminfo", "MemTotal")
+    facts: dict[str, Any] = {
+        "cpu": _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu_family_model": [_proc("/proc/cpuinfo", key) for key in ("cpu family", "model")],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "vector_extensions": [flag for flag in wanted if flag in flags],
+        "memory_gib": round(int(total.split()[0]) / 2**20, 1) if total else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = properties.name
+        facts["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+    return facts
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """A folder name: `amd-epyc-2-cores` or the GPU's name."""
+    name = machine.get("gpu") or f"{machine['cpu']} {machine['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that takes part."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "triton", "numpy", "scikit-image", "ral-kernels"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def commit() -> dict[str, Any]:
+    """The commit of this checkout and whether files differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            command = ["git", "-C", str(ROOT), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    changes = git("status", "--porcelain")
+    return {"hash": git("rev-parse", "--short=10", "HEAD"), "dirty": bool(changes)}
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a contestant may take: of the GPU, or the machine and its control group."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator only keeps is free as well
+        return torch.cuda.mem_get_info(device)[0]
+    free = _proc("/proc/meminfo", "MemAvailable")
+    limits = [int(free.split()[0]) * 1024] if free else []
+    try:
+        group = Path("/sys/fs/cgroup")
+        used, limit = (group / "memory.current").read_text(), (group / "memory.max").read_text()
+        if limit.strip() != "max":
+            limits.append(int(limit) - int(used))
+    except (OSError, ValueError):
+        pass
+    return min(limits) if limits else None
+
+
+def reset_peak_memory(device: torch.device) -> int:
+    """Forget the peak and return the bytes in use now (or the peak where it stays known)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from VmRSS
+    except OSError:
+        pass
+    return peak_memory(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use since `reset_peak_memory`: resident on CPU, allocated on CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = _proc("/proc/self/status", "VmHWM")
+    if peak is not None:
+        return int(peak.split()[0]) * 1024
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_rss if sys.platform == "darwin" else peak_rss * 1024
+
+
+def clock(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, by events on CUDA; its result is dropped after the clock stops."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize(device)
+        seconds = begin.elapsed_time(end) / 1e3
+    else:
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def gemm_gflops(dtype: torch.dtype, device: torch.device) -> float:
+    """The rate of torch's own matrix product here and now, median of five, in GFLOP/s."""
+    left = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
+    right = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
+    seconds = [clock(lambda: left @ right, device) for _ in range(7)][2:]
+    return 2 * GEMM_SIZE**3 / statistics.median(seconds) / 1e9

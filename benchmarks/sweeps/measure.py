@@ -1,0 +1,246 @@
+"""One size of a sweep: admission, the gate and memory of each, interleaved timing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contestants import PEER, REGISTRY, Contestant
+from .exact import exact
+from .examine import FreshProcesses, examine_here, leaves, run_once
+from .inputs import Problem
+from .machine import available_bytes, clock, gemm_gflops
+
+MODES = {"forward": False, "forward+backward": True}
+FLOPS_PER_PAIR = {
+    "forward": 4,
+    "forward+backward": 14,
+}  # times head_dim; the backward has 5 products to 2
+MEMORY_SHARE = 0.8  # of what is available; the rest is for errors of the estimate
+# of a size's time: one run of each in the gate, and as much again for one timed run of each
+FEWEST = 3  # rotations of the peer and ours, whatever the time
+TIMING_SHARE = 0.4  # of a size's time, kept for timing if the gate took long (it compiles, too)
+EXAMINE_SHARE = 0.55
+
+
+@dataclass
+class Entry:
+    """A contestant in one mode at one size, on its way to a row of the table."""
+
+    contestant: Contestant
+    mode: str
+    record: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    rotations: int = 0
+
+    @property
+    def backward(self) -> bool:
+        return MODES[self.mode]
+
+    @property
+    def planned(self) -> float:
+        """Seconds that timing it is expected to take."""
+        return self.rotations * float(self.record["seconds"])
+
+    @property
+    def in_the_race(self) -> bool:
+        return self.record.get("status") == "ok"
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80, by linear interpolation."""
+    ordered = torch.tensor(sorted(values), dtype=torch.float64)
+    median, p20, p80 = torch.quantile(
+        ordered, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    ).tolist()
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+class Sweep:
+    """Runs sizes one after the other, small to large, and remembers how long each took."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        modes: Sequence[str],
+        repeats: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        advance: Callable[[str], None],
+    ) -> None:
+        self.contestants = [REGISTRY[name] for name in dict.fromkeys([PEER, *names])]
+        self.modes, self.repeats, self.device, self.dtype = modes, repeats, device, dtype
+        # called with what is about to run, once for each step of `steps_per_size`
+        self.advance = advance
+        self.gemm = 0.0  # GFLOP/s of a matrix product, measured anew at each size
+        self._last: dict[tuple[str, str], tuple[int, float]] = {}  # -> (pairs, seconds of a run)
+        self._processes = None if device.type == "cuda" else FreshProcesses(torch.get_num_threads())
+
+    @property
+    def steps_per_size(self) -> int:
+        return len(self.contestants) * len(self.modes) * (1 + self.repeats)
+
+    def close(self) -> None:
+        if self._processes is not None:
+            self._processes.close()
+
+    def run(self, problem: Problem, share: float) -> list[dict[str, Any]]:
+        """Measure one problem in about `share` seconds; one record for each contestant and mode."""
+        deadline = time.perf_counter() + share
+        entries = [Entry(c, mode) for mode in self.modes for c in self.contestants]
+        self._admit(entries, problem, share)
+        with tempfile.TemporaryDirectory(prefix="ral-sweep-") as folder:
+            self._examine(entries, problem, Path(folder), share)
+        deadline = max(deadline, time.perf_counter() + TIMING_SHARE * share)
+        gemm = gemm_gflops(self.dtype, self.device)
+        left = deadline - time.perf_counter()
+        racing = [entry for entry in entries if entry.in_the_race]
+        _allot_rotations(racing, left, self.repeats)
+        planned = sum(entry.planned for entry in racing)
+        for mode in self.modes:
+            share = sum(e.planned for e in racing if e.mode == mode) / max(planned, 1e-6)
+            self._time([entry for entry in entries if entry.mode == mode], problem, left * share)
+        self.gemm = max(gemm, gemm_gflops(self.dtype, self.device))
+        return [self._row(entry, entries, problem) for entry in entries]
+
+    def _admit(self, entries: Sequence[Entry], problem: Problem, share: float) -> None:
+        """Turn away, with the reason, who cannot run, would not fit, or would take too long."""
+        available = available_bytes(self.device)
+        expected: list[tuple[float, Entry]] = []
+        for entry in entries:
+            needed = entry.contestant.bytes_needed(problem, entry.backward)
+            if reason := entry.contestant.refuse(problem, entry.backward):
+                entry.record = {"status": "skipped", "reason": reason}
+            elif available is not None and needed > MEMORY_SHARE * available:
+                reason = f"would need {needed / 2**30:.1f} GiB of {available / 2**30:.1f} available"
+                entry.record = {"status": "skipped", "reason": reason}
+            elif last := self._last.get((entry.contestant.name, entry.mode)):
+                expected.append((last[1] * problem.pairs / last[0], entry))
+        spent = 0.0
+        # The peer and our own contestants come first, then the cheapest.
+        for seconds, entry in sorted(expected, key=lambda e: (not _essential(e[1]), e[0])):
+            if spent + seconds > EXAMINE_SHARE * share and not _essential(entry):
+                reason = (
+                    f"a run takes about {seconds:.0f} s, beyond the time left (--budget, --full)"
+                )
+                entry.record = {"status": "skipped", "reason": reason}
+            else:
+                spent += seconds
+
+    def _examine(
+        self, entries: Sequence[Entry], problem: Problem, folder: Path, share: float
+    ) -> None:
+        """Pass all admitted through the gate; take peak memory and a first duration there."""
+        exact_file, problem_file = str(folder / "exact.pt"), str(folder / "problem.pt")
+        wanted = {"all": exact(problem, with_marginals=True)}
+        if any(not entry.contestant.has_marginals for entry in entries):
+            wanted["out_only"] = exact(problem, with_marginals=False)
+        torch.save(wanted, exact_file)
+        del wanted
+        if self._processes is not None:
+            torch.save(problem.tensors(), problem_file)
+        start = time.perf_counter()
+        for entry in sorted(entries, key=_rank):
+            contestant = entry.contestant
+            self.advance(f"{contestant.name} {entry.mode}: gate and memory")
+            if entry.record:
+                continue
+            late = time.perf_counter() - start > 2 * EXAMINE_SHARE * share
+            if late and not _essential(entry):
+                reason = "no time left (--budget, --full)"
+                entry.record = {"status": "skipped", "reason": reason}
+            elif self._processes is None:
+                entry.record = examine_here(contestant, problem, entry.backward, exact_file)
+            else:
+                # a margin: the process also loads, compiles and is compared with float64
+                timeout = min(60.0 + 2 * share, 3600.0)
+                entry.record = self._processes.examine(
+                    contestant.name, problem_file, entry.backward, exact_file, timeout
+                )
+            if entry.in_the_race:
+                self._remember(entry, problem)
+
+    def _remember(self, entry: Entry, problem: Problem) -> None:
+        """Keep the fastest run, to predict the next size's: a cold or disturbed one misleads."""
+        fastest = min([entry.record["seconds"], *entry.seconds])
+        self._last[(entry.contestant.name, entry.mode)] = (problem.pairs, fastest)
+
+    def _time(self, entries: Sequence[Entry], problem: Problem, share: float) -> None:
+        """Let all run once in each rotation, another one first each time, the peer among them.
+
+        Slow contestants sit out later rotations when time is short; the peer and ours run in all,
+        or in `FEWEST` where even that takes longer than `share` seconds.
+        """
+        racing = [entry for entry in entries if entry.in_the_race]
+        if not any(entry.contestant.name == PEER for entry in racing):
+            racing = []
+        runs: dict[str, Callable[[], object]] = {}
+        for entry in racing:
+            runs[entry.contestant.name] = self._runner(entry, problem)
+            if entry.rotations == self.repeats or entry.contestant.compiles:
+                runs[entry.contestant.name]()  # compile, and touch what is made once
+        deadline = time.perf_counter() + share  # warming up, which compiles, does not count
+        for rotation in range(self.repeats):
+            late = time.perf_counter() > deadline
+            turn = rotation % max(len(racing), 1)
+            for entry in [*racing[turn:], *racing[:turn]]:
+                self.advance(f"{entry.contestant.name} {entry.mode}: {rotation + 1}/{self.repeats}")
+                fewest = FEWEST if _essential(entry) else 1
+                if rotation < (min(entry.rotations, fewest) if late else entry.rotations):
+                    entry.seconds.append(clock(runs[entry.contestant.name], self.device))
+            for _ in range(len(entries) - len(racing)):
+                self.advance("")
+        for entry in racing:
+            self._remember(entry, problem)
+
+    def _runner(self, entry: Entry, problem: Problem) -> Callable[[], object]:
+        attend = entry.contestant.prepare(problem)
+        inputs = leaves(problem, entry.backward)
+        dmarginals = problem.dmarginals
+        return lambda: run_once(attend, inputs, problem.dout, dmarginals, entry.backward)
+
+    def _row(self, entry: Entry, entries: Sequence[Entry], problem: Problem) -> dict[str, Any]:
+        row: dict[str, Any] = {"contestant": entry.contestant.name, "mode": entry.mode}
+        row.update((key, value) for key, value in entry.record.items() if key != "seconds")
+        if not entry.seconds:
+            return row
+        peer = next(e for e in entries if e.contestant.name == PEER and e.mode == entry.mode)
+        flops = FLOPS_PER_PAIR[entry.mode] * problem.heads.head_dim * problem.pairs
+        gflops = flops / statistics.median(entry.seconds) / 1e9
+        row["repeats"] = len(entry.seconds)
+        row["ms"] = quantiles([1e3 * s for s in entry.seconds])
+        row["ms"]["all"] = [round(1e3 * s, 4) for s in entry.seconds]
+        row["ratio"] = quantiles([s / p for s, p in zip(entry.seconds, peer.seconds, strict=False)])
+        row["gflops"] = gflops
+        row["gemm_share"] = gflops / self.gemm
+        return row
+
+
+def _allot_rotations(entries: Sequence[Entry], left: float, repeats: int) -> None:
+    """Share `left` seconds: all rotations to the essential, then even shares, cheapest first.
+
+    What a cheap contestant does not need passes on to the dearer ones. All run at least once.
+    """
+    waiting = sorted(entries, key=lambda e: (not _essential(e), e.record["seconds"]))
+    for index, entry in enumerate(waiting):
+        once = max(entry.record["seconds"], 1e-6)
+        fits = math.floor(left / (len(waiting) - index) / once)
+        entry.rotations = repeats if _essential(entry) else min(max(fits, 1), repeats)
+        left = max(left - entry.rotations * once, 0.0)
+
+
+def _rank(entry: Entry) -> tuple[bool, int]:
+    """The peer and ours first, the full matrix last: what is examined when time may run out."""
+    return not _essential(entry), list(REGISTRY).index(entry.contestant.name)
+
+
+def _essential(entry: Entry) -> bool:
+    return entry.contestant.name == PEER or entry.contestant.ours

@@ -1,0 +1,208 @@
+"""The picture of a sweep, from its JSON alone: time and memory against visual tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from .contestants import REGISTRY
+
+# Okabe and Ito's palette, which the colour-blind tell apart; dashes and markers carry the same
+# distinction again.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "ral": ("#D55E00", "o", "-"),
+    "ral_plain": ("#E69F00", "s", "--"),
+    "sdpa": ("#000000", "D", "-"),
+    "sdpa_one_hot": ("#0072B2", "^", "-"),
+    "flex_one_hot": ("#56B4E9", "v", "--"),
+    "per_span": ("#CC79A7", "P", "-."),
+    "chunked": ("#009E73", "X", "-"),
+    "eager": ("#7F7F7F", "p", ":"),
+    "sdpa_cudnn": ("#000000", "<", "--"),
+    "sdpa_flash": ("#000000", ">", "-."),
+    "sdpa_efficient": ("#000000", "d", ":"),
+}
+OTHER_STYLE = ("#F0E442", "h", "-")
+FONT = 11
+# smallest distance between two labels at the right edge, as a share of the panel's height
+GAP = 0.052
+
+
+def draw(path: Path, mode: str | None = None) -> Path:
+    """Draw `path` (a sweep's JSON) into a PNG beside it, for `mode` or the fullest there is."""
+    run = json.loads(path.read_text())
+    mode = mode or run["settings"]["modes"][-1]
+    target = path.with_suffix(".png")
+    lines = {
+        "time, ms": _series(run, mode, lambda row: row["ms"]["median"]),
+        "peak memory beyond the inputs, MiB": _series(
+            run, mode, lambda row: row["peak_bytes"] / 2**20
+        ),
+    }
+    figure, panels = plt.subplots(1, 2, figsize=(17, 6.6), dpi=120)
+    for panel, (what, series) in zip(panels, lines.items(), strict=True):
+        _draw_panel(panel, what, series, run)
+    figure.suptitle(_title(run, mode), fontsize=FONT + 4, x=0.05, ha="left", weight="bold")
+    figure.text(0.05, 0.902, _subtitle(run), fontsize=FONT, color="#444444", ha="left")
+    # the room right of each panel is for the labels of its lines
+    figure.subplots_adjust(left=0.05, right=0.82, top=0.83, bottom=0.11, wspace=0.75)
+    figure.savefig(target)
+    plt.close(figure)
+    return target
+
+
+def _series(run: Mapping[str, Any], mode: str, value: Any) -> dict[str, list[tuple[int, float]]]:
+    """contestant -> [(visual tokens, value)] of the sizes at which it was right and measured."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for size in run["sizes"]:
+        for row in size["results"]:
+            if row["mode"] == mode and "ms" in row:
+                point = (size["visual_tokens"], max(value(row), 1e-2))
+                series.setdefault(row["contestant"], []).append(point)
+    return series
+
+
+def _draw_panel(
+    panel: Axes,
+    what: str,
+    series: Mapping[str, Sequence[tuple[int, float]]],
+    run: Mapping[str, Any],
+) -> None:
+    tokens = sorted({size["visual_tokens"] for size in run["sizes"]})
+    panel.set(xscale="log", yscale="log")
+    for name, points in series.items():
+        colour, marker, dash = STYLES.get(name, OTHER_STYLE)
+        ours = name == "ral"
+        panel.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            linestyle=dash,
+            linewidth=3.2 if ours else 1.8,
+            markersize=9 if ours else 7,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            zorder=3 if ours else 2,
+        )
+    panel.set_xlabel("visual tokens", fontsize=FONT + 1)
+    panel.set_title(what, fontsize=FONT + 2, loc="left")
+    panel.xaxis.set_major_locator(FixedLocator(tokens))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
+    panel.tick_params(labelsize=FONT)
+    panel.grid(True, which="major", color="#DDDDDD", linewidth=0.8)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    if len(tokens) > 1:
+        panel.set_xlim(tokens[0] / 1.12, tokens[-1] * 1.06)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high)  # fixed: the labels are placed in it
+    _label_lines(panel, series)
+
+
+def _label_lines(panel: Axes, series: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Name each line at the right edge, level with its end, moved apart where two overlap.
+
+    A line that ends early is named level with where it was heading, and told how far it went.
+    """
+    if not series:
+        panel.text(0.5, 0.5, "nothing was measured", transform=panel.transAxes, ha="center")
+        return
+    to_axes = panel.transAxes.inverted()
+
+    def place(point: tuple[int, float]) -> tuple[float, float]:
+        x, y = to_axes.transform(panel.transData.transform(point))
+        return float(x), float(y)
+
+    last = max(points[-1][0] for points in series.values())
+    levels = {}
+    for name, points in series.items():
+        x, level = place(points[-1])
+        if points[-1][0] < last and len(points) > 1:
+            x_before, before = place(points[-2])
+            level += (level - before) / (x - x_before) * (place((last, 1.0))[0] - x)
+        levels[name] = min(max(level, 0.0), 1.0)
+    names = sorted(levels, key=lambda name: levels[name])
+    heights = _spread([levels[name] for name in names])
+    for name, height in zip(names, heights, strict=True):
+        colour, marker, dash = STYLES.get(name, OTHER_STYLE)
+        end, value = series[name][-1]
+        text = _label(name) if end == last else f"{_label(name)}, to {end:,}"
+        style: dict[str, Any] = {"color": colour, "transform": panel.transAxes, "clip_on": False}
+        if end == last:
+            x, y = place((end, value))
+            panel.plot([x, 1.04], [y, height], linewidth=0.7, alpha=0.6, **style)
+        panel.plot([1.04, 1.085, 1.13], [height] * 3, linestyle=dash, linewidth=1.8, **style)
+        panel.plot([1.085], [height], marker=marker, markersize=6, **style)
+        weight = "bold" if name == "ral" else "normal"
+        panel.text(1.145, height, text, va="center", fontsize=FONT - 1, weight=weight, **style)
+
+
+def _label(name: str) -> str:
+    return REGISTRY[name].label if name in REGISTRY else name
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """The ascending heights, moved as little as it takes to stand `GAP` apart in the panel."""
+    blocks: list[tuple[list[float], float]] = []  # labels that touch move as one, about their mean
+
+    def push(members: list[float]) -> None:
+        half = GAP * (len(members) - 1) / 2
+        blocks.append((members, min(max(sum(members) / len(members), half), 1.0 - half)))
+
+    for height in heights:
+        push([height])
+        while len(blocks) > 1:
+            (low, low_centre), (high, high_centre) = blocks[-2:]
+            if high_centre - low_centre >= GAP * (len(low) + len(high)) / 2:
+                break
+            del blocks[-2:]
+            push(low + high)
+    return [
+        centre + GAP * (index - (len(members) - 1) / 2)
+        for members, centre in blocks
+        for index in range(len(members))
+    ]
+
+
+def _title(run: Mapping[str, Any], mode: str) -> str:
+    growth = {
+        "frames_sweep": "as video frames grow",
+        "resolution_sweep": "as image resolution grows",
+    }
+    words = {"forward": "forward", "forward+backward": "forward and backward"}[mode]
+    claim = _claim(run, mode)
+    return f"Attention marginals {growth.get(run['benchmark'], '')}: {words}{claim}"
+
+
+def _claim(run: Mapping[str, Any], mode: str) -> str:
+    """Our time against SDPA's at the largest size at which both ran."""
+    for size in reversed(run["sizes"]):
+        for row in size["results"]:
+            if row["contestant"] == "ral" and row["mode"] == mode and "ratio" in row:
+                where = f"at {size['visual_tokens']:,} tokens"
+                return f", {row['ratio']['median']:.2f} × the time of plain SDPA {where}"
+    return ""
+
+
+def _subtitle(run: Mapping[str, Any]) -> str:
+    machine, settings, commit = run["machine"], run["settings"], run["commit"]
+    threads = machine["threads"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads > 1)}"
+    source = {"model": "q, k, v of a Qwen2.5-VL over real pictures", "random": "random q, k, v"}
+    heads = "{num_heads}:{num_kv_heads} heads of {head_dim}".format(**settings["heads"])
+    facts = (where, f"{settings['dtype']}, causal, {heads}", source[settings["input"]])
+    state = " with changes" if commit["dirty"] else ""
+    return "; ".join((*facts, f"commit {commit['hash'] or 'none yet'}{state}"))

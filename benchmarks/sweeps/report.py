@@ -1,0 +1,121 @@
+"""What a person reads of a sweep, and the JSON that plots are made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .contestants import REGISTRY
+from .exact import GRADIENTS
+
+HEADINGS = (
+    "contestant",
+    "ms",
+    "/ SDPA",
+    "p20-p80",
+    "n",
+    "GFLOP/s",
+    "of GEMM",
+    "MiB",
+    "out",
+    "marginals",
+)
+
+
+def header(run: Mapping[str, Any]) -> str:
+    """Machine, versions and commit, a line each."""
+    machine, commit = run["machine"], run["commit"]
+    extensions = " ".join(machine["vector_extensions"]) or "no AVX2"
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {extensions}"
+    )
+    if "gpu" in machine:
+        where = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB; {where}"
+    state = " with changes" if commit["dirty"] else ""
+    settings = run["settings"]
+    heads = "{num_heads}:{num_kv_heads} heads of {head_dim}".format(**settings["heads"])
+    return "\n".join(
+        (
+            f"machine   {where}, {machine['memory_gib']} GiB",
+            "versions  " + ", ".join(f"{name} {text}" for name, text in run["versions"].items()),
+            f"commit    {commit['hash'] or 'none yet'}{state}",
+            f"problem   {settings['input']} inputs, causal, {heads}, {settings['dtype']}, "
+            f"up to {settings['repeats']} interleaved repeats",
+        )
+    )
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    name = REGISTRY[row["contestant"]].label
+    errors = row.get("errors", {})
+    shown = [f"{errors[key]:.0e}" if key in errors else "-" for key in ("out", "marginals")]
+    shown += [f"{errors[key]:.0e}" if key in errors else "-" for key in GRADIENTS]
+    if "ms" not in row:
+        return [name, f"{row['status']}: {row['reason']}"]
+    ms, ratio = row["ms"], row["ratio"]
+    return [
+        name,
+        f"{ms['median']:.1f}",
+        f"{ratio['median']:.2f}",
+        f"{ratio['p20']:.2f}-{ratio['p80']:.2f}",
+        str(row["repeats"]),
+        f"{row['gflops']:.0f}",
+        f"{100 * row['gemm_share']:.0f} %",
+        f"{row['peak_bytes'] / 2**20:.1f}",
+        *shown,
+    ]
+
+
+def table(size: Mapping[str, Any]) -> str:
+    """An aligned table for each mode of one size: by time, then who did not run and why."""
+    seqlen = size["seqlen"]
+    facts = (
+        f"{size['visual_tokens']} visual tokens of {seqlen}, {size['num_spans']} spans",
+        f"GEMM {size['gemm_gflops']:.0f} GFLOP/s",
+        f"float64 gate on {size['gate_rows']} of {seqlen} queries",
+    )
+    lines = [f"{size['name']}: {'; '.join(facts)}"]
+    for mode in dict.fromkeys(row["mode"] for row in size["results"]):
+        rows = [row for row in size["results"] if row["mode"] == mode]
+        rows.sort(key=lambda row: row["ms"]["median"] if "ms" in row else float("inf"))
+        lines += ["", *_aligned([*HEADINGS, *GRADIENTS], [_cells(row) for row in rows], mode)]
+    return "\n".join(lines)
+
+
+def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], mode: str) -> list[str]:
+    headings = [mode, *headings[1:]]
+    if not mode.endswith("backward"):
+        headings, rows = headings[:-3], [row[: len(headings) - 3] for row in rows]
+    full = [row for row in rows if len(row) > 2]
+    widths = [max(len(row[i]) for row in [headings, *full]) for i in range(len(headings))]
+    widths[0] = max([widths[0], *(len(row[0]) for row in rows)])
+    lines = []
+    for row in [headings, *rows]:
+        cells = [row[0].ljust(widths[0])]
+        short = len(row) == 2
+        cells += (
+            row[1:] if short else [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        )
+        lines.append("  " + "  ".join(cells))
+    rule = "  " + "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return [lines[0], rule, *lines[1:]]
+
+
+def save(run: Mapping[str, Any], path: Path) -> None:
+    """Write the JSON of a run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=1) + "\n")
+
+
+def mistakes(run: Mapping[str, Any]) -> list[str]:
+    """What must fail a run: a wrong answer from anybody, and one of ours that did not run."""
+    found = []
+    for size in run["sizes"]:
+        for row in size["results"]:
+            ours = REGISTRY[row["contestant"]].ours
+            if row["status"] == "wrong" or (ours and row["status"] != "ok"):
+                which = f"{size['name']}, {row['contestant']} {row['mode']}"
+                found.append(f"{which}: {row['status']}: {row['reason']}")
+    return found

@@ -1,0 +1,189 @@
+"""The command line that both sweeps share, and the loop over sizes."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import machine, report
+from .contestants import REGISTRY, default_names
+from .inputs import Heads, Problem
+from .measure import MODES, Sweep
+
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+DEFAULT_SECONDS = 140.0  # for measuring; imports, the model and the plot come on top
+FULL_SECONDS = 3 * 3600.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """One point of a sweep."""
+
+    name: str  # "16 frames"
+    axis: dict[str, int]  # {"frames": 16}: the JSON's own field of the sweep
+    visual_tokens: int  # expected; the order of sizes and the share of the time follow it
+    make: Callable[[], Problem]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every sweep."""
+
+    def add(name: str, text: str, **options: Any) -> None:
+        if options.get("default") is not None:
+            text += " (default: %(default)s)"
+        parser.add_argument(name, help=text, **options)
+
+    add("--input", "where q, k, v come from", choices=("model", "random"), default="model")
+    add("--full", "more sizes, and as long as it takes", action="store_true")
+    add("--dtype", "of q, k, v and the model", choices=DTYPES, default="bfloat16")
+    add("--device", "cpu or cuda", default="cpu")
+    add("--threads", "threads of torch (default: torch's own choice)", type=int)
+    add("--repeats", "rotations, each contestant once in each", type=int, default=5)
+    add(
+        "--budget",
+        f"seconds to measure (default: {DEFAULT_SECONDS:.0f}, with --full hours)",
+        type=float,
+    )
+    add("--contestants", f"some of {', '.join(REGISTRY)} (default: all that fit)", metavar="A,B")
+    add("--no-backward", "forward only", action="store_true")
+    add("--heads", "query heads", type=int, default=16)
+    add("--kv-heads", "key and value heads", type=int, default=2)
+    add("--head-dim", "of q, k and v", type=int, default=128)
+    add("--out", "folder (default: benchmarks/results/<machine>)", type=Path)
+    add("--no-plot", "no PNG beside the JSON", action="store_true")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, and check what argparse cannot."""
+    options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    names = default_names(options.device)
+    if options.contestants is not None:
+        names = [name.strip() for name in options.contestants.split(",") if name.strip()]
+    unknown = [name for name in names if name not in REGISTRY]
+    if unknown:
+        parser.error(
+            f"--contestants: {', '.join(unknown)} unknown; there are {', '.join(REGISTRY)}"
+        )
+    options.contestants = names
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def heads_of(options: argparse.Namespace) -> Heads:
+    return Heads(options.heads, options.kv_heads, options.head_dim)
+
+
+def run_sweep(
+    benchmark: str, options: argparse.Namespace, sizes: Sequence[Size], extra: dict[str, Any]
+) -> int:
+    """Measure all sizes, print the tables, write JSON and PNG; the exit status of the script.
+
+    Args:
+        benchmark: the script's name.
+        options: as `parse` returns them.
+        sizes: what to measure.
+        extra: settings of this sweep alone, for the JSON.
+    """
+    device, began = torch.device(options.device), time.perf_counter()
+    modes = [mode for mode, backward in MODES.items() if not (backward and options.no_backward)]
+    sizes = sorted(sizes, key=lambda size: size.visual_tokens)
+    run: dict[str, Any] = {
+        "benchmark": benchmark,
+        "schema": 1,
+        "machine": machine.describe(device),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "settings": {
+            "input": options.input,
+            "dtype": options.dtype,
+            "device": options.device,
+            "repeats": options.repeats,
+            "heads": asdict(heads_of(options)),
+            "modes": modes,
+            **extra,
+        },
+        "sizes": [],
+    }
+    print(report.header(run), flush=True)
+    budget = options.budget or (FULL_SECONDS if options.full else DEFAULT_SECONDS)
+    deadline = began + budget
+    # disable=None: no bar where stderr is a file, which a bar would fill with its frames
+    with tqdm(unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
+        sweep = Sweep(
+            options.contestants,
+            modes,
+            options.repeats,
+            device,
+            DTYPES[options.dtype],
+            lambda what: _advance(bar, what),
+        )
+        bar.total = len(sizes) * sweep.steps_per_size
+        try:
+            for index, size in enumerate(sizes):
+                bar.set_description(size.name)
+                bar.set_postfix_str("inputs")
+                problem = size.make()
+                weights = [s.visual_tokens**2 for s in sizes[index:]]
+                left = max(deadline - time.perf_counter(), 10.0)
+                # a floor for small sizes, whose time is start-up and compilation rather than N^2
+                share = min(max(left * weights[0] / sum(weights), 12.0), left)
+                run["sizes"].append(_measure(sweep, size, problem, share))
+                bar.write(f"\n{report.table(run['sizes'][-1])}", file=sys.stdout)
+        finally:
+            sweep.close()
+    run["seconds"] = round(time.perf_counter() - began, 1)
+    return _finish(benchmark, options, run)
+
+
+def _advance(bar: Any, what: str) -> None:
+    bar.update()
+    if what:
+        bar.set_postfix_str(what)
+
+
+def _measure(sweep: Sweep, size: Size, problem: Problem, share: float) -> dict[str, Any]:
+    results = sweep.run(problem, share)
+    return {
+        "name": size.name,
+        **size.axis,
+        "visual_tokens": int((problem.span_ids >= 0).sum()),
+        "seqlen": problem.seqlen,
+        "num_spans": problem.num_spans,
+        "contiguous_spans": problem.spans.is_contiguous,
+        "gate_rows": problem.gate_rows.numel(),
+        "gemm_gflops": sweep.gemm,
+        "results": results,
+    }
+
+
+def _finish(benchmark: str, options: argparse.Namespace, run: dict[str, Any]) -> int:
+    folder = options.out or RESULTS / machine.slug(run["machine"])
+    commit = run["commit"]
+    version = (commit["hash"] or "uncommitted") + ("-dirty" if commit["dirty"] else "")
+    path = folder / f"{benchmark}-{options.dtype}-{version}.json"
+    report.save(run, path)
+    print(f"\n{run['seconds']:.0f} s in all; wrote {path}")
+    if not options.no_plot:
+        from . import plot
+
+        print(f"wrote {plot.draw(path)}")
+    wrong = report.mistakes(run)
+    for line in wrong:
+        print(f"FAILED: {line}", file=sys.stderr)
+    return 1 if wrong else 0
