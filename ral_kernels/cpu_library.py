@@ -15,6 +15,7 @@ from . import native
 
 # ral_dtype and ral_status of csrc/include/ral
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of q, k and v
 STATUS = {
     1: "out of memory for its scratch",
     2: "the chosen variant does not run on this processor",

@@ -52,7 +52,7 @@ class Tree:
         for name in re.findall(r"csrc/\S+\.cpp", (ROOT / "CMakeLists.txt").read_text()):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_text("")
-        self.entry = path / "csrc" / "cpu" / "attention.cpp"
+        self.entry = path / "csrc" / "cpu" / "entry.cpp"
         self.entry.write_text(ENTRY_POINT)
         self.hidden = path / "hidden"
         self.hidden.mkdir()

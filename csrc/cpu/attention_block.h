@@ -13,8 +13,8 @@
 
 #include <stdlib.h>
 
-#include "attention_kernels.h"
 #include "microkernel.h"
+#include "ral/attention.h"
 #include "ral/attention_math.h"
 #include "threads.h"
 

@@ -2,8 +2,12 @@
 //
 // Only this project's code may be instantiated here. A standard library template compiled with
 // AVX-512 could be the copy that the linker keeps for the whole library.
+#include "kernels.h"
 #include "attention_bwd.h"
 #include "attention_fwd.h"
+#include "divergence_fwd.h"
+#include "policy_bwd.h"
+#include "policy_loss.h"
 
 namespace ral {
 namespace RAL_ISA {
@@ -14,24 +18,24 @@ namespace {
 constexpr int64_t kForwardPanels = 64 / kPanel > 0 ? 64 / kPanel : 1;
 
 template <class Compute>
-int forward_as(const ral_attention_params& params, const ral_attention_outputs& outputs) {
+int attention_fwd_as(const ral_attention_params& params, const ral_attention_outputs& outputs) {
   const int64_t group = params.num_kv_heads ? params.num_heads / params.num_kv_heads : 0;
   const int64_t longest = params.cu_seqlens_q ? kPanel : params.seqlen_q;
   if (longest * group <= kLanes) return AttentionForward<Compute, 1, 1>(params, outputs).run();
   return AttentionForward<Compute, kTileVectors, kForwardPanels>(params, outputs).run();
 }
 
-int forward(const ral_attention_params& params, const ral_attention_outputs& outputs) {
+int attention_fwd(const ral_attention_params& params, const ral_attention_outputs& outputs) {
 #if defined(__AVX512BF16__)
-  if (params.dtype == RAL_BFLOAT16) return forward_as<BFloat16Compute>(params, outputs);
+  if (params.dtype == RAL_BFLOAT16) return attention_fwd_as<BFloat16Compute>(params, outputs);
 #endif
-  return forward_as<Float32Compute>(params, outputs);
+  return attention_fwd_as<Float32Compute>(params, outputs);
 }
 
 constexpr int64_t kBackwardPanels = 192 / kPanel;
 
-int backward(const ral_attention_params& params, const ral_attention_outputs& outputs,
-             const ral_attention_gradients& gradients) {
+int attention_bwd(const ral_attention_params& params, const ral_attention_outputs& outputs,
+                  const ral_attention_gradients& gradients) {
 #if defined(__AVX512BF16__)
   if (params.dtype == RAL_BFLOAT16) {
     return AttentionBackward<BFloat16Compute, kTileVectors, kBackwardPanels>(params, outputs,
@@ -44,9 +48,97 @@ int backward(const ral_attention_params& params, const ral_attention_outputs& ou
       .run();
 }
 
+// Calls fn<Compute, Reference>() for the compute types of two sides.
+template <class Fn>
+int with_compute_types(int32_t policy_dtype, int32_t reference_dtype, const Fn& fn) {
+#if defined(__AVX512BF16__)
+  if (policy_dtype == RAL_BFLOAT16 && reference_dtype == RAL_BFLOAT16) {
+    return fn(BFloat16Compute(), BFloat16Compute());
+  }
+  if (policy_dtype == RAL_BFLOAT16) return fn(BFloat16Compute(), Float32Compute());
+  if (reference_dtype == RAL_BFLOAT16) return fn(Float32Compute(), BFloat16Compute());
+#endif
+  (void)policy_dtype, (void)reference_dtype;
+  return fn(Float32Compute(), Float32Compute());
+}
+
+int64_t sub_blocks_of(const ral_policy_side& side) {
+  return PolicySide<Float32Compute, kTileVectors>::sub_blocks_for(side.num_heads /
+                                                                  side.num_kv_heads);
+}
+int64_t sub_blocks_of(const ral_policy_side& policy, const ral_policy_side& reference) {
+  const int64_t own = sub_blocks_of(policy), other = sub_blocks_of(reference);
+  return own > other ? own : other;
+}
+
+int policy_fwd(const ral_policy_params& x) {
+  return with_compute_types(x.policy.dtype, x.policy.dtype, [&](auto compute, auto) {
+    using Compute = decltype(compute);
+    PolicyForward<Compute, Compute, kTileVectors> forward(x.common, x.policy, nullptr,
+                                                          sub_blocks_of(x.policy));
+    forward.p = x.p;
+    return forward.run();
+  });
+}
+
+int policy_bwd(const ral_policy_params& x) {
+  return with_compute_types(x.policy.dtype, x.policy.dtype, [&](auto compute, auto) {
+    using Compute = decltype(compute);
+    PolicyGradientSource source;
+    source.dp = x.dp;
+    return PolicyBackward<Compute, Compute, kTileVectors>(x.common, x.policy, nullptr, source, x.dq,
+                                                          x.dk, x.dspan_bias,
+                                                          sub_blocks_of(x.policy))
+        .run();
+  });
+}
+
+int policy_divergence_fwd(const ral_policy_divergence_params& x) {
+  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto compute, auto reference) {
+    PolicyForward<decltype(compute), decltype(reference), kTileVectors> forward(
+        x.common, x.policy, &x.reference, sub_blocks_of(x.policy, x.reference));
+    forward.kind = x.kind;
+    forward.value = x.value;
+    forward.u = x.u;
+    forward.w = x.w;
+    return forward.run();
+  });
+}
+
+int policy_divergence_bwd(const ral_policy_divergence_params& x) {
+  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto compute, auto reference) {
+    PolicyGradientSource source;
+    source.kind = x.kind;
+    source.dvalue = x.dvalue;
+    source.u = x.u;
+    source.w = x.w;
+    return PolicyBackward<decltype(compute), decltype(reference), kTileVectors>(
+               x.common, x.policy, &x.reference, source, x.dq, x.dk, nullptr,
+               sub_blocks_of(x.policy, x.reference))
+        .run();
+  });
+}
+
+int policy_loss(const ral_policy_divergence_params& x) {
+  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto compute, auto reference) {
+    PolicyGradientSource source;
+    source.kind = x.kind;
+    source.dvalue = x.dvalue;
+    return PolicyLoss<decltype(compute), decltype(reference), kTileVectors>(
+               x.common, x.policy, x.reference, source, x.value, x.dq, x.dk,
+               sub_blocks_of(x.policy, x.reference))
+        .run();
+  });
+}
+
+int divergence_fwd(const ral_divergence_params& x) {
+  return DivergenceForward(x).run();
+}
+
 }  // namespace
 
-const AttentionKernels kAttentionKernels{forward, backward};
+const Kernels kKernels{attention_fwd,         attention_bwd,         policy_fwd,  policy_bwd,
+                       policy_divergence_fwd, policy_divergence_bwd, policy_loss, divergence_fwd};
 
 }  // namespace RAL_ISA
 }  // namespace ral

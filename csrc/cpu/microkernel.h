@@ -116,14 +116,21 @@ RAL_INLINE void accumulate_panel(int64_t rows, int64_t columns, float* c, int64_
   }
 }
 
-// Rows of a source tensor, `count` of them from `data`, `stride` elements apart.
+// Rows of a source tensor: `prefix_count` of them from `prefix`, then `count` from `data`.
 struct Rows {
   int32_t dtype;
   const char* data;
   int64_t stride_bytes;
   int64_t count;
+  const char* prefix = nullptr;
+  int64_t prefix_stride_bytes = 0;
+  int64_t prefix_count = 0;
 
-  const char* row(int64_t i) const { return i < count ? data + i * stride_bytes : nullptr; }
+  const char* row(int64_t i) const {
+    if (i < prefix_count) return prefix + i * prefix_stride_bytes;
+    i -= prefix_count;
+    return i < count ? data + i * stride_bytes : nullptr;
+  }
 };
 
 // Elements along one row of `features` numbers.

@@ -90,7 +90,7 @@ def can_run(args: AttentionArgs) -> str | None:
     """None if this backend can run `args`, else the reason why not."""
     if args.q.device.type != "cpu":
         return f"it needs CPU tensors; got {args.q.device}"
-    if args.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if args.q.dtype not in cpu_library.COMPUTED:
         return f"it computes float32, bfloat16 and float16; got {args.q.dtype}"
     return None
 

@@ -54,6 +54,11 @@ def _sequences(args: AttentionArgs) -> Iterator[_Sequence]:
         )
 
 
+def full_precision(q: Tensor) -> torch.autocast:
+    """Under a caller's autocast, the float32 matmuls in here would round to its dtype."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
 def _compute(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -149,6 +154,11 @@ def _attend(
 
 def fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
     """Write `out`, `marginals` and `lse`."""
+    with full_precision(args.q):
+        _fwd(args, out, marginals, lse)
+
+
+def _fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
     for seq in _sequences(args):
         q = _compute(args.q[:, :, seq.q])
         k = _per_query_head(args, _compute(args.k[:, :, seq.k]))
@@ -173,6 +183,23 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write the gradients of q, k, v and, if wanted, span_bias; one that is None counts as zero."""
+    with full_precision(args.q):
+        _bwd(args, out, marginals, lse, dout, dmarginals, dlse, dq, dk, dv, dspan_bias)
+
+
+def _bwd(
+    args: AttentionArgs,
+    out: Tensor,
+    marginals: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dmarginals: Tensor | None,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dspan_bias: Tensor | None,
+) -> None:
     for seq in _sequences(args):
         q = _compute(args.q[:, :, seq.q])
         k = _per_query_head(args, _compute(args.k[:, :, seq.k]))

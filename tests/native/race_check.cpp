@@ -1,4 +1,4 @@
-// Runs the forward and the backward of the CPU backend on several threads, for ThreadSanitizer to
+// Runs forwards and backwards of the CPU backend on several threads, for ThreadSanitizer to
 // watch (test_native_races.py builds it with -fsanitize=thread), and compares the result with one
 // thread's.
 //
@@ -9,10 +9,14 @@
 #include <vector>
 
 #include "ral/attention.h"
+#include "ral/policy.h"
 
 extern "C" int32_t ral_cpu_attention_fwd(const ral_attention_params*, const ral_attention_outputs*);
 extern "C" int32_t ral_cpu_attention_bwd(const ral_attention_params*, const ral_attention_outputs*,
                                          const ral_attention_gradients*);
+extern "C" int32_t ral_cpu_policy_divergence_fwd(const ral_policy_divergence_params*);
+extern "C" int32_t ral_cpu_policy_divergence_bwd(const ral_policy_divergence_params*);
+extern "C" int32_t ral_cpu_policy_loss(const ral_policy_divergence_params*);
 extern "C" const char* ral_cpu_isa_name(int32_t);
 
 namespace {
@@ -94,6 +98,71 @@ Result run(int64_t seqlen_q, int64_t seqlen_k, bool causal, int threads) {
   return r;
 }
 
+struct DivergenceResult {
+  std::vector<float> value, dq, dk, loss_value, loss_dq, loss_dk;
+};
+
+DivergenceResult compare(int64_t rows, int64_t seqlen_k, int threads) {
+  std::vector<float> q = noise(kBatch * kHeads * rows * kDim, 1), r = noise(q.size(), 2);
+  std::vector<float> k = noise(kBatch * kKvHeads * seqlen_k * kDim, 3), s = noise(k.size(), 4);
+  std::vector<float> dvalue = noise(kBatch * rows, 5);
+  std::vector<float> lse(kHeads * rows), other_lse(kHeads * rows), z(rows), other_z(rows);
+  std::vector<float> u(kHeads * rows), w(kHeads * rows);
+  DivergenceResult result;
+  result.value.resize(rows);
+  result.dq.resize(q.size());
+  result.dk.resize(k.size());
+
+  const auto tensor = [](std::vector<float>& x, int64_t heads, int64_t seqlen) {
+    return ral_tensor{x.data(), heads * seqlen * kDim, seqlen * kDim, kDim};
+  };
+  ral_policy_divergence_params p;
+  memset(&p, 0, sizeof p);
+  p.common.batch_size = kBatch;
+  p.common.num_rows = rows;
+  p.common.seqlen_k = seqlen_k;
+  p.common.query_start = seqlen_k - rows;
+  p.common.exclude_self = 1;
+  while (strcmp(ral_cpu_isa_name(p.common.isa), "portable") != 0) ++p.common.isa;
+  p.common.num_threads = threads;
+  p.policy.num_heads = kHeads;
+  p.policy.num_kv_heads = kKvHeads;
+  p.policy.head_dim = kDim;
+  p.policy.window_left = -1;
+  p.policy.scale = 0.5f;
+  p.policy.dtype = RAL_FLOAT32;
+  p.reference = p.policy;
+  p.policy.q = tensor(q, kHeads, rows);
+  p.policy.k = tensor(k, kKvHeads, seqlen_k);
+  p.policy.lse = lse.data();
+  p.policy.z = z.data();
+  p.reference.q = tensor(r, kHeads, rows);
+  p.reference.k = tensor(s, kKvHeads, seqlen_k);
+  p.reference.lse = other_lse.data();
+  p.reference.z = other_z.data();
+  p.value = result.value.data();
+  p.u = u.data();
+  p.w = w.data();
+  p.dvalue = dvalue.data();
+  p.dq = tensor(result.dq, kHeads, rows);
+  p.dk = tensor(result.dk, kKvHeads, seqlen_k);
+  if (ral_cpu_policy_divergence_fwd(&p) != RAL_OK || ral_cpu_policy_divergence_bwd(&p) != RAL_OK) {
+    fprintf(stderr, "race_check: the library returned an error\n");
+    exit(1);
+  }
+  result.loss_value.resize(rows);
+  result.loss_dq.resize(q.size());
+  result.loss_dk.resize(k.size());
+  p.value = result.loss_value.data();
+  p.dq = tensor(result.loss_dq, kHeads, rows);
+  p.dk = tensor(result.loss_dk, kKvHeads, seqlen_k);
+  if (ral_cpu_policy_loss(&p) != RAL_OK) {
+    fprintf(stderr, "race_check: the library returned an error\n");
+    exit(1);
+  }
+  return result;
+}
+
 bool equal(const std::vector<float>& a, const std::vector<float>& b) {
   return memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
@@ -115,6 +184,19 @@ int main() {
                   (long)length[0], (long)length[1], causal, threads);
           return 1;
         }
+      }
+    }
+  }
+  for (int64_t seqlen_k : {100, 500}) {
+    const DivergenceResult alone = compare(70, seqlen_k, 1);
+    for (int threads = 2; threads <= 5; threads += 3) {
+      const DivergenceResult shared = compare(70, seqlen_k, threads);
+      if (!equal(alone.value, shared.value) || !equal(alone.dq, shared.dq) ||
+          !equal(alone.dk, shared.dk) || !equal(alone.loss_value, shared.loss_value) ||
+          !equal(alone.loss_dq, shared.loss_dq) || !equal(alone.loss_dk, shared.loss_dk)) {
+        fprintf(stderr, "race_check: divergence, N=%ld: %d threads differ from 1\n", (long)seqlen_k,
+                threads);
+        return 1;
       }
     }
   }

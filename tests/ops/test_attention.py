@@ -164,20 +164,6 @@ ISA_CASES = (
 )
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each variant of the CPU kernels, forced."""
-    reason = rk.available_backends()["cpu"]
-    if reason != "yes":
-        skip_or_fail("cpu", reason)
-    from ral_kernels.attention import cpu
-
-    if request.param not in cpu.supported_isas():
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setenv("RAL_CPU_ISA", request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("threads", [3], indirect=True)
 @pytest.mark.parametrize("name", ISA_CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -323,6 +309,9 @@ def test_autocast(backend: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = rk.attention(q, k, v.bfloat16(), backend=backend)
     assert result.out.dtype == torch.bfloat16
+    cast = rk.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=backend)
+    assert torch.equal(result.out, cast.out)
+    assert torch.equal(result.lse, cast.lse)  # float32 inside, whatever the caller's autocast
 
 
 def _far_apart(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -1,0 +1,37 @@
+// What the entry points and the CPU variants agree on.
+#pragma once
+
+#include "ral/attention.h"
+#include "ral/policy.h"
+
+namespace ral {
+
+struct Kernels {
+  int (*attention_fwd)(const ral_attention_params&, const ral_attention_outputs&);
+  int (*attention_bwd)(const ral_attention_params&, const ral_attention_outputs&,
+                       const ral_attention_gradients&);
+  int (*policy_fwd)(const ral_policy_params&);
+  int (*policy_bwd)(const ral_policy_params&);
+  int (*policy_divergence_fwd)(const ral_policy_divergence_params&);
+  int (*policy_divergence_bwd)(const ral_policy_divergence_params&);
+  int (*policy_loss)(const ral_policy_divergence_params&);
+  int (*divergence_fwd)(const ral_divergence_params&);
+};
+
+namespace portable {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+
+// The kernels of variant `isa`; null where it was not built or this processor cannot run it.
+const Kernels* kernels_of(int32_t isa);
+
+}  // namespace ral

@@ -1,0 +1,264 @@
+// Streams over the keys that one token block sees, a chunk of key groups at a time: normalisers,
+// head-averaged weights, and what is summed from them. Shared by the forward and the backward of
+// the policy and of its divergence from a reference.
+#pragma once
+
+#include "divergence_terms.h"
+#include "policy_side.h"
+
+namespace ral {
+namespace RAL_ISA {
+
+constexpr int64_t kChunkGroups = 8;  // 48 keys: whole vectors for transposes, weights stay in L2
+constexpr int64_t kChunkKeys = kChunkGroups * kTileRows;
+
+// One side of a token block, ready for its products.
+struct SideBlock {
+  const uint32_t* keys;     // packed rows of the sample
+  const uint32_t* queries;  // [total_panels][padded_steps][kWidth]
+  const float* bias;        // [padded_spans][total_panels][kWidth], or null
+  const float* lse;         // [total_panels][kWidth]; +inf where there is no row
+};
+
+// Which rows of a key group count, for the lanes of a token block.
+class GroupValidity {
+ public:
+  GroupValidity(const ral_policy_common& common, const TokenBlock& block)
+      : common_(common), block_(block), validity_(common) {}
+
+  void move_to(int64_t group) {
+    key_ = group * kTileRows;
+    scope_ = 0;
+    for (int r = 0; r < kTileRows; ++r) {
+      if (validity_.in_scope(block_.batch, key_ + r)) scope_ |= 1 << r;
+    }
+    const int64_t first = common_.query_start + block_.first_row;
+    has_self_ = common_.exclude_self && first < key_ + kTileRows && first + block_.count > key_;
+  }
+  bool all() const { return scope_ == (1 << kTileRows) - 1 && !has_self_; }
+  bool none() const { return scope_ == 0; }
+  // All ones in the lanes of sub-block `sub` for which row `r` of the group is valid.
+  RAL_INLINE IntVec lanes(int r, int64_t sub) const {
+    if (!(scope_ >> r & 1)) return IntVec{};
+    return load(block_.self_key + sub * kLanes) != static_cast<int32_t>(key_ + r);
+  }
+
+ private:
+  const ral_policy_common& common_;
+  const TokenBlock& block_;
+  const KeyValidity validity_;
+  int64_t key_ = 0;
+  int scope_ = 0;
+  bool has_self_ = false;
+};
+
+inline GroupRange visible_groups(const TokenBlock& block, GroupRange within) {
+  return groups_of_keys(block.some_first, block.some_last, within);
+}
+
+// Row sums of exp(score), split into valid and other keys, by an online softmax.
+// stabiliser, valid, other: [total_panels][kWidth], all written.
+template <class Compute, int V>
+void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, const SideBlock& in,
+                 float* stabiliser, float* valid, float* other) {
+  constexpr int64_t kWidth = V * kLanes;
+  for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
+    stabiliser[i] = kEmptyRow;
+    valid[i] = other[i] = 0.f;
+  }
+  GroupValidity validity(side.common, block);
+  const GroupRange visible = visible_groups(block, GroupRange{0, side.groups});
+  for (int64_t begin = visible.begin; begin < visible.end; begin += kChunkGroups) {
+    const int64_t end = begin + kChunkGroups < visible.end ? begin + kChunkGroups : visible.end;
+    for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+      for (int64_t group = begin; group < end; ++group) {
+        validity.move_to(group);
+        Vec p[kTileRows][V];
+        const float factor =
+            side.scores(block, in.keys, in.queries, in.bias, panel, group, p, nullptr) * kLog2e;
+        RAL_UNROLL
+        for (int v = 0; v < V; ++v) {
+          const int64_t c = panel * kWidth + v * kLanes;
+          const Vec top =
+              max(max(max(p[0][v], p[1][v]), max(p[2][v], p[3][v])), max(p[4][v], p[5][v]));
+          const Vec old = load(stabiliser + c);
+          const Vec m = max(old, top * factor);
+          const Vec rescale = exp2(old - m);
+          store(stabiliser + c, m);
+          Vec sum{}, left_out{};
+          RAL_UNROLL
+          for (int r = 0; r < kTileRows; ++r) {
+            p[r][v] = exp2(p[r][v] * factor - m);
+            sum += p[r][v];
+          }
+          if (__builtin_expect(!validity.all(), 0)) {
+            const Vec total = sum;
+            sum = Vec{};
+            const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
+            for (int r = 0; r < kTileRows; ++r) {
+              const IntVec counts = validity.lanes(r, sub);
+              sum += select(counts, p[r][v], Vec{});
+              left_out += select(counts, Vec{}, p[r][v]);
+            }
+            // A NaN must reach the sums whichever side of the selection it falls on.
+            sum = select(total == total, sum, total);
+          }
+          store(valid + c, load(valid + c) * rescale + sum);
+          store(other + c, load(other + c) * rescale + left_out);
+        }
+      }
+    }
+  }
+}
+
+// lse of every column and the valid share z of every row of the block, in place over what
+// sum_weights left: stabiliser becomes lse (+inf where no key is seen), valid the valid share W_h.
+template <class Compute, int V>
+void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* valid,
+                 const float* other, float* z) {
+  constexpr int64_t kWidth = V * kLanes;
+  for (int64_t i = 0; i < side.rows; ++i) z[i] = 0.f;
+  for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
+    const int64_t panel = i / kWidth;
+    const int64_t vector = panel % side.panels * V + i % kWidth / kLanes;
+    const float sum = valid[i] + other[i];
+    const bool empty = sum == 0.f || vector >= side.vectors;
+    valid[i] = empty ? 0.f : valid[i] / sum;
+    stabiliser[i] = empty ? __builtin_inff() : (stabiliser[i] + log2f(sum)) * kLn2;
+    z[vector % side.sub_blocks * kLanes + i % kLanes] += valid[i];
+  }
+  const float heads = static_cast<float>(side.side.num_heads);
+  for (int64_t i = 0; i < side.rows; ++i) z[i] /= heads;
+}
+
+// Sum over heads of the weights on the keys of one chunk: mean[key][rows], unscaled. `weights`
+// receives every head's, [total_panels][kChunkKeys][kWidth], and `slope` d score / d (scaled
+// product) where softcap is on; either may be null.
+template <class Compute, int V>
+void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, const SideBlock& in,
+                   GroupRange chunk, float* mean, float* weights, float* slope) {
+  constexpr int64_t kWidth = V * kLanes;
+  memset(mean, 0, kChunkKeys * side.rows * sizeof(float));
+  for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+    for (int64_t group = chunk.begin; group < chunk.end; ++group) {
+      Vec p[kTileRows][V], tile_slope[kTileRows * V];
+      const float factor =
+          side.scores(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope);
+      const int64_t first_key = (group - chunk.begin) * kTileRows;
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const Vec lse = load(in.lse + panel * kWidth + v * kLanes);
+        RAL_UNROLL
+        for (int r = 0; r < kTileRows; ++r) p[r][v] = exp2((p[r][v] * factor - lse) * kLog2e);
+      }
+      if (weights) {
+        float* to = weights + (panel * kChunkKeys + first_key) * kWidth;
+        RAL_UNROLL
+        for (int r = 0; r < kTileRows; ++r) {
+          RAL_UNROLL
+          for (int v = 0; v < V; ++v) store(to + r * kWidth + v * kLanes, p[r][v]);
+        }
+      }
+      if (slope && side.side.softcap > 0) {
+        memcpy(slope + (panel * kChunkKeys + first_key) * kWidth, tile_slope, sizeof tile_slope);
+      }
+      float* total = mean + first_key * side.rows;
+      if (side.sub_blocks == 1) {
+        RAL_UNROLL
+        for (int r = 0; r < kTileRows; ++r) {
+          Vec sum = p[r][0];
+          RAL_UNROLL
+          for (int v = 1; v < V; ++v) sum += p[r][v];
+          store(total + r * kLanes, load(total + r * kLanes) + sum);
+        }
+      } else {
+        for (int r = 0; r < kTileRows; ++r) {
+          for (int v = 0; v < V; ++v) {
+            float* to =
+                total + r * side.rows + (panel % side.panels * V + v) % side.sub_blocks * kLanes;
+            store(to, load(to) + p[r][v]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// mean -> the policy itself: divided by its sum, 0 on keys that do not count.
+inline void renormalise(const TokenBlock& block, const ral_policy_common& common, GroupRange chunk,
+                        int64_t rows, const float* inverse, float* mean) {
+  GroupValidity validity(common, block);
+  for (int64_t group = chunk.begin; group < chunk.end; ++group) {
+    validity.move_to(group);
+    for (int r = 0; r < kTileRows; ++r) {
+      float* row = mean + ((group - chunk.begin) * kTileRows + r) * rows;
+      for (int64_t i = 0; i < rows; i += kLanes) {
+        const Vec p = load(row + i) * load(inverse + i);
+        store(row + i, select(validity.lanes(r, i / kLanes), p, Vec{}));
+      }
+    }
+  }
+}
+
+// u[c] += sum over the chunk's keys of weights * l; w[c] likewise of the weights on valid keys.
+// l is 0 on keys that do not count. w may be null.
+template <class Compute, int V>
+void add_moments(const PolicySide<Compute, V>& side, const TokenBlock& block, GroupRange chunk,
+                 const float* weights, const float* l, float* u, float* w) {
+  constexpr int64_t kWidth = V * kLanes;
+  GroupValidity validity(side.common, block);
+  const int64_t keys = (chunk.end - chunk.begin) * kTileRows;
+  for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
+      const float* from = weights + panel * kChunkKeys * kWidth + v * kLanes;
+      Vec moment{}, share{};
+      for (int64_t key = 0; key < keys; ++key) {
+        moment += load(from + key * kWidth) * load(l + key * side.rows + sub * kLanes);
+      }
+      float* to = u + panel * kWidth + v * kLanes;
+      store(to, load(to) + moment);
+      if (!w) continue;
+      for (int64_t key = 0; key < keys; ++key) {
+        const int r = static_cast<int>(key % kTileRows);
+        if (r == 0) validity.move_to(chunk.begin + key / kTileRows);
+        share += select(validity.lanes(r, sub), load(from + key * kWidth), Vec{});
+      }
+      float* share_to = w + panel * kWidth + v * kLanes;
+      store(share_to, load(share_to) + share);
+    }
+  }
+}
+
+// p and r of a chunk -> l in place of r, and `value` += the divergence's terms. Rows of an infinite
+// divergence keep their infinity in `value`.
+inline void divergence_terms(int32_t kind, int64_t count, int64_t rows, const float* p, float* r,
+                             float* value) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    Vec sum{};
+    for (int64_t key = 0; key < count; ++key) {
+      const int64_t at = key * rows + i;
+      const DivergenceTerm term = divergence_term(kind, load(p + at), load(r + at));
+      sum += term.value;
+      store(r + at, term.gradient);
+    }
+    if (value) store(value + i, load(value + i) + sum);
+  }
+}
+
+// Settles the rows that have no gradient: nothing to compare where one side has no valid key
+// (inverse 0), and a moment of +inf, which tells the backward, where the divergence is infinite.
+template <class Side>
+void finish_divergence(const Side& side, const float* inverse, const float* reference_inverse,
+                       float* total, float* moment) {
+  for (int64_t i = 0; i < side.rows; ++i) {
+    if (inverse[i] == 0.f || reference_inverse[i] == 0.f) total[i] = 0.f;
+  }
+  for (int64_t c = 0; c < side.columns_size(); ++c) {
+    const float row_total = total[side.row_of_column(c)];
+    if (row_total == __builtin_inff()) moment[c] = row_total;
+  }
+}
+
+}  // namespace RAL_ISA
+}  // namespace ral

@@ -1,0 +1,85 @@
+// C interface of the `policy` and `policy_divergence` ops, shared by every compiled backend.
+//
+// A policy is the head average of attention, for some query rows, renormalised over the valid keys
+// (ral_kernels/policy/README.md). Conventions as in attention.h.
+#pragma once
+
+#include "ral/attention.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+  RAL_JSD = 0,
+  RAL_KL = 1,
+  RAL_REVERSE_KL = 2,
+} ral_divergence_kind;
+
+// The queries and keys of one policy.
+typedef struct {
+  int64_t num_heads, num_kv_heads, head_dim;
+  int64_t shared_prefix;  // keys that come from k_prefix, before those of k
+  int64_t window_left, window_right;
+  ral_tensor q;                 // [B, H, T, D]
+  ral_tensor k;                 // [B, Hk, N - shared_prefix, D]
+  ral_tensor k_prefix;          // [P, Hk, shared_prefix, D], or data null
+  const int64_t* prefix_index;  // [B] into k_prefix, or null
+  ral_broadcast span_bias;      // float32; data null = none
+  float* lse;                   // [B, H, T] contiguous, over all visible keys
+  float* z;                     // [B, T] contiguous, the share of the valid keys
+  float scale, softcap;
+  int32_t dtype;  // ral_dtype
+} ral_policy_side;
+
+// What both policies of a comparison share.
+typedef struct {
+  int64_t batch_size, num_rows, seqlen_k, num_spans;
+  int64_t query_start;      // key position of row 0
+  const int32_t* span_ids;  // [seqlen_k] per batch entry, or null
+  int64_t span_ids_stride_b;
+  const uint8_t* scope;  // 1 = in the scope, or null = all are
+  int64_t scope_stride_b;
+  const uint8_t* key_padding_mask;
+  int64_t key_padding_mask_stride_b;
+  int32_t exclude_self, isa, num_threads;
+} ral_policy_common;
+
+// attention_policy: p is [B, T, N], or [B, T, S] where spans are given.
+typedef struct {
+  ral_policy_common common;
+  ral_policy_side policy;
+  float* p;
+  // Backward only.
+  const float* dp;    // like p
+  ral_tensor dq, dk;  // of q's and k's type, written entirely
+  float* dspan_bias;  // [B, H, T, S] contiguous, or null
+} ral_policy_params;
+
+// Divergence of a policy from a reference of its own queries and keys, neither stored.
+typedef struct {
+  ral_policy_common common;
+  ral_policy_side policy, reference;
+  int32_t kind;  // ral_divergence_kind
+  float* value;  // [B, T]
+  float* u;      // [B, H, T] sum over valid keys of P_h l
+  float* w;      // [B, H, T] sum over valid keys of P_h
+  // Backward only.
+  const float* dvalue;  // [B, T]
+  ral_tensor dq, dk;
+} ral_policy_divergence_params;
+
+// Rows of two distributions, compared element by element. A null gradient is not wanted.
+typedef struct {
+  int64_t num_rows, length;
+  const float* p;  // [num_rows, length] contiguous
+  const float* r;
+  float* value;  // [num_rows]
+  float* dp;     // like p: d value / d p
+  float* dr;
+  int32_t kind, isa, num_threads;
+} ral_divergence_params;
+
+#ifdef __cplusplus
+}
+#endif

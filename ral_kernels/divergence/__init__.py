@@ -1,0 +1,5 @@
+"""The `divergence` op: jsd, kl and reverse_kl of rows (equations: README.md)."""
+
+from .interface import divergence
+
+__all__ = ["divergence"]

@@ -1,0 +1,108 @@
+"""Reference backend of `divergence`: plain PyTorch in the dtype of its inputs.
+
+Comments cite the equations of README.md. `generalised` is shared with the reference of
+`policy_divergence`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import DivergenceArgs
+
+# Below this |x| differences of logarithms cancel, and series or log1p take over.
+_NEAR = 0.5
+# atanh(x) - x by its series below this; the terms kept leave 1e-17 of x³ / 3.
+_SERIES = 0.1
+_SERIES_TERMS = 8
+_SHIFT = {"jsd": 0.0, "kl": 1.0, "reverse_kl": -1.0}  # derivative of the sum less `generalised`'s
+_SWAPPED = {"jsd": "jsd", "kl": "reverse_kl", "reverse_kl": "kl"}  # the kind of (r, p)
+
+
+def available() -> str | None:
+    return None
+
+
+def can_run(args: DivergenceArgs) -> str | None:
+    return None
+
+
+def _relative_difference(p: Tensor, r: Tensor) -> Tensor:
+    """x = (p - r) / (p + r), in [-1, 1], and 0 where both are 0."""
+    s = p + r
+    return (p - r) / torch.where(s == 0, 1.0, s)  # (4)
+
+
+def _log_ratio(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
+    """log(p/r), without cancellation near p = r; 0 where p is 0."""
+    near = 2 * torch.atanh(torch.where(x.abs() < _NEAR, x, 0.0))  # (5)
+    return torch.where(p == 0, 0.0, torch.where(x.abs() < _NEAR, near, torch.log(p) - torch.log(r)))
+
+
+def _log_ratio_to_mean(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
+    """log(p/m) = log1p(x) for m = (p + r)/2; 0 where p is 0."""
+    near = torch.log1p(torch.where(x.abs() < _NEAR, x, 0.0))  # (5)
+    far = torch.log(p) - torch.log((p + r) / 2)
+    return torch.where(p == 0, 0.0, torch.where(x.abs() < _NEAR, near, far))
+
+
+def _atanh_minus_x(x: Tensor) -> Tensor:
+    """atanh(x) - x = x³/3 + x⁵/5 + …, for |x| < _NEAR."""
+    square = x * x
+    series = torch.zeros_like(x)
+    for n in range(_SERIES_TERMS, 0, -1):
+        series = series * square + 1 / (2 * n + 1)
+    return torch.where(x.abs() < _SERIES, series * square * x, torch.atanh(x) - x)
+
+
+def _jsd_terms(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
+    near = torch.where(x.abs() < _NEAR, x, 0.0)
+    near_terms = (p + r) / 4 * (2 * near * torch.atanh(near) + torch.log1p(-near * near))  # (6)
+    far_terms = (p * _log_ratio_to_mean(p, r, x) + r * _log_ratio_to_mean(r, p, -x)) / 2  # (1)
+    return torch.where(x.abs() < _NEAR, near_terms, far_terms)
+
+
+def _generalised_kl_terms(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
+    """p log(p/r) - p + r >= 0; +inf where r = 0 < p."""
+    near = torch.where(x.abs() < _NEAR, x, 0.0)
+    near_terms = (p + r) * (near * torch.atanh(near) + _atanh_minus_x(near))  # (7)
+    far_terms = p * _log_ratio(p, r, x) - (p - r)
+    return torch.where(x.abs() < _NEAR, near_terms, far_terms)
+
+
+def generalised(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Terms >= 0 of each element, and their derivative by p.
+
+    Those of jsd; for kl and reverse_kl those of Σ p log(p/r) − p + r and Σ r log(r/p) − r + p,
+    the same for rows that sum to 1. The derivative is 0 where p is 0.
+    """
+    x = _relative_difference(p, r)
+    if kind == "jsd":
+        return _jsd_terms(p, r, x), _log_ratio_to_mean(p, r, x) / 2  # (8)
+    if kind == "kl":
+        return _generalised_kl_terms(p, r, x), _log_ratio(p, r, x)  # (9)
+    safe = torch.where(p == 0, 1.0, p)
+    return _generalised_kl_terms(r, p, -x), torch.where(p == 0, 0.0, (p - r) / safe)  # (10)
+
+
+def fwd(
+    p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
+) -> None:
+    """Write the value of each row, and the gradients for a gradient of 1 where wanted."""
+    terms, dterms = generalised(p, r, kind)
+    if kind == "kl":
+        terms = terms + (p - r)  # (2)
+    elif kind == "reverse_kl":
+        terms = terms + (r - p)  # (3)
+    value[:] = terms.sum(-1)
+    infinite = value.isinf()[..., None]
+    if dp is not None:
+        shift = _SHIFT[kind]
+        dp[:] = torch.where((p == 0) | infinite, 0.0, dterms + shift)  # (8), (9), (10)
+    if dr is not None:
+        # By symmetry: jsd(p, r) = jsd(r, p), and reverse_kl(p, r) = kl(r, p).
+        swapped = _SWAPPED[kind]
+        _, dterms = generalised(r, p, swapped)
+        shift = _SHIFT[swapped]
+        dr[:] = torch.where((r == 0) | infinite, 0.0, dterms + shift)  # (11)

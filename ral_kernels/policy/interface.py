@@ -1,0 +1,290 @@
+"""The `policy` op: public function, checks, torch.library ops and the choice of a backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..attention import interface as attention_interface
+from ..spans import Spans
+from . import cpu, reference
+from .arguments import PolicyArgs
+
+BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": reference}
+backends.register("policy", BACKENDS)
+
+
+def attention_policy(
+    q: Tensor,
+    k: Tensor,
+    *,
+    rows: slice | tuple[int, int] | None = None,
+    spans: Spans | None = None,
+    span_bias: Tensor | None = None,
+    scope: Tensor | Spans | None = None,
+    exclude_self: bool = True,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Where a layer attends, as a distribution over keys or spans for each chosen row.
+
+        α = mean_h softmax(scale * q kᵀ)        p_i = α_i / Σ_{j valid} α_j  for valid i, else 0
+
+    (README.md of this folder, equations 1 to 8; eq. (1) of arXiv 2602.04884, where the valid keys
+    are those before the row's own). A row's valid keys are those it sees that are in the scope and
+    not its own. Over spans, p_s is the sum over the valid keys of the span. The softmax is over all
+    keys that the row sees. No [H, T, N] tensor is kept. Everything accumulates in float32 and
+    repeats bit for bit. Kept for the backward: the inputs, `p`, and a float32 [B, H, T] and [B, T].
+
+    A row without valid keys, or whose weight on them underflows to 0, is 0 and has no gradient. An
+    element of p that is exactly 0 is a constant: what a loss sends there is left out.
+
+    Args:
+        q: [B, H, Tq, D] queries after RoPE, in float32, bfloat16 or float16 (float64 on the
+            reference backend), unit last stride. Query t stands at key N - Tq + t, its own key.
+        k: [B, Hk, N, D] keys; H is a multiple of Hk, and query head h reads key head h // (H / Hk).
+        rows: the T queries that get a policy, as a slice of step 1 or (start, stop); default all.
+        spans: a policy over spans instead of keys.
+        span_bias: floating, broadcastable to [B, H, T, S] with T the chosen rows; added to the
+            scores of a span's keys after the soft cap. Needs spans.
+        scope: which keys the policy is over: bool [N] or [B, N], or Spans, for the keys in some
+            span. Default: with spans the keys in some span, otherwise all. With both spans and a
+            wider scope, rows sum to the share of the spans in the scope.
+        exclude_self: leave out each row's own key.
+        is_causal: a row sees keys up to its own.
+        scale: factor on q kᵀ, finite and > 0; default 1/sqrt(D).
+        window: keys a row sees around its own: (left, right) with None or -1 for no bound; an int w
+            means (w, w), or (w, 0) with is_causal.
+        softcap: c > 0 turns scores into c * tanh(scores / c).
+        key_padding_mask: bool [B, N], True = a real key.
+        backend: name of a backend, or None for the first that can run the call.
+
+    Returns:
+        p, float32 [B, T, N], or [B, T, S] with spans; differentiable in q, k and span_bias.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+        NotImplementedError: no backend, or not the requested one, can run this.
+        RuntimeError: the requested backend is missing on this machine.
+    """
+    op = "attention_policy"
+    args = resolve_call(
+        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
+        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
+        softcap=softcap, key_padding_mask=key_padding_mask,
+    )  # fmt: skip
+    return call_policy(args, backends.check_backend(op, backend))
+
+
+def resolve_call(
+    op: str,
+    q: Any,
+    k: Any,
+    *,
+    rows: Any,
+    spans: Any,
+    span_bias: Any,
+    scope: Any,
+    exclude_self: Any,
+    is_causal: Any,
+    scale: Any,
+    window: Any,
+    softcap: Any,
+    key_padding_mask: Any,
+) -> PolicyArgs:
+    """Check the arguments that the public functions share; `op` is the caller, for messages.
+
+    The tensors of the result still carry their autograd graph: the op comes after.
+    """
+    q, k, _ = attention_interface.autocast_inputs(q, k, k)
+    attention_interface.check_attention(op, q, k, k, spans)  # k stands for v too: same checks
+    checks.check_flag(op, "exclude_self", exclude_self)
+    checks.check_flag(op, "is_causal", is_causal)
+    start, stop = checks.resolve_rows(op, rows, q.shape[2])
+    query_start = k.shape[2] - q.shape[2] + start
+    scale = checks.resolve_scale(op, scale, q.shape[3])
+    window_left, window_right = checks.resolve_window(op, window, is_causal)
+    softcap = checks.resolve_softcap(op, softcap)
+    if rows is not None:
+        q = q[:, :, start:stop]
+    if span_bias is not None:
+        span_bias = attention_interface._prepare_span_bias(op, span_bias, spans, q)
+    if key_padding_mask is not None:
+        attention_interface._check_key_padding_mask(op, key_padding_mask, k)
+    return PolicyArgs(
+        q=q,
+        k=k,
+        span_ids=None if spans is None else spans.ids,
+        span_bias=span_bias,
+        scope=_resolve_scope(op, scope, spans, k),
+        key_padding_mask=key_padding_mask,
+        num_spans=0 if spans is None else spans.num_spans,
+        query_start=query_start,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        exclude_self=exclude_self,
+    )
+
+
+def _resolve_scope(op: str, scope: Any, spans: Spans | None, k: Tensor) -> Tensor | None:
+    """The scope as bool [B or 1, N]; None for every key."""
+    wanted = "None, Spans or a bool tensor [N] or [B, N]"
+    if scope is None:
+        if spans is None:
+            return None
+        scope = spans  # rows over spans sum to 1
+    if isinstance(scope, Spans):
+        scope = scope.ids >= 0
+    if not isinstance(scope, Tensor):
+        raise TypeError(f"{op}: scope must be {wanted}; got {type(scope).__name__}")
+    if scope.dtype != torch.bool:
+        raise TypeError(
+            f"{op}: scope must be {wanted} (True = in the scope); got "
+            f"{checks.dtype_name(scope.dtype)}"
+        )
+    batch_size, seqlen_k = k.shape[0], k.shape[2]
+    if (
+        scope.dim() not in (1, 2)
+        or scope.shape[-1] != seqlen_k
+        or (scope.dim() == 2 and scope.shape[0] != batch_size)
+    ):
+        raise ValueError(
+            f"{op}: scope must be [N] or [B, N] with B={batch_size}, N={seqlen_k}; got "
+            f"{tuple(scope.shape)}"
+        )
+    checks.check_same_device(op, "scope", scope, k, "k")
+    return scope if scope.dim() == 2 else scope[None]
+
+
+def call_policy(args: PolicyArgs, backend: str) -> Tensor:
+    """Call the op with checked arguments."""
+    p, _, _ = torch.ops.ral.policy_fwd(
+        args.q,
+        args.k,
+        args.span_ids,
+        args.span_bias,
+        args.scope,
+        args.key_padding_mask,
+        args.num_spans,
+        args.query_start,
+        args.scale,
+        args.window_left,
+        args.window_right,
+        args.softcap,
+        args.exclude_self,
+        backend,
+    )
+    return p
+
+
+def accumulation_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _allocate_outputs(args: PolicyArgs) -> tuple[Tensor, Tensor, Tensor]:
+    batch_size, num_heads, num_rows, _ = args.q.shape
+    dtype = accumulation_dtype(args.q)
+    new_empty = attention_interface._new_empty
+    return (
+        new_empty(args.q, (batch_size, num_rows, args.num_outcomes), dtype),
+        new_empty(args.q, (batch_size, num_heads, num_rows), dtype),
+        new_empty(args.q, (batch_size, num_rows), dtype),
+    )
+
+
+def _allocate_gradients(args: PolicyArgs, wants_dspan_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape = args.span_bias.shape if args.span_bias is not None and wants_dspan_bias else (0,)
+    return (
+        attention_interface._empty_like_layout(args.q, args.head_dim),
+        attention_interface._empty_like_layout(args.k, args.head_dim),
+        attention_interface._new_empty(args.q, shape, accumulation_dtype(args.q)),
+    )
+
+
+# The fields of PolicyArgs, in order, and the backend's name ("" = automatic).
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor? span_ids, Tensor? span_bias, Tensor? scope, "
+    "Tensor? key_padding_mask, SymInt num_spans, SymInt query_start, float scale, "
+    "SymInt window_left, SymInt window_right, float softcap, bool exclude_self, str backend"
+)
+_NUM_INPUTS = 14
+_NUM_TENSORS = 6  # how many of them, from the first, are tensors or None
+
+
+@torch.library.custom_op(
+    "ral::policy_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
+)
+def policy_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (p, lse, z): the policy, lse over all visible keys and Z, the weight on valid keys."""
+    args = PolicyArgs(*inputs[:-1])
+    p, lse, z = _allocate_outputs(args)
+    chosen = backends.choose("policy", BACKENDS, args, inputs[-1])
+    if p.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
+        p.zero_()
+        lse.fill_(float("-inf"))
+        z.zero_()
+    else:
+        chosen.fwd(args, p, lse, z)
+    return p, lse, z
+
+
+@policy_fwd.register_fake
+def _policy_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_outputs(PolicyArgs(*inputs[:-1]))
+
+
+@torch.library.custom_op(
+    "ral::policy_bwd",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor p, Tensor lse, Tensor z, Tensor dp, bool wants_dspan_bias) -> "
+    "(Tensor, Tensor, Tensor)",
+)
+def policy_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (dq, dk, dspan_bias), the last of shape [0] if it is not wanted."""
+    args = PolicyArgs(*inputs[: _NUM_INPUTS - 1])
+    p, lse, z, dp, wants_dspan_bias = inputs[_NUM_INPUTS:]
+    gradients = _allocate_gradients(args, wants_dspan_bias)
+    chosen = backends.choose("policy", BACKENDS, args, inputs[_NUM_INPUTS - 1])
+    if p.numel() == 0 or args.seqlen_k == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    dq, dk, dspan_bias = gradients
+    chosen.bwd(args, p, lse, z, dp.contiguous(), dq, dk, dspan_bias if wants_dspan_bias else None)
+    return gradients
+
+
+@policy_bwd.register_fake
+def _policy_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_gradients(PolicyArgs(*inputs[: _NUM_INPUTS - 1]), inputs[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+    ctx.options = inputs[_NUM_TENSORS:]
+
+
+def _backward(ctx: Any, dp: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dp is None:  # lse and z are not handed out
+        return (None,) * _NUM_INPUTS
+    tensors = ctx.saved_tensors
+    wants_dspan_bias = ctx.needs_input_grad[3]
+    dq, dk, dspan_bias = torch.ops.ral.policy_bwd(
+        *tensors[:_NUM_TENSORS], *ctx.options, *tensors[_NUM_TENSORS:], dp, wants_dspan_bias
+    )
+    rest = [None] * (_NUM_INPUTS - 4)
+    return dq, dk, None, dspan_bias if wants_dspan_bias else None, *rest
+
+
+policy_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,122 @@
+"""CPU backend of `policy_divergence`: both policies are streamed, neither is stored."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from .. import cpu_library
+from ..cpu_library import pointer, tensor_struct
+from ..divergence.arguments import KINDS
+from ..policy import cpu as policy_cpu
+from ..policy.cpu import Bundle, DivergenceParams, SideStruct
+from .arguments import PolicyDivergenceArgs
+
+supported_isas = cpu_library.supported_isas
+available = policy_cpu.available
+
+
+def can_run(args: PolicyDivergenceArgs) -> str | None:
+    """None if this backend can run `args`, else the reason why not."""
+    reason = policy_cpu.can_run(args.policy)
+    if reason is not None:
+        return reason
+    if args.reference.q.dtype not in cpu_library.COMPUTED:
+        return (
+            "it computes float32, bfloat16 and float16; got a reference in "
+            f"{args.reference.q.dtype}"
+        )
+    return None
+
+
+def _params(
+    bundle: Bundle,
+    args: PolicyDivergenceArgs,
+    ref_lse: Tensor | None,
+    ref_z: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+) -> DivergenceParams:
+    reference = args.reference
+    side = SideStruct(
+        num_heads=reference.num_heads,
+        num_kv_heads=reference.num_kv_heads,
+        head_dim=reference.head_dim,
+        shared_prefix=reference.prefix_length,
+        window_left=reference.window_left,
+        window_right=reference.window_right,
+        q=tensor_struct(reference.q),
+        k=tensor_struct(reference.k),
+        k_prefix=tensor_struct(reference.k_prefix),
+        prefix_index=pointer(reference.prefix_index),
+        lse=pointer(ref_lse),
+        z=pointer(ref_z),
+        scale=reference.scale,
+        softcap=reference.softcap,
+        dtype=cpu_library.DTYPES[reference.q.dtype],
+    )
+    return DivergenceParams(
+        common=bundle.common,
+        policy=bundle.policy,
+        reference=side,
+        kind=KINDS.index(args.kind),
+        u=pointer(u),
+        w=pointer(w),
+    )
+
+
+def fwd(
+    args: PolicyDivergenceArgs,
+    value: Tensor,
+    lse: Tensor,
+    z: Tensor,
+    ref_lse: Tensor,
+    ref_z: Tensor,
+    u: Tensor,
+    w: Tensor,
+) -> None:
+    """Write the divergence of each row and the statistics that the backward starts from."""
+    bundle = Bundle(args.policy, lse, z)
+    params = _params(bundle, args, ref_lse, ref_z, u, w)
+    params.value = pointer(value)
+    status = policy_cpu.library().ral_cpu_policy_divergence_fwd(ctypes.byref(params))
+    cpu_library.raise_for_status("attention_divergence", status, bundle.shapes)
+
+
+def bwd(
+    args: PolicyDivergenceArgs,
+    lse: Tensor,
+    z: Tensor,
+    ref_lse: Tensor,
+    ref_z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    dvalue: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dspan_bias: Tensor | None,
+) -> None:
+    """Write the gradients of q and k. `dspan_bias` is None: there are no spans here."""
+    assert dspan_bias is None
+    bundle = Bundle(args.policy, lse, z)
+    params = _params(bundle, args, ref_lse, ref_z, u, w)
+    params.dvalue = pointer(dvalue)
+    params.dq = tensor_struct(dq)
+    params.dk = tensor_struct(dk)
+    status = policy_cpu.library().ral_cpu_policy_divergence_bwd(ctypes.byref(params))
+    cpu_library.raise_for_status("attention_divergence", status, bundle.shapes)
+
+
+def loss(
+    args: PolicyDivergenceArgs, weights: Tensor, value: Tensor, dq: Tensor, dk: Tensor
+) -> None:
+    """Write the divergence of each row, and the gradients of its sum weighted by `weights`."""
+    bundle = Bundle(args.policy, None, None)
+    params = _params(bundle, args, None, None, None, None)
+    params.value = pointer(value)
+    params.dvalue = pointer(weights)
+    params.dq = tensor_struct(dq)
+    params.dk = tensor_struct(dk)
+    status = policy_cpu.library().ral_cpu_policy_loss(ctypes.byref(params))
+    cpu_library.raise_for_status("ral_loss", status, bundle.shapes)

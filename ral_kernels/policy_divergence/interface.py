@@ -1,0 +1,327 @@
+"""The `policy_divergence` op: `attention_divergence` and the op that streams it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..attention import interface as attention_interface
+from ..divergence.interface import call_divergence, check_kind
+from ..policy.arguments import PolicyArgs
+from ..policy.interface import accumulation_dtype, call_policy, resolve_call
+from ..snapshot import AttentionSnapshot
+from ..spans import Spans
+from . import cpu
+from . import reference as reference_backend
+from .arguments import PolicyDivergenceArgs, ReferenceArgs
+
+BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": reference_backend}
+backends.register("policy_divergence", BACKENDS)
+
+
+def attention_divergence(
+    q: Tensor,
+    k: Tensor,
+    reference: Tensor | AttentionSnapshot,
+    kind: str = "jsd",
+    *,
+    rows: slice | tuple[int, int] | None = None,
+    spans: Spans | None = None,
+    span_bias: Tensor | None = None,
+    scope: Tensor | Spans | None = None,
+    exclude_self: bool = True,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """How far each row's attention policy is from a reference policy.
+
+        D_t = divergence(attention_policy(q, k, ...)_t, r_t)
+
+    (README.md of this folder; eq. (2) of arXiv 2602.04884 without the advantage.) Against an
+    `AttentionSnapshot` without spans both policies are formed tile by tile: no tensor has a T x N
+    extent on the compiled backends, forward or backward, and a policy equal to its snapshot gives
+    exactly 0.0 with exactly zero gradients. A dense reference is compared with
+    `attention_policy`'s result. Everything accumulates in float32 and repeats bit for bit. Kept for
+    the backward of the streamed form: the inputs and float32 statistics of size [B, H, T].
+
+    kl and reverse_kl are Σ p log(p/r) − p + r and Σ r log(r/p) − r + p: the same for rows that sum
+    to 1, and ≥ 0 for others. A row without valid keys in either policy gives 0 and has no gradient,
+    a row whose value is infinite has none either.
+
+    Args:
+        q, k, rows, spans, span_bias, scope, exclude_self, is_causal, scale, window, softcap,
+            key_padding_mask: the policy, as in `attention_policy`.
+        reference: the reference policy: rows [B, T, N], or [B, T, S] with spans, in any floating
+            dtype; or an `AttentionSnapshot` of the same batch, keys and row positions, with heads
+            and head dim of its own. A snapshot brings its own span_bias, is_causal, scale, window
+            and softcap; spans, scope, exclude_self and key_padding_mask of this call hold for both.
+        kind: "jsd", "kl" (of the policy from the reference) or "reverse_kl".
+        backend: name of a backend, or None for the first that can run the call.
+
+    Returns:
+        D, float32 [B, T]; differentiable in q, k, span_bias and in a reference tensor.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+        NotImplementedError: no backend, or not the requested one, can run this.
+        RuntimeError: the requested backend is missing on this machine.
+    """
+    op = "attention_divergence"
+    args = resolve_call(
+        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
+        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
+        softcap=softcap, key_padding_mask=key_padding_mask,
+    )  # fmt: skip
+    return divergence_of(op, args, reference, kind, backends.check_backend(op, backend))
+
+
+def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend: str) -> Tensor:
+    """Dispatch on the kind of reference: dense and span-level ones are composed, others stream."""
+    check_kind(op, kind)
+    if isinstance(reference, AttentionSnapshot):
+        check_snapshot(op, reference, args)
+        if args.span_ids is None:
+            return _call_policy_divergence(args, reference, kind, backend)
+        reference = _span_policy_of(op, reference, args, backend)
+    elif isinstance(reference, Tensor):
+        _check_dense(op, reference, args)
+    else:
+        raise TypeError(
+            f"{op}: reference must be a [B, T, N] or [B, T, S] tensor or an AttentionSnapshot; got "
+            f"{type(reference).__name__}"
+        )
+    return _composed(call_policy(args, backend), reference, kind, backend)
+
+
+def _composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
+    """The divergence of two materialised policies, with the conventions of the streamed one."""
+    value = call_divergence(p, r, kind, backend)
+    if kind != "jsd":
+        # − p + r (or + p − r): takes the 1 out of log(p/r) + 1, which the renormalisation of p
+        # would cancel up to rounding only. Rows of infinite value stay without a gradient.
+        excess = (p - r.to(p.dtype)).sum(-1).masked_fill(value.isinf(), 0.0)
+        value = value - excess if kind == "kl" else value + excess
+    nowhere = (p == 0).all(-1) | (r == 0).all(-1)
+    return value.masked_fill(nowhere, 0.0)
+
+
+def _check_dense(op: str, reference: Tensor, args: PolicyArgs) -> None:
+    if not reference.is_floating_point():
+        raise TypeError(
+            f"{op}: reference must be floating or an AttentionSnapshot; got "
+            f"{checks.dtype_name(reference.dtype)}"
+        )
+    shape = (args.batch_size, args.num_rows, args.num_outcomes)
+    if reference.shape != shape:
+        dims = "[B, T, N]" if args.span_ids is None else "[B, T, S]"
+        raise ValueError(f"{op}: reference must be {dims} = {shape}; got {tuple(reference.shape)}")
+    checks.check_same_device(op, "reference", reference, args.q, "q")
+
+
+def check_snapshot(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> None:
+    for what, got, wanted in (
+        ("of batch size B", snapshot.batch_size, args.batch_size),
+        ("of T rows, T", snapshot.num_rows, args.num_rows),
+        ("over N keys, N", snapshot.seqlen_k, args.seqlen_k),
+        ("whose rows start at key", snapshot.query_start, args.query_start),
+    ):
+        if got != wanted:
+            raise ValueError(f"{op}: reference must be a snapshot {what}={wanted}; got {got}")
+    checks.check_same_device(op, "reference", snapshot.q, args.q, "q")
+    if snapshot.span_bias is not None and args.span_ids is None:
+        raise ValueError(f"{op}: reference has a span_bias, which needs spans; got spans=None")
+
+
+@torch.no_grad()
+def _span_policy_of(op: str, snapshot: AttentionSnapshot, args: PolicyArgs, backend: str) -> Tensor:
+    """The snapshot's policy over the spans and scope of the call, [B, T, S]."""
+    span_bias = snapshot.span_bias
+    if span_bias is not None:
+        shape = (*snapshot.q.shape[:3], args.num_spans)
+        checks.check_broadcastable(op, "reference.span_bias", span_bias, shape, "[B, H, T, S]")
+        span_bias = span_bias.to(accumulation_dtype(snapshot.q)).expand(shape)
+    policy = PolicyArgs(
+        q=snapshot.q,
+        k=snapshot.materialised_k(),
+        span_ids=args.span_ids,
+        span_bias=span_bias,
+        scope=args.scope,
+        key_padding_mask=args.key_padding_mask,
+        num_spans=args.num_spans,
+        query_start=args.query_start,
+        scale=snapshot.scale,
+        window_left=snapshot.window_left,
+        window_right=snapshot.window_right,
+        softcap=snapshot.softcap,
+        exclude_self=args.exclude_self,
+    )
+    return call_policy(policy, backend)
+
+
+def _call_policy_divergence(
+    args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str
+) -> Tensor:
+    value: Tensor = torch.ops.ral.policy_divergence_fwd(
+        *streaming_inputs(args, snapshot, kind, backend)
+    )[0]
+    return value
+
+
+def streaming_inputs(
+    args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str
+) -> tuple[Any, ...]:
+    """The arguments of the streaming ops, in the order of `INPUTS`."""
+    return (
+        args.q,
+        args.k,
+        args.scope,
+        args.key_padding_mask,
+        snapshot.q,
+        snapshot.k,
+        snapshot.k_prefix,
+        snapshot.prefix_index,
+        args.query_start,
+        args.scale,
+        args.window_left,
+        args.window_right,
+        args.softcap,
+        args.exclude_self,
+        snapshot.scale,
+        snapshot.window_left,
+        snapshot.window_right,
+        snapshot.softcap,
+        kind,
+        backend,
+    )
+
+
+INPUTS = (
+    "Tensor q, Tensor k, Tensor? scope, Tensor? key_padding_mask, Tensor reference_q, "
+    "Tensor reference_k, Tensor? reference_k_prefix, Tensor? reference_prefix_index, "
+    "SymInt query_start, float scale, SymInt window_left, SymInt window_right, float softcap, "
+    "bool exclude_self, float reference_scale, SymInt reference_window_left, "
+    "SymInt reference_window_right, float reference_softcap, str kind, str backend"
+)
+NUM_INPUTS = 20
+_NUM_TENSORS = 8  # how many of them, from the first, are tensors or None
+_NUM_OUTPUTS = 7
+
+
+def bundle(inputs: tuple[Any, ...]) -> PolicyDivergenceArgs:
+    """The op's arguments, without the backend's name, as backends receive them."""
+    q, k, scope, key_padding_mask, *reference_tensors = inputs[:_NUM_TENSORS]
+    query_start, scale, left, right, softcap, exclude_self, *reference_options, kind = inputs[
+        _NUM_TENSORS:
+    ]
+    policy = PolicyArgs(
+        q=q,
+        k=k,
+        span_ids=None,
+        span_bias=None,
+        scope=scope,
+        key_padding_mask=key_padding_mask,
+        num_spans=0,
+        query_start=query_start,
+        scale=scale,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        exclude_self=exclude_self,
+    )
+    reference = ReferenceArgs(*reference_tensors, *reference_options)
+    return PolicyDivergenceArgs(policy, reference, kind)
+
+
+def _allocate_outputs(args: PolicyDivergenceArgs) -> tuple[Tensor, ...]:
+    q = args.policy.q
+    batch_size, num_heads, num_rows, _ = q.shape
+    per_row = (batch_size, num_rows)
+    per_head = (batch_size, num_heads, num_rows)
+    per_reference_head = (batch_size, args.reference.num_heads, num_rows)
+    dtype = accumulation_dtype(q)
+    shapes = (per_row, per_head, per_row, per_reference_head, per_row, per_head, per_head)
+    return tuple(attention_interface._new_empty(q, shape, dtype) for shape in shapes)
+
+
+def allocate_gradients(args: PolicyDivergenceArgs) -> tuple[Tensor, Tensor]:
+    q, k = args.policy.q, args.policy.k
+    return (
+        attention_interface._empty_like_layout(q, args.policy.head_dim),
+        attention_interface._empty_like_layout(k, args.policy.head_dim),
+    )
+
+
+@torch.library.custom_op(
+    "ral::policy_divergence_fwd",
+    mutates_args=(),
+    schema=f"({INPUTS}) -> ({', '.join(['Tensor'] * _NUM_OUTPUTS)})",
+)
+def policy_divergence_fwd(*inputs: Any) -> tuple[Tensor, ...]:
+    """-> (value, lse, z, reference_lse, reference_z, u, w)."""
+    args = bundle(inputs[:-1])
+    outputs = _allocate_outputs(args)
+    chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[-1])
+    value, lse, z, ref_lse, ref_z, u, w = outputs
+    if value.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
+        for output in outputs:
+            output.zero_()
+    else:
+        chosen.fwd(args, value, lse, z, ref_lse, ref_z, u, w)
+    return outputs
+
+
+@policy_divergence_fwd.register_fake
+def _policy_divergence_fwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    return _allocate_outputs(bundle(inputs[:-1]))
+
+
+@torch.library.custom_op(
+    "ral::policy_divergence_bwd",
+    mutates_args=(),
+    schema=f"({INPUTS}, Tensor lse, Tensor z, Tensor reference_lse, Tensor reference_z, "
+    "Tensor u, Tensor w, Tensor dvalue) -> (Tensor, Tensor)",
+)
+def policy_divergence_bwd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """-> (dq, dk). The reference gets no gradient."""
+    args = bundle(inputs[: NUM_INPUTS - 1])
+    lse, z, ref_lse, ref_z, u, w, dvalue = inputs[NUM_INPUTS:]
+    dq, dk = allocate_gradients(args)
+    chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[NUM_INPUTS - 1])
+    if dvalue.numel() == 0 or args.policy.seqlen_k == 0:
+        dq.zero_()
+        dk.zero_()
+    else:
+        chosen.bwd(args, lse, z, ref_lse, ref_z, u, w, dvalue.contiguous(), dq, dk, None)
+    return dq, dk
+
+
+@policy_divergence_bwd.register_fake
+def _policy_divergence_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return allocate_gradients(bundle(inputs[: NUM_INPUTS - 1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
+    ctx.options = inputs[_NUM_TENSORS:]
+
+
+def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dvalue is None:
+        return (None,) * NUM_INPUTS
+    tensors = ctx.saved_tensors
+    dq, dk = torch.ops.ral.policy_divergence_bwd(
+        *tensors[:_NUM_TENSORS], *ctx.options, *tensors[_NUM_TENSORS:], dvalue
+    )
+    return dq, dk, *[None] * (NUM_INPUTS - 2)
+
+
+policy_divergence_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,214 @@
+"""`ral_loss`, and the op that forms it together with its gradients against a snapshot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..attention import interface as attention_interface
+from ..divergence.interface import check_kind
+from ..policy.arguments import PolicyArgs
+from ..policy.interface import accumulation_dtype, resolve_call
+from ..snapshot import AttentionSnapshot
+from ..spans import Spans
+from .interface import (
+    BACKENDS,
+    INPUTS,
+    NUM_INPUTS,
+    allocate_gradients,
+    bundle,
+    check_snapshot,
+    divergence_of,
+    streaming_inputs,
+)
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+
+
+def ral_loss(
+    q: Tensor,
+    k: Tensor,
+    reference: Tensor | AttentionSnapshot,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kind: str = "jsd",
+    reduction: str = "token_mean",
+    rows: slice | tuple[int, int] | None = None,
+    spans: Spans | None = None,
+    span_bias: Tensor | None = None,
+    scope: Tensor | Spans | None = None,
+    exclude_self: bool = True,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The RAL objective: the policy's divergence from its reference, weighted by the advantage.
+
+        L = E_t[A_t D_t]        (eq. (2) of arXiv 2602.04884; D_t is `attention_divergence`)
+
+    Against a snapshot without spans the loss and its gradients are formed in one go, and the
+    backward only multiplies them (README.md of this folder): dq and dk are kept, nothing of T·N.
+
+    Minimising it keeps a row with A > 0 near the reference and pushes one with A < 0 away. At
+    policy = reference value and gradient are exactly zero: it acts from the second step on the same
+    rollouts, or against another reference.
+
+    Args:
+        q, k, reference, kind and the other options: as in `attention_divergence`.
+        advantages: floating [B] or [B, T], of either sign; it gets no gradient.
+        mask: bool [B, T], True = a token that counts; default all. A masked token has no gradient,
+            and if all are masked the loss is exactly 0.
+        reduction: "token_mean" over the tokens that count, as the paper's E_t; "sequence_mean", the
+            mean over sequences with such tokens of each one's mean; or "sum".
+
+    Returns:
+        The loss, a float32 scalar.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `attention_divergence`;
+        NotImplementedError also for advantages that require grad.
+    """
+    op = "ral_loss"
+    if not isinstance(reduction, str):
+        raise TypeError(
+            f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got "
+            f"{type(reduction).__name__}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+        )
+    args = resolve_call(
+        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
+        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
+        softcap=softcap, key_padding_mask=key_padding_mask,
+    )  # fmt: skip
+    advantages = _resolve_advantages(op, advantages, args)
+    _check_mask(op, mask, args)
+    backend = backends.check_backend(op, backend)
+    weights = _row_weights(advantages.to(accumulation_dtype(args.q)), mask, reduction)
+    if isinstance(reference, AttentionSnapshot) and _fuses(args):
+        check_kind(op, kind)
+        check_snapshot(op, reference, args)
+        loss: Tensor = torch.ops.ral.policy_divergence_loss(
+            *streaming_inputs(args, reference, kind, backend), weights
+        )[0]
+        return loss
+    return _weighted_sum(divergence_of(op, args, reference, kind, backend), weights)
+
+
+def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:
+    """The advantages as [B, T]."""
+    checks.check_tensor(op, "advantages", advantages, "a [B] or [B, T] tensor")
+    if not advantages.is_floating_point():
+        raise TypeError(
+            f"{op}: advantages must be floating; got {checks.dtype_name(advantages.dtype)}"
+        )
+    shape = (args.batch_size, args.num_rows)
+    if advantages.shape not in (shape[:1], shape):
+        raise ValueError(
+            f"{op}: advantages must be [B] or [B, T] with B={shape[0]}, T={shape[1]}; got "
+            f"{tuple(advantages.shape)}"
+        )
+    checks.check_same_device(op, "advantages", advantages, args.q, "q")
+    if advantages.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{op}: advantages get no gradient, so they must not require grad; use "
+            "advantages.detach()"
+        )
+    return (advantages[:, None] if advantages.dim() == 1 else advantages).expand(shape)
+
+
+def _check_mask(op: str, mask: Any, args: PolicyArgs) -> None:
+    if mask is None:
+        return
+    checks.check_tensor(op, "mask", mask, "None or a bool [B, T] tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{op}: mask must be bool (True = a token that counts); got "
+            f"{checks.dtype_name(mask.dtype)}"
+        )
+    shape = (args.batch_size, args.num_rows)
+    if mask.shape != shape:
+        raise ValueError(f"{op}: mask must be [B, T] = {shape}; got {tuple(mask.shape)}")
+    checks.check_same_device(op, "mask", mask, args.q, "q")
+
+
+def _row_weights(advantages: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
+    """[B, T]: what each row's divergence is multiplied by; 0 for a token that does not count."""
+    counts = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
+    weights = torch.where(counts, advantages, 0.0)
+    if reduction == "sum":
+        return weights
+    if reduction == "token_mean":
+        return weights / counts.sum().clamp(min=1)
+    tokens = counts.sum(-1, keepdim=True)
+    return weights / tokens.clamp(min=1) / (tokens > 0).sum().clamp(min=1)
+
+
+def _weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
+    # Not a product with a weight of 0: 0 * inf, in the loss or in its gradient, would be NaN.
+    used = weights != 0
+    return torch.where(used, torch.where(used, value, 0.0) * weights, 0.0).sum()
+
+
+def _fuses(args: PolicyArgs) -> bool:
+    """Whether the loss against a snapshot is to be formed together with its gradients."""
+    wants_gradient = torch.is_grad_enabled() and (args.q.requires_grad or args.k.requires_grad)
+    # In float16 a gradient would underflow before loss scaling could reach it.
+    return wants_gradient and args.span_ids is None and args.q.dtype != torch.float16
+
+
+def _allocate(args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q = args.policy.q
+    loss = attention_interface._new_empty(q, (), accumulation_dtype(q))
+    return loss, *allocate_gradients(args)
+
+
+@torch.library.custom_op(
+    "ral::policy_divergence_loss",
+    mutates_args=(),
+    schema=f"({INPUTS}, Tensor weights) -> (Tensor, Tensor, Tensor)",
+)
+def policy_divergence_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (sum over rows of weight times divergence, dq, dk)."""
+    args = bundle(inputs[: NUM_INPUTS - 1])
+    weights = inputs[NUM_INPUTS].contiguous()
+    loss, dq, dk = _allocate(args)
+    chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[NUM_INPUTS - 1])
+    if weights.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
+        for output in (loss, dq, dk):
+            output.zero_()
+    else:
+        value = attention_interface._new_empty(weights, weights.shape, weights.dtype)
+        chosen.loss(args, weights, value, dq, dk)
+        loss.copy_(_weighted_sum(value, weights))
+    return loss, dq, dk
+
+
+@policy_divergence_loss.register_fake
+def _policy_divergence_loss_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate(bundle(inputs[: NUM_INPUTS - 1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    rest = [None] * (NUM_INPUTS - 1)
+    if dloss is None:
+        return None, None, *rest
+    dq, dk = ctx.saved_tensors
+    return dq * dloss, dk * dloss, *rest
+
+
+policy_divergence_loss.register_autograd(_backward, setup_context=_setup_context)

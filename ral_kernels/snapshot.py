@@ -1,0 +1,442 @@
+"""A reference policy that is cheap to keep: the q and k of a layer instead of its attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .attention import interface as attention_interface
+
+_OP = "AttentionSnapshot"
+_OPTIONS = ("query_start", "scale", "window_left", "window_right", "softcap")
+_FORMAT = "ral_kernels.AttentionSnapshot/1"
+
+
+class AttentionSnapshot:
+    """The attention policy of a layer at one moment, kept as its queries and keys.
+
+    T·H·D + N·Hk·D numbers in q's dtype instead of T·N floats, from which `attention_divergence` and
+    `ral_loss` recompute the policy tile by tile. Rows of probabilities in bfloat16 drown the
+    difference between two policies a step apart; against a snapshot an unchanged policy gives a
+    loss and a gradient of exactly 0. The reference may be another model: heads and head dim are its
+    own.
+
+    The tensors are detached copies. Treat the object as immutable; every method returns a new one
+    or shares tensors with this one.
+
+    Args:
+        q: [B, H, Tq, D] queries after RoPE, as in `attention_policy`.
+        k: [B, Hk, N, D] keys.
+        rows: the T queries that have a policy, as in `attention_policy`.
+        span_bias: floating, broadcastable to [B, H, T, S], the bias under which this policy
+            attends. It is applied over the spans of the call that compares with the snapshot.
+        is_causal, scale, window, softcap: as in `attention_policy`.
+        dtype: dtype to keep q and k in; default q's. Exact zeros need the dtype of the policy.
+        device: where to keep them; default q's device, the CPU with `pin_memory`.
+        pin_memory: keep them in page-locked CPU memory.
+        group_size: G rollouts of one prompt stand side by side in the batch.
+        shared_prefix: N0 keys at the start that the samples of a group have in common (the prompt).
+            They are kept once per group. Their values must be equal bit for bit.
+
+    Attributes:
+        q: [B, H, T, D], the chosen rows.
+        k: [B, Hk, N - N0, D].
+        k_prefix, prefix_index: [P, Hk, N0, D] and int64 [B], each sample's place in it; both None
+            without a shared prefix.
+        span_bias: [B, 1 or H, 1 or T, S] float32 (float64 with float64 q), or None.
+        query_start: key position of row 0.
+        scale, window_left, window_right, softcap: resolved options; -1 = no bound, 0 = no soft cap.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value; prefixes of a group that differ.
+        RuntimeError: `pin_memory` without an accelerator.
+    """
+
+    q: Tensor
+    k: Tensor
+    k_prefix: Tensor | None
+    prefix_index: Tensor | None
+    span_bias: Tensor | None
+    query_start: int
+    scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        rows: slice | tuple[int, int] | None = None,
+        span_bias: Tensor | None = None,
+        is_causal: bool = True,
+        scale: float | None = None,
+        window: int | tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        pin_memory: bool = False,
+        group_size: int = 1,
+        shared_prefix: int = 0,
+    ) -> None:
+        q, k, _ = attention_interface.autocast_inputs(q, k, k)
+        attention_interface.check_attention(_OP, q, k, k, None)  # k stands for v too: same checks
+        checks.check_flag(_OP, "is_causal", is_causal)
+        checks.check_flag(_OP, "pin_memory", pin_memory)
+        _check_dtype(dtype)
+        start, stop = checks.resolve_rows(_OP, rows, q.shape[2])
+        self.query_start = k.shape[2] - q.shape[2] + start
+        self.scale = checks.resolve_scale(_OP, scale, q.shape[3])
+        self.window_left, self.window_right = checks.resolve_window(_OP, window, is_causal)
+        self.softcap = checks.resolve_softcap(_OP, softcap)
+        if pin_memory:
+            device = "cpu" if device is None else device
+            if torch.device(device).type != "cpu":
+                raise ValueError(
+                    f"{_OP}: pin_memory must go with device=None or 'cpu'; got {device}"
+                )
+        q, k = q.detach()[:, :, start:stop], k.detach()
+        check_prefix(k, group_size, shared_prefix)
+        self.span_bias = _resolve_span_bias(span_bias, q)
+        self.k_prefix = self.prefix_index = None
+        if group_size > 1 and shared_prefix > 0:
+            self.k_prefix = k[::group_size, :, :shared_prefix]
+            self.prefix_index = torch.arange(q.shape[0], device=q.device) // group_size
+            k = k[:, :, shared_prefix:]
+        self.q, self.k = q, k
+        copies = self._map(lambda name, x: _copy(x, device, None if name in _EXACT else dtype))
+        self._adopt(copies.pin_memory() if pin_memory else copies)
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def shared_prefix(self) -> int:
+        """N0, the number of keys kept once per prompt."""
+        return 0 if self.k_prefix is None else self.k_prefix.shape[2]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.shared_prefix + self.k.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.q.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors; a shared prefix counts once."""
+        return sum(x.numel() * x.element_size() for x in self._all_tensors().values())
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __repr__(self) -> str:
+        return (
+            f"AttentionSnapshot(q={tuple(self.q.shape)}, seqlen_k={self.seqlen_k}, "
+            f"num_kv_heads={self.k.shape[1]}, shared_prefix={self.shared_prefix}, "
+            f"dtype={checks.dtype_name(self.dtype)}, device={self.device})"
+        )
+
+    def materialised_k(self) -> Tensor:
+        """The keys of every sample, [B, Hk, N, D]."""
+        if self.k_prefix is None or self.prefix_index is None:
+            return self.k
+        return torch.cat([self.k_prefix[self.prefix_index], self.k], dim=2)
+
+    # -- where it is -----------------------------------------------------------------------------
+
+    def to(
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> AttentionSnapshot:
+        """The snapshot on another device, or with q and k in another dtype.
+
+        Tensors that are there already are shared, as in `Tensor.to`. `snapshot.to(dtype)` works.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        _check_dtype(dtype)
+        return self._map(
+            lambda name, x: x.to(
+                device=device,
+                dtype=x.dtype if dtype is None or name in _EXACT else dtype,
+                non_blocking=non_blocking,
+            )
+        )
+
+    def pin_memory(self) -> AttentionSnapshot:
+        """The snapshot in page-locked CPU memory, from where `to(..., non_blocking=True)` is quick.
+
+        Raises:
+            RuntimeError: this machine has no accelerator, or the snapshot is not on the CPU.
+        """
+        if not torch.accelerator.is_available():
+            raise RuntimeError(f"{_OP}: pin_memory needs an accelerator; this machine has none")
+        return self._map(lambda name, x: x.pin_memory())
+
+    # -- along the batch -------------------------------------------------------------------------
+
+    def __getitem__(self, index: Tensor | slice) -> AttentionSnapshot:
+        """Some samples: a slice, an int64 tensor of sample numbers, or a bool mask [B]."""
+        if isinstance(index, Tensor):
+            if index.dim() != 1 or index.dtype not in (torch.int64, torch.bool):
+                raise TypeError(
+                    f"{_OP}: index must be a slice, an int64 tensor [n] or a bool mask [B]; got "
+                    f"{checks.dtype_name(index.dtype)} {tuple(index.shape)}"
+                )
+            if index.dtype == torch.bool and index.shape[0] != self.batch_size:
+                raise ValueError(
+                    f"{_OP}: index must be a mask [B] = ({self.batch_size},); got "
+                    f"{tuple(index.shape)}"
+                )
+            index = index.to(self.device)
+        elif not isinstance(index, slice):
+            raise TypeError(
+                f"{_OP}: index must be a slice, an int64 tensor [n] or a bool mask [B]; got "
+                f"{type(index).__name__}"
+            )
+        picked = {name: x[index] for name, x in self.tensors().items()}
+        return self.from_tensors(picked, like=self)
+
+    @classmethod
+    def cat(cls, snapshots: Sequence[AttentionSnapshot]) -> AttentionSnapshot:
+        """One batch of several, in order. They must agree in everything but their batch size.
+
+        A prefix that two of them hold is kept twice.
+        """
+        snapshots = list(snapshots)
+        if not snapshots:
+            raise ValueError(f"{_OP}.cat: snapshots must hold at least one; got none")
+        for snapshot in snapshots:
+            if not isinstance(snapshot, AttentionSnapshot):
+                raise TypeError(
+                    f"{_OP}.cat: snapshots must hold snapshots; got {type(snapshot).__name__}"
+                )
+        first = snapshots[0]
+        for i, snapshot in enumerate(snapshots):
+            if (got := snapshot._signature()) != (wanted := first._signature()):
+                name = next(name for name in wanted if got[name] != wanted[name])
+                raise ValueError(
+                    f"{_OP}.cat: snapshots must agree in {name}; snapshots[0] has {wanted[name]}, "
+                    f"snapshots[{i}] has {got[name]}"
+                )
+        if len(snapshots) == 1:
+            return first
+        joined: dict[str, Tensor] = {}
+        for name in first._all_tensors():
+            parts = [snapshot._all_tensors()[name] for snapshot in snapshots]
+            if name == "prefix_index":
+                sizes = [s.k_prefix.shape[0] for s in snapshots if s.k_prefix is not None]
+                offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+                parts = [x + offset for x, offset in zip(parts, offsets, strict=True)]
+            elif name == "span_bias":
+                shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
+                parts = [x.expand(-1, *shape) for x in parts]
+            joined[name] = torch.cat(parts)
+        return cls._make(joined, first._options())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors whose first dimension is the batch, for a trainer that shuffles or splits.
+
+        A shared prefix is not among them, only each sample's place in it; see `from_tensors`.
+        """
+        return {name: x for name, x in self._all_tensors().items() if name != "k_prefix"}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], *, like: AttentionSnapshot
+    ) -> AttentionSnapshot:
+        """The inverse of `like.tensors()`, after the batch was permuted, repeated or cut.
+
+        The options, and the shared prefixes that are still in use, come from `like`.
+        """
+        wanted = list(like.tensors())
+        if sorted(tensors) != sorted(wanted):
+            raise ValueError(
+                f"{_OP}.from_tensors: tensors must be {', '.join(wanted)}; got "
+                f"{', '.join(sorted(tensors))}"
+            )
+        taken = {name: tensors[name] for name in wanted}
+        if like.k_prefix is not None:
+            used, index = torch.unique(taken["prefix_index"], return_inverse=True)
+            if used.numel() < like.k_prefix.shape[0]:
+                taken["k_prefix"], taken["prefix_index"] = like.k_prefix[used], index
+            else:
+                taken["k_prefix"] = like.k_prefix
+        return cls._make({name: x.contiguous() for name, x in taken.items()}, like._options())
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file.
+
+        Raises:
+            ImportError: the package safetensors is missing.
+        """
+        metadata = {"format": _FORMAT, "options": json.dumps(self._options())}
+        tensors = {name: x.contiguous() for name, x in self._all_tensors().items()}
+        _safetensors("save").torch.save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> AttentionSnapshot:
+        """Read a file that `save` wrote.
+
+        Raises:
+            ImportError: the package safetensors is missing.
+            ValueError: the file holds something else.
+        """
+        with _safetensors("load").safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{_OP}.load: {path} must be written by AttentionSnapshot.save ({_FORMAT}); "
+                    f"got format {metadata.get('format')!r}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return cls._make(tensors, json.loads(metadata["options"]))
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _all_tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            "q": self.q,
+            "k": self.k,
+            "k_prefix": self.k_prefix,
+            "prefix_index": self.prefix_index,
+            "span_bias": self.span_bias,
+        }
+        return {name: x for name, x in tensors.items() if x is not None}
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OPTIONS}
+
+    def _signature(self) -> dict[str, Any]:
+        """What snapshots of one batch have in common."""
+        bias = self.span_bias
+        return {
+            **self._options(),
+            "shape": (*self.q.shape[1:], *self.k.shape[1:]),
+            "shared_prefix": self.shared_prefix,
+            "num_spans": None if bias is None else bias.shape[-1],
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+
+    @classmethod
+    def _make(cls, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> AttentionSnapshot:
+        snapshot = cls.__new__(cls)
+        for name in ("q", "k", "k_prefix", "prefix_index", "span_bias"):
+            setattr(snapshot, name, tensors.get(name))
+        for name in _OPTIONS:
+            setattr(snapshot, name, options[name])
+        return snapshot
+
+    def _map(self, f: Any) -> AttentionSnapshot:
+        return self._make(
+            {name: f(name, x) for name, x in self._all_tensors().items()}, self._options()
+        )
+
+    def _adopt(self, other: AttentionSnapshot) -> None:
+        self.__dict__.update(other.__dict__)
+
+
+_EXACT = ("prefix_index", "span_bias")  # tensors that `dtype` does not concern
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype not in attention_interface.DTYPES:
+        wanted = ", ".join(checks.dtype_name(x) for x in attention_interface.DTYPES)
+        raise TypeError(f"{_OP}: dtype must be None or one of {wanted}; got {dtype!r}")
+
+
+def _resolve_span_bias(span_bias: Any, q: Tensor) -> Tensor | None:
+    """The bias as [B, 1 or H, 1 or T, S], so that it can be indexed along the batch."""
+    if span_bias is None:
+        return None
+    checks.check_tensor(
+        _OP, "span_bias", span_bias, "None or a tensor broadcastable to [B, H, T, S]"
+    )
+    if not span_bias.is_floating_point():
+        raise TypeError(
+            f"{_OP}: span_bias must be floating; got {checks.dtype_name(span_bias.dtype)}"
+        )
+    if span_bias.dim() < 1:
+        raise ValueError(f"{_OP}: span_bias must have a last dimension S; got a scalar")
+    shape = (*q.shape[:3], span_bias.shape[-1])
+    checks.check_broadcastable(_OP, "span_bias", span_bias, shape, "[B, H, T, S]")
+    checks.check_same_device(_OP, "span_bias", span_bias, q, "q")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    bias = span_bias.detach().to(dtype)
+    while bias.dim() < 4:
+        bias = bias[None]
+    return bias.expand(shape[0], -1, -1, -1)
+
+
+def check_prefix(k: Tensor, group_size: Any, shared_prefix: Any) -> None:
+    """Check that `k` has groups of samples with equal keys at the start."""
+    batch_size, _, seqlen_k, _ = k.shape
+    for name, value, low in (("group_size", group_size, 1), ("shared_prefix", shared_prefix, 0)):
+        if not checks.is_int(value):
+            raise TypeError(f"{_OP}: {name} must be an int; got {type(value).__name__}")
+        if value < low:
+            raise ValueError(f"{_OP}: {name} must be >= {low}; got {value}")
+    if batch_size % group_size != 0:
+        raise ValueError(
+            f"{_OP}: group_size must divide the batch size B={batch_size}; got {group_size}"
+        )
+    if shared_prefix > seqlen_k:
+        raise ValueError(f"{_OP}: shared_prefix must be at most N={seqlen_k}; got {shared_prefix}")
+    if group_size == 1 or shared_prefix == 0 or not checks.has_values(k):
+        return
+    prefix = k[:, :, :shared_prefix].unflatten(0, (-1, group_size))
+    for i in range(1, group_size):
+        if not torch.equal(prefix[:, i], prefix[:, 0]):
+            raise ValueError(
+                f"{_OP}: shared_prefix must cover keys that are equal within a group, N0="
+                f"{shared_prefix}; sample {i} of a group of {group_size} differs from sample 0 by "
+                f"up to {float((prefix[:, i] - prefix[:, 0]).abs().max()):.3g}"
+            )
+
+
+def _copy(x: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """A copy with memory of its own: a slice must not keep the whole of q alive."""
+    return x.to(
+        device=x.device if device is None else device,
+        dtype=x.dtype if dtype is None else dtype,
+        copy=True,
+        memory_format=torch.contiguous_format,
+    )
+
+
+def _safetensors(method: str) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"{_OP}.{method} needs the package safetensors; install it with "
+            "`pip install safetensors`"
+        ) from error
+    return safetensors

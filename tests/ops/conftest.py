@@ -1,0 +1,22 @@
+"""Fixtures of the ops' tests."""
+
+from __future__ import annotations
+
+import pytest
+
+import ral_kernels as rk
+from tests.conftest import skip_or_fail
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each variant of the CPU kernels, forced."""
+    reason = rk.available_backends()["cpu"]
+    if reason != "yes":
+        skip_or_fail("cpu", reason)
+    from ral_kernels.cpu_library import supported_isas
+
+    if request.param not in supported_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setenv("RAL_CPU_ISA", request.param)
+    return request.param

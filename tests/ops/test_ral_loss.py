@@ -1,0 +1,196 @@
+"""`ral_loss` against a snapshot, loss and gradients in one go, beside the separate backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ral_kernels.policy_divergence import attention_divergence, ral_loss
+from ral_kernels.snapshot import AttentionSnapshot
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    num_rows: int = 50
+    seqlen_k: int = 127
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 40
+    reference_heads: int = 4
+    kind: str = "jsd"
+    snapshot: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = (
+    Case("gqa"),
+    Case("mha", num_heads=3, num_kv_heads=3, head_dim=33, num_rows=7),
+    Case("many_heads", num_heads=14, num_kv_heads=2, head_dim=64, num_rows=33, seqlen_k=250),
+    Case("teacher", reference_heads=10),
+    Case("one_row", num_rows=1, seqlen_k=241),
+    Case("rows_before_keys", num_rows=70, seqlen_k=30),
+    Case("softcap", kind="kl", snapshot={"softcap": 3.0}, options={"softcap": 3.0}),  # no cache
+    Case("scope", options={"scope": torch.arange(127) % 3 > 0}),
+    Case("empty_scope", options={"scope": torch.zeros(127, dtype=torch.bool)}),
+    Case("own_key", options={"exclude_self": False}),
+    Case("window", seqlen_k=300, snapshot={"window": 40}, options={"window": 40}),
+    # the policy is 0 where the reference is not: infinite rows
+    Case("infinite", kind="reverse_kl", options={"window": 20}),
+)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, AttentionSnapshot, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(heads: int, length: int) -> Tensor:
+        x = torch.randn(2, heads, length, case.head_dim, generator=generator)
+        return x.to(dtype)
+
+    q, k = draw(case.num_heads, case.num_rows), draw(case.num_kv_heads, case.seqlen_k)
+    if case.reference_heads == 4 and case.num_heads != 4:
+        reference = (q + 0.1 * draw(case.num_heads, case.num_rows), k)
+    else:
+        reference = (draw(case.reference_heads, case.num_rows), draw(2, case.seqlen_k))
+    advantages = torch.randn(2, case.num_rows, generator=generator)
+    snapshot = AttentionSnapshot(*reference, **case.snapshot)
+    return q.requires_grad_(), k.requires_grad_(), snapshot, advantages
+
+
+def _relative(got: Tensor, wanted: Tensor) -> float:
+    difference = (got.double() - wanted.double()).norm()
+    return float(difference / wanted.double().norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_same_as_the_separate_backward(case: Case, dtype: torch.dtype, backend: str) -> None:
+    q, k, snapshot, advantages = _inputs(case, dtype)
+    options = {"kind": case.kind, "backend": backend, **case.options}
+    loss = ral_loss(q, k, snapshot, advantages, reduction="sum", **options)
+    assert "policy_divergence_loss" in loss.grad_fn.name()
+    grads = torch.autograd.grad(loss * 0.5, (q, k))
+    value = attention_divergence(q, k, snapshot, **options)
+    wanted = torch.autograd.grad((value * advantages).sum() * 0.5, (q, k))
+    if case.name == "infinite":
+        assert value.isinf().any() and not loss.isfinite()
+    else:
+        torch.testing.assert_close(loss, (value * advantages).sum(), rtol=1e-5, atol=1e-6)
+    # bfloat16: the weights that wait for dS are rounded once, as dS itself is
+    bound = 1e-6 if dtype == torch.float32 else 6e-3
+    for got, expected in zip(grads, wanted, strict=True):
+        assert got.isfinite().all()
+        assert _relative(got, expected) <= bound
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.name)
+def test_accuracy(case: Case, backend: str) -> None:
+    """bfloat16 gradients within twice the error of the same PyTorch computation in bfloat16."""
+    q, k, snapshot, advantages = _inputs(case, torch.bfloat16)
+    grads = torch.autograd.grad(ral_loss(q, k, snapshot, advantages, backend=backend), (q, k))
+
+    def plain(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k)]
+        p = _plain_policy(*leaves)
+        r = _plain_policy(snapshot.q.to(dtype), snapshot.k.to(dtype))
+        m = torch.where(p + r > 0, (p + r) / 2, 1.0)
+        jsd = (_times_log(p, m) + _times_log(r, m)).sum(-1) / 2
+        return torch.autograd.grad((jsd * advantages).mean(), leaves)
+
+    for got, truth, baseline in zip(
+        grads, plain(torch.float64), plain(torch.bfloat16), strict=True
+    ):
+        assert _relative(got, truth) <= 2 * _relative(baseline, truth)
+
+
+def _times_log(a: Tensor, b: Tensor) -> Tensor:
+    """a log(a / b) with 0 log 0 = 0, in the gradient too."""
+    return torch.where(a > 0, a * (torch.where(a > 0, a, 1.0) / b).log(), 0.0)
+
+
+def _plain_policy(q: Tensor, k: Tensor) -> Tensor:
+    """Eq. (1) of the paper in the inputs' dtype, softmax in float32 or better."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    rows, keys = q.shape[2], k.shape[2]
+    position = torch.arange(rows) + keys - rows
+    scores = (q @ k.transpose(-1, -2) * q.shape[3] ** -0.5).to(
+        torch.promote_types(q.dtype, torch.float32)
+    )
+    scores = scores.masked_fill(torch.arange(keys) > position[:, None], float("-inf"))
+    p = scores.softmax(-1).mean(1).masked_fill(torch.arange(keys) == position[:, None], 0.0)
+    return p / p.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kind", ["jsd", "kl", "reverse_kl"])
+def test_exactly_zero_for_an_unchanged_policy(kind: str, dtype: torch.dtype, backend: str) -> None:
+    q, k, _, advantages = _inputs(CASES[2], dtype)
+    loss = ral_loss(q, k, AttentionSnapshot(q, k), advantages, kind=kind, backend=backend)
+    assert loss == 0.0
+    for grad in torch.autograd.grad(loss, (q, k)):
+        assert not grad.any()
+
+
+def test_masked_batch_is_exactly_zero(backend: str) -> None:
+    q, k, snapshot, advantages = _inputs(CASES[0], torch.float32)
+    mask = torch.zeros_like(advantages, dtype=torch.bool)
+    loss = ral_loss(q, k, snapshot, advantages, mask, backend=backend)
+    assert loss == 0.0
+    for grad in torch.autograd.grad(loss, (q, k)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_repeats_bit_for_bit(threads: int, backend: str) -> None:
+    q, k, snapshot, advantages = _inputs(CASES[2], torch.bfloat16)
+    before = torch.get_num_threads()
+
+    def run() -> tuple[Tensor, ...]:
+        loss = ral_loss(q, k, snapshot, advantages, backend=backend)
+        return loss, *torch.autograd.grad(loss, (q, k))
+
+    try:
+        first = run()
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_float16_takes_the_separate_backward(backend: str) -> None:
+    q, k, snapshot, advantages = _inputs(CASES[0], torch.float16)
+    loss = ral_loss(q, k, snapshot, 1e-6 * advantages, backend=backend)
+    assert "policy_divergence_loss" not in loss.grad_fn.name()
+    (dq,) = torch.autograd.grad(loss * 65536.0, q)  # what a gradient scaler does
+    assert dq.any() and dq.isfinite().all()
+
+
+def test_without_gradient_only_the_value(backend: str) -> None:
+    q, k, snapshot, advantages = _inputs(CASES[0], torch.float32)
+    with torch.no_grad():
+        loss = ral_loss(q, k, snapshot, advantages, backend=backend)
+    torch.testing.assert_close(loss, ral_loss(q, k, snapshot, advantages, backend=backend).detach())
+
+
+def test_opcheck_and_compile(backend: str) -> None:
+    q, k, snapshot, advantages = _inputs(CASES[0], torch.float32)
+
+    def objective(q: Tensor, k: Tensor) -> Tensor:
+        return ral_loss(q, k, snapshot, advantages, backend=backend)
+
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(objective(q, k), (q, k))
+    for got, wanted in zip(torch.autograd.grad(compiled(q, k), (q, k)), eager, strict=True):
+        assert torch.equal(got, wanted)
+    inputs = (
+        *(q, k, None, None, snapshot.q, snapshot.k, None, None),
+        *(snapshot.query_start, snapshot.scale, -1, 0, 0.0, True),
+        *(snapshot.scale, -1, 0, 0.0, "jsd", backend, advantages),
+    )
+    torch.library.opcheck(torch.ops.ral.policy_divergence_loss.default, inputs)

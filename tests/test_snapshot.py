@@ -1,0 +1,265 @@
+"""`AttentionSnapshot`: what it keeps, where it goes, indexing, joining, saving."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ral_kernels as rk
+from ral_kernels.policy import attention_policy
+from ral_kernels.policy_divergence import attention_divergence
+from ral_kernels.snapshot import AttentionSnapshot
+
+B, H, HK, T, N, D, PREFIX = 6, 4, 2, 5, 9, 8, 4
+
+
+def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Three prompts with two rollouts each."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, H, T, D, generator=generator)
+    k = torch.randn(B, HK, N, D, generator=generator)
+    k[1::2, :, :PREFIX] = k[::2, :, :PREFIX]
+    return q.to(dtype), k.to(dtype)
+
+
+def shared(**options: Any) -> AttentionSnapshot:
+    return AttentionSnapshot(*draw(), group_size=2, shared_prefix=PREFIX, **options)
+
+
+def assert_same(a: AttentionSnapshot, b: AttentionSnapshot) -> None:
+    assert torch.equal(a.q, b.q) and torch.equal(a.materialised_k(), b.materialised_k())
+    assert (a.span_bias is None) == (b.span_bias is None)
+    if a.span_bias is not None and b.span_bias is not None:
+        assert torch.equal(a.span_bias, b.span_bias)
+    for name in ("query_start", "scale", "window_left", "window_right", "softcap", "dtype"):
+        assert getattr(a, name) == getattr(b, name), name
+
+
+def test_what_it_keeps() -> None:
+    q, k = draw()
+    snapshot = AttentionSnapshot(q, k, rows=(1, 4), scale=0.3, window=3, softcap=2.0)
+    assert torch.equal(snapshot.q, q[:, :, 1:4]) and torch.equal(snapshot.k, k)
+    assert (snapshot.batch_size, len(snapshot), snapshot.num_rows, snapshot.seqlen_k) == (
+        B,
+        B,
+        3,
+        N,
+    )
+    assert snapshot.query_start == N - T + 1
+    assert (snapshot.scale, snapshot.softcap) == (0.3, 2.0)
+    assert (snapshot.window_left, snapshot.window_right) == (3, 0)
+    assert snapshot.k_prefix is None and snapshot.prefix_index is None
+    assert snapshot.nbytes == 4 * (B * H * 3 * D + B * HK * N * D)
+    assert "q=(6, 4, 3, 8)" in repr(snapshot)
+
+
+def test_is_a_detached_copy() -> None:
+    q, k = (x.requires_grad_() for x in draw())
+    snapshot = AttentionSnapshot(q, k, rows=slice(2, 4))
+    kept = snapshot.q.clone(), snapshot.k.clone()
+    with torch.no_grad():
+        q.zero_()
+        k.zero_()
+    assert torch.equal(snapshot.q, kept[0]) and torch.equal(snapshot.k, kept[1])
+    assert not snapshot.q.requires_grad and not snapshot.k.requires_grad
+    # Some rows of q do not keep all of q alive.
+    assert snapshot.q.untyped_storage().nbytes() == 4 * B * H * 2 * D
+
+
+def test_shared_prefix_is_kept_once() -> None:
+    q, k = draw()
+    snapshot = shared()
+    assert snapshot.k_prefix is not None and snapshot.k_prefix.shape == (3, HK, PREFIX, D)
+    assert snapshot.k.shape == (B, HK, N - PREFIX, D) and snapshot.seqlen_k == N
+    assert snapshot.prefix_index is not None
+    assert snapshot.prefix_index.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(snapshot.materialised_k(), k)
+    plain = AttentionSnapshot(q, k)
+    assert plain.nbytes - snapshot.nbytes == 4 * 3 * HK * PREFIX * D - 8 * B
+
+
+def test_prefix_must_be_equal() -> None:
+    q, k = draw()
+    k[3, 0, PREFIX - 1, 2] += 0.25
+    with pytest.raises(ValueError, match=r"shared_prefix must cover keys that are equal.*0\.25"):
+        AttentionSnapshot(q, k, group_size=2, shared_prefix=PREFIX)
+    AttentionSnapshot(q, k, group_size=2, shared_prefix=PREFIX - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype(dtype: torch.dtype) -> None:
+    bias = torch.randn(B, 1, 1, 3)
+    converted = (
+        shared(dtype=dtype, span_bias=bias),
+        shared(span_bias=bias).to(dtype),
+        shared(span_bias=bias).to(dtype=dtype),
+        shared(span_bias=bias).to("cpu", dtype),
+    )
+    for snapshot in converted:
+        assert snapshot.dtype == snapshot.k.dtype == dtype
+        assert snapshot.k_prefix is not None and snapshot.k_prefix.dtype == dtype
+        assert snapshot.span_bias is not None and snapshot.span_bias.dtype == torch.float32
+        assert snapshot.prefix_index is not None and snapshot.prefix_index.dtype == torch.int64
+        assert_same(snapshot, converted[0])
+
+
+def test_device() -> None:
+    for snapshot in (shared(device="meta"), shared().to("meta"), shared().to(torch.device("meta"))):
+        assert snapshot.device.type == "meta" and snapshot.dtype == torch.float32
+        assert snapshot.materialised_k().shape == (B, HK, N, D)
+
+
+def test_pin_memory() -> None:
+    if torch.accelerator.is_available():
+        assert shared().pin_memory().q.is_pinned() and shared(pin_memory=True).k.is_pinned()
+        return
+    for pin in (lambda: shared().pin_memory(), lambda: shared(pin_memory=True)):
+        with pytest.raises(RuntimeError, match=r"^AttentionSnapshot: pin_memory needs an accel"):
+            pin()
+
+
+INDICES = (
+    slice(None),
+    slice(2, 4),
+    slice(1, 6, 2),
+    slice(0, 0),
+    torch.tensor([5, 0, 0, 3]),
+    torch.tensor([4]),
+    torch.tensor([], dtype=torch.int64),
+    torch.tensor([-1, 1]),
+    torch.tensor([True, False, False, True, True, False]),
+)
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+def test_index(index: Any) -> None:
+    q, k = draw()
+    bias = torch.randn(B, 1, T, 3)
+    options = {"span_bias": bias, "softcap": 3.0}
+    part = shared(**options)[index]
+    wanted = AttentionSnapshot(q[index], k[index], span_bias=bias[index], softcap=3.0)
+    assert_same(part, wanted)
+    assert part.shared_prefix == PREFIX
+    # Prefixes that are no longer used are let go.
+    assert part.k_prefix is not None and part.prefix_index is not None
+    assert part.k_prefix.shape[0] == len(set((torch.arange(B) // 2)[index].tolist()))
+
+
+def test_cat() -> None:
+    whole = shared(span_bias=torch.randn(B, H, 1, 3))
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    pieces = [whole[order[:1]], whole[order[1:4]], whole[order[4:]]]
+    joined = AttentionSnapshot.cat(pieces)
+    assert_same(joined, whole[order])
+    assert_same(joined[torch.argsort(order)], whole)
+    assert_same(AttentionSnapshot.cat([whole]), whole)
+    plain = AttentionSnapshot(*draw())
+    assert_same(AttentionSnapshot.cat([plain[:2], plain[2:]]), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("query_start", lambda q, k: AttentionSnapshot(q[:, :, :4], k)),
+        ("scale", lambda q, k: AttentionSnapshot(q, k, scale=0.5)),
+        ("window_left", lambda q, k: AttentionSnapshot(q, k, window=4)),
+        ("softcap", lambda q, k: AttentionSnapshot(q, k, softcap=4.0)),
+        ("shape", lambda q, k: AttentionSnapshot(q[:, :2], k)),
+        ("dtype", lambda q, k: AttentionSnapshot(q, k, dtype=torch.bfloat16)),
+        ("num_spans", lambda q, k: AttentionSnapshot(q, k, span_bias=torch.zeros(3))),
+    ],
+)
+def test_cat_refuses_what_differs(name: str, other: Any) -> None:
+    q, k = draw()
+    with pytest.raises(ValueError, match=rf"^AttentionSnapshot\.cat: .* must agree in {name}"):
+        AttentionSnapshot.cat([AttentionSnapshot(q, k), other(q, k)])
+
+
+def test_cat_refuses_other_prefixes() -> None:
+    with pytest.raises(ValueError, match="must agree in"):
+        AttentionSnapshot.cat([shared(), AttentionSnapshot(*draw())])
+    with pytest.raises(ValueError, match="at least one"):
+        AttentionSnapshot.cat([])
+    with pytest.raises(TypeError, match="snapshots must hold snapshots; got Tensor"):
+        not_snapshots: Any = [torch.zeros(3)]
+        AttentionSnapshot.cat(not_snapshots)
+
+
+def test_a_trainer_shuffles_and_splits_its_tensors() -> None:
+    """As TRL does with its buffer: every tensor by the same permutation, then in chunks."""
+    snapshot = shared(span_bias=torch.randn(B, 1, 1, 3))
+    buffer = {"advantages": torch.arange(float(B)), **snapshot.tensors()}
+    assert all(x.shape[0] == B for x in buffer.values())
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(1))
+    shuffled = {name: x[order] for name, x in buffer.items()}
+    for start in range(0, B, 2):
+        chunk = {name: x[start : start + 2] for name, x in shuffled.items()}
+        chunk.pop("advantages")
+        part = AttentionSnapshot.from_tensors(chunk, like=snapshot)
+        assert_same(part, snapshot[order[start : start + 2]])
+    with pytest.raises(ValueError, match=r"^AttentionSnapshot\.from_tensors: tensors must be q, k"):
+        AttentionSnapshot.from_tensors({"q": snapshot.q}, like=snapshot)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load(dtype: torch.dtype, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    for name, snapshot in {
+        "shared": shared(dtype=dtype, span_bias=torch.randn(3), window=5, scale=0.1),
+        "plain": AttentionSnapshot(*draw(dtype), rows=slice(2, None)),
+    }.items():
+        path = tmp_path / f"{name}.safetensors"
+        snapshot.save(path)
+        loaded = AttentionSnapshot.load(path)
+        assert_same(loaded, snapshot)
+        assert loaded.nbytes == snapshot.nbytes
+        q, k = draw(dtype)
+        if name == "plain":
+            value = attention_divergence(q, k, loaded, rows=slice(2, None))
+            assert not value.any()
+
+
+def test_load_refuses_other_files(tmp_path: Path) -> None:
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "other.safetensors"
+    safetensors_torch.save_file({"q": torch.zeros(2)}, str(path))
+    with pytest.raises(ValueError, match=r"^AttentionSnapshot\.load: .* must be written by"):
+        AttentionSnapshot.load(path)
+
+
+@pytest.mark.parametrize("method", ["save", "load"])
+def test_without_safetensors(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_module = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("safetensors"):
+            raise ImportError(name)
+        return import_module(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=rf"^AttentionSnapshot\.{method} needs .* safetensors"):
+        getattr(shared(), method)(tmp_path / "x")
+
+
+def test_a_smaller_dtype_is_another_policy() -> None:
+    """Close, and not exactly zero: what the docstring says about dtype."""
+    q, k = draw()
+    value = attention_divergence(q, k, AttentionSnapshot(q, k, dtype=torch.bfloat16))
+    assert 0 < float(value.max()) < 1e-4
+
+
+def test_span_bias_follows_the_batch() -> None:
+    q, k = draw()
+    spans = rk.Spans.from_lengths([4, 5])
+    bias = torch.randn(B, 1, 1, 2)
+    part = AttentionSnapshot(q, k, span_bias=bias)[torch.tensor([4, 1])]
+    value = attention_divergence(q[[4, 1]], k[[4, 1]], part, spans=spans, span_bias=bias[[4, 1]])
+    assert not value.any()
+    clean = attention_policy(q, k, spans=spans)
+    steered = attention_policy(q, k, spans=spans, span_bias=bias)
+    assert (clean - steered).abs().max() > 0.01
