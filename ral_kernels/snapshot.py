@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .attention import interface as attention_interface
+
+if TYPE_CHECKING:
+    from .policy.arguments import PolicyArgs
 
 _OP = "AttentionSnapshot"
 _OPTIONS = ("query_start", "scale", "window_left", "window_right", "softcap")
@@ -69,6 +72,7 @@ class AttentionSnapshot:
     window_left: int
     window_right: int
     softcap: float
+    _normalisers: tuple[list[Any], Tensor, Tensor] | None = None  # of this object, not of copies
 
     def __init__(
         self,
@@ -156,6 +160,35 @@ class AttentionSnapshot:
             f"num_kv_heads={self.k.shape[1]}, shared_prefix={self.shared_prefix}, "
             f"dtype={checks.dtype_name(self.dtype)}, device={self.device})"
         )
+
+    # -- its normalisers -------------------------------------------------------------------------
+
+    def find_normalisers(self, args: PolicyArgs, kernels: str) -> tuple[Tensor, Tensor] | None:
+        """(lse [B, H, T], Z [B, T]) of an earlier comparison under the same conditions, if any.
+
+        They depend on which keys count, and on the kernels: an unchanged policy is exactly as far
+        away as itself only if both sides come from the same ones.
+        """
+        if self._normalisers is None:
+            return None
+        conditions, lse, z = self._normalisers
+        same = all(
+            torch.equal(a, b)
+            if isinstance(a, Tensor) and isinstance(b, Tensor)
+            else a is b or a == b
+            for a, b in zip(conditions, self._conditions(args, kernels), strict=True)
+        )
+        return (lse, z) if same else None
+
+    def keep_normalisers(self, args: PolicyArgs, kernels: str, lse: Tensor, z: Tensor) -> None:
+        """Remember the normalisers of the last comparison."""
+        conditions = [
+            x.clone() if isinstance(x, Tensor) else x for x in self._conditions(args, kernels)
+        ]
+        self._normalisers = (conditions, lse, z)
+
+    def _conditions(self, args: PolicyArgs, kernels: str) -> list[Any]:
+        return [kernels, args.exclude_self, args.scope, args.key_padding_mask]
 
     def materialised_k(self) -> Tensor:
         """The keys of every sample, [B, Hk, N, D]."""

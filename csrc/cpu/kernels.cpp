@@ -126,7 +126,7 @@ int policy_loss(const ral_policy_divergence_params& x) {
     source.dvalue = x.dvalue;
     return PolicyLoss<decltype(compute), decltype(reference), kTileVectors>(
                x.common, x.policy, x.reference, source, x.value, x.dq, x.dk,
-               sub_blocks_of(x.policy, x.reference))
+               x.reference_normalised != 0, sub_blocks_of(x.policy, x.reference))
         .run();
   });
 }

@@ -147,9 +147,15 @@ class PolicyGradientBlocks {
 
   // The normalisers of both sides of a loaded block. `share` receives W_h; `other` and `valid` are
   // room for the larger side's columns, `z` for its rows.
-  void normalise(int64_t index, float* share, float* other, float* valid, float* z) {
+  void normalise(int64_t index, bool reference_given, float* share, float* other, float* valid,
+                 float* z) {
     const int64_t slot = index / blocks;
-    if (compares) {
+    if (reference_given) {
+      load_lse(reference, reference_tokens(index),
+               block_floats(index, block_layout_.reference_lse));
+      invert(reference, reference_tokens(index),
+             block_floats(index, block_layout_.reference_inverse));
+    } else if (compares) {
       normalise_side(reference, reference_tokens(index), reference_side(slot, index),
                      block_floats(index, block_layout_.reference_lse), valid, other, z,
                      block_floats(index, block_layout_.reference_inverse));
@@ -447,7 +453,13 @@ class PolicyGradientBlocks {
                       float* valid, float* other, float* z, float* inverse) const {
     sum_weights(side, block, in, lse, valid, other);
     finish_sums(side, lse, valid, other, z);
-    for (int64_t i = 0; i < side.rows; ++i) inverse[i] = inverse_of(side, z[i]);
+    if (side.side.lse) side.store_columns(block, lse, side.side.lse);
+    for (int64_t i = 0; i < side.rows; ++i) {
+      inverse[i] = inverse_of(side, z[i]);
+      if (side.side.z && i < block.count) {
+        side.side.z[block.batch * common_.num_rows + block.first_row + i] = z[i];
+      }
+    }
   }
 
   const ral_policy_common& common_;

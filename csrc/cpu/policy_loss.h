@@ -23,8 +23,10 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
 
   PolicyLoss(const ral_policy_common& common, const ral_policy_side& policy,
              const ral_policy_side& reference, const PolicyGradientSource& source, float* value,
-             const ral_tensor& dq, const ral_tensor& dk, int64_t sub_blocks)
-      : Base(common, policy, &reference, source, dq, dk, nullptr, sub_blocks), value_(value) {}
+             const ral_tensor& dq, const ral_tensor& dk, bool reference_given, int64_t sub_blocks)
+      : Base(common, policy, &reference, source, dq, dk, nullptr, sub_blocks),
+        value_(value),
+        reference_given_(reference_given) {}
 
   int run() {
     const int threads = common_.num_threads;
@@ -101,7 +103,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     const int64_t index = slot * blocks_.blocks + blocks_.blocks - 1 - order;
     const StreamScratch scratch = this->stream_scratch(worker);
     blocks_.load_block(index, scratch);
-    blocks_.normalise(index, scratch.share, extra(worker, extra_.other),
+    blocks_.normalise(index, reference_given_, scratch.share, extra(worker, extra_.other),
                       extra(worker, extra_.valid), extra(worker, extra_.z));
     compare(slot, index, scratch, worker);
 
@@ -204,6 +206,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
   }
 
   float* const value_;
+  const bool reference_given_;
   int64_t chunks_ = 0, head_stride_ = 0, chunk_weights_size_ = 0;
   bool caches_ = false;
   Extra extra_{};

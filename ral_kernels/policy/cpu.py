@@ -80,6 +80,7 @@ class DivergenceParams(ctypes.Structure):
         ("policy", SideStruct),
         ("reference", SideStruct),
         ("kind", c_int32),
+        ("reference_normalised", c_int32),
         ("value", c_void_p),
         ("u", c_void_p),
         ("w", c_void_p),

@@ -109,11 +109,22 @@ def bwd(
 
 
 def loss(
-    args: PolicyDivergenceArgs, weights: Tensor, value: Tensor, dq: Tensor, dk: Tensor
+    args: PolicyDivergenceArgs,
+    weights: Tensor,
+    ref_lse: Tensor,
+    ref_z: Tensor,
+    normalised: bool,
+    value: Tensor,
+    dq: Tensor,
+    dk: Tensor,
 ) -> None:
-    """Write the divergence of each row, and the gradients of its sum weighted by `weights`."""
+    """Write the divergence of each row, and the gradients of its sum weighted by `weights`.
+
+    `ref_lse` and `ref_z` are read if `normalised`, and written otherwise.
+    """
     bundle = Bundle(args.policy, None, None)
-    params = _params(bundle, args, None, None, None, None)
+    params = _params(bundle, args, ref_lse, ref_z, None, None)
+    params.reference_normalised = normalised
     params.value = pointer(value)
     params.dvalue = pointer(weights)
     params.dq = tensor_struct(dq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..policy.arguments import PolicyArgs
 from ..policy.interface import accumulation_dtype, resolve_call
 from ..snapshot import AttentionSnapshot
 from ..spans import Spans
+from .arguments import PolicyDivergenceArgs
 from .interface import (
     BACKENDS,
     INPUTS,
@@ -97,10 +99,7 @@ def ral_loss(
     if isinstance(reference, AttentionSnapshot) and _fuses(args):
         check_kind(op, kind)
         check_snapshot(op, reference, args)
-        loss: Tensor = torch.ops.ral.policy_divergence_loss(
-            *streaming_inputs(args, reference, kind, backend), weights
-        )[0]
-        return loss
+        return _fused_loss(args, reference, kind, backend, weights)
     return _weighted_sum(divergence_of(op, args, reference, kind, backend), weights)
 
 
@@ -166,45 +165,74 @@ def _fuses(args: PolicyArgs) -> bool:
     return wants_gradient and args.span_ids is None and args.q.dtype != torch.float16
 
 
-def _allocate(args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q = args.policy.q
-    loss = attention_interface._new_empty(q, (), accumulation_dtype(q))
-    return loss, *allocate_gradients(args)
+def _fused_loss(
+    args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str, weights: Tensor
+) -> Tensor:
+    # The snapshot keeps its normalisers: every inner step compares the same rollouts with it.
+    eager = not torch.compiler.is_compiling()
+    kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')}"
+    given = snapshot.find_normalisers(args, kernels) if eager else None
+    loss, _, _, ref_lse, ref_z = torch.ops.ral.policy_divergence_loss(
+        *streaming_inputs(args, snapshot, kind, backend), weights, *(given or (None, None))
+    )
+    if eager and given is None:
+        snapshot.keep_normalisers(args, kernels, ref_lse.detach(), ref_z.detach())
+    result: Tensor = loss
+    return result
+
+
+def _allocate(args: PolicyDivergenceArgs, normalised: bool) -> tuple[Tensor, ...]:
+    q, rows = args.policy.q, args.policy.num_rows
+    per_row = (0, 0) if normalised else (args.policy.batch_size, rows)
+    per_head = (0, 0, 0) if normalised else (per_row[0], args.reference.num_heads, rows)
+    dtype = accumulation_dtype(q)
+    loss, ref_lse, ref_z = (
+        attention_interface._new_empty(q, shape, dtype) for shape in ((), per_head, per_row)
+    )
+    return loss, *allocate_gradients(args), ref_lse, ref_z
 
 
 @torch.library.custom_op(
     "ral::policy_divergence_loss",
     mutates_args=(),
-    schema=f"({INPUTS}, Tensor weights) -> (Tensor, Tensor, Tensor)",
+    schema=f"({INPUTS}, Tensor weights, Tensor? reference_lse, Tensor? reference_z) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def policy_divergence_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (sum over rows of weight times divergence, dq, dk)."""
+def policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
+    """-> (sum over rows of weight times divergence, dq, dk, reference_lse, reference_z).
+
+    The reference's normalisers are returned for a later call to give, and empty if they were given.
+    """
     args = bundle(inputs[: NUM_INPUTS - 1])
-    weights = inputs[NUM_INPUTS].contiguous()
-    loss, dq, dk = _allocate(args)
+    weights, given_lse, given_z = inputs[NUM_INPUTS:]
+    weights = weights.contiguous()
+    normalised = given_lse is not None
+    outputs = _allocate(args, normalised)
+    loss, dq, dk, ref_lse, ref_z = outputs
     chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[NUM_INPUTS - 1])
     if weights.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
-        for output in (loss, dq, dk):
+        for output in outputs:
             output.zero_()
-    else:
-        value = attention_interface._new_empty(weights, weights.shape, weights.dtype)
-        chosen.loss(args, weights, value, dq, dk)
-        loss.copy_(_weighted_sum(value, weights))
-    return loss, dq, dk
+        return outputs
+    value = attention_interface._new_empty(weights, weights.shape, weights.dtype)
+    lse_z = (given_lse, given_z) if normalised else (ref_lse, ref_z)
+    chosen.loss(args, weights, *lse_z, normalised, value, dq, dk)
+    loss.copy_(_weighted_sum(value, weights))
+    return outputs
 
 
 @policy_divergence_loss.register_fake
-def _policy_divergence_loss_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(bundle(inputs[: NUM_INPUTS - 1]))
+def _policy_divergence_loss_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    return _allocate(bundle(inputs[: NUM_INPUTS - 1]), inputs[NUM_INPUTS + 1] is not None)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:3])
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = [None] * (NUM_INPUTS - 1)
+    rest = [None] * (NUM_INPUTS + 1)
     if dloss is None:
         return None, None, *rest
     dq, dk = ctx.saved_tensors

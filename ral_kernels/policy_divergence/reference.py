@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention.reference import full_precision
 from ..divergence.reference import generalised
 from ..policy.reference import (
     as_computed,
     attend,
     compute_dtype,
-    full_precision,
     mean_over_valid,
     per_kv_head,
     per_query_head,
@@ -165,13 +165,24 @@ def _bwd(
 
 
 def loss(
-    args: PolicyDivergenceArgs, weights: Tensor, value: Tensor, dq: Tensor, dk: Tensor
+    args: PolicyDivergenceArgs,
+    weights: Tensor,
+    ref_lse: Tensor,
+    ref_z: Tensor,
+    normalised: bool,
+    value: Tensor,
+    dq: Tensor,
+    dk: Tensor,
 ) -> None:
-    """Write the divergence of each row, and the gradients of its sum weighted by `weights`."""
-    policy, reference = args.policy, args.reference
+    """Write the divergence of each row, and the gradients of its sum weighted by `weights`.
+
+    `normalised` says that `ref_lse` and `ref_z` are right already; here they are written again.
+    """
+    policy = args.policy
     per_head = (policy.batch_size, policy.num_heads, policy.num_rows)
     lse, u, w = (value.new_empty(per_head) for _ in range(3))
-    ref_lse = value.new_empty(policy.batch_size, reference.num_heads, policy.num_rows)
-    z, ref_z = torch.empty_like(value), torch.empty_like(value)
+    z = torch.empty_like(value)
+    if normalised:  # inputs of an op are not to be written to
+        ref_lse, ref_z = torch.empty_like(ref_lse), torch.empty_like(ref_z)
     fwd(args, value, lse, z, ref_lse, ref_z, u, w)
     bwd(args, lse, z, ref_lse, ref_z, u, w, weights, dq, dk, None)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from tests.conftest import skip_or_fail
 from tests.ops.accuracy import (
     assert_accurate,
     assert_gradient_accurate,

@@ -60,10 +60,11 @@ typedef struct {
 typedef struct {
   ral_policy_common common;
   ral_policy_side policy, reference;
-  int32_t kind;  // ral_divergence_kind
-  float* value;  // [B, T]
-  float* u;      // [B, H, T] sum over valid keys of P_h l
-  float* w;      // [B, H, T] sum over valid keys of P_h
+  int32_t kind;                  // ral_divergence_kind
+  int32_t reference_normalised;  // 1 = the reference's lse and z are given, not written
+  float* value;                  // [B, T]
+  float* u;                      // [B, H, T] sum over valid keys of P_h l
+  float* w;                      // [B, H, T] sum over valid keys of P_h
   // Backward only.
   const float* dvalue;  // [B, T]
   ral_tensor dq, dk;
