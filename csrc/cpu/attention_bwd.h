@@ -1,4 +1,4 @@
-// Backward of the `attention` op: dq, dk, dv and dspan_bias, equations (6)-(12) of the op's README.
+// Backward of the `attention` op: dq, dk, dv and dspan_bias, equations (8)-(15) of the op's README.
 //
 // A task is one key block. It walks the column blocks that see it, last queries first; for each it
 // recomputes P^T, forms dS^T, and adds to its own dK and dV. dQ belongs to the column block and is
@@ -201,7 +201,7 @@ class AttentionBackward {
         kColumns);
   }
 
-  // P^T and dS^T of one tile, equations (6), (8) and (9).
+  // P^T and dS^T of one tile, equations (5), (9) and (11).
   RAL_INLINE void differentiate(const ScoreTransform<V>& transform, const Sequence& s,
                                 const View& view, int64_t kv_head, int64_t panel, int64_t group,
                                 int64_t row_group, uint32_t* scratch) const {

@@ -167,7 +167,7 @@ class BackwardQueries {
   }
 
  private:
-  // delta = dO.O + sum_s dM_s m_s - dLSE, equation (7).
+  // delta = dO.O + sum_s dM_s m_s - dLSE, equation (10).
   float delta(const Sequence& s, const Block& block, int64_t c, float* stage) const {
     const typename Block::Column& column = block.column[c];
     const int64_t row = s.batch * params_.num_heads + column.head;

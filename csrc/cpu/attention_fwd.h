@@ -1,4 +1,4 @@
-// Forward of the `attention` op: out, lse and span marginals, equations (1)-(5) of the op's README.
+// Forward of the `attention` op: out, lse and span marginals, equations (1)-(7) of the op's README.
 //
 // A task is one column block. It walks the keys in blocks of Compute::kForwardKeys: first P^T for
 // the whole block, tile by tile, each tile exponentiated while it is still in registers; then O^T
@@ -254,7 +254,7 @@ class AttentionForward {
     }
   }
 
-  // A run of keys of one span ends: its sum goes to the span and to the row, equation (3).
+  // A run of keys of one span ends: its sum goes to the span and to the row, equation (7).
   RAL_NOINLINE static void finish_run(int64_t panel, int32_t next_span, State& state) {
     float* run = state.run + panel * kWidth;
     float* sum = state.sum + panel * kWidth;

@@ -1,5 +1,4 @@
 // Scalar formulas of the `attention` op, shared by the CPU and CUDA backends.
-// Numbers in brackets are those of ral_kernels/attention/README.md.
 #pragma once
 
 #include <stdint.h>
