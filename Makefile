@@ -23,6 +23,8 @@ test: build
 
 bench: build
 	$(BIN)/python benchmarks/attention_bench.py
+	$(BIN)/python benchmarks/policy_divergence_bench.py
+	$(BIN)/python benchmarks/policy_divergence_accuracy.py
 
 bench-regress: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only

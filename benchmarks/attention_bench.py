@@ -14,11 +14,9 @@ differ.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,14 @@ import torch
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps import exact, machine
-from benchmarks.sweeps.contestants import REGISTRY
-from benchmarks.sweeps.examine import FreshProcesses, leaves, run_once
-from benchmarks.sweeps.inputs import Heads, Problem, random_problem
-from benchmarks.sweeps.measure import FLOPS_PER_PAIR, quantiles
+from benchmarks.sweeps import bench, examine, machine
+from benchmarks.sweeps.attention import ATTENTION
+from benchmarks.sweeps.attention.exact import exact
+from benchmarks.sweeps.attention.problem import AttentionProblem, random_problem
+from benchmarks.sweeps.bench import CPU, DTYPES
+from benchmarks.sweeps.gate import verdict
+from benchmarks.sweeps.inputs import Heads
+from benchmarks.sweeps.measure import quantiles
 
 TARGETS = {  # DESIGN: ours with marginals / SDPA without
     ("bfloat16", "forward"): 0.22,
@@ -42,42 +43,20 @@ TARGETS = {  # DESIGN: ours with marginals / SDPA without
 }
 MARGINALS_TARGET = 1.03  # with 32 to 64 contiguous spans / without
 ACCURACY_TARGET = 2.0  # our error against float64 / SDPA's
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CPU = torch.device("cpu")
 
 
-def problem_of(seqlen: int, num_spans: int, dtype: torch.dtype) -> Problem:
+def problem_of(seqlen: int, num_spans: int, dtype: torch.dtype) -> AttentionProblem:
     return random_problem([seqlen // num_spans] * num_spans, Heads(), dtype, "cpu")
 
 
-def runner(name: str, problem: Problem, backward: bool) -> Callable[[], Any]:
-    attend, inputs = REGISTRY[name].prepare(problem), leaves(problem, backward)
-    return lambda: run_once(attend, inputs, problem.dout, problem.dmarginals, backward)
-
-
-def errors_of(name: str, problem: Problem) -> dict[str, float]:
+def errors_of(name: str, problem: AttentionProblem) -> dict[str, float]:
     """Relative errors of out, marginals and gradients against float64, for the gate's rows."""
-    contestant = REGISTRY[name]
-    dout, dmarginals = exact.gate_gradients(problem)
-    got = run_once(contestant.prepare(problem), leaves(problem, True), dout, dmarginals, True)
-    for key in ("out", "marginals"):
-        tensor = got[key]
-        if tensor is not None:
-            got[key] = tensor.index_select(2, problem.gate_rows)
-    return exact.relative_errors(got, exact.exact(problem, with_marginals=contestant.has_marginals))
-
-
-def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, all of them once in each repeat, another one first each time."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for call in runs.values():
-        call()
-    for repeat in range(repeats):
-        turn = repeat % len(names)
-        for name in [*names[turn:], *names[:turn]]:
-            seconds[name].append(machine.clock(runs[name], CPU))
-    return seconds
+    contestant = ATTENTION.registry[name]
+    gradients = problem.output_gradients(gated=True)
+    inputs = examine.leaves(problem, True)
+    got = examine.run_once(ATTENTION, contestant.prepare(problem), inputs, gradients, True)
+    wanted = exact(problem, with_marginals=contestant.answer == "all")
+    return examine.errors_of(ATTENTION, problem, got, wanted)
 
 
 def repeats_for(seqlen: int, quick: bool) -> int:
@@ -91,18 +70,21 @@ def measure_speed(dtype: str, seqlen: int, quick: bool) -> list[dict[str, Any]]:
     rows = []
     for mode, backward in (("forward", False), ("forward+backward", True)):
         row: dict[str, Any] = {"dtype": dtype, "mode": mode, "seqlen": seqlen, "errors": errors}
-        row["wrong"] = exact.verdict(errors["ral"], DTYPES[dtype])
+        row["wrong"] = verdict(errors["ral"], DTYPES[dtype])
         rows.append(row)
         if row["wrong"]:
             continue
-        runs = {name: runner(name, problem, backward) for name in ("sdpa", "ral", "ral_plain")}
-        seconds = interleave(runs, repeats_for(seqlen, quick))
+        runs = {
+            name: bench.runner(ATTENTION, name, problem, backward)
+            for name in ("sdpa", "ral", "ral_plain")
+        }
+        seconds = bench.interleave(runs, repeats_for(seqlen, quick))
         gemm = machine.gemm_gflops(DTYPES[dtype], CPU)
         row["ms"] = {name: quantiles([1e3 * s for s in times]) for name, times in seconds.items()}
         row["ratio"] = quantiles(
             [a / b for a, b in zip(seconds["ral"], seconds["sdpa"], strict=True)]
         )
-        flops = FLOPS_PER_PAIR[mode] * problem.heads.head_dim * problem.pairs
+        flops = ATTENTION.flops_per_pair[mode] * problem.heads.head_dim * problem.pairs
         row["gflops"] = flops / row["ms"]["ral"]["median"] / 1e6
         row["gemm_share"] = row["gflops"] / gemm
         row["target"] = TARGETS[dtype, mode]
@@ -114,8 +96,10 @@ def measure_marginals(seqlen: int, num_spans: int, quick: bool) -> list[dict[str
     problem = problem_of(seqlen, num_spans, torch.bfloat16)
     rows = []
     for mode, backward in (("forward", False), ("forward+backward", True)):
-        runs = {name: runner(name, problem, backward) for name in ("ral", "ral_plain")}
-        seconds = interleave(runs, 2 * repeats_for(seqlen, quick))
+        runs = {
+            name: bench.runner(ATTENTION, name, problem, backward) for name in ("ral", "ral_plain")
+        }
+        seconds = bench.interleave(runs, 2 * repeats_for(seqlen, quick))
         ratio = quantiles([a / b for a, b in zip(*seconds.values(), strict=True)])
         rows.append(
             {
@@ -132,13 +116,13 @@ def measure_marginals(seqlen: int, num_spans: int, quick: bool) -> list[dict[str
 def measure_memory(seqlens: Sequence[int]) -> list[dict[str, Any]]:
     """Peak resident memory over the inputs, less the outputs, each in a fresh process."""
     rows = []
-    processes = FreshProcesses(torch.get_num_threads())
+    processes = examine.FreshProcesses(torch.get_num_threads())
     with tempfile.TemporaryDirectory(prefix="ral-bench-") as folder:
         for seqlen in seqlens:
             problem = problem_of(seqlen, 32, torch.bfloat16)
             files = [str(Path(folder) / name) for name in ("problem.pt", "exact.pt")]
             torch.save(problem.tensors(), files[0])
-            torch.save({"all": exact.exact(problem, with_marginals=True)}, files[1])
+            torch.save({"all": exact(problem, with_marginals=True)}, files[1])
             forward = {"out": problem.q, "marginals": problem.dmarginals, "lse": problem.q[..., :2]}
             gradients = {"dq": problem.q, "dk": problem.k, "dv": problem.v}
             for mode, outputs in (
@@ -146,7 +130,7 @@ def measure_memory(seqlens: Sequence[int]) -> list[dict[str, Any]]:
                 ("forward+backward", {**forward, **gradients}),
             ):
                 record = processes.examine(
-                    "ral", files[0], mode != "forward", files[1], timeout=600.0
+                    "attention", "ral", files[0], mode != "forward", files[1], timeout=600.0
                 )
                 if record["status"] != "ok":
                     rows.append({"mode": mode, "seqlen": seqlen, "wrong": record["reason"]})
@@ -197,33 +181,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="two lengths and fewer repeats")
     parser.add_argument("--seqlens", type=int, nargs="+", help="default: 1024 2048 4096 8192")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
+    bench.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     seqlens = options.seqlens or ([1024, 2048] if options.quick else [1024, 2048, 4096, 8192])
-    run: dict[str, Any] = {
-        "benchmark": "attention_bench",
-        "machine": machine.describe(CPU),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "settings": {
-            "heads": "16:2 of 128",
-            "causal": True,
-            "num_spans": 32,
-            "quick": options.quick,
-        },
-    }
-    facts = run["machine"]
-    print(
-        f"machine   {facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores, "
-        f"{' '.join(facts['vector_extensions'])}"
+    run = bench.begin(
+        "attention_bench",
+        {"heads": "16:2 of 128", "causal": True, "num_spans": 32, "quick": options.quick},
     )
-    print("versions  " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()))
-    print(f"commit    {run['commit']['hash']}{' with changes' if run['commit']['dirty'] else ''}\n")
-
     print("attention with 32 span marginals / SDPA without (causal, 16:2 heads of 128)")
     run["speed"] = []
     for dtype in DTYPES:
@@ -260,11 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{per_token:5.1f} KiB a token  (outputs {row['outputs_mib']:.0f} MiB; "
             f"one H x N x N matrix {row['one_score_matrix_mib']:.0f} MiB)"
         )
-    folder = options.out or Path(__file__).parent / "results" / machine.slug(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"attention_bench-{run['commit']['hash'] or 'none'}.json"
-    file.write_text(json.dumps(run, indent=1) + "\n")
-    print(f"\nwritten to {file}")
+    bench.write(run, options.out)
     return int(any(row.get("wrong") for row in run["speed"] + run["memory"]))
 
 

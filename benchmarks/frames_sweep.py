@@ -2,9 +2,11 @@
 
 A camera pans over the pictures of the scikit-image wheel; each frame is an image of a prompt, as
 TRL-style trainers pass videos on; the real Qwen2-VL image processor and a randomly initialised
-Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame.
+Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame; with
+`--objective ral`, the token-level RAL loss of the last rows instead.
 
     python benchmarks/frames_sweep.py
+    python benchmarks/frames_sweep.py --objective ral
     python benchmarks/frames_sweep.py --frames 4 8 16 --input random --dtype float32
 """
 
@@ -20,7 +22,7 @@ from pathlib import Path
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps.inputs import TOKEN_PIXELS, ModelInputs, Problem, random_problem
+from benchmarks.sweeps.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
 from benchmarks.sweeps.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep
 
 FRAMES = (4, 8, 16, 32, 64)
@@ -49,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     heads, dtype = heads_of(options), DTYPES[options.dtype]
     model = ModelInputs(heads, dtype, options.device) if options.input == "model" else None
 
-    def make(count: int) -> Problem:
+    def make(count: int) -> LayerInputs:
         if model is None:
-            return random_problem([rows * columns] * count, heads, dtype, options.device)
+            return random_layer([rows * columns] * count, heads, dtype, options.device)
         from benchmarks.sweeps.pictures import pan
 
         pictures = list(pan(count, rows * TOKEN_PIXELS, columns * TOKEN_PIXELS))
-        return model.problem(pictures, "frame", None)
+        return model.layer(pictures, "frame", None)
 
     sizes = [
         Size(

@@ -4,8 +4,10 @@ A picture of the scikit-image wheel at growing resolution goes through the real 
 processor and a randomly initialised Qwen2.5-VL into q, k, v of its last layer. One span a tile of
 the picture: its keys are scattered, a few in each row of tokens, which is the hard case for
 kernels. With several pictures a prompt, `--spans image` makes one contiguous span of each.
+`--objective ral` is the token-level RAL loss of the last rows instead, which knows no spans.
 
     python benchmarks/resolution_sweep.py
+    python benchmarks/resolution_sweep.py --objective ral
     python benchmarks/resolution_sweep.py --tokens 256 1024 --images 2 --spans image
 """
 
@@ -22,7 +24,7 @@ from pathlib import Path
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps.inputs import TOKEN_PIXELS, ModelInputs, Problem, random_problem
+from benchmarks.sweeps.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
 from benchmarks.sweeps.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep
 
 TOKENS = (256, 512, 1024, 2048, 4096)
@@ -68,18 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = ModelInputs(heads, dtype, options.device) if options.input == "model" else None
     tile = tuple(options.tile) if options.spans == "tile" else None
 
-    def make(count: int) -> Problem:
+    def make(count: int) -> LayerInputs:
         rows, columns = grid_of(count)
         if model is None:  # contiguous spans of a tile's size, or of an image's
             length = rows * columns if tile is None else min(tile[0] * tile[1], rows * columns)
             full, rest = divmod(rows * columns * options.images, length)
             lengths = [length] * full + ([rest] if rest else [])
-            return random_problem(lengths, heads, dtype, options.device)
+            return random_layer(lengths, heads, dtype, options.device)
         from benchmarks.sweeps.pictures import STILLS, still
 
         height, width = rows * TOKEN_PIXELS, columns * TOKEN_PIXELS
         names = [STILLS[index % len(STILLS)] for index in range(options.images)]
-        return model.problem([still(name, height, width) for name in names], options.spans, tile)
+        return model.layer([still(name, height, width) for name in names], options.spans, tile)
 
     sizes = []
     for count in tokens:

@@ -15,19 +15,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import frames_sweep, plot, resolution_sweep
-from benchmarks.sweeps import contestants, examine, measure, pictures
-from benchmarks.sweeps.contestants import REGISTRY, Contestant
-from benchmarks.sweeps.exact import exact, gate_gradients, relative_errors, verdict
-from benchmarks.sweeps.inputs import Heads, Problem, random_problem
+from benchmarks import frames_sweep, plot, policy_divergence_bench, resolution_sweep
+from benchmarks.sweeps import examine, measure, pictures, ral
+from benchmarks.sweeps.attention import ATTENTION, contestants
+from benchmarks.sweeps.attention.exact import exact
+from benchmarks.sweeps.attention.problem import AttentionProblem, random_problem
+from benchmarks.sweeps.gate import relative_errors, verdict
+from benchmarks.sweeps.inputs import Heads
+from benchmarks.sweeps.objective import Contestant
 from benchmarks.sweeps.plot import GAP, _spread
+from benchmarks.sweeps.ral import RAL
 
 TINY = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--repeats", "2", "--budget", "20"]
 HEADS = Heads(4, 2, 32)
 
 
 @pytest.fixture
-def problem() -> Problem:
+def problem() -> AttentionProblem:
     return random_problem([40, 3, 25], HEADS, torch.float32, "cpu")
 
 
@@ -37,13 +41,11 @@ def results_of(folder: Path) -> dict[str, Any]:
     return run
 
 
-def examine_in_place(contestant: Contestant, problem: Problem, folder: Path) -> dict[str, Any]:
-    wanted = {
-        "all": exact(problem, with_marginals=True),
-        "out_only": exact(problem, with_marginals=False),
-    }
-    torch.save(wanted, folder / "exact.pt")
-    return examine.examine_here(contestant, problem, True, str(folder / "exact.pt"))
+def examine_in_place(
+    contestant: Contestant, problem: AttentionProblem, folder: Path
+) -> dict[str, Any]:
+    torch.save(ATTENTION.exact(problem, {"all", "out_only"}), folder / "exact.pt")
+    return examine.examine_here(ATTENTION, contestant, problem, True, str(folder / "exact.pt"))
 
 
 def test_frames_sweep_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +64,7 @@ def test_frames_sweep_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
     names = "ral,ral_plain,sdpa_one_hot,per_span,chunked,eager,sdpa_flash"
     assert frames_sweep.main([*TINY, *options, "--contestants", names]) == 0
     run = results_of(tmp_path)
-    assert run["benchmark"] == "frames_sweep"
+    assert (run["benchmark"], run["objective"]) == ("frames_sweep", "attention")
     assert run["settings"]["input"] == "model"
     assert {"machine", "versions", "commit", "started", "seconds"} <= run.keys()
     assert {"cpu", "cores", "threads"} <= run["machine"].keys()
@@ -84,7 +86,9 @@ def test_frames_sweep_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
             assert row["gflops"] > 0
             for key in ("ms", "ratio"):
                 assert 0 < row[key]["p20"] <= row[key]["median"] <= row[key]["p80"]
-            wanted = {"out"} | ({"marginals"} if REGISTRY[name].has_marginals else set())
+            wanted = {"out"} | (
+                {"marginals"} if ATTENTION.registry[name].answer == "all" else set()
+            )
             wanted |= {"dq", "dk", "dv"} if mode == "forward+backward" else set()
             assert row["errors"].keys() == wanted
             assert max(row["errors"].values()) < 1e-4
@@ -125,14 +129,102 @@ def test_resolution_sweep_on_random_input(tmp_path: Path) -> None:
     assert (size["visual_tokens"], size["num_spans"], size["seqlen"]) == (60, 2, 60)
 
 
-def test_unknown_contestant() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--contestants", "ral,nobody"],
+        ["--objective", "ral", "--contestants", "sdpa"],
+        ["--objective", "nothing"],
+        ["--rows", "8"],
+        ["--objective", "ral", "--rows", "0"],
+    ],
+    ids=" ".join,
+)
+def test_unknown_options(options: list[str]) -> None:
     with pytest.raises(SystemExit):
-        frames_sweep.main(["--contestants", "ral,nobody"])
+        frames_sweep.main(options)
+
+
+def test_ral_objective_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--objective", "ral", "--rows", "20", "--frames", "3", "5", "--grid", "4", "6"]
+    options += ["--dtype", "float32", "--out", str(tmp_path), "--contestants"]
+    options += ["ral,ral_again,ral_dense,chunked_256,eager"]
+    assert frames_sweep.main([*TINY, *options]) == 0
+    run = results_of(tmp_path)
+    assert (run["benchmark"], run["objective"]) == ("frames_sweep", "ral")
+    assert run["settings"]["rows"] == 20
+    for size in run["sizes"]:
+        assert size["rows"] == 20
+        assert len(size["results"]) == 2 * 7  # both peers come by themselves
+        for mode, peer in size["peer"].items():
+            rows = {row["contestant"]: row for row in size["results"] if row["mode"] == mode}
+            medians = {name: rows[name]["ms"]["median"] for name in RAL.peers}
+            assert peer == min(medians, key=lambda name: medians[name])
+            assert rows[peer]["ratio"]["median"] == 1.0
+            for row in rows.values():
+                assert row["status"] == "ok", row
+                wanted = {"loss"} | ({"dq", "dk"} if mode == "forward+backward" else set())
+                assert row["errors"].keys() == wanted
+                assert max(row["errors"].values()) < 1e-2
+    printed = capsys.readouterr().out
+    assert "/ chunked" in printed
+    assert "the last 20 rows" in printed
+    (picture,) = tmp_path.glob("frames_sweep-ral-float32-*.png")
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_ral_gate(dtype: torch.dtype, backward: bool, tmp_path: Path) -> None:
+    problem = ral.problem.random_problem([150, 50], 40, HEADS, dtype, "cpu")
+    file = str(tmp_path / "exact.pt")
+    torch.save(RAL.exact(problem, {"all"}), file)
+    for name, contestant in RAL.registry.items():
+        record = examine.examine_here(RAL, contestant, problem, backward, file)
+        assert record["status"] == ("wrong" if name == "wrong" else "ok"), (name, record)
+
+
+def test_ral_exact_agrees_with_the_formula() -> None:
+    problem = ral.problem.random_problem([30, 20], 12, HEADS, torch.float64, "cpu")
+    q, k = (x.clone().requires_grad_() for x in problem.inputs())
+    policies = []
+    for queries, keys in ((q, k), (problem.reference_q, problem.reference_k)):
+        scores = queries @ keys.repeat_interleave(2, 1).mT * 32**-0.5
+        seen = torch.ones(12, 50, dtype=torch.bool).tril(38)
+        mean = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(1) * seen.tril(37)
+        policies.append(mean / mean.sum(-1, keepdim=True))
+    p, r = policies
+    values = [
+        torch.special.entr((a + b) / 2) - (torch.special.entr(a) + torch.special.entr(b)) / 2
+        for a, b in [(p[0, t, : 38 + t], r[0, t, : 38 + t]) for t in range(12)]
+    ]
+    loss = (problem.advantages[0] * torch.stack([value.sum() for value in values])).mean()
+    dq, dk = torch.autograd.grad(loss, (q, k))
+    wanted = RAL.exact(problem, {"all"})["all"]
+    torch.testing.assert_close(wanted["loss"], loss.detach())
+    torch.testing.assert_close(wanted["dq"], dq)
+    torch.testing.assert_close(wanted["dk"], dk)
+
+
+def test_policy_divergence_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quick", "--seqlen", "256", "--rows", "32", "--out", str(tmp_path)]
+    assert policy_divergence_bench.main(options) == 0
+    run = results_of(tmp_path)
+    assert [row["dtype"] for row in run["speed"]] == ["bfloat16", "float32"]
+    for row in run["speed"]:
+        assert set(row["targets"]) == {row["peer"], "eager"}
+        assert all(record["status"] == "ok" for record in row["records"].values())
+    assert len(run["growth"]["points"]) == 4
+    printed = capsys.readouterr().out
+    assert "target 0.02" in printed
+    assert "for each row-key pair" in printed
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_gate_closes_on_a_wrong_gradient(name: str, problem: Problem, tmp_path: Path) -> None:
-    def prepare(problem: Problem) -> contestants.Attend:
+def test_gate_closes_on_a_wrong_gradient(
+    name: str, problem: AttentionProblem, tmp_path: Path
+) -> None:
+    def prepare(problem: AttentionProblem) -> contestants.Attend:
         right = contestants.eager(problem)
 
         def attend(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -150,11 +242,11 @@ def test_gate_closes_on_a_wrong_gradient(name: str, problem: Problem, tmp_path: 
     assert record["reason"].startswith(f"d{name} error")
 
 
-def test_gate_opens_for_the_right_one(problem: Problem, tmp_path: Path) -> None:
-    assert examine_in_place(REGISTRY["eager"], problem, tmp_path)["status"] == "ok"
+def test_gate_opens_for_the_right_one(problem: AttentionProblem, tmp_path: Path) -> None:
+    assert examine_in_place(ATTENTION.registry["eager"], problem, tmp_path)["status"] == "ok"
 
 
-def test_gate_closes_on_nan(problem: Problem) -> None:
+def test_gate_closes_on_nan(problem: AttentionProblem) -> None:
     wanted = exact(problem, with_marginals=True)
     got = {"out": wanted["out"].float().clone()}
     assert verdict(relative_errors(got, wanted), torch.float32) is None
@@ -162,10 +254,10 @@ def test_gate_closes_on_nan(problem: Problem) -> None:
     assert verdict(relative_errors(got, wanted), torch.float32) is not None
 
 
-def test_exact_of_some_rows_is_that_of_all_with_masked_gradients(problem: Problem) -> None:
+def test_exact_of_some_rows_is_that_of_all_with_masked_gradients(problem: AttentionProblem) -> None:
     rows = torch.tensor([0, 7, 8, 50, problem.seqlen - 1])
     some = dataclasses.replace(problem, gate_rows=rows)
-    dout, dmarginals = gate_gradients(some)
+    dout, dmarginals = some.output_gradients(gated=True)
     assert torch.equal(dout[:, :, rows], problem.dout[:, :, rows])
     everything = dataclasses.replace(problem, dout=dout, dmarginals=dmarginals)
     wanted, got = exact(everything, with_marginals=True), exact(some, with_marginals=True)
@@ -179,11 +271,12 @@ def make_sweep(monkeypatch: pytest.MonkeyPatch) -> measure.Sweep:
     """A sweep that examines in place: no server to start."""
     monkeypatch.setattr(measure, "FreshProcesses", lambda threads: None)
     modes, cpu = ["forward"], torch.device("cpu")
-    return measure.Sweep(["eager", "chunked"], modes, 2, cpu, torch.float32, lambda what: None)
+    names = ["eager", "chunked"]
+    return measure.Sweep(ATTENTION, names, modes, 2, cpu, torch.float32, lambda what: None)
 
 
 def test_memory_that_would_not_fit_is_said(
-    problem: Problem, monkeypatch: pytest.MonkeyPatch
+    problem: AttentionProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "available_bytes", lambda device: 1000)
     rows = {row["contestant"]: row for row in make_sweep(monkeypatch).run(problem, 5.0)}
@@ -193,7 +286,7 @@ def test_memory_that_would_not_fit_is_said(
 
 
 def test_time_that_would_not_suffice_is_said(
-    problem: Problem, monkeypatch: pytest.MonkeyPatch
+    problem: AttentionProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = make_sweep(monkeypatch)
     sweep._last[("chunked", "forward")] = (problem.pairs // 4, 2.0)
@@ -217,17 +310,18 @@ def test_a_contestant_that_dies_is_reported(
     end: Any,
     status: str,
     reason: str,
-    problem: Problem,
+    problem: AttentionProblem,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def prepare(problem: Problem) -> contestants.Attend:
+    def prepare(problem: AttentionProblem) -> contestants.Attend:
         end()
         raise AssertionError
 
-    monkeypatch.setitem(REGISTRY, "dying", Contestant("dying", "dying", prepare))
+    monkeypatch.setitem(ATTENTION.registry, "dying", Contestant("dying", "dying", prepare))
     torch.save(problem.tensors(), tmp_path / "problem.pt")
     request = {
+        "objective": "attention",
         "contestant": "dying",
         "problem_file": str(tmp_path / "problem.pt"),
         "backward": False,

@@ -17,73 +17,87 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contestants import REGISTRY, Attend, Contestant
-from .exact import GRADIENTS, gate_gradients, relative_errors, verdict
-from .inputs import Problem, random_problem
+from .gate import relative_errors, verdict
 from .machine import peak_memory, reset_peak_memory
+from .objective import Call, Contestant, Objective, Problem
+from .objectives import OBJECTIVES
 
-Leaves = tuple[Tensor, Tensor, Tensor]
 
-
-def leaves(problem: Problem, backward: bool) -> Leaves:
-    """q, k, v as leaves of a graph of their own, in the memory layout of the problem."""
-    q, k, v = (
-        tensor.detach().requires_grad_(backward) for tensor in (problem.q, problem.k, problem.v)
-    )
-    return q, k, v
+def leaves(problem: Problem, backward: bool) -> tuple[Tensor, ...]:
+    """The inputs as leaves of a graph of their own, in the memory layout of the problem."""
+    return tuple(tensor.detach().requires_grad_(backward) for tensor in problem.inputs())
 
 
 def run_once(
-    attend: Attend, inputs: Leaves, dout: Tensor, dmarginals: Tensor, backward: bool
+    objective: Objective,
+    call: Call,
+    inputs: tuple[Tensor, ...],
+    output_gradients: tuple[Tensor, ...],
+    backward: bool,
 ) -> dict[str, Tensor | None]:
-    """What is timed: forward, and the backward of <out, dout> + <marginals, dmarginals>."""
+    """What is timed: forward, and the backward of the outputs' products with their gradients."""
     with torch.set_grad_enabled(backward):
-        out, marginals = attend(*inputs)
-        results: dict[str, Tensor | None] = {"out": out, "marginals": marginals}
+        outputs = call(*inputs)
+        results = dict(zip(objective.outputs, outputs, strict=True))
         if backward:
-            outputs, gradients = [out], [dout]
-            if marginals is not None:
-                outputs.append(marginals)
-                gradients.append(dmarginals.to(marginals.dtype))
-            found = torch.autograd.grad(outputs, inputs, gradients)
-            results.update(zip(GRADIENTS, found, strict=True))
+            pairs = [
+                (output, gradient.to(output.dtype))
+                for output, gradient in zip(outputs, output_gradients, strict=True)
+                if output is not None
+            ]
+            found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs])
+            results.update(zip(objective.gradients, found, strict=True))
     return results
 
 
+def errors_of(
+    objective: Objective,
+    problem: Problem,
+    results: dict[str, Tensor | None],
+    wanted: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Relative errors of a run with the gated output gradients."""
+    got = {
+        name: problem.judged(name, x) if x is not None and name in objective.outputs else x
+        for name, x in results.items()
+    }
+    return relative_errors(got, wanted)
+
+
 def examine(
-    contestant: Contestant, problem: Problem, backward: bool, exact_file: str
+    objective: Objective,
+    contestant: Contestant,
+    problem: Problem,
+    backward: bool,
+    exact_file: str,
 ) -> dict[str, Any]:
     """Run a contestant once: `status`, `reason`, `errors`, `seconds`, `peak_bytes` over the inputs.
 
-    The run has output gradients on the gate's rows only: the same work, and a result whose every
-    gradient is known.
+    The run has the gated output gradients (of attention, on the gate's rows only): the same work,
+    and a result whose every gradient is known.
     """
     device = problem.q.device
-    attend = contestant.prepare(problem)
+    call = contestant.prepare(problem)
     inputs = leaves(problem, backward)
-    dout, dmarginals = gate_gradients(problem)
+    gradients = problem.output_gradients(gated=True)
     if contestant.compiles:
-        run_once(attend, inputs, dout, dmarginals, backward)
+        run_once(objective, call, inputs, gradients, backward)
     before = reset_peak_memory(device)
     start = time.perf_counter()
-    results = run_once(attend, inputs, dout, dmarginals, backward)
+    results = run_once(objective, call, inputs, gradients, backward)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
     peak = peak_memory(device) - before
 
-    for name in ("out", "marginals"):
-        tensor = results[name]
-        if tensor is not None:
-            results[name] = tensor.index_select(2, problem.gate_rows)
-    exact_of = torch.load(exact_file, map_location=device, weights_only=True)
-    wanted = exact_of["all" if contestant.has_marginals else "out_only"]
-    errors = relative_errors(results, wanted)
+    wanted = torch.load(exact_file, map_location=device, weights_only=True)[contestant.answer]
+    errors = errors_of(objective, problem, results, wanted)
     reason = verdict(errors, problem.q.dtype, wanted)
     status = "ok" if reason is None else "wrong"
     return {
@@ -102,11 +116,15 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 def examine_here(
-    contestant: Contestant, problem: Problem, backward: bool, exact_file: str
+    objective: Objective,
+    contestant: Contestant,
+    problem: Problem,
+    backward: bool,
+    exact_file: str,
 ) -> dict[str, Any]:
     """`examine` in this process, with an exception turned into a record."""
     try:
-        return examine(contestant, problem, backward, exact_file)
+        return examine(objective, contestant, problem, backward, exact_file)
     except Exception as error:
         return failure(error)
     finally:
@@ -119,8 +137,7 @@ class FreshProcesses:
     """A server that has imported all and computed nothing; it forks a process an examination.
 
     A fork of it starts in milliseconds where a new interpreter would import torch for seconds, and
-    is as good as
-    new: no pool of threads, no allocator history.
+    is as good as new: no pool of threads, no allocator history.
     """
 
     def __init__(self, threads: int) -> None:
@@ -147,10 +164,17 @@ class FreshProcesses:
         )
 
     def examine(
-        self, contestant: str, problem_file: str, backward: bool, exact_file: str, timeout: float
+        self,
+        objective: str,
+        contestant: str,
+        problem_file: str,
+        backward: bool,
+        exact_file: str,
+        timeout: float,
     ) -> dict[str, Any]:
         """`examine` in a fresh process; a killed or overdue one comes back as a record too."""
         request = {
+            "objective": objective,
             "contestant": contestant,
             "problem_file": problem_file,
             "backward": backward,
@@ -175,17 +199,20 @@ class FreshProcesses:
 
 def _examine_in_fork(request: dict[str, Any], threads: int) -> dict[str, Any]:
     """Fork, examine in the child, and read its record from a pipe."""
-    contestant = REGISTRY[request["contestant"]]
+    objective = OBJECTIVES[request["objective"]]
+    contestant = objective.registry[request["contestant"]]
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         try:
             torch.set_num_threads(threads)
-            problem = Problem(**torch.load(request["problem_file"], weights_only=True))
+            problem = objective.problem(**torch.load(request["problem_file"], weights_only=True))
             if not contestant.compiles:  # those warm up at full size
-                _warm_up(contestant, problem, request["backward"])
-            record = examine(contestant, problem, request["backward"], request["exact_file"])
+                _warm_up(objective, contestant, problem, request["backward"])
+            record = examine(
+                objective, contestant, problem, request["backward"], request["exact_file"]
+            )
         except Exception as error:
             if contestant.ours:
                 traceback.print_exc(file=sys.stderr)
@@ -210,11 +237,13 @@ def _examine_in_fork(request: dict[str, Any], threads: int) -> dict[str, Any]:
     return record if isinstance(record, dict) else {"status": "failed", "reason": str(record)}
 
 
-def _warm_up(contestant: Contestant, problem: Problem, backward: bool) -> None:
+def _warm_up(
+    objective: Objective, contestant: Contestant, problem: Problem, backward: bool
+) -> None:
     """Start threads and do late imports, which are not the contestant's memory."""
-    tiny = random_problem([32, 32], problem.heads, problem.q.dtype, "cpu")
-    attend = contestant.prepare(tiny)
-    run_once(attend, leaves(tiny, backward), tiny.dout, tiny.dmarginals, backward)
+    tiny = problem.tiny()
+    gradients = tiny.output_gradients(gated=False)
+    run_once(objective, contestant.prepare(tiny), leaves(tiny, backward), gradients, backward)
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 

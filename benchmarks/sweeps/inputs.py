@@ -1,10 +1,9 @@
-"""The problems of a sweep: q, k, v of a Qwen2.5-VL's last layer over pictures, or random."""
+"""The inputs of a sweep: q, k, v of a Qwen2.5-VL's last layer over pictures, or random."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 1000, 1001, 1002, 1003
 SYSTEM_TEXT, QUESTION_TEXT = 24, 40  # text tokens before and behind the pictures
 TEXT_LAYERS = 2
 CAPTURE = "ral_benchmark_capture"  # a name with "flash" in it would change how transformers masks
-ALL_ROWS_UP_TO = 600  # keys; below this length the float64 gate looks at every query
-GATE_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -35,76 +32,18 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One size of a sweep, as every contestant gets it: causal self-attention with spans."""
+class LayerInputs:
+    """What a layer's causal attention was called with, after RoPE, and the spans of its keys."""
 
-    q: Tensor  # [1, H, N, D]
+    q: Tensor  # [1, H, N, D], token-major memory
     k: Tensor  # [1, Hk, N, D]
     v: Tensor  # [1, Hk, N, D]
-    span_ids: Tensor  # int32 [N], -1 = text
-    num_spans: int
-    dout: Tensor  # [1, H, N, D], the gradient of the loss in out
-    dmarginals: Tensor  # float32 [1, H, N, S], and in the marginals
-    gate_rows: Tensor  # int64 [R] ascending: the queries that are held against float64
-
-    @property
-    def seqlen(self) -> int:
-        return self.q.shape[2]
-
-    @property
-    def heads(self) -> Heads:
-        return Heads(self.q.shape[1], self.k.shape[1], self.q.shape[3])
-
-    @cached_property
-    def spans(self) -> rk.Spans:
-        return rk.Spans(self.span_ids, self.num_spans)
-
-    @cached_property
-    def one_hot(self) -> Tensor:
-        """[N, S] in the dtype of v: column s is 1 on the keys of span s."""
-        spans = torch.arange(self.num_spans, device=self.v.device)
-        return (self.span_ids[:, None] == spans).to(self.v.dtype)
-
-    @property
-    def pairs(self) -> int:
-        """Query-key pairs that a causal kernel has to look at, over all query heads."""
-        return self.q.shape[1] * self.seqlen * (self.seqlen + 1) // 2
-
-    def tensors(self) -> dict[str, Any]:
-        """What another process needs to rebuild this problem (`Problem(**tensors)`)."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+    spans: rk.Spans
 
 
-def make_problem(
-    q: Tensor, k: Tensor, v: Tensor, spans: rk.Spans, dtype: torch.dtype, device: str
-) -> Problem:
-    """Complete q, k, v with fixed random output gradients and the rows of the gate."""
-    generator = torch.Generator().manual_seed(20)
-    seqlen, num_heads = q.shape[2], q.shape[1]
-    # token-major memory, as q itself and as the gradient that a model's output projection sends
-    # back
-    dout = torch.randn(1, seqlen, num_heads, v.shape[3], generator=generator).transpose(1, 2)
-    dmarginals = torch.randn(1, num_heads, seqlen, spans.num_spans, generator=generator)
-    if seqlen <= ALL_ROWS_UP_TO:
-        rows = torch.arange(seqlen)
-    else:  # the first and last query always: the shortest and the longest sums
-        inner = torch.randperm(seqlen - 2, generator=generator)[: GATE_ROWS - 2] + 1
-        rows = torch.cat([torch.tensor([0, seqlen - 1]), inner]).sort().values
-    return Problem(
-        q=q.to(device, dtype),
-        k=k.to(device, dtype),
-        v=v.to(device, dtype),
-        span_ids=spans.ids.to(device),
-        num_spans=spans.num_spans,
-        dout=dout.to(device, dtype),
-        dmarginals=dmarginals.to(device),
-        gate_rows=rows.to(device),
-    )
-
-
-def random_problem(
+def random_layer(
     span_lengths: Sequence[int], heads: Heads, dtype: torch.dtype, device: str
-) -> Problem:
+) -> LayerInputs:
     """Normal q, k, v in the memory layout of a model's projections, and contiguous spans."""
     generator = torch.Generator().manual_seed(10)
     spans = rk.Spans.from_lengths(span_lengths)
@@ -112,10 +51,10 @@ def random_problem(
 
     def projected(num_heads: int) -> Tensor:
         shape = (1, seqlen, num_heads, heads.head_dim)
-        return torch.randn(shape, generator=generator).transpose(1, 2)
+        return torch.randn(shape, generator=generator).transpose(1, 2).to(device, dtype)
 
     q, k, v = (projected(n) for n in (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads))
-    return make_problem(q, k, v, spans, dtype, device)
+    return LayerInputs(q, k, v, spans)
 
 
 class ModelInputs:
@@ -161,10 +100,10 @@ class ModelInputs:
         self.model = model.to(device, dtype).eval()
 
     @torch.no_grad()
-    def problem(
+    def layer(
         self, pictures: Sequence[Image.Image], granularity: str, tile: tuple[int, int] | None
-    ) -> Problem:
-        """The problem of a prompt that holds `pictures`, each an image between text tokens."""
+    ) -> LayerInputs:
+        """The last layer's, for a prompt of `pictures`, each an image between text tokens."""
         processed = self.processor(images=list(pictures), return_tensors="pt")
         grid = processed["image_grid_thw"]
         generator = torch.Generator().manual_seed(1)
@@ -196,7 +135,8 @@ class ModelInputs:
             granularity=granularity,
             tile=tile,
         )
-        return make_problem(q, k, v, spans, self.dtype, self.device)
+        q, k, v = (x.to(self.device, self.dtype) for x in (q, k, v))
+        return LayerInputs(q, k, v, spans)
 
 
 def _text_config(heads: Heads) -> dict[str, Any]:

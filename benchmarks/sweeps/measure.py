@@ -13,21 +13,15 @@ from typing import Any
 
 import torch
 
-from .contestants import PEER, REGISTRY, Contestant
-from .exact import exact
 from .examine import FreshProcesses, examine_here, leaves, run_once
-from .inputs import Problem
 from .machine import available_bytes, clock, gemm_gflops
+from .objective import Contestant, Objective, Problem
 
 MODES = {"forward": False, "forward+backward": True}
-FLOPS_PER_PAIR = {
-    "forward": 4,
-    "forward+backward": 14,
-}  # times head_dim; the backward has 5 products to 2
 MEMORY_SHARE = 0.8  # of what is available; the rest is for errors of the estimate
-# of a size's time: one run of each in the gate, and as much again for one timed run of each
-FEWEST = 3  # rotations of the peer and ours, whatever the time
+FEWEST = 3  # rotations of the peers and ours, whatever the time
 TIMING_SHARE = 0.4  # of a size's time, kept for timing if the gate took long (it compiles, too)
+# of a size's time: one run of each in the gate, and as much again for one timed run of each
 EXAMINE_SHARE = 0.55
 
 
@@ -37,6 +31,7 @@ class Entry:
 
     contestant: Contestant
     mode: str
+    essential: bool  # a peer or ours: it always runs
     record: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     rotations: int = 0
@@ -69,6 +64,7 @@ class Sweep:
 
     def __init__(
         self,
+        objective: Objective,
         names: Sequence[str],
         modes: Sequence[str],
         repeats: int,
@@ -76,12 +72,15 @@ class Sweep:
         dtype: torch.dtype,
         advance: Callable[[str], None],
     ) -> None:
-        self.contestants = [REGISTRY[name] for name in dict.fromkeys([PEER, *names])]
+        self.objective = objective
+        order = dict.fromkeys([*objective.peers, *names])
+        self.contestants = [objective.registry[name] for name in order]
         self.modes, self.repeats, self.device, self.dtype = modes, repeats, device, dtype
         # called with what is about to run, once for each step of `steps_per_size`
         self.advance = advance
         self.gemm = 0.0  # GFLOP/s of a matrix product, measured anew at each size
-        self._last: dict[tuple[str, str], tuple[int, float]] = {}  # -> (pairs, seconds of a run)
+        self.peer: dict[str, str] = {}  # mode -> the fastest peer, found anew at each size
+        self._last: dict[tuple[str, str], tuple[int, float]] = {}  # -> (work, seconds)
         self._processes = None if device.type == "cuda" else FreshProcesses(torch.get_num_threads())
 
     @property
@@ -95,7 +94,11 @@ class Sweep:
     def run(self, problem: Problem, share: float) -> list[dict[str, Any]]:
         """Measure one problem in about `share` seconds; one record for each contestant and mode."""
         deadline = time.perf_counter() + share
-        entries = [Entry(c, mode) for mode in self.modes for c in self.contestants]
+        entries = [
+            Entry(c, mode, c.ours or c.name in self.objective.peers)
+            for mode in self.modes
+            for c in self.contestants
+        ]
         self._admit(entries, problem, share)
         with tempfile.TemporaryDirectory(prefix="ral-sweep-") as folder:
             self._examine(entries, problem, Path(folder), share)
@@ -109,7 +112,9 @@ class Sweep:
             share = sum(e.planned for e in racing if e.mode == mode) / max(planned, 1e-6)
             self._time([entry for entry in entries if entry.mode == mode], problem, left * share)
         self.gemm = max(gemm, gemm_gflops(self.dtype, self.device))
-        return [self._row(entry, entries, problem) for entry in entries]
+        peers = {mode: self._fastest_peer(entries, mode) for mode in self.modes}
+        self.peer = {mode: peer.contestant.name for mode, peer in peers.items() if peer}
+        return [self._row(entry, peers[entry.mode], problem) for entry in entries]
 
     def _admit(self, entries: Sequence[Entry], problem: Problem, share: float) -> None:
         """Turn away, with the reason, who cannot run, would not fit, or would take too long."""
@@ -123,11 +128,11 @@ class Sweep:
                 reason = f"would need {needed / 2**30:.1f} GiB of {available / 2**30:.1f} available"
                 entry.record = {"status": "skipped", "reason": reason}
             elif last := self._last.get((entry.contestant.name, entry.mode)):
-                expected.append((last[1] * problem.pairs / last[0], entry))
+                expected.append((last[1] * entry.contestant.work(problem) / last[0], entry))
         spent = 0.0
-        # The peer and our own contestants come first, then the cheapest.
-        for seconds, entry in sorted(expected, key=lambda e: (not _essential(e[1]), e[0])):
-            if spent + seconds > EXAMINE_SHARE * share and not _essential(entry):
+        # The peers and our own contestants come first, then the cheapest.
+        for seconds, entry in sorted(expected, key=lambda e: (not e[1].essential, e[0])):
+            if spent + seconds > EXAMINE_SHARE * share and not entry.essential:
                 reason = (
                     f"a run takes about {seconds:.0f} s, beyond the time left (--budget, --full)"
                 )
@@ -140,30 +145,34 @@ class Sweep:
     ) -> None:
         """Pass all admitted through the gate; take peak memory and a first duration there."""
         exact_file, problem_file = str(folder / "exact.pt"), str(folder / "problem.pt")
-        wanted = {"all": exact(problem, with_marginals=True)}
-        if any(not entry.contestant.has_marginals for entry in entries):
-            wanted["out_only"] = exact(problem, with_marginals=False)
-        torch.save(wanted, exact_file)
-        del wanted
+        answers = {entry.contestant.answer for entry in entries}
+        torch.save(self.objective.exact(problem, answers), exact_file)
         if self._processes is not None:
             torch.save(problem.tensors(), problem_file)
         start = time.perf_counter()
-        for entry in sorted(entries, key=_rank):
+        for entry in sorted(entries, key=self._rank):
             contestant = entry.contestant
             self.advance(f"{contestant.name} {entry.mode}: gate and memory")
             if entry.record:
                 continue
             late = time.perf_counter() - start > 2 * EXAMINE_SHARE * share
-            if late and not _essential(entry):
+            if late and not entry.essential:
                 reason = "no time left (--budget, --full)"
                 entry.record = {"status": "skipped", "reason": reason}
             elif self._processes is None:
-                entry.record = examine_here(contestant, problem, entry.backward, exact_file)
+                entry.record = examine_here(
+                    self.objective, contestant, problem, entry.backward, exact_file
+                )
             else:
                 # a margin: the process also loads, compiles and is compared with float64
                 timeout = min(60.0 + 2 * share, 3600.0)
                 entry.record = self._processes.examine(
-                    contestant.name, problem_file, entry.backward, exact_file, timeout
+                    self.objective.name,
+                    contestant.name,
+                    problem_file,
+                    entry.backward,
+                    exact_file,
+                    timeout,
                 )
             if entry.in_the_race:
                 self._remember(entry, problem)
@@ -171,16 +180,16 @@ class Sweep:
     def _remember(self, entry: Entry, problem: Problem) -> None:
         """Keep the fastest run, to predict the next size's: a cold or disturbed one misleads."""
         fastest = min([entry.record["seconds"], *entry.seconds])
-        self._last[(entry.contestant.name, entry.mode)] = (problem.pairs, fastest)
+        self._last[(entry.contestant.name, entry.mode)] = (entry.contestant.work(problem), fastest)
 
     def _time(self, entries: Sequence[Entry], problem: Problem, share: float) -> None:
-        """Let all run once in each rotation, another one first each time, the peer among them.
+        """Let all run once in each rotation, another one first each time, the peers among them.
 
-        Slow contestants sit out later rotations when time is short; the peer and ours run in all,
+        Slow contestants sit out later rotations when time is short; the peers and ours run in all,
         or in `FEWEST` where even that takes longer than `share` seconds.
         """
         racing = [entry for entry in entries if entry.in_the_race]
-        if not any(entry.contestant.name == PEER for entry in racing):
+        if not any(entry.contestant.name in self.objective.peers for entry in racing):
             racing = []
         runs: dict[str, Callable[[], object]] = {}
         for entry in racing:
@@ -193,7 +202,7 @@ class Sweep:
             turn = rotation % max(len(racing), 1)
             for entry in [*racing[turn:], *racing[:turn]]:
                 self.advance(f"{entry.contestant.name} {entry.mode}: {rotation + 1}/{self.repeats}")
-                fewest = FEWEST if _essential(entry) else 1
+                fewest = FEWEST if entry.essential else 1
                 if rotation < (min(entry.rotations, fewest) if late else entry.rotations):
                     entry.seconds.append(clock(runs[entry.contestant.name], self.device))
             for _ in range(len(entries) - len(racing)):
@@ -202,18 +211,32 @@ class Sweep:
             self._remember(entry, problem)
 
     def _runner(self, entry: Entry, problem: Problem) -> Callable[[], object]:
-        attend = entry.contestant.prepare(problem)
+        call = entry.contestant.prepare(problem)
         inputs = leaves(problem, entry.backward)
-        dmarginals = problem.dmarginals
-        return lambda: run_once(attend, inputs, problem.dout, dmarginals, entry.backward)
+        gradients = problem.output_gradients(gated=False)
+        return lambda: run_once(self.objective, call, inputs, gradients, entry.backward)
 
-    def _row(self, entry: Entry, entries: Sequence[Entry], problem: Problem) -> dict[str, Any]:
+    def _fastest_peer(self, entries: Sequence[Entry], mode: str) -> Entry | None:
+        peers = [
+            entry
+            for entry in entries
+            if entry.mode == mode
+            and entry.seconds
+            and entry.contestant.name in self.objective.peers
+        ]
+        return min(peers, key=lambda peer: statistics.median(peer.seconds), default=None)
+
+    def _rank(self, entry: Entry) -> tuple[bool, int]:
+        """The peers and ours first, the full matrix last: who is examined when time may run out."""
+        return not entry.essential, list(self.objective.registry).index(entry.contestant.name)
+
+    def _row(self, entry: Entry, peer: Entry | None, problem: Problem) -> dict[str, Any]:
         row: dict[str, Any] = {"contestant": entry.contestant.name, "mode": entry.mode}
         row.update((key, value) for key, value in entry.record.items() if key != "seconds")
         if not entry.seconds:
             return row
-        peer = next(e for e in entries if e.contestant.name == PEER and e.mode == entry.mode)
-        flops = FLOPS_PER_PAIR[entry.mode] * problem.heads.head_dim * problem.pairs
+        assert peer is not None  # nobody is timed without one
+        flops = self.objective.flops_per_pair[entry.mode] * problem.heads.head_dim * problem.pairs
         gflops = flops / statistics.median(entry.seconds) / 1e9
         row["repeats"] = len(entry.seconds)
         row["ms"] = quantiles([1e3 * s for s in entry.seconds])
@@ -229,18 +252,9 @@ def _allot_rotations(entries: Sequence[Entry], left: float, repeats: int) -> Non
 
     What a cheap contestant does not need passes on to the dearer ones. All run at least once.
     """
-    waiting = sorted(entries, key=lambda e: (not _essential(e), e.record["seconds"]))
+    waiting = sorted(entries, key=lambda e: (not e.essential, e.record["seconds"]))
     for index, entry in enumerate(waiting):
         once = max(entry.record["seconds"], 1e-6)
         fits = math.floor(left / (len(waiting) - index) / once)
-        entry.rotations = repeats if _essential(entry) else min(max(fits, 1), repeats)
+        entry.rotations = repeats if entry.essential else min(max(fits, 1), repeats)
         left = max(left - entry.rotations * once, 0.0)
-
-
-def _rank(entry: Entry) -> tuple[bool, int]:
-    """The peer and ours first, the full matrix last: what is examined when time may run out."""
-    return not _essential(entry), list(REGISTRY).index(entry.contestant.name)
-
-
-def _essential(entry: Entry) -> bool:
-    return entry.contestant.name == PEER or entry.contestant.ours

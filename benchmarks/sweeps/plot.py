@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from .contestants import REGISTRY
+from .objective import Objective
+from .objectives import OBJECTIVES
 
 # Okabe and Ito's palette, which the colour-blind tell apart; dashes and markers carry the same
 # distinction again.
@@ -27,6 +28,11 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "per_span": ("#CC79A7", "P", "-."),
     "chunked": ("#009E73", "X", "-"),
     "eager": ("#7F7F7F", "p", ":"),
+    "ral_again": ("#CC79A7", "P", "-."),
+    "ral_dense": ("#E69F00", "s", "--"),
+    "chunked_16": ("#000000", "D", "-"),
+    "chunked_64": ("#0072B2", "^", "-"),
+    "chunked_256": ("#009E73", "X", "-"),
     "sdpa_cudnn": ("#000000", "<", "--"),
     "sdpa_flash": ("#000000", ">", "-."),
     "sdpa_efficient": ("#000000", "d", ":"),
@@ -40,6 +46,7 @@ GAP = 0.052
 def draw(path: Path, mode: str | None = None) -> Path:
     """Draw `path` (a sweep's JSON) into a PNG beside it, for `mode` or the fullest there is."""
     run = json.loads(path.read_text())
+    objective = OBJECTIVES[run["objective"]]
     mode = mode or run["settings"]["modes"][-1]
     target = path.with_suffix(".png")
     lines = {
@@ -50,8 +57,10 @@ def draw(path: Path, mode: str | None = None) -> Path:
     }
     figure, panels = plt.subplots(1, 2, figsize=(17, 6.6), dpi=120)
     for panel, (what, series) in zip(panels, lines.items(), strict=True):
-        _draw_panel(panel, what, series, run)
-    figure.suptitle(_title(run, mode), fontsize=FONT + 4, x=0.05, ha="left", weight="bold")
+        _draw_panel(panel, what, series, run, objective)
+    figure.suptitle(
+        _title(run, mode, objective), fontsize=FONT + 4, x=0.05, ha="left", weight="bold"
+    )
     figure.text(0.05, 0.902, _subtitle(run), fontsize=FONT, color="#444444", ha="left")
     # the room right of each panel is for the labels of its lines
     figure.subplots_adjust(left=0.05, right=0.82, top=0.83, bottom=0.11, wspace=0.75)
@@ -76,6 +85,7 @@ def _draw_panel(
     what: str,
     series: Mapping[str, Sequence[tuple[int, float]]],
     run: Mapping[str, Any],
+    objective: Objective,
 ) -> None:
     tokens = sorted({size["visual_tokens"] for size in run["sizes"]})
     panel.set(xscale="log", yscale="log")
@@ -109,10 +119,12 @@ def _draw_panel(
         panel.set_xlim(tokens[0] / 1.12, tokens[-1] * 1.06)
     low, high = panel.get_ylim()
     panel.set_ylim(low, high)  # fixed: the labels are placed in it
-    _label_lines(panel, series)
+    _label_lines(panel, series, objective)
 
 
-def _label_lines(panel: Axes, series: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+def _label_lines(
+    panel: Axes, series: Mapping[str, Sequence[tuple[int, float]]], objective: Objective
+) -> None:
     """Name each line at the right edge, level with its end, moved apart where two overlap.
 
     A line that ends early is named level with where it was heading, and told how far it went.
@@ -139,7 +151,8 @@ def _label_lines(panel: Axes, series: Mapping[str, Sequence[tuple[int, float]]])
     for name, height in zip(names, heights, strict=True):
         colour, marker, dash = STYLES.get(name, OTHER_STYLE)
         end, value = series[name][-1]
-        text = _label(name) if end == last else f"{_label(name)}, to {end:,}"
+        label = objective.registry[name].label
+        text = label if end == last else f"{label}, to {end:,}"
         style: dict[str, Any] = {"color": colour, "transform": panel.transAxes, "clip_on": False}
         if end == last:
             x, y = place((end, value))
@@ -148,10 +161,6 @@ def _label_lines(panel: Axes, series: Mapping[str, Sequence[tuple[int, float]]])
         panel.plot([1.085], [height], marker=marker, markersize=6, **style)
         weight = "bold" if name == "ral" else "normal"
         panel.text(1.145, height, text, va="center", fontsize=FONT - 1, weight=weight, **style)
-
-
-def _label(name: str) -> str:
-    return REGISTRY[name].label if name in REGISTRY else name
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
@@ -177,23 +186,24 @@ def _spread(heights: Sequence[float]) -> list[float]:
     ]
 
 
-def _title(run: Mapping[str, Any], mode: str) -> str:
+def _title(run: Mapping[str, Any], mode: str, objective: Objective) -> str:
     growth = {
         "frames_sweep": "as video frames grow",
         "resolution_sweep": "as image resolution grows",
     }
     words = {"forward": "forward", "forward+backward": "forward and backward"}[mode]
-    claim = _claim(run, mode)
-    return f"Attention marginals {growth.get(run['benchmark'], '')}: {words}{claim}"
+    claim = _claim(run, mode, objective)
+    return f"{objective.title} {growth.get(run['benchmark'], '')}: {words}{claim}"
 
 
-def _claim(run: Mapping[str, Any], mode: str) -> str:
-    """Our time against SDPA's at the largest size at which both ran."""
+def _claim(run: Mapping[str, Any], mode: str, objective: Objective) -> str:
+    """Our time against the fastest peer's at the largest size at which both ran."""
     for size in reversed(run["sizes"]):
         for row in size["results"]:
             if row["contestant"] == "ral" and row["mode"] == mode and "ratio" in row:
                 where = f"at {size['visual_tokens']:,} tokens"
-                return f", {row['ratio']['median']:.2f} × the time of plain SDPA {where}"
+                ratio = f"{row['ratio']['median']:.2f}"
+                return f", {ratio} × the time of {objective.peer_claim} {where}"
     return ""
 
 
@@ -201,8 +211,9 @@ def _subtitle(run: Mapping[str, Any]) -> str:
     machine, settings, commit = run["machine"], run["settings"], run["commit"]
     threads = machine["threads"]
     where = machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads > 1)}"
+    rows = f", the last {settings['rows']} rows" if settings.get("rows") else ""
     source = {"model": "q, k, v of a Qwen2.5-VL over real pictures", "random": "random q, k, v"}
     heads = "{num_heads}:{num_kv_heads} heads of {head_dim}".format(**settings["heads"])
-    facts = (where, f"{settings['dtype']}, causal, {heads}", source[settings["input"]])
+    facts = (where, f"{settings['dtype']}, causal, {heads}{rows}", source[settings["input"]])
     state = " with changes" if commit["dirty"] else ""
     return "; ".join((*facts, f"commit {commit['hash'] or 'none yet'}{state}"))

@@ -7,21 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .contestants import REGISTRY
-from .exact import GRADIENTS
-
-HEADINGS = (
-    "contestant",
-    "ms",
-    "/ SDPA",
-    "p20-p80",
-    "n",
-    "GFLOP/s",
-    "of GEMM",
-    "MiB",
-    "out",
-    "marginals",
-)
+from .objective import Objective
 
 
 def header(run: Mapping[str, Any]) -> str:
@@ -36,22 +22,26 @@ def header(run: Mapping[str, Any]) -> str:
     state = " with changes" if commit["dirty"] else ""
     settings = run["settings"]
     heads = "{num_heads}:{num_kv_heads} heads of {head_dim}".format(**settings["heads"])
+    rows = f", the last {settings['rows']} rows" if settings.get("rows") else ""
     return "\n".join(
         (
             f"machine   {where}, {machine['memory_gib']} GiB",
             "versions  " + ", ".join(f"{name} {text}" for name, text in run["versions"].items()),
             f"commit    {commit['hash'] or 'none yet'}{state}",
-            f"problem   {settings['input']} inputs, causal, {heads}, {settings['dtype']}, "
-            f"up to {settings['repeats']} interleaved repeats",
+            f"problem   {run['objective']}: {settings['input']} inputs, causal, {heads}, "
+            f"{settings['dtype']}{rows}, up to {settings['repeats']} interleaved repeats",
         )
     )
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    name = REGISTRY[row["contestant"]].label
+def _cells(objective: Objective, row: Mapping[str, Any]) -> list[str]:
+    name = objective.registry[row["contestant"]].label
     errors = row.get("errors", {})
-    shown = [f"{errors[key]:.0e}" if key in errors else "-" for key in ("out", "marginals")]
-    shown += [f"{errors[key]:.0e}" if key in errors else "-" for key in GRADIENTS]
+    columns = (
+        *objective.outputs,
+        *(objective.gradients if row["mode"].endswith("backward") else ()),
+    )
+    shown = [f"{errors[key]:.0e}" if key in errors else "-" for key in columns]
     if "ms" not in row:
         return [name, f"{row['status']}: {row['reason']}"]
     ms, ratio = row["ms"], row["ratio"]
@@ -68,26 +58,25 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def table(size: Mapping[str, Any]) -> str:
+def table(objective: Objective, size: Mapping[str, Any]) -> str:
     """An aligned table for each mode of one size: by time, then who did not run and why."""
-    seqlen = size["seqlen"]
     facts = (
-        f"{size['visual_tokens']} visual tokens of {seqlen}, {size['num_spans']} spans",
+        f"{size['visual_tokens']} visual tokens of {size['seqlen']}",
         f"GEMM {size['gemm_gflops']:.0f} GFLOP/s",
-        f"float64 gate on {size['gate_rows']} of {seqlen} queries",
+        *objective.summary(size),
     )
     lines = [f"{size['name']}: {'; '.join(facts)}"]
     for mode in dict.fromkeys(row["mode"] for row in size["results"]):
         rows = [row for row in size["results"] if row["mode"] == mode]
         rows.sort(key=lambda row: row["ms"]["median"] if "ms" in row else float("inf"))
-        lines += ["", *_aligned([*HEADINGS, *GRADIENTS], [_cells(row) for row in rows], mode)]
+        headings = [mode, "ms", objective.peer_heading, "p20-p80", "n", "GFLOP/s", "of GEMM", "MiB"]
+        headings += objective.outputs
+        headings += objective.gradients if mode.endswith("backward") else ()
+        lines += ["", *_aligned(headings, [_cells(objective, row) for row in rows])]
     return "\n".join(lines)
 
 
-def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], mode: str) -> list[str]:
-    headings = [mode, *headings[1:]]
-    if not mode.endswith("backward"):
-        headings, rows = headings[:-3], [row[: len(headings) - 3] for row in rows]
+def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     full = [row for row in rows if len(row) > 2]
     widths = [max(len(row[i]) for row in [headings, *full]) for i in range(len(headings))]
     widths[0] = max([widths[0], *(len(row[0]) for row in rows)])
@@ -109,12 +98,12 @@ def save(run: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(run, indent=1) + "\n")
 
 
-def mistakes(run: Mapping[str, Any]) -> list[str]:
+def mistakes(objective: Objective, run: Mapping[str, Any]) -> list[str]:
     """What must fail a run: a wrong answer from anybody, and one of ours that did not run."""
     found = []
     for size in run["sizes"]:
         for row in size["results"]:
-            ours = REGISTRY[row["contestant"]].ours
+            ours = objective.registry[row["contestant"]].ours
             if row["status"] == "wrong" or (ours and row["status"] != "ok"):
                 which = f"{size['name']}, {row['contestant']} {row['mode']}"
                 found.append(f"{which}: {row['status']}: {row['reason']}")

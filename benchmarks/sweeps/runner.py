@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from . import machine, report
-from .contestants import REGISTRY, default_names
-from .inputs import Heads, Problem
+from .inputs import Heads, LayerInputs
 from .measure import MODES, Sweep
+from .objective import Objective, Problem
+from .objectives import OBJECTIVES
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -32,7 +33,7 @@ class Size:
     name: str  # "16 frames"
     axis: dict[str, int]  # {"frames": 16}: the JSON's own field of the sweep
     visual_tokens: int  # expected; the order of sizes and the share of the time follow it
-    make: Callable[[], Problem]
+    make: Callable[[], LayerInputs]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text += " (default: %(default)s)"
         parser.add_argument(name, help=text, **options)
 
+    add("--objective", "what is computed", choices=OBJECTIVES, default="attention")
+    rows = {name: o.default_rows for name, o in OBJECTIVES.items() if o.default_rows is not None}
+    defaults = ", ".join(f"{name}: {count}" for name, count in rows.items())
+    add("--rows", f"response rows at the end of the prompt (default: {defaults})", type=int)
     add("--input", "where q, k, v come from", choices=("model", "random"), default="model")
     add("--full", "more sizes, and as long as it takes", action="store_true")
     add("--dtype", "of q, k, v and the model", choices=DTYPES, default="bfloat16")
@@ -54,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"seconds to measure (default: {DEFAULT_SECONDS:.0f}, with --full hours)",
         type=float,
     )
-    add("--contestants", f"some of {', '.join(REGISTRY)} (default: all that fit)", metavar="A,B")
+    names = "; ".join(f"{name}: {', '.join(OBJECTIVES[name].registry)}" for name in OBJECTIVES)
+    add("--contestants", f"some of the objective's (default: all that fit). {names}", metavar="A,B")
     add("--no-backward", "forward only", action="store_true")
     add("--heads", "query heads", type=int, default=16)
     add("--kv-heads", "key and value heads", type=int, default=2)
@@ -70,13 +76,21 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
         parser.error("--device cuda: torch sees no GPU here")
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
-    names = default_names(options.device)
+    objective = OBJECTIVES[options.objective]
+    if options.rows is None:
+        options.rows = objective.default_rows
+    elif objective.default_rows is None:
+        parser.error(f"--rows: --objective {objective.name} is over all rows")
+    elif options.rows < 1:
+        parser.error("--rows must be at least 1")
+    names = objective.default_names(options.device)
     if options.contestants is not None:
         names = [name.strip() for name in options.contestants.split(",") if name.strip()]
-    unknown = [name for name in names if name not in REGISTRY]
+    unknown = [name for name in names if name not in objective.registry]
     if unknown:
         parser.error(
-            f"--contestants: {', '.join(unknown)} unknown; there are {', '.join(REGISTRY)}"
+            f"--contestants: {', '.join(unknown)} unknown; --objective {objective.name} has "
+            f"{', '.join(objective.registry)}"
         )
     options.contestants = names
     if options.threads is not None:
@@ -99,11 +113,13 @@ def run_sweep(
         sizes: what to measure.
         extra: settings of this sweep alone, for the JSON.
     """
+    objective = OBJECTIVES[options.objective]
     device, began = torch.device(options.device), time.perf_counter()
     modes = [mode for mode, backward in MODES.items() if not (backward and options.no_backward)]
     sizes = sorted(sizes, key=lambda size: size.visual_tokens)
     run: dict[str, Any] = {
         "benchmark": benchmark,
+        "objective": objective.name,
         "schema": 1,
         "machine": machine.describe(device),
         "versions": machine.versions(),
@@ -116,6 +132,7 @@ def run_sweep(
             "repeats": options.repeats,
             "heads": asdict(heads_of(options)),
             "modes": modes,
+            "rows": options.rows,
             **extra,
         },
         "sizes": [],
@@ -126,6 +143,7 @@ def run_sweep(
     # disable=None: no bar where stderr is a file, which a bar would fill with its frames
     with tqdm(unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
         sweep = Sweep(
+            objective,
             options.contestants,
             modes,
             options.repeats,
@@ -138,17 +156,17 @@ def run_sweep(
             for index, size in enumerate(sizes):
                 bar.set_description(size.name)
                 bar.set_postfix_str("inputs")
-                problem = size.make()
+                problem = objective.make(size.make(), options.rows)
                 weights = [s.visual_tokens**2 for s in sizes[index:]]
                 left = max(deadline - time.perf_counter(), 10.0)
                 # a floor for small sizes, whose time is start-up and compilation rather than N^2
                 share = min(max(left * weights[0] / sum(weights), 12.0), left)
                 run["sizes"].append(_measure(sweep, size, problem, share))
-                bar.write(f"\n{report.table(run['sizes'][-1])}", file=sys.stdout)
+                bar.write(f"\n{report.table(objective, run['sizes'][-1])}", file=sys.stdout)
         finally:
             sweep.close()
     run["seconds"] = round(time.perf_counter() - began, 1)
-    return _finish(benchmark, options, run)
+    return _finish(benchmark, objective, options, run)
 
 
 def _advance(bar: Any, what: str) -> None:
@@ -164,26 +182,27 @@ def _measure(sweep: Sweep, size: Size, problem: Problem, share: float) -> dict[s
         **size.axis,
         "visual_tokens": int((problem.span_ids >= 0).sum()),
         "seqlen": problem.seqlen,
-        "num_spans": problem.num_spans,
-        "contiguous_spans": problem.spans.is_contiguous,
-        "gate_rows": problem.gate_rows.numel(),
+        **sweep.objective.facts(problem),
         "gemm_gflops": sweep.gemm,
+        "peer": sweep.peer,
         "results": results,
     }
 
 
-def _finish(benchmark: str, options: argparse.Namespace, run: dict[str, Any]) -> int:
+def _finish(
+    benchmark: str, objective: Objective, options: argparse.Namespace, run: dict[str, Any]
+) -> int:
     folder = options.out or RESULTS / machine.slug(run["machine"])
     commit = run["commit"]
     version = (commit["hash"] or "uncommitted") + ("-dirty" if commit["dirty"] else "")
-    path = folder / f"{benchmark}-{options.dtype}-{version}.json"
+    path = folder / f"{benchmark}-{objective.name}-{options.dtype}-{version}.json"
     report.save(run, path)
     print(f"\n{run['seconds']:.0f} s in all; wrote {path}")
     if not options.no_plot:
         from . import plot
 
         print(f"wrote {plot.draw(path)}")
-    wrong = report.mistakes(run)
+    wrong = report.mistakes(objective, run)
     for line in wrong:
         print(f"FAILED: {line}", file=sys.stderr)
     return 1 if wrong else 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,41 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 import ral_kernels as rk
 
-from .inputs import Problem
+from ..objective import Contestant
+from .problem import AttentionProblem
 
 Attend = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 CHUNK_ROWS = 256
 
 
-def no_objection(problem: Problem, backward: bool) -> str | None:
-    return None
-
-
-def no_bytes(problem: Problem, backward: bool) -> int:
-    return 0
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One way to compute the problem."""
-
-    name: str  # on the command line and in the JSON
-    label: str  # in the table and the plot
-    prepare: Callable[[Problem], Attend]
-    has_marginals: bool = True
-    compiles: bool = (
-        False  # its first call at a size compiles: warm up at full size before memory is measured
-    )
-    ours: bool = False  # a failure of ours fails the run; a peer may be unable
-    refuse: Callable[[Problem, bool], str | None] = (
-        no_objection  # why it cannot do (problem, backward)
-    )
-    bytes_needed: Callable[[Problem, bool], int] = (
-        no_bytes  # beyond the inputs, where it grows with N^2
-    )
-
-
-def ral(problem: Problem) -> Attend:
+def ral(problem: AttentionProblem) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         result = rk.attention(q, k, v, problem.spans, is_causal=True)
         return result.out, result.marginals
@@ -62,7 +34,7 @@ def ral(problem: Problem) -> Attend:
     return attend
 
 
-def ral_plain(problem: Problem) -> Attend:
+def ral_plain(problem: AttentionProblem) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         return rk.attention(q, k, v, is_causal=True).out, None
 
@@ -84,14 +56,14 @@ def _causal_sdpa(
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
 
 
-def sdpa(problem: Problem) -> Attend:
+def sdpa(problem: AttentionProblem) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         return _causal_sdpa(q, k, v), None
 
     return attend
 
 
-def sdpa_backend(problem: Problem, *, backend: SDPBackend) -> Attend:
+def sdpa_backend(problem: AttentionProblem, *, backend: SDPBackend) -> Attend:
     """One CUDA backend of SDPA, forced."""
     repeat = backend is SDPBackend.EFFICIENT_ATTENTION
 
@@ -102,11 +74,11 @@ def sdpa_backend(problem: Problem, *, backend: SDPBackend) -> Attend:
     return attend
 
 
-def needs_cuda(problem: Problem, backward: bool) -> str | None:
+def needs_cuda(problem: AttentionProblem, backward: bool) -> str | None:
     return None if problem.q.is_cuda else "an SDPA backend of CUDA"
 
 
-def eager(problem: Problem) -> Attend:
+def eager(problem: AttentionProblem) -> Attend:
     """What transformers does for `output_attentions=True` (eager), and one matmul more."""
     group = problem.heads.num_heads // problem.heads.num_kv_heads
     scale = problem.heads.head_dim**-0.5
@@ -123,7 +95,7 @@ def eager(problem: Problem) -> Attend:
     return attend
 
 
-def eager_bytes(problem: Problem, backward: bool) -> int:
+def eager_bytes(problem: AttentionProblem, backward: bool) -> int:
     # Alive at the peak, in H x N x N matrices: scores and the sum with the mask in the dtype, the
     # float32 softmax and its input; the backward adds the gradients of both. Measured on CPU in
     # bfloat16: 10 and 16 bytes an element.
@@ -132,7 +104,7 @@ def eager_bytes(problem: Problem, backward: bool) -> int:
     return matrix * (3 * size + 12 if backward else 2 * size + 8)
 
 
-def sdpa_one_hot(problem: Problem) -> Attend:
+def sdpa_one_hot(problem: AttentionProblem) -> Attend:
     """Marginals as attention output against one-hot values: SDPA with V + one-hot(span).
 
     Up to S = D the one-hot columns ride along: q and k are padded with zeros, because SDPA's fused
@@ -176,7 +148,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex_one_hot(problem: Problem) -> Attend:
+def flex_one_hot(problem: AttentionProblem) -> Attend:
     """FlexAttention with V + one-hot(span); it takes Dv != D, so that nothing is padded."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -195,7 +167,7 @@ def flex_one_hot(problem: Problem) -> Attend:
     return attend
 
 
-def flex_refuses(problem: Problem, backward: bool) -> str | None:
+def flex_refuses(problem: AttentionProblem, backward: bool) -> str | None:
     if backward and not problem.q.is_cuda:
         return "FlexAttention has no backward on CPU"
     return None
@@ -222,7 +194,7 @@ def _flash_with_lse(
     return result[0], result[1][..., : q.shape[2]]  # its LSE comes padded to full warps
 
 
-def per_span(problem: Problem) -> Attend:
+def per_span(problem: AttentionProblem) -> Attend:
     """One call a span over its keys alone: marginals = exp(LSE of the span - LSE).
 
     A contiguous span needs no mask: the queries behind it see all of it, and those inside it see a
@@ -261,11 +233,11 @@ def per_span(problem: Problem) -> Attend:
     return attend
 
 
-def per_span_refuses(problem: Problem, backward: bool) -> str | None:
+def per_span_refuses(problem: AttentionProblem, backward: bool) -> str | None:
     return "SDPA's LSE carries no gradient" if backward else None
 
 
-def chunked(problem: Problem) -> Attend:
+def chunked(problem: AttentionProblem) -> Attend:
     """Rows in chunks against the keys they can see, each recomputed in the backward.
 
     Grouped heads share one matmul with their kv head, and out and marginals come from one product
@@ -303,7 +275,7 @@ def chunked(problem: Problem) -> Attend:
     return attend
 
 
-def wrong(problem: Problem) -> Attend:
+def wrong(problem: AttentionProblem) -> Attend:
     """Deliberately wrong, to show that the gate closes: every marginal is one span too far."""
     right = eager(problem)
 
@@ -315,11 +287,10 @@ def wrong(problem: Problem) -> Attend:
     return attend
 
 
-PEER = "sdpa"  # the floor, and the peer of every ratio
-_ALL = (
-    Contestant(PEER, "SDPA, no marginals", sdpa, has_marginals=False),
+CONTESTANTS = (
+    Contestant("sdpa", "SDPA, no marginals", sdpa, answer="out_only"),
     Contestant("ral", "ral_kernels, marginals", ral, ours=True),
-    Contestant("ral_plain", "ral_kernels, no marginals", ral_plain, False, ours=True),
+    Contestant("ral_plain", "ral_kernels, no marginals", ral_plain, "out_only", ours=True),
     Contestant("sdpa_one_hot", "SDPA, V + one-hot", sdpa_one_hot),
     Contestant(
         "flex_one_hot",
@@ -336,7 +307,8 @@ _ALL = (
             f"sdpa_{name}",
             f"SDPA {label}, no marginals",
             functools.partial(sdpa_backend, backend=backend),
-            has_marginals=False,
+            answer="out_only",
+            on=("cuda",),
             refuse=needs_cuda,
         )
         for name, label, backend in (
@@ -345,12 +317,5 @@ _ALL = (
             ("efficient", "efficient", SDPBackend.EFFICIENT_ATTENTION),
         )
     ),
-    Contestant("wrong", "deliberately wrong", wrong, bytes_needed=eager_bytes),
+    Contestant("wrong", "deliberately wrong", wrong, on=(), bytes_needed=eager_bytes),
 )
-REGISTRY = {contestant.name: contestant for contestant in _ALL}
-
-
-def default_names(device: str) -> list[str]:
-    """Everybody who belongs on this kind of device."""
-    on_cuda = ("sdpa_cudnn", "sdpa_flash", "sdpa_efficient")
-    return [n for n in REGISTRY if n != "wrong" and (device.startswith("cuda") or n not in on_cuda)]

@@ -7,34 +7,15 @@ chosen rows, these rows give the exact dq, dk and dv of the whole problem.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Set
 
 import torch
 from torch import Tensor
 
-from .inputs import Problem
-
-# Largest relative error (Frobenius norm) that still counts as right: a few roundings of the inputs'
-# own dtype. It tells a wrong answer from a right one; how close the right ones come stands in the
-# table.
-TOLERANCE = {
-    torch.float64: {"forward": 1e-10, "gradient": 1e-9},
-    torch.float32: {"forward": 2e-5, "gradient": 1e-4},
-    torch.bfloat16: {"forward": 1.5e-2, "gradient": 3e-2},
-    torch.float16: {"forward": 2e-3, "gradient": 5e-3},
-}
-GRADIENTS = ("dq", "dk", "dv")
+from .problem import AttentionProblem
 
 
-def gate_gradients(problem: Problem) -> tuple[Tensor, Tensor]:
-    """dout and dmarginals of the problem with every row outside the gate set to zero."""
-    keep = torch.zeros(problem.seqlen, 1, dtype=torch.bool, device=problem.q.device)
-    keep[problem.gate_rows] = True
-    # multiplying keeps the token-major memory of dout, which torch.where would not
-    return problem.dout * keep, problem.dmarginals * keep
-
-
-def exact(problem: Problem, *, with_marginals: bool) -> dict[str, Tensor]:
+def exact(problem: AttentionProblem, *, with_marginals: bool) -> dict[str, Tensor]:
     """The gate's rows of out and marginals, and the gradients of the loss on them, in float64.
 
     Args:
@@ -88,32 +69,6 @@ def exact(problem: Problem, *, with_marginals: bool) -> dict[str, Tensor]:
     return found
 
 
-def relative_errors(
-    got: Mapping[str, Tensor | None], wanted: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """||got - wanted|| / ||wanted|| of every tensor that is there; NaN where the answer is."""
-    errors = {}
-    for name, tensor in got.items():
-        if tensor is None:
-            continue
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(
-                f"gate: {name} must be {tuple(wanted[name].shape)}; got {tuple(tensor.shape)}"
-            )
-        difference = tensor.detach().double() - wanted[name]
-        errors[name] = float(difference.norm() / wanted[name].norm())
-    return errors
-
-
-def verdict(
-    errors: Mapping[str, float], dtype: torch.dtype, wanted: Mapping[str, Tensor] | None = None
-) -> str | None:
-    """None when every error is within `TOLERANCE` plus thrice its slack, or which are not."""
-    bad = []
-    for name, error in errors.items():
-        bound = TOLERANCE[dtype]["gradient" if name in GRADIENTS else "forward"]
-        if wanted is not None and f"slack_{name}" in wanted:
-            bound += 3 * float(wanted[f"slack_{name}"])
-        if not error <= bound:  # also true of NaN
-            bad.append(f"{name} error {error:.1e} > {bound:.1e}")
-    return ", ".join(bad) or None
+def exact_answers(problem: AttentionProblem, which: Set[str]) -> dict[str, dict[str, Tensor]]:
+    """Answers: "all" for the loss on out and marginals, "out_only" for the loss on out alone."""
+    return {name: exact(problem, with_marginals=name == "all") for name in sorted(which)}
