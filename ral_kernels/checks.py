@@ -90,6 +90,9 @@ def resolve_softcap(op: str, softcap: Any) -> float:
     return _finite_number(op, "softcap", softcap, "None or a finite number > 0")
 
 
+FARTHEST = 2**31 - 1  # a window bound beyond every sequence
+
+
 def _window_bound(op: str, name: str, bound: Any) -> int:
     if bound is None:
         return -1
@@ -99,7 +102,7 @@ def _window_bound(op: str, name: str, bound: Any) -> int:
         )
     if bound < -1:
         raise ValueError(f"{op}: {name} must hold bounds >= 0, or -1 for no bound; got {bound}")
-    return bound
+    return min(bound, FARTHEST)  # kernels add it to positions
 
 
 def resolve_window(op: str, window: Any, is_causal: bool, name: str = "window") -> tuple[int, int]:

@@ -315,10 +315,10 @@ class AttentionSnapshot:
         taken = {name: tensors[name] for name in wanted}
         if like.k_prefix is not None:
             used, index = torch.unique(taken["prefix_index"], return_inverse=True)
-            if used.numel() < like.k_prefix.shape[0]:
-                taken["k_prefix"], taken["prefix_index"] = like.k_prefix[used], index
-            else:
-                taken["k_prefix"] = like.k_prefix
+            check_prefix_index(used, like.k_prefix)
+            taken["prefix_index"] = index  # int64, whatever came
+            every = used.numel() == like.k_prefix.shape[0]
+            taken["k_prefix"] = like.k_prefix if every else like.k_prefix[used.long()]
         return cls._make({name: x.contiguous() for name, x in taken.items()}, like._options())
 
     # -- files -----------------------------------------------------------------------------------
@@ -394,6 +394,20 @@ class AttentionSnapshot:
 
     def _adopt(self, other: AttentionSnapshot) -> None:
         self.__dict__.update(other.__dict__)
+
+
+def check_prefix_index(index: Tensor, k_prefix: Tensor) -> None:
+    """Kernels follow the index without looking: it must be right."""
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise TypeError(
+            f"{_OP}: prefix_index must be integer; got {checks.dtype_name(index.dtype)}"
+        )
+    count = k_prefix.shape[0]
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
+        raise ValueError(
+            f"{_OP}: prefix_index must lie in [0, {count}); got values from {int(index.min())} to "
+            f"{int(index.max())}"
+        )
 
 
 _EXACT = ("prefix_index", "span_bias")  # tensors that `dtype` does not concern

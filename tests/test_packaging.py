@@ -173,7 +173,7 @@ def test_rebuild_in_place_and_broken_sources(tree):
     assert result.returncode == 0  # and the older library, which would not fit, is gone
     assert not library.exists()
     assert tree.note().startswith("the C++ sources did not build:\n")
-    assert re.search(r"attention\.cpp:1:1: error: ", tree.note())
+    assert re.search(r"entry\.cpp:1:1: error: ", tree.note())
 
     tree.entry.write_text(ENTRY_POINT)
     assert tree.build().returncode == 0

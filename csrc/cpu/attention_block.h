@@ -335,13 +335,10 @@ class ScoreTransform {
           if (slope) slope[r * V + v] = 1.f - t * t;
         }
         if (span >= 0) x = x + load(bias + span * bias_stride + c);
-        if (p.attn_mask.data) {
-          const Vec m = load(mask[r] + v * kLanes);
-          const Vec sum = x + m;
-          // The mask's own -inf hides a key; finfo.min stays a finite score.
-          x = select(m == broadcast(-__builtin_inff()), m,
-                     select(sum < kLowestScore, broadcast(kLowestScore), sum));
-        }
+        if (p.attn_mask.data) x = x + load(mask[r] + v * kLanes);
+        // -inf hides a key; finfo.min is a score like others, and stays finite.
+        const IntVec finite = x > broadcast(-__builtin_inff());
+        x = select(finite & (x < kLowestScore), broadcast(kLowestScore), x);
         const IntVec seen = (load(block.first_key + c) <= key) & (load(block.last_key + c) >= key);
         const Vec minus_inf = broadcast(-__builtin_inff());
         acc[r][v] = hidden ? minus_inf : select(seen, x, minus_inf);

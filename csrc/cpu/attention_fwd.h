@@ -244,14 +244,18 @@ class AttentionForward {
       return;
     }
     const int64_t key = group * kTileRows;
-    RAL_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      if (key + r >= s.seqlen_k) break;
-      if (state.span_ids[key + r] != state.run_span[panel])
+    Vec part[V] = {};  // of the run, not yet added
+    for (int r = 0; r < kTileRows && key + r < s.seqlen_k; ++r) {
+      if (state.span_ids[key + r] != state.run_span[panel]) {
+        for (int v = 0; v < V; ++v) {
+          store(run + v * kLanes, load(run + v * kLanes) + part[v]);
+          part[v] = Vec{};
+        }
         finish_run(panel, state.span_ids[key + r], state);
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) store(run + v * kLanes, load(run + v * kLanes) + p[r][v]);
+      }
+      for (int v = 0; v < V; ++v) part[v] += p[r][v];
     }
+    for (int v = 0; v < V; ++v) store(run + v * kLanes, load(run + v * kLanes) + part[v]);
   }
 
   // A run of keys of one span ends: its sum goes to the span and to the row, equation (7).
@@ -361,7 +365,11 @@ class AttentionForward {
                     ((s.batch * params_.num_heads + block.column[c].head) * num_rows + row) *
                         params_.num_spans +
                     begin;
-        for (int64_t i = 0; i < width; ++i) to[i] = stage[c * kLanes + i] * inverse[c];
+        if (width == kLanes) {
+          store(to, load(stage + c * kLanes) * inverse[c]);
+        } else {
+          for (int64_t i = 0; i < width; ++i) to[i] = stage[c * kLanes + i] * inverse[c];
+        }
       }
     }
   }

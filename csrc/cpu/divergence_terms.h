@@ -101,7 +101,8 @@ RAL_INLINE DivergenceTerm divergence_term(Vec p, Vec r) {
   const Vec term = kl_term(a, b, kKind == RAL_KL ? x : -x);
   const Vec one_sided = select(a > 0.f, infinite, b);  // one of them is 0
   const Vec value = select((a == 0.f) | (b == 0.f), one_sided, term);
-  const Vec l = kKind == RAL_KL ? log_quotient(p, r) : (p - r) / p;
+  // Bounded, so that a subnormal p does not turn the gradient's moments into infinities.
+  const Vec l = kKind == RAL_KL ? log_quotient(p, r) : max(broadcast(-1e34f), (p - r) / p);
   const Vec alone = kKind == RAL_REVERSE_KL ? broadcast(1.f) : zero;  // where r is 0
   return {value, select(both, l, select((p > 0.f) & (r == 0.f), alone, zero))};
 }

@@ -384,15 +384,11 @@ class PolicyGradientBlocks {
   }
 
   template <class Side>
-  static float inverse_of(const Side& side, float z) {
-    return z == 0.f ? 0.f : 1.f / (z * static_cast<float>(side.side.num_heads));
-  }
-  template <class Side>
   void invert(const Side& side, const TokenBlock& block, float* inverse) const {
     for (int64_t i = 0; i < side.rows; ++i) {
       const float z =
           i < block.count ? side.side.z[block.batch * common_.num_rows + block.first_row + i] : 0.f;
-      inverse[i] = inverse_of(side, z);
+      inverse[i] = side.inverse_of(z);
     }
   }
 
@@ -455,7 +451,7 @@ class PolicyGradientBlocks {
     finish_sums(side, lse, valid, other, z);
     if (side.side.lse) side.store_columns(block, lse, side.side.lse);
     for (int64_t i = 0; i < side.rows; ++i) {
-      inverse[i] = inverse_of(side, z[i]);
+      inverse[i] = side.inverse_of(z[i]);
       if (side.side.z && i < block.count) {
         side.side.z[block.batch * common_.num_rows + block.first_row + i] = z[i];
       }

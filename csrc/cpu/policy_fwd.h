@@ -197,7 +197,7 @@ class PolicyForward {
   template <class Side>
   void invert(const Side& side, const float* z, float* inverse) const {
     for (int64_t i = 0; i < side.rows; ++i) {
-      inverse[i] = z[i] == 0.f ? 0.f : 1.f / (z[i] * static_cast<float>(side.side.num_heads));
+      inverse[i] = side.inverse_of(z[i]);
     }
   }
 

@@ -167,6 +167,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     if (!blocks_.sees(index, chunk)) {
       memset(scratch.weights, 0, chunk_weights_size_ * sizeof(float));
       memset(scratch.gradient, 0, kChunkKeys * policy_.rows * sizeof(float));
+      if (scratch.slope) memset(scratch.slope, 0, chunk_weights_size_ * sizeof(float));
     } else {
       if (caches_) {
         Compute::load_weights(cached(worker, i), chunk_weights_size_, scratch.weights);

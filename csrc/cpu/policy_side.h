@@ -12,7 +12,8 @@
 namespace ral {
 namespace RAL_ISA {
 
-constexpr int64_t kMaxSubBlocks = kTileVectors;  // so that even one head fills a tile
+constexpr float kSmallestWeight = 7.8886091e-31f;  // 2^-100
+constexpr int64_t kMaxSubBlocks = kTileVectors;    // so that even one head fills a tile
 
 // The query rows of one token block and the keys that they see.
 struct TokenBlock {
@@ -151,6 +152,13 @@ class PolicySide {
     *head = kv_head * (side.num_heads / side.num_kv_heads) + vector / sub_blocks;
     return vector < vectors && *row < block.count;
   }
+  // 1 / (Z H), or 0 where the valid keys have no weight to speak of: beyond kSmallestWeight the
+  // inverse, or its product with a row's weight, could overflow.
+  float inverse_of(float z) const {
+    const float total = z * static_cast<float>(side.num_heads);
+    return total < kSmallestWeight ? 0.f : 1.f / total;
+  }
+
   // Row of column `c` of [total_panels][kWidth].
   int64_t row_of_column(int64_t c) const {
     const int64_t vector = c / kWidth % panels * V + c % kWidth / kLanes;

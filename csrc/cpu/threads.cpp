@@ -7,7 +7,9 @@
 #endif
 
 #include <atomic>
+#include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace ral {
@@ -71,14 +73,32 @@ size_t Arena::reserve(int64_t count, size_t size) {
   return offset;
 }
 
+namespace {
+
+// The block that the last call left behind.
+std::mutex kept_mutex;
+char* kept_data = nullptr;
+size_t kept_capacity = 0;
+
+}  // namespace
+
 bool Arena::allocate() {
+  {
+    std::lock_guard<std::mutex> lock(kept_mutex);
+    if (kept_data && kept_capacity >= bytes_) {
+      data_ = kept_data;
+      capacity_ = kept_capacity;
+      kept_data = nullptr;
+      return true;
+    }
+  }
   constexpr size_t kHugePage = size_t{1} << 21;
   void* memory = nullptr;
   const bool large = bytes_ >= 2 * kHugePage;
-  if (posix_memalign(&memory, large ? kHugePage : 64, bytes_ + 64) != 0) return false;
+  capacity_ = bytes_ + 64;
+  if (posix_memalign(&memory, large ? kHugePage : 64, capacity_) != 0) return false;
 #ifdef __linux__
-  // Scratch lives for one call: fewer, larger page faults. Advice only, so the result does not
-  // matter.
+  // Fewer, larger page faults. Advice only, so the result does not matter.
   if (large) madvise(memory, bytes_, MADV_HUGEPAGE);
 #endif
   data_ = static_cast<char*>(memory);
@@ -86,6 +106,13 @@ bool Arena::allocate() {
 }
 
 Arena::~Arena() {
+  if (data_ && capacity_ <= kKeptBytes) {
+    std::lock_guard<std::mutex> lock(kept_mutex);
+    if (!kept_data || kept_capacity < capacity_) {
+      std::swap(data_, kept_data);
+      std::swap(capacity_, kept_capacity);
+    }
+  }
   free(data_);
 }
 

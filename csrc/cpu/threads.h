@@ -15,10 +15,13 @@ void parallel_for(int num_threads, int64_t num_tasks,
 // Lets the processor breathe while another worker finishes; yields to the scheduler now and then.
 void spin_pause(int64_t iteration);
 
-// One zero-free allocation, 64-byte aligned, carved into arrays. `data` stays null when memory ran
-// out.
+// One uninitialised allocation, 64-byte aligned, carved into arrays. The last one of at most
+// kKeptBytes stays for the next call: fresh memory is cleared page by page by the system, which was
+// a fifth of the time of a backward at 1,000 tokens (Zen 5, 2026-11).
 class Arena {
  public:
+  static constexpr size_t kKeptBytes = size_t{128} << 20;
+
   // Reserves room for `count` elements of `size` bytes; returns their offset. Call before
   // allocate().
   size_t reserve(int64_t count, size_t size);
@@ -36,6 +39,7 @@ class Arena {
  private:
   char* data_ = nullptr;
   size_t bytes_ = 0;
+  size_t capacity_ = 0;
 };
 
 }  // namespace ral

@@ -133,6 +133,21 @@ def _divergence_fwd_fake(
     return _allocate_outputs(p, wants_dp, wants_dr)
 
 
+@torch.library.custom_op("ral::scaled_gradient", mutates_args=())
+def scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor, 0 where the gradient is: what a backward does that has only that left to do.
+
+    An op without an autograd formula: a second derivative raises instead of missing a part.
+    """
+    # 0 also if inf or NaN arrives for a row of infinite value
+    return torch.where(gradient == 0, 0.0, gradient * factor)
+
+
+@scaled_gradient.register_fake
+def _scaled_gradient_fake(gradient: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.wanted = inputs[3:5]
@@ -143,8 +158,7 @@ def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[
     if dvalue is None:
         return (None,) * 6
     gradients = [
-        # Zero where the gradient is zero, also if inf or NaN arrives for a row of infinite value.
-        torch.where(gradient == 0, 0.0, gradient * dvalue[..., None]) if wanted else None
+        scaled_gradient(gradient, dvalue[..., None]) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     ]
     return (*gradients, None, None, None, None)

@@ -83,7 +83,9 @@ def generalised(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind == "kl":
         return _generalised_kl_terms(p, r, x), _log_ratio(p, r, x)  # (9)
     safe = torch.where(p == 0, 1.0, p)
-    return _generalised_kl_terms(r, p, -x), torch.where(p == 0, 0.0, (p - r) / safe)  # (10)
+    return _generalised_kl_terms(r, p, -x), torch.where(
+        p == 0, 0.0, ((p - r) / safe).clamp_min(-1e34)
+    )  # (10)
 
 
 def fwd(

@@ -16,6 +16,7 @@ from ..attention.reference import full_precision
 from .arguments import PolicyArgs
 
 ROWS_PER_CHUNK = 64
+SMALLEST_WEIGHT = 2.0**-100  # of all heads on the valid keys; less counts as none
 
 
 def available() -> str | None:
@@ -114,6 +115,8 @@ def mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Equations (5) to (7): p [B, R, N] and Z [B, R], with rows of 0 where Z = 0."""
     mean = torch.where(valid, p_h.mean(1), 0.0)  # (5)
     z = mean.sum(-1)  # (6)
+    z = torch.where(z * p_h.shape[1] < SMALLEST_WEIGHT, 0.0, z)
+    mean = torch.where((z == 0)[..., None], 0.0, mean)
     return mean / torch.where(z == 0, 1.0, z)[..., None], z  # (7)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..attention import interface as attention_interface
-from ..divergence.interface import check_kind
+from ..divergence.interface import check_kind, scaled_gradient
 from ..policy.arguments import PolicyArgs
 from ..policy.interface import accumulation_dtype, resolve_call
 from ..snapshot import AttentionSnapshot
@@ -236,7 +236,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
     if dloss is None:
         return None, None, *rest
     dq, dk = ctx.saved_tensors
-    return dq * dloss, dk * dloss, *rest
+    return scaled_gradient(dq, dloss), scaled_gradient(dk, dloss), *rest
 
 
 policy_divergence_loss.register_autograd(_backward, setup_context=_setup_context)
