@@ -34,7 +34,7 @@ def test_own_key_takes_all_weight(gap: float, weight: float, backend: str) -> No
     q = torch.ones(1, 1, 2, 1, requires_grad=True)
     k = torch.tensor([[[[0.0], [gap]]]], requires_grad=True)
     p = rk.attention_policy(q, k, scale=1.0, backend=backend)
-    assert p.isfinite().all() and p.max() <= 1 + 1e-6
+    assert p.isfinite().all() and p.max() <= 1 + 1e-5  # |score - lse| * eps, as everywhere
     snapshot = rk.AttentionSnapshot(q, k, scale=1.0)
     value = rk.attention_divergence(q, k, snapshot, scale=1.0, backend=backend)
     loss = rk.ral_loss(q, k, snapshot, torch.full((1,), weight), scale=1.0, backend=backend)
