@@ -135,7 +135,7 @@ def _divergence_fwd_fake(
 
 @torch.library.custom_op("ral::scaled_gradient", mutates_args=())
 def scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor, 0 where the gradient is: what a backward does that has only that left to do.
+    """gradient * factor, 0 where the gradient is: a backward that has only that left to do.
 
     An op without an autograd formula: a second derivative raises instead of missing a part.
     """
