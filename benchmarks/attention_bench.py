@@ -99,7 +99,7 @@ def measure_marginals(seqlen: int, num_spans: int, quick: bool) -> list[dict[str
         runs = {
             name: bench.runner(ATTENTION, name, problem, backward) for name in ("ral", "ral_plain")
         }
-        seconds = bench.interleave(runs, 2 * repeats_for(seqlen, quick))
+        seconds = bench.interleave(runs, (2 if seqlen <= 2048 else 1) * repeats_for(seqlen, quick))
         ratio = quantiles([a / b for a, b in zip(*seconds.values(), strict=True)])
         rows.append(
             {

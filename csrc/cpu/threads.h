@@ -20,7 +20,7 @@ void spin_pause(int64_t iteration);
 // a fifth of the time of a backward at 1,000 tokens (Zen 5, 2026-11).
 class Arena {
  public:
-  static constexpr size_t kKeptBytes = size_t{128} << 20;
+  static constexpr size_t kKeptBytes = size_t{512} << 20;
 
   // Reserves room for `count` elements of `size` bytes; returns their offset. Call before
   // allocate().
