@@ -44,7 +44,7 @@ RAL_INLINE void clear(Vec (&acc)[M][V]) {
   }
 }
 
-// A matrix product's right-hand side and extent.
+// The operands of a matrix product, and how far it is contracted.
 struct Product {
   const uint32_t* a;
   int64_t lda;

@@ -57,7 +57,7 @@ struct TokenBlock {
   }
 };
 
-// Rows (lanes) for which a key counts: 1.0 or 0.0 each, for kTileRows keys of one group.
+// Which keys count, whatever the query: padding and scope. A row's own key is GroupValidity's.
 class KeyValidity {
  public:
   explicit KeyValidity(const ral_policy_common& common) : c_(common) {}

@@ -123,8 +123,8 @@ def mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 def score_gradient(p_h: Tensor, valid: Tensor, z: Tensor, centred: Tensor) -> Tensor:
     """P G = P (dp - c) / (Z H) on valid keys and 0 elsewhere, (10), from `centred` = dp - c.
 
-    A weight of exactly 0 is left out, whatever dp is there. P / Z comes first: it is at most H,
-    where 1 / Z may overflow.
+    A weight of exactly 0 is left out, whatever dp is there. z is as `fwd` wrote it, 0 where
+    it is below SMALLEST_WEIGHT.
     """
     z = torch.where(z == 0, 1.0, z)[:, None, :, None]
     share = torch.where(valid[:, None], p_h / z / p_h.shape[1], 0.0)
