@@ -164,28 +164,28 @@ class AttentionSnapshot:
     # -- its normalisers -------------------------------------------------------------------------
 
     def find_normalisers(self, args: PolicyArgs, kernels: str) -> tuple[Tensor, Tensor] | None:
-        """(lse [B, H, T], Z [B, T]) of an earlier comparison under the same conditions, if any.
+        """(norm [2, B, H, T], Z [B, T]) of an earlier comparison under the same conditions, if any.
 
         They depend on which keys count, and on the kernels: an unchanged policy is exactly as far
         away as itself only if both sides come from the same ones.
         """
         if self._normalisers is None:
             return None
-        conditions, lse, z = self._normalisers
+        conditions, norm, z = self._normalisers
         same = all(
             torch.equal(a, b)
             if isinstance(a, Tensor) and isinstance(b, Tensor)
             else a is b or a == b
             for a, b in zip(conditions, self._conditions(args, kernels), strict=True)
         )
-        return (lse, z) if same else None
+        return (norm, z) if same else None
 
-    def keep_normalisers(self, args: PolicyArgs, kernels: str, lse: Tensor, z: Tensor) -> None:
+    def keep_normalisers(self, args: PolicyArgs, kernels: str, norm: Tensor, z: Tensor) -> None:
         """Remember the normalisers of the last comparison."""
         conditions = [
             x.clone() if isinstance(x, Tensor) else x for x in self._conditions(args, kernels)
         ]
-        self._normalisers = (conditions, lse, z)
+        self._normalisers = (conditions, norm, z)
 
     def _conditions(self, args: PolicyArgs, kernels: str) -> list[Any]:
         return [kernels, args.exclude_self, args.scope, args.key_padding_mask]

@@ -108,7 +108,6 @@ inline void convert_from_float(int32_t dtype, const float* src, int64_t count, v
 
 struct Float32Compute {
   static constexpr bool kRoundsWeights = false;  // whether P is rounded before it meets V
-  static constexpr int64_t kWeightBytes = 4;     // of a weight that is kept for a later product
   static constexpr int kPair = 1;  // numbers of the contracted dimension in one element
   static constexpr int kForwardKeys =
       120;  // keys a block: P^T, 120 x 64 floats = 30 KiB, stays in L1
@@ -143,12 +142,6 @@ struct Float32Compute {
       for (int v = 0; v < V; ++v) store(dst + r * ld + v * kLanes, x[r][v]);
     }
   }
-  static void store_weights(const float* x, int64_t count, char* dst) {
-    memcpy(dst, x, count * sizeof(float));
-  }
-  static void load_weights(const char* src, int64_t count, float* x) {
-    memcpy(x, src, count * sizeof(float));
-  }
   template <int V>
   static RAL_INLINE void store_rows_and_pairs(const Vec (&x)[kTileRows][V], uint32_t* rows,
                                               int64_t ld_rows, uint32_t*, int64_t) {
@@ -162,7 +155,6 @@ struct Float32Compute {
 #if defined(__AVX512BF16__)
 struct BFloat16Compute {
   static constexpr bool kRoundsWeights = true;
-  static constexpr int64_t kWeightBytes = 2;
   static constexpr int kPair = 2;
   static constexpr int kForwardKeys =
       240;  // keys a block: P^T, 120 x 64 pairs = 30 KiB, stays in L1
@@ -238,20 +230,6 @@ struct BFloat16Compute {
         memcpy(pairs + r / 2 * ld_pairs + v * kLanes, &first, sizeof first);
         memcpy(pairs + r / 2 * ld_pairs + (v + 1) * kLanes, &second, sizeof second);
       }
-    }
-  }
-  // count: a multiple of 2 kLanes.
-  static void store_weights(const float* x, int64_t count, char* dst) {
-    for (int64_t i = 0; i < count; i += 2 * kLanes) {
-      const __m512i pair = pair_of(load(x + i), load(x + i + kLanes));
-      memcpy(dst + i * 2, &pair, sizeof pair);
-    }
-  }
-  static void load_weights(const char* src, int64_t count, float* x) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      __m256i half;
-      memcpy(&half, src + i * 2, sizeof half);
-      store(x + i, (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
   }
   // Exact: the factor is a power of two.

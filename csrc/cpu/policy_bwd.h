@@ -87,7 +87,7 @@ class PolicyBackward : private PolicyProducts<Compute, Reference, V> {
     const StreamScratch scratch = this->stream_scratch(worker);
     chunk_weights(policy_, block, blocks_.own_side(slot, index), chunk, scratch.mean,
                   scratch.weights, scratch.slope);
-    blocks_.chunk_gradient(slot, index, chunk, nullptr, scratch);
+    blocks_.chunk_gradient(slot, index, chunk, nullptr, scratch, WeightCache{});
     blocks_.scale_gradient(block, index, chunk, scratch.gradient);
     this->score_tiles(index, chunk, first_group, scratch, worker);
   }

@@ -120,11 +120,11 @@ class PolicyGradientBlocks {
   void prepare(int64_t index, const StreamScratch& scratch) {
     load_block(index, scratch);
     const TokenBlock& block = own_tokens(index);
-    load_lse(policy, block, block_floats(index, block_layout_.lse));
+    policy.load_norm(block, policy.side.norm, block_floats(index, block_layout_.norm));
     invert(policy, block, block_floats(index, block_layout_.inverse));
     if (compares) {
-      load_lse(reference, reference_tokens(index),
-               block_floats(index, block_layout_.reference_lse));
+      reference.load_norm(reference_tokens(index), reference.side.norm,
+                          block_floats(index, block_layout_.reference_norm));
       invert(reference, reference_tokens(index),
              block_floats(index, block_layout_.reference_inverse));
     }
@@ -145,24 +145,26 @@ class PolicyGradientBlocks {
     if (visible.begin == visible.end) finish_unseen(index, scratch);  // no key block will come by
   }
 
-  // The normalisers of both sides of a loaded block. `share` receives W_h; `other` and `valid` are
-  // room for the larger side's columns, `z` for its rows.
-  void normalise(int64_t index, bool reference_given, float* share, float* other, float* valid,
-                 float* z) {
+  // The normalisers of both sides of a loaded block. `share` receives W_h; `valid` is room for the
+  // larger side's columns, `z` for its rows. With caches, given normalisers are formed again: both
+  // sides' weights must come from the same stream.
+  void normalise(int64_t index, bool reference_given, float* share, float* valid, float* z,
+                 const WeightCache& cache, const WeightCache& reference_cache) {
     const int64_t slot = index / blocks;
-    if (reference_given) {
-      load_lse(reference, reference_tokens(index),
-               block_floats(index, block_layout_.reference_lse));
+    if (compares && reference_given && !reference_cache.weights) {
+      reference.load_norm(reference_tokens(index), reference.side.norm,
+                          block_floats(index, block_layout_.reference_norm));
       invert(reference, reference_tokens(index),
              block_floats(index, block_layout_.reference_inverse));
     } else if (compares) {
       normalise_side(reference, reference_tokens(index), reference_side(slot, index),
-                     block_floats(index, block_layout_.reference_lse), valid, other, z,
-                     block_floats(index, block_layout_.reference_inverse));
+                     block_floats(index, block_layout_.reference_norm), valid, z,
+                     block_floats(index, block_layout_.reference_inverse), reference_cache,
+                     !reference_given);
     }
     normalise_side(policy, own_tokens(index), own_side(slot, index),
-                   block_floats(index, block_layout_.lse), share, other, z,
-                   block_floats(index, block_layout_.inverse));
+                   block_floats(index, block_layout_.norm), share, z,
+                   block_floats(index, block_layout_.inverse), cache, true);
   }
 
   void finish_divergence(int64_t index, float* total, float* moment) const {
@@ -184,9 +186,10 @@ class PolicyGradientBlocks {
   }
 
   // l of a chunk, 0 on keys that do not count: [keys][rows].
-  // `value`, where it is not null, receives the terms of a divergence.
+  // `value`, where it is not null, receives the terms of a divergence. Weights of the reference
+  // come from its cache, if there is one.
   void chunk_gradient(int64_t slot, int64_t index, GroupRange chunk, float* value,
-                      const StreamScratch& scratch) const {
+                      const StreamScratch& scratch, const WeightCache& reference_cache) const {
     const TokenBlock& block = own_tokens(index);
     const int64_t rows = policy.rows;
     const int64_t first = chunk.begin * kTileRows;
@@ -195,8 +198,14 @@ class PolicyGradientBlocks {
     if (compares) {
       float* mean = scratch.mean;
       renormalise(block, common_, chunk, rows, block_floats(index, block_layout_.inverse), mean);
-      chunk_weights(reference, reference_tokens(index), reference_side(slot, index), chunk, l,
-                    nullptr, nullptr);
+      const TokenBlock& tokens = reference_tokens(index);
+      const SideBlock in = reference_side(slot, index);
+      if (reference_cache.weights) {
+        recall_weights(reference, tokens, in, chunk, chunk.begin / kChunkGroups, reference_cache,
+                       false, l);
+      } else {
+        chunk_weights(reference, tokens, in, chunk, l, nullptr, nullptr);
+      }
       renormalise(block, common_, chunk, rows, block_floats(index, block_layout_.reference_inverse),
                   l);
       divergence_terms(source_.kind, count, rows, mean, l, value);
@@ -328,7 +337,8 @@ class PolicyGradientBlocks {
   SideBlock own_side(int64_t slot, int64_t index) const {
     return SideBlock{packed_of(slot), data_of(index, block_layout_.queries),
                      policy.side.span_bias.data ? block_floats(index, block_layout_.bias) : nullptr,
-                     block_floats(index, block_layout_.lse)};
+                     block_floats(index, block_layout_.norm),
+                     block_floats(index, block_layout_.norm) + policy.columns_size()};
   }
 
   const PolicySide<Compute, V> policy;
@@ -339,7 +349,7 @@ class PolicyGradientBlocks {
 
  private:
   struct BlockLayout : Layout {
-    int64_t queries, query_rows, reference_queries, lse, reference_lse, delta, center, scale,
+    int64_t queries, query_rows, reference_queries, norm, reference_norm, delta, center, scale,
         inverse, reference_inverse, bias, dbias, dq, span_gradient;
   };
   void reserve_block() {
@@ -348,8 +358,8 @@ class PolicyGradientBlocks {
     b.queries = b.add(policy.queries_size());
     b.query_rows = b.add(policy.side.num_kv_heads * column_steps * padded_k);
     b.reference_queries = b.add(compares ? reference.queries_size() : 0);
-    b.lse = b.add(columns);
-    b.reference_lse = b.add(compares ? reference.columns_size() : 0);
+    b.norm = b.add(2 * columns);
+    b.reference_norm = b.add(compares ? 2 * reference.columns_size() : 0);
     b.delta = b.add(columns);
     b.center = b.add(rows);
     b.scale = b.add(rows);
@@ -371,16 +381,8 @@ class PolicyGradientBlocks {
   SideBlock reference_side(int64_t slot, int64_t index) const {
     return SideBlock{packed_of(slot) + packed_rows_size + packed_columns_size,
                      data_of(index, block_layout_.reference_queries), nullptr,
-                     block_floats(index, block_layout_.reference_lse)};
-  }
-
-  template <class Side>
-  static void load_lse(const Side& side, const TokenBlock& block, float* dst) {
-    side.load_columns(block, side.side.lse, __builtin_inff(), dst);
-    // -inf marks a row that sees nothing: its weights must come out as 0.
-    for (int64_t i = 0; i < side.columns_size(); ++i) {
-      if (dst[i] == -__builtin_inff()) dst[i] = __builtin_inff();
-    }
+                     block_floats(index, block_layout_.reference_norm),
+                     block_floats(index, block_layout_.reference_norm) + reference.columns_size()};
   }
 
   template <class Side>
@@ -439,20 +441,22 @@ class PolicyGradientBlocks {
           begin, begin + kChunkGroups < visible.end ? begin + kChunkGroups : visible.end};
       chunk_weights(policy, block, own_side(slot, index), chunk, scratch.mean, scratch.weights,
                     nullptr);
-      chunk_gradient(slot, index, chunk, nullptr, scratch);
+      chunk_gradient(slot, index, chunk, nullptr, scratch, WeightCache{});
       add_moments(policy, block, chunk, scratch.weights, scratch.gradient, moment, share);
     }
   }
 
   template <class Side>
-  void normalise_side(const Side& side, const TokenBlock& block, const SideBlock& in, float* lse,
-                      float* valid, float* other, float* z, float* inverse) const {
-    sum_weights(side, block, in, lse, valid, other);
-    finish_sums(side, lse, valid, other, z);
-    if (side.side.lse) side.store_columns(block, lse, side.side.lse);
+  void normalise_side(const Side& side, const TokenBlock& block, const SideBlock& in, float* norm,
+                      float* valid, float* z, float* inverse, const WeightCache& cache,
+                      bool keeps) const {
+    float* inverse_sum = norm + side.columns_size();
+    sum_weights(side, block, in, norm, valid, inverse_sum, cache);
+    finish_sums(side, norm, valid, inverse_sum, z);
+    if (keeps && side.side.norm) side.store_norm(block, norm, side.side.norm);
     for (int64_t i = 0; i < side.rows; ++i) {
       inverse[i] = side.inverse_of(z[i]);
-      if (side.side.z && i < block.count) {
+      if (keeps && side.side.z && i < block.count) {
         side.side.z[block.batch * common_.num_rows + block.first_row + i] = z[i];
       }
     }

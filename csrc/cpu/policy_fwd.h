@@ -59,8 +59,8 @@ class PolicyForward {
 
  private:
   struct Scratch : Layout {
-    int64_t stage, queries, reference_queries, bias, lse, reference_lse, valid, other, z,
-        reference_z, mean, reference_mean, weights, moment, total, span_sums;
+    int64_t stage, queries, reference_queries, bias, norm, reference_norm, valid, z, reference_z,
+        mean, reference_mean, weights, moment, total, span_sums;
   };
 
   void reserve_scratch() {
@@ -74,10 +74,9 @@ class PolicyForward {
     s.queries = s.add(policy_.queries_size());
     s.reference_queries = s.add(compares_ ? reference_.queries_size() : 0);
     s.bias = s.add(policy_.bias_size());
-    s.lse = s.add(columns);
-    s.reference_lse = s.add(reference_columns);
+    s.norm = s.add(2 * columns);
+    s.reference_norm = s.add(2 * reference_columns);
     s.valid = s.add(longest);
-    s.other = s.add(longest);
     s.z = s.add(policy_.rows);
     s.reference_z = s.add(policy_.rows);
     s.mean = s.add(kChunkKeys * policy_.rows);
@@ -111,20 +110,21 @@ class PolicyForward {
     }
   }
 
-  // lse and z of one side: `lse` [columns] is filled, `valid` holds W_h, z its head average.
+  // Normalisers and z of one side: `norm` [2][columns] is filled, `valid` holds W_h, z its head
+  // average.
   template <class Side>
   SideBlock normalise(const Side& side, const TokenBlock& block, const uint32_t* keys,
-                      uint32_t* queries, float* bias, float* lse, float* z,
+                      uint32_t* queries, float* bias, float* norm, float* z,
                       uint32_t* scratch) const {
     const auto floats = [scratch](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
     side.load_queries(block, scratch + scratch_layout_.stage, queries);
     if (bias) side.load_bias(block, bias);
-    const SideBlock in{keys, queries, bias, lse};
+    float* inverse = norm + side.columns_size();
+    const SideBlock in{keys, queries, bias, norm, inverse};
     float* valid = floats(scratch_layout_.valid);
-    float* other = floats(scratch_layout_.other);
-    sum_weights(side, block, in, lse, valid, other);
-    finish_sums(side, lse, valid, other, z);
-    side.store_columns(block, lse, side.side.lse);
+    sum_weights(side, block, in, norm, valid, inverse, WeightCache{});
+    finish_sums(side, norm, valid, inverse, z);
+    side.store_norm(block, norm, side.side.norm);
     for (int64_t i = 0; i < block.count; ++i) {
       side.side.z[block.batch * common_.num_rows + block.first_row + i] = z[i];
     }
@@ -145,12 +145,12 @@ class PolicyForward {
     if (compares_) {
       reference_block.build(common_, reference_.side, block.batch, task % blocks_, policy_.rows);
       other = normalise(reference_, reference_block, keys + policy_.packed_rows_size(),
-                        scratch + s.reference_queries, nullptr, floats(s.reference_lse),
+                        scratch + s.reference_queries, nullptr, floats(s.reference_norm),
                         floats(s.reference_z), scratch);
     }
     const SideBlock own = normalise(policy_, block, keys, scratch + s.queries,
                                     policy_.side.span_bias.data ? floats(s.bias) : nullptr,
-                                    floats(s.lse), floats(s.z), scratch);
+                                    floats(s.norm), floats(s.z), scratch);
     if (w) policy_.store_columns(block, floats(s.valid), w);
 
     alignas(64) float inverse[TokenBlock::kMaxRows], reference_inverse[TokenBlock::kMaxRows];

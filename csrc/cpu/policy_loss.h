@@ -2,9 +2,10 @@
 // for weights that are known before the divergence is. ral_kernels/policy_divergence/README.md.
 //
 // A task is one token block of one sample. It streams over the keys for the normalisers, again for
-// both policies and the moments, and a third time for dS, which needs the moments. Between the last
-// two it keeps l, and the heads' weights as long as they fit kCacheBytes: the second stream is then
-// not recomputed, and the reference never is. dK is summed by the token blocks in turn.
+// both policies and the moments, and a third time for dS, which needs the moments. Where the heads'
+// weights fit kCacheBytes the first stream keeps them and the others read them (0.73 of the time at
+// 8k keys on one Zen 5 core, 2026-11); beyond, they are formed again. l is kept between the last
+// two. dK is summed by the token blocks in turn.
 #pragma once
 
 #include "policy_products.h"
@@ -19,7 +20,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
       Base::kBlockKeys, Base::key_blocks_, Base::policy_, Base::scratch_, Base::scratch_layout_;
 
  public:
-  static constexpr int64_t kCacheBytes = int64_t{8} << 20;  // a worker; the rest of L3 is K's
+  static constexpr int64_t kCacheBytes = int64_t{128} << 20;  // of all workers together
 
   PolicyLoss(const ral_policy_common& common, const ral_policy_side& policy,
              const ral_policy_side& reference, const PolicyGradientSource& source, float* value,
@@ -33,17 +34,18 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     chunks_ = (policy_.groups + kChunkGroups - 1) / kChunkGroups;
     head_stride_ = key_blocks_ * kBlockKeys * blocks_.padded_k;
     chunk_weights_size_ = policy_.total_panels * kChunkKeys * Base::kWidth;
-    caches_ = policy_.side.softcap <= 0 &&
-              chunks_ * chunk_weights_size_ * Compute::kWeightBytes <= kCacheBytes;
-    this->reserve_scratch();
     const int64_t columns = policy_.columns_size(), other = blocks_.reference.columns_size();
-    extra_.other = extra_.add(columns > other ? columns : other);
+    const int64_t cache_size = chunks_ * (kChunkKeys + 1) * (columns + other);
+    caches_ = policy_.side.softcap <= 0 && cache_size * threads * int64_t{4} <= kCacheBytes;
+    this->reserve_scratch();
     extra_.valid = extra_.add(columns > other ? columns : other);
     extra_.z = extra_.add(policy_.rows);
     extra_.total = extra_.add(policy_.rows);
     extra_.l = extra_.add(chunks_ * kChunkKeys * policy_.rows);
-    extra_.weights = extra_.add(
-        caches_ ? chunks_ * chunk_weights_size_ * Compute::kWeightBytes / sizeof(float) : 0);
+    extra_.weights = extra_.add(caches_ ? chunks_ * kChunkKeys * columns : 0);
+    extra_.stabilisers = extra_.add(caches_ ? chunks_ * columns : 0);
+    extra_.reference_weights = extra_.add(caches_ ? chunks_ * kChunkKeys * other : 0);
+    extra_.reference_stabilisers = extra_.add(caches_ ? chunks_ * other : 0);
 
     const int64_t dk_size = policy_.side.num_kv_heads * head_stride_;
     const int64_t per_sample =
@@ -79,7 +81,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     bool started;
   };
   struct Extra : Layout {
-    int64_t other, valid, z, total, l, weights;
+    int64_t valid, z, total, l, weights, stabilisers, reference_weights, reference_stabilisers;
   };
 
   static void pack_task(void* self, int64_t task, int worker) {
@@ -103,8 +105,8 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     const int64_t index = slot * blocks_.blocks + blocks_.blocks - 1 - order;
     const StreamScratch scratch = this->stream_scratch(worker);
     blocks_.load_block(index, scratch);
-    blocks_.normalise(index, reference_given_, scratch.share, extra(worker, extra_.other),
-                      extra(worker, extra_.valid), extra(worker, extra_.z));
+    blocks_.normalise(index, reference_given_, scratch.share, extra(worker, extra_.valid),
+                      extra(worker, extra_.z), cache(worker), reference_cache(worker));
     compare(slot, index, scratch, worker);
 
     bool started = false;
@@ -137,16 +139,18 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     for (int64_t i = 0; i < chunks_; ++i) {
       const GroupRange chunk = chunk_groups(i);
       if (!blocks_.sees(index, chunk)) continue;
-      chunk_weights(policy_, block, blocks_.own_side(slot, index), chunk, scratch.mean,
-                    scratch.weights, nullptr);
-      blocks_.chunk_gradient(slot, index, chunk, total, scratch);
-      add_moments(policy_, block, chunk, scratch.weights, scratch.gradient, scratch.moment,
-                  nullptr);
-      memcpy(extra(worker, extra_.l) + i * kChunkKeys * policy_.rows, scratch.gradient,
-             kChunkKeys * policy_.rows * sizeof(float));
+      const StreamScratch used = weights_at(i, scratch, worker);
       if (caches_) {
-        Compute::store_weights(scratch.weights, chunk_weights_size_, cached(worker, i));
+        recall_weights(policy_, block, blocks_.own_side(slot, index), chunk, i, cache(worker), true,
+                       used.mean);
+      } else {
+        chunk_weights(policy_, block, blocks_.own_side(slot, index), chunk, used.mean, used.weights,
+                      nullptr);
       }
+      blocks_.chunk_gradient(slot, index, chunk, total, used, reference_cache(worker));
+      add_moments(policy_, block, chunk, used.weights, used.gradient, used.moment, nullptr);
+      memcpy(extra(worker, extra_.l) + i * kChunkKeys * policy_.rows, used.gradient,
+             kChunkKeys * policy_.rows * sizeof(float));
     }
     blocks_.finish_divergence(index, total, scratch.moment);
     for (int64_t i = 0; i < block.count; ++i) {
@@ -155,9 +159,19 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     blocks_.finish_moments(index, scratch.moment, scratch.share);
   }
 
-  char* cached(int worker, int64_t chunk) const {
-    return reinterpret_cast<char*>(extra(worker, extra_.weights)) +
-           chunk * chunk_weights_size_ * Compute::kWeightBytes;
+  WeightCache cache(int worker) const {
+    if (!caches_) return WeightCache{};
+    return WeightCache{extra(worker, extra_.weights), extra(worker, extra_.stabilisers)};
+  }
+  WeightCache reference_cache(int worker) const {
+    if (!caches_) return WeightCache{};
+    return WeightCache{extra(worker, extra_.reference_weights),
+                       extra(worker, extra_.reference_stabilisers)};
+  }
+  // The worker's scratch, with the weights of chunk `i` where they are.
+  StreamScratch weights_at(int64_t i, StreamScratch scratch, int worker) const {
+    if (caches_) scratch.weights = cache(worker).chunk(policy_, i);
+    return scratch;
   }
 
   void score_gradients(int64_t slot, int64_t index, int64_t i, int64_t first_group,
@@ -168,18 +182,17 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
       memset(scratch.weights, 0, chunk_weights_size_ * sizeof(float));
       memset(scratch.gradient, 0, kChunkKeys * policy_.rows * sizeof(float));
       if (scratch.slope) memset(scratch.slope, 0, chunk_weights_size_ * sizeof(float));
-    } else {
-      if (caches_) {
-        Compute::load_weights(cached(worker, i), chunk_weights_size_, scratch.weights);
-      } else {
-        chunk_weights(policy_, block, blocks_.own_side(slot, index), chunk, scratch.mean,
-                      scratch.weights, scratch.slope);
-      }
-      memcpy(scratch.gradient, extra(worker, extra_.l) + i * kChunkKeys * policy_.rows,
-             kChunkKeys * policy_.rows * sizeof(float));
-      blocks_.scale_gradient(block, index, chunk, scratch.gradient);
+      this->score_tiles(index, chunk, first_group, scratch, worker);
+      return;
     }
-    this->score_tiles(index, chunk, first_group, scratch, worker);
+    if (!caches_) {
+      chunk_weights(policy_, block, blocks_.own_side(slot, index), chunk, scratch.mean,
+                    scratch.weights, scratch.slope);
+    }
+    memcpy(scratch.gradient, extra(worker, extra_.l) + i * kChunkKeys * policy_.rows,
+           kChunkKeys * policy_.rows * sizeof(float));
+    blocks_.scale_gradient(block, index, chunk, scratch.gradient);
+    this->score_tiles(index, chunk, first_group, weights_at(i, scratch, worker), worker);
   }
 
   // dK of one key block, in this token block's turn; the last one writes dk.

@@ -213,6 +213,17 @@ class PolicySide {
     }
   }
 
+  // The normalisers of the block's columns, [2][total_panels][kWidth], from and to the ops' tensor.
+  void load_norm(const TokenBlock& block, const float* src, float* dst) const {
+    load_columns(block, src, 0.f, dst);
+    load_columns(block, src + norm_stride(), 0.f, dst + columns_size());
+  }
+  void store_norm(const TokenBlock& block, const float* src, float* dst) const {
+    store_columns(block, src, dst);
+    store_columns(block, src + columns_size(), dst + norm_stride());
+  }
+  int64_t norm_stride() const { return common.batch_size * side.num_heads * common.num_rows; }
+
   // Span bias as [padded_spans][total_panels][kWidth].
   void load_bias(const TokenBlock& block, float* dst) const {
     const ral_broadcast& b = side.span_bias;

@@ -12,12 +12,27 @@ namespace RAL_ISA {
 constexpr int64_t kChunkGroups = 8;  // 48 keys: whole vectors for transposes, weights stay in L2
 constexpr int64_t kChunkKeys = kChunkGroups * kTileRows;
 
-// One side of a token block, ready for its products.
+// One side of a token block, ready for its products. A weight is
+// exp2(score * log2 e - stabiliser) * inverse in every stream: through a float32 lse it would be
+// rounded once more, by as much as lse is large.
 struct SideBlock {
   const uint32_t* keys;     // packed rows of the sample
   const uint32_t* queries;  // [total_panels][padded_steps][kWidth]
   const float* bias;        // [padded_spans][total_panels][kWidth], or null
-  const float* lse;         // [total_panels][kWidth]; +inf where there is no row
+  const float* stabiliser;  // [total_panels][kWidth], in powers of two; 0 where no key is seen
+  const float* inverse;     // likewise, of the sum of the weights; 0 where no key is seen
+};
+
+// Weights of all heads on all keys, as the stream for the normalisers leaves them: not normalised,
+// relative to the stabiliser that the row had at that chunk.
+struct WeightCache {
+  float* weights;      // [chunks][total_panels][kChunkKeys][kWidth], or null: nothing is kept
+  float* stabilisers;  // [chunks][total_panels][kWidth]
+
+  template <class Side>
+  float* chunk(const Side& side, int64_t i) const {
+    return weights + i * side.total_panels * kChunkKeys * Side::kWidth;
+  }
 };
 
 // Which rows of a key group count, for the lanes of a token block.
@@ -56,66 +71,103 @@ inline GroupRange visible_groups(const TokenBlock& block, GroupRange within) {
   return groups_of_keys(block.some_first, block.some_last, within);
 }
 
-// Row sums of exp(score), split into valid and other keys, by an online softmax.
+// Row sums of exp(score), split into valid and other keys, by an online softmax over whole chunks.
 // stabiliser, valid, other: [total_panels][kWidth], all written.
 template <class Compute, int V>
 void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, const SideBlock& in,
-                 float* stabiliser, float* valid, float* other) {
+                 float* stabiliser, float* valid, float* other, const WeightCache& cache) {
   constexpr int64_t kWidth = V * kLanes;
+  alignas(64) float scores[kChunkKeys * kWidth];  // of one panel
   for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
     stabiliser[i] = kEmptyRow;
     valid[i] = other[i] = 0.f;
   }
   GroupValidity validity(side.common, block);
   const GroupRange visible = visible_groups(block, GroupRange{0, side.groups});
-  for (int64_t begin = visible.begin; begin < visible.end; begin += kChunkGroups) {
-    const int64_t end = begin + kChunkGroups < visible.end ? begin + kChunkGroups : visible.end;
+  for (int64_t i = visible.begin / kChunkGroups; i * kChunkGroups < visible.end; ++i) {
+    const int64_t begin = i * kChunkGroups;
+    const int64_t end = begin + kChunkGroups < side.groups ? begin + kChunkGroups : side.groups;
     for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+      float* tile = cache.weights ? cache.chunk(side, i) + panel * kChunkKeys * kWidth : scores;
+      float factor[kChunkGroups];
+      Vec m[V], sum[V], left_out[V];
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) m[v] = load(stabiliser + panel * kWidth + v * kLanes);
       for (int64_t group = begin; group < end; ++group) {
-        validity.move_to(group);
-        Vec p[kTileRows][V];
-        const float factor =
-            side.scores(block, in.keys, in.queries, in.bias, panel, group, p, nullptr) * kLog2e;
+        Vec x[kTileRows][V];
+        const float f =
+            side.scores(block, in.keys, in.queries, in.bias, panel, group, x, nullptr) * kLog2e;
+        factor[group - begin] = f;
+        float* to = tile + (group - begin) * kTileRows * kWidth;
         RAL_UNROLL
         for (int v = 0; v < V; ++v) {
-          const int64_t c = panel * kWidth + v * kLanes;
           const Vec top =
-              max(max(max(p[0][v], p[1][v]), max(p[2][v], p[3][v])), max(p[4][v], p[5][v]));
-          const Vec old = load(stabiliser + c);
-          const Vec m = max(old, top * factor);
-          const Vec rescale = exp2(old - m);
-          store(stabiliser + c, m);
-          Vec sum{}, left_out{};
+              max(max(max(x[0][v], x[1][v]), max(x[2][v], x[3][v])), max(x[4][v], x[5][v]));
+          m[v] = max(m[v], top * f);
+          RAL_UNROLL
+          for (int r = 0; r < kTileRows; ++r) store(to + r * kWidth + v * kLanes, x[r][v]);
+        }
+      }
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const int64_t c = panel * kWidth + v * kLanes;
+        const Vec rescale = exp2(load(stabiliser + c) - m[v]);
+        store(stabiliser + c, m[v]);
+        if (cache.weights) store(cache.stabilisers + i * side.columns_size() + c, m[v]);
+        store(valid + c, load(valid + c) * rescale);
+        store(other + c, load(other + c) * rescale);
+        sum[v] = left_out[v] = Vec{};
+      }
+      for (int64_t group = begin; group < end; ++group) {
+        validity.move_to(group);
+        const bool all = validity.all();
+        const float f = factor[group - begin];
+        float* from = tile + (group - begin) * kTileRows * kWidth;
+        RAL_UNROLL
+        for (int v = 0; v < V; ++v) {
+          Vec p[kTileRows], total{};
           RAL_UNROLL
           for (int r = 0; r < kTileRows; ++r) {
-            p[r][v] = exp2(p[r][v] * factor - m);
-            sum += p[r][v];
+            p[r] = exp2(load(from + r * kWidth + v * kLanes) * f - m[v]);
+            total += p[r];
           }
-          if (__builtin_expect(!validity.all(), 0)) {
-            const Vec total = sum;
-            sum = Vec{};
-            const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
-            for (int r = 0; r < kTileRows; ++r) {
-              const IntVec counts = validity.lanes(r, sub);
-              sum += select(counts, p[r][v], Vec{});
-              left_out += select(counts, Vec{}, p[r][v]);
-            }
-            // A NaN must reach the sums whichever side of the selection it falls on.
-            sum = select(total == total, sum, total);
+          if (cache.weights) {
+            RAL_UNROLL
+            for (int r = 0; r < kTileRows; ++r) store(from + r * kWidth + v * kLanes, p[r]);
           }
-          store(valid + c, load(valid + c) * rescale + sum);
-          store(other + c, load(other + c) * rescale + left_out);
+          if (__builtin_expect(all, 1)) {
+            sum[v] += total;
+            continue;
+          }
+          Vec inside{}, outside{};
+          const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
+          for (int r = 0; r < kTileRows; ++r) {
+            const IntVec counts = validity.lanes(r, sub);
+            inside += select(counts, p[r], Vec{});
+            outside += select(counts, Vec{}, p[r]);
+          }
+          // A NaN must reach the sums whichever side of the selection it falls on.
+          sum[v] += select(total == total, inside, total);
+          left_out[v] += outside;
         }
+      }
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) {
+        // A chunk is summed by itself: added one by one, 8k keys would round the sum 1,400 times.
+        const int64_t c = panel * kWidth + v * kLanes;
+        store(valid + c, load(valid + c) + sum[v]);
+        store(other + c, load(other + c) + left_out[v]);
       }
     }
   }
 }
 
-// lse of every column and the valid share z of every row of the block, in place over what
-// sum_weights left: stabiliser becomes lse (+inf where no key is seen), valid the valid share W_h.
+// The normaliser of every column and the valid share z of every row of the block: in place over
+// what sum_weights left, where `other` becomes the inverse of the sum and `valid` the valid share
+// W_h.
 template <class Compute, int V>
-void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* valid,
-                 const float* other, float* z) {
+void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* valid, float* other,
+                 float* z) {
   constexpr int64_t kWidth = V * kLanes;
   for (int64_t i = 0; i < side.rows; ++i) z[i] = 0.f;
   for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
@@ -124,11 +176,29 @@ void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* v
     const float sum = valid[i] + other[i];
     const bool empty = sum == 0.f || vector >= side.vectors;
     valid[i] = empty ? 0.f : valid[i] / sum;
-    stabiliser[i] = empty ? __builtin_inff() : (stabiliser[i] + log2f(sum)) * kLn2;
+    other[i] = empty ? 0.f : 1.f / sum;
+    if (empty) stabiliser[i] = 0.f;
     z[vector % side.sub_blocks * kLanes + i % kLanes] += valid[i];
   }
   const float heads = static_cast<float>(side.side.num_heads);
   for (int64_t i = 0; i < side.rows; ++i) z[i] /= heads;
+}
+
+// total[key][rows] += the weights of one panel on one key, whose vectors stand `stride` apart.
+template <class Compute, int V>
+RAL_INLINE void add_heads(const PolicySide<Compute, V>& side, int64_t panel, const Vec (&p)[V],
+                          float* total) {
+  if (side.sub_blocks == 1) {
+    Vec sum = p[0];
+    RAL_UNROLL
+    for (int v = 1; v < V; ++v) sum += p[v];
+    store(total, load(total) + sum);
+  } else {
+    for (int v = 0; v < V; ++v) {
+      float* to = total + (panel % side.panels * V + v) % side.sub_blocks * kLanes;
+      store(to, load(to) + p[v]);
+    }
+  }
 }
 
 // Sum over heads of the weights on the keys of one chunk: mean[key][rows], unscaled. `weights`
@@ -143,13 +213,14 @@ void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, 
     for (int64_t group = chunk.begin; group < chunk.end; ++group) {
       Vec p[kTileRows][V], tile_slope[kTileRows * V];
       const float factor =
-          side.scores(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope);
+          side.scores(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope) * kLog2e;
       const int64_t first_key = (group - chunk.begin) * kTileRows;
       RAL_UNROLL
       for (int v = 0; v < V; ++v) {
-        const Vec lse = load(in.lse + panel * kWidth + v * kLanes);
+        const Vec m = load(in.stabiliser + panel * kWidth + v * kLanes);
+        const Vec inverse = load(in.inverse + panel * kWidth + v * kLanes);
         RAL_UNROLL
-        for (int r = 0; r < kTileRows; ++r) p[r][v] = exp2((p[r][v] * factor - lse) * kLog2e);
+        for (int r = 0; r < kTileRows; ++r) p[r][v] = exp2(p[r][v] * factor - m) * inverse;
       }
       if (weights) {
         float* to = weights + (panel * kChunkKeys + first_key) * kWidth;
@@ -162,24 +233,48 @@ void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, 
       if (slope && side.side.softcap > 0) {
         memcpy(slope + (panel * kChunkKeys + first_key) * kWidth, tile_slope, sizeof tile_slope);
       }
-      float* total = mean + first_key * side.rows;
-      if (side.sub_blocks == 1) {
-        RAL_UNROLL
-        for (int r = 0; r < kTileRows; ++r) {
-          Vec sum = p[r][0];
-          RAL_UNROLL
-          for (int v = 1; v < V; ++v) sum += p[r][v];
-          store(total + r * kLanes, load(total + r * kLanes) + sum);
-        }
-      } else {
-        for (int r = 0; r < kTileRows; ++r) {
-          for (int v = 0; v < V; ++v) {
-            float* to =
-                total + r * side.rows + (panel % side.panels * V + v) % side.sub_blocks * kLanes;
-            store(to, load(to) + p[r][v]);
-          }
-        }
+      RAL_UNROLL
+      for (int r = 0; r < kTileRows; ++r) {
+        add_heads(side, panel, p[r], mean + (first_key + r) * side.rows);
       }
+    }
+  }
+}
+
+// chunk_weights of chunk `i` from what sum_weights kept. `keeps` leaves the normalised weights in
+// the cache.
+template <class Compute, int V>
+void recall_weights(const PolicySide<Compute, V>& side, const TokenBlock& block,
+                    const SideBlock& in, GroupRange chunk, int64_t i, const WeightCache& cache,
+                    bool keeps, float* mean) {
+  constexpr int64_t kWidth = V * kLanes;
+  float* weights = cache.chunk(side, i);
+  memset(mean, 0, kChunkKeys * side.rows * sizeof(float));
+  const GroupRange seen = visible_groups(block, chunk);
+  if (seen.begin == seen.end) {
+    if (keeps) memset(weights, 0, side.total_panels * kChunkKeys * kWidth * sizeof(float));
+    return;
+  }
+  const int64_t keys = (chunk.end - chunk.begin) * kTileRows;
+  for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+    Vec factor[V];
+    RAL_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = panel * kWidth + v * kLanes;
+      factor[v] =
+          exp2(load(cache.stabilisers + i * side.columns_size() + c) - load(in.stabiliser + c)) *
+          load(in.inverse + c);
+    }
+    for (int64_t key = 0; key < keys; ++key) {
+      float* from = weights + (panel * kChunkKeys + key) * kWidth;
+      Vec p[V];
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) p[v] = load(from + v * kLanes) * factor[v];
+      if (keeps) {
+        RAL_UNROLL
+        for (int v = 0; v < V; ++v) store(from + v * kLanes, p[v]);
+      }
+      add_heads(side, panel, p, mean + key * side.rows);
     }
   }
 }

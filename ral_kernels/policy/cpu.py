@@ -31,7 +31,7 @@ class SideStruct(ctypes.Structure):
         ("k_prefix", TensorStruct),
         ("prefix_index", c_void_p),
         ("span_bias", BroadcastStruct),
-        ("lse", c_void_p),
+        ("norm", c_void_p),
         ("z", c_void_p),
         ("scale", c_float),
         ("softcap", c_float),
@@ -136,7 +136,7 @@ def can_run(args: PolicyArgs) -> str | None:
 class Bundle:
     """The structs of one call, and the copies of tensors that they point into."""
 
-    def __init__(self, args: PolicyArgs, lse: Tensor | None, z: Tensor | None) -> None:
+    def __init__(self, args: PolicyArgs, norm: Tensor | None, z: Tensor | None) -> None:
         self._kept: list[Tensor] = []
         self.shapes = f"q {tuple(args.q.shape)}, k {tuple(args.k.shape)}"
         ids, ids_stride = self._rows(args.span_ids)
@@ -167,7 +167,7 @@ class Bundle:
             q=tensor_struct(args.q),
             k=tensor_struct(args.k),
             span_bias=broadcast_struct(args.span_bias),
-            lse=pointer(lse),
+            norm=pointer(norm),
             z=pointer(z),
             scale=args.scale,
             softcap=args.softcap,
@@ -185,9 +185,9 @@ class Bundle:
         return pointer(x), 0 if shared else x.stride(0)
 
 
-def fwd(args: PolicyArgs, p: Tensor, lse: Tensor, z: Tensor) -> None:
-    """Write the policy, lse and z."""
-    bundle = Bundle(args, lse, z)
+def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
+    """Write the policy, norm and z."""
+    bundle = Bundle(args, norm, z)
     params = _Params(common=bundle.common, policy=bundle.policy, p=pointer(p))
     status = library().ral_cpu_policy_fwd(ctypes.byref(params))
     cpu_library.raise_for_status("attention_policy", status, bundle.shapes)
@@ -196,7 +196,7 @@ def fwd(args: PolicyArgs, p: Tensor, lse: Tensor, z: Tensor) -> None:
 def bwd(
     args: PolicyArgs,
     p: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     z: Tensor,
     dp: Tensor,
     dq: Tensor,
@@ -204,7 +204,7 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write dq, dk and, where asked for, dspan_bias."""
-    bundle = Bundle(args, lse, z)
+    bundle = Bundle(args, norm, z)
     params = _Params(
         common=bundle.common,
         policy=bundle.policy,

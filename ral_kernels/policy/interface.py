@@ -41,7 +41,8 @@ def attention_policy(
     are those before the row's own). A row's valid keys are those it sees that are in the scope and
     not its own. Over spans, p_s is the sum over the valid keys of the span. The softmax is over all
     keys that the row sees. No [H, T, N] tensor is kept. Everything accumulates in float32 and
-    repeats bit for bit. Kept for the backward: the inputs, `p`, and a float32 [B, H, T] and [B, T].
+    repeats bit for bit. Kept for the backward: the inputs, `p`, a float32 [2, B, H, T] and a
+    [B, T].
 
     A row without valid keys, or whose weight on them underflows to 0, is 0 and has no gradient. An
     element of p that is exactly 0 is a constant: what a loss sends there is left out.
@@ -197,7 +198,7 @@ def _allocate_outputs(args: PolicyArgs) -> tuple[Tensor, Tensor, Tensor]:
     new_empty = attention_interface._new_empty
     return (
         new_empty(args.q, (batch_size, num_rows, args.num_outcomes), dtype),
-        new_empty(args.q, (batch_size, num_heads, num_rows), dtype),
+        new_empty(args.q, (2, batch_size, num_heads, num_rows), dtype),
         new_empty(args.q, (batch_size, num_rows), dtype),
     )
 
@@ -225,17 +226,21 @@ _NUM_TENSORS = 6  # how many of them, from the first, are tensors or None
     "ral::policy_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
 )
 def policy_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (p, lse, z): the policy, lse over all visible keys and Z, the weight on valid keys."""
+    """-> (p, norm, z): the policy, each head's normaliser and Z, the weight on valid keys.
+
+    norm [2, B, H, T] is over all visible keys: m, in powers of two, and 1 / Σ 2^(s log₂e − m), both
+    0 for a row that sees no key. Weights formed with it are not rounded by the size of an lse.
+    """
     args = PolicyArgs(*inputs[:-1])
-    p, lse, z = _allocate_outputs(args)
+    p, norm, z = _allocate_outputs(args)
     chosen = backends.choose("policy", BACKENDS, args, inputs[-1])
     if p.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
         p.zero_()
-        lse.fill_(float("-inf"))
+        norm.zero_()
         z.zero_()
     else:
-        chosen.fwd(args, p, lse, z)
-    return p, lse, z
+        chosen.fwd(args, p, norm, z)
+    return p, norm, z
 
 
 @policy_fwd.register_fake
@@ -246,13 +251,13 @@ def _policy_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op(
     "ral::policy_bwd",
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor p, Tensor lse, Tensor z, Tensor dp, bool wants_dspan_bias) -> "
+    schema=f"({_INPUTS}, Tensor p, Tensor norm, Tensor z, Tensor dp, bool wants_dspan_bias) -> "
     "(Tensor, Tensor, Tensor)",
 )
 def policy_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """-> (dq, dk, dspan_bias), the last of shape [0] if it is not wanted."""
     args = PolicyArgs(*inputs[: _NUM_INPUTS - 1])
-    p, lse, z, dp, wants_dspan_bias = inputs[_NUM_INPUTS:]
+    p, norm, z, dp, wants_dspan_bias = inputs[_NUM_INPUTS:]
     gradients = _allocate_gradients(args, wants_dspan_bias)
     chosen = backends.choose("policy", BACKENDS, args, inputs[_NUM_INPUTS - 1])
     if p.numel() == 0 or args.seqlen_k == 0:
@@ -260,7 +265,7 @@ def policy_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
             gradient.zero_()
         return gradients
     dq, dk, dspan_bias = gradients
-    chosen.bwd(args, p, lse, z, dp.contiguous(), dq, dk, dspan_bias if wants_dspan_bias else None)
+    chosen.bwd(args, p, norm, z, dp.contiguous(), dq, dk, dspan_bias if wants_dspan_bias else None)
     return gradients
 
 
@@ -276,7 +281,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dp: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dp is None:  # lse and z are not handed out
+    if dp is None:  # norm and z are not handed out
         return (None,) * _NUM_INPUTS
     tensors = ctx.saved_tensors
     wants_dspan_bias = ctx.needs_input_grad[3]

@@ -16,6 +16,7 @@ from ..attention.reference import full_precision
 from .arguments import PolicyArgs
 
 ROWS_PER_CHUNK = 64
+LOG2_E = 1.4426950408889634
 SMALLEST_WEIGHT = 2.0**-100  # of all heads on the valid keys; less counts as none
 
 
@@ -88,7 +89,7 @@ def valid_keys(args: PolicyArgs, rows: slice, visible: Tensor) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Equations (1) to (4): P [B, H, R, N], lse [B, H, R], the soft cap's slope (None: 1).
+    """Equations (1) to (4): P [B, H, R, N], norm [2, B, H, R], the soft cap's slope (None: 1).
 
     `q` and `k` come from `as_computed`, k with one head per query head.
     """
@@ -106,9 +107,10 @@ def attend(
     stabiliser = torch.where(stabiliser == float("-inf"), 0.0, stabiliser)
     p_h = torch.exp(s - stabiliser)
     normaliser = p_h.sum(-1, keepdim=True)
-    lse = (stabiliser + torch.log(normaliser)).squeeze(-1)  # (3)
-    p_h = p_h / torch.where(normaliser == 0, 1.0, normaliser)  # (4)
-    return p_h, lse, dcap
+    inverse = torch.where(normaliser == 0, 0.0, 1 / normaliser)  # (3)
+    p_h = p_h * inverse  # (4)
+    norm = torch.stack([stabiliser * LOG2_E, inverse]).squeeze(-1)
+    return p_h, norm, dcap
 
 
 def mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,13 +156,13 @@ def _to_keys(args: PolicyArgs, per_span: Tensor) -> Tensor:
     return padded.gather(-1, index.expand(*per_span.shape[:-1], index.shape[-1]))
 
 
-def fwd(args: PolicyArgs, p: Tensor, lse: Tensor, z: Tensor) -> None:
-    """Write `p`, `lse` and `z`."""
+def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
+    """Write `p`, `norm` and `z`."""
     with full_precision(args.q):
-        _fwd(args, p, lse, z)
+        _fwd(args, p, norm, z)
 
 
-def _fwd(args: PolicyArgs, p: Tensor, lse: Tensor, z: Tensor) -> None:
+def _fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
     dtype = compute_dtype(args.q)
     k = as_computed(per_query_head(args.k, args.num_heads), dtype)
     one_hot = None if args.span_ids is None else _one_hot(args, dtype)
@@ -168,7 +170,7 @@ def _fwd(args: PolicyArgs, p: Tensor, lse: Tensor, z: Tensor) -> None:
         visible = visible_keys(args, rows, args.window_left, args.window_right)
         bias = None if args.span_bias is None else _to_keys(args, args.span_bias[:, :, rows])
         q = as_computed(args.q[:, :, rows], dtype)
-        p_h, lse[:, :, rows], _ = attend(q, k, visible, args.scale, args.softcap, bias)
+        p_h, norm[:, :, :, rows], _ = attend(q, k, visible, args.scale, args.softcap, bias)
         p_keys, z[:, rows] = mean_over_valid(p_h, valid_keys(args, rows, visible))
         p[:, rows] = p_keys if one_hot is None else p_keys @ one_hot  # (8)
 
@@ -176,7 +178,7 @@ def _fwd(args: PolicyArgs, p: Tensor, lse: Tensor, z: Tensor) -> None:
 def bwd(
     args: PolicyArgs,
     p: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     z: Tensor,
     dp: Tensor,
     dq: Tensor,

@@ -33,7 +33,7 @@ def can_run(args: PolicyDivergenceArgs) -> str | None:
 def _params(
     bundle: Bundle,
     args: PolicyDivergenceArgs,
-    ref_lse: Tensor | None,
+    ref_norm: Tensor | None,
     ref_z: Tensor | None,
     u: Tensor | None,
     w: Tensor | None,
@@ -50,7 +50,7 @@ def _params(
         k=tensor_struct(reference.k),
         k_prefix=tensor_struct(reference.k_prefix),
         prefix_index=pointer(reference.prefix_index),
-        lse=pointer(ref_lse),
+        norm=pointer(ref_norm),
         z=pointer(ref_z),
         scale=reference.scale,
         softcap=reference.softcap,
@@ -69,16 +69,16 @@ def _params(
 def fwd(
     args: PolicyDivergenceArgs,
     value: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     z: Tensor,
-    ref_lse: Tensor,
+    ref_norm: Tensor,
     ref_z: Tensor,
     u: Tensor,
     w: Tensor,
 ) -> None:
     """Write the divergence of each row and the statistics that the backward starts from."""
-    bundle = Bundle(args.policy, lse, z)
-    params = _params(bundle, args, ref_lse, ref_z, u, w)
+    bundle = Bundle(args.policy, norm, z)
+    params = _params(bundle, args, ref_norm, ref_z, u, w)
     params.value = pointer(value)
     status = policy_cpu.library().ral_cpu_policy_divergence_fwd(ctypes.byref(params))
     cpu_library.raise_for_status("attention_divergence", status, bundle.shapes)
@@ -86,9 +86,9 @@ def fwd(
 
 def bwd(
     args: PolicyDivergenceArgs,
-    lse: Tensor,
+    norm: Tensor,
     z: Tensor,
-    ref_lse: Tensor,
+    ref_norm: Tensor,
     ref_z: Tensor,
     u: Tensor,
     w: Tensor,
@@ -99,8 +99,8 @@ def bwd(
 ) -> None:
     """Write the gradients of q and k. `dspan_bias` is None: there are no spans here."""
     assert dspan_bias is None
-    bundle = Bundle(args.policy, lse, z)
-    params = _params(bundle, args, ref_lse, ref_z, u, w)
+    bundle = Bundle(args.policy, norm, z)
+    params = _params(bundle, args, ref_norm, ref_z, u, w)
     params.dvalue = pointer(dvalue)
     params.dq = tensor_struct(dq)
     params.dk = tensor_struct(dk)
@@ -111,7 +111,7 @@ def bwd(
 def loss(
     args: PolicyDivergenceArgs,
     weights: Tensor,
-    ref_lse: Tensor,
+    ref_norm: Tensor,
     ref_z: Tensor,
     normalised: bool,
     value: Tensor,
@@ -120,10 +120,10 @@ def loss(
 ) -> None:
     """Write the divergence of each row, and the gradients of its sum weighted by `weights`.
 
-    `ref_lse` and `ref_z` are read if `normalised`, and written otherwise.
+    `ref_norm` and `ref_z` are read if `normalised`, and written otherwise.
     """
     bundle = Bundle(args.policy, None, None)
-    params = _params(bundle, args, ref_lse, ref_z, None, None)
+    params = _params(bundle, args, ref_norm, ref_z, None, None)
     params.reference_normalised = normalised
     params.value = pointer(value)
     params.dvalue = pointer(weights)

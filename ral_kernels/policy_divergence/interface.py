@@ -247,7 +247,9 @@ def _allocate_outputs(args: PolicyDivergenceArgs) -> tuple[Tensor, ...]:
     per_head = (batch_size, num_heads, num_rows)
     per_reference_head = (batch_size, args.reference.num_heads, num_rows)
     dtype = accumulation_dtype(q)
-    shapes = (per_row, per_head, per_row, per_reference_head, per_row, per_head, per_head)
+    shapes = (
+        per_row, (2, *per_head), per_row, (2, *per_reference_head), per_row, per_head, per_head
+    )  # fmt: skip
     return tuple(attention_interface._new_empty(q, shape, dtype) for shape in shapes)
 
 
@@ -265,16 +267,16 @@ def allocate_gradients(args: PolicyDivergenceArgs) -> tuple[Tensor, Tensor]:
     schema=f"({INPUTS}) -> ({', '.join(['Tensor'] * _NUM_OUTPUTS)})",
 )
 def policy_divergence_fwd(*inputs: Any) -> tuple[Tensor, ...]:
-    """-> (value, lse, z, reference_lse, reference_z, u, w)."""
+    """-> (value, norm, z, reference_norm, reference_z, u, w)."""
     args = bundle(inputs[:-1])
     outputs = _allocate_outputs(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[-1])
-    value, lse, z, ref_lse, ref_z, u, w = outputs
+    value, norm, z, ref_norm, ref_z, u, w = outputs
     if value.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
         for output in outputs:
             output.zero_()
     else:
-        chosen.fwd(args, value, lse, z, ref_lse, ref_z, u, w)
+        chosen.fwd(args, value, norm, z, ref_norm, ref_z, u, w)
     return outputs
 
 
@@ -286,20 +288,20 @@ def _policy_divergence_fwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "ral::policy_divergence_bwd",
     mutates_args=(),
-    schema=f"({INPUTS}, Tensor lse, Tensor z, Tensor reference_lse, Tensor reference_z, "
+    schema=f"({INPUTS}, Tensor norm, Tensor z, Tensor reference_norm, Tensor reference_z, "
     "Tensor u, Tensor w, Tensor dvalue) -> (Tensor, Tensor)",
 )
 def policy_divergence_bwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     """-> (dq, dk). The reference gets no gradient."""
     args = bundle(inputs[: NUM_INPUTS - 1])
-    lse, z, ref_lse, ref_z, u, w, dvalue = inputs[NUM_INPUTS:]
+    norm, z, ref_norm, ref_z, u, w, dvalue = inputs[NUM_INPUTS:]
     dq, dk = allocate_gradients(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[NUM_INPUTS - 1])
     if dvalue.numel() == 0 or args.policy.seqlen_k == 0:
         dq.zero_()
         dk.zero_()
     else:
-        chosen.bwd(args, lse, z, ref_lse, ref_z, u, w, dvalue.contiguous(), dq, dk, None)
+        chosen.bwd(args, norm, z, ref_norm, ref_z, u, w, dvalue.contiguous(), dq, dk, None)
     return dq, dk
 
 

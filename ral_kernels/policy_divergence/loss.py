@@ -172,11 +172,11 @@ def _fused_loss(
     eager = not torch.compiler.is_compiling()
     kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')}"
     given = snapshot.find_normalisers(args, kernels) if eager else None
-    loss, _, _, ref_lse, ref_z = torch.ops.ral.policy_divergence_loss(
+    loss, _, _, ref_norm, ref_z = torch.ops.ral.policy_divergence_loss(
         *streaming_inputs(args, snapshot, kind, backend), weights, *(given or (None, None))
     )
     if eager and given is None:
-        snapshot.keep_normalisers(args, kernels, ref_lse.detach(), ref_z.detach())
+        snapshot.keep_normalisers(args, kernels, ref_norm.detach(), ref_z.detach())
     result: Tensor = loss
     return result
 
@@ -184,39 +184,39 @@ def _fused_loss(
 def _allocate(args: PolicyDivergenceArgs, normalised: bool) -> tuple[Tensor, ...]:
     q, rows = args.policy.q, args.policy.num_rows
     per_row = (0, 0) if normalised else (args.policy.batch_size, rows)
-    per_head = (0, 0, 0) if normalised else (per_row[0], args.reference.num_heads, rows)
+    per_head = (0, 0, 0, 0) if normalised else (2, per_row[0], args.reference.num_heads, rows)
     dtype = accumulation_dtype(q)
-    loss, ref_lse, ref_z = (
+    loss, ref_norm, ref_z = (
         attention_interface._new_empty(q, shape, dtype) for shape in ((), per_head, per_row)
     )
-    return loss, *allocate_gradients(args), ref_lse, ref_z
+    return loss, *allocate_gradients(args), ref_norm, ref_z
 
 
 @torch.library.custom_op(
     "ral::policy_divergence_loss",
     mutates_args=(),
-    schema=f"({INPUTS}, Tensor weights, Tensor? reference_lse, Tensor? reference_z) -> "
+    schema=f"({INPUTS}, Tensor weights, Tensor? reference_norm, Tensor? reference_z) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
-    """-> (sum over rows of weight times divergence, dq, dk, reference_lse, reference_z).
+    """-> (sum over rows of weight times divergence, dq, dk, reference_norm, reference_z).
 
     The reference's normalisers are returned for a later call to give, and empty if they were given.
     """
     args = bundle(inputs[: NUM_INPUTS - 1])
-    weights, given_lse, given_z = inputs[NUM_INPUTS:]
+    weights, given_norm, given_z = inputs[NUM_INPUTS:]
     weights = weights.contiguous()
-    normalised = given_lse is not None
+    normalised = given_norm is not None
     outputs = _allocate(args, normalised)
-    loss, dq, dk, ref_lse, ref_z = outputs
+    loss, dq, dk, ref_norm, ref_z = outputs
     chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[NUM_INPUTS - 1])
     if weights.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
         for output in outputs:
             output.zero_()
         return outputs
     value = attention_interface._new_empty(weights, weights.shape, weights.dtype)
-    lse_z = (given_lse, given_z) if normalised else (ref_lse, ref_z)
-    chosen.loss(args, weights, *lse_z, normalised, value, dq, dk)
+    norm_z = (given_norm, given_z) if normalised else (ref_norm, ref_z)
+    chosen.loss(args, weights, *norm_z, normalised, value, dq, dk)
     loss.copy_(_weighted_sum(value, weights))
     return outputs
 

@@ -54,36 +54,36 @@ def _reference_keys(args: PolicyDivergenceArgs) -> Tensor:
 def _reference_rows(
     args: PolicyDivergenceArgs, k: Tensor, rows: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """r [B, R, N], its lse [B, Hr, R] and Z [B, R]."""
+    """r [B, R, N], its norm [2, B, Hr, R] and Z [B, R]."""
     reference = args.reference
     visible = visible_keys(args.policy, rows, reference.window_left, reference.window_right)
     q = as_computed(reference.q[:, :, rows], compute_dtype(args.policy.q))
-    p_h, lse, _ = attend(q, k, visible, reference.scale, reference.softcap, None)
+    p_h, norm, _ = attend(q, k, visible, reference.scale, reference.softcap, None)
     r, z = mean_over_valid(p_h, valid_keys(args.policy, rows, visible))
-    return r, lse, z
+    return r, norm, z
 
 
 def fwd(
     args: PolicyDivergenceArgs,
     value: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     z: Tensor,
-    ref_lse: Tensor,
+    ref_norm: Tensor,
     ref_z: Tensor,
     u: Tensor,
     w: Tensor,
 ) -> None:
     """Write the divergence of each row and the statistics that the backward starts from."""
     with full_precision(args.policy.q):
-        _fwd(args, value, lse, z, ref_lse, ref_z, u, w)
+        _fwd(args, value, norm, z, ref_norm, ref_z, u, w)
 
 
 def _fwd(
     args: PolicyDivergenceArgs,
     value: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     z: Tensor,
-    ref_lse: Tensor,
+    ref_norm: Tensor,
     ref_z: Tensor,
     u: Tensor,
     w: Tensor,
@@ -94,9 +94,9 @@ def _fwd(
         visible = visible_keys(policy, rows, policy.window_left, policy.window_right)
         valid = valid_keys(policy, rows, visible)
         q = as_computed(policy.q[:, :, rows], compute_dtype(policy.q))
-        p_h, lse[:, :, rows], _ = attend(q, k, visible, policy.scale, policy.softcap, None)
+        p_h, norm[:, :, :, rows], _ = attend(q, k, visible, policy.scale, policy.softcap, None)
         p, z[:, rows] = mean_over_valid(p_h, valid)
-        r, ref_lse[:, :, rows], ref_z[:, rows] = _reference_rows(args, reference_k, rows)
+        r, ref_norm[:, :, :, rows], ref_z[:, rows] = _reference_rows(args, reference_k, rows)
 
         terms, dp = generalised(p, r, args.kind)  # (1), (2)
         nowhere = (z[:, rows] == 0) | (ref_z[:, rows] == 0)
@@ -110,9 +110,9 @@ def _fwd(
 
 def bwd(
     args: PolicyDivergenceArgs,
-    lse: Tensor,
+    norm: Tensor,
     z: Tensor,
-    ref_lse: Tensor,
+    ref_norm: Tensor,
     ref_z: Tensor,
     u: Tensor,
     w: Tensor,
@@ -167,7 +167,7 @@ def _bwd(
 def loss(
     args: PolicyDivergenceArgs,
     weights: Tensor,
-    ref_lse: Tensor,
+    ref_norm: Tensor,
     ref_z: Tensor,
     normalised: bool,
     value: Tensor,
@@ -176,13 +176,13 @@ def loss(
 ) -> None:
     """Write the divergence of each row, and the gradients of its sum weighted by `weights`.
 
-    `normalised` says that `ref_lse` and `ref_z` are right already; here they are written again.
+    `normalised` says that `ref_norm` and `ref_z` are right already; here they are written again.
     """
     policy = args.policy
     per_head = (policy.batch_size, policy.num_heads, policy.num_rows)
-    lse, u, w = (value.new_empty(per_head) for _ in range(3))
+    norm, u, w = (value.new_empty(shape) for shape in ((2, *per_head), per_head, per_head))
     z = torch.empty_like(value)
     if normalised:  # inputs of an op are not to be written to
-        ref_lse, ref_z = torch.empty_like(ref_lse), torch.empty_like(ref_z)
-    fwd(args, value, lse, z, ref_lse, ref_z, u, w)
-    bwd(args, lse, z, ref_lse, ref_z, u, w, weights, dq, dk, None)
+        ref_norm, ref_z = torch.empty_like(ref_norm), torch.empty_like(ref_z)
+    fwd(args, value, norm, z, ref_norm, ref_z, u, w)
+    bwd(args, norm, z, ref_norm, ref_z, u, w, weights, dq, dk, None)

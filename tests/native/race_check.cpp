@@ -106,7 +106,7 @@ DivergenceResult compare(int64_t rows, int64_t seqlen_k, int threads) {
   std::vector<float> q = noise(kBatch * kHeads * rows * kDim, 1), r = noise(q.size(), 2);
   std::vector<float> k = noise(kBatch * kKvHeads * seqlen_k * kDim, 3), s = noise(k.size(), 4);
   std::vector<float> dvalue = noise(kBatch * rows, 5);
-  std::vector<float> lse(kHeads * rows), other_lse(kHeads * rows), z(rows), other_z(rows);
+  std::vector<float> norm(2 * kHeads * rows), other_norm(2 * kHeads * rows), z(rows), other_z(rows);
   std::vector<float> u(kHeads * rows), w(kHeads * rows);
   DivergenceResult result;
   result.value.resize(rows);
@@ -134,11 +134,11 @@ DivergenceResult compare(int64_t rows, int64_t seqlen_k, int threads) {
   p.reference = p.policy;
   p.policy.q = tensor(q, kHeads, rows);
   p.policy.k = tensor(k, kKvHeads, seqlen_k);
-  p.policy.lse = lse.data();
+  p.policy.norm = norm.data();
   p.policy.z = z.data();
   p.reference.q = tensor(r, kHeads, rows);
   p.reference.k = tensor(s, kKvHeads, seqlen_k);
-  p.reference.lse = other_lse.data();
+  p.reference.norm = other_norm.data();
   p.reference.z = other_z.data();
   p.value = result.value.data();
   p.u = u.data();

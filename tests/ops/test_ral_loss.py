@@ -86,8 +86,8 @@ def test_same_as_the_separate_backward(case: Case, dtype: torch.dtype, backend: 
         assert value.isinf().any() and not loss.isfinite()
     else:
         torch.testing.assert_close(loss, (value * advantages).sum(), rtol=1e-5, atol=1e-6)
-    # bfloat16: the weights that wait for dS are rounded once, as dS itself is
-    bound = 1e-6 if dtype == torch.float32 else 6e-3
+    # float32: weights may be formed from another stabiliser; bfloat16: dS is rounded
+    bound = 4e-6 if dtype == torch.float32 else 1e-3
     for got, expected in zip(grads, wanted, strict=True):
         assert got.isfinite().all()
         assert _relative(got, expected) <= bound
@@ -200,8 +200,8 @@ def test_opcheck_and_compile(backend: str) -> None:
     )
     op = torch.ops.ral.policy_divergence_loss.default
     torch.library.opcheck(op, (*inputs, None, None))
-    _, _, _, lse, z = op(*inputs, None, None)
-    torch.library.opcheck(op, (*inputs, lse.detach(), z.detach()))
+    _, _, _, norm, z = op(*inputs, None, None)
+    torch.library.opcheck(op, (*inputs, norm.detach(), z.detach()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

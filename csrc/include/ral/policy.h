@@ -26,7 +26,9 @@ typedef struct {
   ral_tensor k_prefix;          // [P, Hk, shared_prefix, D], or data null
   const int64_t* prefix_index;  // [B] into k_prefix, or null
   ral_broadcast span_bias;      // float32; data null = none
-  float* lse;                   // [B, H, T] contiguous, over all visible keys
+  // [2, B, H, T] contiguous, over all visible keys: m, in powers of two, and 1 / sum of
+  // 2^(score log2 e - m); both 0 where a row sees no key.
+  float* norm;
   float* z;                     // [B, T] contiguous, the share of the valid keys
   float scale, softcap;
   int32_t dtype;  // ral_dtype
@@ -61,7 +63,7 @@ typedef struct {
   ral_policy_common common;
   ral_policy_side policy, reference;
   int32_t kind;                  // ral_divergence_kind
-  int32_t reference_normalised;  // 1 = the reference's lse and z are given, not written
+  int32_t reference_normalised;  // 1 = the reference's norm and z are given, not written
   float* value;                  // [B, T]
   float* u;                      // [B, H, T] sum over valid keys of P_h l
   float* w;                      // [B, H, T] sum over valid keys of P_h
