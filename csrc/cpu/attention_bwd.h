@@ -24,6 +24,7 @@ class AttentionBackward {
   static constexpr int64_t kGroupsPerBlock = Compute::kBackwardKeys / kTileRows;
   static constexpr int64_t kKeysPerBlock = kGroupsPerBlock * kTileRows;
   static constexpr int64_t kStepsPerGroup = kTileRows / Compute::kPair;
+  alignas(64) static constexpr float kNoGradient[kWidth] = {};  // dM of keys in no span
 
   AttentionBackward(const ral_attention_params& params, const ral_attention_outputs& outputs,
                     const ral_attention_gradients& gradients)
@@ -267,8 +268,20 @@ class AttentionBackward {
         }
       }
     } else {
-      differentiate_mixed(problem_.span_ids(s) + group * kTileRows, s.seqlen_k - group * kTileRows,
-                          view, column, probs, ds, scratch);
+      const int32_t* ids = problem_.span_ids(s) + group * kTileRows;
+      RAL_UNROLL
+      for (int r = 0; r < kTileRows; ++r) {
+        const int32_t key_span = group * kTileRows + r < s.seqlen_k ? ids[r] : -1;
+        const float* dm = view.dmarginals && key_span >= 0
+                              ? view.dmarginals + key_span * kColumns + column
+                              : kNoGradient;
+        RAL_UNROLL
+        for (int v = 0; v < V; ++v) {
+          const Vec shift = load(dm + v * kLanes) - load(view.delta + column + v * kLanes);
+          ds[r][v] = load(probs[r] + v * kLanes) * (ds[r][v] + shift);
+        }
+      }
+      if (view.dbias) add_mixed_bias(ids, s.seqlen_k - group * kTileRows, column, ds, scratch);
     }
     if (params_.softcap > 0) {
       for (int r = 0; r < kTileRows; ++r) {
@@ -278,24 +291,14 @@ class AttentionBackward {
     store_ds(ds, row_group, panel, scratch);
   }
 
-  // dS^T of a tile through which a span boundary runs.
-  RAL_NOINLINE void differentiate_mixed(const int32_t* ids, int64_t num_keys, const View& view,
-                                        int64_t column, const float (&probs)[kTileRows][kWidth],
-                                        Vec (&ds)[kTileRows][V], uint32_t* scratch) const {
-    for (int r = 0; r < kTileRows; ++r) {
-      const int32_t span = r < num_keys ? ids[r] : -1;
-      const float* dm =
-          view.dmarginals && span >= 0 ? view.dmarginals + span * kColumns + column : nullptr;
+  // Span sums of dS^T on a tile through which a span boundary runs.
+  RAL_NOINLINE void add_mixed_bias(const int32_t* ids, int64_t num_keys, int64_t column,
+                                   const Vec (&ds)[kTileRows][V], uint32_t* scratch) const {
+    for (int r = 0; r < kTileRows && r < num_keys; ++r) {
+      if (ids[r] < 0) continue;
       float* dbias =
-          view.dbias && span >= 0
-              ? reinterpret_cast<float*>(scratch + scratch_layout_.dbias) + span * kColumns + column
-              : nullptr;
-      for (int v = 0; v < V; ++v) {
-        Vec shift = -load(view.delta + column + v * kLanes);
-        if (dm) shift += load(dm + v * kLanes);
-        ds[r][v] = load(probs[r] + v * kLanes) * (ds[r][v] + shift);
-        if (dbias) store(dbias + v * kLanes, load(dbias + v * kLanes) + ds[r][v]);
-      }
+          reinterpret_cast<float*>(scratch + scratch_layout_.dbias) + ids[r] * kColumns + column;
+      for (int v = 0; v < V; ++v) store(dbias + v * kLanes, load(dbias + v * kLanes) + ds[r][v]);
     }
   }
 

@@ -92,8 +92,8 @@ class BackwardQueries {
       }
       live[c] = lse != -__builtin_inff();
       v.lse[c] = live[c] ? lse : __builtin_inff();
-      v.delta[c] = live[c] ? delta(s, block, c, float_stage) : 0.f;
     }
+    compute_delta(s, block, live, float_stage, v.delta);
     uint32_t* data = data_ + index * layout_.size;
     pack_b_columns<Compute, Block, kWidth>(problem_, s, params_.q, block, live, params_.head_dim,
                                            stage, data + layout_.q_columns);
@@ -108,7 +108,7 @@ class BackwardQueries {
     if (v.bias) {
       load_span_rows<Block, kColumns>(problem_, s, block, params_.span_bias, float_stage, v.bias);
     }
-    if (v.dmarginals) load_dmarginals(s, block, live, float_stage, v.dmarginals);
+    if (v.dmarginals) load_dmarginals(s, block, live, v);
     if (v.dbias) memset(v.dbias, 0, padded_spans_ * kColumns * sizeof(float));
 
     const GroupRange visible =
@@ -167,37 +167,47 @@ class BackwardQueries {
   }
 
  private:
-  // delta = dO.O + sum_s dM_s m_s - dLSE, equation (10).
-  float delta(const Sequence& s, const Block& block, int64_t c, float* stage) const {
-    const typename Block::Column& column = block.column[c];
-    const int64_t row = s.batch * params_.num_heads + column.head;
-    float total = 0.f;
-    if (has_dout_) {
-      float* other = stage + padded_v_;
-      convert_to_float(params_.dtype, column_row(problem_, s, gradients_.dout, block, c),
-                       params_.head_dim_v, stage);
-      convert_to_float(params_.dtype, column_row(problem_, s, outputs_.out, block, c),
-                       params_.head_dim_v, other);
-      total += dot(stage, other, params_.head_dim_v);
+  // delta = dO.O - dLSE, equation (10) without the marginals; 0 in columns that are not live.
+  void compute_delta(const Sequence& s, const Block& block, const bool* live, float* stage,
+                     float* delta) const {
+    for (int64_t first = 0; first < kColumns; first += kLanes) {
+      Vec product[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const bool counts = has_dout_ && live[first + i];
+        if (gradients_.dmarginals && live[first + i]) prefetch_marginals(s, block, first + i);
+        product[i] = counts ? dot(s, block, first + i, stage) : Vec{};
+      }
+      store(delta + first, sum_of_each(product));
     }
-    const int64_t num_rows = params_.row_stop - params_.row_start;
-    const int64_t marginal_row = column.token - params_.row_start;
-    if (gradients_.dmarginals && marginal_row >= 0 && marginal_row < num_rows) {
-      const int64_t offset = (row * num_rows + marginal_row) * params_.num_spans;
-      total += dot(gradients_.dmarginals + offset, outputs_.marginals + offset, params_.num_spans);
+    if (!gradients_.dlse) return;
+    for (int64_t c = 0; c < block.count; ++c) {
+      const int64_t row = s.batch * params_.num_heads + block.column[c].head;
+      if (live[c]) delta[c] -= gradients_.dlse[row * params_.seqlen_q + block.column[c].token];
     }
-    if (gradients_.dlse) total -= gradients_.dlse[row * params_.seqlen_q + column.token];
-    return total;
   }
 
-  static float dot(const float* a, const float* b, int64_t count) {
+  // dO.O of one column, not yet summed over the lanes.
+  Vec dot(const Sequence& s, const Block& block, int64_t c, float* stage) const {
+    float* other = stage + padded_v_;
+    convert_to_float(params_.dtype, column_row(problem_, s, gradients_.dout, block, c),
+                     params_.head_dim_v, stage);
+    convert_to_float(params_.dtype, column_row(problem_, s, outputs_.out, block, c),
+                     params_.head_dim_v, other);
     Vec sum{};
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) sum += load(a + i) * load(b + i);
-    float total = 0.f;
-    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-    for (; i < count; ++i) total += a[i] * b[i];
-    return total;
+    int64_t d = 0;
+    for (; d + kLanes <= params_.head_dim_v; d += kLanes) sum += load(stage + d) * load(other + d);
+    const int64_t left = params_.head_dim_v - d;
+    if (left > 0) sum += load_first(stage + d, left) * load_first(other + d, left);
+    return sum;
+  }
+
+  // x[i] summed over its lanes, for every i.
+  static Vec sum_of_each(Vec (&x)[kLanes]) {
+    transpose(x);
+    Vec sum = x[0];
+    RAL_UNROLL
+    for (int i = 1; i < kLanes; ++i) sum += x[i];
+    return sum;
   }
 
   // B operand contracted over queries: [panel of features][kColumnSteps][kPanel].
@@ -221,21 +231,52 @@ class BackwardQueries {
     }
   }
 
-  void load_dmarginals(const Sequence& s, const Block& block, const bool* live, float* stage,
-                       float* dst) const {
+  // Where the marginals of column `c` start; -1 if it has none.
+  int64_t marginals_offset(const Sequence& s, const Block& block, int64_t c) const {
     const int64_t num_rows = params_.row_stop - params_.row_start;
-    for (int64_t begin = 0; begin < params_.num_spans; begin += kLanes) {
-      const int64_t width = params_.num_spans - begin < kLanes ? params_.num_spans - begin : kLanes;
-      memset(stage, 0, kColumns * kLanes * sizeof(float));
-      for (int64_t c = 0; c < block.count; ++c) {
-        const int64_t row = block.column[c].token - params_.row_start;
-        if (!live[c] || row < 0 || row >= num_rows) continue;
-        const int64_t head_row = s.batch * params_.num_heads + block.column[c].head;
-        memcpy(stage + c * kLanes,
-               gradients_.dmarginals + (head_row * num_rows + row) * params_.num_spans + begin,
-               width * sizeof(float));
+    const int64_t row = block.column[c].token - params_.row_start;
+    if (row < 0 || row >= num_rows) return -1;
+    const int64_t head_row = s.batch * params_.num_heads + block.column[c].head;
+    return (head_row * num_rows + row) * params_.num_spans;
+  }
+
+  // Rows of m and dM are short and far from each other: their first lines are asked for while O and
+  // dO are read.
+  void prefetch_marginals(const Sequence& s, const Block& block, int64_t c) const {
+    const int64_t offset = marginals_offset(s, block, c);
+    const int64_t spans = params_.num_spans < 128 ? params_.num_spans : 128;
+    for (int64_t i = 0; offset >= 0 && i < spans; i += 16) {
+      __builtin_prefetch(outputs_.marginals + offset + i, 0, 2);
+      __builtin_prefetch(gradients_.dmarginals + offset + i, 0, 2);
+    }
+  }
+
+  // dM of the block as [S][kColumns], and delta += sum_s dM_s m_s, the rest of equation (10).
+  void load_dmarginals(const Sequence& s, const Block& block, const bool* live,
+                       const View& v) const {
+    const int64_t spans = params_.num_spans;
+    for (int64_t first = 0; first < kColumns; first += kLanes) {
+      int64_t offset[kLanes];  // of the columns' rows; -1 for those without one
+      for (int64_t i = 0; i < kLanes; ++i) {
+        offset[i] = live[first + i] ? marginals_offset(s, block, first + i) : -1;
       }
-      transpose_block(stage, kLanes, dst + begin * kColumns, kColumns, kColumns, kLanes);
+      Vec product[kLanes] = {};
+      for (int64_t begin = 0; begin < spans; begin += kLanes) {
+        Vec dm[kLanes];
+        RAL_UNROLL
+        for (int i = 0; i < kLanes; ++i) {
+          dm[i] = Vec{};
+          if (offset[i] < 0) continue;
+          const int64_t at = offset[i] + begin;
+          dm[i] = load_first(gradients_.dmarginals + at, spans - begin);
+          product[i] += dm[i] * load_first(outputs_.marginals + at, spans - begin);
+        }
+        transpose(dm);
+        RAL_UNROLL
+        for (int i = 0; i < kLanes; ++i)
+          store(v.dmarginals + (begin + i) * kColumns + first, dm[i]);
+      }
+      store(v.delta + first, load(v.delta + first) + sum_of_each(product));
     }
   }
 

@@ -245,16 +245,21 @@ class AttentionForward {
     }
     const int64_t key = group * kTileRows;
     Vec part[V] = {};  // of the run, not yet added
-    for (int r = 0; r < kTileRows && key + r < s.seqlen_k; ++r) {
-      if (state.span_ids[key + r] != state.run_span[panel]) {
+    RAL_UNROLL
+    for (int r = 0; r < kTileRows; ++r) {
+      // Past the end p is 0, and goes to the run that is there.
+      if (key + r < s.seqlen_k && state.span_ids[key + r] != state.run_span[panel]) {
+        RAL_UNROLL
         for (int v = 0; v < V; ++v) {
           store(run + v * kLanes, load(run + v * kLanes) + part[v]);
           part[v] = Vec{};
         }
         finish_run(panel, state.span_ids[key + r], state);
       }
+      RAL_UNROLL
       for (int v = 0; v < V; ++v) part[v] += p[r][v];
     }
+    RAL_UNROLL
     for (int v = 0; v < V; ++v) store(run + v * kLanes, load(run + v * kLanes) + part[v]);
   }
 
@@ -334,6 +339,7 @@ class AttentionForward {
     }
     for (int64_t c = 0; c < block.count; ++c) {
       const typename Block::Column& column = block.column[c];
+      if (state.span_ids) prefetch_marginals(s, block, c);
       const bool empty = state.sum[c] == 0.f;
       inverse[c] = empty ? 0.f : 1.f / state.sum[c];
       inverse_out[c] = empty                     ? 0.f
@@ -352,23 +358,43 @@ class AttentionForward {
                            column_row(problem_, s, outputs_.out, block, c));
       }
     }
-    if (!state.span_ids) return;
+    if (state.span_ids) write_marginals(s, block, state.span_sums, inverse);
+  }
+
+  // Row of the marginals that belongs to column `c`; null if it has none.
+  float* marginals_row(const Sequence& s, const Block& block, int64_t c) const {
     const int64_t num_rows = params_.row_stop - params_.row_start;
-    for (int64_t begin = 0; begin < params_.num_spans; begin += kLanes) {
-      const int64_t width = params_.num_spans - begin < kLanes ? params_.num_spans - begin : kLanes;
-      transpose_block(state.span_sums + begin * kColumns, kColumns, stage, kLanes, kLanes,
-                      kColumns);
-      for (int64_t c = 0; c < block.count; ++c) {
-        const int64_t row = block.column[c].token - params_.row_start;
-        if (row < 0 || row >= num_rows) continue;
-        float* to = outputs_.marginals +
-                    ((s.batch * params_.num_heads + block.column[c].head) * num_rows + row) *
-                        params_.num_spans +
-                    begin;
-        if (width == kLanes) {
-          store(to, load(stage + c * kLanes) * inverse[c]);
-        } else {
-          for (int64_t i = 0; i < width; ++i) to[i] = stage[c * kLanes + i] * inverse[c];
+    const int64_t row = block.column[c].token - params_.row_start;
+    if (row < 0 || row >= num_rows) return nullptr;
+    const int64_t head_row = s.batch * params_.num_heads + block.column[c].head;
+    return outputs_.marginals + (head_row * num_rows + row) * params_.num_spans;
+  }
+
+  // A row of marginals is short and far from the next: its lines are asked for while O is written.
+  void prefetch_marginals(const Sequence& s, const Block& block, int64_t c) const {
+    const float* row = marginals_row(s, block, c);
+    const int64_t spans = params_.num_spans < 128 ? params_.num_spans : 128;
+    for (int64_t i = 0; row && i < spans; i += 16) __builtin_prefetch(row + i, 1, 2);
+  }
+
+  void write_marginals(const Sequence& s, const Block& block, const float* span_sums,
+                       const float* inverse) const {
+    for (int64_t first = 0; first < block.count; first += kLanes) {
+      float* row[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        row[i] = first + i < block.count ? marginals_row(s, block, first + i) : nullptr;
+      }
+      for (int64_t begin = 0; begin < params_.num_spans; begin += kLanes) {
+        const int64_t left = params_.num_spans - begin;
+        Vec m[kLanes];
+        RAL_UNROLL
+        for (int i = 0; i < kLanes; ++i) {
+          m[i] = load(span_sums + (begin + i) * kColumns + first) * load(inverse + first);
+        }
+        transpose(m);
+        RAL_UNROLL
+        for (int i = 0; i < kLanes; ++i) {
+          if (row[i]) store_first(row[i] + begin, m[i], left);
         }
       }
     }

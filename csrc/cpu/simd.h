@@ -147,9 +147,23 @@ RAL_INLINE Vec tanh(Vec x) {
   return select(x == x, select(a < 0.625f, near, signed_far), x);
 }
 
+// The first `count` elements, 0 beyond; all of them where count >= kLanes.
+RAL_INLINE Vec load_first(const float* from, int64_t count) {
+  if (__builtin_expect(count >= kLanes, 1)) return load(from);
+  alignas(64) float x[kLanes] = {};
+  memcpy(x, from, count * sizeof(float));
+  return load(x);
+}
+RAL_INLINE void store_first(float* to, Vec x, int64_t count) {
+  if (__builtin_expect(count >= kLanes, 1)) return store(to, x);
+  alignas(64) float staged[kLanes];
+  store(staged, x);
+  memcpy(to, staged, count * sizeof(float));
+}
+
 // In-place transpose of a kLanes x kLanes block of 32-bit elements.
-template <int kStep>
-RAL_INLINE void transpose_stage(IntVec (&x)[kLanes]) {
+template <int kStep, class V>
+RAL_INLINE void transpose_stage(V (&x)[kLanes]) {
   IntVec low, high;
   RAL_UNROLL
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -159,12 +173,13 @@ RAL_INLINE void transpose_stage(IntVec (&x)[kLanes]) {
   RAL_UNROLL
   for (int i = 0; i < kLanes; ++i) {
     if (i & kStep) continue;
-    const IntVec a = x[i], b = x[i + kStep];
+    const V a = x[i], b = x[i + kStep];
     x[i] = __builtin_shuffle(a, b, low);
     x[i + kStep] = __builtin_shuffle(a, b, high);
   }
 }
-RAL_INLINE void transpose(IntVec (&x)[kLanes]) {
+template <class V>
+RAL_INLINE void transpose(V (&x)[kLanes]) {
   transpose_stage<1>(x);
   transpose_stage<2>(x);
   if constexpr (kLanes >= 8) transpose_stage<4>(x);
