@@ -57,6 +57,8 @@ def library() -> ctypes.CDLL:
     found.ral_cpu_isa_name.restype = c_char_p
     found.ral_cpu_set_openmp.argtypes = [c_void_p]
     found.ral_cpu_set_openmp(native.openmp_runtime())
+    found.ral_cpu_tile_flops.argtypes = [c_int32, c_int32, c_int32, c_int64]
+    found.ral_cpu_tile_flops.restype = c_int64
     return found
 
 
@@ -100,6 +102,16 @@ def chosen_isa() -> int:
             f"RAL_CPU_ISA must be one of {', '.join(isas)} on this machine; got {forced!r}"
         )
     return isas[forced]
+
+
+def run_tiles(dtype: torch.dtype, repeats: int) -> int:
+    """Run the matrix products' register tile on operands in L1; the floating-point operations done.
+
+    What no op can exceed on this machine: benchmarks time it to say what bounds a kernel.
+    """
+    return int(
+        library().ral_cpu_tile_flops(chosen_isa(), DTYPES[dtype], torch.get_num_threads(), repeats)
+    )
 
 
 def raise_for_status(op: str, status: int, shapes: str) -> None:

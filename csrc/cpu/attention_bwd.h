@@ -208,6 +208,7 @@ class AttentionBackward {
                                 int64_t row_group, uint32_t* scratch) const {
     const int64_t index = problem_.groups_before(s, kv_head) + group;
     const int64_t column = panel * kWidth;
+    if (view.dmarginals) prefetch_dmarginals(s, view, group, column);
     alignas(64) float probs[kTileRows][kWidth];
     Vec slope[kTileRows * V];
     {
@@ -289,6 +290,21 @@ class AttentionBackward {
       }
     }
     store_ds(ds, row_group, panel, scratch);
+  }
+
+  // Asks for dM of a tile before its products are formed: it comes from beyond L2, and dS waits.
+  RAL_INLINE void prefetch_dmarginals(const Sequence& s, const View& view, int64_t group,
+                                      int64_t column) const {
+    const int64_t last =
+        (group + 1) * kTileRows < s.seqlen_k ? (group + 1) * kTileRows : s.seqlen_k;
+    const int32_t* ids = problem_.span_ids(s);
+    const int32_t spans[] = {ids[group * kTileRows], ids[last - 1]};
+    for (const int32_t span : spans) {
+      if (span < 0) continue;
+      const float* dm = view.dmarginals + span * kColumns + column;
+      RAL_UNROLL
+      for (int v = 0; v < V; ++v) __builtin_prefetch(dm + v * kLanes);
+    }
   }
 
   // Span sums of dS^T on a tile through which a span boundary runs.

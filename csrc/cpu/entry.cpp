@@ -62,3 +62,11 @@ RAL_EXPORT int32_t ral_cpu_divergence_fwd(const ral_divergence_params* params) {
   const Kernels* kernels = kernels_of(params->isa);
   return kernels ? kernels->divergence_fwd(*params) : RAL_ISA_NOT_AVAILABLE;
 }
+
+// Runs `repeats` register tiles a thread in L1 and returns how many floating-point operations that
+// were, for the caller to time; 0 where the variant is not available.
+RAL_EXPORT int64_t ral_cpu_tile_flops(int32_t isa, int32_t dtype, int32_t num_threads,
+                                      int64_t repeats) {
+  const Kernels* kernels = kernels_of(isa);
+  return kernels ? kernels->tile_flops(dtype, num_threads, repeats) : 0;
+}

@@ -8,6 +8,7 @@
 #include "divergence_fwd.h"
 #include "policy_bwd.h"
 #include "policy_loss.h"
+#include "tile_rate.h"
 
 namespace ral {
 namespace RAL_ISA {
@@ -135,10 +136,19 @@ int divergence_fwd(const ral_divergence_params& x) {
   return DivergenceForward(x).run();
 }
 
+int64_t tile_flops(int32_t dtype, int num_threads, int64_t repeats) {
+#if defined(__AVX512BF16__)
+  if (dtype == RAL_BFLOAT16) return TileRate<BFloat16Compute>::run(num_threads, repeats);
+#endif
+  (void)dtype;
+  return TileRate<Float32Compute>::run(num_threads, repeats);
+}
+
 }  // namespace
 
-const Kernels kKernels{attention_fwd,         attention_bwd,         policy_fwd,  policy_bwd,
-                       policy_divergence_fwd, policy_divergence_bwd, policy_loss, divergence_fwd};
+const Kernels kKernels{attention_fwd, attention_bwd,         policy_fwd,
+                       policy_bwd,    policy_divergence_fwd, policy_divergence_bwd,
+                       policy_loss,   divergence_fwd,        tile_flops};
 
 }  // namespace RAL_ISA
 }  // namespace ral

@@ -16,6 +16,7 @@ struct Kernels {
   int (*policy_divergence_bwd)(const ral_policy_divergence_params&);
   int (*policy_loss)(const ral_policy_divergence_params&);
   int (*divergence_fwd)(const ral_divergence_params&);
+  int64_t (*tile_flops)(int32_t dtype, int num_threads, int64_t repeats);
 };
 
 namespace portable {
