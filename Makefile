@@ -2,10 +2,14 @@
 # make test    the test suite        make lint    format, lint and types, as pre-commit runs them
 # make bench   the CPU figures       make bench-regress    the pytest-benchmark suite
 #
-# Everything runs in .venv, which is made with the versions in constraints.txt. PYTHON chooses the interpreter.
+# make codegen what the Triton kernels compile to, for GPUs that need not be here: benchmarks/results/codegen.md
+# make gpu     all that needs a GPU, in nine minutes, with the machine's own $(PYTHON), into the folder OUT
+#
+# Everything else runs in .venv, which is made with the versions in constraints.txt. PYTHON chooses the interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
+OUT ?= benchmarks/results/gpu-run
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 LIBRARY := ral_kernels/lib/libral_cpu.so
@@ -13,13 +17,13 @@ NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench bench-regress build clean ruff-format ruff-check mypy clang-format
+.PHONY: run test lint bench bench-regress codegen gpu build clean ruff-format ruff-check mypy clang-format
 
 run: build
 	$(BIN)/python benchmarks/frames_sweep.py
 
 test: build
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 bench: build
 	$(BIN)/python benchmarks/attention_bench.py
@@ -28,6 +32,13 @@ bench: build
 
 bench-regress: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+codegen: build
+	$(BIN)/python -m benchmarks.codegen
+
+# No venv, no pip, no network: torch and triton are those of the machine.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 build: $(LIBRARY)
 

@@ -12,7 +12,10 @@ ORDER = ("cuda", "triton", "cpu", "reference")  # fastest first; the reference r
 
 
 class Backend(Protocol):
-    """What a backend module of an op offers: its `fwd` and `bwd` fill preallocated outputs."""
+    """What a backend module of an op offers: its `fwd` and `bwd` fill preallocated outputs.
+
+    A module may also have `only_on_request()`: why the automatic choice passes it over, or None.
+    """
 
     fwd: Any
     bwd: Any
@@ -77,6 +80,8 @@ def choose(op: str, table: Mapping[str, Any], args: Any, requested: str) -> Any:
         reason = module.available()
         if reason is None:
             reason = module.can_run(args)
+        if reason is None and hasattr(module, "only_on_request"):
+            reason = module.only_on_request()
         if reason is None:
             return module
         logger.debug("%s: backend %s passed over: %s", op, name, reason)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels are tested in its interpreter, which is chosen at their import.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import ral_kernels as rk
+from ral_kernels import triton_runtime
 from ral_kernels.attention import interface
+from tests.interpreter import patch_once_a_launch
+from tests.ops.on_gpu import kernels_on
 
 REQUIRED = [name for name in os.environ.get("RAL_REQUIRE", "").split(",") if name]
 
@@ -22,17 +30,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs gigabytes of memory; run with --large")
+    if triton_runtime.interpreted():
+        patch_once_a_launch()
+    config.addinivalue_line("markers", "xdist_group(name): run by one worker, for what they share")
+    config.addinivalue_line("markers", "gpu: gives kernels tensors of the GPU itself")
     unknown = set(REQUIRED) - set(rk.available_backends())
     if unknown:
         raise pytest.UsageError(f"RAL_REQUIRE names unknown backends: {', '.join(sorted(unknown))}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--large"):
-        return
-    large = [item for item in items if item.get_closest_marker("large")]
-    config.hook.pytest_deselected(items=large)
-    items[:] = [item for item in items if item not in large]
+    left_out = [item for item in items if _is_left_out(item, config)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
+    if item.get_closest_marker("large") and not config.getoption("--large"):
+        return True
+    parameters = (
+        item.callspec.params
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        else {}
+    )
+    if parameters.get("backend") != "triton" or not triton_runtime.interpreted():
+        return False
+    # The interpreter multiplies bfloat16 wrongly (ahead-of-time compilation covers that dtype), and
+    # it does not use torch's threads.
+    return parameters.get("dtype") == torch.bfloat16 or parameters.get("threads", 1) != 1
 
 
 def skip_or_fail(backend: str, reason: str) -> None:
@@ -42,13 +68,24 @@ def skip_or_fail(backend: str, reason: str) -> None:
     pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that runs on CPU tensors."""
+    """Every backend that runs on CPU tensors; Triton's does in the interpreter."""
     reason = rk.available_backends()[request.param]
     if reason != "yes":
         skip_or_fail(request.param, reason)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With a GPU, Triton's kernels compute there what a test gives them on the CPU."""
+    here = not torch.cuda.is_available() or triton_runtime.interpreted()
+    if here or request.node.get_closest_marker("gpu"):
+        yield
+        return
+    with kernels_on(torch.device("cuda", 0), "triton"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..spans import Spans
-from . import cpu, reference
+from . import cpu, reference, triton_backend
 from .arguments import AttentionArgs
 
-BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Any] = {
+    "triton": triton_backend,
+    "cpu": cpu,
+    "reference": reference,
+}
 backends.register("attention", BACKENDS)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 import ral_kernels as rk
+from ral_kernels import triton_runtime
 from tests.conftest import skip_or_fail
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "in_interpreter(when): with backend triton in the interpreter, where a case takes seconds, "
+        "run those for which `when`, a function of parameters of the test, is true",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if not _worth_its_time(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _worth_its_time(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("in_interpreter")
+    if marker is None or not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return True
+    parameters = item.callspec.params
+    if parameters.get("backend") != "triton" or not triton_runtime.interpreted():
+        return True
+    when = marker.kwargs["when"]
+    return bool(when(**{name: parameters[name] for name in inspect.signature(when).parameters}))
 
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])

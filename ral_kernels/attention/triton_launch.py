@@ -1,0 +1,309 @@
+"""Launches of the Triton kernels of `attention`: arguments by name, scratch, splits over keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import triton_runtime
+from ..triton_runtime import Tile
+from ..triton_spans import num_blocks, span_blocks
+from . import triton_tiles
+from .arguments import AttentionArgs
+from .triton_bwd import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel
+from .triton_bwd_dq import attention_bwd_dq_kernel
+from .triton_fwd import attention_fwd_combine_kernel, attention_fwd_kernel
+
+LOG2E = math.log2(math.e)
+DECODED_TOKENS = 16  # up to so many queries a sequence, one program takes all heads of a kv head
+BLOCKS_PER_SPLIT = 4  # at least: a split costs a read and a write of its partial results
+
+
+def _power_of_2(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _num_sequences(args: AttentionArgs) -> int | None:
+    return None if args.cu_seqlens_q is None else args.cu_seqlens_q.numel() - 1
+
+
+def _strides(name: str, x: Tensor | None, dims: str) -> dict[str, int]:
+    """{name}_stride_{dim} for each dim; 0 where there is no tensor."""
+    return {f"{name}_stride_{dim}": 0 if x is None else x.stride(i) for i, dim in enumerate(dims)}
+
+
+def _as_bytes(mask: Tensor | None) -> Tensor | None:
+    """Booleans are read as bytes."""
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+
+
+def _common_arguments(args: AttentionArgs) -> dict[str, Any]:
+    """Arguments of the forward and of both backward kernels, but for blocks and span tables."""
+    padding, mask = _as_bytes(args.key_padding_mask), args.attn_mask
+    factor = LOG2E if args.softcap == 0.0 else 1 / args.softcap
+    longest = args.seqlen_q + args.seqlen_k  # a window beyond it must not overflow int32
+    return {
+        "q_ptr": args.q,
+        "k_ptr": args.k,
+        "v_ptr": args.v,
+        "span_bias_ptr": args.span_bias,
+        "attn_mask_ptr": _as_bytes(mask),
+        "key_padding_mask_ptr": padding,
+        "cu_seqlens_q_ptr": args.cu_seqlens_q,
+        "cu_seqlens_k_ptr": args.cu_seqlens_k,
+        **_strides("q", args.q, "bht"),
+        **_strides("k", args.k, "bhn"),
+        **_strides("v", args.v, "bhn"),
+        **_strides("span_bias", args.span_bias, "bhts"),
+        **_strides("attn_mask", mask, "bhtn"),
+        **_strides("key_padding_mask", padding, "bn"),
+        "batch_size": args.batch_size,
+        "num_heads": args.num_heads,
+        "num_kv_heads": args.num_kv_heads,
+        "seqlen_q": args.seqlen_q,
+        "seqlen_k": args.seqlen_k,
+        "num_sequences": _num_sequences(args) or 0,
+        "num_spans": args.num_spans,
+        "row_start": args.row_start,
+        "row_stop": args.row_stop,
+        "window_left": min(args.window_left, longest),
+        "window_right": min(args.window_right, longest),
+        "scale": args.scale * factor,
+        "cap": args.softcap * LOG2E,
+        "HEAD_DIM": args.head_dim,
+        "HEAD_DIM_V": args.head_dim_v,
+        "BLOCK_D": _power_of_2(args.head_dim),
+        "BLOCK_DV": _power_of_2(args.head_dim_v),
+        "TOP_LEFT": args.top_left,
+        "HAS_CAP": args.softcap != 0.0,
+        "HAS_LEFT": args.window_left >= 0,
+        "HAS_RIGHT": args.window_right >= 0,
+        "BOOL_MASK": mask is not None and mask.dtype == torch.bool,
+        "TERMS": 3 if args.q.dtype == torch.float32 else 2,
+        "INPUT_PRECISION": "ieee" if triton_runtime.interpreted() else "tf32x3",
+    }
+
+
+def _span_table(args: AttentionArgs, block_k: int, wanted: bool) -> dict[str, Any]:
+    """The table of spans for blocks of `block_k` keys; None where there is nothing to look up."""
+    table = None
+    if wanted and args.span_ids is not None:
+        table = span_blocks(args.span_ids, block_k, args.cu_seqlens_k)
+    return {
+        "kinds_ptr": None if table is None else table.kinds,
+        "counts_ptr": None if table is None else table.counts,
+        "ids_ptr": None if table is None else table.ids,
+        "local_ptr": None if table is None else table.local,
+        "kinds_stride_b": 0 if table is None else table.stride_batch,
+        "local_stride_b": 0 if table is None else table.stride_batch_local,
+    }
+
+
+def _tile(kernel: str, args: AttentionArgs, run: Callable[[Tile], None]) -> Tile:
+    """The tile of a kernel: the table's, or with RAL_AUTOTUNE=1 the fastest."""
+    architecture = triton_runtime.architecture(args.q.device)
+    size = triton_tiles.head_dim_class(args.head_dim, args.head_dim_v)
+    is_biased = args.span_bias is not None or args.attn_mask is not None
+    key = (architecture, args.q.dtype, size, is_biased)
+    best = triton_tiles.tile(kernel, *key)
+    others = triton_tiles.candidates(best)
+    has_spans = args.num_spans > 0
+    return triton_runtime.tuned(f"attention_{kernel}", (*key, has_spans), best, others, run)
+
+
+def _num_splits(args: AttentionArgs, programs: int, block_k: int) -> int:
+    """Over how many programs the keys of a row are split: enough to fill the GPU."""
+    sequences = _num_sequences(args) or 1
+    blocks = math.ceil(args.seqlen_k / sequences / block_k)
+    wanted = triton_runtime.num_multiprocessors(args.q.device) // programs
+    return max(1, min(wanted, blocks // BLOCKS_PER_SPLIT))
+
+
+def launch_fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
+    """Write out, marginals and lse."""
+    is_decoding = args.seqlen_q <= DECODED_TOKENS * (_num_sequences(args) or 1)
+
+    def run(tile: Tile) -> None:
+        _launch_fwd(args, out, marginals, lse, tile, is_decoding)
+
+    run(_tile("decode" if is_decoding else "fwd", args, run))
+
+
+def _launch_fwd(
+    args: AttentionArgs,
+    out: Tensor,
+    marginals: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    is_decoding: bool,
+) -> None:
+    sequences = _num_sequences(args)
+    group = args.num_heads // args.num_kv_heads if is_decoding else 1
+    block_q = max(tile.block_q, _power_of_2(group))
+    q_blocks = num_blocks(args.seqlen_q, block_q // group, sequences)
+    programs = q_blocks * (args.num_heads // group) * args.batch_size
+    num_splits = _num_splits(args, programs, tile.block_k) if is_decoding else 1
+    has_marginals = marginals.numel() > 0
+
+    results, partial = (out, lse, marginals), num_splits > 1
+    if partial:
+        out, lse, marginals = (
+            torch.empty((num_splits, *x.shape), dtype=torch.float32, device=x.device)
+            for x in results
+        )
+    if has_marginals:
+        marginals.zero_()  # kernels add to it
+    strides_out = out.stride() if partial else (0, *out.stride())
+    arguments = {
+        **_common_arguments(args),
+        **_span_table(args, tile.block_k, has_marginals or args.span_bias is not None),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "marginals_ptr": marginals if has_marginals else None,
+        "out_stride_split": strides_out[0],
+        "out_stride_b": strides_out[1],
+        "out_stride_h": strides_out[2],
+        "out_stride_t": strides_out[3],
+        "num_q_blocks": q_blocks,
+        "num_splits": num_splits,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": tile.block_k,
+        "GROUP": group,
+    }
+    triton_runtime.launch(
+        attention_fwd_kernel, (programs * num_splits,), arguments, tile.num_warps, tile.num_stages
+    )
+    if not partial:
+        return
+    arguments = {
+        "partial_out_ptr": out,
+        "partial_lse_ptr": lse,
+        "partial_marginals_ptr": marginals if has_marginals else None,
+        "out_ptr": results[0],
+        "lse_ptr": results[1],
+        "marginals_ptr": results[2] if has_marginals else None,
+        **_strides("out", results[0], "bht"),
+        "batch_size": args.batch_size,
+        "num_heads": args.num_heads,
+        "seqlen_q": args.seqlen_q,
+        "num_splits": num_splits,
+        "num_spans": args.num_spans,
+        "row_start": args.row_start,
+        "row_stop": args.row_stop,
+        "HEAD_DIM_V": args.head_dim_v,
+        "BLOCK_DV": _power_of_2(args.head_dim_v),
+        "BLOCK_S": min(_power_of_2(max(args.num_spans, 1)), 256),
+    }
+    rows = args.batch_size * args.num_heads * args.seqlen_q
+    triton_runtime.launch(attention_fwd_combine_kernel, (rows,), arguments, 4, 1)
+
+
+def _may_have_empty_rows(args: AttentionArgs) -> bool:
+    """Whether there can be a query that sees no key. No value is read."""
+    masks = (args.attn_mask, args.key_padding_mask, args.span_bias, args.cu_seqlens_q)
+    if any(mask is not None for mask in masks):
+        return True
+    is_aligned = args.top_left or args.seqlen_q <= args.seqlen_k
+    return args.window_left >= 0 or (args.window_right >= 0 and not is_aligned)
+
+
+def launch_bwd(
+    args: AttentionArgs,
+    out: Tensor,
+    marginals: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dmarginals: Tensor | None,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dspan_bias: Tensor | None,
+) -> None:
+    """Write dq, dk, dv and, where asked for, dspan_bias."""
+    if dmarginals is not None and dmarginals.numel() == 0:
+        dmarginals = None
+    if dout is not None and _may_have_empty_rows(args):
+        # Such a row may get inf or NaN, which a product with its weights of 0 would spread.
+        dout = dout.masked_fill((lse == float("-inf"))[..., None], 0.0)
+    delta = torch.empty_like(lse)
+    common: dict[str, Any] = {
+        "num_heads": args.num_heads,
+        "seqlen_q": args.seqlen_q,
+        "num_spans": args.num_spans,
+        "row_start": args.row_start,
+        "row_stop": args.row_stop,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "dout_ptr": dout,
+        "dmarginals_ptr": dmarginals,
+        **_strides("dout", dout, "bht"),
+        "HEAD_DIM_V": args.head_dim_v,
+        "BLOCK_DV": _power_of_2(args.head_dim_v),
+    }
+    arguments = {
+        **common,
+        "out_ptr": out,
+        "marginals_ptr": marginals,
+        "dlse_ptr": dlse,
+        **_strides("out", out, "bht"),
+        "BLOCK_Q": 32,
+        "BLOCK_S": min(_power_of_2(max(args.num_spans, 1)), 64),
+    }
+    programs = args.batch_size * args.num_heads * math.ceil(args.seqlen_q / 32)
+    triton_runtime.launch(attention_bwd_delta_kernel, (programs,), arguments, 4, 1)
+
+    sequences = _num_sequences(args)
+    needs_spans = dmarginals is not None or args.span_bias is not None
+    common = {**common, **_common_arguments(args), "tau": args.scale}
+    common.pop("batch_size")
+    if dout is None:
+        dv.zero_()  # (8): a loss on marginals alone does not touch the values
+
+    def stages(tile: Tile) -> int:
+        # Triton 3.6 fails to pipeline a loop with matrix products in a branch (sm_90).
+        is_old = triton.__version__.startswith("3.6.")
+        return 1 if is_old and needs_spans else tile.num_stages
+
+    def run_dkdv(tile: Tile) -> None:
+        k_blocks = num_blocks(args.seqlen_k, tile.block_k, sequences)
+        arguments = {
+            **common,
+            **_span_table(args, tile.block_k, needs_spans),
+            "dk_ptr": dk,
+            "dv_ptr": dv,
+            **_strides("dk", dk, "bhn"),
+            **_strides("dv", dv, "bhn"),
+            "num_k_blocks": k_blocks,
+            "BLOCK_Q": tile.block_q,
+            "BLOCK_K": tile.block_k,
+        }
+        grid = (args.batch_size * args.num_kv_heads * k_blocks,)
+        kernel = attention_bwd_dkdv_kernel
+        triton_runtime.launch(kernel, grid, arguments, tile.num_warps, stages(tile))
+
+    def run_dq(tile: Tile) -> None:
+        if dspan_bias is not None:
+            dspan_bias.zero_()  # the kernel adds to it
+        q_blocks = num_blocks(args.seqlen_q, tile.block_q, sequences)
+        arguments = {
+            **common,
+            **_span_table(args, tile.block_k, needs_spans),
+            "dq_ptr": dq,
+            "dspan_bias_ptr": dspan_bias,
+            **_strides("dq", dq, "bht"),
+            "num_q_blocks": q_blocks,
+            "BLOCK_Q": tile.block_q,
+            "BLOCK_K": tile.block_k,
+        }
+        grid = (args.batch_size * args.num_heads * q_blocks,)
+        kernel = attention_bwd_dq_kernel
+        triton_runtime.launch(kernel, grid, arguments, tile.num_warps, stages(tile))
+
+    run_dkdv(_tile("bwd_dkdv", args, run_dkdv))
+    run_dq(_tile("bwd_dq", args, run_dq))

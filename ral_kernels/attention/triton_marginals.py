@@ -1,0 +1,228 @@
+"""Products with the one-hot matrix E of spans within a Triton kernel, a block of keys at a time.
+
+x E, sums over spans: marginals in the forward, dspan_bias in the backward. x Eᵀ, every key's share:
+dmarginals in the backward.
+
+A program owns `[rows, num_spans]` of the output. It adds to it in global memory, and only when the
+walk over the keys leaves a span: while block after block lies within one span, the sum is a vector
+in registers. So the number of spans costs neither registers nor shared memory.
+
+Threads of a program may read what another thread stored (layouts of tiles and vectors differ):
+every read-modify-write here starts with a barrier, which orders it after all earlier ones.
+`sums_ptr` points to row 0 of what the program owns, `rows` are int32 numbers of rows from there:
+offsets are formed where they are needed, to keep int64 vectors out of the registers of the loop.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import triton_runtime
+from ..triton_spans import MIXED
+
+# A stored sum is relative to 2^reference. A running maximum may outgrow it by this much before the
+# stored sums have to be scaled down: far from float32's 2^128, far above rounding.
+HEADROOM = tl.constexpr(64.0)
+HIDDEN = tl.constexpr(-(2.0**100))
+MINUS_INFINITY = tl.constexpr(-(2.0**101))
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton_runtime.interpreted())
+GROUP = tl.constexpr(16)  # spans in one matrix product, the least that tl.dot takes
+
+
+@triton.jit
+def barrier(rows):
+    """__syncthreads(); returns `rows`.
+
+    tl.debug_barrier() is the same, but a loop that has one is not pipelined. That `rows` pass
+    through it keeps the compiler from forming addresses before the loop, in registers for all of
+    it, that are only needed in a rare branch.
+    """
+    if not INTERPRETED:
+        rows = tl.inline_asm_elementwise(
+            "bar.sync 0; mov.b32 $0, $1;", "=r,r", [rows], tl.int32, False, 1
+        )
+    return rows
+
+
+@triton.jit
+def here(offsets):
+    """Returns int64 `offsets`, and keeps what is made of them within the branch, as above."""
+    if not INTERPRETED:
+        offsets = tl.inline_asm_elementwise(
+            "mov.b64 $0, $1;", "=l,l", [offsets], tl.int64, False, 1
+        )
+    return offsets
+
+
+@triton.jit
+def bias_in_base_2(bias):
+    """A span bias times log2 e, with numbers in place of what a product with 0 makes NaN.
+
+    finfo.min hides a span behind all others, as -2^100 does; -inf, here -2^101, hides it for good.
+    """
+    return tl.where(bias == float("-inf"), MINUS_INFINITY, tl.maximum(bias * LOG2E, HIDDEN))
+
+
+@triton.jit
+def bias_or_minus_infinity(bias):
+    """The inverse of the second replacement, after the product."""
+    return tl.where(bias == MINUS_INFINITY, float("-inf"), bias)
+
+
+@triton.jit
+def one_hot_dot(x, one_hot, acc, TERMS: tl.constexpr, ONE_HOT_FIRST: tl.constexpr):
+    """acc + x one_hot, or with ONE_HOT_FIRST acc + one_hot xᵀ, to nearly float32's accuracy.
+
+    x is split into TERMS bfloat16 numbers, of 8 bits each and of float32's range: two carry far
+    more than half-precision inputs do, three are exact.
+    """
+    if INTERPRETED:  # where products of bfloat16 are wrong
+        if ONE_HOT_FIRST:
+            acc = tl.dot(one_hot.to(tl.float32), tl.trans(x), acc)
+        else:
+            acc = tl.dot(x, one_hot.to(tl.float32), acc)
+    else:
+        for _ in tl.static_range(TERMS):
+            term = x.to(tl.bfloat16)
+            if ONE_HOT_FIRST:
+                acc = tl.dot(one_hot.to(tl.bfloat16), tl.trans(term), acc)
+            else:
+                acc = tl.dot(term, one_hot.to(tl.bfloat16), acc)
+            x -= term.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def add_to_span(sums_ptr, rows, span, x, mask_rows, num_spans):
+    """sums[rows, span] += x."""
+    rows = barrier(rows)
+    pointers = sums_ptr + rows.to(tl.int64) * num_spans + span
+    tl.store(pointers, tl.load(pointers, mask=mask_rows, other=0.0) + x, mask=mask_rows)
+
+
+@triton.jit
+def scale_rows(sums_ptr, rows, factor, mask_rows, num_spans):
+    """sums[rows] *= factor."""
+    rows = barrier(rows)
+    columns = tl.arange(0, GROUP)
+    for start in tl.range(0, num_spans, GROUP, num_stages=1):
+        mask = mask_rows[:, None] & (start + columns < num_spans)[None, :]
+        pointers = sums_ptr + (rows.to(tl.int64) * num_spans)[:, None] + (start + columns)[None, :]
+        # [BLOCK_Q, GROUP]
+        sums = tl.load(pointers, mask=mask, other=0.0)
+        tl.store(pointers, sums * factor[:, None], mask=mask)
+
+
+@triton.jit
+def add_mixed_block(
+    sums_ptr,
+    rows,
+    x,  # [BLOCK_Q, BLOCK_K]
+    weight,  # [BLOCK_Q]
+    mask_rows,
+    num_spans,
+    local_ptr,  # of the block's first key
+    ids_ptr,  # the block's entry of SpanBlocks.ids
+    count,
+    mask_k,
+    BLOCK_K: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """sums[rows] += weight · (x E) for a block of keys in several spans.
+
+    A product with the one-hot E of 16 local ids at a time.
+    """
+    local = tl.load(local_ptr + tl.arange(0, BLOCK_K), mask=mask_k, other=-1)
+    columns = tl.arange(0, GROUP)
+    for start in tl.range(0, count, GROUP, num_stages=1):
+        one_hot = local[:, None] == (start + columns)[None, :]
+        sums = tl.zeros([x.shape[0], GROUP], tl.float32)
+        sums = one_hot_dot(x, one_hot, sums, TERMS, False)
+        mask = mask_rows[:, None] & (start + columns < count)[None, :]
+        ids = tl.load(ids_ptr + start + columns, mask=start + columns < count, other=0)
+        pointers = sums_ptr + (barrier(rows).to(tl.int64) * num_spans)[:, None] + ids[None, :]
+        # [BLOCK_Q, GROUP]
+        before = tl.load(pointers, mask=mask, other=0.0)
+        tl.store(pointers, before + sums * weight[:, None], mask=mask)
+
+
+@triton.jit
+def raised_reference(reference, m, sums_ptr, rows, mask_rows, num_spans):
+    """The power of two that stored sums are relative to, before sums relative to 2^m are added.
+
+    It is the maximum that a row first has here. Where the maximum has outgrown it, what is stored
+    is scaled down, which normal scores never make necessary.
+    """
+    reference = tl.where(reference == float("-inf"), m, reference)
+    outgrown = m > reference + HEADROOM
+    if tl.max(outgrown.to(tl.int32), 0) > 0:
+        factor = tl.where(outgrown, tl.exp2(reference - m), 1.0)
+        scale_rows(sums_ptr, rows, factor, mask_rows, num_spans)
+        reference = tl.where(outgrown, m, reference)
+    return reference
+
+
+@triton.jit
+def relative_weight(reference, m):
+    """2^(m - reference), and 0 in rows that have seen no key."""
+    return tl.where(reference == float("-inf"), 0.0, tl.exp2(m - reference))
+
+
+@triton.jit
+def add_shares(
+    x,  # [BLOCK_Q, BLOCK_K], or with TRANSPOSED [BLOCK_K, BLOCK_Q]
+    kind,
+    per_span_ptr,
+    row_offsets,  # int64
+    stride_s,
+    mask_rows,
+    local_ptr,
+    ids_ptr,
+    count_ptr,
+    mask_k,
+    BLOCK_K: tl.constexpr,
+    TERMS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    IS_BIAS: tl.constexpr,
+):
+    """x += per_span Eᵀ for a block of keys: every element gets the value of its key's span.
+
+    A bias is in natural units and becomes one in base 2; it may be -inf.
+    """
+    if kind == MIXED:
+        local = tl.load(local_ptr + tl.arange(0, BLOCK_K), mask=mask_k, other=-1)
+        columns = tl.arange(0, GROUP)
+        count = tl.load(count_ptr)
+        shares = tl.zeros_like(x)
+        row_offsets = here(row_offsets)
+        for start in tl.range(0, count, GROUP, num_stages=1):
+            mask_s = start + columns < count
+            ids = tl.load(ids_ptr + start + columns, mask=mask_s, other=0)
+            pointers = per_span_ptr + row_offsets[:, None] + (ids.to(tl.int64) * stride_s)[None, :]
+            # [BLOCK_Q, GROUP]
+            values = tl.load(pointers, mask=mask_rows[:, None] & mask_s[None, :], other=0.0)
+            if IS_BIAS:
+                values = bias_in_base_2(values)
+            if TRANSPOSED:
+                one_hot = local[:, None] == (start + columns)[None, :]
+            else:
+                one_hot = (start + columns)[:, None] == local[None, :]
+            shares = one_hot_dot(values, one_hot, shares, TERMS, TRANSPOSED)
+        if IS_BIAS:
+            shares = bias_or_minus_infinity(shares)
+        x += shares
+    elif kind >= 0:
+        pointers = per_span_ptr + row_offsets + kind.to(tl.int64) * stride_s
+        # [BLOCK_Q]
+        values = tl.load(pointers, mask=mask_rows, other=0.0)
+        if IS_BIAS:
+            values = bias_or_minus_infinity(bias_in_base_2(values))
+        if TRANSPOSED:
+            x += values[None, :]
+        else:
+            x += values[:, None]
+    return x

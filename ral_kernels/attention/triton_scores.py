@@ -1,0 +1,192 @@
+"""What the Triton kernels of `attention` share: positions, loads, scores, softmax's stabiliser.
+
+Scores are in base 2 from the start (times log2 e), because exp2 is the instruction that GPUs have.
+A tile has queries along rows (`[BLOCK_Q, BLOCK_K]`), or along columns with TRANSPOSED.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..triton_spans import sequence_of_block
+from .triton_marginals import LOG2E, add_shares
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # torch.finfo(torch.float32).min
+
+
+@triton.jit
+def stabiliser(m):
+    """What exp2 subtracts: the row maximum; 0 where it is -inf, so that exp2 gives 0, not NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def backward_lse_log2(lse):
+    """lse in base 2; +inf in place of -inf makes every weight of a fully masked row exactly 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def in_base_2(bias):
+    """A bias times log2 e. One of finfo.min must stay finite: it hides keys behind others only."""
+    return tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, LOWEST))
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32's accuracy: exp2 alone cancels near 0, there a polynomial (Cephes) serves."""
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.625, x + x * square * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def locate(cu_seqlens_ptr, num_sequences, seqlen, block, BLOCK: tl.constexpr):
+    """(sequence, its first token, its length, number of this block within it)."""
+    if cu_seqlens_ptr is not None:
+        return sequence_of_block(cu_seqlens_ptr, num_sequences, block, BLOCK)
+    else:
+        zero = block * 0
+        return zero, zero, zero + seqlen, block
+
+
+@triton.jit
+def length_of(cu_seqlens_ptr, sequence, seqlen):
+    """(first token, length) of a sequence on the other side of the attention."""
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + sequence)
+        return start, tl.load(cu_seqlens_ptr + sequence + 1) - start
+    else:
+        return sequence * 0, sequence * 0 + seqlen
+
+
+@triton.jit
+def block_ranges(low, high, full_low, full_high, BLOCK: tl.constexpr):
+    """Blocks that touch [low, high), and those among them that lie within [full_low, full_high).
+
+    -> first, first_full, last_full, last: [first, last) is what has to be visited, and only blocks
+    outside [first_full, last_full), at the edge, need a mask.
+    """
+    low = tl.maximum(low, 0)
+    high = tl.maximum(high, low)
+    first = low // BLOCK
+    last = tl.where(high > low, tl.cdiv(high, BLOCK), first)
+    first_full = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_low, 0), BLOCK), first), last)
+    last_full = tl.maximum(tl.minimum(tl.maximum(full_high, 0) // BLOCK, last), first_full)
+    return first, first_full, last_full, last
+
+
+@triton.jit
+def load_rows(base_ptr, rows, stride, mask_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile [rows, BLOCK_D] of a tensor with unit last stride; rows out of range are 0."""
+    offs_d = tl.arange(0, BLOCK_D)
+    pointers = base_ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    mask = mask_rows[:, None]
+    if BLOCK_D != HEAD_DIM:
+        mask = mask & (offs_d[None, :] < HEAD_DIM)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def in_window(
+    q_positions,
+    k_positions,
+    mask_k,
+    diagonal,  # a query stands at the key position q_position + diagonal
+    window_left,
+    window_right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Which keys of a block exist and lie in the window of which queries."""
+    # The axes along which vectors are expanded.
+    QUERY: tl.constexpr = 0 if TRANSPOSED else 1
+    KEY: tl.constexpr = 1 if TRANSPOSED else 0
+    visible = tl.expand_dims(mask_k, KEY)
+    at = tl.expand_dims(q_positions + diagonal, QUERY)
+    keys = tl.expand_dims(k_positions, KEY)
+    if HAS_LEFT:
+        visible = visible & (keys >= at - window_left)
+    if HAS_RIGHT:
+        visible = visible & (keys <= at + window_right)
+    return visible
+
+
+@triton.jit
+def scores(
+    dot,  # q kᵀ
+    is_edge,  # whether some keys of the block are beyond a window's edge or the last key
+    q_positions,  # within the sequence
+    k_positions,
+    k_tokens,  # within the tensor
+    mask_q,
+    mask_k,
+    kind,  # of the block of keys, in the table of spans
+    local_ptr,
+    ids_ptr,
+    count_ptr,
+    span_bias_ptr,
+    span_bias_rows,  # int64 offsets of the queries
+    span_bias_stride_s,
+    attn_mask_ptr,
+    attn_mask_rows,
+    attn_mask_stride_n,
+    key_padding_mask_ptr,
+    key_padding_mask_stride_n,
+    diagonal,  # a query stands at the key position q_position + diagonal
+    window_left,
+    window_right,
+    scale,  # τ log2 e, or τ / c with a soft cap c
+    cap,  # c log2 e
+    BLOCK_K: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BOOL_MASK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Equations (1) to (3) in base 2, and the derivative of the soft cap (2), 1 without one."""
+    s = dot * scale
+    dcap = 1.0
+    # The axes along which vectors are expanded.
+    QUERY: tl.constexpr = 0 if TRANSPOSED else 1
+    KEY: tl.constexpr = 1 if TRANSPOSED else 0
+    if HAS_CAP:
+        squashed = tanh(s)
+        s = squashed * cap
+        dcap = 1.0 - squashed * squashed
+    if span_bias_ptr is not None:
+        s = add_shares(
+            s, kind, span_bias_ptr, span_bias_rows, span_bias_stride_s, mask_q, local_ptr,
+            ids_ptr, count_ptr, mask_k, BLOCK_K, 3, TRANSPOSED, True,
+        )  # fmt: skip
+    if key_padding_mask_ptr is not None:
+        offsets = k_tokens.to(tl.int64) * key_padding_mask_stride_n
+        real = tl.load(key_padding_mask_ptr + offsets, mask=mask_k, other=0) != 0
+        s = tl.where(tl.expand_dims(real, KEY), s, float("-inf"))
+    if attn_mask_ptr is not None:
+        offsets = tl.expand_dims(k_tokens.to(tl.int64) * attn_mask_stride_n, KEY)
+        offsets = tl.expand_dims(attn_mask_rows, QUERY) + offsets
+        mask = tl.expand_dims(mask_q, QUERY) & tl.expand_dims(mask_k, KEY)
+        a = tl.load(attn_mask_ptr + offsets, mask=mask, other=0)
+        if BOOL_MASK:
+            s = tl.where(a != 0, s, float("-inf"))
+        else:
+            s += in_base_2(a.to(tl.float32))
+    if is_edge:
+        visible = in_window(
+            q_positions, k_positions, mask_k, diagonal, window_left, window_right, HAS_LEFT,
+            HAS_RIGHT, TRANSPOSED,
+        )  # fmt: skip
+        s = tl.where(visible, s, float("-inf"))
+    return s, dcap

@@ -1,0 +1,243 @@
+"""What the Triton kernels of every op share: availability, tile sizes, launches, recorded launches.
+
+Importing this module does not import triton; the modules that hold kernels do.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # what the tables of tile sizes name
+INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one program's tile, and how it is run.
+
+    `flags` are further constexprs of the kernel, such as whether K is read by tensor descriptors.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as `record_launches` keeps it: enough to compile the kernel ahead of time."""
+
+    kernel: Any  # triton.JITFunction
+    name: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the names of the kernel's parameters, constexprs included
+    options: dict[str, Any]  # num_warps, num_stages, enable_fp_fusion
+
+
+@dataclass
+class _Recorder:
+    architecture: str
+    launches: list[Launch]
+
+
+_recorder: _Recorder | None = None
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1: kernels run on the CPU, in Python, to be tested."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def available() -> str | None:
+    """None if Triton kernels work on this machine, else the reason why not."""
+    if not _installed():
+        return "triton is not installed (pip install triton)"
+    if _recorder is not None or interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels in Python, to test)"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why kernels cannot take these tensors (device and dtype); None if they can."""
+    if _recorder is None:
+        if interpreted() and x.device.type != "cpu":
+            return f"with TRITON_INTERPRET=1 it needs CPU tensors; got {x.device}"
+        if not interpreted() and x.device.type != "cuda":
+            return f"it needs CUDA tensors; got {x.device}"
+    for tensor in (x, *others):
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return f"it computes float32, bfloat16 and float16; got {tensor.dtype}"
+        if interpreted() and tensor is not None and tensor.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+    return None
+
+
+def only_on_request() -> str | None:
+    """Why the automatic choice of a backend leaves Triton out; None where it does not."""
+    return "the interpreter is for tests" if interpreted() and _recorder is None else None
+
+
+def architecture(device: torch.device) -> str:
+    """The row of the tables of tile sizes: "sm_80", "sm_90", "sm_100" or "interpreter"."""
+    if _recorder is not None:
+        return _recorder.architecture
+    if interpreted():
+        return INTERPRETER
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    major, _minor = torch.cuda.get_device_capability(index)
+    if major == 9:
+        return "sm_90"
+    # 12.x has the shared memory and the instructions of 8.x as far as these kernels go.
+    return "sm_100" if major in (10, 11) else "sm_80"
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """For how many programs to aim at: 132 where there is no device to ask."""
+    if _recorder is not None or interpreted():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    fp_fusion: bool = True,
+) -> None:
+    """Launch `kernel` with arguments by name.
+
+    `fp_fusion` lets the compiler round a multiplication and an addition once. It is stated because
+    Triton's default has changed; kernels in which two results must agree bit for bit go without.
+    """
+    if 0 in grid:
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    if _recorder is not None:
+        name = kernel.__name__
+        _recorder.launches.append(Launch(kernel, name, grid, arguments, options))
+        return
+    kernel[grid](**arguments, **options)
+
+
+@contextmanager
+def record_launches(architecture: str) -> Iterator[list[Launch]]:
+    """Inside, kernels are not run: what would be launched on `architecture` is recorded.
+
+    Outputs keep what was in them. This is how kernels are compiled ahead of time, for a GPU that is
+    not there, with exactly the arguments and tile sizes that a call would give them.
+    """
+    global _recorder
+    if interpreted():
+        raise RuntimeError("record_launches: kernels are not compiled under TRITON_INTERPRET=1")
+    before, _recorder = _recorder, _Recorder(architecture, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = before
+
+
+def tuned(
+    name: str,
+    key: tuple[Any, ...],
+    default: Tile,
+    candidates: Sequence[Tile],
+    run: Callable[[Tile], None],
+) -> Tile:
+    """The tile of a kernel: `default` from the table, or with RAL_AUTOTUNE=1 the fastest candidate.
+
+    `key` is what the choice depends on (dtype, head dims, ...). `run` launches the kernel with a
+    tile; it may be called often. A choice is kept in a file per GPU and triton release, in
+    RAL_CACHE_DIR or ~/.cache/ral_kernels, and holds from then on whenever RAL_AUTOTUNE=1.
+    """
+    if _recorder is not None or interpreted() or os.environ.get("RAL_AUTOTUNE", "0") != "1":
+        return default
+    cache = _tuning_cache()
+    entry = f"{name} {key} {_fingerprint(candidates)}"
+    if cache.get(entry, -1) not in range(len(candidates)):
+        times = [_milliseconds(run, tile) for tile in candidates]
+        best = min(range(len(candidates)), key=times.__getitem__)
+        if times[best] == float("inf"):
+            raise RuntimeError(f"{name}: none of {len(candidates)} tile sizes runs for {key}")
+        logger.info("%s %s: %s (%.3f ms)", name, key, candidates[best], times[best])
+        cache[entry] = best
+        _keep(cache)
+    return candidates[cache[entry]]
+
+
+def _milliseconds(run: Callable[[Tile], None], tile: Tile) -> float:
+    import triton
+
+    try:
+        return float(triton.testing.do_bench(lambda: run(tile), warmup=10, rep=50))
+    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
+        logger.debug("tile %s: %s", tile, error)
+        return float("inf")
+
+
+def _fingerprint(candidates: Sequence[Tile]) -> str:
+    """Part of an entry's name: another list of candidates is searched anew."""
+    return hashlib.sha256(repr(candidates).encode()).hexdigest()[:12]
+
+
+def _cache_file() -> Path:
+    import triton
+
+    folder = os.environ.get("RAL_CACHE_DIR") or Path.home() / ".cache" / "ral_kernels"
+    gpu = torch.cuda.get_device_name().replace(" ", "_")
+    return Path(folder) / f"tiles-{gpu}-triton-{triton.__version__}.json"
+
+
+@functools.cache
+def _tuning_cache() -> dict[str, int]:
+    try:
+        found = json.loads(_cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {entry: index for entry, index in found.items() if type(index) is int}
+
+
+def _keep(cache: dict[str, int]) -> None:
+    """Write the choices; a folder that cannot be written costs the next process a search."""
+    path = _cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(cache, indent=1))
+        temporary.replace(path)
+    except OSError as error:
+        logger.warning("RAL_AUTOTUNE: cannot write %s (%s)", path, error)

@@ -1,0 +1,178 @@
+"""What is particular to the Triton backend of `attention`: packed calls, splits, sums by blocks.
+
+The drop-ins never choose the interpreter, so packed calls are made here, below them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ral_kernels as rk
+from ral_kernels import triton_runtime
+from ral_kernels.attention.interface import call_attention
+from tests.conftest import skip_or_fail
+
+PACKED: tuple[tuple[str, list[int], list[int], dict[str, Any]], ...] = (
+    ("self_attention", [33, 0, 5, 70], [33, 0, 5, 70], {"window": (-1, 0)}),
+    ("cross_attention", [7, 33, 0, 20], [40, 3, 17, 35], {}),
+    ("window", [50, 9], [33, 70], {"window": (13, 4)}),
+    ("no_keys", [5, 40], [0, 33], {"window": (-1, 0)}),
+    ("decoding", [1, 3, 0, 1], [20, 140, 20, 0], {"window": (-1, 0)}),
+    ("top_left", [33, 20], [20, 50], {"window": (-1, 0), "top_left": True}),
+    ("rows_softcap", [20, 40], [40, 20], {"rows": (15, 47), "softcap": 2.0}),
+)
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    reason = rk.available_backends()["triton"]
+    if reason != "yes":
+        skip_or_fail("triton", reason)
+
+
+@pytest.fixture
+def splits(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets the number of blocks of keys that a split has at least."""
+    from ral_kernels.attention import triton_launch
+
+    return lambda blocks: monkeypatch.setattr(triton_launch, "BLOCKS_PER_SPLIT", blocks)
+
+
+def packed(
+    backend: str, lengths_q: list[int], lengths_k: list[int], options: dict[str, Any]
+) -> list[Tensor]:
+    """Outputs and gradients of a packed call with spans and a span bias, GQA and Dv != D."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    total_q, total_k, num_spans = sum(lengths_q), sum(lengths_k), 5
+    # Token-major, as packed tensors are.
+    q, k, v = (
+        normal(1, tokens, heads, size).transpose(1, 2).requires_grad_()
+        for tokens, heads, size in ((total_q, 6, 24), (total_k, 2, 24), (total_k, 2, 40))
+    )
+    bias = normal(1, 6, total_q, num_spans).requires_grad_()
+    ids = torch.randint(-1, num_spans, (total_k,), generator=generator)
+    ids[: total_k // 2] = ids[: total_k // 2].sort().values
+    bounds = [
+        torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)
+    ]
+    outputs = call_attention(
+        "attention", q, k, v, rk.Spans(ids, num_spans), span_bias=bias, scale=0.2,
+        **{"window": (-1, -1), "softcap": 0.0, **options},
+        cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1], backend=backend,
+    )  # fmt: skip
+    douts = [normal(*x.shape) for x in outputs if x is not None]
+    grads = torch.autograd.grad(outputs, (q, k, v, bias), douts)
+    return [*(x for x in outputs if x is not None), *grads]
+
+
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "options"), [x[1:] for x in PACKED], ids=[x[0] for x in PACKED]
+)
+def test_packed(lengths_q: list[int], lengths_k: list[int], options: dict[str, Any]) -> None:
+    got = packed("triton", lengths_q, lengths_k, options)
+    for a, b in zip(got, packed("reference", lengths_q, lengths_k, options), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("group", [1, 7])
+def test_splits_over_keys(group: int, splits: Any) -> None:
+    """Decoding in one piece and in several gives the same; so does a split that sees no key."""
+    q = torch.randn(2, 2 * group, 2, 32)
+    k, v = torch.randn(2, 2, 260, 32), torch.randn(2, 2, 260, 20)
+    spans = rk.Spans.from_lengths([3] * 40 + [140])
+    mask = torch.ones(2, 260, dtype=torch.bool)
+    mask[0, :200] = False
+    mask[1] = False
+
+    def run() -> rk.AttentionOutput:
+        return rk.attention(
+            q, k, v, spans, is_causal=True, key_padding_mask=mask, rows=(1, 2), backend="triton"
+        )
+
+    splits(1)
+    split = run()
+    splits(1000)
+    whole = run()
+    assert split.marginals is not None and whole.marginals is not None
+    assert not whole.out[1].any() and whole.out[0].any()
+    for a, b in zip(split, whole, strict=True):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling"])
+def test_sums_outlive_a_maximum_that_outgrows_them(order: str) -> None:
+    """Stored sums are relative to a row's first maximum: 500 units of log2 later they overflow."""
+    q = torch.ones(1, 1, 40, 16)
+    heights = torch.linspace(0, 500, 320)
+    heights = heights if order == "rising" else heights.flip(0)
+    k = (heights[:, None] / 16 * torch.ones(16)).reshape(1, 1, 320, 16)
+    spans = rk.Spans(torch.arange(320) // 20, 16)
+    got, wanted = (
+        rk.attention(q, k, k, spans, scale=1.0, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert got.marginals is not None and wanted.marginals is not None
+    torch.testing.assert_close(got.marginals, wanted.marginals, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_what_is_behind_padding_goes_nowhere(poison: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, 33, 16, generator=generator)
+    k, v = (torch.randn(2, 1, 70, 16, generator=generator) for _ in range(2))
+    mask = torch.arange(70) < torch.tensor([[40], [66]])
+    spans = rk.Spans(torch.arange(70) // 16, 5)
+
+    def run(fill: float) -> list[Tensor]:
+        hidden = ~mask[:, None, :, None]
+        leaves = [q.clone(), k.masked_fill(hidden, fill), v.masked_fill(hidden, fill)]
+        leaves = [x.requires_grad_() for x in leaves]
+        result = rk.attention(*leaves, spans, key_padding_mask=mask, backend="triton")
+        assert result.marginals is not None
+        outputs = (result.out, result.marginals, result.lse)
+        loss = sum(x.square().sum() for x in outputs)
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+    for clean, dirty in zip(run(0.0), run(poison), strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_span_bias_of_minus_infinity_hides_a_span() -> None:
+    q, k = torch.randn(1, 2, 40, 16), torch.randn(1, 1, 100, 16)
+    ids = torch.arange(100) // 17
+    bias = torch.zeros(1, 1, 40, 6)
+    bias[..., 1:3] = -math.inf
+    bias[:, :, 5] = -math.inf
+    hidden = (ids == 1) | (ids == 2)
+    mask = ~hidden.expand(40, 100).clone()
+    mask[5] = False
+    spans = rk.Spans(ids, 6)
+    biased = rk.attention(q, k, k, spans, span_bias=bias, backend="triton")
+    masked = rk.attention(q, k, k, spans, attn_mask=mask, backend="triton")
+    for a, b in zip(biased, masked, strict=True):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a, b)
+
+
+def test_head_dims_beyond_256_are_refused() -> None:
+    q = torch.randn(1, 1, 2, 264)
+    with pytest.raises(NotImplementedError, match="head dims go up to 256; got 264 and 264"):
+        rk.attention(q, q, q, backend="triton")
+
+
+def test_bfloat16_is_not_interpreted() -> None:
+    if not triton_runtime.interpreted():
+        pytest.skip("a GPU multiplies it")
+    q = torch.randn(1, 1, 2, 16, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="bfloat16"):
+        rk.attention(q, q, q, backend="triton")
