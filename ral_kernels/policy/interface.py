@@ -10,10 +10,10 @@ from torch import Tensor
 from .. import backends, checks
 from ..attention import interface as attention_interface
 from ..spans import Spans
-from . import cpu, reference
+from . import cpu, reference, triton_backend
 from .arguments import PolicyArgs
 
-BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": cpu, "reference": reference}
 backends.register("policy", BACKENDS)
 
 

@@ -14,11 +14,15 @@ from ..policy.arguments import PolicyArgs
 from ..policy.interface import accumulation_dtype, call_policy, resolve_call
 from ..snapshot import AttentionSnapshot
 from ..spans import Spans
-from . import cpu
+from . import cpu, triton_backend
 from . import reference as reference_backend
 from .arguments import PolicyDivergenceArgs, ReferenceArgs
 
-BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": reference_backend}
+BACKENDS: dict[str, Any] = {
+    "triton": triton_backend,
+    "cpu": cpu,
+    "reference": reference_backend,
+}
 backends.register("policy_divergence", BACKENDS)
 
 

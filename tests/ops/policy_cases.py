@@ -178,6 +178,9 @@ SPAN_CASES: tuple[PolicyCase, ...] = (  # a policy over spans
 # fmt: on
 CASES = TOKEN_CASES + SPAN_CASES
 BY_NAME = {case.name: case for case in CASES}
+# One of each kind, for tests over many dtypes or divergences where a case takes seconds.
+FEW = ("length_2", "gqa_7", "head_dim_37", "layout_strided", "padding_left", "window_both",
+    "softcap", "large_scores", "peaked_on_self", "spans_unsorted", "span_bias_per_row")  # fmt: skip
 
 
 def snapshot_inputs(case: PolicyCase, inputs: PolicyInputs, other_model: bool) -> PolicyInputs:

@@ -249,6 +249,7 @@ def test_fake_tensors() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.in_interpreter(when=lambda threads: threads == 1)
 def test_repeats_bit_for_bit(backend: str, threads: int) -> None:
     p, r = random_rows((50, 1001), 0), random_rows((50, 1001), 1)
     first = divergence(p, r, backend=backend)

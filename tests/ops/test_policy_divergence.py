@@ -19,6 +19,7 @@ from tests.ops.accuracy import assert_accurate, assert_gradient_accurate
 from tests.ops.attention_cases import AttentionCase
 from tests.ops.policy_cases import (
     BY_NAME,
+    FEW,
     TOKEN_CASES,
     PolicyCase,
     PolicyInputs,
@@ -77,6 +78,7 @@ def check_case(
 
 @pytest.mark.parametrize("case", TOKEN_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.in_interpreter(when=lambda case, dtype: dtype == torch.float32 or case.name in FEW[:4])
 def test_against_snapshot(case: PolicyCase, dtype: torch.dtype, backend: str) -> None:
     check_case(case, dtype, backend, "jsd", other_model=False)
 
@@ -87,6 +89,9 @@ SOME = ("length_2", "off_blocks", "gqa_7", "rows_middle", "scope_batch", "paddin
 @pytest.mark.parametrize("name", [*SOME, "with_self", "not_causal", "window_causal", "decode"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.in_interpreter(
+    when=lambda name, kind: name != "together" and (kind == "jsd" or name in ("decode", "gqa_7"))
+)
 def test_against_snapshot_of_another_model(
     name: str, kind: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -179,6 +184,9 @@ def check_unchanged(name: str, kind: str, dtype: torch.dtype, backend: str) -> N
 @pytest.mark.parametrize("name", ZERO_CASES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.in_interpreter(
+    when=lambda name, kind, dtype: (kind == "jsd" and dtype == torch.float32) or name in FEW[1:5]
+)
 def test_unchanged_policy_is_exactly_zero(
     name: str, kind: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -189,6 +197,7 @@ def test_unchanged_policy_is_exactly_zero(
     "span_bias_full", "spans_wider_scope", "spans_padding"])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.in_interpreter(when=lambda name, kind: kind == "jsd" or name in FEW)
 def test_unchanged_policy_over_spans_is_exactly_zero(
     name: str, kind: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -204,6 +213,7 @@ def test_unchanged_policy_over_spans_is_exactly_zero(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", [1, 40, 61])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.in_interpreter(when=lambda kind, prefix: kind == "jsd" or prefix == 40)
 def test_shared_prefix_is_exactly_zero(
     kind: str, prefix: int, dtype: torch.dtype, backend: str
 ) -> None:
@@ -354,6 +364,7 @@ def test_agrees_with_the_public_class(form: str, backend: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOME)
+@pytest.mark.in_interpreter(when=lambda name, kind: kind == "kl" and name != "together")
 def test_dense_and_snapshot_references_agree(name: str, kind: str, backend: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float32).requires_grad_()
     other = snapshot_inputs(BY_NAME[name], inputs, other_model=True)
@@ -394,6 +405,7 @@ def loss_inputs() -> tuple[PolicyInputs, AttentionSnapshot, Tensor, Tensor]:
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])
+@pytest.mark.in_interpreter(when=lambda masked, per_token: masked != per_token)
 def test_reductions(reduction: str, masked: bool, per_token: bool, backend: str) -> None:
     inputs, snapshot, advantages, mask = loss_inputs()
     if per_token:
@@ -423,6 +435,7 @@ def test_reductions(reduction: str, masked: bool, per_token: bool, backend: str)
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.in_interpreter(when=lambda reduction: reduction == "sequence_mean")
 def test_fully_masked_batch(reduction: str, kind: str, backend: str) -> None:
     inputs, snapshot, advantages, mask = loss_inputs()
     loss = ral_loss(inputs.q, inputs.k, snapshot, advantages, torch.zeros_like(mask), kind=kind,
@@ -567,6 +580,7 @@ def test_compile_without_graph_break(form: str, backend: str) -> None:
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", ["off_blocks", "gqa_7", "together"])
+@pytest.mark.in_interpreter(when=lambda name, threads: threads == 1 and name == "gqa_7")
 def test_repeats_bit_for_bit(name: str, dtype: torch.dtype, backend: str, threads: int) -> None:
     def run() -> list[Tensor]:
         inputs = BY_NAME[name].inputs(dtype).requires_grad_()
@@ -577,11 +591,12 @@ def test_repeats_bit_for_bit(name: str, dtype: torch.dtype, backend: str, thread
         return [value, *gradients(value, inputs, random_like(value, 1)).values()]
 
     first = run()
-    for _ in range(2):
+    for _ in range(1 if backend == "triton" else 2):
         for once, again in zip(first, run(), strict=True):
             assert torch.equal(once, again)
 
 
+@pytest.mark.in_interpreter(when=lambda: False)  # bfloat16
 def test_autocast(backend: str) -> None:
     """Exact zeros also under autocast, which turns q and k into its dtype on both sides."""
     q, k = torch.randn(1, 2, 40, 16, requires_grad=True), torch.randn(1, 1, 40, 16)

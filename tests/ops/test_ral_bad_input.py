@@ -186,8 +186,8 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^attention_divergence: q must be"),
     ("divergence_scope", lambda: against(scope=3), TypeError,
      r"^attention_divergence: scope must be .*; got int"),
-    ("divergence_backend_2", lambda: against(reference=snap(), backend="triton"),
-     NotImplementedError, r"^policy_divergence: backend 'triton' has no kernels"),
+    ("divergence_backend_2", lambda: against(reference=snap(), backend="cuda"),
+     NotImplementedError, r"^policy_divergence: backend 'cuda' has no kernels"),
     # ral_loss
     ("loss_q", lambda: loss(q=None), TypeError, r"^ral_loss: q must be"),
     ("loss_reference", lambda: loss(reference="old"), TypeError,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ral_kernels as rk
+from ral_kernels import triton_runtime
 from ral_kernels.divergence import divergence
 from ral_kernels.divergence.arguments import KINDS
 from ral_kernels.policy import attention_policy
@@ -24,6 +28,23 @@ EXAMPLES = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+EXAMPLES_IN_INTERPRETER = 5  # of Triton's kernels: an example takes seconds there
+
+
+def few_in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
+    """Leave out later examples where each takes seconds."""
+    calls: Counter[str] = Counter()
+
+    @functools.wraps(test)
+    def run(*args: Any, backend: str, **kwargs: Any) -> None:
+        calls[backend] += 1
+        slow = backend == "triton" and triton_runtime.interpreted()
+        if not slow or calls[backend] <= EXAMPLES_IN_INTERPRETER:
+            test(*args, backend=backend, **kwargs)
+
+    return run
+
+
 TOLERANCE = 2e-6  # float32 rounding of sums over at most 70 keys
 
 
@@ -77,6 +98,7 @@ def sums_to_one_or_zero(p: Tensor) -> bool:
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_rows_sum_to_one(problem: Draw, backend: str) -> None:
     for more in ({}, {"scope": problem.scope}, {"spans": problem.spans}):
         p = attention_policy(problem.q, problem.k, backend=backend, **problem.options, **more)
@@ -88,6 +110,7 @@ def test_rows_sum_to_one(problem: Draw, backend: str) -> None:
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_p_outside_the_scope_is_zero(problem: Draw, backend: str) -> None:
     p = attention_policy(
         problem.q, problem.k, scope=problem.scope, backend=backend, **problem.options
@@ -97,6 +120,7 @@ def test_p_outside_the_scope_is_zero(problem: Draw, backend: str) -> None:
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_restricting_the_scope_renormalises(problem: Draw, backend: str) -> None:
     options = {**problem.options, "backend": backend}
     p = attention_policy(problem.q, problem.k, **options)
@@ -109,6 +133,7 @@ def test_restricting_the_scope_renormalises(problem: Draw, backend: str) -> None
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_jsd_is_bounded_and_symmetric(problem: Draw, backend: str) -> None:
     options = {**problem.options, "backend": backend}
     p, r = attention_policy(problem.q, problem.k, **options), problem.reference(backend=backend)
@@ -123,6 +148,7 @@ def test_jsd_is_bounded_and_symmetric(problem: Draw, backend: str) -> None:
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_divergences_are_not_negative(problem: Draw, backend: str) -> None:
     for kind in KINDS:
         value = attention_divergence(
@@ -133,6 +159,7 @@ def test_divergences_are_not_negative(problem: Draw, backend: str) -> None:
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_jsd_over_spans_is_at_most_jsd_over_tokens(problem: Draw, backend: str) -> None:
     """Merging outcomes loses information: the data-processing inequality."""
     options = {**problem.options, "scope": problem.spans, "backend": backend}
@@ -145,6 +172,7 @@ def test_jsd_over_spans_is_at_most_jsd_over_tokens(problem: Draw, backend: str) 
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_permuting_heads_changes_nothing(problem: Draw, backend: str) -> None:
     """The heads of a kv head move together with it, and among themselves."""
     kv = torch.randperm(problem.num_kv_heads, generator=problem.generator)
@@ -165,6 +193,7 @@ def test_permuting_heads_changes_nothing(problem: Draw, backend: str) -> None:
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_relabelling_spans_changes_nothing(problem: Draw, backend: str) -> None:
     spans = problem.partition
     labels = torch.randperm(spans.num_spans, generator=problem.generator)
@@ -182,6 +211,7 @@ def test_relabelling_spans_changes_nothing(problem: Draw, backend: str) -> None:
 
 @EXAMPLES
 @given(problem=PROBLEMS, factor=st.sampled_from([-4.0, -1.0, 0.5, 0.0, 2.0]))
+@few_in_interpreter
 def test_scaling_the_advantages_scales_the_gradients(
     problem: Draw, factor: float, backend: str
 ) -> None:
@@ -200,6 +230,7 @@ def test_scaling_the_advantages_scales_the_gradients(
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_loss_is_linear_in_the_tokens(problem: Draw, backend: str) -> None:
     """The loss of a batch is the sum over any split of its tokens."""
     snapshot = problem.snapshot()
@@ -214,6 +245,7 @@ def test_loss_is_linear_in_the_tokens(problem: Draw, backend: str) -> None:
 
 @EXAMPLES
 @given(problem=PROBLEMS)
+@few_in_interpreter
 def test_equal_advantages_over_a_shared_prefix_cancel(problem: Draw, backend: str) -> None:
     """Rollouts with the same prefix and advantages that sum to 0 get no signal: DESIGN, fact 3."""
     q = problem.q[:1].expand(2, -1, -1, -1).clone().requires_grad_()

@@ -1,0 +1,176 @@
+"""Triton kernels of `divergence`: one sweep over the rows, and the end of rows cut in pieces."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import triton_runtime
+from . import triton_tiles
+from .arguments import KINDS
+from .triton_terms import JSD, KL, REVERSE_KL, divergence_gradient, divergence_terms
+
+
+@triton.jit(do_not_specialize=["num_rows", "length_per_split"])
+def divergence_fwd_kernel(
+    p_ptr,
+    r_ptr,
+    partial_ptr,
+    dp_ptr,
+    dr_ptr,
+    num_rows,
+    length,
+    length_per_split,
+    KIND: tl.constexpr,
+    GENERALISED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum the terms of a piece of BLOCK_R rows into partial [splits, rows]; write dp and dr.
+
+    GENERALISED leaves − p + r in the terms of kl (and − r + p), which rows that sum to 1 do not
+    see: gradients then have no constant. dp may be written over p.
+    """
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    mask_r = offs_r < num_rows
+    start = split.to(tl.int64) * length_per_split
+    stop = tl.minimum(start + length_per_split, length)
+    value = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for first in range(start, stop, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        offsets = offs_r[:, None] * length + offs_n[None, :]
+        mask = mask_r[:, None] & (offs_n < stop)[None, :]
+        # [BLOCK_R, BLOCK_N]
+        p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
+        r = tl.load(r_ptr + offsets, mask=mask, other=0.0)
+        terms = divergence_terms(p, r, KIND)
+        if GENERALISED or KIND == JSD:
+            pass
+        elif KIND == KL:
+            terms += tl.where(terms == float("inf"), 0.0, p - r)  # (2)
+        else:
+            terms += tl.where(terms == float("inf"), 0.0, r - p)  # (3)
+        value += terms
+        if dp_ptr is not None:
+            dp = divergence_gradient(p, r, KIND)
+            if KIND == KL and not GENERALISED:
+                dp += 1.0  # (9)
+            elif KIND == REVERSE_KL and not GENERALISED:
+                dp -= 1.0  # (10)
+            tl.store(dp_ptr + offsets, tl.where(p == 0.0, 0.0, dp), mask=mask)
+        if dr_ptr is not None:
+            dr = divergence_gradient(r, p, JSD if KIND == JSD else 3 - KIND)  # (11)
+            if KIND == KL and not GENERALISED:
+                dr -= 1.0
+            elif KIND == REVERSE_KL and not GENERALISED:
+                dr += 1.0
+            tl.store(dr_ptr + offsets, tl.where(r == 0.0, 0.0, dr), mask=mask)
+    tl.store(partial_ptr + split.to(tl.int64) * num_rows + offs_r, tl.sum(value, 1), mask=mask_r)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def divergence_rows_kernel(
+    partial_ptr,
+    value_ptr,
+    dp_ptr,
+    dr_ptr,
+    num_rows,
+    num_splits,
+    length,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum the pieces of each row in order; a row of infinite value gets gradients of 0."""
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < num_rows
+    value = tl.zeros([BLOCK_R], tl.float32)
+    partial = partial_ptr + offs_r
+    for _ in range(num_splits):
+        # [BLOCK_R]
+        value += tl.load(partial, mask=mask_r, other=0.0)
+        partial += num_rows
+    tl.store(value_ptr + offs_r, value, mask=mask_r)
+    infinite = mask_r & (value == float("inf"))
+    # No row of most blocks is infinite: their loop is empty.
+    stop = tl.where(tl.max(infinite.to(tl.int32), 0) > 0, length, 0)
+    for first in range(0, stop, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        offsets = offs_r[:, None] * length + offs_n[None, :]
+        mask = infinite[:, None] & (offs_n < length)[None, :]
+        zero = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+        if dp_ptr is not None:
+            tl.store(dp_ptr + offsets, zero, mask=mask)
+        if dr_ptr is not None:
+            tl.store(dr_ptr + offsets, zero, mask=mask)
+
+
+def sweep(
+    p: Tensor, r: Tensor, kind: str, generalised: bool, dp: Tensor | None, dr: Tensor | None
+) -> Tensor:
+    """The sums [pieces, rows] of rows p and r [rows, N], in order; write dp and dr where given."""
+    num_rows, length = p.shape
+    tile = _tile(p)
+    multiprocessors = triton_runtime.num_multiprocessors(p.device)
+    splits = triton_tiles.num_splits(tile, num_rows, length, multiprocessors)
+    per_split = triton.cdiv(triton.cdiv(length, tile.block_n), splits) * tile.block_n
+    splits = triton.cdiv(length, per_split)
+    partial = p.new_empty((splits, num_rows))
+    # jsd(p, r) and jsd(r, p) agree bit for bit only if nothing is fused.
+    triton_runtime.launch(
+        divergence_fwd_kernel,
+        (triton.cdiv(num_rows, tile.block_r), splits),
+        {
+            "p_ptr": p,
+            "r_ptr": r,
+            "partial_ptr": partial,
+            "dp_ptr": dp,
+            "dr_ptr": dr,
+            "num_rows": num_rows,
+            "length": length,
+            "length_per_split": per_split,
+            "KIND": KINDS.index(kind),
+            "GENERALISED": generalised,
+            "BLOCK_R": tile.block_r,
+            "BLOCK_N": tile.block_n,
+        },
+        tile.num_warps,
+        num_stages=2,
+        fp_fusion=False,
+    )
+    return partial
+
+
+def fwd(
+    p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
+) -> None:
+    """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
+    partial = sweep(p, r, kind, False, dp, dr)
+    num_rows, length = p.shape
+    tile = _tile(p)
+    finite = kind == "jsd"  # no gradients to take back
+    triton_runtime.launch(
+        divergence_rows_kernel,
+        (triton.cdiv(num_rows, tile.block_r),),
+        {
+            "partial_ptr": partial,
+            "value_ptr": value,
+            "dp_ptr": None if finite else dp,
+            "dr_ptr": None if finite else dr,
+            "num_rows": num_rows,
+            "num_splits": partial.shape[0],
+            "length": length,
+            "BLOCK_R": tile.block_r,
+            "BLOCK_N": tile.block_n,
+        },
+        tile.num_warps,
+        num_stages=2,
+        fp_fusion=False,
+    )
+
+
+def _tile(p: Tensor) -> triton_tiles.RowTile:
+    return triton_tiles.tile(triton_runtime.architecture(p.device), p.shape[1])

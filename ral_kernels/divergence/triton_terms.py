@@ -1,0 +1,97 @@
+"""Terms of the divergences on the device, free of cancellation (equations: README.md)."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+JSD = tl.constexpr(0)  # the order of arguments.KINDS
+KL = tl.constexpr(1)
+REVERSE_KL = tl.constexpr(2)
+
+_SMALLEST_NORMAL = tl.constexpr(1.17549435e-38)
+_LARGEST = tl.constexpr(3.4e38)
+_LOG_2_24 = tl.constexpr(16.635532333438686)
+
+
+@triton.jit
+def atanh_series(s):
+    """atanh(s) for |s| <= 0.18, to a rounding."""
+    z = s * s
+    series = 1.0 / 7.0 + z * (1.0 / 9.0 + z * (1.0 / 11.0))
+    return s + s * z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * series))
+
+
+@triton.jit
+def log_of(x):
+    """log(x) for x >= 0, subnormal too: the library's logarithm may take those for 0."""
+    small = x < _SMALLEST_NORMAL
+    return tl.log(tl.where(small, x * 16777216.0, x)) - tl.where(small, _LOG_2_24, 0.0)
+
+
+@triton.jit
+def log_quotient(a, b, s):
+    """log(a / b) for a, b > 0, with s = (a - b) / (a + b) from the unrounded difference: (5)."""
+    y = a / b
+    normal = (y > _SMALLEST_NORMAL) & (y < _LARGEST)
+    far = tl.where(normal, tl.log(tl.where(normal, y, 1.0)), log_of(a) - log_of(b))
+    return tl.where(tl.abs(s) < 0.17, 2.0 * atanh_series(s), far)
+
+
+@triton.jit
+def relative_difference(p, r):
+    """x = (p - r) / (p + r), and 0 where both are 0: (4)."""
+    total = p + r
+    return (p - r) / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def jsd_terms(p, r, x):
+    z = x * x
+    series = 1.0 / 30.0 + z * (1.0 / 56.0 + z * (1.0 / 90.0 + z * (1.0 / 132.0)))
+    near = 0.5 * (p + r) * z * (0.5 + z * (1.0 / 12.0 + z * series))  # (6)
+    # log(p/m) as a quotient with its own s: (p - m) / (p + m) = x / (2 + x).
+    m = 0.5 * (p + r)
+    p_term = tl.where(p == 0.0, 0.0, p * log_quotient(p, m, x / (2.0 + x)))
+    r_term = tl.where(r == 0.0, 0.0, r * log_quotient(r, m, -x / (2.0 - x)))
+    return tl.where(z < 0.0625, near, 0.5 * (p_term + r_term))  # (1)
+
+
+@triton.jit
+def kl_terms(a, b, x):
+    """a log(a/b) - a + b >= 0, +inf where b = 0 < a; x belongs to (a, b)."""
+    z = x * x
+    q = 1.0 / 7.0 + z * (1.0 / 9.0 + z * (1.0 / 11.0 + z * (1.0 / 13.0)))
+    q = 1.0 / 3.0 + z * (1.0 / 5.0 + z * q)
+    near = (a + b) * z * (1.0 + x * (1.0 + x) * q)  # (7)
+    far = a * log_quotient(a, b, x) - a + b
+    term = tl.where(z < 0.1, near, far)
+    return tl.where(a == 0.0, b, tl.where(b == 0.0, a * float("inf"), term))
+
+
+@triton.jit
+def divergence_terms(p, r, KIND: tl.constexpr):
+    """Terms >= 0; those of kl and reverse_kl are Σ p log(p/r) − p + r and Σ r log(r/p) − r + p."""
+    x = relative_difference(p, r)
+    if KIND == JSD:
+        terms = jsd_terms(p, r, x)
+    elif KIND == KL:
+        terms = kl_terms(p, r, x)
+    else:
+        terms = kl_terms(r, p, -x)
+    return terms
+
+
+@triton.jit
+def divergence_gradient(p, r, KIND: tl.constexpr):
+    """l = ∂term/∂p; 0 where p is 0, and where r = 0 < p makes the row infinite."""
+    x = relative_difference(p, r)
+    if KIND == JSD:
+        gradient = 0.5 * log_quotient(p, 0.5 * (p + r), x / (2.0 + x))  # (8)
+    elif KIND == KL:
+        gradient = tl.where(r == 0.0, 0.0, log_quotient(p, r, x))  # (9)
+    else:
+        quotient = (p - r) / tl.where(p == 0.0, 1.0, p)  # (10)
+        # Bounded, so that a subnormal p does not turn sums over the row into infinities.
+        gradient = tl.where(quotient < -1e34, -1e34, quotient)
+    return tl.where(p == 0.0, 0.0, gradient)

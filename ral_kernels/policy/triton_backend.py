@@ -1,0 +1,43 @@
+"""Triton backend of `policy`: launches of the kernels of triton_statistics, _fwd and _bwd."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import triton_runtime
+from .arguments import PolicyArgs
+
+MAX_HEAD_DIM = 256
+
+available = triton_runtime.available
+only_on_request = triton_runtime.only_on_request
+
+
+def can_run(args: PolicyArgs) -> str | None:
+    """None if this backend can run `args`, else the reason why not."""
+    if args.head_dim > MAX_HEAD_DIM:
+        return f"head dims go up to {MAX_HEAD_DIM}; got {args.head_dim}"
+    return triton_runtime.cannot_run(args.q, args.k, args.span_bias)
+
+
+def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
+    """Write the policy, norm and z."""
+    from . import triton_fwd_launch
+
+    triton_fwd_launch.fwd(args, p, norm, z)
+
+
+def bwd(
+    args: PolicyArgs,
+    p: Tensor,
+    norm: Tensor,
+    z: Tensor,
+    dp: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dspan_bias: Tensor | None,
+) -> None:
+    """Write dq, dk and, where asked for, dspan_bias. p is not read: P_h shows where it is 0."""
+    from . import triton_bwd_launch
+
+    triton_bwd_launch.bwd(args, norm, z, dp, dq, dk, dspan_bias)

@@ -1,0 +1,53 @@
+"""Device functions of the backward of `policy`: the gradient of the scores (README.md)."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_outcomes(ptr, stride_t, offs_q, outcome, mask):
+    """A [T, outcomes] tensor at rows and outcomes whose shapes broadcast; 0 in no outcome (-1)."""
+    pointers = ptr + offs_q.to(tl.int64) * stride_t + outcome
+    return tl.load(pointers, mask=mask & (outcome >= 0), other=0.0)
+
+
+@triton.jit
+def score_gradient(p, dp, visible, valid, factor, c, delta):
+    """dS_h from P_h, dp, and what policy_bwd_rows_kernel made of them: (10) to (12).
+
+    A weight of exactly 0 has a gradient of 0, whatever dp is there.
+    """
+    g = tl.where(valid, (dp - c) * factor, 0.0)
+    return tl.where(visible & (p != 0.0), p * (g - delta), 0.0)
+
+
+@triton.jit
+def softcap_slope(s, softcap_log2):
+    """1 − (y/c̄)² from the scores before the bias: (14)."""
+    squashed = s / softcap_log2
+    return 1.0 - squashed * squashed
+
+
+@triton.jit
+def add_product(total, ds, x, PRECISION: tl.constexpr):
+    """total + ds x.
+
+    With float16 inputs dS stays float32, and tf32 multiplies: it has float16's precision, holds
+    every float16 number, and a dS of 1e-9, as policies of thousands of keys have, does not
+    underflow in it.
+    """
+    if x.dtype == tl.float16:
+        total = tl.dot(ds, x.to(tl.float32), total, input_precision="tf32")
+    else:
+        total = tl.dot(ds.to(x.dtype), x, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def add_per_span(total, x, one_hot):
+    """total + x one_hot in float32: two products of tf32, because one_hot needs no splitting."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits are tf32's
+    total = tl.dot(high, one_hot, total, input_precision="tf32")
+    return tl.dot(x - high, one_hot, total, input_precision="tf32")
