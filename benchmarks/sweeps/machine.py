@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-GEMM_SIZE = 2048
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+FLUSH_BYTES = 256 << 20  # more than any GPU's L2
+SLEEP_CYCLES = 4_000_000  # about 2 ms
+GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
 def _proc(path: str, key: str) -> str | None:
@@ -73,7 +77,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of this checkout and whether files differ from it."""
+    """The commit of this checkout and whether files differ from it.
+
+    A copy without its .git, as on a machine lent for a run, is told its commit by RAL_COMMIT.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -83,6 +90,9 @@ def commit() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
+    told = os.environ.get("RAL_COMMIT")
+    if told and git("rev-parse", "HEAD") is None:
+        return {"hash": told[:10], "dirty": None}
     changes = git("status", "--porcelain")
     return {"hash": git("rev-parse", "--short=10", "HEAD"), "dirty": bool(changes)}
 
@@ -128,11 +138,33 @@ def peak_memory(device: torch.device) -> int:
     return peak_rss if sys.platform == "darwin" else peak_rss * 1024
 
 
+def gpu_state() -> dict[str, float] | None:
+    """Clocks in MHz, degrees Celsius and watts of the first GPU now; None without nvidia-smi."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        values = [float(value) for value in done.stdout.splitlines()[0].split(",")]
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return dict(zip(GPU_STATE, values, strict=True))
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+
 def clock(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, by events on CUDA; its result is dropped after the clock stops."""
+    """Seconds of one call, by events on CUDA; its result is dropped after the clock stops.
+
+    On CUDA the L2 cache is emptied first, and the GPU is kept waiting for 2 ms while the host
+    enqueues the call, so that a short one is not a measurement of the host.
+    """
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _flush_buffer(device).zero_()
         torch.cuda.synchronize(device)
+        torch.cuda._sleep(SLEEP_CYCLES)
         begin.record()
         result = call()
         end.record()
@@ -150,7 +182,7 @@ def gemm_gflops(dtype: torch.dtype, device: torch.device) -> float:
     """The rate of torch's own matrix product here and now, median of five, in GFLOP/s."""
     # torch has no fast float16 product on CPUs: 2 GFLOP/s, which would take minutes at full size
     slow = dtype == torch.float16 and device.type == "cpu"
-    size = GEMM_SIZE // 8 if slow else GEMM_SIZE
+    size = GEMM_SIZE[device.type] // (8 if slow else 1)
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
     seconds = [clock(lambda: left @ right, device) for _ in range(7)][2:]

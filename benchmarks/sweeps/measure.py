@@ -73,7 +73,8 @@ class Sweep:
         advance: Callable[[str], None],
     ) -> None:
         self.objective = objective
-        order = dict.fromkeys([*objective.peers, *names])
+        self.peers = objective.peers_on(device.type)
+        order = dict.fromkeys([*self.peers, *names])
         self.contestants = [objective.registry[name] for name in order]
         self.modes, self.repeats, self.device, self.dtype = modes, repeats, device, dtype
         # called with what is about to run, once for each step of `steps_per_size`
@@ -95,7 +96,7 @@ class Sweep:
         """Measure one problem in about `share` seconds; one record for each contestant and mode."""
         deadline = time.perf_counter() + share
         entries = [
-            Entry(c, mode, c.ours or c.name in self.objective.peers)
+            Entry(c, mode, c.ours or c.name in self.peers)
             for mode in self.modes
             for c in self.contestants
         ]
@@ -189,7 +190,7 @@ class Sweep:
         or in `FEWEST` where even that takes longer than `share` seconds.
         """
         racing = [entry for entry in entries if entry.in_the_race]
-        if not any(entry.contestant.name in self.objective.peers for entry in racing):
+        if not any(entry.contestant.name in self.peers for entry in racing):
             racing = []
         runs: dict[str, Callable[[], object]] = {}
         for entry in racing:
@@ -220,9 +221,7 @@ class Sweep:
         peers = [
             entry
             for entry in entries
-            if entry.mode == mode
-            and entry.seconds
-            and entry.contestant.name in self.objective.peers
+            if entry.mode == mode and entry.seconds and entry.contestant.name in self.peers
         ]
         return min(peers, key=lambda peer: statistics.median(peer.seconds), default=None)
 

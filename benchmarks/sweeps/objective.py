@@ -108,7 +108,7 @@ class Objective:
     outputs: tuple[str, ...]  # of a forward
     gradients: tuple[str, ...]  # of a backward, one for each of Problem.inputs
     contestants: tuple[Contestant, ...]
-    peers: tuple[str, ...]  # every ratio is to the fastest of these at that size
+    peers: tuple[str, ...]  # every ratio is to the fastest of these at that size,
     peer_heading: str  # of the table's column of ratios
     peer_claim: str  # "0.2 x the time of ..." in the plot
     flops_per_pair: Mapping[str, int]  # by mode, times head_dim
@@ -118,11 +118,16 @@ class Objective:
     exact: Callable[[Any, Set[str]], dict[str, dict[str, Tensor]]]
     facts: Callable[[Any], dict[str, Any]]  # of a problem, for the JSON
     summary: Callable[[Mapping[str, Any]], tuple[str, ...]]  # of these facts, for the table
+    cuda_peers: tuple[str, ...] = ()  # and there of these too
     default_rows: int | None = None  # None: the objective is over all rows
 
     @cached_property
     def registry(self) -> dict[str, Contestant]:
         return {contestant.name: contestant for contestant in self.contestants}
+
+    def peers_on(self, device: str) -> tuple[str, ...]:
+        """Who the ratios are to on this kind of device."""
+        return self.peers + (self.cuda_peers if device.split(":")[0] == "cuda" else ())
 
     def default_names(self, device: str) -> list[str]:
         """Everybody who belongs on this kind of device."""

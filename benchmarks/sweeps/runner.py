@@ -138,6 +138,7 @@ def run_sweep(
         "sizes": [],
     }
     print(report.header(run), flush=True)
+    path = _path(benchmark, options, run)
     budget = options.budget or (FULL_SECONDS if options.full else DEFAULT_SECONDS)
     deadline = began + budget
     # disable=None: no bar where stderr is a file, which a bar would fill with its frames
@@ -162,11 +163,12 @@ def run_sweep(
                 # a floor for small sizes, whose time is start-up and compilation rather than N^2
                 share = min(max(left * weights[0] / sum(weights), 12.0), left)
                 run["sizes"].append(_measure(sweep, size, problem, share))
+                run["seconds"] = round(time.perf_counter() - began, 1)
+                report.save(run, path)  # each size anew: a run that is killed keeps what it has
                 bar.write(f"\n{report.table(objective, run['sizes'][-1])}", file=sys.stdout)
         finally:
             sweep.close()
-    run["seconds"] = round(time.perf_counter() - began, 1)
-    return _finish(benchmark, objective, options, run)
+    return _finish(objective, options, run, path)
 
 
 def _advance(bar: Any, what: str) -> None:
@@ -184,19 +186,23 @@ def _measure(sweep: Sweep, size: Size, problem: Problem, share: float) -> dict[s
         "seqlen": problem.seqlen,
         **sweep.objective.facts(problem),
         "gemm_gflops": sweep.gemm,
+        **({"gpu_state": machine.gpu_state()} if problem.q.is_cuda else {}),
         "peer": sweep.peer,
         "results": results,
     }
 
 
-def _finish(
-    benchmark: str, objective: Objective, options: argparse.Namespace, run: dict[str, Any]
-) -> int:
+def _path(benchmark: str, options: argparse.Namespace, run: dict[str, Any]) -> Path:
+    """Of the JSON: one a machine, objective, dtype and commit."""
     folder = options.out or RESULTS / machine.slug(run["machine"])
     commit = run["commit"]
     version = (commit["hash"] or "uncommitted") + ("-dirty" if commit["dirty"] else "")
-    path = folder / f"{benchmark}-{objective.name}-{options.dtype}-{version}.json"
-    report.save(run, path)
+    return folder / f"{benchmark}-{run['objective']}-{options.dtype}-{version}.json"
+
+
+def _finish(
+    objective: Objective, options: argparse.Namespace, run: dict[str, Any], path: Path
+) -> int:
     print(f"\n{run['seconds']:.0f} s in all; wrote {path}")
     if not options.no_plot:
         from . import plot

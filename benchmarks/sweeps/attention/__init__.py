@@ -33,6 +33,7 @@ ATTENTION = Objective(
     gradients=("dq", "dk", "dv"),
     contestants=CONTESTANTS,
     peers=("sdpa",),  # the floor
+    cuda_peers=("sdpa_cudnn", "sdpa_flash", "sdpa_efficient"),
     peer_heading="/ SDPA",
     peer_claim="plain SDPA",
     # the backward has 5 products to the forward's 2

@@ -26,6 +26,7 @@ RAL = Objective(
     gradients=("dq", "dk"),
     contestants=CONTESTANTS,
     peers=("chunked_16", "chunked_64"),
+    cuda_peers=("chunked_256",),
     peer_heading="/ chunked",
     peer_claim="the fastest chunked PyTorch",
     # a product for the scores of either policy; in the backward these once more, for dq and for dk

@@ -175,7 +175,8 @@ def wrong(problem: RalProblem) -> Loss:
     return loss
 
 
-CHUNKS = {16: ("cpu", "cuda"), 64: ("cpu", "cuda"), 256: ()}  # rows -> where it takes part unasked
+# rows -> where it takes part unasked
+CHUNKS = {16: ("cpu", "cuda"), 64: ("cpu", "cuda"), 256: ("cuda",)}
 CONTESTANTS = (
     Contestant("ral", "ral_kernels, ral_loss", ral, ours=True),
     Contestant("ral_again", "ral_loss, known snapshot", ral_again, ours=True),

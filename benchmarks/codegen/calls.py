@@ -1,0 +1,206 @@
+"""The calls whose kernels are compiled: every op, its variants, dtypes and head dims.
+
+Shapes matter to the compiler only through sizes that a kernel takes as constants and through
+divisibility by 16: they are realistic, and small enough to allocate on any machine.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ral_kernels as rk
+from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.triton_runtime import ARCHITECTURES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD_DIMS = (64, 128, 256)
+# float16 differs from bfloat16 in the type alone; these variants stand for the others there
+MAIN_VARIANTS = ("spans", "no spans", "decoding", "keys", "jsd", "loss")
+HEADS, KV_HEADS, SEQLEN, DECODE_KEYS, SPANS, ROWS = 8, 2, 1024, 16384, 8, 256
+
+
+@dataclass(frozen=True)
+class Call:
+    """One public call, forward and where there is one backward, on tensors of the CPU."""
+
+    op: str
+    variant: str
+    dtype: str
+    head_dim: int
+    run: Callable[[], None]
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.variant} {self.dtype} {self.head_dim}"
+
+
+def _normal(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Token-major memory, [B, H, T, D] seen, as a model's projections give it."""
+    batch_size, heads, seqlen, head_dim = shape
+    memory = torch.zeros(batch_size, seqlen, heads, head_dim, dtype=dtype)
+    return memory.transpose(1, 2).requires_grad_()
+
+
+def _backward(*outputs: Tensor | None) -> None:
+    """Launch the backward of all that has a gradient; the values do not matter."""
+    given = [output for output in outputs if output is not None]
+    torch.autograd.backward(given, [torch.zeros_like(output) for output in given])
+
+
+def _qkv(
+    dtype: torch.dtype, head_dim: int, seqlen_q: int = SEQLEN, seqlen_k: int = SEQLEN, **more: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    head_dim_v = more.get("head_dim_v", head_dim)
+    return (
+        _normal(dtype, 1, HEADS, seqlen_q, head_dim),
+        _normal(dtype, 1, KV_HEADS, seqlen_k, head_dim),
+        _normal(dtype, 1, KV_HEADS, seqlen_k, head_dim_v),
+    )
+
+
+def _frames(seqlen: int) -> rk.Spans:
+    return rk.Spans.from_lengths([seqlen // SPANS] * SPANS)
+
+
+def _attention(dtype: torch.dtype, head_dim: int, variant: str) -> None:
+    options: dict[str, Any] = {"is_causal": True}
+    spans: rk.Spans | None = _frames(SEQLEN)
+    q, k, v = _qkv(dtype, head_dim, head_dim_v=64 if variant == "Dv = 64" else head_dim)
+    if variant == "no spans":
+        spans = None
+    elif variant == "span bias":
+        options["span_bias"] = torch.zeros(1, HEADS, SEQLEN, SPANS, requires_grad=True)
+    elif variant == "masks":
+        padding = torch.ones(1, SEQLEN, dtype=torch.bool)
+        mask = torch.zeros(1, 1, SEQLEN, SEQLEN)
+        options.update(window=256, softcap=20.0, key_padding_mask=padding, attn_mask=mask)
+    result = rk.attention(q, k, v, spans, backend="triton", **options)
+    _backward(result.out, result.marginals, result.lse)
+
+
+def _decode(dtype: torch.dtype, head_dim: int) -> None:
+    with torch.no_grad():
+        q, k, v = _qkv(dtype, head_dim, 1, DECODE_KEYS)
+        rk.attention(q, k, v, _frames(DECODE_KEYS), is_causal=True, backend="triton")
+
+
+def _packed(dtype: torch.dtype, head_dim: int) -> None:
+    """Sequences one behind the other; the drop-in takes the backend that comes first."""
+    q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in _qkv(dtype, head_dim))
+    bounds = torch.tensor([0, SEQLEN // 4, SEQLEN], dtype=torch.int32)
+    out, lse, _, marginals = rk.flash_attn_varlen_func(
+        q, k, v, bounds, bounds, SEQLEN, SEQLEN,
+        causal=True, return_attn_probs=True, spans=_frames(SEQLEN),
+    )  # fmt: skip
+    _backward(out, lse, marginals)
+
+
+def _policy(dtype: torch.dtype, head_dim: int, variant: str) -> None:
+    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
+    options: dict[str, Any] = {}
+    if variant == "spans":
+        bias = torch.zeros(1, HEADS, ROWS, SPANS, requires_grad=True)
+        options.update(spans=_frames(SEQLEN), span_bias=bias)
+    elif variant == "masks":
+        scope, padding = (torch.ones(1, SEQLEN, dtype=torch.bool) for _ in range(2))
+        options.update(scope=scope, key_padding_mask=padding, window=256, softcap=20.0)
+    _backward(rk.attention_policy(q, k, backend="triton", **options))
+
+
+def _divergence(kind: str) -> None:
+    p = torch.full((ROWS, SEQLEN), 1 / SEQLEN).requires_grad_()
+    _backward(rk.divergence(p, p.detach(), kind, backend="triton"))
+
+
+def _snapshot(dtype: torch.dtype, head_dim: int) -> rk.AttentionSnapshot:
+    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
+    return rk.AttentionSnapshot(q, k)
+
+
+def _policy_divergence(dtype: torch.dtype, head_dim: int, kind: str, reference_dim: int) -> None:
+    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
+    reference = _snapshot(dtype, reference_dim)
+    _backward(rk.attention_divergence(q, k, reference, kind, backend="triton"))
+
+
+def _ral_loss(dtype: torch.dtype, head_dim: int) -> None:
+    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
+    reference = _snapshot(dtype, head_dim)
+    _backward(rk.ral_loss(q, k, reference, torch.zeros(1, ROWS), backend="triton"))
+
+
+def _of_model(name: str, head_dim: int) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(op, variant, run) of the calls that take q and k, for one dtype and head dim."""
+    dtype = DTYPES[name]
+    variants = ["spans", "no spans", "span bias"]
+    policies = ["keys", "spans"]
+    teacher = 128 if head_dim == 64 else 64
+    if head_dim == 128:
+        variants += ["masks", "Dv = 64"]
+        policies += ["masks"]
+    for variant in variants:
+        yield "attention", variant, functools.partial(_attention, dtype, head_dim, variant)
+    yield "attention", "packed", functools.partial(_packed, dtype, head_dim)
+    yield "attention", "decoding", functools.partial(_decode, dtype, head_dim)
+    for variant in policies:
+        yield "policy", variant, functools.partial(_policy, dtype, head_dim, variant)
+    for kind in KINDS:
+        run = functools.partial(_policy_divergence, dtype, head_dim, kind, head_dim)
+        yield "policy_divergence", kind, run
+    run = functools.partial(_policy_divergence, dtype, head_dim, "jsd", teacher)
+    yield "policy_divergence", f"teacher of {teacher}", run
+    yield "policy_divergence", "loss", functools.partial(_ral_loss, dtype, head_dim)
+
+
+def calls() -> list[Call]:
+    """The whole table, in the order in which it is shown."""
+    table = [
+        Call(op, variant, name, head_dim, run)
+        for name in DTYPES
+        for head_dim in HEAD_DIMS
+        for op, variant, run in _of_model(name, head_dim)
+        if name != "float16" or variant in MAIN_VARIANTS
+    ]
+    # a head dim that is no power of two: masks along it
+    table += [
+        Call(op, variant, "bfloat16", 80, run)
+        for op, variant, run in _of_model("bfloat16", 80)
+        if variant in ("spans", "keys", "jsd", "decoding")
+    ]
+    # a row of probabilities has no head dim
+    table += [
+        Call("divergence", kind, "float32", 0, functools.partial(_divergence, kind))
+        for kind in KINDS
+    ]
+    return table
+
+
+# What the tests compile: each kernel and each dtype on each architecture, in the fewest calls. The
+# variants and head dims left out differ in constants; `make codegen` has them all.
+TESTED = (
+    ("bfloat16", 128, "attention", "spans"),
+    ("bfloat16", 128, "attention", "decoding"),
+    ("bfloat16", 128, "policy", "keys"),
+    ("bfloat16", 128, "policy", "spans"),
+    ("bfloat16", 128, "policy_divergence", "jsd"),
+    ("bfloat16", 128, "policy_divergence", "loss"),
+    ("float16", 64, "attention", "spans"),
+    ("float16", 64, "policy", "keys"),
+    ("float32", 64, "attention", "spans"),
+    ("float32", 64, "policy", "keys"),
+    ("float32", 0, "divergence", "jsd"),
+)
+TESTED_ON_SM_90 = (("bfloat16", 128, "attention", "span bias"),)
+
+
+def compiled_in_tests() -> list[tuple[Call, str]]:
+    """(call, architecture) of what tests/test_triton_codegen.py compiles."""
+    table = {(call.dtype, call.head_dim, call.op, call.variant): call for call in calls()}
+    pairs = [(table[key], architecture) for key in TESTED for architecture in ARCHITECTURES]
+    return pairs + [(table[key], "sm_90") for key in TESTED_ON_SM_90]

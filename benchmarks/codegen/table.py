@@ -1,0 +1,152 @@
+"""The facts of all kernels as a table that a person reads: benchmarks/results/codegen.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ral_kernels.triton_runtime import ARCHITECTURES
+
+from .compiler import COPY_INSTRUCTIONS, MATRIX_INSTRUCTIONS, SHARED_LIMIT, Facts
+
+DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+ROWS_FIRST = ("BLOCK_Q", "BLOCK_T", "BLOCK_R")  # other sizes of a tile follow by name
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one call on one architecture."""
+
+    op: str
+    variant: str
+    dtype: str
+    head_dim: int
+    facts: Facts
+
+    def as_json(self) -> dict[str, Any]:
+        record = {"op": self.op, "variant": self.variant, "dtype": self.dtype}
+        return {**record, "head_dim": self.head_dim, **asdict(self.facts)}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Row:
+        record = dict(record)
+        own = {name: record.pop(name) for name in ("op", "variant", "dtype", "head_dim")}
+        record["instructions"] = tuple(record["instructions"])
+        return cls(**own, facts=Facts(**record))
+
+
+def problems(rows: Iterable[Row]) -> list[str]:
+    """What must not be: a spill, too much shared memory, a product without matrix instructions."""
+    found = []
+    for row in rows:
+        facts = row.facts
+        where = f"{facts.architecture} {facts.kernel} ({row.variant}, {row.dtype}, {row.head_dim})"
+        if facts.error:
+            found.append(f"{where}: {facts.error}")
+        if facts.spills:
+            found.append(f"{where}: spills {facts.spills} bytes a thread")
+        if facts.shared > SHARED_LIMIT[facts.architecture]:
+            limit = SHARED_LIMIT[facts.architecture]
+            found.append(f"{where}: {facts.shared} bytes of shared memory of {limit}")
+        if facts.multiplies and not set(facts.instructions) & set(MATRIX_INSTRUCTIONS):
+            found.append(f"{where}: multiplies without a matrix instruction")
+    return found
+
+
+def _cell(facts: Facts | None) -> str:
+    if facts is None:
+        return ""
+    if facts.error:
+        return "**does not compile**"
+    sizes = sorted(
+        (name for name in facts.constants if name.startswith("BLOCK")),
+        key=lambda name: (name not in ROWS_FIRST, name),
+    )
+    tile = " x ".join(str(facts.constants[name]) for name in sizes)
+    names = [name for name in MATRIX_INSTRUCTIONS if name in facts.instructions]
+    copies = ["TMA"] if COPY_INSTRUCTIONS[0] in facts.instructions else []
+    spilled = [f"**{facts.spills} B spilled**"] if facts.spills else []
+    parts = [
+        tile,
+        f"{facts.num_warps} w",
+        f"{facts.num_stages} s",
+        f"{facts.registers} r",
+        f"{facts.shared / 1024:.0f} KiB",
+        *(name.split(".")[0] for name in names),
+        *copies,
+        *spilled,
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
+    """Table lines of one op; variants with the same kernels on all architectures share a line."""
+    cells: dict[tuple[str, str, int, str], dict[str, list[str]]] = {}
+    for row in rows:
+        key = (row.facts.kernel, row.dtype, row.head_dim, row.variant)
+        places = cells.setdefault(key, {name: [] for name in ARCHITECTURES})
+        cell = _cell(row.facts)
+        if cell not in places[row.facts.architecture]:
+            places[row.facts.architecture].append(cell)
+    merged: dict[tuple[str, str, int, str], list[str]] = {}
+    for (kernel, dtype, head_dim, variant), places in cells.items():
+        text = " | ".join("<br>".join(places[name]) for name in ARCHITECTURES)
+        merged.setdefault((kernel, dtype, head_dim, text), []).append(variant)
+    lines, before = [], ""
+    for (kernel, dtype, head_dim, text), variants in sorted(
+        merged.items(),
+        key=lambda item: (item[0][0], list(DTYPE_NAMES).index(item[0][1]), item[0][2]),
+    ):
+        shown = f"`{kernel}`" if kernel != before else ""
+        before = kernel
+        dim = head_dim or ""
+        lines.append(f"| {shown} | {DTYPE_NAMES[dtype]} | {dim} | {', '.join(variants)} | {text} |")
+    return lines
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| architecture | kernels compiled | most registers | most shared memory | spills | "
+        "without a matrix product |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ARCHITECTURES:
+        facts = [row.facts for row in rows if row.facts.architecture == name]
+        if not facts:
+            continue
+        shared = max(f.shared for f in facts) / 1024
+        lines.append(
+            f"| {name} | {len(facts)} | {max(f.registers for f in facts)} | "
+            f"{shared:.0f} of {SHARED_LIMIT[name] // 1024} KiB | "
+            f"{sum(f.spills > 0 for f in facts) or 'none'} | "
+            f"{sum(not f.multiplies for f in facts)} |"
+        )
+    return lines
+
+
+def markdown(rows: Sequence[Row], versions: dict[str, str]) -> str:
+    """The whole file."""
+    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    text = [
+        "# What the Triton kernels compile to",
+        "",
+        f"Written by `make codegen` with {made}.",
+        "",
+        "These are facts of the compiler, read from the cubins and the PTX of kernels compiled "
+        "ahead of time for GPUs that need not be there, with the tile sizes of the tables in "
+        "`triton_tiles.py`. They are no measurement on a GPU: nothing here says how fast a kernel "
+        "is.",
+        "",
+        *_summary(rows),
+        "",
+        "A cell: tile (rows x keys) · warps · pipeline stages · registers a thread · shared memory "
+        "a block · matrix instruction (`mma` = mma.sync, `wgmma` = wgmma.mma_async, `tcgen05` = "
+        "tcgen05.mma) · TMA where the PTX has tensor copies. Two lines in a cell: the call "
+        "launches the kernel in two forms. Variants that compile to the same share a line.",
+    ]
+    for op in dict.fromkeys(row.op for row in rows):
+        head = ["kernel", "dtype", "head dim", "variants", *ARCHITECTURES]
+        text += ["", f"## {op}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        text += _lines([row for row in rows if row.op == op])
+    return "\n".join(text) + "\n"

@@ -1,0 +1,245 @@
+"""The ops on tensors of a GPU: large shapes, torch.compile, CUDA graphs, streams, huge offsets.
+
+Where there is no GPU, what does not need one runs in Triton's interpreter on small shapes, so that
+this file is known to work before it first meets a GPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import ral_kernels as rk
+from benchmarks.sweeps import examine
+from benchmarks.sweeps.attention import ATTENTION
+from benchmarks.sweeps.attention.problem import random_problem as attention_problem
+from benchmarks.sweeps.inputs import Heads
+from benchmarks.sweeps.objective import Objective, Problem
+from benchmarks.sweeps.ral import RAL
+from benchmarks.sweeps.ral.problem import random_problem as ral_problem
+from ral_kernels import triton_runtime
+from tests.conftest import skip_or_fail
+
+pytestmark = pytest.mark.gpu
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
+# bfloat16 is what a GPU is used with; the interpreter multiplies it wrongly
+HALF = torch.bfloat16 if GPU else torch.float16
+
+
+@pytest.fixture(autouse=True)
+def triton_is_there() -> None:
+    reason = triton_runtime.available()
+    if reason is not None:
+        skip_or_fail("triton", reason)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One public op: `call(q, k, v)` gives what is differentiated."""
+
+    name: str
+    call: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _spans(k: Tensor) -> rk.Spans:
+    seqlen = k.shape[2]
+    return rk.Spans(torch.arange(seqlen, device=k.device) * 8 // seqlen, 8)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    result = rk.attention(q, k, v, _spans(k), is_causal=True, backend="triton")
+    assert result.marginals is not None
+    return result.out.float().sum() + result.marginals.square().sum() + result.lse.sum()
+
+
+def _policy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return rk.attention_policy(q, k, backend="triton").square().sum()
+
+
+def _span_policy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return rk.attention_policy(q, k, spans=_spans(k), backend="triton").square().sum()
+
+
+def _divergence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p, r = q.float().softmax(-1), v[:, :1, : q.shape[2]].float().softmax(-1).expand_as(q)
+    return rk.divergence(p, r, backend="triton").sum()
+
+
+def _attention_divergence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    snapshot = rk.AttentionSnapshot(0.9 * q.detach(), k)
+    return rk.attention_divergence(q, k, snapshot, backend="triton").sum()
+
+
+def _ral_loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    snapshot = rk.AttentionSnapshot(0.9 * q.detach(), k)
+    advantages = torch.linspace(-1, 1, q.shape[2], device=q.device).expand(q.shape[0], -1)
+    return rk.ral_loss(q, k, snapshot, advantages, backend="triton")
+
+
+OPS = tuple(
+    Op(call.__name__.strip("_"), call)
+    for call in (_attention, _policy, _span_policy, _divergence, _attention_divergence, _ral_loss)
+)
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+
+
+def _inputs(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    length = 300 if GPU else 17
+
+    def draw(heads: int) -> Tensor:
+        x = torch.randn(2, heads, length, 32, generator=generator)
+        return x.to(DEVICE, dtype).requires_grad_()
+
+    return draw(4), draw(2), draw(2)
+
+
+def _gradients(op: Op, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    loss = op.call(*tensors)
+    found = torch.autograd.grad(loss, tensors, allow_unused=True)
+    return [loss.detach(), *(x for x in found if x is not None)]
+
+
+def _assert_equal(got: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        assert not b.isnan().any() and torch.equal(a, b)
+
+
+@needs_gpu
+def test_automatic_choice() -> None:
+    """What a user of a GPU gets without asking is Triton, in every op."""
+    inputs = _inputs(HALF)
+    for op, call in (
+        ("attention", lambda: rk.attention(*inputs)),
+        ("policy", lambda: rk.attention_policy(*inputs[:2])),
+    ):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        assert any(f"{op}_fwd" in event.key for event in profile.key_averages()), op
+
+
+SHAPES = (Heads(16, 2, 128), Heads(28, 4, 128), Heads(16, 2, 64), Heads(8, 8, 256))
+
+
+def _check_problem(objective: Objective, problem: Problem, names: tuple[str, ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        exact_file = str(Path(folder) / "exact.pt")
+        torch.save(objective.exact(problem, {"all", "out_only"}), exact_file)
+        for name in names:
+            contestant = objective.registry[name]
+            record = examine.examine_here(objective, contestant, problem, True, exact_file)
+            assert record["status"] == "ok", f"{name}: {record['reason']}"
+
+
+@pytest.mark.parametrize("heads", SHAPES if GPU else SHAPES[:1], ids=str)
+@pytest.mark.parametrize("dtype", triton_runtime.DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_large_attention_against_float64(heads: Heads, dtype: torch.dtype) -> None:
+    """Outputs and all gradients; no multiple of any tile, and spans of every length."""
+    lengths = [1, 4000, 63, 4096, 500] if GPU else [1, 20, 9]
+    if not GPU:
+        heads = Heads(4, 2, 32)
+    problem = attention_problem(lengths, heads, dtype, DEVICE)
+    _check_problem(ATTENTION, problem, ("ral", "ral_plain"))
+
+
+@pytest.mark.parametrize("dtype", triton_runtime.DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_large_ral_loss_against_float64(dtype: torch.dtype) -> None:
+    heads, lengths, rows = (
+        (Heads(), [9000, 1, 7500], 1000) if GPU else (Heads(4, 2, 32), [20, 11], 9)
+    )
+    problem = ral_problem(lengths, rows, heads, dtype, DEVICE)
+    _check_problem(RAL, problem, ("ral", "ral_again", "ral_dense"))
+
+
+@every_op
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, HALF] if GPU else [HALF], ids=lambda dtype: str(dtype)[6:]
+)
+def test_repeats_bit_for_bit(op: Op, dtype: torch.dtype) -> None:
+    first = _gradients(op, _inputs(dtype))
+    for _ in range(20 if GPU else 1):
+        _assert_equal(_gradients(op, _inputs(dtype)), first)
+
+
+@pytest.mark.parametrize("op", OPS if GPU else OPS[2:4], ids=lambda op: op.name)
+def test_compile(op: Op) -> None:
+    """Without a graph break, by the compiler that users have."""
+    torch._dynamo.reset()
+    inputs = _inputs(HALF)
+    compiled = torch.compile(op.call, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    loss, *gradients = _gradients(op, inputs)
+    got_loss, *got = _gradients(Op(op.name, compiled), inputs)
+    torch.testing.assert_close(got_loss, loss, rtol=1e-3, atol=1e-3)
+    for a, b in zip(got, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@needs_gpu
+@every_op
+def test_cuda_graph(op: Op) -> None:
+    """Forward and backward are captured and replayed on other inputs."""
+    inputs, others = _inputs(HALF), _inputs(HALF, seed=1)
+    wanted = _gradients(op, others)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            _gradients(op, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = _gradients(op, inputs)
+    with torch.no_grad():
+        for mine, other in zip(inputs, others, strict=True):
+            mine.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    _assert_equal(got, wanted)
+
+
+@needs_gpu
+@every_op
+def test_two_streams(op: Op) -> None:
+    """Calls on two streams at once do not share scratch memory."""
+    inputs = [_inputs(HALF, seed) for seed in range(2)]
+    wanted = [_gradients(op, tensors) for tensors in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    got: list[list[list[Tensor]]] = [[], []]
+    for _ in range(20):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[index].append(_gradients(op, inputs[index]))
+    torch.cuda.synchronize()
+    for index, results in enumerate(got):
+        for result in results:
+            _assert_equal(result, wanted[index])
+
+
+def _far_apart(shape: tuple[int, ...], seed: int) -> Tensor:
+    """[2, H, T, D] whose second sample lies more than 2**31 elements behind the first."""
+    _, h, t, d = shape
+    distance = 2**31 + 64
+    memory = torch.empty(distance + h * t * d, dtype=HALF, device=DEVICE)
+    view = memory.as_strided(shape, (distance, t * d, d, 1))
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return view.copy_(values).requires_grad_()
+
+
+@needs_gpu
+@every_op
+def test_offsets_beyond_2_31(op: Op) -> None:
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    far = tuple(_far_apart((2, heads, 130, 32), seed) for seed, heads in enumerate((4, 2, 2)))
+    near = tuple(x.detach().contiguous().requires_grad_() for x in far)
+    _assert_equal(_gradients(op, far), _gradients(op, near))
