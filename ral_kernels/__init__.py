@@ -1,5 +1,7 @@
 """Attention policies as kernels: attention whose share of each span of keys has a gradient."""
 
+from typing import TYPE_CHECKING, Any
+
 from .attention import (
     AttentionOutput,
     attention,
@@ -9,12 +11,27 @@ from .attention import (
 )
 from .backends import available_backends
 from .divergence import divergence
+from .integrations import _autoregister
 from .policy import attention_policy
 from .policy_divergence import attention_divergence, ral_loss
 from .snapshot import AttentionSnapshot
 from .spans import Spans
 
+if TYPE_CHECKING:
+    from .integrations.transformers.attention_map import attention_map
+    from .integrations.transformers.capture import capture
+    from .integrations.transformers.spans import spans_for
+    from .integrations.transformers.steer import steer
+
 __version__ = "0.1.0"
+
+# Public names that need transformers, which is imported when one of them is first asked for.
+_LAZY = {
+    "attention_map": "attention_map",
+    "capture": "capture",
+    "spans_for": "spans",
+    "steer": "steer",
+}
 
 __all__ = [
     "AttentionOutput",
@@ -22,11 +39,27 @@ __all__ = [
     "Spans",
     "attention",
     "attention_divergence",
+    "attention_map",
     "attention_policy",
     "available_backends",
+    "capture",
     "divergence",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "ral_loss",
     "scaled_dot_product_attention",
+    "spans_for",
+    "steer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(f".integrations.transformers.{_LAZY[name]}", __name__)
+    return getattr(module, name)
+
+
+_autoregister.install()  # attn_implementation="ral", as soon as transformers is there

@@ -1,0 +1,277 @@
+"""The attention function of attn_implementation="ral": `ral_kernels.attention` inside a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ral_kernels as rk
+
+from .masks import PATTERNS, Pattern
+
+# Keywords of a model's forward that pass through to its attention and do not change what it
+# computes. Every other keyword with a value is refused: a model that passes one (sinks, a bias)
+# means it to be used.
+HARMLESS_KEYWORDS = {
+    # what the outputs are to hold
+    "logits_to_keep",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "use_cache",
+    # used before attention: positions by RoPE and the mask function, types of tokens by the mask
+    # function, sizes by the vision tower
+    "cache_position",
+    "image_sizes",
+    "mm_token_type_ids",
+    "position_ids",
+    "token_type_ids",
+    # of the loss
+    "num_items_in_batch",
+    "shift_labels",
+    # a request that always holds here
+    "deterministic",
+}
+
+REFUSED_KEYWORDS = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "indices": "sparse attention by indices",
+    "block_indices": "sparse attention by blocks",
+    "cache": "a paged cache",
+    "block_table": "a paged cache",
+    "k_cache": "a paged cache",
+    "v_cache": "a paged cache",
+}
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | Tensor | None = None,
+    max_length_k: int | Tensor | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """`ral_kernels.attention` as transformers' attention modules call it.
+
+    Without a mask the last query stands at the last key, as for flash attention (sdpa aligns the
+    first ones).
+
+    Args:
+        module: the attention module; its `is_causal` (default True) counts where neither
+            `is_causal` nor the mask says otherwise.
+        query: [B, H, T, D]. B may be 1 for learned queries shared by the batch.
+        key: [B, Hk, N, D], heads not repeated.
+        value: [B, Hk, N, Dv].
+        attention_mask: None; what `masks.key_mask` gives; [B, n] with n <= N, bool or integer,
+            nonzero = a real key among the first n; or [B, 1 or H, T, N], bool or additive, and then
+            it alone says which keys a query sees.
+        dropout: must be 0.
+        scaling: factor on the scores; default 1/sqrt(D).
+        sliding_window: keys a causal query sees, its own included; queries that are not causal see
+            sliding_window - 1 to either side. A mask of `masks.key_mask` with a window goes first:
+            it means the configuration's.
+        softcap: as in `ral_kernels.attention`.
+        cu_seq_lens_q: int [number of sequences + 1] with cu_seq_lens_k, max_length_q and
+            max_length_k: packed sequences. Used if attention_mask is None; a dense mask holds them
+            already.
+        keywords: see `HARMLESS_KEYWORDS` and `REFUSED_KEYWORDS`.
+
+    Returns:
+        (out [B, T, H, Dv] contiguous, None).
+
+    Raises:
+        NotImplementedError: dropout in training, or a keyword that is not supported.
+        TypeError, ValueError: a mask of another kind, or what `ral_kernels.attention` refuses.
+    """
+    _refuse(module, dropout, keywords)
+    if query.shape[0] == 1 and key.shape[0] > 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    query, key, value = (_unit_last_stride(x) for x in (query, key, value))
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+
+    if attention_mask is not None and attention_mask.dim() == 4:
+        result = rk.attention(
+            query,
+            key,
+            value,
+            attn_mask=_dense_mask(module, attention_mask, query),
+            scale=scaling,
+            softcap=softcap,
+        )
+        return result.out.transpose(1, 2).contiguous(), None
+
+    lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if any(x is not None for x in lengths):
+        if any(x is None for x in lengths) or attention_mask is not None:
+            raise NotImplementedError(
+                f"ral attention: {_name(module)}: packed sequences need cu_seq_lens_q, "
+                "cu_seq_lens_k, max_length_q and max_length_k, and no padding mask; got "
+                f"{', '.join(_given(lengths)) or 'none of them'} and attention_mask "
+                f"{None if attention_mask is None else tuple(attention_mask.shape)}"
+            )
+        window = _window(module, is_causal, sliding_window)
+        return _packed(query, key, value, lengths, is_causal, window, scaling, softcap), None
+
+    keys = None
+    if attention_mask is not None:
+        keys, pattern = _key_mask(module, attention_mask, key.shape[2])
+        key, value = key[:, :, : keys.shape[1]], value[:, :, : keys.shape[1]]
+        if pattern is not None:
+            is_causal = pattern.is_causal
+            if pattern.has_window:
+                sliding_window = _configured_window(module, is_causal, sliding_window)
+    result = rk.attention(
+        query,
+        key,
+        value,
+        key_padding_mask=keys,
+        is_causal=is_causal,
+        window=_window(module, is_causal, sliding_window),
+        scale=scaling,
+        softcap=softcap,
+    )
+    return result.out.transpose(1, 2).contiguous(), None
+
+
+def _name(module: Any) -> str:
+    """The module as a message calls it, e.g. `LlamaAttention, layer 3`."""
+    layer = getattr(module, "layer_idx", None)
+    return type(module).__name__ + ("" if layer is None else f", layer {layer}")
+
+
+def _refuse(module: Any, dropout: float, keywords: dict[str, Any]) -> None:
+    if dropout > 0:
+        raise NotImplementedError(
+            f"ral attention: {_name(module)}: dropout must be 0; got {dropout} (set the "
+            "configuration's attention_dropout to 0)"
+        )
+    if getattr(module, "sinks", None) is not None:  # some models' own attention reads them there
+        raise NotImplementedError(
+            f"ral attention: {_name(module)}: attention sinks (module.sinks) are not supported"
+        )
+    for keyword, value in keywords.items():
+        if value is None or keyword in HARMLESS_KEYWORDS:
+            continue
+        if keyword == "output_attentions":
+            if value:
+                raise NotImplementedError(
+                    f"ral attention: {_name(module)}: output_attentions=True is not supported, the "
+                    "weights are never stored; use ral_kernels.capture, or "
+                    'attn_implementation="eager"'
+                )
+            continue
+        what = REFUSED_KEYWORDS.get(keyword)
+        if what is not None:
+            raise NotImplementedError(
+                f"ral attention: {_name(module)}: {what} ({keyword}) is not supported"
+            )
+        raise NotImplementedError(
+            f"ral attention: {_name(module)}: unknown keyword {keyword!r} of type "
+            f"{type(value).__name__}. If it does not change what attention computes, add it to "
+            "ral_kernels.integrations.transformers.attention.HARMLESS_KEYWORDS"
+        )
+
+
+def _given(lengths: tuple[Any, ...]) -> list[str]:
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    return [name for name, x in zip(names, lengths, strict=True) if x is not None]
+
+
+def _unit_last_stride(x: Tensor) -> Tensor:
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense_mask(module: Any, mask: Tensor, query: Tensor) -> Tensor:
+    if not (mask.is_floating_point() or mask.dtype == torch.bool):
+        raise TypeError(
+            f"ral attention: {_name(module)}: a mask of four dimensions must be bool (True = "
+            f"attend) or floating (added to the scores); got {mask.dtype}"
+        )
+    return mask.to(query.dtype) if mask.is_floating_point() else mask
+
+
+def _key_mask(module: Any, mask: Tensor, seqlen_k: int) -> tuple[Tensor, Pattern | None]:
+    """Which of the first keys are real, and the pattern that the mask's dtype stands for, if any."""
+    if mask.dim() != 2 or mask.is_floating_point():
+        raise TypeError(
+            f"ral attention: {_name(module)}: attention_mask must be None, bool or integer "
+            f"[B, N], or of four dimensions; got {mask.dtype} {tuple(mask.shape)}"
+        )
+    pattern = PATTERNS.get(mask.dtype)
+    if mask.shape[1] > seqlen_k:
+        if pattern is None:
+            raise ValueError(
+                f"ral attention: {_name(module)}: attention_mask must be [B, N] with N <= "
+                f"{seqlen_k} keys; got {tuple(mask.shape)}"
+            )
+        mask = mask[:, mask.shape[1] - seqlen_k :]
+    return mask.bool().contiguous(), pattern
+
+
+def _configured_window(module: Any, is_causal: bool, sliding_window: int | None) -> int:
+    """`sliding_window` as the caller would pass it for the window that the mask was made for."""
+    window = getattr(getattr(module, "config", None), "sliding_window", None)
+    if window is not None:
+        # Masks count a window without direction to either side, modules count the query too.
+        return int(window) if is_causal else int(window) + 1
+    if sliding_window is None:
+        raise NotImplementedError(
+            f"ral attention: {_name(module)}: its mask has a sliding window, but neither the call "
+            "nor module.config says how wide"
+        )
+    return sliding_window
+
+
+def _window(module: Any, is_causal: bool, sliding_window: int | None) -> tuple[int, int] | None:
+    if sliding_window is None:
+        return None
+    if sliding_window < 1:
+        raise ValueError(
+            f"ral attention: {_name(module)}: sliding_window must be None or >= 1; got "
+            f"{sliding_window}"
+        )
+    return sliding_window - 1, 0 if is_causal else sliding_window - 1
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[Any, ...],
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
+    batch_size, _, seqlen_q, _ = query.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out: Tensor = rk.flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q.to(torch.int32),
+        cu_seqlens_k.to(torch.int32),
+        int(max_seqlen_q),
+        int(max_seqlen_k),
+        softmax_scale=scaling,
+        causal=is_causal,
+        window_size=(-1, -1) if window is None else window,
+        softcap=0.0 if softcap is None else softcap,
+    )
+    return out.unflatten(0, (batch_size, seqlen_q)).contiguous()

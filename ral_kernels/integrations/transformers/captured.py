@@ -1,0 +1,370 @@
+"""What a capture holds of one layer, and policies from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ral_kernels as rk
+
+from ... import checks
+from .tap import Call
+from .visibility import Visibility, allowed, read_dense_mask, read_simple_mask
+
+_OP = "capture"
+
+
+class CapturedLayer:
+    """q and k of one layer in one forward or one generation, as its attention was called.
+
+    The policy ops are called with what the layer attends with: its scale, window, soft cap,
+    causality and the padding of this call's keys. Gradients flow into q and k, and so into the
+    model, unless the forward ran without.
+
+    Of a generation there is one row a generated token: the query that produced it, which stands at
+    the last token before it. Rows of the prompt are in front if the capture was to keep them.
+
+    Attributes:
+        index: the layer's number.
+        num_generated: rows of a generation; 0 for a forward.
+    """
+
+    def __init__(
+        self, index: int, calls: list[Call], last_k: Tensor, rows: Any, spans: Any, scope: Any
+    ) -> None:
+        self.index = index
+        self._calls, self._last_k = calls, last_k
+        self._rows, self._spans, self._scope = rows, spans, scope
+        self._joined: tuple[Tensor, Tensor] | None = None
+        self._seen: dict[tuple[int, int], Visibility] = {}
+
+    @property
+    def num_generated(self) -> int:
+        return len(self._calls) if len(self._calls) > 1 else 0
+
+    @property
+    def q(self) -> Tensor:
+        """[B, H, T, D] queries after RoPE; query t stands at key N - T + t."""
+        return self._join()[0]
+
+    @property
+    def k(self) -> Tensor:
+        """[B, Hk, N, D] keys after RoPE, those of the cache included."""
+        return self._join()[1]
+
+    def options(self, rows: slice | tuple[int, int] | None = None) -> dict[str, Any]:
+        """Keyword arguments of the policy ops under which q and k give this layer's attention.
+
+        Args:
+            rows: the queries that they are for; default all. A mask that is not causal (images that
+                attend both ways) is fine as long as the chosen rows do not notice.
+
+        Returns:
+            is_causal, scale, window, softcap and key_padding_mask (bool [B, N] or None), as
+            `attention_policy`, `ral_loss` and `attention_divergence` take them.
+
+        Raises:
+            NotImplementedError: these rows attend in a way that the ops do not know.
+        """
+        seen = self._visibility(*checks.resolve_rows(_OP, rows, self.q.shape[2]))
+        first = self._calls[0]
+        return {
+            "is_causal": seen.is_causal,
+            "scale": first.scaling,
+            "window": seen.window,
+            "softcap": first.softcap,
+            "key_padding_mask": seen.key_padding_mask,
+        }
+
+    def policy(
+        self,
+        *,
+        rows: slice | tuple[int, int] | None = None,
+        spans: rk.Spans | None = None,
+        scope: Tensor | rk.Spans | None = None,
+        exclude_self: bool = True,
+        steered: bool = True,
+        backend: str | None = None,
+    ) -> Tensor:
+        """The layer's attention policy: `attention_policy` of its q and k.
+
+        Equal to the head mean of eager's `output_attentions`, its own key left out, renormalised.
+        (A row of padding, where eager attends uniformly, is 0.)
+
+        Args:
+            rows: out of the T rows of `q`; default the capture's.
+            spans: over spans instead of keys; default the capture's. Spans of fewer keys than N are
+                extended: the keys behind them, such as generated ones, belong to none.
+            scope: as in `attention_policy`; default the capture's. A bool tensor over fewer keys is
+                extended with False.
+            exclude_self, backend: as in `attention_policy`.
+            steered: with the bias of the `steer` that the forward ran under, if any; needs the
+                spans of that `steer`. False for the policy of the same q and k without it.
+
+        Returns:
+            float32 [B, T, N], or [B, T, S] over spans; differentiable.
+        """
+        return rk.attention_policy(
+            self.q, self.k, exclude_self=exclude_self, backend=backend,
+            **self._arguments(rows, spans, scope, steered),
+        )  # fmt: skip
+
+    def divergence(
+        self,
+        reference: Tensor | rk.AttentionSnapshot,
+        kind: str = "jsd",
+        *,
+        rows: slice | tuple[int, int] | None = None,
+        spans: rk.Spans | None = None,
+        scope: Tensor | rk.Spans | None = None,
+        exclude_self: bool = True,
+        steered: bool = True,
+        backend: str | None = None,
+    ) -> Tensor:
+        """How far the layer's policy is from `reference`: `attention_divergence`, float32 [B, T].
+
+        The other arguments are those of `policy`.
+        """
+        return rk.attention_divergence(
+            self.q, self.k, reference, kind, exclude_self=exclude_self, backend=backend,
+            **self._arguments(rows, spans, scope, steered),
+        )  # fmt: skip
+
+    def ral_loss(
+        self,
+        reference: Tensor | rk.AttentionSnapshot,
+        advantages: Tensor,
+        mask: Tensor | None = None,
+        *,
+        kind: str = "jsd",
+        reduction: str = "token_mean",
+        rows: slice | tuple[int, int] | None = None,
+        spans: rk.Spans | None = None,
+        scope: Tensor | rk.Spans | None = None,
+        exclude_self: bool = True,
+        steered: bool = True,
+        backend: str | None = None,
+    ) -> Tensor:
+        """The RAL objective of the layer's policy: `ral_loss`, a float32 scalar.
+
+        The other arguments are those of `policy`. Under FSDP2 add it to a loss that touches the
+        model's output: parameters are gathered for the backward from there.
+        """
+        return rk.ral_loss(
+            self.q, self.k, reference, advantages, mask, kind=kind, reduction=reduction,
+            exclude_self=exclude_self, backend=backend,
+            **self._arguments(rows, spans, scope, steered),
+        )  # fmt: skip
+
+    def snapshot(
+        self,
+        *,
+        rows: slice | tuple[int, int] | None = None,
+        steered: bool = True,
+        **options: Any,
+    ) -> rk.AttentionSnapshot:
+        """A reference of the layer's policy at this moment: `AttentionSnapshot` of its q and k.
+
+        Args:
+            rows: out of the T rows of `q`; default the capture's.
+            steered: as in `policy`.
+            options: dtype, device, pin_memory, group_size, shared_prefix, as in
+                `AttentionSnapshot`.
+        """
+        arguments = self._arguments(rows, None, None, steered, any_spans=True)
+        for name in ("spans", "scope", "key_padding_mask"):  # the comparing call's
+            del arguments[name]
+        return rk.AttentionSnapshot(self.q, self.k, **arguments, **options)
+
+    def marginals(
+        self,
+        *,
+        rows: slice | tuple[int, int] | None = None,
+        spans: rk.Spans | None = None,
+        head_reduction: str | None = None,
+        steered: bool = True,
+        backend: str | None = None,
+    ) -> Tensor:
+        """How much of each head's attention goes to each span: the marginals of `attention`.
+
+        Unlike a policy they count the row's own key and are not renormalised.
+
+        Args:
+            rows, spans, steered: as in `policy`; there must be spans.
+            head_reduction: "mean" averages over heads.
+
+        Returns:
+            float32 [B, H, T, S], or [B, T, S] with head_reduction; differentiable.
+        """
+        arguments = self._arguments(rows, spans, None, steered)
+        del arguments["scope"]
+        if arguments["spans"] is None:
+            raise ValueError(f"{_OP}.marginals: spans must be given, here or to capture; got None")
+        q, k = self.q, self.k
+        start, stop = checks.resolve_rows(_OP, arguments["rows"], q.shape[2])
+        if arguments["is_causal"]:
+            # Rows before `start` need no attention, and no row sees a key behind the last one.
+            keys = k.shape[2] - q.shape[2] + stop
+            q, k = q[:, :, start:stop], k[:, :, :keys]
+            cut = arguments["spans"].ids[..., :keys].contiguous()
+            arguments["spans"] = arguments["spans"]._replace(cut, arguments["spans"].num_spans)
+            if arguments["key_padding_mask"] is not None:
+                arguments["key_padding_mask"] = arguments["key_padding_mask"][:, :keys]
+            arguments["rows"] = None
+        values = k[..., :1].detach()  # their mixture is not used: as narrow as can be
+        marginals = rk.attention(
+            q, k, values, head_reduction=head_reduction, backend=backend, **arguments
+        ).marginals
+        assert marginals is not None
+        return marginals
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _join(self) -> tuple[Tensor, Tensor]:
+        if self._joined is None:
+            first, *steps = self._calls
+            q, k = first.q, first.k[:, :, : self._first_keys()[0]]
+            if steps:
+                q = torch.cat([q, *(step.q for step in steps)], dim=2)
+                k = torch.cat([k, *(step.k for step in steps)], dim=2)
+                kept = self._last_k.shape[2]
+                if kept > k.shape[2] or not torch.equal(k[:, :, k.shape[2] - kept :], self._last_k):
+                    raise NotImplementedError(
+                        f"{_OP}: a generation must extend its cache by the key of each token; the "
+                        "keys of this one were reordered or rounded (beam search, assisted "
+                        "decoding, a static or quantised cache)"
+                    )
+            self._joined = q, k
+        return self._joined
+
+    def _first_keys(self) -> tuple[int, Visibility | None]:
+        """How many keys the first call has, and what its mask says if that is simple."""
+        first = self._calls[0]
+        seqlen_k = first.k.shape[2]
+        simple = read_simple_mask(
+            _OP,
+            first.mask,
+            seqlen_q=first.seqlen_q,
+            seqlen_k=seqlen_k,
+            implementation=first.implementation,
+            is_causal=first.is_causal,
+            sliding_window=first.sliding_window,
+            config=first.config,
+        )
+        return (seqlen_k, None) if simple is None else simple
+
+    def _visibility(self, start: int, stop: int) -> Visibility:
+        """What these rows of `q` see, checked against the masks of the calls."""
+        if (start, stop) not in self._seen:
+            self._seen[start, stop] = self._read_masks(start, stop)
+        return self._seen[start, stop]
+
+    def _read_masks(self, start: int, stop: int) -> Visibility:
+        self._refuse()
+        first, *steps = self._calls
+        num_keys, seen = self._first_keys()
+        if seen is None:
+            # The rows as queries of the first call; those of steps lie behind its last.
+            shift = first.seqlen_q - (self.q.shape[2] - len(steps))
+            seen = read_dense_mask(
+                _OP,
+                first.mask,
+                (min(start + shift, first.seqlen_q), min(stop + shift, first.seqlen_q)),
+                seqlen_q=first.seqlen_q,
+                seqlen_k=num_keys,
+                is_causal=first.is_causal,
+                sliding_window=first.sliding_window,
+            )
+        if not steps:
+            return seen
+        padding = seen.key_padding_mask
+        if padding is not None:
+            padding = torch.nn.functional.pad(padding, (0, len(steps)), value=True)
+        seen = Visibility(seen.is_causal, seen.window, padding)
+        self._check_last_step(seen)
+        return seen
+
+    def _check_last_step(self, seen: Visibility) -> None:
+        """The last step's mask covers every key: it must be what the prompt's mask implies."""
+        step, kept, total = self._calls[-1], self._last_k.shape[2], self.k.shape[2]
+        simple = read_simple_mask(
+            _OP,
+            step.mask,
+            seqlen_q=1,
+            seqlen_k=kept,
+            implementation=step.implementation,
+            is_causal=step.is_causal,
+            sliding_window=step.sliding_window,
+            config=step.config,
+        )
+        device = step.q.device
+        if simple is None:
+            got = allowed(_OP, step.mask, 1, kept)
+        else:
+            got = simple[1].rows(0, 1, 1, kept, device)
+        wanted = seen.rows(total - 1, total, total, total, device)[..., total - kept :]
+        if not bool((got == wanted).all()):
+            raise NotImplementedError(
+                f"{_OP}: tokens of a generation must see the prompt but for its padding, what was "
+                "generated before them, and no more than the layer's window; the mask of the last "
+                "step says something else"
+            )
+
+    def _refuse(self) -> None:
+        first = self._calls[0]
+        for call in self._calls:
+            if call.refused is not None:
+                raise NotImplementedError(
+                    f"{_OP}: a policy must be the softmax of q kᵀ over keys; layer {self.index} "
+                    f"was given {call.refused!r}, with which its attention may be something else"
+                )
+            if call.steering is not first.steering:
+                raise NotImplementedError(
+                    f"{_OP}: a generation must be steered in the same way from its start to its end"
+                )
+        positions = first.position_ids
+        if (
+            first.mask is None
+            and first.implementation not in (None, "eager", "sdpa", "flex_attention")
+            and isinstance(positions, Tensor)
+            and positions.dim() == 2
+            and bool((positions[:, 1:] - positions[:, :-1] != 1).any())
+        ):
+            raise NotImplementedError(
+                f"{_OP}: sequences must not be packed; the positions of this call start again, at "
+                "which flash attention separates sequences"
+            )
+
+    def _arguments(
+        self, rows: Any, spans: Any, scope: Any, steered: bool, any_spans: bool = False
+    ) -> dict[str, Any]:
+        """Keyword arguments of an op, with the capture's defaults filled in."""
+        checks.check_flag(_OP, "steered", steered)
+        rows = self._rows if rows is None else rows
+        spans = self._extend(self._spans if spans is None else spans)
+        scope = self._extend(self._scope if scope is None else scope)
+        start, stop = checks.resolve_rows(_OP, rows, self.q.shape[2])
+        arguments = self.options((start, stop))
+        arguments.update(rows=(start, stop), spans=spans, scope=scope)
+        steering = self._calls[0].steering
+        if steering is not None and steered:
+            own = self._extend(steering.spans)
+            if not any_spans and spans != own:
+                raise NotImplementedError(
+                    f"{_OP}: layer {self.index} was steered, and the policy under its bias exists "
+                    "over the spans of that steer alone; pass those as spans, or steered=False"
+                )
+            bias = steering.bias
+            arguments["span_bias"] = bias if bias.shape[2] == 1 else bias[:, :, start:stop]
+        return arguments
+
+    def _extend(self, keys: Any) -> Any:
+        """Spans or a scope over the first keys, extended to all."""
+        seqlen_k = self.k.shape[2]
+        if isinstance(keys, rk.Spans):
+            return keys if keys.seqlen_k >= seqlen_k else keys.extend_to(seqlen_k)
+        if isinstance(keys, Tensor) and keys.dim() > 0 and keys.shape[-1] < seqlen_k:
+            return torch.nn.functional.pad(keys, (0, seqlen_k - keys.shape[-1]), value=False)
+        return keys

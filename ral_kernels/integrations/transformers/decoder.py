@@ -1,0 +1,168 @@
+"""Finding the decoder layers of a model, through whatever it is wrapped in."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ... import checks
+
+# An attention module that looks at the name of its own implementation takes another path under
+# another name; `get_interface(self.config._attn_implementation, ...)` and `!= "eager"` do not.
+_READS_ITS_NAME = re.compile(
+    r"_attn_implementation\s*(==|in\b|not\s+in\b)|is_flash_attention_requested\("
+)
+_ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A text decoder layer and its attention module.
+
+    index, count: its number, out of how many.
+    decoder: the module that runs the layers.
+    path: the modules from the element of the decoder's layer list down to the attention module,
+    wrappers (compiled, checkpointed, sharded) included.
+    """
+
+    index: int
+    count: int
+    decoder: nn.Module
+    attention: nn.Module
+    path: tuple[nn.Module, ...]
+
+
+def find_layers(op: str, model: Any, layers: Any) -> list[DecoderLayer]:
+    """The layers that `layers` picks, in the order of the model.
+
+    Args:
+        op: the public function, for messages.
+        model: a transformers model, or any module that holds one: DDP, FSDP, peft, compiled.
+        layers: an int or a sequence of ints, negative from the end, or "all".
+
+    Raises:
+        TypeError, ValueError: `model` holds no or several models, `layers` picks none of them.
+        NotImplementedError: the decoder layers or their attention are not found, or not usable.
+    """
+    found = _decoder_layers(op, _find_model(op, model))
+    if layers == "all" and isinstance(layers, str):
+        chosen = [layer for layer in found if layer is not None]
+        if not chosen:
+            raise NotImplementedError(f"{op}: model must have attention layers; found none")
+    else:
+        chosen = [_pick(op, found, index) for index in _indices(op, layers, len(found))]
+    for layer in chosen:
+        _check_attention(op, layer.attention)
+    return chosen
+
+
+def _find_model(op: str, model: Any) -> PreTrainedModel:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{op}: model must be a transformers model or a module around one; got "
+            f"{type(model).__name__}"
+        )
+    outermost: list[PreTrainedModel] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # parents come before their children
+        if isinstance(module, PreTrainedModel) and module not in inside:
+            outermost.append(module)
+            inside.update(module.modules())
+    if len(outermost) != 1:
+        raise ValueError(
+            f"{op}: model must hold one transformers model; got {type(model).__name__} with "
+            f"{', '.join(type(found).__name__ for found in outermost) or 'none'}"
+        )
+    return outermost[0]
+
+
+def _decoder_layers(op: str, model: PreTrainedModel) -> list[DecoderLayer | None]:
+    """Every layer of the text decoder; None for one without attention, such as a state space."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    stack = getattr(decoder, "layers", None)
+    if stack is None:  # one wrapper more, such as torch.compile around the decoder
+        stacks = [m.layers for m in decoder.modules() if isinstance(m, PreTrainedModel)
+                  and isinstance(getattr(m, "layers", None), nn.ModuleList)]  # fmt: skip
+        stack = stacks[0] if len(stacks) == 1 else None
+    if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
+        raise NotImplementedError(
+            f"{op}: model must have its decoder layers in a ModuleList `layers` of its text "
+            f"decoder; {type(model).__name__} has none in {type(decoder).__name__}"
+        )
+    return [_decoder_layer(index, len(stack), decoder, layer) for index, layer in enumerate(stack)]
+
+
+def _decoder_layer(
+    index: int, count: int, decoder: nn.Module, layer: nn.Module
+) -> DecoderLayer | None:
+    for name, module in layer.named_modules():
+        if name.rpartition(".")[2] not in _ATTENTION_NAMES:
+            continue
+        path = [layer]
+        for part in name.split("."):
+            path.append(path[-1].get_submodule(part))
+        while inner := [path[-1].get_submodule(w) for w in _WRAPPED if w in path[-1]._modules]:
+            path += inner
+        module = path[-1]
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(
+            getattr(module, "config", None), "_attn_implementation"
+        ):
+            return DecoderLayer(index, count, decoder, module, tuple(path))
+    return None
+
+
+# What wrappers call the module inside them: torch.compile, activation checkpointing, FSDP1, DDP.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+
+
+def _indices(op: str, layers: Any, count: int) -> list[int]:
+    wanted = "an int, a sequence of ints or 'all'"
+    given = [layers] if checks.is_int(layers) else layers
+    if not isinstance(given, (list, tuple, range)) or not all(map(checks.is_int, given)):
+        raise TypeError(f"{op}: layers must be {wanted}; got {layers!r}")
+    if len(given) == 0:
+        raise ValueError(f"{op}: layers must pick at least one layer; got {layers!r}")
+    for index in given:
+        if not -count <= index < count:
+            raise ValueError(f"{op}: layers must lie in [-{count}, {count}); got {index}")
+    return sorted({index % count for index in given})
+
+
+def _pick(op: str, found: list[DecoderLayer | None], index: int) -> DecoderLayer:
+    layer = found[index]
+    if layer is None:
+        raise NotImplementedError(
+            f"{op}: layers must pick layers with attention; layer {index} has none that goes "
+            "through transformers' attention interface"
+        )
+    return layer
+
+
+def _check_attention(op: str, attention: nn.Module) -> None:
+    cls: Any = type(attention)  # mypy finds classes of modules not hashable
+    reader = _class_that_reads_its_name(cls)
+    if reader is not None:
+        raise NotImplementedError(
+            f"{op}: model must choose its attention through transformers' attention interface "
+            f"alone; {reader} looks at the name of its implementation"
+        )
+
+
+@functools.cache  # a trainer makes captures at every step, and sources take 30 ms to find
+def _class_that_reads_its_name(attention: type) -> str | None:
+    for cls in attention.__mro__:
+        if cls is nn.Module:
+            break
+        try:
+            source = inspect.getsource(cls)
+        except (OSError, TypeError):  # made at run time, such as FSDP2's subclass of a module
+            continue
+        if _READS_ITS_NAME.search(source):
+            return cls.__name__
+    return None

@@ -1,0 +1,389 @@
+"""How each model family writes pictures into a prompt: its placeholders, token by token.
+
+A reader turns what a processor returned into items, an image or a video each, in the order of their
+placeholders; `spans.py` finds the placeholders and places the items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spans import _grids
+
+NAME = "spans_for"
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as a grid of tokens: `offsets` int64 [frames, rows, columns] into the item's.
+
+    box: (top, left, bottom, right) of the grid in the picture, as fractions of its height and
+    width; outside [0, 1] where the processor padded.
+    """
+
+    offsets: Tensor
+    box: tuple[float, float, float, float] = WHOLE
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image or a video: its number of placeholders, and where among them its grids are.
+
+    An image may be seen twice, in small and in tiles: the views then are (overview, detail).
+    unknown: what is missing to know the detail, None when it is known or there is none.
+    """
+
+    kind: str
+    length: int
+    views: tuple[View, ...]
+    unknown: str | None = None
+
+
+Items = dict[int, list[Item]]  # placeholder's token id -> its items, in the order of the batch
+Reader = Callable[["Source", Mapping[str, Any], "Sequence[Size] | None"], Items]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A processor or a configuration, with one way to ask both."""
+
+    family: str
+    processor: Any = None
+    config: Any = None
+
+    @property
+    def what(self) -> str:
+        return type(self.config if self.processor is None else self.processor).__name__
+
+    def read(self, in_processor: str, in_config: str) -> Any:
+        """A value by its dotted name in the processor or in the configuration.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        path = in_config if self.processor is None else in_processor
+        value = self.find(path)
+        if value is None:
+            raise ValueError(f"{NAME}: {self.what} must have {path}, which is missing")
+        return value
+
+    def find(self, path: str) -> Any:
+        """The value at a dotted name, None where it is missing."""
+        value = self.config if self.processor is None else self.processor
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+            if value is None:
+                return None
+        return value
+
+
+def source_of(source: Any) -> Source:
+    """Find the family of a processor, a model or a configuration.
+
+    Raises:
+        TypeError: it is none of these.
+        NotImplementedError: its family is not known here.
+    """
+    known = ", ".join(sorted(_MODEL_TYPES))
+    for cls in type(source).__mro__:
+        if cls.__name__ in _PROCESSORS:
+            return Source(_PROCESSORS[cls.__name__], processor=source)
+    config = source
+    if isinstance(source, torch.nn.Module):
+        module = source
+        while not hasattr(module, "config") and isinstance(
+            inner := getattr(module, "module", None), torch.nn.Module
+        ):
+            module = inner  # DistributedDataParallel and its like
+        config = getattr(module, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type in _MODEL_TYPES:
+        return Source(_MODEL_TYPES[model_type], config=config)
+    if model_type:
+        raise NotImplementedError(
+            f"{NAME}: how model type {model_type!r} writes pictures into its prompt is not known "
+            f"here, known are {known}; with the grid (t, h, w) of each picture, "
+            "Spans.from_vision_grid makes the spans of any model"
+        )
+    if hasattr(source, "tokenizer") or hasattr(source, "image_processor"):
+        raise NotImplementedError(
+            f"{NAME}: processor {type(source).__name__!r} is not known here, known are "
+            f"{', '.join(sorted(_PROCESSORS))}; with the grid (t, h, w) of each picture, "
+            "Spans.from_vision_grid makes the spans of any model"
+        )
+    raise TypeError(
+        f"{NAME}: processor_or_model_config must be a processor, a model or its configuration; got "
+        f"{type(source).__name__}"
+    )
+
+
+def read_items(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
+    """The items of a batch, from the reader of its family."""
+    return _READERS[source.family](source, inputs, sizes)
+
+
+def _qwen(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
+    """Qwen2-VL to Qwen3-VL: a grid (t, h, w) an item; Qwen3-VL's timestamps part only its runs."""
+    merge = source.read("image_processor.merge_size", "vision_config.spatial_merge_size")
+    found: Items = {}
+    for kind in ("image", "video"):
+        token_id = source.read(f"{kind}_token_id", f"{kind}_token_id")
+        grid = inputs.get(f"{kind}_grid_thw")
+        if grid is None and bool((inputs["input_ids"] == token_id).any()):
+            raise ValueError(
+                f"{NAME}: inputs must have {kind}_grid_thw, because input_ids holds {kind} tokens; "
+                f"got {', '.join(inputs)}"
+            )
+        grids = [] if grid is None else _grids(NAME, grid, merge)
+        found[token_id] = [
+            Item(kind, math.prod(shape), (View(torch.arange(math.prod(shape)).view(shape)),))
+            for shape in grids
+        ]
+    return found
+
+
+def _gemma3(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
+    """Gemma 3: as many tokens for every picture, and for every crop of pan and scan.
+
+    The processor keeps the number of crops of its image processor to itself: unless `num_crops` is
+    put into inputs, a crop is an image of its own.
+    """
+    # processor.image_token_id is the token that opens a picture, not the one that stands for it.
+    token_id = source.read("tokenizer.image_token_id", "image_token_id")
+    length = source.read("image_seq_length", "mm_tokens_per_image")
+    side = _side(length)
+    runs = [count for _, count in _runs(inputs["input_ids"], token_id)]
+    pictures = sum(_multiple(runs, length, "Gemma 3"))
+    crops = inputs.get("num_crops")
+    if crops is None:
+        crops = [0] * pictures
+    crops = torch.as_tensor(crops).flatten().tolist()
+    if sum(1 + count for count in crops) != pictures:
+        raise ValueError(
+            f"{NAME}: num_crops must describe the {pictures} pictures and crops in input_ids; got "
+            f"{crops}"
+        )
+    _check_sizes(sizes, len(crops))
+    items = []
+    for index, count in enumerate(crops):
+        overview = torch.arange(length).view(1, side, side)
+        if count == 0:
+            items.append(Item("image", length, (View(overview),)))
+            continue
+        total = (1 + count) * length
+        if sizes is None:
+            items.append(Item("image", total, (View(overview),), _missing(count, "crops")))
+            continue
+        height, width = sizes[index]
+        tiles = (1, count) if width >= height else (count, 1)
+        detail = View(length + _tiles(tiles, side))
+        items.append(Item("image", total, (View(overview), detail)))
+    return {token_id: items}
+
+
+def _internvl(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
+    """InternVL: tiles of a picture row by row, then its thumbnail; a video frame is a picture.
+
+    The prompt gives the number of tiles. How many of them stand beside each other follows from the
+    shape of the picture, as in transformers' `get_optimal_tiled_canvas`.
+    """
+    token_id = source.read("image_token_id", "image_token_id")
+    length = source.read("image_seq_length", "image_seq_length")
+    side = _side(length)
+    counts = _multiple(
+        [count for _, count in _runs(inputs["input_ids"], token_id)], length, "InternVL"
+    )
+    _check_sizes(sizes, len(counts))
+    items = []
+    for index, count in enumerate(counts):
+        overview = torch.arange((count - 1) * length, count * length).view(1, side, side)
+        if count == 1:
+            items.append(Item("image", length, (View(overview),)))
+            continue
+        total = count * length
+        if sizes is None:
+            items.append(Item("image", total, (View(overview),), _missing(count - 1, "tiles")))
+            continue
+        tile = source.read("image_processor.size.height", "vision_config.image_size")
+        tile = tile if isinstance(tile, int) else tile[0]
+        detail = View(_tiles(_canvas(sizes[index], count - 1, tile), side))
+        items.append(Item("image", total, (View(overview), detail)))
+    return {token_id: items}
+
+
+def _llava_onevision(
+    source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None
+) -> Items:
+    """LLaVA-OneVision: the whole picture, then its tiles without padding, a newline token a row.
+
+    A picture among several of a sample is there only as a whole, padded to a square; a video is
+    pooled frames, a quarter of the tokens. One newline ends either.
+    """
+    token_id = source.read("image_token_id", "image_token_id")
+    video_id = source.read("video_token_id", "video_token_id")
+    tile = source.read("image_processor.size.height", "vision_config.image_size")
+    if source.processor is not None:
+        side = math.isqrt(source.read("num_image_tokens", "num_image_tokens"))
+    else:
+        side = tile // source.read("patch_size", "vision_config.patch_size")
+    pinpoints = source.read("image_processor.image_grid_pinpoints", "image_grid_pinpoints")
+    aspect = source.read("vision_aspect_ratio", "vision_aspect_ratio")
+    limit = int(aspect.removeprefix("anyres_max_"))
+    found: Items = {token_id: [], video_id: []}
+
+    originals = inputs.get("image_sizes")
+    if originals is None and bool((inputs["input_ids"] == token_id).any()):
+        raise ValueError(
+            f"{NAME}: inputs must have image_sizes, because input_ids holds image tokens; got "
+            f"{', '.join(inputs)}"
+        )
+    originals = [] if originals is None else torch.as_tensor(originals).tolist()
+    each = inputs.get("batch_num_images")  # without it the model takes every picture as alone
+    each = [1] * len(originals) if each is None else torch.as_tensor(each).tolist()
+    alone = [count == 1 for count in each for _ in range(count)]
+    if len(alone) != len(originals):
+        raise ValueError(
+            f"{NAME}: batch_num_images must add up to the {len(originals)} rows of image_sizes; "
+            f"got {each}"
+        )
+    whole = torch.arange(side * side).view(1, side, side)
+    for (height, width), single in zip(originals, alone, strict=True):
+        if not single:
+            pad_y = max(width - height, 0) / 2 / height
+            pad_x = max(height - width, 0) / 2 / width
+            box = (0.0 - pad_y, 0.0 - pad_x, 1 + pad_y, 1 + pad_x)
+            found[token_id].append(Item("image", side * side + 1, (View(whole, box),)))
+            continue
+        rows, columns = _unpadded((height, width), pinpoints, tile, side, limit)
+        detail = torch.arange(rows * (columns + 1)).view(1, rows, columns + 1)[..., :columns]
+        views = (View(whole), View(side * side + detail))
+        found[token_id].append(Item("image", side * side + rows * (columns + 1), views))
+
+    pooled = math.ceil(side / 2)
+    # A newline ends each video, so that runs of different videos that touch can be told apart only
+    # by the number of frames, which the pixels tell.
+    pixels = inputs.get("pixel_values_videos")
+    for _, count in _runs(inputs["input_ids"], video_id):
+        frames = (count - 1) // pooled**2 if pixels is None else pixels.shape[1]
+        length = frames * pooled**2 + 1
+        if frames < 1 or count % length:
+            raise ValueError(
+                f"{NAME}: a run of video tokens must be frames of {pooled} x {pooled} tokens and a "
+                f"newline; got {count} tokens"
+            )
+        grid = torch.arange(length - 1).view(frames, pooled, pooled)
+        found[video_id] += [Item("video", length, (View(grid),))] * (count // length)
+    return found
+
+
+def _unpadded(size: Size, pinpoints: Any, tile: int, side: int, limit: int) -> tuple[int, int]:
+    """Rows and columns of the detail, as the model's `unpad_image` and `pack_image_features`."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    best = select_best_resolution(size, pinpoints)
+    rows, columns = (edge // tile * side for edge in best)
+    height, width = size
+    if width / height > columns / rows:
+        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+    ratio = math.sqrt(rows * columns / (limit * side**2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def _canvas(size: Size, tiles: int, tile: int) -> tuple[int, int]:
+    """Rows and columns of tiles whose shape is nearest to the picture's."""
+    height, width = size
+    best, nearest = (1, tiles), math.inf
+    for columns in range(1, tiles + 1):
+        if tiles % columns:
+            continue
+        rows = tiles // columns
+        distance = abs(width / height - columns / rows)
+        # Of two equally near shapes transformers takes the later one for a large picture.
+        if distance < nearest or (
+            distance == nearest and height * width > 0.5 * tile * tile * tiles
+        ):
+            best, nearest = (rows, columns), distance
+    return best
+
+
+def _tiles(canvas: tuple[int, int], side: int) -> Tensor:
+    """Offsets of tiles of `side` x `side` tokens, one after the other, as one grid [1, R, C]."""
+    rows, columns = canvas
+    offsets = torch.arange(rows * columns * side * side).view(rows, columns, side, side)
+    return offsets.transpose(1, 2).reshape(1, rows * side, columns * side)
+
+
+def _runs(input_ids: Tensor, token_id: int) -> list[tuple[int, int]]:
+    """(start, length) of each unbroken run of a token, in the order of the batch."""
+    rows = input_ids if input_ids.dim() == 2 else input_ids[None]
+    runs = []
+    for row in rows.cpu():
+        edges = torch.nn.functional.pad((row == token_id).int(), (1, 1)).diff()
+        starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
+        runs += list(zip(starts.tolist(), (stops - starts).tolist(), strict=True))
+    return runs
+
+
+def _multiple(runs: Sequence[int], length: int, family: str) -> list[int]:
+    """The pictures of each run, of `length` tokens each."""
+    for run in runs:
+        if run % length:
+            raise ValueError(
+                f"{NAME}: {family} has {length} tokens a picture, so a run of image tokens must be "
+                f"a multiple of that; got {run}"
+            )
+    return [run // length for run in runs]
+
+
+def _side(length: int) -> int:
+    side = math.isqrt(length)
+    if side * side != length:
+        raise ValueError(f"{NAME}: tokens of a picture must form a square; got {length}")
+    return side
+
+
+def _missing(count: int, what: str) -> str:
+    return f"how its {count} {what} stand beside each other needs image_sizes"
+
+
+def _check_sizes(sizes: Sequence[Size] | None, count: int) -> None:
+    if sizes is not None and len(sizes) != count:
+        raise ValueError(
+            f"{NAME}: image_sizes must have a (height, width) for each of the {count} images in "
+            f"input_ids; got {len(sizes)}"
+        )
+
+
+_READERS: dict[str, Reader] = {
+    "qwen": _qwen,
+    "gemma3": _gemma3,
+    "internvl": _internvl,
+    "llava_onevision": _llava_onevision,
+}
+_MODEL_TYPES = {
+    "qwen2_vl": "qwen",
+    "qwen2_5_vl": "qwen",
+    "qwen3_vl": "qwen",
+    "qwen3_vl_moe": "qwen",
+    "gemma3": "gemma3",
+    "internvl": "internvl",
+    "llava_onevision": "llava_onevision",
+}
+_PROCESSORS = {
+    "Qwen2VLProcessor": "qwen",
+    "Qwen2_5_VLProcessor": "qwen",
+    "Qwen3VLProcessor": "qwen",
+    "Gemma3Processor": "gemma3",
+    "InternVLProcessor": "internvl",
+    "LlavaOnevisionProcessor": "llava_onevision",
+}

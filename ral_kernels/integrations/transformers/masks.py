@@ -1,0 +1,166 @@
+"""The mask function of attn_implementation="ral": key padding and a pattern, not a dense mask.
+
+A decoder's mask is in the ordinary cases a pattern (causal, a window) and a padding of the keys.
+Both are arguments of `ral_kernels.attention`, so [B, 1, T, N] bools, 256 MiB a sample at 16k
+tokens, need not be written. What the mask function hands to the attention function is one of
+
+- None: no padding, no window, and whether it is causal the attention module says (as for sdpa);
+- a tensor [B, n] of a dtype in `KEY_MASK_DTYPES`: nonzero = a real key; the dtype is the pattern.
+  If n < N, the attention function leaves out the keys from n on (the unwritten tail of a static
+  cache); if n > N, the keys are the last N of the n (a cache that keeps a window);
+- a bool tensor [B, 1, T, N]: every other pattern (image tokens that attend both ways, packed
+  sequences, chunks, a user's own functions), from transformers' `sdpa_mask`, and it is the whole
+  truth.
+
+Why a dtype: on its way a mask is stored in dictionaries, moved between devices, checkpointed,
+passed through `generate` and traced by `torch.compile`. Attributes and subclasses get lost on one
+or the other of these; a dtype survives them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...checks import has_values
+
+
+class Pattern(NamedTuple):
+    """Which keys a query sees by position: up to its own or all, within the window or all."""
+
+    is_causal: bool
+    has_window: bool
+
+
+KEY_MASK_DTYPES = {
+    Pattern(is_causal=True, has_window=False): torch.uint8,
+    Pattern(is_causal=False, has_window=False): torch.int8,
+    Pattern(is_causal=True, has_window=True): torch.int16,
+    Pattern(is_causal=False, has_window=True): torch.int32,
+}
+PATTERNS = {dtype: pattern for pattern, dtype in KEY_MASK_DTYPES.items()}
+
+# Gemma 4 with layers that share keys cuts the last rows out of the mask for them: it needs rows.
+CUT_BY_ROWS = {"gemma4_text", "gemma4_unified_text"}
+
+
+def key_mask(
+    *,
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    cache_position: Tensor | None = None,
+    kv_offset: int,
+    mask_function: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = False,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Tensor | None:
+    """The mask of `attn_implementation="ral"`: see the head of this module for what it returns.
+
+    Called by transformers' `create_causal_mask` and its siblings. Queries are the positions
+    q_offset ... q_offset + q_length - 1, keys kv_offset ... kv_offset + kv_length - 1.
+
+    Args:
+        q_offset: tokens in the cache; a tensor for a static cache.
+        cache_position: int [T], the positions of the queries, in place of q_length and q_offset
+            (transformers 4).
+        mask_function: (batch, head, query, key indices) -> bool, the whole pattern.
+        attention_mask: bool [B, tokens so far], True = a real token; shorter than the keys for a
+            static cache.
+        allow_is_causal_skip: transformers' word that the pattern is the plain causal one (windowed
+            or chunked with local_size) and that the mask need not exist as a tensor;
+            allow_is_bidirectional_skip likewise for both directions.
+        local_size: the window, or the size of a chunk.
+        config: of the text model.
+        options: dtype and use_vmap, for `sdpa_mask`.
+    """
+    from transformers import masking_utils
+
+    queries: dict[str, Any]
+    if cache_position is not None:
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
+        queries = {"cache_position": cache_position}
+    else:
+        queries = {"q_length": q_length, "q_offset": q_offset}
+    assert q_length is not None
+
+    def dense() -> Tensor | None:
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            **queries,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            local_size=local_size,
+            device=device,
+            **options,
+        )
+
+    # transformers allows a skip only for its own patterns, with nothing added to them: one of the
+    # two functions, or one of them with a window or chunks of local_size.
+    if allow_is_causal_skip:
+        whole_function = masking_utils.causal_mask_function
+    elif allow_is_bidirectional_skip:
+        whole_function = masking_utils.bidirectional_mask_function
+    else:
+        return dense()
+    has_window = False
+    if mask_function is not whole_function:
+        if local_size is None:
+            return dense()
+        has_window = kv_offset + kv_length >= local_size
+        if has_window and _may_be_chunk(config, local_size):
+            return dense()
+        if allow_is_causal_skip and kv_length <= local_size:
+            has_window = False  # a cache that keeps no more than the window, at every token
+    pattern = Pattern(allow_is_causal_skip, has_window)
+
+    # The op puts the last query at the last key. A key behind the last query is seen by none if the
+    # pattern is causal (the unwritten tail of a static cache is such): it is left out.
+    stop = kv_offset + kv_length
+    if pattern != Pattern(is_causal=False, has_window=False):
+        if isinstance(q_offset, Tensor):
+            if not has_values(q_offset):
+                return dense()  # a graph should not read how full a static cache is: it would wait
+            q_offset = int(q_offset)
+        q_stop = q_offset + q_length
+        if q_stop > stop or (q_stop < stop and (kv_offset > 0 or not pattern.is_causal)):
+            return dense()
+        stop = q_stop
+    # From key 0, although the keys may start at kv_offset: `generate` lets models make a mask of
+    # the mask that it made for a static cache.
+    keys = None
+    if attention_mask is not None:
+        keys = F.pad(attention_mask[:, :stop], (0, max(0, stop - attention_mask.shape[1])))
+        if has_values(keys) and bool(keys[:, kv_offset:].all()):
+            keys = None
+    if keys is None:
+        if stop == kv_offset + kv_length and not has_window:
+            return None
+        keys = torch.ones(batch_size, stop, dtype=torch.bool, device=device)
+    return dense() if _cuts_by_rows(config) else keys.to(KEY_MASK_DTYPES[pattern])
+
+
+def _cuts_by_rows(config: Any) -> bool:
+    shared: int = getattr(config, "num_kv_shared_layers", 0)
+    return getattr(config, "model_type", None) in CUT_BY_ROWS and shared > 0
+
+
+def _may_be_chunk(config: Any, local_size: int) -> bool:
+    """Whether `local_size` could be the size of a chunk: the caller does not say which it is."""
+    return (
+        getattr(config, "sliding_window", None) != local_size
+        or getattr(config, "attention_chunk_size", None) == local_size
+    )

@@ -1,0 +1,148 @@
+"""Processors of vision-language models on machines without torchvision."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from ...checks import is_int
+from .registration import check_transformers
+
+_PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor")
+
+
+def load_processor(model: str | Path, **options: Any) -> Any:
+    """A model's processor, for images alone where its video processor cannot be had.
+
+    transformers' video processors need torchvision, and their absence takes the whole processor
+    along, even for images. Frames of a video can be given as several images.
+
+    Args:
+        model: a folder, or a name on the Hub.
+        options: further keyword arguments of `from_pretrained`.
+
+    Raises:
+        ImportError: transformers, or something else than a video processor, is missing.
+        OSError: there is no such model.
+    """
+    check_transformers("load_processor")
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model, **options)
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise
+    import transformers
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers.models.auto import processing_auto
+
+    known_classes: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
+    model_type = AutoConfig.from_pretrained(model, **options).model_type
+    processor_class = getattr(transformers, known_classes[model_type])
+    settings, _ = processor_class.get_processor_dict(model, **options)
+    tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    settings.setdefault("chat_template", getattr(tokenizer, "chat_template", None))
+    known = inspect.signature(processor_class.__init__).parameters
+    return images_only(
+        processor_class,
+        AutoImageProcessor.from_pretrained(model, **options),
+        tokenizer,
+        **{k: v for k, v in settings.items() if k in known and k not in _PARTS},
+    )
+
+
+def images_only(
+    processor_class: type, image_processor: Any, tokenizer: Any, **settings: Any
+) -> Any:
+    """An object of `processor_class` without a video processor.
+
+    Args:
+        processor_class: a processor of transformers.
+        image_processor, tokenizer: its parts.
+        settings: its further arguments, such as chat_template.
+    """
+    stock: Any = processor_class
+
+    class ImagesOnly(stock):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor" and argument is None:
+                return type(None)
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    ImagesOnly.__name__ = stock.__name__  # written into files by save_pretrained
+    if "video_processor" in inspect.signature(stock.__init__).parameters:
+        settings["video_processor"] = None
+    return ImagesOnly(image_processor=image_processor, tokenizer=tokenizer, **settings)
+
+
+def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
+    """Each token as text that a person can read, with its spaces and line breaks.
+
+    A character that a byte-level tokenizer splits over n tokens is given to each of them, as "é
+    1/2" and "é 2/2"; bytes that make no character as "<0xC3>".
+
+    Args:
+        tokenizer: of transformers.
+        token_ids: tokens of one text, in order.
+    """
+    for token_id in token_ids:
+        if not is_int(token_id):
+            raise TypeError(f"token_texts: token_ids must hold ints; got {token_id!r}")
+
+    def decode(ids: list[int]) -> str:
+        return str(
+            tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    texts: list[str] = []
+    start = 0
+    while start < len(token_ids):
+        # A character of UTF-8 is at most four bytes, hence at most four tokens.
+        whole = next(
+            (
+                (length, text)
+                for length in range(1, min(4, len(token_ids) - start) + 1)
+                if "\ufffd" not in (text := decode(token_ids[start : start + length]))
+            ),
+            None,
+        )
+        if whole is None:
+            texts.append(_bytes_of(tokenizer, token_ids[start]))
+            start += 1
+            continue
+        length, text = whole
+        if length == 1:
+            texts.append(_with_space(tokenizer, token_ids[start], text))
+        else:
+            texts += [f"{text} {part}/{length}" for part in range(1, length + 1)]
+        start += length
+    return texts
+
+
+def _with_space(tokenizer: Any, token_id: int, text: str) -> str:
+    """The text of one token, with the space that SentencePiece's decoder drops at a beginning."""
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    return (
+        f" {text}" if isinstance(piece, str) and piece.startswith("▁") and text[:1] != " " else text
+    )
+
+
+def _bytes_of(tokenizer: Any, token_id: int) -> str:
+    """The bytes of a token that is no text by itself."""
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    letters = _byte_letters()
+    if all(letter in letters for letter in piece):
+        return "".join(f"<0x{letters[letter]:02X}>" for letter in piece)
+    return str(piece)  # SentencePiece writes <0xC3> itself
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letter for each byte: itself where it is printable, the others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(0x100 + number): byte for number, byte in enumerate(others)},
+    }

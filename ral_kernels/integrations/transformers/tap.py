@@ -1,0 +1,286 @@
+"""Taps: the one place where calls of a layer's attention are recorded or steered.
+
+An attention module looks up its function by the name in its configuration. A tapped module gets a
+shallow copy of its configuration with the name of `tapped_attention`, which records q and k and
+hands the call on to the implementation the model was given. The model's own configuration is not
+touched, so masks stay those of that implementation, and other layers do not notice.
+
+What is recorded goes into plain Python objects held by the module: a ContextVar or a global would
+break the graphs of torch.compile. Calls are linked instead of listed, because a graph would be
+compiled anew for every length of a list.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import HARMLESS_KEYWORDS
+from .decoder import DecoderLayer
+
+# A name with "flash" in it, or with "sdpa" at its start, would change what transformers does.
+NAME = "ral_tap"
+# What attention functions are given and a policy knows of, or need not know.
+KNOWN = HARMLESS_KEYWORDS | {
+    "dropout", "is_causal", "kernel_options", "output_attentions", "scaling", "sliding_window",
+    "softcap",
+}  # fmt: skip
+
+
+class Call:
+    """One call of a layer's attention, and the call before it.
+
+    q: [B, H, T, D]; k: [B, Hk, N, D], or of a decoding step the new key alone, [B, Hk, 1, D].
+    last_k: what the layer's keys were before this call, for the end of the generation before it.
+    refused: an argument that may keep the weights from being a softmax of q kᵀ, such as sinks.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Any,
+        is_step: bool,
+        before: Call | None,
+        last_k: Tensor | None,
+        config: Any,
+        is_causal: bool,
+        refused: str | None,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+        position_ids: Any,
+        steering: Any,
+    ) -> None:
+        self.q, self.k, self.mask, self.is_step = q, k, mask, is_step
+        self.before, self.last_k = before, last_k
+        self.config, self.is_causal, self.refused = config, is_causal, refused
+        self.implementation: str | None = config._attn_implementation
+        self.scaling, self.sliding_window, self.softcap = scaling, sliding_window, softcap
+        self.position_ids, self.steering = position_ids, steering
+        self.seqlen_q = q.shape[2]  # `q` may be cut later
+
+
+class Sink:
+    """Where one capture collects the calls of one layer.
+
+    Steps of a generation (one query, one key more than before) keep their new key only: T whole
+    caches would be T times as large as the last. The newest cache is kept, to compare.
+    """
+
+    def __init__(self, *, detach: bool, keep_prompt_rows: bool) -> None:
+        self.detach, self.keep_prompt_rows = detach, keep_prompt_rows
+        self.newest: Call | None = None
+        self.last_k: Tensor | None = None
+
+    def add(self, tap: Tap, module: nn.Module, q: Tensor, k: Tensor, mask: Any, given: Any) -> None:
+        if self.detach:
+            q, k = q.detach(), k.detach()
+        q, k = _as_attention_sees(q, k)
+        before = self.newest
+        is_step = (
+            q.shape[2] == 1
+            and before is not None
+            and _continues(k, self.last_k, given.get("sliding_window"))
+        )
+        if is_step and before is not None:
+            before.mask = before.mask if not before.is_step else None
+            if not self.keep_prompt_rows and before.q.shape[2] > 1:
+                before.q = before.q[:, :, -1:].clone()
+        is_causal = given.get("is_causal")
+        refused = [name for name, x in given.items() if x is not None and name not in KNOWN]
+        self.newest = Call(
+            q,
+            k[:, :, -1:].clone() if is_step else k,
+            mask,
+            is_step,
+            before,
+            None if is_step else self.last_k,
+            tap.config,
+            getattr(module, "is_causal", True) if is_causal is None else is_causal,
+            refused[0] if refused else None,
+            given.get("scaling"),
+            given.get("sliding_window"),
+            given.get("softcap"),
+            given.get("position_ids"),
+            tap.steering,
+        )
+        self.last_k = k
+
+
+def _as_attention_sees(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast RoPE leaves float32 behind, which attention itself casts."""
+    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
+        return q, k
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype)
+
+
+def _continues(k: Tensor, last_k: Tensor | None, window: int | None) -> bool:
+    """Whether a call with one query looks like the next step of a generation.
+
+    A sliding cache stays as long as its window, a static one as it is (and is refused when asked
+    for). Whether the keys are the same is looked at later.
+    """
+    if last_k is None or k.shape[0] != last_k.shape[0] or last_k.shape[2] == 0:
+        return False
+    length, before = k.shape[2], last_k.shape[2]
+    if length == before + 1 or (length == before and length > 1):
+        return True
+    return window is not None and length == window and before > window
+
+
+class Tap:
+    """What stands between a layer's attention module and its attention function."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        module = layer.attention
+        self.module = module
+        self.path, self.decoder = layer.path, layer.decoder
+        self.config: Any = module.config
+        self.sinks: tuple[Sink, ...] = ()
+        self.steering: Any = None
+        self.cache: Any = None  # of the call that runs, while the cache is watched
+        self._watch: Any = None
+        self.interface, self.eager = _lookups(module)
+        self._unchecked: list[tuple[nn.Module, str, Any]] = []
+
+    def install(self) -> None:
+        config = copy.copy(self.config)
+        # Not through the property: it would rename the sub-configurations, which are shared.
+        config._attn_implementation_internal = NAME
+        if config._attn_implementation != NAME:
+            raise NotImplementedError("transformers keeps the name of the attention elsewhere")
+        self._exempt_from_checkpointing()  # raises before it changes anything
+        module: Any = self.module
+        module._ral_tap = self
+        module.config = config
+
+    def remove(self) -> None:
+        module: Any = self.module
+        module.config = self.config
+        del module._ral_tap
+        for owner, name, value in reversed(self._unchecked):
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+        self._unchecked.clear()
+
+    def watch_cache(self) -> None:
+        """Have `cache` in calls: attention functions are not given it, and one may drop keys."""
+        self._watch = self.module.register_forward_pre_hook(_keep_cache, with_kwargs=True)
+
+    def unwatch_cache(self) -> None:
+        self._watch.remove()
+        self._watch = None
+
+    def _exempt_from_checkpointing(self) -> None:
+        """The layer keeps its activations: a checkpoint would cut q and k out of the graph.
+
+        Reentrant checkpointing runs the layer without a graph; and a layer recomputed in a backward
+        after the end of the `with` would be another one.
+        """
+        if getattr(self.decoder, "gradient_checkpointing", False) and not any(
+            hasattr(owner, "gradient_checkpointing") for owner in self.path
+        ):
+            raise NotImplementedError(
+                "capture and steer: gradient checkpointing must be the layers' own, as in "
+                f"transformers' GradientCheckpointingLayer; {type(self.decoder).__name__} "
+                "checkpoints from outside"
+            )
+        for owner in self.path:
+            if isinstance(owner.__dict__.get("gradient_checkpointing"), bool):
+                self._put(owner, "gradient_checkpointing", False)
+            if "_checkpoint_wrapped_module" in owner._modules:
+                self._put(owner, "checkpoint_fn", _call_through)
+
+    def _put(self, owner: nn.Module, name: str, value: Any) -> None:
+        self._unchecked.append((owner, name, owner.__dict__.get(name, _ABSENT)))
+        setattr(owner, name, value)
+
+    def attend(self, *tensors: Any, **given: Any) -> Any:
+        """The call as the model would have made it."""
+        name = self.config._attn_implementation
+        if name is None or name == "eager":
+            function = self.eager
+        else:
+            function = self.interface.get_interface(name, self.eager)
+        if function is None:
+            raise NotImplementedError(
+                f"capture: the eager attention of {type(self.module).__name__} must be a function "
+                f"`eager_attention_forward` of its source file; found none"
+            )
+        return function(self.module, *tensors, **given)
+
+
+_ABSENT = object()
+
+
+def _keep_cache(module: Any, args: Any, given: dict[str, Any]) -> None:
+    module._ral_tap.cache = given.get("past_key_values")
+
+
+def _call_through(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _lookups(module: nn.Module) -> tuple[Any, Callable[..., Any] | None]:
+    """The attention interface that the module's source file looks into, and its eager function."""
+    interface, eager = None, None
+    for cls in type(module).__mro__:
+        names = vars(sys.modules.get(cls.__module__, object))
+        interface = interface or names.get("ALL_ATTENTION_FUNCTIONS")
+        eager = eager or names.get("eager_attention_forward")
+    return ALL_ATTENTION_FUNCTIONS if interface is None else interface, eager
+
+
+def tapped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
+) -> Any:
+    """The attention function of tapped modules: record, then steer or hand on."""
+    tap: Tap = module._ral_tap
+    for sink in tap.sinks:
+        sink.add(tap, module, query, key, attention_mask, given)
+    # Attention functions look into the module's configuration, too (flash attention for its name).
+    own = module.config
+    module.config = tap.config
+    try:
+        if tap.steering is not None:
+            return tap.steering.attend(tap, query, key, value, attention_mask, given)
+        return tap.attend(query, key, value, attention_mask, **given)
+    finally:
+        module.config, tap.cache = own, None
+
+
+AttentionInterface.register(NAME, tapped_attention)
+
+
+@contextmanager
+def tapped(
+    layers: Sequence[DecoderLayer], open_: Callable[[Tap, int], None], close: Callable[[Tap], None]
+) -> Iterator[None]:
+    """Taps on `layers`; a layer that has one already shares it, and the last one out removes it."""
+    opened: list[Tap] = []
+    try:
+        for number, layer in enumerate(layers):
+            tap = getattr(layer.attention, "_ral_tap", None)
+            if tap is None:
+                tap = Tap(layer)
+                tap.install()
+            opened.append(tap)
+            open_(tap, number)
+        yield
+    finally:
+        for tap in opened:
+            close(tap)
+            if not tap.sinks and tap.steering is None:
+                tap.remove()

@@ -1,0 +1,269 @@
+"""What the pictures show, and that nothing in them overlaps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from ral_kernels import viz
+from ral_kernels.integrations.transformers.attention_map import AttentionMap
+from ral_kernels.viz import parts
+
+WORDS = (
+    " a", " cup", " internationalization", " of", "\n\n", " né", " $x_1$", "<|im_end|>",
+    " supercalifragilisticexpialidocious", " ", "\t", "",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def maps_of(
+    shapes: Sequence[tuple[int, int]] = ((10, 15),),
+    tokens: Sequence[str] = WORDS,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> AttentionMap:
+    """Random maps; sizes: (width, height) of the pictures, default those of the grids."""
+    generator = torch.Generator().manual_seed(0)
+    grids = [torch.rand(len(tokens), *shape, generator=generator) for shape in shapes]
+    total = torch.stack([grid.sum((1, 2)) for grid in grids]).sum(0) / 0.7
+    grids = [grid / total[:, None, None] for grid in grids]
+    shares = torch.stack([grid.sum((1, 2)) for grid in grids], dim=-1)
+    return AttentionMap(
+        tokens=tuple(tokens),
+        token_ids=torch.arange(len(tokens)),
+        text="".join(tokens),
+        grids=tuple(grids),
+        boxes=((0.0, 0.0, 1.0, 1.0),) * len(grids),
+        image_shares=shares,
+        text_shares=1 - shares.sum(-1),
+        images=tuple(
+            Image.new("RGB", size, (120, 120, 120))
+            for size in sizes or [(28 * columns, 28 * rows) for rows, columns in shapes]
+        ),
+        layers=(0,),
+    )
+
+
+def drawn(figure: Figure) -> Any:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas
+
+
+def texts_and_axes(figure: Figure) -> tuple[list[Any], list[Any]]:
+    """The boxes in pixels of every visible text, and of every panel."""
+    renderer = drawn(figure).get_renderer()
+    texts: list[Any] = figure.findobj(Text)
+    shown = [
+        text.get_window_extent(renderer)
+        for text in texts
+        if text.get_text().strip() and text.get_visible()
+    ]
+    return shown, [axes.get_window_extent(renderer) for axes in figure.axes]
+
+
+FIGURES: dict[str, Any] = {
+    "overlay": lambda: viz.overlay(maps_of(), 0, 8),
+    "overlay, wide": lambda: viz.overlay(maps_of([(2, 20)])),
+    "overlay, tall": lambda: viz.overlay(maps_of([(20, 3)]), 0, 2),
+    "token grid": lambda: viz.token_grid(maps_of()),
+    "token grid, wide": lambda: viz.token_grid(maps_of([(2, 20)])),
+    "token grid, tall": lambda: viz.token_grid(maps_of([(30, 5)])),
+    "token grid, one": lambda: viz.token_grid(maps_of(tokens=WORDS[:1])),
+    "film strip": lambda: viz.film_strip(maps_of([(4, 6)] * 19), 2),
+    "film strip, one": lambda: viz.film_strip(maps_of(), 2),
+    "film strip, mixed": lambda: viz.film_strip(maps_of([(10, 15), (20, 4), (2, 20)])),
+    "token by frame": lambda: viz.token_frame(maps_of([(4, 6)] * 9)),
+    "token by frame, many": lambda: viz.token_frame(maps_of([(2, 3)] * 64, WORDS * 10)),
+    "token by frame, mixed": lambda: viz.token_frame(maps_of([(10, 15), (20, 4), (2, 20)])),
+    "token by frame, one": lambda: viz.token_frame(maps_of(tokens=WORDS[:1])),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_covers_another(name: str) -> None:
+    texts, _ = texts_and_axes(FIGURES[name]())
+    assert len(texts) > 2
+    for number, first in enumerate(texts):
+        for second in texts[:number]:
+            across = min(first.x1, second.x1) - max(first.x0, second.x0)
+            up = min(first.y1, second.y1) - max(first.y0, second.y0)
+            # Boxes are of the line, ascenders and descenders included.
+            assert across <= 1 or up <= 4, (first, second)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_panels_are_apart_and_inside(name: str) -> None:
+    figure = FIGURES[name]()
+    _, panels = texts_and_axes(figure)
+    width, height = figure.get_size_inches() * figure.dpi
+    for number, first in enumerate(panels):
+        assert first.x0 >= 0 and first.y0 >= 0 and first.x1 <= width and first.y1 <= height
+        for second in panels[:number]:
+            across = min(first.x1, second.x1) - max(first.x0, second.x0)
+            up = min(first.y1, second.y1) - max(first.y0, second.y0)
+            assert across <= 0.5 or up <= 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if "overlay" in name or "grid" in name])
+def test_pictures_keep_their_aspect(name: str) -> None:
+    figure = FIGURES[name]()
+    drawn(figure)
+    for axes in figure.axes:
+        for image in axes.images:
+            rows, columns = image.get_array().shape[:2]
+            box = axes.get_window_extent()
+            assert box.width / box.height == pytest.approx(columns / rows, rel=0.03)
+
+
+def test_narrow_pictures_leave_room_for_tokens() -> None:
+    labels = [text.get_text() for axes in FIGURES["token grid, tall"]().axes for text in axes.texts]
+    assert any(label.startswith("intern") for label in labels)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "pdf", "svg"])
+def test_files(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"map.{suffix}"
+    assert isinstance(viz.overlay(maps_of(), path=path), Figure)
+    assert path.stat().st_size > 2000
+    if suffix in ("png", "jpg"):
+        with Image.open(path) as picture:
+            assert picture.width > 600
+
+
+@pytest.mark.parametrize("cell", [(0, 0), (0, 14), (9, 0), (3, 11)])
+def test_blend_is_brightest_in_its_cell(cell: tuple[int, int]) -> None:
+    grid = torch.full((10, 15), 0.001)
+    grid[cell] = 0.1
+    shown = viz.blend(Image.new("RGB", (600, 400), (90, 90, 90)), grid, 0.1).astype(int).sum(-1)
+    y, x = np.unravel_index(shown.argmax(), shown.shape)
+    assert (y // 40, x // 40) == cell
+    bright = shown > (shown.max() + shown.min()) / 2
+    ys, xs = np.nonzero(bright)
+    assert abs(ys.mean() - (40 * cell[0] + 20)) < 12 and abs(xs.mean() - (40 * cell[1] + 20)) < 12
+
+
+def test_blend_cuts_what_the_processor_padded() -> None:
+    # A picture 600 x 300 in the middle of a square: rows 0 and 3 of the grid are padding.
+    grid = torch.zeros(4, 4)
+    grid[1, 3] = 1
+    picture = Image.new("RGB", (600, 300), (90, 90, 90))
+    shown = viz.blend(picture, grid, 1.0, (-0.5, 0.0, 1.5, 1.0)).astype(int).sum(-1)
+    y, x = np.unravel_index(shown.argmax(), shown.shape)
+    assert y < 150 and x >= 450
+    # And a grid over the right half only.
+    shown = viz.blend(picture, torch.ones(2, 2), 1.0, (0.0, 0.5, 1.0, 1.0)).astype(int).sum(-1)
+    assert (shown[:, 310:] > 1.5 * shown[:, :290].max()).all()
+
+
+def test_a_sink_does_not_drown_the_rest() -> None:
+    grid = torch.rand(10, 15, generator=torch.Generator().manual_seed(0)) * 0.01
+    grid[5, 5] = 0.6
+    limit, clipped = viz.colour_limit([grid], 98.0)
+    assert clipped and limit < 0.011
+    assert viz.colour_limit([grid], 100) == (float(grid.max()), False)
+    grid[5, 5] = 0.012  # no sink: the colours reach the largest value
+    assert viz.colour_limit([grid], 98.0) == (float(grid.max()), False)
+    assert viz.colour_limit([torch.zeros(3, 3)], 98.0) == (1.0, False)
+
+    # Cut before it is interpolated: the sink is one spot of its cell, not a plateau around it.
+    grid[5, 5] = 0.6
+    shown = viz.blend(Image.new("RGB", (600, 400)), grid / 10, limit).astype(int).sum(-1)
+    bright = shown > 0.8 * shown.max()
+    assert bright[205:235, 205:235].any() and bright.sum() < 40 * 40
+
+    maps = maps_of()
+    maps.grids[0][:, 2, 3] = 0.5
+    labels = [axes.get_ylabel() for axes in viz.overlay(maps).axes]
+    assert any("colours end at percentile 98; peak 50 %" in " ".join(x.split()) for x in labels)
+    labels = [axes.get_ylabel() for axes in viz.overlay(maps, clip=100).axes]
+    assert "attention per visual token" in labels
+
+
+@pytest.mark.parametrize(
+    "token, wanted",
+    [
+        (" cup", "cup"), ("cup ", "cup"), (" ", "␣"), ("  ", "␣␣"), ("\n", "↵"), ("\t\n", "⇥↵"),
+        ("", "∅"), ("\x0f", "U+000F"), ("$x$", "$x$"), ("é 1/2", "é 1/2"),
+        ("supercalifragilistic", "supercalifr…"),
+    ],
+)  # fmt: skip
+def test_labels(token: str, wanted: str) -> None:
+    assert parts.readable(token, 12) == wanted
+
+
+def test_signs_that_no_font_has_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "FALLBACKS", ())
+    assert parts.readable("漢", 20) == "U+6F22"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of glyphs that are missing
+        drawn(viz.token_grid(maps_of(tokens=("漢字", "né", "$\\frac$"))))
+
+
+@pytest.mark.parametrize(
+    "share, wanted",
+    [(0.634, "63 %"), (0.0996, "10 %"), (0.0123, "1.2 %"), (0.00042, "0.04 %"), (0.0, "0 %")],
+)
+def test_percent(share: float, wanted: str) -> None:
+    assert parts.percent(share) == wanted
+
+
+def test_the_film_strip_shows_shares() -> None:
+    maps = maps_of([(4, 6)] * 5)
+    for token in (None, 3):
+        shares = maps.image_shares.mean(0) if token is None else maps.image_shares[token]
+        figure = viz.film_strip(maps, token)
+        bars = [bar for axes in figure.axes for group in axes.containers for bar in group]
+        assert [bar.get_height() for bar in bars] == pytest.approx(shares.tolist())
+        labels = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert all(parts.percent(float(share)) in labels for share in shares)
+
+
+def test_bad_input() -> None:
+    maps = maps_of()
+    with pytest.raises(IndexError, match=r"image must be in \[0, 1\); got 1"):
+        viz.overlay(maps, 1)
+    with pytest.raises(IndexError, match=r"token must be in \[0, 12\); got 12"):
+        viz.film_strip(maps, 12)
+    with pytest.raises(ValueError, match=r"clip must be a percentile in \(0, 100\]; got 0"):
+        viz.overlay(maps, clip=0)
+    with pytest.raises(ValueError, match="at least one token"):
+        viz.token_grid(maps, tokens=[])
+
+
+def test_without_matplotlib_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    maps = maps_of()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for function in (viz.overlay, viz.token_grid, viz.film_strip, viz.token_frame):
+        with pytest.raises(ImportError, match=r"pip install ral-kernels\[viz\]"):
+            function(maps)
+
+
+def test_imports_are_lazy() -> None:
+    code = (
+        "import sys, ral_kernels, ral_kernels.viz, ral_kernels.cli;"
+        "assert not {'matplotlib', 'PIL'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,138 @@
+"""Real processors of each vision family, small: their own image processors on a tiny tokenizer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ral_kernels.integrations.transformers.processors import images_only
+
+from . import models, tiny_checkpoint
+
+IMAGE, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+# What a prompt says where a picture goes.
+PLACEHOLDER = {
+    "qwen2_vl": f"{VISION_START}{IMAGE}{VISION_END}",
+    "qwen2_5_vl": f"{VISION_START}{IMAGE}{VISION_END}",
+    "qwen3_vl": f"{VISION_START}{IMAGE}{VISION_END}",
+    "gemma3": "<boi>",
+    "internvl": "<ctx>",
+    "llava_onevision": "<image>",
+}
+SIDE = 28  # pixels of a tile of Gemma 3, InternVL and LLaVA-OneVision
+
+
+def build(family: str, **options: Any) -> Any:
+    """The family's processor; `options` go to its image processor."""
+    return globals()[f"_{family}"](**options)
+
+
+def _qwen(processor_class: str, patch: int, **options: Any) -> Any:
+    import transformers
+
+    pixels = tiny_checkpoint.image_processor()
+    pixels.patch_size = patch
+    for name, value in options.items():
+        setattr(pixels, name, value)
+    tokens = tiny_checkpoint.tokenizer()
+    processor = images_only(getattr(transformers, processor_class), pixels, tokens)
+    # Video processors need torchvision. The prompt asks one only for these two numbers.
+    processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    return processor
+
+
+def _qwen2_vl(**options: Any) -> Any:
+    return _qwen("Qwen2VLProcessor", 14, **options)
+
+
+def _qwen2_5_vl(**options: Any) -> Any:
+    return _qwen("Qwen2_5_VLProcessor", 14, **options)
+
+
+def _qwen3_vl(**options: Any) -> Any:
+    return _qwen("Qwen3VLProcessor", 16, **options)
+
+
+def _gemma3(**options: Any) -> Any:
+    from transformers import Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    tokens = tiny_checkpoint.tokenizer(
+        boi_token="<boi>", eoi_token="<eoi>", image_token="<image_soft_token>"
+    )
+    pixels = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}, **options)
+    return images_only(Gemma3Processor, pixels, tokens, image_seq_length=4)
+
+
+def _internvl(**options: Any) -> Any:
+    from transformers import InternVLProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+        GotOcr2ImageProcessorPil,
+    )
+
+    tokens = tiny_checkpoint.tokenizer(
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<ctx>",
+        video_token="<video>",
+    )
+    pixels = GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, **options)
+    return images_only(InternVLProcessor, pixels, tokens, image_seq_length=4)
+
+
+def _llava_onevision(**options: Any) -> Any:
+    from transformers import LlavaOnevisionProcessor
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    tokens = tiny_checkpoint.tokenizer(image_token="<image>", video_token="<video>")
+    pixels = LlavaOnevisionImageProcessorPil(
+        size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=[
+            [SIDE * rows, SIDE * columns] for rows in range(1, 4) for columns in range(1, 4)
+        ],
+        **options,
+    )
+    return images_only(
+        LlavaOnevisionProcessor,
+        pixels,
+        tokens,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",  # so that large pictures are interpolated
+    )
+
+
+def model_for(family: str, processor: Any, attn_implementation: str = "sdpa") -> Any:
+    """The tiny model, for this processor's tokens; its vision tower looks at patches one by one."""
+    import transformers
+
+    entry = models.FAMILIES["qwen2_5_vl" if family == "qwen2_vl" else family]
+    config = entry.config()
+    ids = processor.tokenizer.convert_tokens_to_ids
+    config.get_text_config().vocab_size = len(processor.tokenizer)
+    names = {"gemma3": "<image_soft_token>", "internvl": "<ctx>", "llava_onevision": "<image>"}
+    config.image_token_id = ids(names.get(family, "<|image_pad|>"))
+    if family == "llava_onevision":
+        config.vision_config.patch_size = 7
+        config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints
+        config.vision_aspect_ratio = processor.vision_aspect_ratio
+        config.video_token_index = ids("<video>")
+    elif family.startswith("qwen"):
+        config.vision_start_token_id = ids("<|vision_start|>")
+        config.video_token_id = ids("<|video_pad|>")
+    torch.manual_seed(0)
+    model_class = getattr(transformers, entry.model_class)
+    model = model_class._from_config(config, attn_implementation=attn_implementation).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ("vis" in name) and any(
+                part in name for part in ("attn.proj", "out_proj", "projection_layer")
+            ):
+                parameter.zero_()
+            if "mm_input_projection_weight" in name:  # Gemma 3 begins it at zero
+                parameter.normal_()
+    return model
