@@ -121,7 +121,7 @@ def attention_forward(
             raise NotImplementedError(
                 f"ral attention: {_name(module)}: packed sequences need cu_seq_lens_q, "
                 "cu_seq_lens_k, max_length_q and max_length_k, and no padding mask; got "
-                f"{', '.join(_given(lengths)) or 'none of them'} and attention_mask "
+                f"{', '.join(_given(lengths))} and attention_mask "
                 f"{None if attention_mask is None else tuple(attention_mask.shape)}"
             )
         window = _window(module, is_causal, sliding_window)
@@ -206,7 +206,7 @@ def _dense_mask(module: Any, mask: Tensor, query: Tensor) -> Tensor:
 
 
 def _key_mask(module: Any, mask: Tensor, seqlen_k: int) -> tuple[Tensor, Pattern | None]:
-    """Which of the first keys are real, and the pattern that the mask's dtype stands for, if any."""
+    """Which of the first keys are real, and the pattern of the mask's dtype, if it has one."""
     if mask.dim() != 2 or mask.is_floating_point():
         raise TypeError(
             f"ral attention: {_name(module)}: attention_mask must be None, bool or integer "
