@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,13 @@ def test_planted_attention_is_where_it_was_planted(
     cells = made.grids[1].flatten(1)
     assert (cells[:, peak] > 50 * cells.median(1).values).all()
 
+    # On black pictures: what is bright there is the map, not the white square.
+    black = planted.picture(10, 15, None)
+    made = replace(made, images=(black, black))
     inside = lambda y, x, height, width: (  # noqa: E731
         at[0] <= y / height * 10 < at[0] + 1 and at[1] <= x / width * 15 < at[1] + 1
     )
-    shown = viz.blend(images[1], made.grids[1][0], float(cells.max()))
+    shown = viz.blend(black, made.grids[1][0], float(cells.max()))
     assert shown.shape == (280, 420, 3)
     brightest = shown.astype(int).sum(-1).argmax()
     assert inside(*np.unravel_index(brightest, shown.shape[:2]), 280, 420)

@@ -176,15 +176,27 @@ def test_blend_cuts_what_the_processor_padded() -> None:
     assert (shown[:, 310:] > 1.5 * shown[:, :290].max()).all()
 
 
+def test_what_is_little_beside_a_peak_stays_dark() -> None:
+    """A percentile of almost nothing would light up the whole picture."""
+    grid = torch.full((10, 15), 0.0003)
+    grid[2, 11] = 0.94
+    limit, _ = viz.colour_limit([grid], 98.0)
+    shown = viz.blend(Image.new("RGB", (600, 400)), grid, limit).astype(int).sum(-1)
+    assert (shown > 0.2 * shown.max()).mean() < 0.02
+
+
 def test_a_sink_does_not_drown_the_rest() -> None:
     grid = torch.rand(10, 15, generator=torch.Generator().manual_seed(0)) * 0.01
     grid[5, 5] = 0.6
-    limit, clipped = viz.colour_limit([grid], 98.0)
-    assert clipped and limit < 0.011
-    assert viz.colour_limit([grid], 100) == (float(grid.max()), False)
+    limit, note = viz.colour_limit([grid], 98.0)
+    assert note == "colours end at 1/30 of the peak, 60 %" and limit == pytest.approx(0.02)
+    assert viz.colour_limit([grid], 100) == (float(grid.max()), "")
+    grid[5, 5] = 0.1
+    limit, note = viz.colour_limit([grid], 98.0)
+    assert note == "colours end at percentile 98; peak 10 %" and 0.009 < limit < 0.01
     grid[5, 5] = 0.012  # no sink: the colours reach the largest value
-    assert viz.colour_limit([grid], 98.0) == (float(grid.max()), False)
-    assert viz.colour_limit([torch.zeros(3, 3)], 98.0) == (1.0, False)
+    assert viz.colour_limit([grid], 98.0) == (float(grid.max()), "")
+    assert viz.colour_limit([torch.zeros(3, 3)], 98.0) == (1.0, "")
 
     # Cut before it is interpolated: the sink is one spot of its cell, not a plateau around it.
     grid[5, 5] = 0.6
@@ -193,9 +205,9 @@ def test_a_sink_does_not_drown_the_rest() -> None:
     assert bright[205:235, 205:235].any() and bright.sum() < 40 * 40
 
     maps = maps_of()
-    maps.grids[0][:, 2, 3] = 0.5
-    labels = [axes.get_ylabel() for axes in viz.overlay(maps).axes]
-    assert any("colours end at percentile 98; peak 50 %" in " ".join(x.split()) for x in labels)
+    maps.grids[0][:, 2, 3] = 0.05
+    labels = [" ".join(axes.get_ylabel().split()) for axes in viz.overlay(maps).axes]
+    assert "attention per visual token colours end at percentile 98; peak 5.0 %" in labels
     labels = [axes.get_ylabel() for axes in viz.overlay(maps, clip=100).axes]
     assert "attention per visual token" in labels
 

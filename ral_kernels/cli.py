@@ -1,0 +1,318 @@
+"""The command line: `python -m ral_kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FAILED = 2  # exit status of what a person can mend, as argparse's own
+
+
+class Refused(Exception):
+    """Something that the person at the shell can mend; its text says what."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: of the command line, default `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0, or 2 with a message on stderr.
+    """
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except Refused as error:
+        print(f"ral_kernels: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ral_kernels",
+        description="Attention whose share of each span of keys has a gradient.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_attention_map(commands)
+    backends = commands.add_parser(
+        "backends",
+        help="which backends work on this machine",
+        description="Which backends work on this machine, and why the others do not.",
+    )
+    backends.set_defaults(run=_backends)
+    return parser
+
+
+def _backends(given: argparse.Namespace) -> int:
+    from . import available_backends
+
+    found = available_backends()
+    for name, answer in found.items():
+        print(f"{name:<{max(map(len, found))}}  {answer}")
+    return 0
+
+
+def _add_attention_map(commands: Any) -> None:
+    command = commands.add_parser(
+        "attention-map",
+        help="draw where a vision-language model looks as it answers",
+        description="Draw where a vision-language model looks as it writes each token of its "
+        "answer: over the image (--granularity token, the default for one image), or along the "
+        "frames (--granularity frame, the default for several).",
+    )
+    command.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, or a folder of frames"
+    )
+    command.add_argument("--prompt", required=True, help="the question about the images")
+    command.add_argument("--model", required=True, help="folder of a model, or its name on the Hub")
+    command.add_argument("--out", required=True, type=Path, help="the picture to write: map.png")
+    command.add_argument("--response", help="look at this answer instead of generating one")
+    command.add_argument("--max-new-tokens", type=_positive, default=32, help="default %(default)s")
+    command.add_argument(
+        "--tokens", type=_ranges, metavar="0,3-7", help="which tokens of the answer; default all"
+    )
+    command.add_argument(
+        "--layer", type=int, action="append", metavar="N",
+        help="decoder layer, negative from the end; several are averaged; default -1",
+    )  # fmt: skip
+    command.add_argument(
+        "--granularity", choices=("token", "frame"),
+        help="a grid of visual tokens over each image, or a share for each image",
+    )  # fmt: skip
+    command.add_argument(
+        "--frames", type=_positive, metavar="N", help="at most this many images, evenly spread"
+    )
+    command.add_argument("--device", default="cpu", help="cpu, cuda, ...; default %(default)s")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights; default the checkpoint's"
+    )
+    command.add_argument(
+        "--attn", metavar="NAME", help="attn_implementation of the model; default transformers'"
+    )
+    command.add_argument(
+        "--clip", type=float, default=98.0, metavar="PERCENTILE",
+        help="where colours end if a few visual tokens stand far above the rest; 100 for never; "
+        "default %(default)s",
+    )  # fmt: skip
+    command.set_defaults(run=_attention_map)
+
+
+def _attention_map(given: argparse.Namespace) -> int:
+    paths = _image_paths(given.images, given.frames)
+    _check_out(given.out)
+    if not 0 < given.clip <= 100:
+        raise Refused(f"--clip must be a percentile in (0, 100]; got {given.clip:g}")
+    _check_packages()
+    pictures = _open(paths)
+    model, processor = _load(given)
+    from .integrations.transformers.attention_map import attention_map
+
+    steps = given.max_new_tokens if given.response is None else 1
+    with _progress("writing tokens", steps) as step, _refusing("cannot map this"):
+        maps = attention_map(
+            model,
+            processor,
+            pictures,
+            given.prompt,
+            response=given.response,
+            max_new_tokens=given.max_new_tokens,
+            layers=[-1] if given.layer is None else given.layer,
+            on_token=step,
+        )
+    del model
+    print(f"answer: {maps.text!r}", file=sys.stderr)
+    for path in _draw(maps, given):
+        print(path)
+    return 0
+
+
+def _draw(maps: Any, given: argparse.Namespace) -> Iterator[Path]:
+    """Write the pictures, and name each."""
+    from . import viz
+
+    count = len(maps.tokens)
+    tokens = list(range(count)) if given.tokens is None else given.tokens
+    if max(tokens) >= count:
+        raise Refused(f"--tokens must lie in 0-{count - 1}, the answer's; got {max(tokens)}")
+    images = range(len(maps.images))
+    granularity = given.granularity or ("token" if len(images) == 1 else "frame")
+    out: Path = given.out
+    if granularity == "token":
+        for image in images:
+            path = out if len(images) == 1 else _beside(out, str(image + 1))
+            if len(tokens) == 1:
+                viz.overlay(maps, image, tokens[0], clip=given.clip, path=path)
+            else:
+                viz.token_grid(maps, image, tokens, clip=given.clip, path=path)
+            yield path
+        return
+    chosen = maps.select(tokens)
+    viz.film_strip(chosen, clip=given.clip, path=out)
+    yield out
+    path = _beside(out, "tokens")
+    viz.token_frame(chosen, path=path)
+    yield path
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f"{path.stem}-{what}{path.suffix}")
+
+
+# -- what is given --------------------------------------------------------------------------------
+
+
+def _image_paths(given: Sequence[str], most: int | None) -> list[Path]:
+    """The files, those of a folder in the order of the numbers in their names."""
+    paths: list[Path] = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            inside = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+            if not inside:
+                raise Refused(f"{path} has no images ({', '.join(SUFFIXES)})")
+            paths += sorted(inside, key=lambda file: _numbers_as_numbers(file.name))
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise Refused(f"there is no image {path}")
+    if most is not None and most < len(paths):
+        last = len(paths) - 1
+        paths = [paths[round(i * last / max(most - 1, 1))] for i in range(most)]
+    return paths
+
+
+def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _open(paths: Sequence[Path]) -> list[Any]:
+    from PIL import Image
+
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                pictures.append(picture.convert("RGB"))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise Refused(f"cannot read {path} as an image: {error}") from error
+    return pictures
+
+
+def _check_out(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise Refused(f"--out: there is no folder {path.parent}")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg"):
+        raise Refused(f"--out must end in .png, .jpg, .webp, .pdf or .svg; got {path.name}")
+
+
+def _check_packages() -> None:
+    """Say what is missing before minutes go into loading a model."""
+    from .integrations.transformers.registration import check_transformers
+
+    try:
+        check_transformers("attention-map")
+    except ImportError as error:
+        raise Refused(str(error)) from error
+    for package, name in (("matplotlib", "matplotlib"), ("PIL", "pillow")):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise Refused(
+                f"attention-map needs {name}: pip install 'ral-kernels[viz]' ({error})"
+            ) from error
+
+
+def _load(given: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+    import transformers
+
+    from .integrations.transformers.processors import load_processor
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    path = Path(given.model).expanduser()
+    if not path.is_dir() and (given.model.count("/") != 1 or given.model[0] in "./~"):
+        raise Refused(f"there is no model folder {given.model}, nor is that a name on the Hub")
+    name = str(path) if path.is_dir() else given.model
+    options = {} if given.attn is None else {"attn_implementation": given.attn}
+    with _progress("loading the model", 2) as step, _refusing(f"cannot load {given.model}"):
+        try:
+            device = torch.device(given.device)
+        except RuntimeError as error:
+            raise Refused(f"--device: {_first_line(error)}") from error
+        processor = load_processor(name)
+        step()
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+            name, dtype=given.dtype, **options
+        )
+        try:
+            model = model.to(device).eval()
+        except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA is compiled in
+            raise Refused(f"--device {given.device}: {_first_line(error)}") from error
+        step()
+    return model, processor
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Errors with a message for people become one line; any other is a bug and keeps its trace."""
+    import torch
+
+    try:
+        yield
+    except (
+        ImportError, OSError, ValueError, NotImplementedError, torch.OutOfMemoryError,
+    ) as error:  # fmt: skip
+        raise Refused(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _progress(what: str, steps: int) -> Iterator[Any]:
+    """A function to call at each step: of a progress bar on a terminal if tqdm is there."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print(f"{what} ...", file=sys.stderr)
+        yield lambda: None
+        return
+    with tqdm(total=steps, desc=what, leave=False) as bar:
+        yield bar.update
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def _ranges(text: str) -> list[int]:
+    """Numbers such as 0,3-7."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"must be numbers such as 0,3-7; got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"must be rising ranges; got {part.strip()!r}")
+        chosen += range(first, last + 1)
+    return chosen
