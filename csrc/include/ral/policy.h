@@ -29,7 +29,7 @@ typedef struct {
   // [2, B, H, T] contiguous, over all visible keys: m, in powers of two, and 1 / sum of
   // 2^(score log2 e - m); both 0 where a row sees no key.
   float* norm;
-  float* z;                     // [B, T] contiguous, the share of the valid keys
+  float* z;  // [B, T] contiguous, the share of the valid keys
   float scale, softcap;
   int32_t dtype;  // ral_dtype
 } ral_policy_side;
