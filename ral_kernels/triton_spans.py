@@ -163,6 +163,6 @@ def span_blocks(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None = No
         "num_sequences": num_sequences or 0,
         "BLOCK_K": block_k,
     }
-    num_warps = 8 if block_k >= 128 else 4
+    num_warps = max(4, block_k // 4)  # a thread's part of [block_k, block_k] stays in registers
     triton_runtime.launch(span_blocks_kernel, (blocks, batch_size), arguments, num_warps, 1)
     return table

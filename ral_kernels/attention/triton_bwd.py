@@ -12,15 +12,20 @@ import triton
 import triton.language as tl
 
 from ..triton_spans import NO_SPAN
-from .triton_marginals import add_shares
+from .triton_marginals import shares
 from .triton_scores import (
+    add_product,
     backward_lse_log2,
+    block_number,
     block_ranges,
+    dot_rows,
+    exist,
     in_window,
     length_of,
     load_rows,
     locate,
     scores,
+    store_rows,
 )
 
 
@@ -88,7 +93,7 @@ def attention_bwd_delta_kernel(
 def score_gradient(
     dot,  # q kᵀ
     dp,
-    is_edge,
+    bias,
     lse_log2,
     delta,
     q_positions,
@@ -96,13 +101,6 @@ def score_gradient(
     k_tokens,
     mask_q,
     mask_k,
-    kind,
-    local_ptr,
-    ids_ptr,
-    count_ptr,
-    span_bias_ptr,
-    span_bias_rows,
-    span_bias_stride_s,
     attn_mask_ptr,
     attn_mask_rows,
     attn_mask_stride_n,
@@ -113,28 +111,28 @@ def score_gradient(
     window_right,
     scale,
     cap,
-    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOOL_MASK: tl.constexpr,
+    IS_EDGE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Equations (5) and (11): p, ds and the derivative of the soft cap."""
     HAS_MASK: tl.constexpr = attn_mask_ptr is not None or key_padding_mask_ptr is not None
-    if HAS_MASK or HAS_CAP or span_bias_ptr is not None:
+    if HAS_MASK or HAS_CAP or HAS_BIAS:
         s, dcap = scores(
-            dot, is_edge, q_positions, k_positions, k_tokens, mask_q, mask_k, kind, local_ptr,
-            ids_ptr, count_ptr, span_bias_ptr, span_bias_rows, span_bias_stride_s, attn_mask_ptr,
+            dot, bias, q_positions, k_positions, k_tokens, mask_q, mask_k, attn_mask_ptr,
             attn_mask_rows, attn_mask_stride_n, key_padding_mask_ptr, key_padding_mask_stride_n,
-            diagonal, window_left, window_right, scale, cap, BLOCK_K, HAS_CAP, HAS_LEFT,
-            HAS_RIGHT, BOOL_MASK, TRANSPOSED,
+            diagonal, window_left, window_right, scale, cap, HAS_BIAS, HAS_CAP, HAS_LEFT,
+            HAS_RIGHT, BOOL_MASK, IS_EDGE, TRANSPOSED,
         )  # fmt: skip
         # s <= lse, but not by much where a mask of finfo.min has rounded both.
         p = tl.exp2(tl.minimum(s - lse_log2, 0.0))
     else:
         dcap = 1.0
-        if is_edge:
+        if IS_EDGE:
             visible = in_window(
                 q_positions, k_positions, mask_k, diagonal, window_left, window_right, HAS_LEFT,
                 HAS_RIGHT, TRANSPOSED,
@@ -151,11 +149,15 @@ def add_key_gradients(
     dk,
     dv,
     k,
+    k_ptr,
+    k_stride_n,
     v,
+    v_ptr,
+    v_stride_n,
     first,
-    first_full,
-    last_full,
-    last,
+    num_blocks,
+    num_left,
+    gap,
     q_ptr,
     dout_ptr,
     lse_ptr,
@@ -192,6 +194,8 @@ def add_key_gradients(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PART_D: tl.constexpr,
+    PART_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -200,42 +204,62 @@ def add_key_gradients(
     BOOL_MASK: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     TERMS: tl.constexpr,
+    IS_EDGE: tl.constexpr,
 ):
-    """Query blocks [first, last) of one head. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
-    for block in range(first, last):
+    """Query blocks of one head, as in triton_fwd.py. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
+    HAS_BIAS: tl.constexpr = span_bias_ptr is not None
+    for i in range(0, num_blocks):
+        block = block_number(i, first, num_left, gap, IS_EDGE)
         q_positions = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         q_tokens = q_start + q_positions
-        mask_q = q_positions < length_q
+        mask_q = exist(q_positions, length_q, IS_EDGE)
         # [BLOCK_Q, BLOCK_D]
-        q = load_rows(q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, BLOCK_D)
+        q = load_rows(q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, PART_D)
         # [BLOCK_Q]
         lse = tl.load(lse_ptr + q_tokens, mask=mask_q, other=float("-inf"))
         delta = tl.load(delta_ptr + q_tokens, mask=mask_q, other=0.0)
-        dot = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
         dp = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
-        if dout_ptr is not None:
-            # [BLOCK_Q, BLOCK_DV]
-            dout = load_rows(dout_ptr, q_tokens, dout_stride_t, mask_q, HEAD_DIM_V, BLOCK_DV)
-            dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)  # (9)
         if dmarginals_ptr is not None:  # (9)
             mask_rows = mask_q & (q_tokens >= row_start) & (q_tokens < row_stop)
-            dp = add_shares(
-                dp, kind, dmarginals_ptr, q_tokens.to(tl.int64) * num_spans, 1, mask_rows,
-                local_ptr, ids_ptr, count_ptr, mask_k, BLOCK_K, TERMS, True, False,
+            dp = shares(
+                kind, dmarginals_ptr, q_tokens.to(tl.int64) * num_spans, 1, mask_rows, local_ptr,
+                ids_ptr, count_ptr, mask_k, BLOCK_Q, BLOCK_K, TERMS, True, False,
             )  # fmt: skip
-        is_edge = (block < first_full) | (block >= last_full)
-        p, ds, dcap = score_gradient(
-            dot, dp, is_edge, backward_lse_log2(lse)[None, :], delta[None, :], q_positions,
-            k_positions, k_tokens, mask_q, mask_k, kind, local_ptr, ids_ptr, count_ptr,
-            span_bias_ptr, q_tokens.to(tl.int64) * span_bias_stride_t, span_bias_stride_s,
-            attn_mask_ptr, q_tokens.to(tl.int64) * attn_mask_stride_t, attn_mask_stride_n,
-            key_padding_mask_ptr, key_padding_mask_stride_n, diagonal, window_left, window_right,
-            scale, cap, BLOCK_K, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, True,
+        bias = 0.0
+        if HAS_BIAS:
+            bias = shares(
+                kind, span_bias_ptr, q_tokens.to(tl.int64) * span_bias_stride_t,
+                span_bias_stride_s, mask_q, local_ptr, ids_ptr, count_ptr, mask_k, BLOCK_Q,
+                BLOCK_K, 3, True, True,
+            )  # fmt: skip
+        dot = dot_rows(
+            tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), k, k_ptr, k_tokens, k_stride_n, mask_k, q,
+            q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, PART_D, INPUT_PRECISION,
         )  # fmt: skip
         if dout_ptr is not None:
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=INPUT_PRECISION)  # (8)
+            # [BLOCK_Q, BLOCK_DV]
+            dout = load_rows(dout_ptr, q_tokens, dout_stride_t, mask_q, HEAD_DIM_V, PART_DV)
+            dp = dot_rows(  # (9)
+                dp, v, v_ptr, k_tokens, v_stride_n, mask_k, dout, dout_ptr, q_tokens,
+                dout_stride_t, mask_q, HEAD_DIM_V, PART_DV, INPUT_PRECISION,
+            )  # fmt: skip
+        p, ds, dcap = score_gradient(
+            dot, dp, bias, backward_lse_log2(lse)[None, :], delta[None, :], q_positions,
+            k_positions, k_tokens, mask_q, mask_k, attn_mask_ptr,
+            q_tokens.to(tl.int64) * attn_mask_stride_t, attn_mask_stride_n, key_padding_mask_ptr,
+            key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap, HAS_BIAS,
+            HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, IS_EDGE, True,
+        )  # fmt: skip
+        if dout_ptr is not None:
+            dv = add_product(  # (8)
+                dv, p, dout, dout_ptr, q_tokens, dout_stride_t, mask_q, HEAD_DIM_V, BLOCK_DV,
+                PART_DV, INPUT_PRECISION,
+            )  # fmt: skip
         dx = ds * dcap  # (13)
-        dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)  # (15)
+        dk = add_product(  # (15)
+            dk, dx, q, q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, BLOCK_D, PART_D,
+            INPUT_PRECISION,
+        )  # fmt: skip
     return dk, dv
 
 
@@ -307,6 +331,8 @@ def attention_bwd_dkdv_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PART_D: tl.constexpr,
+    PART_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOP_LEFT: tl.constexpr,
@@ -334,15 +360,11 @@ def attention_bwd_dkdv_kernel(
     k_tokens = k_start + k_positions
     mask_k = k_positions < length_k
     # [BLOCK_K, BLOCK_D]
-    k = load_rows(
-        k_ptr + b * k_stride_b + kv_head * k_stride_h, k_tokens, k_stride_n, mask_k, HEAD_DIM,
-        BLOCK_D,
-    )  # fmt: skip
+    k_ptr += b * k_stride_b + kv_head * k_stride_h
+    k = load_rows(k_ptr, k_tokens, k_stride_n, mask_k, HEAD_DIM, PART_D)
     # [BLOCK_K, BLOCK_DV]
-    v = load_rows(
-        v_ptr + b * v_stride_b + kv_head * v_stride_h, k_tokens, v_stride_n, mask_k, HEAD_DIM_V,
-        BLOCK_DV,
-    )  # fmt: skip
+    v_ptr += b * v_stride_b + kv_head * v_stride_h
+    v = load_rows(v_ptr, k_tokens, v_stride_n, mask_k, HEAD_DIM_V, PART_DV)
     kind = NO_SPAN
     if kinds_ptr is not None:
         kind = tl.load(kinds_ptr + b * kinds_stride_b + k_block)
@@ -368,6 +390,7 @@ def attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     group = num_heads // num_kv_heads
+    num_full = last_full - first_full
     for member in range(0, group):
         h = kv_head * group + member
         rows = (b * num_heads + h) * seqlen_q
@@ -385,25 +408,23 @@ def attention_bwd_dkdv_kernel(
         head_mask_ptr = attn_mask_ptr
         if attn_mask_ptr is not None:
             head_mask_ptr = attn_mask_ptr + b * attn_mask_stride_b + h * attn_mask_stride_h
-        dk, dv = add_key_gradients(
-            dk, dv, k, v, first, first_full, last_full, last, head_q_ptr, head_dout_ptr,
-            lse_ptr + rows, delta_ptr + rows, q_stride_t, dout_stride_t, q_start, length_q,
-            k_positions, k_tokens, mask_k, kind, local_ptr, ids_ptr, counts_ptr,
-            head_dmarginals_ptr, num_spans, row_start, row_stop, head_bias_ptr,
-            span_bias_stride_t, span_bias_stride_s, head_mask_ptr, attn_mask_stride_t,
-            attn_mask_stride_n, key_padding_mask_ptr, key_padding_mask_stride_n, diagonal,
-            window_left, window_right, scale, cap, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_Q, BLOCK_K, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, INPUT_PRECISION, TERMS,
-        )  # fmt: skip
+        for IS_EDGE in tl.static_range(2):
+            dk, dv = add_key_gradients(
+                dk, dv, k, k_ptr, k_stride_n, v, v_ptr, v_stride_n,
+                first if IS_EDGE else first_full,
+                last - first - num_full if IS_EDGE else num_full, first_full - first, num_full,
+                head_q_ptr, head_dout_ptr, lse_ptr + rows, delta_ptr + rows, q_stride_t,
+                dout_stride_t, q_start, length_q, k_positions, k_tokens, mask_k, kind, local_ptr,
+                ids_ptr, counts_ptr, head_dmarginals_ptr, num_spans, row_start, row_stop,
+                head_bias_ptr, span_bias_stride_t, span_bias_stride_s, head_mask_ptr,
+                attn_mask_stride_t, attn_mask_stride_n, key_padding_mask_ptr,
+                key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PART_D, PART_DV, BLOCK_Q, BLOCK_K, HAS_CAP,
+                HAS_LEFT, HAS_RIGHT, BOOL_MASK, INPUT_PRECISION, TERMS, IS_EDGE,
+            )  # fmt: skip
 
-    offs_d = tl.arange(0, BLOCK_D)
     dk_ptr += b * dk_stride_b + kv_head * dk_stride_h
-    pointers = dk_ptr + k_tokens.to(tl.int64)[:, None] * dk_stride_n + offs_d[None, :]
-    mask = mask_k[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(pointers, (dk * tau).to(dk_ptr.dtype.element_ty), mask=mask)
+    store_rows(dk_ptr, k_tokens, dk_stride_n, mask_k, dk * tau, HEAD_DIM, BLOCK_D)
     if dout_ptr is not None:
-        offs_d = tl.arange(0, BLOCK_DV)
         dv_ptr += b * dv_stride_b + kv_head * dv_stride_h
-        pointers = dv_ptr + k_tokens.to(tl.int64)[:, None] * dv_stride_n + offs_d[None, :]
-        mask = mask_k[:, None] & (offs_d < HEAD_DIM_V)[None, :]
-        tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+        store_rows(dv_ptr, k_tokens, dv_stride_n, mask_k, dv, HEAD_DIM_V, BLOCK_DV)

@@ -9,21 +9,37 @@ import triton.language as tl
 
 from ..triton_spans import MIXED, NO_SPAN
 from .triton_bwd import score_gradient
-from .triton_marginals import add_mixed_block, add_shares, add_to_span
-from .triton_scores import backward_lse_log2, block_ranges, length_of, load_rows, locate
+from .triton_marginals import add_mixed_block, add_to_span, shares
+from .triton_scores import (
+    add_product,
+    backward_lse_log2,
+    block_number,
+    block_ranges,
+    dot_rows,
+    exist,
+    length_of,
+    load_rows,
+    locate,
+    store_rows,
+)
 
 
 @triton.jit
 def add_query_gradients(
     state,  # dq, run, run_kind
     q,
+    q_ptr,
+    q_tokens,
+    q_stride_t,
     dout,
+    dout_ptr,
+    dout_stride_t,
     lse_log2,
     delta,
     first,
-    first_full,
-    last_full,
-    last,
+    num_blocks,
+    num_left,
+    gap,
     k_ptr,
     v_ptr,
     k_stride_n,
@@ -58,6 +74,8 @@ def add_query_gradients(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PART_D: tl.constexpr,
+    PART_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -66,13 +84,16 @@ def add_query_gradients(
     BOOL_MASK: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     TERMS: tl.constexpr,
+    IS_EDGE: tl.constexpr,
 ):
-    """Key blocks [first, last)."""
+    """Key blocks, as in triton_fwd.py."""
+    HAS_BIAS: tl.constexpr = span_bias_ptr is not None
     dq, run, run_kind = state
-    for block in range(first, last):
+    for i in range(0, num_blocks):
+        block = block_number(i, first, num_left, gap, IS_EDGE)
         k_positions = block * BLOCK_K + tl.arange(0, BLOCK_K)
         k_tokens = k_start + k_positions
-        mask_k = k_positions < seqlen_k
+        mask_k = exist(k_positions, seqlen_k, IS_EDGE)
         kind, block_local_ptr, block_ids_ptr, count_ptr = NO_SPAN, local_ptr, ids_ptr, counts_ptr
         if kinds_ptr is not None:
             kind = tl.load(kinds_ptr + block)
@@ -85,29 +106,43 @@ def add_query_gradients(
             offsets = k_tokens.to(tl.int64) * key_padding_mask_stride_n
             padding = tl.load(key_padding_mask_ptr + offsets, mask=mask_k, other=0)
             mask_rows_k = mask_k & (padding != 0)
-        # [BLOCK_K, BLOCK_D]
-        k = load_rows(k_ptr, k_tokens, k_stride_n, mask_rows_k, HEAD_DIM, BLOCK_D)
-        dot = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
         dp = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        if dmarginals_ptr is not None:  # (9)
+            dp = shares(
+                kind, dmarginals_ptr, q_positions.to(tl.int64) * num_spans, 1, mask_rows,
+                block_local_ptr, block_ids_ptr, count_ptr, mask_k, BLOCK_Q, BLOCK_K, TERMS, False,
+                False,
+            )  # fmt: skip
+        bias = 0.0
+        if HAS_BIAS:
+            bias = shares(
+                kind, span_bias_ptr, span_bias_rows, span_bias_stride_s, mask_q, block_local_ptr,
+                block_ids_ptr, count_ptr, mask_k, BLOCK_Q, BLOCK_K, 3, False, True,
+            )  # fmt: skip
+        # [BLOCK_K, BLOCK_D]
+        k = load_rows(k_ptr, k_tokens, k_stride_n, mask_rows_k, HEAD_DIM, PART_D)
+        dot = dot_rows(
+            tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), q, q_ptr, q_tokens, q_stride_t, mask_q, k,
+            k_ptr, k_tokens, k_stride_n, mask_rows_k, HEAD_DIM, PART_D, INPUT_PRECISION,
+        )  # fmt: skip
         if has_dout:
             # [BLOCK_K, BLOCK_DV]
-            v = load_rows(v_ptr, k_tokens, v_stride_n, mask_k, HEAD_DIM_V, BLOCK_DV)
-            dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)  # (9)
-        if dmarginals_ptr is not None:  # (9)
-            dp = add_shares(
-                dp, kind, dmarginals_ptr, q_positions.to(tl.int64) * num_spans, 1, mask_rows,
-                block_local_ptr, block_ids_ptr, count_ptr, mask_k, BLOCK_K, TERMS, False, False,
+            v = load_rows(v_ptr, k_tokens, v_stride_n, mask_k, HEAD_DIM_V, PART_DV)
+            dp = dot_rows(  # (9)
+                dp, dout, dout_ptr, q_tokens, dout_stride_t, mask_q, v, v_ptr, k_tokens,
+                v_stride_n, mask_k, HEAD_DIM_V, PART_DV, INPUT_PRECISION,
             )  # fmt: skip
-        is_edge = (block < first_full) | (block >= last_full)
         _, ds, dcap = score_gradient(
-            dot, dp, is_edge, lse_log2[:, None], delta[:, None], q_positions, k_positions, k_tokens,
-            mask_q, mask_k, kind, block_local_ptr, block_ids_ptr, count_ptr, span_bias_ptr,
-            span_bias_rows, span_bias_stride_s, attn_mask_ptr, attn_mask_rows, attn_mask_stride_n,
+            dot, dp, bias, lse_log2[:, None], delta[:, None], q_positions, k_positions, k_tokens,
+            mask_q, mask_k, attn_mask_ptr, attn_mask_rows, attn_mask_stride_n,
             key_padding_mask_ptr, key_padding_mask_stride_n, diagonal, window_left, window_right,
-            scale, cap, BLOCK_K, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, False,
+            scale, cap, HAS_BIAS, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, IS_EDGE, False,
         )  # fmt: skip
         dx = ds * dcap  # (13)
-        dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)  # (14)
+        dq = add_product(  # (14)
+            dq, dx, k, k_ptr, k_tokens, k_stride_n, mask_rows_k, HEAD_DIM, BLOCK_D, PART_D,
+            INPUT_PRECISION,
+        )  # fmt: skip
 
         if dspan_bias_ptr is not None:  # (12)
             if (kind != run_kind) | (kind == MIXED):
@@ -190,6 +225,8 @@ def attention_bwd_dq_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PART_D: tl.constexpr,
+    PART_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOP_LEFT: tl.constexpr,
@@ -221,16 +258,13 @@ def attention_bwd_dq_kernel(
     lse = tl.load(lse_ptr + rows, mask=mask_q, other=float("-inf"))
     delta = tl.load(delta_ptr + rows, mask=mask_q, other=0.0)
     # [BLOCK_Q, BLOCK_D]
-    q = load_rows(
-        q_ptr + b * q_stride_b + h * q_stride_h, q_tokens, q_stride_t, mask_q, HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
+    q_ptr += b * q_stride_b + h * q_stride_h
+    q = load_rows(q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, PART_D)
     dout = q
     if dout_ptr is not None:
         # [BLOCK_Q, BLOCK_DV]
-        dout = load_rows(
-            dout_ptr + b * dout_stride_b + h * dout_stride_h, q_tokens, dout_stride_t,
-            mask_q, HEAD_DIM_V, BLOCK_DV,
-        )  # fmt: skip
+        dout_ptr += b * dout_stride_b + h * dout_stride_h
+        dout = load_rows(dout_ptr, q_tokens, dout_stride_t, mask_q, HEAD_DIM_V, PART_DV)
 
     diagonal = 0 if TOP_LEFT else length_k - length_q
     low, full_low = 0, 0
@@ -277,23 +311,24 @@ def attention_bwd_dq_kernel(
     run = tl.zeros([BLOCK_Q], tl.float32)
     run_kind = first * 0 + NO_SPAN
     state = dq, run, run_kind
-    state = add_query_gradients(
-        state, q, dout, backward_lse_log2(lse), delta, first, first_full, last_full, last, k_ptr,
-        v_ptr, k_stride_n, v_stride_n, k_start, length_k, q_positions, mask_q, kinds_ptr,
-        counts_ptr, ids_ptr, local_ptr, dout_ptr is not None, dmarginals_ptr, mask_rows,
-        dspan_bias_ptr, num_spans, span_bias_ptr, span_bias_rows, span_bias_stride_s,
-        attn_mask_ptr, attn_mask_rows, attn_mask_stride_n, key_padding_mask_ptr,
-        key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap, HEAD_DIM,
-        HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK,
-        INPUT_PRECISION, TERMS,
-    )  # fmt: skip
+    num_full = last_full - first_full
+    for IS_EDGE in tl.static_range(2):
+        state = add_query_gradients(
+            state, q, q_ptr, q_tokens, q_stride_t, dout, dout_ptr, dout_stride_t,
+            backward_lse_log2(lse), delta, first if IS_EDGE else first_full,
+            last - first - num_full if IS_EDGE else num_full, first_full - first, num_full, k_ptr,
+            v_ptr, k_stride_n, v_stride_n, k_start, length_k, q_positions, mask_q, kinds_ptr,
+            counts_ptr, ids_ptr, local_ptr, dout_ptr is not None, dmarginals_ptr, mask_rows,
+            dspan_bias_ptr, num_spans, span_bias_ptr, span_bias_rows, span_bias_stride_s,
+            attn_mask_ptr, attn_mask_rows, attn_mask_stride_n, key_padding_mask_ptr,
+            key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap, HEAD_DIM,
+            HEAD_DIM_V, BLOCK_D, BLOCK_DV, PART_D, PART_DV, BLOCK_Q, BLOCK_K, HAS_CAP, HAS_LEFT,
+            HAS_RIGHT, BOOL_MASK, INPUT_PRECISION, TERMS, IS_EDGE,
+        )  # fmt: skip
     dq, run, run_kind = state
     if dspan_bias_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if run_kind >= 0:
             add_to_span(dspan_bias_ptr, q_positions, run_kind, run, mask_q, num_spans)
 
-    offs_d = tl.arange(0, BLOCK_D)
     dq_ptr += b * dq_stride_b + h * dq_stride_h
-    pointers = dq_ptr + q_tokens.to(tl.int64)[:, None] * dq_stride_t + offs_d[None, :]
-    mask = mask_q[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(pointers, (dq * tau).to(dq_ptr.dtype.element_ty), mask=mask)
+    store_rows(dq_ptr, q_tokens, dq_stride_t, mask_q, dq * tau, HEAD_DIM, BLOCK_D)

@@ -17,16 +17,22 @@ from .triton_marginals import (
     raised_reference,
     relative_weight,
     scale_rows,
+    shares,
 )
 from .triton_scores import (
     LN2,
+    add_product,
+    block_number,
     block_ranges,
+    dot_rows,
+    exist,
     in_window,
     length_of,
     load_rows,
     locate,
     scores,
     stabiliser,
+    store_rows,
 )
 
 
@@ -34,10 +40,12 @@ from .triton_scores import (
 def attend(
     state,  # acc, normaliser, m and, for the marginals, reference, run, run_kind
     q,
+    q_ptr,
+    q_rows,
     first,
-    first_full,
-    last_full,
-    last,
+    num_blocks,
+    num_left,
+    gap,
     k_ptr,
     v_ptr,
     k_stride_n,
@@ -72,6 +80,9 @@ def attend(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PART_D: tl.constexpr,
+    PART_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -79,37 +90,51 @@ def attend(
     BOOL_MASK: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     TERMS: tl.constexpr,
-    GENERAL: tl.constexpr,  # more than a scale and a window
+    IS_EDGE: tl.constexpr,
 ):
-    """Key blocks [first, last): the loop of flash attention, and the sums over spans."""
+    """`num_blocks` key blocks from `first` on: the loop of flash attention, and sums over spans.
+
+    With IS_EDGE they need a mask, and the `gap` blocks behind the first `num_left` are left out.
+    """
+    HAS_BIAS: tl.constexpr = span_bias_ptr is not None
+    HAS_MASK: tl.constexpr = attn_mask_ptr is not None or key_padding_mask_ptr is not None
+    GENERAL: tl.constexpr = HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
     acc, normaliser, m, reference, run, run_kind = state
-    for block in range(first, last):
+    for i in range(0, num_blocks):
+        block = block_number(i, first, num_left, gap, IS_EDGE)
         k_positions = block * BLOCK_K + tl.arange(0, BLOCK_K)
         k_tokens = k_start + k_positions
-        mask_k = k_positions < seqlen_k
+        mask_k = exist(k_positions, seqlen_k, IS_EDGE)
         kind, block_local_ptr, block_ids_ptr, count_ptr = NO_SPAN, local_ptr, ids_ptr, counts_ptr
         if kinds_ptr is not None:
             kind = tl.load(kinds_ptr + block)
             block_local_ptr = local_ptr + k_start + block * BLOCK_K
             block_ids_ptr = ids_ptr + block * BLOCK_K
             count_ptr = counts_ptr + block
+        bias = 0.0
+        if HAS_BIAS:
+            bias = shares(
+                kind, span_bias_ptr, span_bias_rows, span_bias_stride_s, mask_q, block_local_ptr,
+                block_ids_ptr, count_ptr, mask_k, BLOCK_Q, BLOCK_K, 3, False, True,
+            )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = load_rows(k_ptr, k_tokens, k_stride_n, mask_k, HEAD_DIM, BLOCK_D)
-        dot = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-        is_edge = (block < first_full) | (block >= last_full)
+        k = load_rows(k_ptr, k_tokens, k_stride_n, mask_k, HEAD_DIM, PART_D)
+        dot = dot_rows(
+            tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), q, q_ptr, q_rows, 1, mask_q, k, k_ptr,
+            k_tokens, k_stride_n, mask_k, HEAD_DIM, PART_D, INPUT_PRECISION,
+        )  # fmt: skip
         if GENERAL:
             s, _ = scores(
-                dot, is_edge, q_positions, k_positions, k_tokens, mask_q, mask_k, kind,
-                block_local_ptr, block_ids_ptr, count_ptr, span_bias_ptr, span_bias_rows,
-                span_bias_stride_s, attn_mask_ptr, attn_mask_rows, attn_mask_stride_n,
-                key_padding_mask_ptr, key_padding_mask_stride_n, diagonal, window_left,
-                window_right, scale, cap, BLOCK_K, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, False,
+                dot, bias, q_positions, k_positions, k_tokens, mask_q, mask_k, attn_mask_ptr,
+                attn_mask_rows, attn_mask_stride_n, key_padding_mask_ptr,
+                key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap,
+                HAS_BIAS, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, IS_EDGE, False,
             )  # fmt: skip
             m_new = tl.maximum(m, tl.max(s, 1))
             stable = stabiliser(m_new)
             p = tl.exp2(s - stable[:, None])
         else:
-            if is_edge:
+            if IS_EDGE:
                 visible = in_window(
                     q_positions, k_positions, mask_k, diagonal, window_left, window_right,
                     HAS_LEFT, HAS_RIGHT, False,
@@ -129,9 +154,11 @@ def attend(
             offsets = k_tokens.to(tl.int64) * key_padding_mask_stride_n
             mask_v = mask_k & (tl.load(key_padding_mask_ptr + offsets, mask=mask_k, other=0) != 0)
         # [BLOCK_K, BLOCK_DV]
-        v = load_rows(v_ptr, k_tokens, v_stride_n, mask_v, HEAD_DIM_V, BLOCK_DV)
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)  # (6)
+        v = load_rows(v_ptr, k_tokens, v_stride_n, mask_v, HEAD_DIM_V, PART_DV)
+        acc = add_product(  # (6)
+            acc * alpha[:, None], p, v, v_ptr, k_tokens, v_stride_n, mask_v, HEAD_DIM_V,
+            BLOCK_DV, PART_DV, INPUT_PRECISION,
+        )  # fmt: skip
 
         if marginals_ptr is not None:  # (7)
             run = run * alpha
@@ -216,6 +243,8 @@ def attention_fwd_kernel(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PART_D: tl.constexpr,
+    PART_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -261,7 +290,7 @@ def attention_fwd_kernel(
 
     # [BLOCK_Q, BLOCK_D]
     q_rows = b * q_stride_b + heads * q_stride_h + q_tokens.to(tl.int64) * q_stride_t
-    q = load_rows(q_ptr, q_rows, 1, mask_q, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_ptr, q_rows, 1, mask_q, HEAD_DIM, PART_D)
 
     # Which keys do the rows see, and which of these do all rows see?
     diagonal = 0 if TOP_LEFT else length_k - length_q
@@ -317,17 +346,20 @@ def attention_fwd_kernel(
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     run_kind = first * 0 + NO_SPAN
     state = acc, normaliser, m, m, normaliser, run_kind
-    HAS_MASK: tl.constexpr = attn_mask_ptr is not None or key_padding_mask_ptr is not None
-    GENERAL: tl.constexpr = HAS_CAP or HAS_MASK or span_bias_ptr is not None
-    state = attend(
-        state, q, first, first_full, last_full, last, k_ptr, v_ptr, k_stride_n, v_stride_n,
-        k_start, length_k, q_positions, mask_q, kinds_ptr, counts_ptr, ids_ptr, local_ptr,
-        has_rows, marginals_ptr, marginals_rows, mask_rows, num_spans, span_bias_ptr,
-        span_bias_rows, span_bias_stride_s, attn_mask_ptr, attn_mask_rows, attn_mask_stride_n,
-        key_padding_mask_ptr, key_padding_mask_stride_n, diagonal, window_left, window_right,
-        scale, cap, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_K, HAS_CAP, HAS_LEFT,
-        HAS_RIGHT, BOOL_MASK, INPUT_PRECISION, TERMS, GENERAL,
-    )  # fmt: skip
+    # Without masks first, then at the edges: a branch in one loop would cost registers.
+    num_full = last_full - first_full
+    for IS_EDGE in tl.static_range(2):
+        state = attend(
+            state, q, q_ptr, q_rows, first if IS_EDGE else first_full,
+            last - first - num_full if IS_EDGE else num_full, first_full - first, num_full,
+            k_ptr, v_ptr, k_stride_n, v_stride_n, k_start, length_k, q_positions, mask_q,
+            kinds_ptr, counts_ptr, ids_ptr, local_ptr, has_rows, marginals_ptr, marginals_rows,
+            mask_rows, num_spans, span_bias_ptr, span_bias_rows, span_bias_stride_s,
+            attn_mask_ptr, attn_mask_rows, attn_mask_stride_n, key_padding_mask_ptr,
+            key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap, HEAD_DIM,
+            HEAD_DIM_V, BLOCK_D, BLOCK_DV, PART_D, PART_DV, BLOCK_Q, BLOCK_K, HAS_CAP, HAS_LEFT,
+            HAS_RIGHT, BOOL_MASK, INPUT_PRECISION, TERMS, IS_EDGE,
+        )  # fmt: skip
     acc, normaliser, m, reference, run, run_kind = state
 
     # A row that saw no key has normaliser = 0 and gives 0.
@@ -348,12 +380,10 @@ def attention_fwd_kernel(
     lse = tl.where(normaliser > 0, (m + tl.log2(normaliser)) * LN2, float("-inf"))  # (4)
     lse_rows = ((split * batch_size + b) * num_heads + heads) * seqlen_q + q_tokens
     tl.store(lse_ptr + lse_rows, lse, mask=mask_q)
-    offs_d = tl.arange(0, BLOCK_DV)
     out_rows = split * out_stride_split + b * out_stride_b + heads * out_stride_h
     out_rows += q_tokens.to(tl.int64) * out_stride_t
-    out = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
-    mask_out = mask_q[:, None] & (offs_d < HEAD_DIM_V)[None, :]
-    tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out, mask=mask_out)
+    out = acc * inverse[:, None]
+    store_rows(out_ptr, out_rows, 1, mask_q, out, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .triton_fwd import attention_fwd_combine_kernel, attention_fwd_kernel
 
 LOG2E = math.log2(math.e)
 DECODED_TOKENS = 16  # up to so many queries a sequence, one program takes all heads of a kv head
+FLOAT32_PART = 32  # features in one matrix product of float32
 BLOCKS_PER_SPLIT = 4  # at least: a split costs a read and a write of its partial results
 
 
@@ -46,6 +47,10 @@ def _common_arguments(args: AttentionArgs) -> dict[str, Any]:
     """Arguments of the forward and of both backward kernels, but for blocks and span tables."""
     padding, mask = _as_bytes(args.key_padding_mask), args.attn_mask
     factor = LOG2E if args.softcap == 0.0 else 1 / args.softcap
+    block_d, block_dv = _power_of_2(args.head_dim), _power_of_2(args.head_dim_v)
+    part = 256
+    if args.q.dtype == torch.float32:
+        part = FLOAT32_PART
     longest = args.seqlen_q + args.seqlen_k  # a window beyond it must not overflow int32
     return {
         "q_ptr": args.q,
@@ -77,8 +82,10 @@ def _common_arguments(args: AttentionArgs) -> dict[str, Any]:
         "cap": args.softcap * LOG2E,
         "HEAD_DIM": args.head_dim,
         "HEAD_DIM_V": args.head_dim_v,
-        "BLOCK_D": _power_of_2(args.head_dim),
-        "BLOCK_DV": _power_of_2(args.head_dim_v),
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "PART_D": min(block_d, part),
+        "PART_DV": min(block_dv, part),
         "TOP_LEFT": args.top_left,
         "HAS_CAP": args.softcap != 0.0,
         "HAS_LEFT": args.window_left >= 0,
@@ -175,9 +182,11 @@ def _launch_fwd(
         "BLOCK_K": tile.block_k,
         "GROUP": group,
     }
-    triton_runtime.launch(
-        attention_fwd_kernel, (programs * num_splits,), arguments, tile.num_warps, tile.num_stages
-    )
+    # A loop over keys that reads only values in parts cannot be pipelined.
+    only_v = arguments["HEAD_DIM"] <= arguments["PART_D"] and args.head_dim_v > arguments["PART_DV"]
+    num_stages = 1 if only_v else tile.num_stages
+    grid = (programs * num_splits,)
+    triton_runtime.launch(attention_fwd_kernel, grid, arguments, tile.num_warps, num_stages)
     if not partial:
         return
     arguments = {

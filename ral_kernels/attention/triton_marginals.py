@@ -107,6 +107,9 @@ def add_to_span(sums_ptr, rows, span, x, mask_rows, num_spans):
 @triton.jit
 def scale_rows(sums_ptr, rows, factor, mask_rows, num_spans):
     """sums[rows] *= factor."""
+    # Without this detour the compiler carries `factor`, and all it is made of, through the loop
+    # over the keys a second time, in the layout of the sums here.
+    factor = tl.gather(factor, tl.arange(0, factor.shape[0]), 0)
     rows = barrier(rows)
     columns = tl.arange(0, GROUP)
     for start in tl.range(0, num_spans, GROUP, num_stages=1):
@@ -173,8 +176,7 @@ def relative_weight(reference, m):
 
 
 @triton.jit
-def add_shares(
-    x,  # [BLOCK_Q, BLOCK_K], or with TRANSPOSED [BLOCK_K, BLOCK_Q]
+def shares(
     kind,
     per_span_ptr,
     row_offsets,  # int64
@@ -184,45 +186,53 @@ def add_shares(
     ids_ptr,
     count_ptr,
     mask_k,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TERMS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     IS_BIAS: tl.constexpr,
 ):
-    """x += per_span Eᵀ for a block of keys: every element gets the value of its key's span.
+    """per_span Eᵀ for a block of keys: for every element the value of its key's span.
 
-    A bias is in natural units and becomes one in base 2; it may be -inf.
+    [BLOCK_Q, BLOCK_K], or with TRANSPOSED [BLOCK_K, BLOCK_Q]. A bias is in natural units and
+    becomes one in base 2; it may be -inf.
+
+    It is asked for before the products that it is added to: a tile that comes out of a branch
+    between two products keeps the compiler from giving both the same layout. The loop is a `while`
+    because the compiler would compute what comes out of a `for` once per layout that is wanted.
     """
+    # [BLOCK_Q]
+    pointers = per_span_ptr + row_offsets + tl.maximum(kind, 0).to(tl.int64) * stride_s
+    kinds = tl.zeros([BLOCK_Q], tl.int32) + kind  # the interpreter does not splat a condition
+    values = tl.load(pointers, mask=mask_rows & (kinds >= 0), other=0.0)
+    if IS_BIAS:
+        values = bias_or_minus_infinity(bias_in_base_2(values))
+    if TRANSPOSED:
+        x = tl.broadcast_to(values[None, :], [BLOCK_K, BLOCK_Q])
+    else:
+        x = tl.broadcast_to(values[:, None], [BLOCK_Q, BLOCK_K])
     if kind == MIXED:
         local = tl.load(local_ptr + tl.arange(0, BLOCK_K), mask=mask_k, other=-1)
         columns = tl.arange(0, GROUP)
         count = tl.load(count_ptr)
-        shares = tl.zeros_like(x)
+        x = tl.zeros_like(x)
         row_offsets = here(row_offsets)
-        for start in tl.range(0, count, GROUP, num_stages=1):
+        start = count * 0
+        while start < count:
             mask_s = start + columns < count
             ids = tl.load(ids_ptr + start + columns, mask=mask_s, other=0)
-            pointers = per_span_ptr + row_offsets[:, None] + (ids.to(tl.int64) * stride_s)[None, :]
+            offsets = row_offsets[:, None] + (ids.to(tl.int64) * stride_s)[None, :]
+            mask = mask_rows[:, None] & mask_s[None, :]
             # [BLOCK_Q, GROUP]
-            values = tl.load(pointers, mask=mask_rows[:, None] & mask_s[None, :], other=0.0)
+            group = tl.load(per_span_ptr + offsets, mask=mask, other=0.0)
             if IS_BIAS:
-                values = bias_in_base_2(values)
+                group = bias_in_base_2(group)
             if TRANSPOSED:
                 one_hot = local[:, None] == (start + columns)[None, :]
             else:
                 one_hot = (start + columns)[:, None] == local[None, :]
-            shares = one_hot_dot(values, one_hot, shares, TERMS, TRANSPOSED)
+            x = one_hot_dot(group, one_hot, x, TERMS, TRANSPOSED)
+            start += GROUP
         if IS_BIAS:
-            shares = bias_or_minus_infinity(shares)
-        x += shares
-    elif kind >= 0:
-        pointers = per_span_ptr + row_offsets + kind.to(tl.int64) * stride_s
-        # [BLOCK_Q]
-        values = tl.load(pointers, mask=mask_rows, other=0.0)
-        if IS_BIAS:
-            values = bias_or_minus_infinity(bias_in_base_2(values))
-        if TRANSPOSED:
-            x += values[None, :]
-        else:
-            x += values[:, None]
+            x = bias_or_minus_infinity(x)
     return x

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..triton_spans import sequence_of_block
-from .triton_marginals import LOG2E, add_shares
+from .triton_marginals import LOG2E, here
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # torch.finfo(torch.float32).min
@@ -86,14 +86,88 @@ def block_ranges(low, high, full_low, full_high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base_ptr, rows, stride, mask_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile [rows, BLOCK_D] of a tensor with unit last stride; rows out of range are 0."""
-    offs_d = tl.arange(0, BLOCK_D)
+def block_number(i, first, num_left, gap, IS_EDGE: tl.constexpr):
+    """The i-th of a loop's blocks: from `first` on, with IS_EDGE leaving out `gap` after a few."""
+    block = first + i
+    if IS_EDGE:
+        block += tl.where(i >= num_left, gap, 0)
+    return block
+
+
+@triton.jit
+def exist(positions, length, IS_EDGE: tl.constexpr):
+    """Which positions are within the sequence: all of them in a block that is not at an edge."""
+    if IS_EDGE:
+        return positions < length
+    else:
+        return positions >= 0
+
+
+@triton.jit
+def load_part(
+    base_ptr, rows, stride, mask_rows, first_d, HEAD_DIM: tl.constexpr, PART_D: tl.constexpr
+):  # fmt: skip
+    """A tile [rows, PART_D], from feature first_d on; rows and features out of range are 0."""
+    offs_d = first_d + tl.arange(0, PART_D)
     pointers = base_ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
     mask = mask_rows[:, None]
-    if BLOCK_D != HEAD_DIM:
+    if HEAD_DIM % PART_D != 0:
         mask = mask & (offs_d[None, :] < HEAD_DIM)
     return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rows(base_ptr, rows, stride, mask_rows, HEAD_DIM: tl.constexpr, PART_D: tl.constexpr):
+    """A tile [rows, PART_D] of a tensor with unit last stride; rows out of range are 0.
+
+    Just 0 where the rows have more features than that: `dot_rows` and `add_product` then read what
+    they need when they need it. A product of float32 splits its operands into three, and those of
+    more than 64 features, or waiting for a second product, do not fit the registers.
+    """
+    if HEAD_DIM <= PART_D:
+        return load_part(base_ptr, rows, stride, mask_rows, 0, HEAD_DIM, PART_D)
+    else:
+        return 0
+
+
+@triton.jit
+def dot_rows(
+    acc, a, a_ptr, a_rows, a_stride, a_mask, b, b_ptr, b_rows, b_stride, b_mask,
+    HEAD_DIM: tl.constexpr, PART_D: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + a bᵀ, where a and b are rows from `load_rows`."""
+    if HEAD_DIM <= PART_D:
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=INPUT_PRECISION)
+    else:
+        for first_d in range(0, HEAD_DIM, PART_D):
+            # [rows of a, PART_D], [rows of b, PART_D]
+            a_part = load_part(a_ptr, a_rows, a_stride, a_mask, first_d, HEAD_DIM, PART_D)
+            b_part = load_part(b_ptr, b_rows, b_stride, b_mask, first_d, HEAD_DIM, PART_D)
+            acc = tl.dot(a_part, tl.trans(b_part), acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def add_product(
+    acc, x, b, b_ptr, b_rows, b_stride, b_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PART_D: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + x b, where b are rows from `load_rows`."""
+    if HEAD_DIM > PART_D:
+        # [rows of b, BLOCK_D]
+        b = load_part(b_ptr, here(b_rows.to(tl.int64)), b_stride, b_mask, 0, HEAD_DIM, BLOCK_D)
+    return tl.dot(x.to(b.dtype), b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def store_rows(
+    base_ptr, rows, stride, mask_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Write a tile [rows, BLOCK_D]."""
+    offs_d = tl.arange(0, BLOCK_D)
+    pointers = base_ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    mask = mask_rows[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(pointers, x.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -125,21 +199,14 @@ def in_window(
 @triton.jit
 def scores(
     dot,  # q kᵀ
-    is_edge,  # whether some keys of the block are beyond a window's edge or the last key
+    bias,  # of spans, in base 2, if HAS_BIAS
     q_positions,  # within the sequence
     k_positions,
     k_tokens,  # within the tensor
     mask_q,
     mask_k,
-    kind,  # of the block of keys, in the table of spans
-    local_ptr,
-    ids_ptr,
-    count_ptr,
-    span_bias_ptr,
-    span_bias_rows,  # int64 offsets of the queries
-    span_bias_stride_s,
     attn_mask_ptr,
-    attn_mask_rows,
+    attn_mask_rows,  # int64 offsets of the queries
     attn_mask_stride_n,
     key_padding_mask_ptr,
     key_padding_mask_stride_n,
@@ -148,11 +215,12 @@ def scores(
     window_right,
     scale,  # τ log2 e, or τ / c with a soft cap c
     cap,  # c log2 e
-    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOOL_MASK: tl.constexpr,
+    IS_EDGE: tl.constexpr,  # whether keys of the block are beyond a window's edge or the last key
     TRANSPOSED: tl.constexpr,
 ):
     """Equations (1) to (3) in base 2, and the derivative of the soft cap (2), 1 without one."""
@@ -165,11 +233,8 @@ def scores(
         squashed = tanh(s)
         s = squashed * cap
         dcap = 1.0 - squashed * squashed
-    if span_bias_ptr is not None:
-        s = add_shares(
-            s, kind, span_bias_ptr, span_bias_rows, span_bias_stride_s, mask_q, local_ptr,
-            ids_ptr, count_ptr, mask_k, BLOCK_K, 3, TRANSPOSED, True,
-        )  # fmt: skip
+    if HAS_BIAS:
+        s += bias
     if key_padding_mask_ptr is not None:
         offsets = k_tokens.to(tl.int64) * key_padding_mask_stride_n
         real = tl.load(key_padding_mask_ptr + offsets, mask=mask_k, other=0) != 0
@@ -183,7 +248,7 @@ def scores(
             s = tl.where(a != 0, s, float("-inf"))
         else:
             s += in_base_2(a.to(tl.float32))
-    if is_edge:
+    if IS_EDGE:
         visible = in_window(
             q_positions, k_positions, mask_k, diagonal, window_left, window_right, HAS_LEFT,
             HAS_RIGHT, TRANSPOSED,

@@ -23,137 +23,138 @@ _INTERPRETED = {
     "bwd_dkdv": Tile(32, 64, 4, 1),
     "bwd_dq": Tile(64, 32, 4, 1),
 }
-# The largest of the tiles tried that do not spill (triton 3.7.1, ahead of time), with the registers
-# a thread and the shared memory that they take: registers limit them all. Rows marked "smallest" or
-# "guess" have not been searched, and nothing has been measured on a GPU.
+# Tiles of this list of sizes that do not spill (triton 3.7.1, ahead of time), with the registers a
+# thread (of 255) and the shared memory that they take: registers limit them all. Where "mma"
+# stands, no tile with the rows that the architecture's own instruction takes did without spilling.
+# Nothing has been measured on a GPU.
 # fmt: off
 _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
-    ("fwd", "sm_80", HALF, 64, PLAIN): Tile(128, 64, 8, 3),  # 255 registers, 88 KiB
-    ("fwd", "sm_80", HALF, 64, BIASED): Tile(16, 32, 8, 1),  # 202 registers, 8 KiB
-    ("fwd", "sm_80", HALF, 128, PLAIN): Tile(128, 32, 8, 3),  # 255 registers, 88 KiB
-    ("fwd", "sm_80", HALF, 128, BIASED): Tile(16, 32, 8, 1),  # 206 registers, 14 KiB
-    ("fwd", "sm_80", HALF, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_80", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_80", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_80", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_80", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_80", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_80", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_80", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_90", HALF, 64, PLAIN): Tile(128, 64, 8, 3),  # 250 registers, 72 KiB
-    ("fwd", "sm_90", HALF, 64, BIASED): Tile(128, 64, 8, 2),  # 242 registers, 80 KiB
-    ("fwd", "sm_90", HALF, 128, PLAIN): Tile(128, 64, 8, 3),  # 246 registers, 136 KiB
-    ("fwd", "sm_90", HALF, 128, BIASED): Tile(64, 32, 4, 2),  # 248 registers, 56 KiB
-    ("fwd", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 2),  # 255 registers, 109 KiB
-    ("fwd", "sm_90", HALF, 256, BIASED): Tile(32, 16, 8, 2),  # 219 registers, 38 KiB
-    ("fwd", "sm_90", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_90", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_90", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_90", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_90", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_100", HALF, 64, PLAIN): Tile(128, 32, 8, 2),  # guess
-    ("fwd", "sm_100", HALF, 64, BIASED): Tile(64, 32, 8, 2),  # guess
-    ("fwd", "sm_100", HALF, 128, PLAIN): Tile(128, 32, 8, 3),  # 224 registers, 96 KiB
-    ("fwd", "sm_100", HALF, 128, BIASED): Tile(64, 16, 4, 2),  # 234 registers, 38 KiB
-    ("fwd", "sm_100", HALF, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_100", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_100", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_100", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_100", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_100", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_100", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("fwd", "sm_100", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_80", HALF, 64, BIASED): Tile(16, 64, 4, 2),  # 255 registers, 30 KiB
-    ("decode", "sm_80", HALF, 128, BIASED): Tile(16, 64, 4, 2),  # 255 registers, 48 KiB
-    ("decode", "sm_80", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_80", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_80", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_80", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_90", HALF, 64, BIASED): Tile(64, 64, 4, 2),  # 254 registers, 48 KiB
-    ("decode", "sm_90", HALF, 128, BIASED): Tile(16, 64, 4, 2),  # 230 registers, 48 KiB
-    ("decode", "sm_90", HALF, 256, BIASED): Tile(16, 64, 4, 2),  # 243 registers, 84 KiB
-    ("decode", "sm_90", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_90", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_90", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_100", HALF, 64, BIASED): Tile(16, 32, 4, 2),  # guess
-    ("decode", "sm_100", HALF, 128, BIASED): Tile(16, 32, 4, 2),  # guess
-    ("decode", "sm_100", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_100", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_100", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("decode", "sm_100", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_80", HALF, 64, PLAIN): Tile(16, 64, 4, 2),  # 245 registers, 22 KiB
-    ("bwd_dkdv", "sm_80", HALF, 64, BIASED): Tile(16, 64, 4, 2),  # 254 registers, 22 KiB
-    ("bwd_dkdv", "sm_80", HALF, 128, PLAIN): Tile(16, 64, 8, 2),  # 233 registers, 44 KiB
-    ("bwd_dkdv", "sm_80", HALF, 128, BIASED): Tile(16, 32, 8, 1),  # 230 registers, 30 KiB
-    ("bwd_dkdv", "sm_80", HALF, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_80", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_80", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_80", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_80", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_80", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_80", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_80", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_90", HALF, 64, PLAIN): Tile(32, 128, 8, 2),  # 233 registers, 53 KiB
-    ("bwd_dkdv", "sm_90", HALF, 64, BIASED): Tile(32, 128, 8, 2),  # 248 registers, 53 KiB
-    ("bwd_dkdv", "sm_90", HALF, 128, PLAIN): Tile(16, 128, 8, 2),  # 244 registers, 85 KiB
-    ("bwd_dkdv", "sm_90", HALF, 128, BIASED): Tile(16, 128, 8, 2),  # 232 registers, 85 KiB
-    ("bwd_dkdv", "sm_90", HALF, 256, PLAIN): Tile(16, 16, 8, 1),  # 173 registers, 40 KiB
-    ("bwd_dkdv", "sm_90", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # 172 registers, 40 KiB
-    ("bwd_dkdv", "sm_90", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_90", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_90", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_90", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_90", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_100", HALF, 64, PLAIN): Tile(16, 128, 8, 2),  # guess
-    ("bwd_dkdv", "sm_100", HALF, 64, BIASED): Tile(16, 128, 8, 2),  # guess
-    ("bwd_dkdv", "sm_100", HALF, 128, PLAIN): Tile(16, 64, 8, 2),  # guess
-    ("bwd_dkdv", "sm_100", HALF, 128, BIASED): Tile(16, 32, 8, 1),  # guess
-    ("bwd_dkdv", "sm_100", HALF, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_100", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_100", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_100", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_100", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_100", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_100", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dkdv", "sm_100", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_80", HALF, 64, PLAIN): Tile(16, 32, 8, 1),  # 128 registers, 12 KiB
-    ("bwd_dq", "sm_80", HALF, 64, BIASED): Tile(64, 16, 4, 2),  # 255 registers, 28 KiB
-    ("bwd_dq", "sm_80", HALF, 128, PLAIN): Tile(64, 32, 8, 2),  # 255 registers, 56 KiB
-    ("bwd_dq", "sm_80", HALF, 128, BIASED): Tile(32, 16, 8, 2),  # 234 registers, 28 KiB
-    ("bwd_dq", "sm_80", HALF, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_80", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_80", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_80", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_80", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_80", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_80", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_80", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_90", HALF, 64, PLAIN): Tile(128, 64, 8, 2),  # 247 registers, 72 KiB
-    ("bwd_dq", "sm_90", HALF, 64, BIASED): Tile(128, 64, 8, 2),  # 252 registers, 72 KiB
-    ("bwd_dq", "sm_90", HALF, 128, PLAIN): Tile(128, 64, 8, 2),  # 255 registers, 136 KiB
-    ("bwd_dq", "sm_90", HALF, 128, BIASED): Tile(128, 32, 8, 2),  # 249 registers, 104 KiB
-    ("bwd_dq", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 1),  # 255 registers, 96 KiB
-    ("bwd_dq", "sm_90", HALF, 256, BIASED): Tile(64, 16, 8, 1),  # 255 registers, 84 KiB
-    ("bwd_dq", "sm_90", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_90", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_90", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_90", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_90", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_100", HALF, 64, PLAIN): Tile(64, 32, 8, 2),  # guess
-    ("bwd_dq", "sm_100", HALF, 64, BIASED): Tile(32, 16, 8, 2),  # guess
-    ("bwd_dq", "sm_100", HALF, 128, PLAIN): Tile(64, 32, 8, 2),  # guess
-    ("bwd_dq", "sm_100", HALF, 128, BIASED): Tile(32, 16, 8, 2),  # guess
-    ("bwd_dq", "sm_100", HALF, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_100", HALF, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_100", FLOAT32, 64, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_100", FLOAT32, 64, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_100", FLOAT32, 128, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_100", FLOAT32, 128, BIASED): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_100", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # smallest
-    ("bwd_dq", "sm_100", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # smallest
+    ("fwd", "sm_80", HALF, 64, PLAIN): Tile(128, 64, 8, 3),  # 248 registers, 56 KiB
+    ("fwd", "sm_80", HALF, 64, BIASED): Tile(128, 32, 8, 2),  # 255 registers, 32 KiB
+    ("fwd", "sm_80", HALF, 128, PLAIN): Tile(128, 32, 8, 3),  # 244 registers, 72 KiB
+    ("fwd", "sm_80", HALF, 128, BIASED): Tile(64, 64, 8, 2),  # 255 registers, 68 KiB
+    ("fwd", "sm_80", HALF, 256, PLAIN): Tile(32, 32, 8, 2),  # 186 registers, 54 KiB
+    ("fwd", "sm_80", HALF, 256, BIASED): Tile(32, 32, 8, 2),  # 214 registers, 54 KiB
+    ("fwd", "sm_80", FLOAT32, 64, PLAIN): Tile(32, 32, 8, 2),  # 230 registers, 8 KiB
+    ("fwd", "sm_80", FLOAT32, 64, BIASED): Tile(32, 32, 8, 2),  # 255 registers, 8 KiB
+    ("fwd", "sm_80", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 237 registers, 16 KiB
+    ("fwd", "sm_80", FLOAT32, 128, BIASED): Tile(32, 32, 8, 2),  # 255 registers, 16 KiB
+    ("fwd", "sm_80", FLOAT32, 256, PLAIN): Tile(32, 32, 8, 2),  # 255 registers, 32 KiB
+    ("fwd", "sm_80", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 250 registers, 16 KiB
+    ("fwd", "sm_90", HALF, 64, PLAIN): Tile(128, 64, 8, 3),  # 254 registers, 72 KiB
+    ("fwd", "sm_90", HALF, 64, BIASED): Tile(128, 64, 8, 3),  # 252 registers, 57 KiB
+    ("fwd", "sm_90", HALF, 128, PLAIN): Tile(128, 64, 8, 3),  # 242 registers, 136 KiB
+    ("fwd", "sm_90", HALF, 128, BIASED): Tile(128, 64, 8, 3),  # 254 registers, 105 KiB
+    ("fwd", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 2),  # 255 registers, 101 KiB
+    ("fwd", "sm_90", HALF, 256, BIASED): Tile(64, 16, 8, 2),  # 255 registers, 69 KiB
+    ("fwd", "sm_90", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 2),  # 252 registers, 20 KiB
+    ("fwd", "sm_90", FLOAT32, 64, BIASED): Tile(64, 32, 4, 1),  # 246 registers, 16 KiB
+    ("fwd", "sm_90", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 222 registers, 16 KiB; mma
+    ("fwd", "sm_90", FLOAT32, 128, BIASED): Tile(32, 32, 8, 2),  # 243 registers, 16 KiB; mma
+    ("fwd", "sm_90", FLOAT32, 256, PLAIN): Tile(32, 16, 8, 2),  # 224 registers, 16 KiB; mma
+    ("fwd", "sm_90", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 232 registers, 16 KiB; mma
+    ("fwd", "sm_100", HALF, 64, PLAIN): Tile(128, 32, 8, 2),  # 236 registers, 48 KiB
+    ("fwd", "sm_100", HALF, 64, BIASED): Tile(128, 32, 8, 2),  # 238 registers, 49 KiB
+    ("fwd", "sm_100", HALF, 128, PLAIN): Tile(128, 32, 8, 2),  # 242 registers, 80 KiB
+    ("fwd", "sm_100", HALF, 128, BIASED): Tile(128, 32, 8, 2),  # 252 registers, 81 KiB
+    ("fwd", "sm_100", HALF, 256, PLAIN): Tile(64, 32, 8, 2),  # 240 registers, 104 KiB
+    ("fwd", "sm_100", HALF, 256, BIASED): Tile(64, 16, 8, 2),  # 250 registers, 70 KiB
+    ("fwd", "sm_100", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 2),  # 248 registers, 20 KiB
+    ("fwd", "sm_100", FLOAT32, 64, BIASED): Tile(64, 32, 4, 2),  # 247 registers, 20 KiB
+    ("fwd", "sm_100", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 205 registers, 16 KiB; mma
+    ("fwd", "sm_100", FLOAT32, 128, BIASED): Tile(32, 32, 8, 2),  # 236 registers, 16 KiB; mma
+    ("fwd", "sm_100", FLOAT32, 256, PLAIN): Tile(32, 32, 8, 2),  # 254 registers, 32 KiB; mma
+    ("fwd", "sm_100", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 222 registers, 16 KiB; mma
+    ("decode", "sm_80", HALF, 64, BIASED): Tile(16, 64, 4, 2),  # 226 registers, 24 KiB
+    ("decode", "sm_80", HALF, 128, BIASED): Tile(16, 64, 4, 2),  # 234 registers, 42 KiB
+    ("decode", "sm_80", HALF, 256, BIASED): Tile(16, 64, 4, 2),  # 244 registers, 78 KiB
+    ("decode", "sm_80", FLOAT32, 64, BIASED): Tile(16, 32, 8, 2),  # 222 registers, 8 KiB
+    ("decode", "sm_80", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 247 registers, 16 KiB
+    ("decode", "sm_80", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 255 registers, 32 KiB
+    ("decode", "sm_90", HALF, 64, BIASED): Tile(64, 64, 4, 2),  # 247 registers, 45 KiB
+    ("decode", "sm_90", HALF, 128, BIASED): Tile(64, 32, 4, 2),  # 242 registers, 52 KiB
+    ("decode", "sm_90", HALF, 256, BIASED): Tile(64, 16, 8, 2),  # 255 registers, 69 KiB
+    ("decode", "sm_90", FLOAT32, 64, BIASED): Tile(64, 32, 4, 2),  # 255 registers, 20 KiB
+    ("decode", "sm_90", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 233 registers, 16 KiB; mma
+    ("decode", "sm_90", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 248 registers, 32 KiB; mma
+    ("decode", "sm_100", HALF, 64, BIASED): Tile(64, 32, 4, 2),  # 232 registers, 32 KiB
+    ("decode", "sm_100", HALF, 128, BIASED): Tile(64, 32, 8, 2),  # 234 registers, 56 KiB
+    ("decode", "sm_100", HALF, 256, BIASED): Tile(64, 16, 8, 2),  # 253 registers, 70 KiB
+    ("decode", "sm_100", FLOAT32, 64, BIASED): Tile(64, 32, 4, 2),  # 248 registers, 20 KiB
+    ("decode", "sm_100", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 226 registers, 16 KiB; mma
+    ("decode", "sm_100", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 239 registers, 32 KiB; mma
+    ("bwd_dkdv", "sm_80", HALF, 64, PLAIN): Tile(32, 64, 8, 2),  # 235 registers, 26 KiB
+    ("bwd_dkdv", "sm_80", HALF, 64, BIASED): Tile(32, 32, 8, 2),  # 239 registers, 20 KiB
+    ("bwd_dkdv", "sm_80", HALF, 128, PLAIN): Tile(32, 64, 8, 2),  # 240 registers, 56 KiB
+    ("bwd_dkdv", "sm_80", HALF, 128, BIASED): Tile(32, 64, 8, 1),  # 243 registers, 56 KiB
+    ("bwd_dkdv", "sm_80", HALF, 256, PLAIN): Tile(32, 32, 8, 2),  # 231 registers, 68 KiB
+    ("bwd_dkdv", "sm_80", HALF, 256, BIASED): Tile(16, 32, 8, 1),  # 252 registers, 56 KiB
+    ("bwd_dkdv", "sm_80", FLOAT32, 64, PLAIN): Tile(32, 32, 8, 2),  # 247 registers, 8 KiB
+    ("bwd_dkdv", "sm_80", FLOAT32, 64, BIASED): Tile(16, 32, 8, 2),  # 182 registers, 8 KiB
+    ("bwd_dkdv", "sm_80", FLOAT32, 128, PLAIN): Tile(16, 32, 8, 2),  # 212 registers, 8 KiB
+    ("bwd_dkdv", "sm_80", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 228 registers, 8 KiB
+    ("bwd_dkdv", "sm_80", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # 215 registers, 16 KiB
+    ("bwd_dkdv", "sm_80", FLOAT32, 256, BIASED): Tile(16, 16, 8, 1),  # 229 registers, 16 KiB
+    ("bwd_dkdv", "sm_90", HALF, 64, PLAIN): Tile(32, 128, 8, 2),  # 255 registers, 53 KiB
+    ("bwd_dkdv", "sm_90", HALF, 64, BIASED): Tile(32, 128, 8, 2),  # 255 registers, 53 KiB
+    ("bwd_dkdv", "sm_90", HALF, 128, PLAIN): Tile(16, 128, 8, 2),  # 238 registers, 85 KiB
+    ("bwd_dkdv", "sm_90", HALF, 128, BIASED): Tile(16, 128, 8, 2),  # 250 registers, 85 KiB
+    ("bwd_dkdv", "sm_90", HALF, 256, PLAIN): Tile(32, 32, 8, 2),  # 171 registers, 68 KiB; mma
+    ("bwd_dkdv", "sm_90", HALF, 256, BIASED): Tile(32, 32, 8, 1),  # 252 registers, 80 KiB; mma
+    ("bwd_dkdv", "sm_90", FLOAT32, 64, PLAIN): Tile(32, 128, 8, 1),  # 253 registers, 32 KiB
+    ("bwd_dkdv", "sm_90", FLOAT32, 64, BIASED): Tile(16, 128, 8, 1),  # 255 registers, 32 KiB
+    ("bwd_dkdv", "sm_90", FLOAT32, 128, PLAIN): Tile(16, 32, 8, 2),  # 222 registers, 8 KiB; mma
+    ("bwd_dkdv", "sm_90", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 204 registers, 8 KiB; mma
+    ("bwd_dkdv", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 32, 8, 2),  # 250 registers, 16 KiB; mma
+    ("bwd_dkdv", "sm_90", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 248 registers, 16 KiB; mma
+    ("bwd_dkdv", "sm_100", HALF, 64, PLAIN): Tile(32, 128, 8, 2),  # 255 registers, 57 KiB
+    ("bwd_dkdv", "sm_100", HALF, 64, BIASED): Tile(32, 64, 8, 2),  # 247 registers, 42 KiB
+    ("bwd_dkdv", "sm_100", HALF, 128, PLAIN): Tile(32, 128, 8, 1),  # 254 registers, 80 KiB
+    ("bwd_dkdv", "sm_100", HALF, 128, BIASED): Tile(32, 64, 8, 1),  # 162 registers, 48 KiB
+    ("bwd_dkdv", "sm_100", HALF, 256, PLAIN): Tile(32, 32, 8, 2),  # 170 registers, 68 KiB; mma
+    ("bwd_dkdv", "sm_100", HALF, 256, BIASED): Tile(32, 32, 8, 1),  # 252 registers, 80 KiB; mma
+    ("bwd_dkdv", "sm_100", FLOAT32, 64, PLAIN): Tile(16, 64, 4, 1),  # 232 registers, 8 KiB
+    ("bwd_dkdv", "sm_100", FLOAT32, 64, BIASED): Tile(16, 64, 4, 1),  # 235 registers, 8 KiB
+    ("bwd_dkdv", "sm_100", FLOAT32, 128, PLAIN): Tile(16, 32, 8, 2),  # 215 registers, 8 KiB; mma
+    ("bwd_dkdv", "sm_100", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 197 registers, 8 KiB; mma
+    ("bwd_dkdv", "sm_100", FLOAT32, 256, PLAIN): Tile(16, 32, 8, 2),  # 243 registers, 16 KiB; mma
+    ("bwd_dkdv", "sm_100", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 240 registers, 16 KiB; mma
+    ("bwd_dq", "sm_80", HALF, 64, PLAIN): Tile(64, 64, 8, 2),  # 252 registers, 36 KiB
+    ("bwd_dq", "sm_80", HALF, 64, BIASED): Tile(128, 64, 8, 2),  # 255 registers, 56 KiB
+    ("bwd_dq", "sm_80", HALF, 128, PLAIN): Tile(64, 64, 8, 2),  # 252 registers, 80 KiB
+    ("bwd_dq", "sm_80", HALF, 128, BIASED): Tile(64, 32, 8, 2),  # 255 registers, 60 KiB
+    ("bwd_dq", "sm_80", HALF, 256, PLAIN): Tile(32, 32, 8, 1),  # 250 registers, 64 KiB
+    ("bwd_dq", "sm_80", HALF, 256, BIASED): Tile(32, 32, 8, 1),  # 255 registers, 64 KiB
+    ("bwd_dq", "sm_80", FLOAT32, 64, PLAIN): Tile(32, 32, 8, 2),  # 234 registers, 8 KiB
+    ("bwd_dq", "sm_80", FLOAT32, 64, BIASED): Tile(32, 16, 8, 1),  # 228 registers, 8 KiB
+    ("bwd_dq", "sm_80", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 251 registers, 16 KiB
+    ("bwd_dq", "sm_80", FLOAT32, 128, BIASED): Tile(32, 16, 8, 2),  # 254 registers, 8 KiB
+    ("bwd_dq", "sm_80", FLOAT32, 256, PLAIN): Tile(32, 16, 8, 2),  # 229 registers, 16 KiB
+    ("bwd_dq", "sm_80", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 255 registers, 16 KiB
+    ("bwd_dq", "sm_90", HALF, 64, PLAIN): Tile(128, 64, 8, 2),  # 221 registers, 72 KiB
+    ("bwd_dq", "sm_90", HALF, 64, BIASED): Tile(128, 64, 8, 2),  # 249 registers, 72 KiB
+    ("bwd_dq", "sm_90", HALF, 128, PLAIN): Tile(128, 64, 8, 2),  # 254 registers, 136 KiB
+    ("bwd_dq", "sm_90", HALF, 128, BIASED): Tile(128, 64, 8, 2),  # 255 registers, 136 KiB
+    ("bwd_dq", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 2),  # 255 registers, 133 KiB
+    ("bwd_dq", "sm_90", HALF, 256, BIASED): Tile(32, 16, 8, 1),  # 182 registers, 48 KiB; mma
+    ("bwd_dq", "sm_90", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 1),  # 255 registers, 16 KiB
+    ("bwd_dq", "sm_90", FLOAT32, 64, BIASED): Tile(64, 32, 4, 1),  # 254 registers, 16 KiB
+    ("bwd_dq", "sm_90", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 250 registers, 16 KiB; mma
+    ("bwd_dq", "sm_90", FLOAT32, 128, BIASED): Tile(32, 16, 8, 2),  # 235 registers, 8 KiB; mma
+    ("bwd_dq", "sm_90", FLOAT32, 256, PLAIN): Tile(32, 16, 8, 2),  # 231 registers, 16 KiB; mma
+    ("bwd_dq", "sm_90", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 242 registers, 16 KiB; mma
+    ("bwd_dq", "sm_100", HALF, 64, PLAIN): Tile(128, 64, 8, 2),  # 216 registers, 79 KiB
+    ("bwd_dq", "sm_100", HALF, 64, BIASED): Tile(128, 32, 8, 2),  # 248 registers, 69 KiB
+    ("bwd_dq", "sm_100", HALF, 128, PLAIN): Tile(128, 64, 8, 2),  # 227 registers, 151 KiB
+    ("bwd_dq", "sm_100", HALF, 128, BIASED): Tile(64, 32, 8, 2),  # 227 registers, 81 KiB
+    ("bwd_dq", "sm_100", HALF, 256, PLAIN): Tile(128, 32, 8, 2),  # 219 registers, 214 KiB
+    ("bwd_dq", "sm_100", HALF, 256, BIASED): Tile(32, 16, 8, 1),  # 183 registers, 48 KiB; mma
+    ("bwd_dq", "sm_100", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 1),  # 254 registers, 16 KiB
+    ("bwd_dq", "sm_100", FLOAT32, 64, BIASED): Tile(64, 32, 4, 1),  # 244 registers, 16 KiB
+    ("bwd_dq", "sm_100", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 235 registers, 16 KiB; mma
+    ("bwd_dq", "sm_100", FLOAT32, 128, BIASED): Tile(32, 32, 8, 2),  # 250 registers, 16 KiB; mma
+    ("bwd_dq", "sm_100", FLOAT32, 256, PLAIN): Tile(32, 32, 8, 2),  # 255 registers, 32 KiB; mma
+    ("bwd_dq", "sm_100", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 222 registers, 16 KiB; mma
 }
 # fmt: on
 

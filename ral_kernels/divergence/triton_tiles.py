@@ -18,7 +18,7 @@ class RowTile:
 
 # Elements in flight a program. Limit: registers, about ten float32 a thread and element of terms
 # and gradients; 8 elements a thread leave room for two programs a scheduler.
-_ELEMENTS = {"sm_80": 1024, "sm_90": 1024, "sm_100": 1024, triton_runtime.INTERPRETER: 2048}
+_ELEMENTS = {"sm_80": 1024, "sm_90": 1024, "sm_100": 512, triton_runtime.INTERPRETER: 2048}
 _PROGRAMS_PER_MULTIPROCESSOR = (
     8  # memory latency is hidden by programs, each has one load in flight
 )

@@ -48,8 +48,23 @@ _FLOAT16 = {
 # so few features at a time.
 _WIDE = Tile(64, 64, 8, 2, {"BLOCK_D": 32})
 _HEAVY_WIDE = Tile(64, 32, 8, 2, {"BLOCK_D": 32})
-_HEAVY_WIDE_DK = Tile(32, 64, 8, 2, {"BLOCK_D": 32})
+_HEAVY_WIDE_DK = Tile(32, 32, 8, 2, {"BLOCK_D": 32})
 _SPANS = Tile(64, 64, 8, 1)  # float32 whatever the inputs are
+
+# Where an architecture wants more registers: sm_80 has the operands of mma.sync in them too, sm_100
+# copies what tcgen05.mma has summed to them. (architecture, kernel) -> tile, whatever the head dim.
+_TIGHT = {
+    ("sm_80", "sums"): Tile(64, 32, 8, 2, _IN_PARTS),
+    ("sm_80", "dq"): Tile(64, 32, 8, 2, _IN_PARTS),
+    ("sm_80", "dk"): Tile(64, 32, 8, 2, _IN_PARTS),
+    ("sm_100", "sums"): Tile(64, 32, 8, 2, _IN_PARTS),
+}
+_TIGHT_HEAVY = {("sm_100", "heads"): Tile(64, 32, 8, 1, _IN_PARTS)}  # and head dims over 128
+_TIGHT_FLOAT16 = {
+    ("sm_80", "dk"): Tile(64, 32, 8, 2, {"BLOCK_D": 64}),
+    ("sm_100", "dk"): Tile(32, 32, 8, 2, {"BLOCK_D": 64}),
+}
+_TIGHT_HEAVY_WIDE = {("sm_80", "dk"): Tile(32, 16, 8, 2, {"BLOCK_D": 32})}
 
 
 def tile(kernel: str, architecture: str, dtype: torch.dtype, head_dim: int, heavy: bool) -> Tile:
@@ -59,13 +74,16 @@ def tile(kernel: str, architecture: str, dtype: torch.dtype, head_dim: int, heav
     if kernel == "spans":
         return _SPANS
     if dtype == torch.float32:
-        if not heavy:
+        if not heavy and architecture != "sm_80" and kernel not in ("dq", "dk"):
             return _WIDE
-        return _HEAVY_WIDE_DK if kernel == "dk" else _HEAVY_WIDE
+        wide = _HEAVY_WIDE_DK if kernel == "dk" else _HEAVY_WIDE
+        return _TIGHT_HEAVY_WIDE.get((architecture, kernel), wide)
     if dtype == torch.float16 and kernel in _FLOAT16:
-        return _FLOAT16[kernel]
-    if architecture == "sm_80" and kernel == "dq":
-        heavy = True  # mma.sync has its operands in registers too
+        return _TIGHT_FLOAT16.get((architecture, kernel), _FLOAT16[kernel])
+    if (architecture, kernel) in _TIGHT:
+        return _TIGHT[architecture, kernel]
+    if (heavy or head_dim > 128) and (architecture, kernel) in _TIGHT_HEAVY:
+        return _TIGHT_HEAVY[architecture, kernel]
     return (_HEAVY if heavy else _HALF)[kernel][(64, 128, 256).index(max(head_dim, 64))]
 
 
