@@ -48,7 +48,7 @@ _FLOAT16 = {
 # so few features at a time.
 _WIDE = Tile(64, 64, 8, 2, {"BLOCK_D": 32})
 _HEAVY_WIDE = Tile(64, 32, 8, 2, {"BLOCK_D": 32})
-_HEAVY_WIDE_DK = Tile(32, 32, 8, 2, {"BLOCK_D": 32})
+_HEAVY_WIDE_DK = Tile(32, 64, 8, 2, {"BLOCK_D": 32})
 _SPANS = Tile(64, 64, 8, 1)  # float32 whatever the inputs are
 
 # Where an architecture wants more registers: sm_80 has the operands of mma.sync in them too, sm_100
@@ -62,7 +62,7 @@ _TIGHT = {
 _TIGHT_HEAVY = {("sm_100", "heads"): Tile(64, 32, 8, 1, _IN_PARTS)}  # and head dims over 128
 _TIGHT_FLOAT16 = {
     ("sm_80", "dk"): Tile(64, 32, 8, 2, {"BLOCK_D": 64}),
-    ("sm_100", "dk"): Tile(32, 32, 8, 2, {"BLOCK_D": 64}),
+    ("sm_100", "dk"): Tile(32, 64, 8, 1, {"BLOCK_D": 64}),
 }
 _TIGHT_HEAVY_WIDE = {("sm_80", "dk"): Tile(32, 16, 8, 2, {"BLOCK_D": 32})}
 
