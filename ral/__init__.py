@@ -1,0 +1,20 @@
+"""`ral`: GRPO with Reinforced Attention Learning, and On-Policy Attention Distillation, on TRL."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import RALConfig
+    from .trainer import RALTrainer
+
+__all__ = ["RALConfig", "RALTrainer"]
+
+# Imported when first asked for: rewards and data do not need TRL.
+_LAZY = {"RALConfig": "config", "RALTrainer": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

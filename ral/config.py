@@ -1,0 +1,223 @@
+"""`RALConfig`: TRL's `GRPOConfig` and the settings of the attention terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import schedule
+from ._requirements import check_trl
+
+check_trl()
+
+from trl import GRPOConfig  # noqa: E402  (after the check, whose message is the better one)
+
+GRANULARITIES = ("token", "tile", "frame", "image")
+SCOPES = ("context", "visual")
+DIVERGENCES = ("jsd", "kl", "reverse_kl")
+REFERENCES = ("old", "ref", "teacher")
+ROWS = ("predicting", "token")
+REDUCTIONS = ("token_mean", "sequence_mean")
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class RALConfig(GRPOConfig):
+    """Settings of `RALTrainer`: those of TRL's `GRPOConfig`, and of eq. (3) and (4).
+
+        L = rl_coef · L_GRPO + attn_coef · E_t[A_t D(p_θ^t ‖ r^t)]                            (3)
+            + distill_logit_coef · L_GKD + distill_attn_coef · E_t[D(p_θ^t ‖ p_teacher^t)]    (4)
+
+    (arXiv 2602.04884.) Everything is checked when the object is made: unknown values, and a
+    schedule under which the attention term is identically zero (`schedule.why_zero`).
+
+    Unlike TRL, dropout is off by default (`disable_dropout`): with it the old policy is not the
+    policy that starts the update.
+
+    Raises:
+        ValueError: a setting has a value that it cannot have, or settings contradict each other.
+    """
+
+    disable_dropout: bool = _setting(
+        True, "Whether to turn off dropout: with it the old policy's attention is noise."
+    )
+    attn_coef: float = _setting(
+        1.0, "λ, weight of the advantage-weighted attention divergence, eq. (3). 0 = plain GRPO."
+    )
+    attn_layers: list[int] | int | str = field(
+        default=-1,
+        metadata={
+            "help": "Text decoder layers of the term: a number, negative from the end, a list, or "
+            "'all'."
+        },
+    )
+    attn_granularity: str = _setting(
+        "token", "What attention is a distribution over: 'token', 'tile', 'frame' or 'image'."
+    )
+    attn_tile: list[int] = field(
+        default_factory=lambda: [4, 4],
+        metadata={"help": "Rows and columns of visual tokens in a tile, for 'tile'."},
+    )
+    attn_scope: str = _setting(
+        "context", "'context': all keys. 'visual': renormalised over visual tokens alone."
+    )
+    attn_divergence: str = _setting("jsd", "'jsd', 'kl' (policy from reference) or 'reverse_kl'.")
+    attn_reference: str = _setting(
+        "old",
+        "What the policy's attention is compared with: 'old' (the policy that wrote the rollouts), "
+        "'ref' (the reference model of beta > 0) or 'teacher'.",
+    )
+    attn_rows: str = _setting(
+        "predicting",
+        "Which query stands for a response token: the one that predicts it, or ('token') its own.",
+    )
+    attn_exclude_self: bool = _setting(
+        True, "Whether the query's own key is left out and the rest renormalised, eq. (1)."
+    )
+    attn_reduction: str = _setting(
+        "token_mean",
+        "'token_mean': over all response tokens of an optimizer step, on every process; "
+        "'sequence_mean': the mean of each response first.",
+    )
+    attn_backend: str | None = _setting(
+        None, "Backend of the attention ops; None = the first that can run."
+    )
+    attn_snapshot_device: str | None = _setting(
+        None, "Where reference snapshots are kept between steps ('cpu'); None = where they are."
+    )
+    attn_explore_sigma: float = _setting(
+        0.0,
+        "σ of a Gaussian bias per span and rollout on the attention scores during generation, "
+        "replayed in the update; 0 = off. Needs attn_granularity other than 'token'.",
+    )
+    attn_explore_coef: float = _setting(
+        1.0, "Weight of E_t[A_t CE(p_noisy^t ‖ p_θ^t)] over spans, with attn_explore_sigma > 0."
+    )
+    rl_coef: float = _setting(1.0, "Weight of TRL's loss; 0 leaves the attention terms alone.")
+    distill_logit_coef: float = _setting(
+        0.0, "μ, weight of the generalised JSD between the teacher's and the student's tokens."
+    )
+    distill_attn_coef: float = _setting(
+        0.0, "γ, weight of the attention divergence from the teacher, eq. (4)."
+    )
+    distill_beta: float = _setting(
+        0.5, "β of the generalised JSD on tokens: 0 = KL from the teacher, 1 = reverse KL."
+    )
+    distill_teacher_layers: list[int] | int | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher's layers beside attn_layers, paired in the order of the models; None "
+            "= at the same distance from the end."
+        },
+    )
+    attn_metrics_every: int = _setting(
+        10,
+        "Every how many rollout batches attention entropy, visual share and the gradient share of "
+        "RAL are measured (that costs two more backward passes a step of the batch); 0 = never.",
+    )
+    attn_warn_divergence: float = _setting(
+        0.1, "Mean divergence (nats) above which a warning says that RAL runs away."
+    )
+    attn_warn_grad_share: float = _setting(
+        1.0, "‖∇RAL‖ / ‖∇GRPO‖ above which a warning says that RAL runs away."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.attn_layers, str) and self.attn_layers != "all":
+            self.attn_layers = _parse_layers(self.attn_layers)
+        for name, known in (
+            ("attn_granularity", GRANULARITIES),
+            ("attn_scope", SCOPES),
+            ("attn_divergence", DIVERGENCES),
+            ("attn_reference", REFERENCES),
+            ("attn_rows", ROWS),
+            ("attn_reduction", REDUCTIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"RALConfig: {name} must be one of {', '.join(known)}; got "
+                    f"{getattr(self, name)!r}"
+                )
+        for name in (
+            "attn_coef",
+            "attn_explore_sigma",
+            "attn_explore_coef",
+            "rl_coef",
+            "distill_logit_coef",
+            "distill_attn_coef",
+            "attn_metrics_every",
+        ):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"RALConfig: {name} must be finite and >= 0; got {getattr(self, name)!r}"
+                )
+        if not 0 <= self.distill_beta <= 1:
+            raise ValueError(
+                f"RALConfig: distill_beta must lie in [0, 1]; got {self.distill_beta!r}"
+            )
+        if len(self.attn_tile) != 2 or not all(n >= 1 for n in self.attn_tile):
+            raise ValueError(
+                f"RALConfig: attn_tile must be [rows, columns], both >= 1; got {self.attn_tile!r}"
+            )
+        self._check_together()
+
+    @property
+    def optimizer_steps_per_generation(self) -> float:
+        """Optimizer steps on one rollout batch; below 1 where a step takes several batches."""
+        assert self.steps_per_generation is not None
+        micro_steps = self.steps_per_generation * self.num_iterations
+        return micro_steps / self.gradient_accumulation_steps
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return (
+            self.distill_logit_coef > 0
+            or self.distill_attn_coef > 0
+            or (self.attn_coef > 0 and self.attn_reference == "teacher")
+        )
+
+    @property
+    def explores(self) -> bool:
+        """Whether rollouts run under noise on the attention scores."""
+        return self.attn_explore_sigma > 0
+
+    def _check_together(self) -> None:
+        if self.attn_coef > 0 and self.attn_reference == "ref" and self.beta == 0:
+            raise ValueError(
+                "RALConfig: attn_reference='ref' must go with beta > 0, for which TRL keeps a "
+                "reference model; got beta=0"
+            )
+        if self.explores and self.attn_granularity == "token":
+            raise ValueError(
+                "RALConfig: attn_explore_sigma must go with attn_granularity 'tile', 'frame' or "
+                "'image', whose spans get the noise; got 'token'"
+            )
+        if self.explores and self.use_vllm:
+            raise ValueError(
+                "RALConfig: attn_explore_sigma must go with use_vllm=False: vLLM does not take a "
+                "bias on attention scores"
+            )
+        if self.explores and self.max_tool_calling_iterations not in (None, 0):
+            raise ValueError(
+                "RALConfig: attn_explore_sigma must go without tools; got "
+                f"max_tool_calling_iterations={self.max_tool_calling_iterations}"
+            )
+        reason = schedule.why_zero(self)
+        if reason is not None:
+            raise ValueError(f"RALConfig: {reason}")
+
+
+def _parse_layers(text: str) -> list[int] | int:
+    """Layers as a command line gives them: "-1" or "3,-1"."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"RALConfig: attn_layers must be a number, a list of numbers, or 'all'; got {text!r}"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers

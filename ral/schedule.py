@@ -1,0 +1,53 @@
+"""Inner steps on one rollout batch, and schedules under which the RAL term is identically zero."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import RALConfig
+
+
+def micro_steps_per_generation(config: RALConfig) -> int:
+    """Forward-backward passes between two rollout batches, as TRL counts them."""
+    assert config.steps_per_generation is not None
+    return config.steps_per_generation * config.num_iterations
+
+
+def inner_step(config: RALConfig, micro_step: int) -> int:
+    """Which optimizer step on its rollout batch a micro-step belongs to, from 0."""
+    return (micro_step % micro_steps_per_generation(config)) // config.gradient_accumulation_steps
+
+
+def why_zero(config: RALConfig) -> str | None:
+    """Why the term of eq. (3) is identically zero under this schedule, or None if it is not.
+
+    1. JSD and its gradient vanish at θ = θ_old, so RAL needs a second optimizer step on the same
+       rollouts, or a reference other than the policy that wrote them.
+    2. Rollouts of a group that share a response's prefix have the same attention, and their
+       advantages sum to zero: the first response position has no signal.
+
+    Returns:
+        A sentence that says which settings to change.
+    """
+    if config.attn_coef == 0:
+        return None
+    if config.attn_reference == "old" and (
+        config.gradient_accumulation_steps % micro_steps_per_generation(config) == 0
+    ):
+        return (
+            "attn_coef > 0 must go with more than one optimizer step on a rollout batch, since the "
+            "policy's divergence from itself is exactly 0 before the first: with "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}, "
+            f"steps_per_generation={config.steps_per_generation} and num_iterations="
+            f"{config.num_iterations} this would be plain GRPO. Set num_iterations >= 2, or "
+            "steps_per_generation to a multiple of gradient_accumulation_steps greater than it; "
+            "or compare with another policy: attn_reference='ref'"
+        )
+    if config.max_completion_length == 1 and config.attn_rows == "predicting":
+        return (
+            "attn_coef > 0 must go with max_completion_length > 1: the query that predicts the "
+            "first token is the same in every rollout of a group, and their advantages sum to "
+            "zero. Allow longer responses, or set attn_rows='token'"
+        )
+    return None

@@ -1,0 +1,467 @@
+"""`RALTrainer`: TRL's GRPO trainer with the attention terms of eq. (3) and (4)."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+from trl import GRPOTrainer
+
+import ral_kernels as rk
+
+from . import losses, measures, schedule
+from .config import RALConfig
+from .distillation import (
+    backbone_of,
+    check_teacher,
+    load_teacher,
+    logit_divergence,
+    pair_layers,
+)
+from .exploration import draw_bias, steered
+from .references import References, taking_hidden_states, taking_snapshots
+from .vision import lay_out
+
+logger = logging.get_logger(__name__)
+_WARN_AGAIN = 50  # optimizer steps between two warnings of a kind
+
+
+class RALTrainer(GRPOTrainer):
+    """GRPO with Reinforced Attention Learning, and On-Policy Attention Distillation.
+
+    Everything that TRL's `GRPOTrainer` does stays as it is: rollouts, advantages, KL, LoRA,
+    checkpoints, logging, DDP, FSDP. Added to its loss are the terms of eq. (3) and (4), of
+    arXiv 2602.04884 (`RALConfig`): q and k of the chosen layers are captured in the trainer's own
+    forwards, with whatever attention the model runs, and the old policy's are kept as snapshots.
+    The loss is formed in float32.
+
+    Metrics, beside TRL's:
+        attn/divergence, attn/divergence/inner_<i>: mean divergence from the reference (nats), also
+            by optimizer step on the rollout batch. From the first micro-batch of each step.
+        attn/loss, distill/attention, distill/logits, explore/loss: the terms, unweighted.
+        attn/grad_share, attn/grad_share/inner_<i>: ‖∇ weighted attention terms‖ / ‖∇ GRPO‖, of the
+            first micro-batch of a step and of this process, every `attn_metrics_every` batches.
+        attn/visual_share, attn/entropy: share of the policy's attention on images, and its entropy
+            over keys (nats), every `attn_metrics_every` batches.
+        attn/differing_prefixes: share of response tokens whose prefix differs within the group;
+            the others have no RAL signal.
+        time/rollout, time/old_policy, time/update: seconds of an optimizer step.
+
+    Args:
+        model, reward_funcs, args, ...: as in `GRPOTrainer`; args is a `RALConfig`.
+        teacher_model: a frozen model, or its path, for the terms that compare with a teacher. It
+            reads the same tokens and cuts images in the same way; depth, heads and head dim are
+            its own.
+
+    Raises:
+        TypeError: args is not a `RALConfig`.
+        ValueError: a teacher is missing, not needed, or reads rollouts in another way.
+        NotImplementedError: the model's decoder layers are not found, or not usable.
+    """
+
+    _tag_names: ClassVar = ["trl", "grpo", "ral"]
+    _name = "RAL"
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: RALConfig | None = None,
+        *positional: Any,
+        teacher_model: str | nn.Module | None = None,
+        **named: Any,
+    ) -> None:
+        if not isinstance(args, RALConfig):
+            raise TypeError(f"RALTrainer: args must be a RALConfig; got {type(args).__name__}")
+        if args.needs_teacher and teacher_model is None:
+            raise ValueError(
+                "RALTrainer: teacher_model must be given for distill_logit_coef > 0, "
+                "distill_attn_coef > 0 or attn_reference='teacher'; got None"
+            )
+        if teacher_model is not None and not args.needs_teacher:
+            raise ValueError(
+                "RALTrainer: teacher_model must go with distill_logit_coef > 0, distill_attn_coef "
+                "> 0 or attn_reference='teacher'; got a teacher that nothing compares with"
+            )
+        self.teacher_model: Any = None
+        self._references = References(args.attn_snapshot_device)
+        self._rolling_out = False
+        self._generations = 0  # rollout batches so far
+        self._bias: Tensor | None = None  # of the rollout batch being made
+        self._num_spans = 0
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._warned: dict[str, int] = {}
+        super().__init__(model, reward_funcs, args, *positional, **named)
+        self.args: RALConfig
+        # Fails now, and not in the first step, if the layers cannot be captured.
+        probe = rk.capture(self.model, args.attn_layers)
+        self._layers: list[int] = probe.layers
+        if args.needs_teacher:
+            self._set_up_teacher(teacher_model)
+        if not args.disable_dropout and args.attn_coef > 0:
+            logger.warning(
+                "RALTrainer: disable_dropout=False: the old policy's attention is drawn with "
+                "dropout, and differs from the policy's by that noise"
+            )
+
+    # -- the teacher -----------------------------------------------------------------------------
+
+    def _set_up_teacher(self, teacher: Any) -> None:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        teacher = load_teacher(teacher, self.args, unwrapped.dtype)
+        check_teacher(unwrapped, teacher, self.processing_class)
+        depths = [len(rk.capture(model, "all").layers) for model in (teacher, self.model)]
+        self._teacher_layers = pair_layers(self._layers, self.args.distill_teacher_layers, *depths)
+        self.teacher_model = self._prepare_frozen(teacher)
+
+    def _prepare_frozen(self, model: nn.Module) -> Any:
+        """As TRL prepares its reference model."""
+        if self.is_deepspeed_enabled:
+            from trl.models import prepare_deepspeed
+
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            from trl.models import prepare_fsdp
+
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    # -- rollouts --------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training or not self._has_terms:
+            return super()._generate_and_score_completions(inputs)
+        self._references.clear()
+        self._bias = None
+        self._rolling_out = True
+        try:
+            with self._timed("rollout"):  # less the forwards inside
+                output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._rolling_out = False
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+        layout = lay_out(self.args, self.model.config, ids, mask, output)
+        output["rollout_index"] = torch.arange(ids.shape[0], device=ids.device)
+        output["visual"] = layout.visual
+        if layout.spans is not None:
+            self._num_spans = layout.spans.num_spans
+            output["span_ids"] = layout.spans.ids
+        if self._bias is not None:
+            output["explore_bias"] = self._bias
+        if self.teacher_model is not None:
+            with self._timed("old_policy"), torch.no_grad():
+                output["teacher_hidden"] = self._run_teacher(ids, mask, output)
+        self._log_prefixes(output)
+        self._generations += 1
+        return output
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        *rest: Any,
+        **kw: Any,
+    ) -> Any:
+        if not (self.args.explores and self._rolling_out):
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
+        ids, mask = self._pad_prompts(prompt_ids)
+        layout = lay_out(self.args, self.model.config, ids, mask, multimodal_fields)
+        assert layout.spans is not None
+        self._bias = draw_bias(
+            self.args.attn_explore_sigma, len(self._layers), layout.spans, layout.visual
+        )
+        with ExitStack() as stack:
+            for number, layer in enumerate(self._layers):
+                stack.enter_context(
+                    rk.steer(self.model, self._bias[:, number], spans=layout.spans, layers=layer)
+                )
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
+
+    def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts as `generate` gets them: padded on the left."""
+        from trl.trainer.utils import pad
+
+        rows = [torch.tensor(ids) for ids in prompt_ids]
+        kwargs = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
+        ids = pad(rows, padding_value=self._tokenizer.pad_token_id, **kwargs)
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, **kwargs)
+        return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if not self._rolling_out:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        role = "old" if self._is_policy(model) else "ref"
+        rows = self._rows(input_ids.shape[1] - logits_to_keep, logits_to_keep)
+        wanted = self.args.attn_coef > 0 and self.args.attn_reference == role
+        with ExitStack() as stack:
+            stack.enter_context(self._timed("old_policy"))
+            if role == "old" and self._bias is not None:
+                fields = {"pixel_values": kwargs.get("pixel_values")}
+                fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}
+                layout = lay_out(self.args, self.model.config, input_ids, attention_mask, fields)
+                assert layout.spans is not None
+                stack.enter_context(steered(model, self._layers, self._bias, layout.spans))
+            taken = None
+            if wanted:
+                taken = stack.enter_context(
+                    taking_snapshots(model, self.args.attn_layers, rows, steered=False)
+                )
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        if taken is not None:
+            self._references.add(role, taken)
+        return result
+
+    def _is_policy(self, model: Any) -> bool:
+        """Whether `model`, as it stands, is the policy and not the reference model.
+
+        Under peft both are the same object: the reference is the policy with its adapters off, or
+        with the adapter that TRL calls "ref".
+        """
+        if model is self.ref_model:
+            return False
+        if not hasattr(self.accelerator.unwrap_model(model), "peft_config"):
+            return True
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+        return not any(layer.disable_adapters or "ref" in layer.active_adapters for layer in tuned)
+
+    def _run_teacher(self, ids: Tensor, mask: Tensor, output: dict[str, Any]) -> Tensor:
+        """The teacher's forward over the rollouts: its snapshots, and its [B, C, D] states."""
+        length = output["completion_ids"].shape[1]
+        prompt = ids.shape[1] - length
+        unwrapped = self.accelerator.unwrap_model(self.teacher_model)
+        layers = self._teacher_layers
+        with (
+            taking_snapshots(self.teacher_model, layers, self._rows(prompt, length)) as taken,
+            taking_hidden_states(backbone_of(unwrapped), detach=True) as hidden,
+        ):
+            super()._get_per_token_logps_and_entropies(
+                self.teacher_model, ids, mask, length,
+                batch_size=self.args.per_device_train_batch_size,
+                **{name: output.get(name) for name in _MODEL_FIELDS},
+            )  # fmt: skip
+        beside = dict(zip(self._layers, layers, strict=True))
+        self._references.add("teacher", {ours: taken[beside[ours]] for ours in self._layers})
+        return torch.cat([states[:, prompt - 1 : -1] for states in hidden])
+
+    # -- the loss --------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if not self.model.training or not self._has_terms:
+            return self.args.rl_coef * super()._compute_loss(model, inputs)
+        prompt, length = inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]
+        spans = None
+        if "span_ids" in inputs:
+            spans = rk.Spans(inputs["span_ids"], self._num_spans)
+        with ExitStack() as stack:
+            if "explore_bias" in inputs:
+                assert spans is not None
+                seen = stack.enter_context(
+                    steered(model, self._layers, inputs["explore_bias"], spans)
+                )
+            captured = stack.enter_context(rk.capture(model, self.args.attn_layers))
+            hidden = []
+            if self.args.distill_logit_coef > 0:
+                backbone = backbone_of(self.accelerator.unwrap_model(model))
+                hidden = stack.enter_context(taking_hidden_states(backbone, detach=False))
+            rl_loss = self.args.rl_coef * super()._compute_loss(model, inputs)
+        if "explore_bias" in inputs:
+            spans = seen[-1]
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        scope = inputs["visual"] if self.args.attn_scope == "visual" and spans is None else None
+        view = losses.view_of(self.args, self._rows(prompt, length), spans, scope)
+        weights = losses.token_weights(mask, self.args.attn_reduction, self._normaliser(inputs))
+        terms = self._terms(captured, inputs, weights, view)
+        if hidden:
+            terms["distill/logits"] = (
+                self.args.distill_logit_coef,
+                logit_divergence(
+                    self.accelerator.unwrap_model(model), hidden[-1][:, prompt - 1 : -1],
+                    self.accelerator.unwrap_model(self.teacher_model), inputs["teacher_hidden"],
+                    mask, self._normaliser(inputs, "token_mean"), self.args,
+                ),
+            )  # fmt: skip
+        weighted = [coefficient * term for coefficient, term in terms.values()]
+        self._measure(captured, inputs, mask.bool(), view, rl_loss, terms)
+        return torch.stack([rl_loss, *weighted]).sum()
+
+    def _terms(
+        self, captured: Any, inputs: dict[str, Any], weights: Tensor, view: losses.PolicyView
+    ) -> dict[str, tuple[float, Tensor]]:
+        """The attention terms by metric name, each with its coefficient."""
+        args, index = self.args, inputs["rollout_index"]
+        advantages = inputs["advantages"].float()
+        advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+        terms = {}
+        if args.attn_coef > 0:
+            reference = self._references.of(args.attn_reference, index, weights.device)
+            terms["attn/loss"] = (
+                args.attn_coef,
+                losses.weighted_divergence(captured, reference, weights * advantages, view),
+            )
+        if args.distill_attn_coef > 0:
+            teacher = self._references.of("teacher", index, weights.device)
+            terms["distill/attention"] = (
+                args.distill_attn_coef,
+                losses.weighted_divergence(captured, teacher, weights, view),
+            )
+        if "explore_bias" in inputs and args.attn_explore_coef > 0:
+            terms["explore/loss"] = (
+                args.attn_explore_coef,
+                losses.exploration_loss(captured, self._layers, weights * advantages, view),
+            )
+        return terms
+
+    @property
+    def _has_terms(self) -> bool:
+        args = self.args
+        return args.attn_coef > 0 or args.needs_teacher or args.explores
+
+    def _rows(self, prompt: int, length: int) -> tuple[int, int]:
+        return losses.response_rows(self.args.attn_rows, prompt, length)
+
+    def _normaliser(self, inputs: dict[str, Any], reduction: str | None = None) -> Tensor | float:
+        """What the sum over this micro-batch is divided by, so that an optimizer step is a mean.
+
+        Micro-batches are added up, and processes averaged. Tokens are counted as TRL's "dapo" does:
+        over the whole step and all processes.
+        """
+        accumulated: int = self.current_gradient_accumulation_steps
+        if (reduction or self.args.attn_reduction) == "sequence_mean":
+            return float(inputs["completion_ids"].shape[0] * accumulated)
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        normaliser: Tensor = tokens * accumulated / self.args.steps_per_generation
+        return normaliser
+
+    # -- what is logged --------------------------------------------------------------------------
+
+    def _measure(
+        self, captured: Any, inputs: dict[str, Any], mask: Tensor, view: losses.PolicyView,
+        rl_loss: Tensor, terms: dict[str, tuple[float, Tensor]],
+    ) -> None:  # fmt: skip
+        accumulated: int = self.current_gradient_accumulation_steps
+        for name, (_, term) in terms.items():
+            total = self.accelerator.gather(term.detach() * accumulated).mean().item()
+            self._metrics["train"][name].append(total)
+        if self._step % self.args.gradient_accumulation_steps != 0:
+            return
+        inner = schedule.inner_step(self.args, self._step)
+        every = self.args.attn_metrics_every
+        in_detail = every > 0 and (self._generations - 1) % every == 0
+        reference = "teacher" if self.args.attn_coef == 0 else self.args.attn_reference
+        if reference in self._references:
+            of_batch = self._references.of(reference, inputs["rollout_index"], mask.device)
+            sums = losses.mean_divergence(captured, of_batch, mask, view)
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+            self._log_inner("attn/divergence", total / max(count, 1.0), inner)
+            self._warn_above("attn/divergence", total / max(count, 1.0), "attn_warn_divergence")
+        if in_detail:
+            if inner == 0:
+                self._log_statistics(captured, inputs, mask, view)
+            self._log_gradient_share(rl_loss, terms, inner)
+
+    def _log_statistics(
+        self, captured: Any, inputs: dict[str, Any], mask: Tensor, view: losses.PolicyView
+    ) -> None:
+        sums = sum(
+            measures.attention_statistics(captured, layer, mask, inputs["visual"], view)
+            for layer in self._layers
+        )
+        share, entropy, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics["train"]["attn/visual_share"].append(share / max(count, 1.0))
+        self._metrics["train"]["attn/entropy"].append(entropy / max(count, 1.0))
+
+    def _log_gradient_share(
+        self, rl_loss: Tensor, terms: dict[str, tuple[float, Tensor]], inner: int
+    ) -> None:
+        reason = measures.can_measure_gradients(self)
+        if reason is not None:
+            if self._generations == 1 and inner == 0:
+                logger.info("RALTrainer: attn/grad_share is not measured: %s", reason)
+            return
+        attention = [
+            coefficient * term for name, (coefficient, term) in terms.items()
+            if name != "distill/logits"
+        ]  # fmt: skip
+        if not attention:
+            return
+        parameters = [x for x in self.model.parameters() if x.requires_grad]
+        ours = measures.gradient_norm(torch.stack(attention).sum(), parameters)
+        theirs = measures.gradient_norm(rl_loss, parameters)
+        norms = self.accelerator.gather(torch.stack([ours, theirs])[None]).square().mean(0).sqrt()
+        share = (norms[0] / norms[1]).item() if norms[1] > 0 else float("nan")
+        self._log_inner("attn/grad_share", share, inner)
+        self._warn_above("attn/grad_share", share, "attn_warn_grad_share")
+
+    def _log_inner(self, name: str, value: float, inner: int) -> None:
+        self._metrics["train"][name].append(value)
+        if self.args.optimizer_steps_per_generation > 1:
+            self._metrics["train"][f"{name}/inner_{inner}"].append(value)
+
+    def _log_prefixes(self, output: dict[str, Any]) -> None:
+        """Rollouts of a group may stand on several processes, so all are brought together."""
+        ids, mask = (
+            self.accelerator.gather(self.accelerator.pad_across_processes(output[name], dim=1))
+            for name in ("completion_ids", "completion_mask")
+        )
+        differing, counted = measures.differing_prefixes(ids, mask, self.num_generations).tolist()
+        self._metrics["train"]["attn/differing_prefixes"].append(differing / max(counted, 1.0))
+
+    def _warn_above(self, name: str, value: float, setting: str) -> None:
+        limit = getattr(self.args, setting)
+        step = self.state.global_step
+        if not value > limit or step - self._warned.get(name, -_WARN_AGAIN) < _WARN_AGAIN:
+            return
+        self._warned[name] = step
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "RALTrainer: %s is %.3g at step %d, above %s=%g: the attention term runs away. "
+                "Lower attn_coef or learning_rate, or take fewer optimizer steps on a rollout "
+                "batch (num_iterations, steps_per_generation)",
+                name, value, step, setting, limit,
+            )  # fmt: skip
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Count the seconds of a block, less those of blocks inside."""
+        inside = sum(self._seconds.values())
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            inner = sum(self._seconds.values()) - inside
+            self._seconds[what] += time.perf_counter() - started - inner
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        with self._timed("update"):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            for what in ("rollout", "old_policy", "update"):
+                self._metrics["train"][f"time/{what}"].append(self._seconds[what])
+            self._seconds.clear()
+        return loss
+
+
+# What TRL hands to the model beside token ids; the names of its own arguments.
+_MODEL_FIELDS = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
