@@ -15,15 +15,16 @@ from .config import RALConfig
 _OP = "RALTrainer"
 
 
-def load_teacher(teacher: str | nn.Module, config: RALConfig, dtype: torch.dtype) -> nn.Module:
+def load_teacher(teacher: Any, config: RALConfig, dtype: torch.dtype) -> nn.Module:
     """The teacher as a frozen model in evaluation mode, from a path or as it was given."""
-    if isinstance(teacher, str):
+    if not isinstance(teacher, nn.Module):
         options = dict(config.model_init_kwargs or {})
         options.setdefault("dtype", dtype)
         teacher = create_model_from_path(teacher, **options)
     teacher.requires_grad_(False)
     add_fused_lm_head(teacher, temperature=config.temperature)
-    return teacher.eval()
+    frozen: nn.Module = teacher.eval()
+    return frozen
 
 
 def check_teacher(student: Any, teacher: Any, processing_class: Any) -> None:

@@ -93,7 +93,7 @@ class RALTrainer(GRPOTrainer):
         self._references = References(args.attn_snapshot_device)
         self._rolling_out = False
         self._generations = 0  # rollout batches so far
-        self._bias: Tensor | None = None  # of the rollout batch being made
+        self._bias: Any = None  # [B, layers, S] of the rollout batch being made, if it explores
         self._num_spans = 0
         self._seconds: dict[str, float] = defaultdict(float)
         self._warned: dict[str, int] = {}
@@ -116,7 +116,7 @@ class RALTrainer(GRPOTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         teacher = load_teacher(teacher, self.args, unwrapped.dtype)
         check_teacher(unwrapped, teacher, self.processing_class)
-        depths = [len(rk.capture(model, "all").layers) for model in (teacher, self.model)]
+        depths = [m.config.get_text_config().num_hidden_layers for m in (teacher, unwrapped)]
         self._teacher_layers = pair_layers(self._layers, self.args.distill_teacher_layers, *depths)
         self.teacher_model = self._prepare_frozen(teacher)
 
@@ -151,6 +151,7 @@ class RALTrainer(GRPOTrainer):
         output["rollout_index"] = torch.arange(ids.shape[0], device=ids.device)
         output["visual"] = layout.visual
         if layout.spans is not None:
+            self._warn_single_span(layout.spans)
             self._num_spans = layout.spans.num_spans
             output["span_ids"] = layout.spans.ids
         if self._bias is not None:
@@ -424,6 +425,18 @@ class RALTrainer(GRPOTrainer):
         )
         differing, counted = measures.differing_prefixes(ids, mask, self.num_generations).tolist()
         self._metrics["train"]["attn/differing_prefixes"].append(differing / max(counted, 1.0))
+
+    def _warn_single_span(self, spans: rk.Spans) -> None:
+        """A distribution over one span is 1, whatever the policy is: its divergence is zero."""
+        if spans.num_spans > 1 or self._warned.get("single span") is not None:
+            return
+        self._warned["single span"] = self.state.global_step
+        logger.warning(
+            "RALTrainer: every prompt of this rollout batch has one span (attn_granularity=%r, "
+            "attn_scope=%r), over which attention is always 1: the attention term is zero. Use "
+            "'tile' or 'token', attn_scope='context', or prompts of several images",
+            self.args.attn_granularity, self.args.attn_scope,
+        )  # fmt: skip
 
     def _warn_above(self, name: str, value: float, setting: str) -> None:
         limit = getattr(self.args, setting)

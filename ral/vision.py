@@ -62,7 +62,7 @@ def lay_out(
         model_config,
         inputs,
         granularity,
-        tile=tuple(config.attn_tile) if granularity == "tile" else None,
+        tile=(config.attn_tile[0], config.attn_tile[1]) if granularity == "tile" else None,
         text=config.attn_scope == "context",
     )
     visual = found.spans.ids >= 0
