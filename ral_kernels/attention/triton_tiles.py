@@ -57,7 +57,7 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("fwd", "sm_100", HALF, 64, BIASED): Tile(128, 32, 8, 2),  # 238 registers, 49 KiB
     ("fwd", "sm_100", HALF, 128, PLAIN): Tile(128, 32, 8, 2),  # 242 registers, 80 KiB
     ("fwd", "sm_100", HALF, 128, BIASED): Tile(128, 32, 8, 2),  # 252 registers, 81 KiB
-    ("fwd", "sm_100", HALF, 256, PLAIN): Tile(64, 32, 8, 2),  # 240 registers, 104 KiB
+    ("fwd", "sm_100", HALF, 256, PLAIN): Tile(64, 32, 8, 3),  # 255 registers, 136 KiB
     ("fwd", "sm_100", HALF, 256, BIASED): Tile(64, 16, 8, 2),  # 250 registers, 70 KiB
     ("fwd", "sm_100", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 2),  # 248 registers, 20 KiB
     ("fwd", "sm_100", FLOAT32, 64, BIASED): Tile(64, 32, 4, 2),  # 247 registers, 20 KiB
@@ -83,11 +83,11 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("decode", "sm_100", FLOAT32, 64, BIASED): Tile(64, 32, 4, 2),  # 248 registers, 20 KiB
     ("decode", "sm_100", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 226 registers, 16 KiB; mma
     ("decode", "sm_100", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 239 registers, 32 KiB; mma
-    ("bwd_dkdv", "sm_80", HALF, 64, PLAIN): Tile(32, 64, 8, 2),  # 235 registers, 26 KiB
+    ("bwd_dkdv", "sm_80", HALF, 64, PLAIN): Tile(64, 32, 8, 2),  # 182 registers, 28 KiB
     ("bwd_dkdv", "sm_80", HALF, 64, BIASED): Tile(32, 32, 8, 2),  # 239 registers, 20 KiB
     ("bwd_dkdv", "sm_80", HALF, 128, PLAIN): Tile(32, 64, 8, 2),  # 240 registers, 56 KiB
     ("bwd_dkdv", "sm_80", HALF, 128, BIASED): Tile(32, 64, 8, 1),  # 243 registers, 56 KiB
-    ("bwd_dkdv", "sm_80", HALF, 256, PLAIN): Tile(32, 32, 8, 2),  # 231 registers, 68 KiB
+    ("bwd_dkdv", "sm_80", HALF, 256, PLAIN): Tile(16, 32, 8, 2),  # 255 registers, 50 KiB
     ("bwd_dkdv", "sm_80", HALF, 256, BIASED): Tile(16, 32, 8, 1),  # 252 registers, 56 KiB
     ("bwd_dkdv", "sm_80", FLOAT32, 64, PLAIN): Tile(32, 32, 8, 2),  # 247 registers, 8 KiB
     ("bwd_dkdv", "sm_80", FLOAT32, 64, BIASED): Tile(16, 32, 8, 2),  # 182 registers, 8 KiB
@@ -98,14 +98,14 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("bwd_dkdv", "sm_90", HALF, 64, PLAIN): Tile(32, 128, 8, 2),  # 255 registers, 53 KiB
     ("bwd_dkdv", "sm_90", HALF, 64, BIASED): Tile(32, 128, 8, 2),  # 255 registers, 53 KiB
     ("bwd_dkdv", "sm_90", HALF, 128, PLAIN): Tile(16, 128, 8, 2),  # 238 registers, 85 KiB
-    ("bwd_dkdv", "sm_90", HALF, 128, BIASED): Tile(16, 128, 8, 2),  # 250 registers, 85 KiB
+    ("bwd_dkdv", "sm_90", HALF, 128, BIASED): Tile(16, 128, 8, 1),  # 255 registers, 80 KiB
     ("bwd_dkdv", "sm_90", HALF, 256, PLAIN): Tile(32, 32, 8, 2),  # 171 registers, 68 KiB; mma
     ("bwd_dkdv", "sm_90", HALF, 256, BIASED): Tile(32, 32, 8, 1),  # 252 registers, 80 KiB; mma
-    ("bwd_dkdv", "sm_90", FLOAT32, 64, PLAIN): Tile(32, 128, 8, 1),  # 253 registers, 32 KiB
+    ("bwd_dkdv", "sm_90", FLOAT32, 64, PLAIN): Tile(16, 128, 8, 1),  # 255 registers, 32 KiB
     ("bwd_dkdv", "sm_90", FLOAT32, 64, BIASED): Tile(16, 128, 8, 1),  # 255 registers, 32 KiB
     ("bwd_dkdv", "sm_90", FLOAT32, 128, PLAIN): Tile(16, 32, 8, 2),  # 222 registers, 8 KiB; mma
     ("bwd_dkdv", "sm_90", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 204 registers, 8 KiB; mma
-    ("bwd_dkdv", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 32, 8, 2),  # 250 registers, 16 KiB; mma
+    ("bwd_dkdv", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 32, 8, 1),  # 253 registers, 16 KiB; mma
     ("bwd_dkdv", "sm_90", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 248 registers, 16 KiB; mma
     ("bwd_dkdv", "sm_100", HALF, 64, PLAIN): Tile(32, 128, 8, 2),  # 255 registers, 57 KiB
     ("bwd_dkdv", "sm_100", HALF, 64, BIASED): Tile(32, 64, 8, 2),  # 247 registers, 42 KiB
@@ -117,9 +117,9 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("bwd_dkdv", "sm_100", FLOAT32, 64, BIASED): Tile(16, 64, 4, 1),  # 235 registers, 8 KiB
     ("bwd_dkdv", "sm_100", FLOAT32, 128, PLAIN): Tile(16, 32, 8, 2),  # 215 registers, 8 KiB; mma
     ("bwd_dkdv", "sm_100", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 197 registers, 8 KiB; mma
-    ("bwd_dkdv", "sm_100", FLOAT32, 256, PLAIN): Tile(16, 32, 8, 2),  # 243 registers, 16 KiB; mma
+    ("bwd_dkdv", "sm_100", FLOAT32, 256, PLAIN): Tile(16, 32, 8, 1),  # 253 registers, 16 KiB; mma
     ("bwd_dkdv", "sm_100", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 240 registers, 16 KiB; mma
-    ("bwd_dq", "sm_80", HALF, 64, PLAIN): Tile(64, 64, 8, 2),  # 252 registers, 36 KiB
+    ("bwd_dq", "sm_80", HALF, 64, PLAIN): Tile(128, 32, 8, 2),  # 255 registers, 48 KiB
     ("bwd_dq", "sm_80", HALF, 64, BIASED): Tile(128, 64, 8, 2),  # 255 registers, 56 KiB
     ("bwd_dq", "sm_80", HALF, 128, PLAIN): Tile(64, 64, 8, 2),  # 252 registers, 80 KiB
     ("bwd_dq", "sm_80", HALF, 128, BIASED): Tile(64, 32, 8, 2),  # 255 registers, 60 KiB
@@ -127,17 +127,17 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("bwd_dq", "sm_80", HALF, 256, BIASED): Tile(32, 32, 8, 1),  # 255 registers, 64 KiB
     ("bwd_dq", "sm_80", FLOAT32, 64, PLAIN): Tile(32, 32, 8, 2),  # 234 registers, 8 KiB
     ("bwd_dq", "sm_80", FLOAT32, 64, BIASED): Tile(32, 16, 8, 1),  # 228 registers, 8 KiB
-    ("bwd_dq", "sm_80", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 251 registers, 16 KiB
+    ("bwd_dq", "sm_80", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 1),  # 251 registers, 16 KiB
     ("bwd_dq", "sm_80", FLOAT32, 128, BIASED): Tile(32, 16, 8, 2),  # 254 registers, 8 KiB
     ("bwd_dq", "sm_80", FLOAT32, 256, PLAIN): Tile(32, 16, 8, 2),  # 229 registers, 16 KiB
     ("bwd_dq", "sm_80", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 255 registers, 16 KiB
     ("bwd_dq", "sm_90", HALF, 64, PLAIN): Tile(128, 64, 8, 2),  # 221 registers, 72 KiB
     ("bwd_dq", "sm_90", HALF, 64, BIASED): Tile(128, 64, 8, 2),  # 249 registers, 72 KiB
     ("bwd_dq", "sm_90", HALF, 128, PLAIN): Tile(128, 64, 8, 2),  # 254 registers, 136 KiB
-    ("bwd_dq", "sm_90", HALF, 128, BIASED): Tile(128, 64, 8, 2),  # 255 registers, 136 KiB
-    ("bwd_dq", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 2),  # 255 registers, 133 KiB
+    ("bwd_dq", "sm_90", HALF, 128, BIASED): Tile(128, 32, 8, 2),  # 252 registers, 120 KiB
+    ("bwd_dq", "sm_90", HALF, 256, PLAIN): Tile(64, 16, 8, 2),  # 250 registers, 100 KiB
     ("bwd_dq", "sm_90", HALF, 256, BIASED): Tile(32, 16, 8, 1),  # 182 registers, 48 KiB; mma
-    ("bwd_dq", "sm_90", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 1),  # 255 registers, 16 KiB
+    ("bwd_dq", "sm_90", FLOAT32, 64, PLAIN): Tile(64, 16, 4, 1),  # 228 registers, 16 KiB
     ("bwd_dq", "sm_90", FLOAT32, 64, BIASED): Tile(64, 32, 4, 1),  # 254 registers, 16 KiB
     ("bwd_dq", "sm_90", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 250 registers, 16 KiB; mma
     ("bwd_dq", "sm_90", FLOAT32, 128, BIASED): Tile(32, 16, 8, 2),  # 235 registers, 8 KiB; mma
@@ -152,8 +152,8 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("bwd_dq", "sm_100", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 1),  # 254 registers, 16 KiB
     ("bwd_dq", "sm_100", FLOAT32, 64, BIASED): Tile(64, 32, 4, 1),  # 244 registers, 16 KiB
     ("bwd_dq", "sm_100", FLOAT32, 128, PLAIN): Tile(32, 32, 8, 2),  # 235 registers, 16 KiB; mma
-    ("bwd_dq", "sm_100", FLOAT32, 128, BIASED): Tile(32, 32, 8, 2),  # 250 registers, 16 KiB; mma
-    ("bwd_dq", "sm_100", FLOAT32, 256, PLAIN): Tile(32, 32, 8, 2),  # 255 registers, 32 KiB; mma
+    ("bwd_dq", "sm_100", FLOAT32, 128, BIASED): Tile(32, 32, 8, 1),  # 254 registers, 16 KiB; mma
+    ("bwd_dq", "sm_100", FLOAT32, 256, PLAIN): Tile(32, 16, 8, 2),  # 233 registers, 16 KiB; mma
     ("bwd_dq", "sm_100", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 222 registers, 16 KiB; mma
 }
 # fmt: on
