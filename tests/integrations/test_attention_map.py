@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,15 @@ def test_load_processor(checkpoint: Path, tmp_path: Path) -> None:
     assert inputs["pixel_values"].shape[0] == 4 * inputs["input_ids"].shape[1]
     with pytest.raises((OSError, ValueError)):
         load_processor(tmp_path)
+    copy = tmp_path / "copy"
+    processor.save_pretrained(copy)
+    shutil.copy(checkpoint / "config.json", copy)
+    again = load_processor(copy)
+    assert again.chat_template == processor.chat_template
+    for name, value in again(
+        images=[load("coffee.png")], text=["<|image_pad|>"], return_tensors="pt"
+    ).items():
+        assert torch.equal(value, inputs[name])
 
 
 def test_load_processor_hides_no_other_import_error(

@@ -66,6 +66,20 @@ def images_only(
     stock: Any = processor_class
 
     class ImagesOnly(stock):
+        made = False
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            """The parts: of a made one, those that are there, so that it can be saved and shown."""
+            parts: list[str] = super().get_attributes()
+            return [part for part in parts if not (cls.made and part == "video_processor")]
+
+        def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
+            written = super().save_pretrained(save_directory, **options)
+            # Where there is torchvision, the video processor is made of this file.
+            self.image_processor.save_pretrained(save_directory)
+            return written
+
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor" and argument is None:
                 return type(None)
@@ -74,7 +88,9 @@ def images_only(
     ImagesOnly.__name__ = stock.__name__  # written into files by save_pretrained
     if "video_processor" in inspect.signature(stock.__init__).parameters:
         settings["video_processor"] = None
-    return ImagesOnly(image_processor=image_processor, tokenizer=tokenizer, **settings)
+    processor = ImagesOnly(image_processor=image_processor, tokenizer=tokenizer, **settings)
+    ImagesOnly.made = True
+    return processor
 
 
 def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
