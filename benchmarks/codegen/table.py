@@ -11,7 +11,7 @@ from ral_kernels.triton_runtime import ARCHITECTURES
 from .compiler import COPY_INSTRUCTIONS, MATRIX_INSTRUCTIONS, SHARED_LIMIT, Facts
 
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-ROWS_FIRST = ("BLOCK_Q", "BLOCK_T", "BLOCK_R")  # other sizes of a tile follow by name
+SIZES = ("BLOCK_Q", "BLOCK_R", "BLOCK_K", "BLOCK_N")  # rows, keys; others follow by name
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _cell(facts: Facts | None) -> str:
         return "**does not compile**"
     sizes = sorted(
         (name for name in facts.constants if name.startswith("BLOCK")),
-        key=lambda name: (name not in ROWS_FIRST, name),
+        key=lambda name: (SIZES.index(name) if name in SIZES else len(SIZES), name),
     )
     tile = " x ".join(str(facts.constants[name]) for name in sizes)
     names = [name for name in MATRIX_INSTRUCTIONS if name in facts.instructions]
@@ -140,8 +140,8 @@ def markdown(rows: Sequence[Row], versions: dict[str, str]) -> str:
         "",
         *_summary(rows),
         "",
-        "A cell: tile (rows x keys) · warps · pipeline stages · registers a thread · shared memory "
-        "a block · matrix instruction (`mma` = mma.sync, `wgmma` = wgmma.mma_async, `tcgen05` = "
+        "A cell: tile (rows x keys, then features and spans) · warps · pipeline stages · registers a "
+        "thread · shared memory a block · matrix instruction (`mma` = mma.sync, `wgmma` = wgmma.mma_async, `tcgen05` = "
         "tcgen05.mma) · TMA where the PTX has tensor copies. Two lines in a cell: the call "
         "launches the kernel in two forms. Variants that compile to the same share a line.",
     ]
