@@ -140,8 +140,9 @@ def markdown(rows: Sequence[Row], versions: dict[str, str]) -> str:
         "",
         *_summary(rows),
         "",
-        "A cell: tile (rows x keys, then features and spans) · warps · pipeline stages · registers a "
-        "thread · shared memory a block · matrix instruction (`mma` = mma.sync, `wgmma` = wgmma.mma_async, `tcgen05` = "
+        "A cell: tile (rows x keys, then features and spans) · warps · pipeline stages · registers "
+        "a thread · shared memory a block · matrix instruction (`mma` = mma.sync, "
+        "`wgmma` = wgmma.mma_async, `tcgen05` = "
         "tcgen05.mma) · TMA where the PTX has tensor copies. Two lines in a cell: the call "
         "launches the kernel in two forms. Variants that compile to the same share a line.",
     ]
