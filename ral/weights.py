@@ -1,0 +1,75 @@
+"""Weights of a checkpoint into the model being trained, whatever names the file gives them."""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class LoadsSavedWeights(_Base):
+    """A mixin for `Trainer`: what `save_pretrained` wrote is what resuming loads.
+
+    `save_pretrained` gives weights the names that the model's first checkpoints had (Qwen2.5-VL:
+    "visual." for "model.visual."), and `from_pretrained` knows of it. `Trainer` loads without that,
+    finds no name that it knows, warns, and trains on from the weights that it started from
+    (transformers#43701, as of 5.23). Adapters, FSDP and DeepSpeed keep names, and stay as they are.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        unwrapped = self._whole_model()
+        if unwrapped is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(unwrapped, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        unwrapped = self._whole_model()
+        if unwrapped is None:
+            super()._load_best_model()
+        else:
+            assert self.state.best_model_checkpoint is not None
+            load_weights(unwrapped, self.state.best_model_checkpoint)
+
+    def _whole_model(self) -> PreTrainedModel | None:
+        """The model, if each process saves and loads all of its weights by itself."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        return unwrapped if isinstance(unwrapped, PreTrainedModel) else None
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Copy the weights that `model.save_pretrained(folder)` wrote into `model`, bit for bit.
+
+    They pass through a second model on the CPU, in the widest dtype of the parameters.
+
+    Args:
+        model: a `PreTrainedModel`, on any device.
+        folder: with configuration and weights.
+
+    Raises:
+        ValueError: a weight of the model is not there, or has another shape.
+        OSError: there are no weights in the folder.
+    """
+    widest = reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+    model_class: Any = type(model)
+    read, report = model_class.from_pretrained(
+        folder, dtype=widest, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if wrong:
+        raise ValueError(
+            f"load_weights: folder must hold all weights of {model_class.__name__}; got {folder}, "
+            f"where {wrong[0]} and {len(wrong) - 1} others are missing or of another shape"
+        )
+    model.load_state_dict(read.state_dict())
