@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
-from trl import GRPOTrainer
 
 import ral_kernels as rk
 
@@ -26,13 +25,14 @@ from .distillation import (
 )
 from .exploration import draw_bias, steered
 from .references import References, taking_hidden_states, taking_snapshots
+from .resuming import ResumableTrainer
 from .vision import lay_out
 
 logger = logging.get_logger(__name__)
 _WARN_AGAIN = 50  # optimizer steps between two warnings of a kind
 
 
-class RALTrainer(GRPOTrainer):
+class RALTrainer(ResumableTrainer):
     """GRPO with Reinforced Attention Learning, and On-Policy Attention Distillation.
 
     Everything that TRL's `GRPOTrainer` does stays as it is: rollouts, advantages, KL, LoRA,
@@ -147,7 +147,9 @@ class RALTrainer(GRPOTrainer):
             self._rolling_out = False
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
-        layout = lay_out(self.args, self.model.config, ids, mask, output)
+        # A response holds images only where a tool returned them.
+        response = 0 if "tool_mask" in output else output["completion_ids"].shape[1]
+        layout = lay_out(self.args, self.model.config, ids, mask, output, response)
         output["rollout_index"] = torch.arange(ids.shape[0], device=ids.device)
         output["visual"] = layout.visual
         if layout.spans is not None:
@@ -212,7 +214,9 @@ class RALTrainer(GRPOTrainer):
             if role == "old" and self._bias is not None:
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}
-                layout = lay_out(self.args, self.model.config, input_ids, attention_mask, fields)
+                layout = lay_out(
+                    self.args, self.model.config, input_ids, attention_mask, fields, logits_to_keep
+                )
                 assert layout.spans is not None
                 stack.enter_context(steered(model, self._layers, self._bias, layout.spans))
             taken = None

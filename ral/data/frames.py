@@ -1,0 +1,151 @@
+"""Images and the frames of videos: where they are, which are taken, how they are read."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from .errors import DataError
+
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_VIDEOS = {
+    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".ogv", ".webm", ".wmv"),
+}
+
+
+def natural_key(name: str) -> list[Any]:
+    """A sorting key under which frame2 stands before frame10."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def uniform_indices(total: int, count: int) -> list[int]:
+    """`count` of 0 … total − 1, at equal steps from the first to the last; one is the middle one.
+
+    Where there are no more than `count`, all of them.
+    """
+    if total <= count:
+        return list(range(total))
+    if count == 1:
+        return [total // 2]
+    return [(2 * i * (total - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
+
+
+class FrameFinder:
+    """Finds the images that the `path` of a row means, and remembers the folders it has listed.
+
+    Args:
+        root: the folder that relative paths start from.
+        max_frames: how many frames of a video are taken, at equal steps.
+    """
+
+    def __init__(self, root: str, max_frames: int) -> None:
+        self.root = root
+        self.max_frames = max_frames
+        self._found: dict[str, list[tuple[str, int]]] = {}
+
+    def find(self, path: str | Sequence[str], *, video: bool) -> list[tuple[str, int]]:
+        """The files and, in each, the index of the frame (0 in a still image).
+
+        Raises:
+            DataError: "path must be …; got …", where a file is missing or is not what is needed.
+        """
+        if not isinstance(path, str):
+            files = [(self._file(each), 0) for each in path]
+            return self._sample(files) if video else files
+        if not video:
+            return [(self._file(path), 0)]
+        if path not in self._found:
+            self._found[path] = self._sample(self._frames(path))
+        return self._found[path]
+
+    def _sample(self, frames: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        return [frames[i] for i in uniform_indices(len(frames), self.max_frames)]
+
+    def _file(self, path: str) -> str:
+        full = os.path.join(self.root, path)
+        _refuse_video(path)
+        if os.path.isdir(full):
+            raise DataError(
+                f"path must be an image file, unless data_type is 'video'; got the folder {full!r}"
+            )
+        if not os.path.isfile(full):
+            raise DataError(f"path must be an existing image file; got {full!r}")
+        return full
+
+    def _frames(self, path: str) -> list[tuple[str, int]]:
+        full = os.path.join(self.root, path)
+        if not os.path.isdir(full):
+            file = self._file(path)
+            try:
+                with Image.open(file) as image:
+                    return [(file, i) for i in range(getattr(image, "n_frames", 1))]
+            except Exception as error:  # Pillow's decoders raise what they like
+                raise DataError(
+                    f"path must be a readable image or animation; got {file!r}: {error}"
+                ) from error
+        with os.scandir(full) as entries:
+            names = [entry.name for entry in entries if _is_frame(entry)]
+        if not names:
+            raise DataError(f"path must be a folder with images; got none in {full!r}")
+        return [(os.path.join(full, name), 0) for name in sorted(names, key=natural_key)]
+
+
+def _is_frame(entry: os.DirEntry[str]) -> bool:
+    # A leading dot marks what file managers leave behind, such as "._frame1.png".
+    suffix = os.path.splitext(entry.name)[1].lower()
+    return suffix in _IMAGES and not entry.name.startswith(".") and entry.is_file()
+
+
+def _refuse_video(path: str) -> None:
+    stem, suffix = os.path.splitext(path)
+    if suffix.lower() in _VIDEOS:
+        raise DataError(
+            "path must be an image, a list of images, a folder of frames or an animated GIF or "
+            f"WebP; got the video {path!r}. Extract frames into a folder, say two a second, with "
+            f"`mkdir -p '{stem}' && ffmpeg -i '{path}' -vf fps=2 '{stem}/frame%05d.jpg'`, "
+            f"and give {stem!r}"
+        )
+
+
+def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+    """Decode images to RGB, upright (EXIF) and on white where they are transparent.
+
+    Args:
+        references: for each image its `path`, the index of its `frame` and its `source`
+            ("file:line"). Frames of one animation are read fastest in order.
+
+    Raises:
+        DataError: an image that cannot be decoded, by line and path.
+    """
+    images = []
+    for path, group in itertools.groupby(references, key=lambda reference: reference["path"]):
+        frames = list(group)
+        try:
+            with Image.open(path) as file:
+                for frame in frames:
+                    file.seek(frame["frame"])
+                    images.append(_rgb(file))
+        except Exception as error:  # Pillow's decoders raise what they like
+            raise DataError(
+                f"{frames[0]['source']}: path must be an image that can be decoded; "
+                f"got {path!r}: {error or type(error).__name__}"
+            ) from error
+    return images
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

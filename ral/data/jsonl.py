@@ -1,0 +1,173 @@
+"""JSON lines in Video-R1's format as a dataset for TRL."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from ral.rewards.tags import check_style
+
+from .errors import MOST_SHOWN, collected
+from .frames import FrameFinder, read_images
+from .rows import RowReader
+
+_logger = logging.getLogger(__name__)
+
+_TEXT = Value("string")
+# The columns as they are stored. Their names are those of the rows that are read, so that what
+# drops columns by name (transformers' Trainer does) keeps the right ones.
+_FEATURES = Features(
+    {
+        "prompt": List({"role": _TEXT, "content": List({"type": _TEXT, "text": _TEXT})}),
+        "images": List({"path": _TEXT, "frame": Value("int64"), "source": _TEXT}),
+        "solution": _TEXT,
+        "problem_type": _TEXT,
+        "problem_id": _TEXT,
+        "options": List(_TEXT),
+        "process": _TEXT,
+    }
+)
+
+
+def load_jsonl(
+    path: str | os.PathLike[str],
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    style: str = "think",
+    max_frames: int = 16,
+    streaming: bool = False,
+    on_error: str = "raise",
+) -> Dataset | IterableDataset:
+    """The rows of a file of JSON lines in Video-R1's format, for TRL's trainers.
+
+    A line has `problem`; `options` (texts, with or without their letters; two or more for multiple
+    choice, elsewhere none will do); `solution` (with or without `<answer>` tags); `problem_type`
+    (one of `ral.rewards.PROBLEM_TYPES`); `data_type` ("image" or "video"); `path`: an image, a list
+    of images, and for a video also a folder of frames (in natural order: frame2 before frame10) or
+    an animated GIF or WebP; and may have `problem_id` and `process`, a worked thinking text for
+    SFT. Other fields and blank lines are passed over.
+
+    Every line is checked, and every image file looked for, before the function returns. Images are
+    decoded when a row is read, those that several rows of one batch share only once. To get at the
+    other columns without decoding, say `dataset.select_columns("solution")`, or give `filter` its
+    `input_columns`; `dataset["solution"]` reads whole rows.
+
+    Args:
+        path: the file.
+        image_root: the folder that relative paths start from; the file's own by default.
+        style: the form of response that prompts ask for, "think" or "direct" (RAL-zero).
+        max_frames: how many frames of a video are taken, at equal steps from the first to the last.
+        streaming: give an IterableDataset, which reads and checks line by line and keeps nothing.
+        on_error: "raise", or "skip" to leave out lines with errors and log their number.
+
+    Returns:
+        A dataset with the columns prompt (a conversation whose images stand before the text),
+        images (PIL, RGB), solution (bare), problem_type, problem_id, options (texts without
+        letters) and process (str or None).
+
+    Raises:
+        DataError: lines that cannot be used (the first 20 errors, and how many more), or no usable
+            line at all; when a row is read, an image that cannot be decoded. With `streaming` all
+            of that when it is reached.
+        FileNotFoundError: no such file, or image_root is no folder.
+        ValueError: another style, max_frames or on_error.
+    """
+    check_style("load_jsonl", style)
+    if not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < 1:
+        raise ValueError(f"load_jsonl: max_frames must be an integer ≥ 1; got {max_frames!r}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"load_jsonl: on_error must be 'raise' or 'skip'; got {on_error!r}")
+    path = os.path.abspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"load_jsonl: path must be a file of JSON lines; got {path!r}")
+    root = os.path.dirname(path) if image_root is None else os.path.abspath(image_root)
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"load_jsonl: image_root must be a folder; got {root!r}")
+    arguments: dict[str, Any] = {
+        "path": path,
+        "root": root,
+        "style": style,
+        "max_frames": max_frames,
+        "skip": on_error == "skip",
+    }
+    if streaming:
+        return IterableDataset.from_generator(_stream, gen_kwargs=arguments)
+    rows = list(_rows(**arguments))
+    if not rows:
+        raise collected("load_jsonl", path, [f"{path}: rows must be one or more; got none"], 1)
+    columns = {name: [row[name] for row in rows] for name in _FEATURES}
+    return Dataset.from_dict(columns, features=_FEATURES).with_transform(decode_batch)
+
+
+def decode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Stored columns as rows have them: images decoded, no empty keys in the parts of prompts."""
+    if "prompt" in batch:
+        batch["prompt"] = [_without_none(prompt) for prompt in batch["prompt"]]
+    if "images" in batch:
+        decoded: dict[tuple[tuple[str, int], ...], list[Any]] = {}
+        rows = []
+        for references in batch["images"]:
+            # GRPO asks for a row as often as it has rollouts.
+            key = tuple((reference["path"], reference["frame"]) for reference in references)
+            if key not in decoded:
+                decoded[key] = read_images(references)
+            rows.append(list(decoded[key]))
+        batch["images"] = rows
+    return batch
+
+
+def _without_none(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Arrow gives every part every key; chat templates ask `'text' in part`."""
+
+    def part(stored: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in stored.items() if value is not None}
+
+    return [{**message, "content": list(map(part, message["content"]))} for message in prompt]
+
+
+def _stream(**arguments: Any) -> Iterator[dict[str, Any]]:
+    for row in _rows(**arguments, first_error=True):
+        yield {**row, "images": read_images(row["images"])}
+
+
+def _rows(
+    path: str, root: str, style: str, max_frames: int, skip: bool, first_error: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Rows of the file as they are stored; the errors of all lines at the end, or at the first."""
+    reader = RowReader(FrameFinder(root, max_frames), style)
+    name = os.path.basename(path)
+    stem = os.path.splitext(name)[0]
+    errors: list[str] = []
+    count = left_out = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            row = reader.read(line, f"{name}:{number}", f"{stem}:{number}")
+            if isinstance(row, dict):
+                yield row
+                continue
+            errors += row[: MOST_SHOWN - len(errors)]
+            count += len(row)
+            left_out += 1
+            if first_error and not skip:
+                break
+            if number == 1 and line.lstrip().startswith(b"["):
+                errors = [
+                    f"{name}:1: the file must hold one JSON object a line; got a JSON array. "
+                    f"`jq -c '.[]' {name}` writes its rows on lines"
+                ]
+                count = 1
+                break
+    if errors and not skip:
+        raise collected("load_jsonl", path, errors, count)
+    if errors:
+        _logger.warning(
+            "load_jsonl: left out %d lines of %s with %d errors, first: %s",
+            *(left_out, path, count, errors[0]),
+        )

@@ -1,0 +1,174 @@
+"""One line of a data file, checked and made a row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ral.rewards import PROBLEM_TYPES, bare_solution, parse_choice, parse_number
+from ral.rewards.tags import has_tags
+
+from .errors import DataError, shown
+from .frames import FrameFinder
+from .prompts import conversation, letter, question_text
+
+_DATA_TYPES = ("image", "video")
+_OPTION_LETTER = re.compile(r"\s*\(?([A-Z])[.):]\s*(?=\S)")
+
+
+@dataclass
+class RowReader:
+    """Reads lines of Video-R1's format.
+
+    Args:
+        finder: finds the images of a row.
+        style: the form of response that the prompts ask for.
+    """
+
+    finder: FrameFinder
+    style: str
+
+    def read(self, line: bytes, source: str, problem_id: str) -> dict[str, Any] | list[str]:
+        """The row of a line, or all that is wrong with it.
+
+        Args:
+            line: a JSON object.
+            source: where it stands, "file:line".
+            problem_id: the id of a row that has none.
+
+        Returns:
+            The row as it is stored, its `images` still references; or a list of errors.
+        """
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return [f"{source}: the line must be a JSON object; got {shown(line)}: {error}"]
+        if not isinstance(fields, dict):
+            return [f"{source}: the line must be a JSON object; got {shown(fields)}"]
+        checked = _Checked(fields)
+        row = self._row(checked, source, problem_id)
+        return [f"{source}: {error}" for error in checked.errors] or row
+
+    def _row(self, checked: _Checked, source: str, problem_id: str) -> dict[str, Any]:
+        problem = checked.text("problem")
+        problem_type = checked.one_of("problem_type", PROBLEM_TYPES)
+        video = checked.one_of("data_type", _DATA_TYPES) == "video"
+        options = checked.options(problem_type)
+        solution = checked.solution(problem_type, options)
+        process = checked.process()
+        given_id = checked.fields.get("problem_id")
+        if given_id is not None:
+            problem_id = checked.text("problem_id", numbers=True)
+        path = checked.path()
+        images: list[tuple[str, int]] = []
+        if path:
+            try:
+                images = self.finder.find(path, video=video)
+            except DataError as error:
+                checked.errors.append(str(error))
+        if checked.errors:
+            return {}
+        text = question_text(problem, problem_type, options=options, style=self.style, video=video)
+        return {
+            "prompt": conversation(text, len(images)),
+            "images": [{"path": path, "frame": frame, "source": source} for path, frame in images],
+            "solution": solution,
+            "problem_type": problem_type,
+            "problem_id": problem_id,
+            "options": options,
+            "process": process,
+        }
+
+
+@dataclass
+class _Checked:
+    """The fields of a line; what is wrong with them is noted down, not raised."""
+
+    fields: dict[str, Any]
+    errors: list[str] = field(default_factory=list)
+
+    def wrong(self, name: str, wanted: str) -> None:
+        got = shown(self.fields[name]) if name in self.fields else "nothing"
+        self.errors.append(f"{name} must be {wanted}; got {got}")
+
+    def text(self, name: str, *, numbers: bool = False) -> str:
+        """A text with something in it; where `numbers` may stand, a number as text."""
+        value: Any = self.fields.get(name)
+        if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if _is_text(value):
+            return value.strip()
+        self.wrong(name, "a text or a number" if numbers else "a text that is not blank")
+        return ""
+
+    def one_of(self, name: str, names: Sequence[str]) -> str:
+        value = self.fields.get(name)
+        if isinstance(value, str) and value in names:
+            return value
+        self.wrong(name, "one of " + ", ".join(map(repr, names)))
+        return ""
+
+    def options(self, problem_type: str) -> list[str]:
+        """The options, without the letters "A. " that they may begin with."""
+        options: Any = self.fields.get("options") or []
+        if not isinstance(options, list) or not all(map(_is_text, options)):
+            self.wrong("options", "a list of texts that are not blank")
+            return []
+        if problem_type == "multiple choice" and not 2 <= len(options) <= 26:
+            self.wrong("options", "2 to 26 texts for multiple choice")
+        letters = [_OPTION_LETTER.match(option) for option in options]
+        if all(match and match[1] == letter(i) for i, match in enumerate(letters)):
+            options = [_OPTION_LETTER.sub("", option, count=1) for option in options]
+        return [option.strip() for option in options]
+
+    def solution(self, problem_type: str, options: Sequence[str]) -> str:
+        """The solution without tags, in a form that can be right."""
+        given = self.text("solution", numbers=True)
+        if not given:
+            return ""
+        solution = bare_solution(given)
+        if not solution or has_tags(solution):
+            self.wrong("solution", "one answer, bare or between <answer> and </answer>")
+        elif problem_type == "multiple choice":
+            choice = parse_choice(solution, options)
+            if choice is None or (options and choice > letter(len(options) - 1)):
+                last = letter(len(options) - 1) if options else "Z"
+                self.wrong("solution", f"the letter of an option, A to {last}")
+            return choice or ""
+        elif problem_type in ("numerical", "regression") and parse_number(solution) is None:
+            self.wrong("solution", "one finite number")
+        return solution
+
+    def process(self) -> str | None:
+        """The thinking without `<think>` tags around it, None where there is none."""
+        process: Any = self.fields.get("process")
+        if process is None or (isinstance(process, str) and not process.strip()):
+            return None
+        if not _is_text(process):
+            self.wrong("process", "a text, or nothing")
+            return None
+        process = process.strip().removeprefix("<think>").removesuffix("</think>").strip()
+        if not process or has_tags(process):
+            self.wrong("process", "one thinking text, bare or between <think> and </think>")
+        return process
+
+    def path(self) -> str | list[str]:
+        path: Any = self.fields.get("path")
+        if _is_text(path) or (isinstance(path, list) and path and all(map(_is_text, path))):
+            return path
+        self.wrong(
+            "path", "the path of an image, animation or folder of frames, or a list of images"
+        )
+        return ""
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a string, not blank, that can be written as UTF-8."""
+    # JSON can spell half a surrogate pair, which no Arrow table holds.
+    return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -1,0 +1,88 @@
+"""The letter of a multiple-choice answer."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+# Longer answers are no single letter, nor a single number: the bound keeps the work on them small.
+MAX_ANSWER = 10_000
+
+_LEAD_IN = re.compile(
+    r"(?:(?:my|the) )?(?:(?:correct|final|best) )?"
+    r"(?:answer|option|choice)(?: is)? ?:? ?(?:option )?",
+    re.IGNORECASE,
+)
+_BARE = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]?[.:,;!]?")
+# A letter that is marked as one, "(B) …", "B. …", "B) …", "B: …", "B - …", and the text behind.
+_LABELLED = re.compile(
+    r"(?:[(\[] ?([A-Za-z]) ?[)\]][.:]?|([A-Za-z]) ?[.):]|([A-Za-z]) [-–—](?= )) ?(.+)"
+)
+# A letter that is a word of its own. "it's" and "I'm" are none.
+_SINGLE = re.compile(r"(?<![^\W_])(?<!['’])([A-Za-z])(?![^\W_]|['’])")
+_ARTICLE = re.compile(r" [^\W\d_]{2,}")
+_LATEX = re.compile(r"\\(?:boxed|text|mathrm|mathbf) ?\{([^{}]*)\}")
+
+
+def clean_answer(text: str) -> str:
+    """An answer on one line, without markup, control and format characters around or in it."""
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
+    text = _LATEX.sub(r"\1", _LATEX.sub(r"\1", text))  # twice, for \boxed{\text{B}}
+    return " ".join(text.strip("*_`$\"' \t\r\n").split())
+
+
+def parse_choice(text: str, options: Sequence[str] | None = None) -> str | None:
+    """The one letter that an answer commits itself to, in upper case.
+
+    "B", "b", "(B)", "B.", "**B**", "B. the dog", "B: the dog", "Option B" and "The answer is B" are
+    B. "A B C D", "A or B", "A. the dog B. the cat" and "A dog" are nothing. In doubt it is nothing:
+    behind a letter, a text with another single-letter word is refused, but for the articles "A" and
+    "a" and for "I". Where the options are known, a text that repeats the letter's option is taken
+    whatever words it has, and one that repeats another option is refused.
+
+    Args:
+        text: the answer, without tags.
+        options: the texts of the options A, B, …, without their letters.
+
+    Returns:
+        A letter "A" to "Z", or None. Never raises.
+    """
+    if len(text) > MAX_ANSWER:
+        return None
+    # NFKC turns full-width, circled and mathematical letters into plain ones.
+    text = clean_answer(unicodedata.normalize("NFKC", text))
+    lead_in = _LEAD_IN.match(text)
+    if lead_in:
+        text = clean_answer(text[lead_in.end() :])
+    bare = _BARE.fullmatch(text)
+    if bare:
+        return bare[1].upper()
+    labelled = _LABELLED.fullmatch(text)
+    if not labelled:
+        return None
+    letter = (labelled[1] or labelled[2] or labelled[3]).upper()
+    rest = labelled[4]
+    said = [i for i, option in enumerate(options or ()) if _same_text(rest, option)]
+    if said:
+        return letter if ord(letter) - ord("A") in said else None
+    return None if _names_another(rest) else letter
+
+
+def _same_text(a: str, b: str) -> bool:
+    a, b = (
+        clean_answer(unicodedata.normalize("NFKC", text)).casefold().rstrip(".") for text in (a, b)
+    )
+    return a == b
+
+
+def _names_another(text: str) -> bool:
+    """Whether a single letter in the text may be meant as another choice."""
+    for match in _SINGLE.finditer(text):
+        behind = text[match.end() : match.end() + 3]
+        if match[1] in "Aa" and _ARTICLE.match(behind):
+            continue
+        if match[1] == "I" and not behind.startswith((".", ")", ":")):
+            continue
+        return True
+    return False

@@ -1,0 +1,105 @@
+"""The text of a completion and its `<think>` and `<answer>` tags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+STYLES = ("think", "direct")
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def check_style(function: str, style: object) -> None:
+    """Raise the ValueError of `function` unless `style` is a response form.
+
+    Args:
+        function: the name that the message begins with.
+        style: "think" (`<think>…</think><answer>…</answer>`) or "direct" (`<answer>…</answer>`).
+    """
+    if style not in STYLES:
+        raise ValueError(f"{function}: style must be one of {', '.join(STYLES)}; got {style!r}")
+
+
+def completion_text(completion: object) -> str:
+    """The text of a completion, "" where there is none; never raises.
+
+    Args:
+        completion: a string, or a conversation (list of messages) whose last message counts. Of a
+            content made of parts, the text parts are joined.
+    """
+    if isinstance(completion, Sequence) and not isinstance(completion, str | bytes) and completion:
+        completion = completion[-1]
+    if isinstance(completion, dict):
+        completion = completion.get("content")
+    if isinstance(completion, list):
+        texts = [part.get("text") for part in completion if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return completion if isinstance(completion, str) else ""
+
+
+def has_tags(text: str) -> bool:
+    """Whether any of the four tags stands in the text."""
+    return any(tag in text for tag in _TAGS)
+
+
+def find_answer(text: str) -> str | None:
+    """What stands between `<answer>` and `</answer>`, without the white space around it.
+
+    Returns:
+        The answer, "" for an empty one, None unless each of the two tags stands in the text exactly
+        once and in this order: of several answers none counts, the first or last being a guess.
+    """
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    _, _, rest = text.partition("<answer>")
+    answer, closing, _ = rest.partition("</answer>")
+    return answer.strip() if closing else None
+
+
+def bare_solution(solution: str) -> str:
+    """The solution without the `<answer>` tags that Video-R1 writes around it."""
+    answer = find_answer(solution)
+    return solution.strip() if answer is None else answer
+
+
+def has_format(text: str, style: str) -> bool:
+    """Whether a response has the form of the style and nothing but white space around it.
+
+    Each tag of the form stands in the text exactly once, no other of the four does, and neither the
+    thinking nor the answer is blank.
+    """
+    form = _TAGS if style == "think" else _TAGS[2:]
+    if any(text.count(tag) != (tag in form) for tag in _TAGS):
+        return False
+    for i, tag in enumerate(form):
+        before, found, text = text.partition(tag)
+        # Outside of a pair of tags there is white space only; inside there is more.
+        if not found or bool(before.strip()) != (i % 2 == 1):
+            return False
+    return not text.strip()
+
+
+def format_reward(
+    completions: Sequence[Any], style: str = "think", **kwargs: object
+) -> list[float]:
+    """1.0 where the response has the form of Figure 2 of arXiv 2602.04884, else 0.0.
+
+    "think" is `<think>…</think><answer>…</answer>`; "direct" (RAL-zero) is `<answer>…</answer>`.
+    Each tag stands once, with nothing but white space outside of the tags, and something inside.
+
+    Args:
+        completions: strings or conversations (`completion_text`).
+        style: "think" or "direct".
+        kwargs: the columns that TRL passes; not used.
+
+    Raises:
+        ValueError: another style.
+    """
+    check_style("format_reward", style)
+    return [float(has_format(completion_text(completion), style)) for completion in completions]
+
+
+def direct_format_reward(completions: Sequence[Any], **kwargs: object) -> list[float]:
+    """`format_reward` of the direct style, to name in TRL's `reward_funcs`."""
+    return format_reward(completions, style="direct")

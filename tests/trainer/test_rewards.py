@@ -1,0 +1,540 @@
+import math
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ral.rewards import (
+    PROBLEM_TYPES,
+    REWARD_WEIGHTS,
+    STYLES,
+    accuracy_reward,
+    bare_solution,
+    combined_reward,
+    completion_text,
+    direct_format_reward,
+    find_answer,
+    format_reward,
+    paper_reward,
+    parse_choice,
+    parse_number,
+    rouge,
+    word_error_rate,
+)
+
+MEGABYTE = 1_000_000
+
+
+def accuracy(answer, solution, problem_type, **columns):
+    columns = {name: [value] for name, value in columns.items()}
+    completion = f"<think>so</think><answer>{answer}</answer>"
+    return accuracy_reward([completion], [solution], [problem_type], **columns)[0]
+
+
+# --- texts and tags
+
+
+@pytest.mark.parametrize(
+    ("completion", "text"),
+    [
+        ("B", "B"),
+        ([{"role": "assistant", "content": "B"}], "B"),
+        ([{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], "B"),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "B"}]}], "B"),
+        (
+            [{"role": "assistant", "content": [{"type": "image"}, {"text": "a"}, {"text": "b"}]}],
+            "ab",
+        ),
+        ([{"role": "assistant", "content": [{"type": "text", "text": None}, None, 3]}], ""),
+        ([{"role": "assistant", "content": None}], ""),
+        ([{"role": "assistant", "tool_calls": []}], ""),
+        ([], ""),
+        (None, ""),
+        (7, ""),
+        (b"B", ""),
+    ],
+)
+def test_completion_text(completion, text):
+    assert completion_text(completion) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer>B</answer>", "B"),
+        ("<think>x</think>\n<answer> \n B\t</answer> and more", "B"),
+        ("<answer></answer>", ""),
+        ("B", None),
+        ("", None),
+        ("<answer>B", None),
+        ("B</answer>", None),
+        ("</answer>B<answer>", None),
+        ("<answer>A</answer><answer>B</answer>", None),
+        ("<answer><answer>B</answer></answer>", None),
+        ("<answer>A<answer>B</answer>", None),
+        ("<think><answer>A</answer></think><answer>B</answer>", None),
+    ],
+)
+def test_find_answer(text, answer):
+    assert find_answer(text) == answer
+
+
+def test_bare_solution():
+    assert bare_solution(" <answer> B </answer>\n") == bare_solution(" B ") == "B"
+
+
+THINK = "<think>it barks</think><answer>B</answer>"
+DIRECT = "<answer>B</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "think", "direct"),
+    [
+        (THINK, 1.0, 0.0),
+        ("\n <think>\nit\nbarks\n</think>\n\n <answer>\nB\n</answer> \n", 1.0, 0.0),
+        (DIRECT, 0.0, 1.0),
+        (f"  {DIRECT}\n", 0.0, 1.0),
+        (f"so {THINK}", 0.0, 0.0),
+        (f"{THINK} done", 0.0, 0.0),
+        ("<think>x</think> so <answer>B</answer>", 0.0, 0.0),
+        (f"so {DIRECT}", 0.0, 0.0),
+        (f"{DIRECT}.", 0.0, 0.0),
+        ("<think></think><answer>B</answer>", 0.0, 0.0),
+        ("<think>x</think><answer> </answer>", 0.0, 0.0),
+        ("<answer>\n</answer>", 0.0, 0.0),
+        (f"{THINK}{DIRECT}", 0.0, 0.0),
+        (f"{DIRECT}{DIRECT}", 0.0, 0.0),
+        ("<think><think>x</think><answer>B</answer>", 0.0, 0.0),
+        ("<think>x<answer>B</answer></think>", 0.0, 0.0),
+        ("<answer>B</answer><think>x</think>", 0.0, 0.0),
+        ("<answer><think>x</think>B</answer>", 0.0, 0.0),
+        ("<answer><think>B</answer>", 0.0, 0.0),
+        ("</think>x<think><answer>B</answer>", 0.0, 0.0),
+        ("</answer>B<answer>", 0.0, 0.0),
+        ("<Think>x</Think><Answer>B</Answer>", 0.0, 0.0),
+        ("", 0.0, 0.0),
+        ("B", 0.0, 0.0),
+    ],
+)
+def test_format(text, think, direct):
+    assert format_reward([text], style="think") == format_reward([text]) == [think]
+    assert format_reward([[{"role": "assistant", "content": text}]], style="direct") == [direct]
+    assert direct_format_reward([text], solution=["B"], trainer_state=None) == [direct]
+
+
+def test_format_refuses_an_unknown_style():
+    with pytest.raises(
+        ValueError, match="format_reward: style must be one of think, direct; got 'x'"
+    ):
+        format_reward([THINK], style="x")
+
+
+# --- multiple choice
+
+
+RIGHT_CHOICES = [
+    *("B", "b", "(B)", "(b)", "[B]", "B.", "B)", "B:", "B,", " B \n", "**B**", "`B`", '"B"', "$B$"),
+    *(r"\boxed{B}", r"$\boxed{\text{B}}$", "B. the dog", "B.the dog", "B) the dog", "(B) the dog"),
+    *("B: the dog", "B - the dog", "**B.** the dog", "B. A dog", "B. a dog", "B. I think it is"),
+    *("Option B", "option (B)", "The answer is B", "The correct answer is: (B).", "Answer: B"),
+    *(
+        "Ｂ",
+        "Ⓑ",
+        "𝐁",
+        "B\u200b",
+        "\ufeffB",
+        "B\x00",
+        "B. it's the dog's",
+        "The final answer is **B**",
+    ),
+]
+NO_CHOICES = [
+    *("A B C D", "A or B", "B or A", "A, B", "A,B", "A/B", "AB", "BB", "A and B", "A B", "(A)(B)"),
+    *(
+        "A. B. C. D.",
+        "A.B.C.D",
+        "A) B) C)",
+        "A. the cat B. the dog",
+        "(B) dog (A) cat",
+        "B: A, C, D",
+    ),
+    *("B. or A", "B. or a", "B. or a or c", "B. the dog or C", "B. not A.", "A dog", "A-frame"),
+    *("", " ", ".", "()", "dog", "the dog", "1", "В", "é", "B the dog", "B dog or C cat", "all"),
+    *("none", "Option A or option B", "The answer is A or B", "B" * 100, "B " * 6000, "nan"),
+]
+
+
+@pytest.mark.parametrize("answer", RIGHT_CHOICES)
+def test_one_letter_is_a_choice(answer):
+    assert parse_choice(answer) == "B"
+    assert accuracy(answer, "B", "multiple choice") == 1.0
+    assert accuracy(answer, "<answer>B</answer>", "multiple choice") == 1.0
+    assert accuracy(answer, "A", "multiple choice") == 0.0
+
+
+@pytest.mark.parametrize("answer", NO_CHOICES)
+@pytest.mark.parametrize("solution", "ABCD")
+def test_what_is_not_one_letter_is_no_choice(answer, solution):
+    assert parse_choice(answer) is None
+    assert accuracy(answer, solution, "multiple choice") == 0.0
+
+
+def test_known_options_settle_what_a_text_means():
+    options = ["4 g", "5 g", "vitamin A"]
+    assert accuracy("B. 5 g", "B", "multiple choice") == 0.0  # "g" may be another choice
+    assert accuracy("B. 5 g.", "B", "multiple choice", options=options) == 1.0
+    assert accuracy("C: Vitamin A", "C", "multiple choice", options=options) == 1.0
+    # The text of another option contradicts the letter.
+    assert accuracy("B. 4 g", "B", "multiple choice", options=options) == 0.0
+    assert accuracy("B. 4 g", "A", "multiple choice", options=options) == 0.0
+    assert accuracy("B. 5 g C. vitamin A", "B", "multiple choice", options=options) == 0.0
+    assert accuracy("B", "B", "multiple choice", options=None) == 1.0
+    assert accuracy("B", "B", "multiple choice", options=[]) == 1.0
+
+
+@given(st.lists(st.sampled_from("ABCDEFGH"), min_size=2, max_size=8, unique=True), st.data())
+def test_no_list_of_letters_is_a_choice(letters, data):
+    separator = st.sampled_from([" ", ", ", "/", " or ", " and ", ". ", ") ", "; ", "\n", ": "])
+    text = "".join(letter + data.draw(separator) for letter in letters)
+    for solution in letters:
+        assert accuracy(text, solution, "multiple choice") == 0.0
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("42", 42), ("42.", 42), ("4.20", 4.2), (".5", 0.5), ("+5", 5), ("-5", -5), ("- 5", -5)),
+        *(("1,234", 1234), ("1,234,567.5", 1234567.5), ("1 234", 1234), ("1\u202f234", 1234)),
+        *(
+            ("1'234", 1234),
+            ("1’234", 1234),
+            ("1,23,456", 123456),
+            ("12,5", 12.5),
+            ("0,1234", 0.1234),
+        ),
+        *(("−3", -3), ("–3", -3), ("－3", -3), ("٤٢", 42), ("４２", 42), ("४२", 42)),
+        *(("1e3", 1000), ("1.5E-3", 0.0015), ("1.2 × 10^3", 1200), (r"1.2\times10^{-3}", 0.0012)),
+        *(("3/4", 0.75), ("-3/4", -0.75), ("1 1/2", 1.5), (r"\frac{3}{4}", 0.75)),
+        *(("$5", 5), ("$5$", 5), ("-$5", -5), ("€ 5", 5), ("5 €", 5), ("US$5", 5)),
+        *(
+            ("12.5 cm", 12.5),
+            ("12.5cm", 12.5),
+            ("5 m^2", 5),
+            ("5 m²", 5),
+            ("5 km/h", 5),
+            ("90°", 90),
+        ),
+        *(("5 apples", 5), ("1.5 million", 1.5e6), ("2 dozen", 24), (r"5 \text{cm}", 5)),
+        *(("about 5", 5), ("≈ 5", 5), ("x = 5", 5), ("The answer is 5.", 5), (r"\boxed{5}", 5)),
+        *(("**5**", 5), ("5\x00", 5), ("\u200b5", 5)),
+    ],
+)
+def test_numbers(text, value):
+    number = parse_number(text)
+    assert number is not None and not number.percent
+    assert number.value == pytest.approx(value, rel=1e-12)
+    assert accuracy(text, str(value), "numerical") == 1.0
+    assert accuracy(str(value), f"<answer>{text}</answer>", "numerical") == 1.0
+    assert accuracy(text, str(value + 1), "numerical") == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            " ",
+            "nan",
+            "NaN",
+            "inf",
+            "-inf",
+            "Infinity",
+            "1e999",
+            "-1e999",
+            "1e999999999999",
+            "five",
+        ),
+        *("9" * 400, "9" * 9999, "1" * 20000, "1/0", "0/0", "1 1/0", "9" * 400 + "/" + "9" * 400),
+        *(
+            "5 or 6",
+            "5 and 6",
+            "5 to six",
+            "5 or six",
+            "5-6",
+            "5 - 6",
+            "5–6",
+            "1, 2, 3",
+            "1,2,3",
+            "1 2",
+        ),
+        *("1,234,5", "1.2.3", "1/2/3", "12:30", "1 in 4", "5%-10%", "5x6", "5 × 6", "--5", "-$-5"),
+        *(
+            "10²",
+            "5½",
+            "²",
+            "½",
+            "0x10",
+            "1_000",
+            "5 6 7 8",
+            "≤ 5 or ≥ 6",
+            "B",
+            "\x00",
+            "0 1 2 3 4",
+        ),
+        "5 a b c d e f",
+    ],
+)
+def test_what_is_not_one_number(text):
+    assert parse_number(text) is None
+    for solution in ("5", "1", "10", "0", "2"):
+        assert accuracy(text, solution, "numerical") == 0.0
+        assert accuracy(text, solution, "regression") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "right"),
+    [
+        # within 0.005 …
+        *(("3.14159", "3.14", 1), ("3.1", "3.14", 0), ("42.004", "42", 1), ("42.006", "42", 0)),
+        *(("-42", "42", 0), ("42.0", "42", 1), ("0.333", "1/3", 1), ("0.33", "0.333333", 1)),
+        # … and within 2 %
+        *(("0.004", "0.001", 0), ("0.00101", "0.001", 1), ("0.00103", "0.001", 0)),
+        *(("0", "0", 1), ("-0", "0", 1), ("0.001", "0", 0), ("0", "0.001", 0)),
+        # large numbers are exact but for float noise
+        *(("1000001", "1000000", 0), ("1.1 million", "1100000", 1), ("1e20", "1" + "0" * 20, 1)),
+        # percent
+        *(("50%", "50", 1), ("50", "50%", 1), ("50 percent", "50 %", 1), ("50%", "0.5", 1)),
+        *(("0.5", "50%", 1), ("0.5%", "50%", 0), ("5000%", "50%", 0), ("5%", "50", 0)),
+        *(("50%", "5000", 0), ("5000", "50%", 0), ("50% of all", "50", 1), ("50% or 60%", "50", 0)),
+    ],
+)
+def test_numerical_tolerance(answer, solution, right):
+    assert accuracy(answer, solution, "numerical") == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "reward"),
+    [
+        *(("100", "100", 1.0), ("90", "100", 0.9), ("125", "100", 0.75), ("300", "100", 0.0)),
+        *(("-90", "-100", 0.9), ("90", "-100", 0.0), ("0", "0", 1.0), ("1e-9", "0", 0.0)),
+        *(("1e308", "-1e308", 0.0), ("1e308", "1e-308", 0.0), ("45%", "0.5", 0.9), ("x", "1", 0.0)),
+    ],
+)
+def test_regression(answer, solution, reward):
+    assert accuracy(answer, solution, "regression") == pytest.approx(reward, abs=1e-12)
+
+
+# --- texts
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "rate"),
+    [  # by jiwer 4.0.0
+        ("STOP sign ahead", "STOP sign ahead", 0.0),
+        ("STOP sign ahead", "stop sign", 2 / 3),
+        ("a b c d", "a x c", 0.5),
+        ("one two", "zero one two three four", 1.5),
+        # jiwer refuses an empty reference
+        ("", "", 0.0),
+        ("", "x", 1.0),
+        ("x", "", 1.0),
+        ("cafe\u0301", "caf\u00e9", 0.0),
+    ],
+)
+def test_word_error_rate(reference, hypothesis, rate):
+    assert word_error_rate(reference, hypothesis) == pytest.approx(rate, abs=1e-12)
+    if reference:
+        assert accuracy(hypothesis, reference, "OCR") == pytest.approx(max(0.0, 1.0 - rate))
+
+
+FOX = "the quick brown fox jumps over the lazy dog near the river bank"
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "score"),
+    [  # by rouge-score 0.1.2, mean F1 of rouge1, rouge2, rougeL, without a stemmer
+        (FOX, FOX, 1.0),
+        (FOX, "a quick brown dog jumps over the lazy fox", 0.5575757575757576),
+        (FOX, "The dog is near the river.", 0.42930856553147567),
+        (FOX, "dog", 0.09523809523809525),
+        (FOX, "quick fox jumps", 0.2976190476190476),
+        (FOX, "", 0.0),
+        # here rouge-score has 2/3 for want of two words, and nothing for other scripts
+        ("dog", "Dog!", 1.0),
+        ("dog", "cat", 0.0),
+        ("一只狗在跑", "一只狗在跑", 1.0),
+        ("一只狗在跑", "一只猫在跑", (0.8 + 0.5 + 0.8) / 3),
+        ("Straße", "STRASSE", 1.0),
+        ("?!", "?!", 1.0),
+        ("?!", "?", 0.0),
+    ],
+)
+def test_rouge(reference, hypothesis, score):
+    assert rouge(reference, hypothesis) == pytest.approx(score, abs=1e-12)
+    assert accuracy(hypothesis, reference, "free-form") == pytest.approx(score, abs=1e-12)
+
+
+# --- whatever a model writes
+
+RIGHT = {
+    "multiple choice": "B",
+    "numerical": "42",
+    "OCR": "STOP",
+    "free-form": FOX,
+    "regression": "7",
+}
+TAGGED = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["<think>", "</think>", "<answer>", "</answer>", "B", "42", "A or B", ", "]
+        ),
+        st.text(st.characters(), max_size=12),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TAGGED, st.text(st.characters(), max_size=30), st.sampled_from(PROBLEM_TYPES))
+@example("<answer>\ud800</answer>", "\ud800", "free-form")
+@example("<answer>\ud800</answer>", "\ud800", "OCR")
+def test_no_text_raises_and_rewards_are_between_0_and_1(text, answer, problem_type):
+    completions = [text, f"<answer>{answer}</answer>", [{"role": "assistant", "content": text}]]
+    for solution in (RIGHT[problem_type], answer):
+        columns = {"solution": [solution] * 3, "problem_type": [problem_type] * 3}
+        rewards = accuracy_reward(completions, **columns)
+        rewards += [r for style in STYLES for r in combined_reward(style)(completions, **columns)]
+        assert all(isinstance(r, float) and 0.0 <= r <= 1.0 for r in rewards)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+        lambda text: text.strip() and "<" not in text
+    )
+)
+def test_the_right_text_in_tags_is_worth_1(text):
+    assert accuracy(text, text, "OCR") == 1.0
+    assert accuracy(text, f"<answer>{text}</answer>", "free-form") == pytest.approx(1.0)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_the_right_number_in_tags_is_worth_1(value):
+    assert accuracy(str(value), str(value), "numerical") == 1.0
+    assert accuracy(repr(value), f"<answer>{value}</answer>", "regression") == 1.0
+
+
+@given(st.sampled_from("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+def test_the_right_letter_in_tags_is_worth_1(letter):
+    assert accuracy(letter, letter, "multiple choice") == 1.0
+    assert accuracy(letter.lower(), f"<answer>{letter}</answer>", "multiple choice") == 1.0
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *(
+            "a",
+            " ",
+            "<answer>",
+            "<think>",
+            "B. ",
+            "1",
+            "1,",
+            "(",
+            "a ",
+            "\\boxed{",
+            "{}",
+            "word fox ",
+        ),
+        *("狗", "\ufdfa", "\x00", "\n", "-", "x=", "1 ", "٤"),
+    ],
+)
+def test_a_megabyte_of_anything_is_no_right_answer(unit, problem_type):
+    # A regular expression that backtracks, or a quadratic step, would not come back from these.
+    text = unit * (MEGABYTE // len(unit))
+    completions = [text, f"<think>x</think><answer>{text}</answer>", f"<think>{text}"]
+    solution = RIGHT[problem_type]
+    rewards = accuracy_reward(completions, [solution] * 3, [problem_type] * 3)
+    assert all(0.0 <= reward < 0.01 for reward in rewards)
+    assert max(format_reward(completions)) in (0.0, 1.0)
+
+
+def test_answers_without_tags_are_worth_nothing():
+    for problem_type, solution in RIGHT.items():
+        assert accuracy_reward([solution], [solution], [problem_type]) == [0.0]
+        several = f"<answer>{solution}</answer><answer>{solution}</answer>"
+        assert accuracy_reward([several], [solution], [problem_type]) == [0.0]
+        behind = f"<answer>{solution}</answer> I am sure."
+        assert accuracy_reward([behind], [solution], [problem_type]) == [pytest.approx(1.0)]
+
+
+# --- errors of the data, and the two rewards in one
+
+
+def test_errors_of_the_data_are_named():
+    with pytest.raises(
+        ValueError, match="problem_type must be one of 'multiple choice', 'numerical'"
+    ):
+        accuracy_reward([DIRECT], ["B"], ["essay"])
+    nothing: list = [None]
+    with pytest.raises(ValueError, match=r"problem_type must be one of .*; got None"):
+        accuracy_reward([DIRECT], ["B"], nothing)
+    with pytest.raises(ValueError, match="solution must be a string; got 42"):
+        bare: list = [42]
+        accuracy_reward([DIRECT], bare, ["numerical"])
+    with pytest.raises(ValueError, match="solution must be a list of 2, as the completions; got 1"):
+        accuracy_reward([DIRECT] * 2, ["B"], ["numerical"] * 2)
+    with pytest.raises(ValueError, match=r"problem_type must be a list of 1, .*; got a string"):
+        accuracy_reward([DIRECT], ["B"], "OCR")
+    with pytest.raises(ValueError, match=r"options must be a list of 1, .*; got 2"):
+        accuracy_reward([DIRECT], ["B"], ["OCR"], options=[[], []])
+
+
+def test_paper_reward_is_nine_tenths_of_accuracy_and_one_of_format():
+    completions = [THINK, THINK.replace("B", "A"), DIRECT, "B"]
+    columns = {
+        "solution": ["B"] * 4,
+        "problem_type": ["multiple choice"] * 4,
+        "problem_id": ["1"] * 4,
+    }
+    assert paper_reward(completions, **columns) == pytest.approx([1.0, 0.1, 0.9, 0.0])
+    assert combined_reward("direct")(completions, **columns) == pytest.approx([0.9, 0.0, 1.0, 0.0])
+    by_trl = [
+        sum(w * r for w, r in zip(REWARD_WEIGHTS, rewards, strict=True))
+        for rewards in zip(
+            accuracy_reward(completions, **columns), format_reward(completions), strict=True
+        )
+    ]
+    assert paper_reward(completions, **columns) == pytest.approx(by_trl)
+    assert paper_reward([], [], []) == []
+
+
+def test_combined_reward_has_a_name_weights_and_logs_its_parts():
+    reward = combined_reward(accuracy_weight=2.0, format_weight=0.5, name="mine")
+    assert reward.__name__ == "mine"
+    assert paper_reward.__name__ == "paper_reward"
+    logged: dict[str, float] = {}
+    rewards = reward(
+        [THINK, DIRECT], ["B", "A"], ["multiple choice"] * 2, log_metric=logged.__setitem__
+    )
+    assert rewards == [2.5, 0.0]
+    assert logged == {"accuracy": 0.5, "format": 0.5}
+    assert reward([THINK], ["B"], ["multiple choice"], options=[["a", "b"]], prompts=[""]) == [2.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"style": "long"}, "combined_reward: style must be one of think, direct; got 'long'"),
+        ({"accuracy_weight": math.nan}, "accuracy_weight must be finite and ≥ 0; got nan"),
+        ({"format_weight": -0.1}, "format_weight must be finite and ≥ 0; got -0.1"),
+    ],
+)
+def test_combined_reward_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        combined_reward(**arguments)
