@@ -54,7 +54,8 @@ def load_jsonl(
     Every line is checked, and every image file looked for, before the function returns. Images are
     decoded when a row is read, those that several rows of one batch share only once. To get at the
     other columns without decoding, say `dataset.select_columns("solution")`, or give `filter` its
-    `input_columns`; `dataset["solution"]` reads whole rows.
+    `input_columns`; `dataset["solution"]` reads whole rows. To save it or to add a column, take the
+    decoding off with `with_format(None)` and put it on again with `with_transform(decode_batch)`.
 
     Args:
         path: the file.

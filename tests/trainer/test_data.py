@@ -15,6 +15,7 @@ from ral.data import (
     DataError,
     completion,
     conversation,
+    decode_batch,
     load_jsonl,
     natural_key,
     question_text,
@@ -228,8 +229,14 @@ def test_columns_without_images_decode_nothing_and_a_batch_decodes_once(folder, 
 
 def test_rows_survive_what_is_done_to_datasets(folder):
     dataset = load(folder, CHOICE, NUMBER)
+    stored = dataset.with_format(None)
+    stored.save_to_disk(folder / "saved")
     for same in (
-        dataset.select([1, 0]).flatten_indices().select([1, 0]),
+        dataset.select([1, 0]).select([1, 0]),
+        dataset.map(lambda row: {"num_images": len(row["images"])}),
+        dataset.filter(lambda row: row["images"]),
+        stored.add_column("weight", [1.0, 2.0]).with_transform(decode_batch),
+        datasets.load_from_disk(folder / "saved").with_transform(decode_batch),
         dataset.select([0, 1]),
         pickle.loads(pickle.dumps(dataset)),  # to the workers of a loader
         datasets.concatenate_datasets([dataset.select([0]), dataset.select([1])]),
