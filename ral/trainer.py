@@ -65,6 +65,7 @@ class RALTrainer(ResumableTrainer):
         NotImplementedError: the model's decoder layers are not found, or not usable.
     """
 
+    model: Any
     _tag_names: ClassVar = ["trl", "grpo", "ral"]
     _name = "RAL"
 

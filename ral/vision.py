@@ -28,13 +28,14 @@ class VisionLayout:
     visual: Tensor
     spans: rk.Spans | None
 
-    def scope(self, config: RALConfig) -> Tensor | None:
-        """The keys that the policy is renormalised over, bool [B, N]; None for all."""
-        return self.visual if config.attn_scope == "visual" and self.spans is None else None
-
 
 def lay_out(
-    config: RALConfig, model_config: Any, ids: Tensor, mask: Tensor, fields: dict[str, Any]
+    config: RALConfig,
+    model_config: Any,
+    ids: Tensor,
+    mask: Tensor,
+    fields: dict[str, Any],
+    response_length: int = 0,
 ) -> VisionLayout:
     """Find the images in a batch of token ids.
 
@@ -43,6 +44,8 @@ def lay_out(
         model_config: the configuration of the vision-language model.
         ids, mask: int64 [B, N], the attention mask 0 where there is padding.
         fields: the processor's output as far as TRL keeps it.
+        response_length: how many tokens at the end show no image, whatever they are: a policy may
+            write a placeholder.
 
     Raises:
         ValueError: the configuration asks for images, and the batch has none anywhere.
@@ -56,7 +59,8 @@ def lay_out(
                 f"{config.attn_scope!r} must go with images in the prompts; got a batch without"
             )
         return VisionLayout(torch.zeros_like(ids, dtype=torch.bool), None)
-    inputs.update(input_ids=ids, attention_mask=mask)
+    prompt = slice(0, ids.shape[1] - response_length)
+    inputs.update(input_ids=ids[:, prompt], attention_mask=mask[:, prompt])
     granularity = "image" if config.attn_granularity == "token" else config.attn_granularity
     found = rk.spans_for(
         model_config,
@@ -65,7 +69,13 @@ def lay_out(
         tile=(config.attn_tile[0], config.attn_tile[1]) if granularity == "tile" else None,
         text=config.attn_scope == "context",
     )
-    visual = found.spans.ids >= 0
+    spans = found.spans.extend_to(ids.shape[1])
+    visual = spans.ids >= 0
     if found.text_span is not None:
-        visual &= found.spans.ids != found.text_span
-    return VisionLayout(visual, None if config.attn_granularity == "token" else found.spans)
+        visual &= spans.ids != found.text_span
+        written = mask.bool().clone()
+        written[:, prompt] = False
+        spans = rk.Spans(
+            torch.where(written, found.text_span, spans.ids).to(torch.int32), spans.num_spans
+        )
+    return VisionLayout(visual, None if config.attn_granularity == "token" else spans)
