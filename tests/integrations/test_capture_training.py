@@ -62,6 +62,18 @@ def plain():
     return batch, snapshot, wanted
 
 
+def test_a_question_without_gradients_does_not_cut_the_next_one_off(plain):
+    batch, snapshot, wanted = plain
+    model = build("qwen2_5_vl", "sdpa").train()
+    with capture(model, rows=ROWS) as captured:
+        logits = model(**batch, use_cache=False).logits
+    with torch.no_grad():
+        captured.policy()
+    ral = captured.ral_loss(snapshot, ADVANTAGES)
+    got = gradients(model, logits.logsumexp(-1).mean() + 10 * ral)
+    assert_same_gradients(got, wanted)
+
+
 @pytest.mark.parametrize("layers", [-1, "all"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(plain, reentrant, layers):

@@ -224,20 +224,25 @@ class CapturedLayer:
 
     def _join(self) -> tuple[Tensor, Tensor]:
         if self._joined is None:
-            first, *steps = self._calls
-            q, k = first.q, first.k[:, :, : self._first_keys()[0]]
-            if steps:
-                q = torch.cat([q, *(step.q for step in steps)], dim=2)
-                k = torch.cat([k, *(step.k for step in steps)], dim=2)
-                kept = self._last_k.shape[2]
-                if kept > k.shape[2] or not torch.equal(k[:, :, k.shape[2] - kept :], self._last_k):
-                    raise NotImplementedError(
-                        f"{_OP}: a generation must extend its cache by the key of each token; the "
-                        "keys of this one were reordered or rounded (beam search, assisted "
-                        "decoding, a static or quantised cache)"
-                    )
-            self._joined = q, k
+            # Kept for later questions, which may be about gradients even if the first was not.
+            with torch.enable_grad():
+                self._joined = self._join_calls()
         return self._joined
+
+    def _join_calls(self) -> tuple[Tensor, Tensor]:
+        first, *steps = self._calls
+        q, k = first.q, first.k[:, :, : self._first_keys()[0]]
+        if steps:
+            q = torch.cat([q, *(step.q for step in steps)], dim=2)
+            k = torch.cat([k, *(step.k for step in steps)], dim=2)
+            kept = self._last_k.shape[2]
+            if kept > k.shape[2] or not torch.equal(k[:, :, k.shape[2] - kept :], self._last_k):
+                raise NotImplementedError(
+                    f"{_OP}: a generation must extend its cache by the key of each token; the "
+                    "keys of this one were reordered or rounded (beam search, assisted "
+                    "decoding, a static or quantised cache)"
+                )
+        return q, k
 
     def _first_keys(self) -> tuple[int, Visibility | None]:
         """How many keys the first call has, and what its mask says if that is simple."""
