@@ -1,0 +1,162 @@
+"""Ctrl-C and SIGTERM: training ends where it can resume exactly, and says how."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .checkpoints import last_checkpoint
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def interruptible(trainer: Trainer, resume: str | None = None) -> Iterator[Interruption]:
+    """Run `trainer.train()` so that Ctrl-C and SIGTERM end it with a checkpoint.
+
+        with interruptible(trainer, resume="python -m ral train --config run.yaml resume=true"):
+            trainer.train()
+
+    The first signal ends training after the inner steps of the rollout batch, the second after the
+    optimizer step; both save, unless save_strategy="no". The third is what it is elsewhere: nothing
+    is saved. With several processes it is enough that one gets the signal; torchrun hands its own
+    on to all, and kills those not done in 30 s (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
+
+    Args:
+        trainer: any `Trainer`; one without rollout batches ends after the optimizer step.
+        resume: the command that goes on from the checkpoint, for the sentence at the end.
+
+    Yields:
+        The `Interruption`, whose `signal` says whether there was one.
+
+    Raises:
+        SystemExit: at the end of the block after a signal, with 128 + its number (130 for Ctrl-C,
+            143 for SIGTERM). The main process first writes a sentence to stderr.
+        RuntimeError: called outside the main thread, which alone gets signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("interruptible: must be entered in the main thread, which gets signals")
+    interruption = Interruption(trainer, resume)
+    for number in SIGNALS:
+        signal.signal(number, interruption._take)
+    trainer.add_callback(interruption)
+    try:
+        yield interruption
+    except KeyboardInterrupt:
+        if interruption.signal is None:
+            raise
+        interruption._say(interruption.sentence(ended=False))
+        raise SystemExit(interruption.exit_code) from None
+    finally:
+        trainer.remove_callback(interruption)
+        interruption._give_back()
+    if interruption.signal is not None:
+        interruption._say(interruption.sentence())
+        raise SystemExit(interruption.exit_code)
+
+
+class Interruption(TrainerCallback):
+    """The signals that training got, and what they do to it.
+
+    Attributes:
+        signal: the first one, or None; with several processes, of whichever got one.
+    """
+
+    def __init__(self, trainer: Trainer, resume: str | None = None) -> None:
+        self.signal: signal.Signals | None = None
+        self._trainer = trainer
+        self._resume = resume
+        self._times = 0
+        self._stopped = False
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the number of the signal, as of a process that it killed."""
+        assert self.signal is not None
+        return 128 + int(self.signal)
+
+    def sentence(self, ended: bool = True) -> str:
+        """What happened, where the checkpoint is, and how to go on from it.
+
+        Args:
+            ended: whether training ended at a step, and was not broken off in one.
+        """
+        assert self.signal is not None
+        state, args = self._trainer.state, self._trainer.args
+        what = f"Stopped by {_NAMES[self.signal]} at step {state.global_step} of {state.max_steps}"
+        if ended and state.global_step >= state.max_steps > 0:
+            return f"{what}: training is complete."
+        path = last_checkpoint(str(args.output_dir))
+        if path is None:
+            because = ' (save_strategy="no")' if args.save_strategy == "no" else ""
+            return f"{what}; there is no checkpoint to resume from{because}."
+        how = self._resume or "trainer.train(resume_from_checkpoint=True)"
+        return f"{what}. The last complete checkpoint is {path}; resume with: {how}"
+
+    # -- signals ---------------------------------------------------------------------------------
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or signal.Signals(number)
+        self._times += 1
+        if self._times > 1:  # the next one is not ours
+            self._give_back()
+        name = _NAMES[signal.Signals(number)]
+        when, sooner = (
+            ("rollout batch", "after this step")
+            if self._times == 1
+            else ("step", "at once, unsaved")
+        )
+        self._say(f"{name}: training stops after this {when}, and saves. {name} again: {sooner}")
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _say(self, text: str) -> None:
+        if self._trainer.is_world_process_zero():
+            # Not print: a handler may run inside one.
+            os.write(2, f"\n{text}\n".encode())
+
+    # -- training --------------------------------------------------------------------------------
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        times = self._agreed()
+        between = getattr(self._trainer, "between_rollouts", True)
+        if times == 0 or (times == 1 and not between):
+            return
+        self._stopped = True
+        control.should_training_stop = True
+        control.should_log = True
+        control.should_evaluate = False  # that may take longer than there is
+        control.should_save = args.save_strategy != "no"
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._stopped:  # all of it was done at the end of the step
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def _agreed(self) -> int:
+        """How often any process got a signal; asked by all after the same step."""
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1:
+            return self._times
+        seen = torch.tensor([self._times, int(self.signal or 0)], device=accelerator.device)
+        times, number = accelerator.gather(seen[None]).amax(0).tolist()
+        if self.signal is None and number:
+            self.signal = signal.Signals(number)
+        return int(times)
+
+
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}

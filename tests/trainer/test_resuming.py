@@ -1,0 +1,156 @@
+"""A resumed run is the run that did not stop: every later log and the last weights, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ral.checkpoints import read_state
+from tests.trainer import tiny
+
+SAVING: dict[str, Any] = {
+    "save_strategy": "steps", "save_steps": 3, "max_steps": 12, "attn_coef": 5.0,
+    "attn_metrics_every": 0,
+}  # fmt: skip
+TIMES = ("time/", "step_time", "train_runtime", "train_samples", "train_steps", "train_loss")
+
+# Each with the step that it resumes after. A rollout batch is 4 micro-steps, an epoch 16 of them
+# over 8 prompts. save_steps=3 divides neither.
+SCHEDULES: dict[str, tuple[int, dict[str, Any]]] = {
+    "4 steps a batch": (4, {"max_steps": 9}),
+    "2 steps a batch": (4, {"gradient_accumulation_steps": 2, "max_steps": 7}),
+    "steps across batches": (4, {"gradient_accumulation_steps": 3, "max_steps": 7}),
+    "1 batch in 1 step": (3, {"gradient_accumulation_steps": 4, "max_steps": 5, "beta": 0.04,
+                              "attn_reference": "ref"}),
+    "second epoch": (4, {"train_dataset": tiny.dataset(2), "max_steps": 7}),
+    "inside the second epoch": (12, {"train_dataset": tiny.dataset(4), "max_steps": 14}),
+    "logs across the checkpoint": (4, {"logging_steps": 5, "max_steps": 7}),
+    "detailed metrics now and then": (4, {"attn_metrics_every": 2, "max_steps": 9}),
+    "scheduler with warm-up": (4, {"lr_scheduler_type": "cosine", "warmup_steps": 6,
+                                   "max_steps": 7}),
+    "exploration": (4, {"attn_explore_sigma": 1.0, "attn_granularity": "image", "max_steps": 7}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def after(trainer: Any, step: int) -> list[dict[str, float]]:
+    """What was logged after a step, but for clocks."""
+    return [
+        {name: value for name, value in entry.items() if not name.startswith(TIMES)}
+        for entry in trainer.state.log_history
+        if entry["step"] > step
+    ]
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def resumed(path: Path, tmp_path: Path, step: int, **config: Any) -> tuple[Any, Any]:
+    """A run that did not stop, and one that resumed from its checkpoint."""
+    config = {**SAVING, **config}
+    straight = tiny.trainer(path, tmp_path, **config)
+    straight.train()
+    other = tiny.trainer(path, tmp_path, output_dir=str(tmp_path / "resumed"), **config)
+    other.train(resume_from_checkpoint=tmp_path / "out" / f"checkpoint-{step}")
+    return straight, other
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_resumes_exactly(name: str, path: Path, tmp_path: Path) -> None:
+    step, config = SCHEDULES[name]
+    straight, other = resumed(path, tmp_path, step, **config)
+    assert after(other, step) == after(straight, step)
+    assert len(after(other, step)) > 1
+    assert same_weights(straight, other)
+    if name == "second epoch":  # or a sampler that starts over would go unnoticed
+        sampler = straight._get_train_sampler()
+        assert list(sampler) != list(sampler)
+
+
+def test_resumes_exactly_with_lora(path: Path, tmp_path: Path) -> None:
+    straight, other = resumed(path, tmp_path, 4, peft_config=tiny.lora(), beta=0.04, max_steps=7)
+    assert after(other, 4) == after(straight, 4)
+    assert same_weights(straight, other)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_resumes_with_the_saved_weights(family: str, tmp_path: Path) -> None:
+    """Not those that training began with: transformers#43701."""
+    path = tiny.checkpoint(tmp_path, family)
+    straight, other = resumed(path, tmp_path, 4, max_steps=5)
+    assert same_weights(straight, other)
+    trained = load_file(tmp_path / "out" / "checkpoint-4" / "model.safetensors")
+    first = load_file(path / "model.safetensors")
+    assert not all(torch.equal(trained[name], first[name]) for name in first)
+
+
+def test_saves_wait_for_the_end_of_the_rollout_batch(path: Path, tmp_path: Path) -> None:
+    trainer = tiny.trainer(path, tmp_path, **{**SAVING, "save_steps": 5, "max_steps": 10})
+    trainer.train()
+    found = {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")}
+    assert found == {"checkpoint-8", "checkpoint-10"}  # the last step has nothing to wait for
+    state = read_state(tmp_path / "out" / "checkpoint-8")
+    assert state is not None and (state["micro_step"], state["rollout_batches"]) == (8, 2)
+
+
+def test_best_weights_are_those_that_were_evaluated(path: Path, tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        path, tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+        per_device_eval_batch_size=4, max_steps=4, learning_rate=1e-2, eval_dataset=tiny.dataset(1),
+    )  # fmt: skip
+    trainer.train()
+    assert (tmp_path / "out" / "checkpoint-2").exists()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    fresh = tiny.trainer(best, tmp_path)
+    assert same_weights(trainer, fresh)
+
+
+def test_resume_inside_a_rollout_batch_gets_back_into_step(path: Path, tmp_path: Path) -> None:
+    tiny.trainer(path, tmp_path, **{**SAVING, "max_steps": 6}).train()
+    trainer = tiny.trainer(path, tmp_path, **{**SAVING, "max_steps": 9})
+    batches = []
+    original = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (  # type: ignore[method-assign]
+        batches.append(trainer.state.global_step), original(inputs))[1]  # fmt: skip
+    trainer.train(resume_from_checkpoint=True)
+    assert batches == [6, 8]
+
+
+def test_resume_with_another_schedule_warns(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.trainer(path, tmp_path, **{**SAVING, "max_steps": 4}).train()
+    other = tiny.trainer(path, tmp_path, **{**SAVING, "num_iterations": 3, "max_steps": 5})
+    # transformers' loggers do not propagate
+    logger = logging.getLogger("ral.resuming")
+    logger.addHandler(caplog.handler)
+    try:
+        other.train(resume_from_checkpoint=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "micro_steps_per_rollout_batch=4, and now it is 6" in caplog.text
+    assert other.state.global_step == 5
+
+
+def test_resume_refuses_what_is_not_complete(path: Path, tmp_path: Path) -> None:
+    trainer = tiny.trainer(path, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"got True: none in .* is complete"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"got .*checkpoint-9: it is not a folder"):
+        trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-9")
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"trainer_state\.json is missing"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
