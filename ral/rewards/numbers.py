@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .choice import MAX_ANSWER, clean_answer
 
 # Right within 0.005, about what Video-R1's rounding to 2 decimals lets pass, and within 2 %, so
-# that 0.004 is not right for 0.001. Float noise, as of "1.1 million", stays below the third.
+# that 0.004 is not right for 0.001. Float noise, as of "256.4 trillion", stays below the third.
 ABSOLUTE_TOLERANCE = 0.005
 RELATIVE_TOLERANCE = 0.02
 _FLOAT_NOISE = 1e-9

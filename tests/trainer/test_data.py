@@ -247,6 +247,15 @@ def test_rows_survive_what_is_done_to_datasets(folder):
         assert same[0]["images"][0].getpixel((0, 0)) == RED
 
 
+def test_chunks_of_a_file_become_one_dataset(folder, monkeypatch):
+    monkeypatch.setattr("ral.data.jsonl._CHUNK", 2)
+    assert [row["problem_id"] for row in load(folder, *[CHOICE] * 5)] == [
+        f"data:{i}" for i in range(1, 6)
+    ]
+    with pytest.raises(DataError, match=r"got 2 errors\n  data\.jsonl:2: .*\n  data\.jsonl:5: "):
+        load(folder, CHOICE, "{", CHOICE, CHOICE, "{", CHOICE)
+
+
 def test_streaming_gives_the_same_rows(folder):
     rows = list(load(folder, CHOICE, NUMBER))
     stream = load(folder, CHOICE, NUMBER, streaming=True)

@@ -160,7 +160,15 @@ NO_CHOICES = [
     ),
     *("B. or A", "B. or a", "B. or a or c", "B. the dog or C", "B. not A.", "A dog", "A-frame"),
     *("", " ", ".", "()", "dog", "the dog", "1", "В", "é", "B the dog", "B dog or C cat", "all"),
-    *("none", "Option A or option B", "The answer is A or B", "B" * 100, "B " * 6000, "nan"),
+    *(
+        "none",
+        "Option A or option B",
+        "The answer is A or B",
+        "B" * 100,
+        "B " * 6000,
+        "B. " + "dog " * 3000,
+        "nan",
+    ),
 ]
 
 
@@ -305,9 +313,16 @@ def test_what_is_not_one_number(text):
         *(("0", "0", 1), ("-0", "0", 1), ("0.001", "0", 0), ("0", "0.001", 0)),
         # large numbers are exact but for float noise
         *(("1000001", "1000000", 0), ("1.1 million", "1100000", 1), ("1e20", "1" + "0" * 20, 1)),
+        ("256.4 trillion", "256400000000000", 1),
         # percent
         *(("50%", "50", 1), ("50", "50%", 1), ("50 percent", "50 %", 1), ("50%", "0.5", 1)),
-        *(("0.5", "50%", 1), ("0.5%", "50%", 0), ("5000%", "50%", 0), ("5%", "50", 0)),
+        *(
+            ("0.5", "50%", 1),
+            ("0.5%", "50%", 0),
+            ("50.4%", "50%", 0),
+            ("5000%", "50%", 0),
+            ("5%", "50", 0),
+        ),
         *(("50%", "5000", 0), ("5000", "50%", 0), ("50% of all", "50", 1), ("50% or 60%", "50", 0)),
     ],
 )
@@ -375,6 +390,11 @@ FOX = "the quick brown fox jumps over the lazy dog near the river bank"
 def test_rouge(reference, hypothesis, score):
     assert rouge(reference, hypothesis) == pytest.approx(score, abs=1e-12)
     assert accuracy(hypothesis, reference, "free-form") == pytest.approx(score, abs=1e-12)
+
+
+def test_a_text_that_is_far_too_long_is_worth_nothing():
+    assert rouge(FOX, FOX + " x" * 40_000) > 0.0
+    assert rouge(FOX, FOX + " x" * 60_000) == 0.0
 
 
 # --- whatever a model writes
@@ -532,6 +552,7 @@ def test_combined_reward_has_a_name_weights_and_logs_its_parts():
     [
         ({"style": "long"}, "combined_reward: style must be one of think, direct; got 'long'"),
         ({"accuracy_weight": math.nan}, "accuracy_weight must be finite and ≥ 0; got nan"),
+        ({"accuracy_weight": math.inf}, "accuracy_weight must be finite and ≥ 0; got inf"),
         ({"format_weight": -0.1}, "format_weight must be finite and ≥ 0; got -0.1"),
     ],
 )
