@@ -1,0 +1,58 @@
+"""What a person at the shell can mend is said in a sentence, without a traceback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FAILED = 2  # exit status of what a person can mend, as argparse's own
+
+
+class Refused(Exception):
+    """Something that the person at the shell can mend; its text says what."""
+
+
+@contextmanager
+def refusing(what: str = "") -> Iterator[None]:
+    """Turn errors that carry a message for people into `Refused`; any other is a bug and passes.
+
+    Args:
+        what: what was tried; stands before the error's own first line.
+    """
+    import torch
+
+    try:
+        yield
+    except (
+        ImportError, OSError, ValueError, NotImplementedError, torch.OutOfMemoryError,
+    ) as error:  # fmt: skip
+        raise Refused(f"{what}: {message(error)}" if what else message(error)) from error
+
+
+@contextmanager
+def failing_on_data() -> Iterator[None]:
+    """Turn what goes wrong in training without being a bug, data and memory, into `Refused`."""
+    import torch
+
+    from ..data import DataError
+
+    try:
+        yield
+    except (DataError, torch.OutOfMemoryError) as error:
+        raise Refused(message(error)) from error
+
+
+def message(error: BaseException) -> str:
+    """An error's text: all lines of a `DataError`, which lists bad rows, else the first."""
+    from ..data import DataError
+
+    if isinstance(error, DataError):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks to the person, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"

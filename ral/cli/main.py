@@ -1,0 +1,176 @@
+"""Commands, and how each ends."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import FAILED, Refused, is_first_process
+from .help import help_text, overview
+from .parsing import Command, Settings, parse
+from .settings import (
+    DataSettings,
+    EvalSettings,
+    ModelSettings,
+    RewardSettings,
+    RunSettings,
+    TeacherSettings,
+)
+
+ATTENTION_MAP = "attention-map"
+_OTHERS = {ATTENTION_MAP: "draw where a model looks as it answers"}
+_RL = (ModelSettings, TeacherSettings, DataSettings, RewardSettings, RunSettings)
+_SCHEDULE = (
+    "output_dir", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "bf16", "seed", "save_steps", "save_total_limit", "logging_steps",
+    "report_to",
+)  # fmt: skip
+_ROLLOUTS = (
+    "num_generations", "num_iterations", "steps_per_generation", "max_completion_length",
+    "temperature", "beta", "epsilon", "loss_type", "use_vllm", "vllm_mode",
+)  # fmt: skip
+
+
+def _train(settings: Settings) -> int:
+    from .train import train
+
+    return train(settings)
+
+
+def _sft(settings: Settings) -> int:
+    from .train import sft
+
+    return sft(settings)
+
+
+def _evaluate(settings: Settings) -> int:
+    from .evaluate import evaluate
+
+    return evaluate(settings)
+
+
+def _ral_config() -> Any:
+    from ..config import RALConfig
+
+    return RALConfig
+
+
+def _sft_config() -> Any:
+    from .._requirements import check_trl
+
+    check_trl()
+    from trl import SFTConfig
+
+    return SFTConfig
+
+
+COMMANDS = (
+    Command(
+        "sft",
+        "supervised fine-tuning on worked answers",
+        "Supervised fine-tuning on worked think-and-answer responses, the stage before RL: loss on "
+        "responses alone.",
+        (ModelSettings, DataSettings, RunSettings),
+        _sft,
+        _sft_config,
+        {"logging_steps": 1.0, "max_length": None},
+        _SCHEDULE,
+    ),
+    Command(
+        "train",
+        "GRPO with Reinforced Attention Learning",
+        "GRPO + attn_coef · RAL, eq. (3) of arXiv 2602.04884. A schedule under which the attention "
+        "term is identically zero is refused.",
+        _RL,
+        _train,
+        _ral_config,
+        {"logging_steps": 1.0, "num_iterations": 2},
+        (*_ROLLOUTS, *_SCHEDULE),
+    ),
+    Command(
+        "distill",
+        "On-Policy Attention Distillation from a teacher",
+        "GRPO + distill_logit_coef · GKD + distill_attn_coef · attention divergence from a "
+        "teacher, on the student's own rollouts: eq. (4) of arXiv 2602.04884.",
+        _RL,
+        _train,
+        _ral_config,
+        {
+            "logging_steps": 1.0, "attn_coef": 0.0, "distill_logit_coef": 1.0,
+            "distill_attn_coef": 0.5,
+        },
+        (*_ROLLOUTS, *_SCHEDULE),
+    ),
+    Command(
+        "eval",
+        "accuracy over frames and resolution",
+        "Accuracy of greedy answers over numbers of frames and resolutions, as a table, as JSON, "
+        "and as a picture.",
+        (EvalSettings,),
+        _evaluate,
+    ),
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: of the command line, default `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0; 2 with a sentence on stderr for what the person at the shell can mend;
+        130 for a run that Ctrl-C or SIGTERM has ended, whose checkpoint it names.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview(COMMANDS, _OTHERS))
+        return 0 if words else FAILED
+    if words[0] == ATTENTION_MAP:
+        from ral_kernels.cli import main as kernels
+
+        return kernels(words)
+    try:
+        return _run(words[0], words[1:])
+    except Refused as error:
+        if "verbose=true" in words or "--verbose" in words:
+            raise
+        if is_first_process():
+            print(f"ral: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _run(name: str, words: list[str]) -> int:
+    command = next((command for command in COMMANDS if command.name == name), None)
+    if command is None:
+        known = [*(command.name for command in COMMANDS), ATTENTION_MAP]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise Refused(f"there is no command {name!r}; {hint}")
+    try:
+        settings = parse(command, words)
+    except ImportError as error:
+        raise Refused(str(error)) from error
+    if settings.switches & {"help", "help_all"}:
+        print(help_text(command, "help_all" in settings.switches))
+        return 0
+    if "print_config" in settings.switches:
+        print(settings.as_yaml(), end="")
+        return 0
+    if not settings.values.get("verbose", False):
+        _be_quiet()
+    return command.run(settings)
+
+
+def _be_quiet() -> None:
+    """Without bars of files being written, and without notes to TRL's and transformers' authors."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    for module in ("transformers", "trl", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)

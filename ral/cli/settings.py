@@ -1,0 +1,209 @@
+"""The settings of the commands that are ours; those of TRL and transformers stand beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..rewards import ACCURACY_WEIGHT, FORMAT_WEIGHT, STYLES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DIGITS = "digits"  # the bundled model, and the prefix of the bundled data
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def _check(name: str, value: object, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+
+
+@dataclass
+class ModelSettings:
+    """The model that is trained, and how its weights are held."""
+
+    title = "model"
+    model: str | None = _setting(
+        None,
+        "Folder of a model, its name on the Hub, or 'digits': a tiny model that is made here by "
+        "supervised fine-tuning.",
+    )
+    attn_implementation: str | None = _setting(
+        None, "Attention of the model: sdpa, flash_attention_2, ral, ...; default transformers'."
+    )
+    dtype: str | None = _setting(
+        None,
+        "Dtype of the weights: auto (the checkpoint's), float32, bfloat16 or float16; default "
+        "float32, in which small updates do not round away (bf16 says what is computed in), and "
+        "bfloat16 below LoRA on a GPU that has it.",
+    )
+    freeze_vision: bool = _setting(
+        True, "Leave the vision encoder and its projector as they are, as in the paper."
+    )
+    min_pixels: int | None = _setting(
+        None, "Images below this many pixels are enlarged; default the processor's."
+    )
+    max_pixels: int | None = _setting(
+        None, "Images above this many pixels are shrunk; default the processor's."
+    )
+    lora_rank: int = _setting(0, "Rank of LoRA adapters; 0 trains the weights themselves.")
+    lora_alpha: int | None = _setting(None, "α of LoRA; default twice the rank.")
+    lora_dropout: float = _setting(0.0, "Dropout of LoRA; above 0 it blurs the old policy.")
+    lora_targets: list[str] = field(
+        default_factory=lambda: [
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ],
+        metadata={
+            "help": "Linear layers that get LoRA, by the end of their names; not those of a "
+            "frozen vision encoder."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check("dtype", self.dtype, self.dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}")
+        _check("lora_rank", self.lora_rank, self.lora_rank >= 0, ">= 0")
+        _check("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
+        _check("lora_targets", self.lora_targets, bool(self.lora_targets), "a list of names")
+        for name in ("min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value >= 1, ">= 1")
+
+
+@dataclass
+class TeacherSettings:
+    """The teacher of On-Policy Attention Distillation."""
+
+    title = "teacher"
+    teacher_model: str | None = _setting(
+        None,
+        "Folder or name of the model to distil from, for distill_* > 0 or attn_reference=teacher; "
+        "'digits': a bundled model whose demonstrations were all right.",
+    )
+
+
+@dataclass
+class DataSettings:
+    """What is trained on."""
+
+    title = "data"
+    data: str | None = _setting(
+        None, "A file of JSON lines, or the bundled digits:cell or digits:timestamp."
+    )
+    style: str = _setting(
+        "think",
+        "'think': <think>…</think><answer>…</answer>; 'direct': <answer>…</answer>, RAL-zero.",
+    )
+    image_root: str | None = _setting(
+        None, "Folder that paths in the file of JSON lines start from; default the file's own."
+    )
+    max_frames: int = _setting(16, "At most this many frames of a video, evenly spread.")
+    streaming: bool = _setting(False, "Read the file as training goes, not before.")
+    skip_bad_rows: bool = _setting(False, "Leave out rows that cannot be used, with a warning.")
+    digits_rows: int = _setting(4096, "Rows of digits: data.")
+    digits_extent: list[int] = field(
+        default_factory=lambda: [8],
+        metadata={
+            "help": "Frames of a row of digits:timestamp, or cells on a side in digits:cell; of "
+            "several, each row takes one."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check("style", self.style, self.style in STYLES, f"one of {', '.join(STYLES)}")
+        _check("max_frames", self.max_frames, self.max_frames >= 1, ">= 1")
+        _check("digits_rows", self.digits_rows, self.digits_rows >= 1, ">= 1")
+        ok = bool(self.digits_extent) and all(n >= 1 for n in self.digits_extent)
+        _check("digits_extent", self.digits_extent, ok, "a list of numbers >= 1")
+
+
+@dataclass
+class RewardSettings:
+    """What is rewarded."""
+
+    title = "rewards"
+    accuracy_weight: float = _setting(ACCURACY_WEIGHT, "Weight of a right answer.")
+    format_weight: float = _setting(FORMAT_WEIGHT, "Weight of the form that `style` asks for.")
+    reward: str | None = _setting(
+        None,
+        "A function in their place, with TRL's signature: file.py:name or package.module:name.",
+    )
+
+
+@dataclass
+class RunSettings:
+    """How the run goes on, and what it shows."""
+
+    title = "run"
+    resume: str | bool = _setting(
+        False, "Go on from the last complete checkpoint in output_dir (true), or from this folder."
+    )
+    verbose: bool = _setting(
+        False, "Print everything that TRL logs, and tracebacks of errors in settings and data."
+    )
+
+
+@dataclass
+class EvalSettings:
+    """Accuracy over frames and resolution."""
+
+    title = "eval"
+    model: str | None = _setting(None, "Folder of a model, or its name on the Hub.")
+    data: str | None = _setting(
+        None, "A file of JSON lines, or the bundled digits:cell or digits:timestamp."
+    )
+    style: str = _setting("think", "Form of the answers: 'think' or 'direct'.")
+    image_root: str | None = _setting(
+        None, "Folder that paths in the file of JSON lines start from; default the file's own."
+    )
+    rows: int = _setting(0, "At most this many rows; 0 = all of a file, 500 of digits.")
+    frames: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Numbers of frames: of digits:timestamp, default 4,8,16,32,64; of videos, "
+            "default 16."
+        },
+    )
+    grids: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Cells on a side in digits:cell; default 2,3,4,6,8."},
+    )
+    max_pixels: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Resolutions of a JSON lines file: pixels of an image at most; default the "
+            "processor's."
+        },
+    )
+    batch_size: int = _setting(16, "Rows generated for at a time.")
+    max_new_tokens: int | None = _setting(
+        None, "Length of a response at most; default 768, of digits 24."
+    )
+    attn_implementation: str | None = _setting(
+        None, "Attention of the model; default transformers'."
+    )
+    dtype: str | None = _setting(
+        None, "Dtype of the weights; default bfloat16 on a GPU that has it, else float32."
+    )
+    device: str | None = _setting(None, "cpu, cuda, ...; default cuda where there is one.")
+    seed: int = _setting(0, "Which digits rows: another seed, other rows.")
+    out: str | None = _setting(
+        None, "Where the results go, a JSON file; default the model's folder."
+    )
+    plot: str | None = _setting(None, "A picture of the table: accuracy.png.")
+
+    def __post_init__(self) -> None:
+        _check("style", self.style, self.style in STYLES, f"one of {', '.join(STYLES)}")
+        _check("dtype", self.dtype, self.dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}")
+        _check("rows", self.rows, self.rows >= 0, ">= 0")
+        _check("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
+        for name in ("frames", "grids", "max_pixels"):
+            values = getattr(self, name)
+            _check(name, values, all(n >= 1 for n in values), "a list of numbers >= 1")

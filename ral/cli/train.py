@@ -1,0 +1,132 @@
+"""`train` and `distill`: RALTrainer, and `sft`: SFTTrainer."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..interrupts import interruptible
+from .curves import CURVES, draw_curves
+from .errors import Refused, failing_on_data, refusing
+from .parsing import Settings
+from .progress import METRICS, show_progress
+from .run import CONFIG, check_model_name, load, open_folder, say, trainer_config
+from .settings import (
+    DIGITS,
+    DataSettings,
+    ModelSettings,
+    RewardSettings,
+    RunSettings,
+    TeacherSettings,
+)
+from .sources import reward_function, training_rows
+
+
+def train(settings: Settings) -> int:
+    """GRPO with the terms of eq. (3), or with a teacher those of eq. (4)."""
+    from ..config import RALConfig
+    from ..trainer import RALTrainer
+
+    model_of, data, rewards, run, teacher = (
+        settings.build(config)
+        for config in (ModelSettings, DataSettings, RewardSettings, RunSettings, TeacherSettings)
+    )
+    _check_named(model_of, data)
+    reward = reward_function(rewards, data.style)
+    folder = open_folder(settings, run)
+    config = trainer_config(settings, RALConfig)
+    if config.needs_teacher and teacher.teacher_model is None:
+        raise Refused(
+            "teacher_model must be given for distill_logit_coef, distill_attn_coef or "
+            "attn_reference=teacher"
+        )
+    if teacher.teacher_model not in (None, DIGITS):
+        check_model_name(teacher.teacher_model)
+    rows = training_rows(data, config.seed)
+    model, processor, peft_config = load(model_of, _bundled(model_of.model, data, folder, "start"))
+    teacher_model: Any = teacher.teacher_model
+    if teacher_model is not None:
+        teacher_model = _bundled(teacher_model, data, folder, "teacher")
+    with refusing():
+        trainer = RALTrainer(
+            model,
+            reward,
+            config,
+            train_dataset=rows,
+            processing_class=processor,
+            peft_config=peft_config,
+            teacher_model=teacher_model,
+        )
+    return _go(trainer, settings, run, folder)
+
+
+def sft(settings: Settings) -> int:
+    """Supervised fine-tuning on worked answers."""
+    from trl import SFTConfig
+
+    from ..sft import sft_trainer
+
+    model_of, data, run = (
+        settings.build(config) for config in (ModelSettings, DataSettings, RunSettings)
+    )
+    _check_named(model_of, data)
+    folder = open_folder(settings, run)
+    config = trainer_config(settings, SFTConfig)
+    rows = training_rows(data, config.seed, demonstrations=True)
+    model, processor, peft_config = load(model_of, _bundled(model_of.model, data, folder, "start"))
+    with refusing():
+        trainer = sft_trainer(model, processor, rows, config, peft_config=peft_config)
+    return _go(trainer, settings, run, folder)
+
+
+def _check_named(model: ModelSettings, data: DataSettings) -> None:
+    if model.model is None:
+        raise Refused("model must be given: a folder, a name on the Hub, or 'digits'")
+    if model.model != DIGITS:
+        check_model_name(model.model)
+    if model.model == DIGITS and (data.data is None or not data.data.startswith(f"{DIGITS}:")):
+        raise Refused(f"model=digits must go with data=digits:...; got {data.data!r}")
+
+
+def _bundled(name: str | None, data: DataSettings, folder: Path, role: str) -> str:
+    if name != DIGITS:
+        return str(name)
+    raise NotImplementedError
+
+
+def _go(trainer: Any, settings: Settings, run: RunSettings, folder: Path) -> int:
+    checkpoint = _checkpoint(run, folder)
+    show_progress(trainer, settings.command.name, run.verbose)
+    title = f"{settings.command.name}: {folder.name}"
+    launcher = "python" if trainer.accelerator.num_processes == 1 else "accelerate launch ..."
+    again = shlex.quote(str(folder / CONFIG))
+    resume = f"{launcher} -m ral {settings.command.name} --config {again} resume=true"
+    try:
+        with interruptible(trainer, resume), failing_on_data():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        if trainer.is_world_process_zero():
+            drawn = draw_curves(folder, title)
+    trainer.save_model(str(folder))
+    trainer.save_state()
+    names = ["model", METRICS, *([CURVES] if drawn else [])]
+    say(f"{folder}: {', '.join(names)}")
+    return 0
+
+
+def _checkpoint(run: RunSettings, folder: Path) -> str | None:
+    """The checkpoint to go on from."""
+    if not run.resume:
+        return None
+    from ..checkpoints import last_checkpoint, why_incomplete
+
+    if run.resume is True:
+        found = last_checkpoint(folder)
+        if found is None:
+            say(f"{folder} has no complete checkpoint: training starts from the beginning")
+        return None if found is None else str(found)
+    reason = why_incomplete(str(run.resume))
+    if reason is not None:
+        raise Refused(f"resume must be a complete checkpoint; got {run.resume}: {reason}")
+    return str(run.resume)

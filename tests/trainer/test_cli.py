@@ -1,0 +1,260 @@
+"""The commands from end to end, on a tiny model for a few steps, and how they fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("trl")
+
+from safetensors.torch import load_file
+
+from ral.cli.main import main
+from ral.cli.progress import read_metrics
+
+from . import cli_case
+from .cli_case import words
+
+RL = (
+    "num_generations=4", "max_completion_length=6", "learning_rate=1e-2", "temperature=1",
+    "steps_per_generation=2", "gradient_accumulation_steps=1", "max_steps=4", "attn_coef=2",
+    "attn_metrics_every=1",
+)  # fmt: skip
+# A reward that an untrained model gets: letters, whatever they say.
+REWARD = """
+def letters(completions, **columns):
+    return [float(len(c[0]["content"]) % 5) for c in completions]
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = cli_case.make(tmp_path_factory.mktemp("case"))
+    (made / "rewards.py").write_text(REWARD)
+    return made
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = weights(before), weights(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_train(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    reward = f"reward={folder / 'rewards.py'}:letters"
+    assert main(["train", *words(folder, out, *RL, reward)]) == 0
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    # RAL is on: at the first of the inner steps the divergence is exactly 0, then it is not.
+    divergences = [row["attn/divergence"] for row in rows]
+    assert divergences[0] == 0 < min(divergences[1:])
+    assert "attn/grad_share/inner_3" in rows[3]
+    assert "rewards/letters/mean" in rows[0] and rows[0]["reward_std"] > 0
+    tuned = changed(folder / "qwen2_5_vl", out)
+    assert tuned and not any("visual" in name for name in tuned)
+    shown = capsys.readouterr()
+    assert "train 4/4  reward " in shown.err and "divergence" in shown.err
+    assert "{'loss'" not in shown.out + shown.err
+    assert (out / "curves.png").stat().st_size > 5000
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert settings["attn_coef"] == 2.0 and settings["command"] == "train"
+
+
+def test_the_written_config_repeats_the_run(folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["train", *words(folder, one, *RL, "max_steps=2")]) == 0
+    again = ["train", "--config", str(one / "config.yaml"), f"output_dir={two}"]
+    assert main(again) == 0
+    assert not changed(one, two)
+    assert changed(folder / "qwen2_5_vl", one) == changed(folder / "qwen2_5_vl", two)
+
+
+def test_vision_is_trained_when_asked(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    reward = f"reward={folder / 'rewards.py'}:letters"
+    given = words(folder, out, *RL, reward, "freeze_vision=false", "max_steps=1")
+    assert main(["train", *given]) == 0
+    assert any("visual" in name for name in changed(folder / "qwen2_5_vl", out))
+
+
+def test_lora(folder: Path, tmp_path: Path) -> None:
+    """Adapters sit on the language model alone, although its layers' names occur in vision too."""
+    out = tmp_path / "run"
+    reward = f"reward={folder / 'rewards.py'}:letters"
+    given = words(folder, out, *RL, reward, "lora_rank=2", "max_steps=2", "beta=0.04")
+    assert main(["train", *given]) == 0
+    adapters = load_file(out / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapters} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert not any("visual" in name for name in adapters)
+    assert any(value.abs().max() > 0 for name, value in adapters.items() if "lora_B" in name)
+    # eval finds the base model of a folder of adapters.
+    data = f"data={folder / 'rows.jsonl'}"
+    assert main(["eval", f"model={out}", data, "max_new_tokens=4", "rows=2"]) == 0
+
+
+def test_distill(folder: Path, tmp_path: Path) -> None:
+    from tests.trainer import tiny
+
+    teacher = tiny.checkpoint(tmp_path, num_hidden_layers=3)
+    out = tmp_path / "run"
+    given = words(folder, out, *RL[:5], "max_steps=2", f"teacher_model={teacher}")
+    assert main(["distill", *given]) == 0
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    assert all(row["distill/attention"] > 0 and row["distill/logits"] > 0 for row in rows)
+    assert "attn/loss" not in rows[0]
+
+
+def test_sft_then_resume(folder: Path, tmp_path: Path) -> None:
+    """A run that goes on from its checkpoint ends with the weights of one that never stopped."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    common = (
+        "learning_rate=1e-2",
+        "save_strategy=steps",
+        "save_steps=2",
+        "lr_scheduler_type=constant",
+    )
+    assert main(["sft", *words(folder, straight, *common, "max_steps=4")]) == 0
+    assert main(["sft", *words(folder, broken, *common, "max_steps=2")]) == 0
+    given = words(folder, broken, *common, "max_steps=4")
+    assert main(["sft", *given]) == 2  # it holds a run
+    assert main(["sft", *given, "resume=true"]) == 0
+    assert not changed(straight, broken)
+    rows = [row for row in read_metrics(broken / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[3]["loss"] < rows[0]["loss"] - 0.5
+
+
+def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "table.json", tmp_path / "table.png"
+    given = [
+        f"model={folder / 'qwen2_5_vl'}", f"data={folder / 'films.jsonl'}", "frames=1,4",
+        "max_pixels=784,3136", "max_new_tokens=4", "rows=3", f"out={out}", f"plot={picture}",
+    ]  # fmt: skip
+    assert main(["eval", *given]) == 0
+    table = capsys.readouterr().out
+    found = json.loads(out.read_text())["results"]
+    assert [(cell["frames"], cell["max_pixels"]) for cell in found] == [
+        (1, 784), (1, 3136), (4, 784), (4, 3136)
+    ]  # fmt: skip
+    # 28 × 28 pixels are one visual token; a frame of 56 × 56 is four.
+    assert [cell["visual_tokens"] for cell in found] == [1, 4, 4, 16]
+    assert all(cell["rows"] == 3 for cell in found)
+    assert len(table.splitlines()) == 5 + 2 and "accuracy %" in table
+    assert picture.stat().st_size > 5000
+
+
+def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ral", "sft", *words(folder, tmp_path / "run", "max_steps=1")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "sft 1/1  loss " in done.stderr and "Warning" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "ral", "sfd"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "ral: there is no command 'sfd'; did you mean sft?\n"
+
+
+# command, settings instead of the good ones, what is said
+FAILING: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "no model": ("train", ("model=null",), "model must be given"),
+    "no model folder": ("train", ("model=/no/such",), "there is no model folder /no/such"),
+    "a folder without a model": ("train", ("model={folder}/images",), "cannot load "),
+    "no data": ("sft", ("data=null",), "data must be given"),
+    "no data file": ("train", ("data=/no/such.jsonl",), "there is no data file /no/such.jsonl"),
+    "no such digits": ("train", ("data=digits:sum",), "digits:cell or digits:timestamp"),
+    "bad rows": ("train", ("data={folder}/bad.jsonl",), "bad.jsonl:1"),
+    "an attention": ("train", ("attn_implementation=abacus",), "cannot load "),
+    "bf16 on a CPU": ("train", ("bf16=true", "use_cpu=false"), "bf16 must go with a GPU"),
+    "a report": ("train", ("report_to=comet",), "report_to must name what is installed"),
+    "a schedule": ("train", ("num_iterations=1",), "attn_coef > 0 must go with more than one"),
+    "a granularity": ("train", ("attn_granularity=pixel",), "attn_granularity must be one of"),
+    "a batch": ("train", ("num_generations=3",), "num_generations"),
+    "a layer": ("train", ("attn_layers=7",), "layers"),
+    "a style": ("train", ("style=poem",), "style must be one of think, direct; got 'poem'"),
+    "a dtype": ("train", ("dtype=int8",), "dtype must be one of"),
+    "a rank": ("train", ("lora_rank=-1",), "lora_rank must be >= 0"),
+    "LoRA targets": ("train", ("lora_rank=2", "lora_targets=nothing"), "targets must name linear"),
+    "a reward file": ("train", ("reward=/no/such.py:f",), "there is no file /no/such.py"),
+    "a reward": ("train", ("reward=math:nothing",), "has no function 'nothing'"),
+    "a reward's form": ("train", ("reward=math",), "file.py:name or package.module:name"),
+    "a teacher for nothing": ("train", ("teacher_model={folder}/qwen2_5_vl",), "nothing compares"),
+    "no teacher": ("distill", (), "teacher_model must be given"),
+    "a length": ("sft", ("max_length=4",), "max_length must be None"),
+    "a setting": ("sft", ("num_generations=4",), "there is no setting 'num_generations'"),
+    "a checkpoint": ("sft", ("resume={folder}/images",), "resume must be a complete checkpoint"),
+    "a pixel range": ("sft", ("min_pixels=9000", "max_pixels=800"), "min_pixels must be <="),
+    "digits' model alone": ("train", ("model=digits",), "must go with data=digits:"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_errors_are_one_sentence(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, wrong, said = FAILING[name]
+    (folder / "bad.jsonl").write_text('{"problem": "?"}\n')
+    given = words(folder, tmp_path / "run", "max_steps=2", *(RL[:4] if command != "sft" else ()))
+    assert main([command, *given, *(word.format(folder=folder) for word in wrong)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    text = "\n".join(lines[[line.startswith("ral: ") for line in lines].index(True) :])
+    assert said in text
+    assert name == "bad rows" or "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (("model=null",), "model must be given"),
+        (("data=null",), "data must be given"),
+        (("data=/no/such.jsonl",), "there is no data file"),
+        (("grids=3",), "grids must go with digits:cell"),
+        (("data=digits:cell", "frames=3"), "varies grids alone"),
+        (("data=digits:cell", "max_pixels=3"), "max_pixels must go with a file"),
+        (("device=abacus",), "device abacus"),
+        (("frames=0",), "frames must be a list of numbers >= 1"),
+        (("out=/no/such/table.json",), "out: there is no folder"),
+    ],
+)
+def test_errors_of_eval(
+    wrong: tuple[str, ...], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"model={folder / 'qwen2_5_vl'}", f"data={folder / 'rows.jsonl'}", "max_new_tokens=2"]
+    assert main(["eval", *given, *wrong]) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_verbose_shows_the_trace_and_everything(folder: Path, tmp_path: Path, capfd: Any) -> None:
+    from ral.cli.errors import Refused
+
+    given = words(folder, tmp_path / "run", "max_steps=1", "verbose=true")
+    with pytest.raises(Refused):
+        main(["sft", *given, "model=/no/such"])
+    assert main(["sft", *given]) == 0
+    shown = capfd.readouterr()
+    assert "'mean_token_accuracy'" in shown.out + shown.err
