@@ -136,7 +136,7 @@ class RALTrainer(ResumableTrainer):
     # -- rollouts --------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self.model.training or not self._has_terms:
+        if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         self._references.clear()
         self._bias = None
@@ -146,6 +146,10 @@ class RALTrainer(ResumableTrainer):
                 output = super()._generate_and_score_completions(inputs)
         finally:
             self._rolling_out = False
+        self._generations += 1
+        self._log_prefixes(output)
+        if not self._has_terms:
+            return output
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
         # A response holds images only where a tool returned them.
@@ -162,8 +166,6 @@ class RALTrainer(ResumableTrainer):
         if self.teacher_model is not None:
             with self._timed("old_policy"), torch.no_grad():
                 output["teacher_hidden"] = self._run_teacher(ids, mask, output)
-        self._log_prefixes(output)
-        self._generations += 1
         return output
 
     def _generate_single_turn(

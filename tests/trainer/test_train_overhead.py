@@ -1,0 +1,26 @@
+"""The overhead benchmark runs end to end; what it prints is in its JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import train_overhead
+
+
+def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--frames", "2", "--repeats", "1", "--response", "4", "--layers", "2"]
+    arguments += ["--width", "64", "--threads", "1", "--out", str(tmp_path)]
+    assert train_overhead.main(arguments) == 0
+    (file,) = tmp_path.glob("*.json")
+    run = json.loads(file.read_text())
+    (row,) = run["rows"]
+    assert row["visual_tokens"] == 120 < row["sequence"]
+    for kind in ("grpo", "ral"):
+        parts = [row[kind][part]["median"] for part in train_overhead.PARTS]
+        assert all(seconds > 0 for seconds in parts)
+        assert sum(parts) == pytest.approx(row[kind]["step"]["median"], rel=0.2)
+        assert row[kind]["peak_bytes"] > 0
+    assert f"{row['update_ratio']:.3f}" in capsys.readouterr().out
