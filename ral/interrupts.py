@@ -25,9 +25,10 @@ def interruptible(trainer: Trainer, resume: str | None = None) -> Iterator[Inter
         with interruptible(trainer, resume="python -m ral train --config run.yaml resume=true"):
             trainer.train()
 
-    The first signal ends training after the inner steps of the rollout batch, the second after the
-    optimizer step; both save, unless save_strategy="no". The third is what it is elsewhere: nothing
-    is saved. With several processes it is enough that one gets the signal; torchrun hands its own
+    The first signal ends training after the inner steps of the rollout batch, and it resumes as if
+    it had not stopped. The second ends it after the optimizer step, and it resumes with new
+    rollouts. Both save, unless save_strategy="no". The third is what it is elsewhere: nothing is
+    saved. With several processes it is enough that one gets the signal; torchrun hands its own
     on to all, and kills those not done in 30 s (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
 
     Args:

@@ -1,0 +1,239 @@
+"""Which checkpoint is complete, after processes that were killed in each part of a save."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ral import checkpoints
+from ral.checkpoints import SEAL, last_checkpoint, read_state, rotate, seal, why_incomplete
+from tests.trainer import dying, tiny
+from tests.trainer.test_resuming import after, same_weights
+
+
+def run_dying(model: Path, folder: Path, names: Any) -> Path:
+    """The processes of `tests.trainer.dying`, one after the other."""
+    command = [sys.executable, "-m", "tests.trainer.dying", str(model), str(folder), *names]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def straight(model: Path, folder: Path) -> Any:
+    """The run that neither died nor stopped."""
+    trainer = tiny.trainer(model, folder, **dying.SETTINGS)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_dying(model, tmp_path_factory.mktemp("killed"), dying.KILLS)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return straight(model, tmp_path_factory.mktemp("straight"))
+
+
+@pytest.mark.parametrize("name", dying.KILLS)
+def test_last_checkpoint_of_a_killed_save_is_complete(name: str, killed: Path) -> None:
+    run = killed / name
+    assert (run / "status").read_text() == "-9", (run / "stderr").read_text()
+    step = dying.KILLS[name][1]
+    assert last_checkpoint(run / "out") == run / "out" / f"checkpoint-{step}"
+    if step == dying.FIRST:  # save_total_limit=1, and yet it is there; the other one is not whole
+        assert why_incomplete(run / "out" / f"checkpoint-{dying.SECOND}") is not None
+
+
+@pytest.mark.parametrize("name", ["weights", "in the seal", "in the rotation"])
+def test_training_resumes_after_a_killed_save(
+    name: str, model: Path, killed: Path, reference: Any, tmp_path: Path
+) -> None:
+    out = shutil.copytree(killed / name / "out", tmp_path / "out")
+    trainer = tiny.trainer(model, tmp_path, **dying.SETTINGS)
+    trainer.train(resume_from_checkpoint=True)
+    step = dying.KILLS[name][1]
+    assert after(trainer, step) == after(reference, step)
+    assert same_weights(trainer, reference)
+    # save_total_limit=1 again, whatever the killed process left
+    assert [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-10"]
+    assert why_incomplete(out / "checkpoint-10") is None
+
+
+# -- what a checkpoint of another trainer is judged by --------------------------------------------
+
+
+@pytest.fixture
+def plain(reference: Any, tmp_path: Path) -> Path:
+    """A complete checkpoint without the seal, as TRL's own trainers write it."""
+    last = last_checkpoint(reference.args.output_dir)
+    assert last is not None
+    copy = shutil.copytree(last, tmp_path / last.name)
+    (copy / SEAL).unlink()
+    assert why_incomplete(copy) is None
+    return copy
+
+
+PARTS = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("left", [0, 5, 0.5, 0.999])
+def test_truncated_file_is_named(part: str, left: float, plain: Path) -> None:
+    size = (plain / part).stat().st_size
+    os.truncate(plain / part, left if isinstance(left, int) else int(size * left))
+    reason = why_incomplete(plain)
+    assert reason is not None and part in reason
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_file_is_named(part: str, plain: Path) -> None:
+    (plain / part).unlink()
+    reason = why_incomplete(plain)
+    assert reason is not None
+    assert "missing" in reason and part.split(".")[0].replace("model", "weights") in reason
+
+
+def test_state_of_another_step_is_not_complete(plain: Path) -> None:
+    moved = plain.rename(plain.parent / "checkpoint-7")
+    assert why_incomplete(moved) == "trainer_state.json is of step 10"
+
+
+def test_random_states_have_no_gap(plain: Path) -> None:
+    state = (plain / "rng_state.pth").rename(plain / "rng_state_0.pth")
+    shutil.copy(state, plain / "rng_state_2.pth")
+    assert why_incomplete(plain) == "rng_state_1.pth is missing"
+    shutil.copy(state, plain / "rng_state_1.pth")
+    assert why_incomplete(plain) is None
+
+
+def test_every_shard_of_an_index_is_there(plain: Path) -> None:
+    weights = plain / "model.safetensors"
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (plain / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(weights, plain / "model-1-of-2.safetensors")
+    weights.unlink()
+    assert why_incomplete(plain) == "model-2-of-2.safetensors is missing"
+    shutil.copy(plain / "model-1-of-2.safetensors", plain / "model-2-of-2.safetensors")
+    assert why_incomplete(plain) is None
+    (plain / "model.safetensors.index.json").write_text('{"weight_map"')
+    assert why_incomplete(plain) == "model.safetensors.index.json is not whole"
+
+
+def test_shards_of_fsdp_end_with_their_metadata(plain: Path) -> None:
+    for name in ("model.safetensors", "optimizer.pt"):
+        (plain / name).unlink()
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (plain / name).mkdir()
+        (plain / name / "__0_0.distcp").write_bytes(b"x")
+    assert why_incomplete(plain) == "pytorch_model_fsdp_0/.metadata is missing"
+    (plain / "pytorch_model_fsdp_0" / ".metadata").write_bytes(b"x")
+    assert why_incomplete(plain) == "optimizer_0/.metadata is missing"
+    (plain / "optimizer_0" / ".metadata").write_bytes(b"x")
+    assert why_incomplete(plain) is None
+
+
+def test_deepspeed_names_its_folder_last(plain: Path) -> None:
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        (plain / name).unlink()
+    assert why_incomplete(plain) == "weights missing"
+    (plain / "latest").write_text("global_step10")
+    assert why_incomplete(plain) == "global_step10 holds nothing"
+    (plain / "global_step10").mkdir()
+    states = plain / "global_step10" / "mp_rank_00_model_states.pt"
+    torch.save({"step": 10}, states)
+    assert why_incomplete(plain) is None
+    os.truncate(states, 100)
+    assert why_incomplete(plain) == "global_step10/mp_rank_00_model_states.pt is truncated"
+
+
+# -- the seal -----------------------------------------------------------------------------------
+
+
+def test_seal_sees_every_file(plain: Path) -> None:
+    seal(plain, {"micro_step": 8})
+    state = read_state(plain)
+    assert state is not None and state["micro_step"] == 8
+    assert why_incomplete(plain) is None
+    tokenizer = plain / "tokenizer.json"
+    os.truncate(tokenizer, 10)
+    assert why_incomplete(plain) == (
+        f"tokenizer.json has 10 bytes of {state['files']['tokenizer.json']}"
+    )
+    tokenizer.unlink()
+    assert why_incomplete(plain) == "tokenizer.json is missing"
+    (plain / SEAL).write_text("{")
+    assert why_incomplete(plain) == f"{SEAL} is not whole"
+
+
+def test_weights_alone_are_sealed_but_do_not_resume(plain: Path) -> None:
+    (plain / "optimizer.pt").unlink()
+    seal(plain, {})
+    assert why_incomplete(plain) == "optimizer.pt missing"
+
+
+def test_last_checkpoint_goes_by_number(plain: Path) -> None:
+    run = plain.parent
+    for step in (9, 100):
+        copy = shutil.copytree(plain, run / f"checkpoint-{step}")
+        state = json.loads((copy / "trainer_state.json").read_text())
+        (copy / "trainer_state.json").write_text(json.dumps({**state, "global_step": step}))
+    (run / "checkpoint-old").mkdir()
+    (run / "checkpoint-1000").write_text("a file")
+    assert last_checkpoint(run) == run / "checkpoint-100"
+    assert last_checkpoint(run / "nowhere") is None
+    assert last_checkpoint(run / "checkpoint-old") is None
+
+
+def test_rotate_keeps_the_new_and_the_best(tmp_path: Path) -> None:
+    for number, step in enumerate([4, 8, 12, 6]):  # 12 was left by a killed run, 6 is new
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (number, number))
+
+    def left() -> set[str]:
+        return {path.name.split("-")[1] for path in tmp_path.iterdir()}
+
+    new, best = tmp_path / "checkpoint-6", str(tmp_path / "checkpoint-4")
+    for limit in (None, 0, 4):
+        rotate(tmp_path, limit, new, best)
+        assert left() == {"4", "6", "8", "12"}
+    rotate(tmp_path, 3, new, best)
+    assert left() == {"4", "6", "12"}
+    rotate(tmp_path, 1, new, best)
+    assert left() == {"4", "6"}
+    rotate(tmp_path, 1, new, None)
+    assert left() == {"6"}
+
+
+def test_rotation_comes_after_the_seal(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = checkpoints.rotate
+
+    def look(folder: Path, limit: int | None, newest: Path, best: str | None) -> None:
+        seen.append((limit, newest.name, (newest / SEAL).exists(), len(list(folder.glob("c*")))))
+        original(folder, limit, newest, best)
+
+    monkeypatch.setattr(checkpoints, "rotate", look)
+    trainer = tiny.trainer(model, tmp_path, **{**dying.SETTINGS, "max_steps": 8})
+    trainer.train()
+    assert seen == [(1, "checkpoint-4", True, 1), (1, "checkpoint-8", True, 2)]
+    assert trainer.args.save_total_limit == 1
