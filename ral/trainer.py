@@ -100,6 +100,9 @@ class RALTrainer(ResumableTrainer):
         self._warned: dict[str, int] = {}
         super().__init__(model, reward_funcs, args, *positional, **named)
         self.args: RALConfig
+        # TRL pads prompts on the left, and takes token types as the processor pads them: on another
+        # side, image positions would be wrong in a batch of prompts of different lengths.
+        self._tokenizer.padding_side = "left"
         # Fails now, and not in the first step, if the layers cannot be captured.
         probe = rk.capture(self.model, args.attn_layers)
         self._layers: list[int] = probe.layers

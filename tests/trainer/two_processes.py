@@ -1,0 +1,173 @@
+"""What each of two gloo processes, or one, does in test_two_processes.
+
+    python -m tests.trainer.two_processes MODEL FOLDER NAME...
+
+A NAME of `CASES` runs once in one process and in two, DDP or FSDP2, on the same rollouts. Each
+writes FOLDER/NAME/<how>.pt: what was logged, the weights, and how the model was wrapped.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+
+from ral import RALTrainer
+from tests.trainer import tiny
+
+ROLLOUTS = 16  # of a rollout batch, on all processes together
+SETTINGS: dict[str, Any] = {
+    "attn_coef": 20.0,
+    "num_generations": 4,
+    "steps_per_generation": 1,
+    "num_iterations": 2,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 4,  # 2 rollout batches x 2 iterations
+    "logging_nan_inf_filter": False,
+    # Adam would turn the rounding of gradients that are zero into whole steps.
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "dataloader_pin_memory": False,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "token mean": {},
+    "sequence mean": {"attn_reduction": "sequence_mean", "loss_type": "grpo"},
+    "accumulating": {"steps_per_generation": 2, "gradient_accumulation_steps": 2},
+    "reference model": {"attn_reference": "ref", "beta": 0.1},
+    "teacher": {"attn_coef": 0.0, "distill_attn_coef": 5.0, "distill_logit_coef": 1.0},
+    "lora": {"peft_config": tiny.lora()},
+}
+
+
+class FixedRollouts(RALTrainer):
+    """Writes a response that the prompt, the index in the group and the step determine."""
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        first = self.accelerator.process_index * len(prompt_ids)
+        return [
+            self._response(ids, (first + row) % self.num_generations)
+            for row, ids in enumerate(prompt_ids)
+        ], None
+
+    def _response(self, prompt: list[int], index: int) -> list[int]:
+        generator = torch.Generator().manual_seed(31 * sum(prompt) + self.state.global_step)
+        shared = torch.randint(10, 250, (8,), generator=generator)
+        generator.manual_seed(index)
+        own = torch.randint(10, 250, (8,), generator=generator)
+        # The first two tokens are the group's; lengths are 2 to 8, by prompt and index.
+        length = 2 + (sum(prompt) + 3 * index) % 7
+        return torch.cat([shared[:2], own])[:length].tolist()
+
+
+def dataset() -> Dataset:
+    """Prompts of many lengths: the processes pad differently."""
+    rows = list(tiny.dataset(8))
+    for number, row in enumerate(rows):
+        row["prompt"][0]["content"] = "the cat " * number + row["prompt"][0]["content"]
+    return Dataset.from_list(rows)
+
+
+def _train(model: str, case: str, folder: Path, processes: int, **settings: Any) -> RALTrainer:
+    merged = {**SETTINGS, **CASES[case], **settings}
+    merged["per_device_train_batch_size"] = ROLLOUTS // processes // merged["steps_per_generation"]
+    teacher = None
+    if case == "teacher":
+        teacher = tiny.checkpoint(folder.parent, num_hidden_layers=3)
+    trainer = tiny.trainer(
+        model, folder, trainer_class=FixedRollouts, train_dataset=dataset(),
+        teacher_model=None if teacher is None else str(teacher), **merged,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def _result(trainer: RALTrainer) -> dict[str, Any]:
+    weights = {}
+    for name, parameter in trainer.model.named_parameters():
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        weights[name.removeprefix("module.")] = whole.detach().clone()
+    wrapped = {type(module).__name__ for module in trainer.model_wrapped.modules()}
+    return {
+        "log": trainer.state.log_history,
+        "weights": weights,
+        "wrapped": sorted(wrapped),
+        "type": str(trainer.accelerator.distributed_type),
+        "processes": trainer.accelerator.num_processes,
+    }
+
+
+def _join(rank: int, folder: Path, how: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
+    store = f"file://{folder}/{how}.store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    if how.startswith("fsdp2"):
+        PartialState(cpu=True, backend="gloo")
+        # accelerate makes FSDP out of several GPUs only; on CPUs it would take DDP, and not say so.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
+        "reshard_after_forward": True,
+    },
+}
+WAYS: dict[str, dict[str, Any]] = {"one": {}, "ddp": {"ddp_backend": "gloo"}, "fsdp2": FSDP}
+
+
+def _child(model: str, case: str, how: str, rank: int, folder: Path) -> None:
+    log = os.open(folder / f"{how}.{rank}.stderr", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    status = 1
+    try:
+        processes = 1 if how == "one" else 2
+        if processes == 2:
+            _join(rank, folder, how)
+        trainer = _train(model, case, folder, processes, **WAYS[how])
+        result = _result(trainer)
+        if rank == 0:
+            torch.save(result, folder / f"{how}.pt")
+        if processes == 2:
+            dist.barrier()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main(model: str, folder: str, *names: str) -> None:
+    gc.freeze()
+    for name in names:
+        case, _, ways = name.partition(":")
+        own = Path(folder) / case
+        own.mkdir()
+        for how in (ways or "one,ddp").split(","):
+            children = []
+            for rank in range(1 if how == "one" else 2):
+                child = os.fork()
+                if child == 0:
+                    _child(model, case, how, rank, own)
+                children.append(child)
+            for child in children:
+                os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
