@@ -24,6 +24,7 @@ from .distillation import (
     pair_layers,
 )
 from .exploration import draw_bias, steered
+from .fsdp import gathered_head
 from .references import References, taking_hidden_states, taking_snapshots
 from .resuming import ResumableTrainer
 from .vision import lay_out
@@ -209,14 +210,16 @@ class RALTrainer(ResumableTrainer):
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if not self._rolling_out:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
+            with gathered_head(model):
+                return super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+                )
         role = "old" if self._is_policy(model) else "ref"
         rows = self._rows(input_ids.shape[1] - logits_to_keep, logits_to_keep)
         wanted = self.args.attn_coef > 0 and self.args.attn_reference == role
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
+            stack.enter_context(gathered_head(model))
             if role == "old" and self._bias is not None:
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}
