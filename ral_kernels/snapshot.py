@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .attention import interface as attention_interface
+from . import checks, qkv
 
 if TYPE_CHECKING:
     from .policy.arguments import PolicyArgs
@@ -91,8 +90,8 @@ class AttentionSnapshot:
         group_size: int = 1,
         shared_prefix: int = 0,
     ) -> None:
-        q, k, _ = attention_interface.autocast_inputs(q, k, k)
-        attention_interface.check_attention(_OP, q, k, k, None)  # k stands for v too: same checks
+        q, k, _ = qkv.autocast_inputs(q, k, k)
+        qkv.check_qkv(_OP, q, k, k, None)  # k stands for v too: same checks
         checks.check_flag(_OP, "is_causal", is_causal)
         checks.check_flag(_OP, "pin_memory", pin_memory)
         _check_dtype(dtype)
@@ -414,8 +413,8 @@ _EXACT = ("prefix_index", "span_bias")  # tensors that `dtype` does not concern
 
 
 def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in attention_interface.DTYPES:
-        wanted = ", ".join(checks.dtype_name(x) for x in attention_interface.DTYPES)
+    if dtype is not None and dtype not in qkv.DTYPES:
+        wanted = ", ".join(checks.dtype_name(x) for x in qkv.DTYPES)
         raise TypeError(f"{_OP}: dtype must be None or one of {wanted}; got {dtype!r}")
 
 

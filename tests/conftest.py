@@ -14,8 +14,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import ral_kernels as rk
-from ral_kernels import triton_runtime
-from ral_kernels.attention import interface
+from ral_kernels import allocation, triton_runtime
 from tests.interpreter import patch_once_a_launch
 from tests.ops.on_gpu import kernels_on
 
@@ -107,5 +106,5 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def new_nan(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=like.device)
 
-    monkeypatch.setattr(interface, "_new_empty", new_nan)
+    monkeypatch.setattr(allocation, "new_empty", new_nan)
     yield

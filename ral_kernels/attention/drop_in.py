@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, qkv
 from ..spans import Spans
-from .interface import autocast_inputs, call_attention, check_attention
+from .interface import call_attention
 
 
 def _refuse_dropout(op: str, dropout_p: Any) -> None:
@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
         raise ValueError(
             f"{op}: attn_mask must be None with is_causal=True; got {type(attn_mask).__name__}"
         )
-    query, key, value = autocast_inputs(query, key, value)
+    query, key, value = qkv.autocast_inputs(query, key, value)
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"{op}: key must be [..., S, E] with E={query.shape[-1]}; got {tuple(key.shape)}"
@@ -87,7 +87,7 @@ def scaled_dot_product_attention(
     kv_heads_of_one = not enable_gqa and lead and _heads(key) == 1 and _heads(value) == 1
     same_heads = not (enable_gqa or kv_heads_of_one)
     k, v = _as_bhtd(key, lead, same_heads), _as_bhtd(value, lead, same_heads)
-    check_attention(op, q, k, v, spans, names=("query", "key", "value"))
+    qkv.check_qkv(op, q, k, v, spans, names=("query", "key", "value"))
     out, marginals, _ = call_attention(
         op,
         q,
@@ -210,8 +210,8 @@ def flash_attn_func(
         if tensor.dim() != 4:
             raise ValueError(f"{op}: {name} must be [B, S, H, D]; got {tuple(tensor.shape)}")
     window = _flash_window(op, window_size, causal)
-    q, k, v = (tensor.transpose(1, 2) for tensor in autocast_inputs(q, k, v))
-    check_attention(op, q, k, v, spans)
+    q, k, v = (tensor.transpose(1, 2) for tensor in qkv.autocast_inputs(q, k, v))
+    qkv.check_qkv(op, q, k, v, spans)
     out, marginals, lse = call_attention(
         op,
         q,
@@ -284,8 +284,8 @@ def flash_attn_varlen_func(
         raise ValueError(
             f"{op}: spans must have ids [total_k]={k.shape[0]}; got {tuple(spans.ids.shape)}"
         )
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in autocast_inputs(q, k, v))
-    check_attention(op, q, k, v, spans)
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in qkv.autocast_inputs(q, k, v))
+    qkv.check_qkv(op, q, k, v, spans)
     _check_cu_seqlens(op, "q", cu_seqlens_q, max_seqlen_q, q)
     _check_cu_seqlens(op, "k", cu_seqlens_k, max_seqlen_k, k)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import allocation, backends, checks, qkv
 from ..spans import Spans
 from . import cpu, reference, triton_backend
 from .arguments import AttentionArgs
@@ -19,8 +18,6 @@ BACKENDS: dict[str, Any] = {
     "reference": reference,
 }
 backends.register("attention", BACKENDS)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class AttentionOutput(NamedTuple):
@@ -98,8 +95,8 @@ def attention(
             grad.
         RuntimeError: the requested backend is missing on this machine.
     """
-    q, k, v = autocast_inputs(q, k, v)
-    check_attention("attention", q, k, v, spans)
+    q, k, v = qkv.autocast_inputs(q, k, v)
+    qkv.check_qkv("attention", q, k, v, spans)
     checks.check_flag("attention", "is_causal", is_causal)
     if head_reduction is not None and head_reduction != "mean":
         raise ValueError(
@@ -125,91 +122,6 @@ def attention(
     return AttentionOutput(out, marginals, lse)
 
 
-def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, q, k and v in its dtype, as PyTorch does for its own attention."""
-    if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    if not all(isinstance(x, Tensor) and x.dtype in checks.HALF_OR_FLOAT for x in (q, k, v)):
-        return q, k, v
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def check_attention(
-    op: str, q: Any, k: Any, v: Any, spans: Any, names: tuple[str, str, str] = ("q", "k", "v")
-) -> None:
-    """Check what every form of the op has, in the layout [B, H, T, D], under the caller's names."""
-    name_q, name_k, name_v = names
-    checks.check_tensor(op, name_q, q, "a [B, H, T, D] tensor")
-    checks.check_tensor(op, name_k, k, "a [B, Hk, N, D] tensor")
-    checks.check_tensor(op, name_v, v, "a [B, Hk, N, Dv] tensor")
-    if q.dim() != 4:
-        raise ValueError(f"{op}: {name_q} must be [B, H, T, D]; got {tuple(q.shape)}")
-    if q.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: {name_q} must be float32, bfloat16, float16 (or float64, reference backend "
-            f"only); got {checks.dtype_name(q.dtype)}"
-        )
-    batch_size, num_heads, _, head_dim = q.shape
-    if num_heads < 1 or head_dim < 1:
-        raise ValueError(
-            f"{op}: {name_q} must be [B, H, T, D] with H >= 1 and D >= 1; got {tuple(q.shape)}"
-        )
-    for name, tensor in ((name_k, k), (name_v, v)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(
-                f"{op}: {name} must have {name_q}'s dtype {checks.dtype_name(q.dtype)}; got "
-                f"{checks.dtype_name(tensor.dtype)}"
-            )
-        checks.check_same_device(op, name, tensor, q, name_q)
-    if k.dim() != 4 or k.shape[0] != batch_size or k.shape[3] != head_dim:
-        raise ValueError(
-            f"{op}: {name_k} must be [B, Hk, N, D] with B={batch_size}, D={head_dim}; got "
-            f"{tuple(k.shape)}"
-        )
-    num_kv_heads, seqlen_k = k.shape[1], k.shape[2]
-    if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
-        raise ValueError(
-            f"{op}: {name_k} must have a number of heads Hk that divides H={num_heads}; got "
-            f"Hk={num_kv_heads}"
-        )
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] < 1:
-        raise ValueError(
-            f"{op}: {name_v} must be [B, Hk, N, Dv] with B={batch_size}, Hk={num_kv_heads}, "
-            f"N={seqlen_k}, Dv >= 1; got {tuple(v.shape)}"
-        )
-    for name, tensor in ((name_q, q), (name_k, k), (name_v, v)):
-        checks.check_unit_last_stride(op, name, tensor)
-    if spans is not None:
-        if not isinstance(spans, Spans):
-            raise TypeError(f"{op}: spans must be None or Spans; got {type(spans).__name__}")
-        ids = spans.ids
-        if ids.shape[-1] != seqlen_k or (ids.dim() == 2 and ids.shape[0] != batch_size):
-            raise ValueError(
-                f"{op}: spans must have ids [N] or [B, N] with B={batch_size}, N={seqlen_k}; got "
-                f"{tuple(ids.shape)}"
-            )
-        checks.check_same_device(op, "spans", ids, q, name_q)
-
-
-def _prepare_span_bias(op: str, span_bias: Any, spans: Spans | None, q: Tensor) -> Tensor:
-    """`span_bias` as the op takes it: float32, and expanded, so that autograd sums the gradient."""
-    checks.check_tensor(
-        op, "span_bias", span_bias, "None or a tensor broadcastable to [B, H, T, S]"
-    )
-    if spans is None:
-        raise ValueError(f"{op}: span_bias needs spans; got spans=None")
-    if not span_bias.is_floating_point():
-        raise TypeError(
-            f"{op}: span_bias must be floating; got {checks.dtype_name(span_bias.dtype)}"
-        )
-    shape = (*q.shape[:3], spans.num_spans)
-    checks.check_broadcastable(op, "span_bias", span_bias, shape, "[B, H, T, S]")
-    checks.check_same_device(op, "span_bias", span_bias, q, "q")
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return span_bias.to(dtype).expand(shape)
-
-
 def _prepare_attn_mask(op: str, attn_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     checks.check_tensor(
         op, "attn_mask", attn_mask, "None or a tensor broadcastable to [B, H, T, N]"
@@ -228,21 +140,6 @@ def _prepare_attn_mask(op: str, attn_mask: Any, q: Tensor, k: Tensor) -> Tensor:
             "differentiable bias, or attn_mask.detach()"
         )
     return attn_mask.expand(shape)
-
-
-def _check_key_padding_mask(op: str, key_padding_mask: Any, k: Tensor) -> None:
-    checks.check_tensor(op, "key_padding_mask", key_padding_mask, "None or a bool [B, N] tensor")
-    if key_padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"{op}: key_padding_mask must be bool (True = a real key); got "
-            f"{checks.dtype_name(key_padding_mask.dtype)}"
-        )
-    shape = (k.shape[0], k.shape[2])
-    if key_padding_mask.shape != shape:
-        raise ValueError(
-            f"{op}: key_padding_mask must be [B, N] = {shape}; got {tuple(key_padding_mask.shape)}"
-        )
-    checks.check_same_device(op, "key_padding_mask", key_padding_mask, k, "k")
 
 
 def call_attention(
@@ -264,16 +161,16 @@ def call_attention(
     top_left: bool = False,
     backend: str = "",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Call the op with tensors that passed `check_attention` and options that are resolved.
+    """Call the op with tensors that passed `qkv.check_qkv` and options that are resolved.
 
     The drop-ins come in here too; `op` is the name of the public function, for messages.
     """
     if span_bias is not None:
-        span_bias = _prepare_span_bias(op, span_bias, spans, q)
+        span_bias = qkv.prepare_span_bias(op, span_bias, spans, q)
     if attn_mask is not None:
         attn_mask = _prepare_attn_mask(op, attn_mask, q, k)
     if key_padding_mask is not None:
-        _check_key_padding_mask(op, key_padding_mask, k)
+        qkv.check_key_padding_mask(op, key_padding_mask, k)
     row_start, row_stop = (0, q.shape[2]) if rows is None else rows
     has_spans = spans is not None and spans.num_spans > 0
     out, marginals, lse = torch.ops.ral.attention_fwd(
@@ -299,29 +196,15 @@ def call_attention(
     return out, None if spans is None else marginals, lse
 
 
-def _new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Every tensor that a kernel writes is made here (the tests fill it with NaN first)."""
-    return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _empty_like_layout(like: Tensor, last: int) -> Tensor:
-    """An empty [B, H, T, last] laid out as `like`: token-major ([B, T, H, D]) or contiguous."""
-    batch_size, num_heads, seqlen, _ = like.shape
-    if like.stride(1) < like.stride(2):
-        shape = (batch_size, seqlen, num_heads, last)
-        return _new_empty(like, shape, like.dtype).transpose(1, 2)
-    return _new_empty(like, (batch_size, num_heads, seqlen, last), like.dtype)
-
-
 def _allocate_outputs(
     q: Tensor, v: Tensor, num_rows: int, num_spans: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, num_heads, seqlen_q, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = allocation.accumulation_dtype(q)
     return (
-        _empty_like_layout(q, v.shape[3]),
-        _new_empty(q, (batch_size, num_heads, num_rows, num_spans), dtype),
-        _new_empty(q, (batch_size, num_heads, seqlen_q), dtype),
+        allocation.empty_like_layout(q, v.shape[3]),
+        allocation.new_empty(q, (batch_size, num_heads, num_rows, num_spans), dtype),
+        allocation.new_empty(q, (batch_size, num_heads, seqlen_q), dtype),
     )
 
 
@@ -329,13 +212,13 @@ def _allocate_gradients(
     args: AttentionArgs, wants_dspan_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, span_bias = args.q, args.span_bias
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = allocation.accumulation_dtype(q)
     assert span_bias is not None or not wants_dspan_bias
     return (
-        _empty_like_layout(q, args.head_dim),
-        _empty_like_layout(args.k, args.head_dim),
-        _empty_like_layout(args.v, args.head_dim_v),
-        _new_empty(
+        allocation.empty_like_layout(q, args.head_dim),
+        allocation.empty_like_layout(args.k, args.head_dim),
+        allocation.empty_like_layout(args.v, args.head_dim_v),
+        allocation.new_empty(
             q, span_bias.shape if span_bias is not None and wants_dspan_bias else (0,), dtype
         ),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_softmax import stabiliser
 from ..triton_spans import MIXED, NO_SPAN
 from .triton_marginals import (
     add_mixed_block,
@@ -31,7 +32,6 @@ from .triton_scores import (
     load_rows,
     locate,
     scores,
-    stabiliser,
     store_rows,
 )
 

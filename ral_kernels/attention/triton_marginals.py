@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .. import triton_runtime
+from ..triton_softmax import LOG2E
 from ..triton_spans import MIXED
 
 # A stored sum is relative to 2^reference. A running maximum may outgrow it by this much before the
@@ -28,7 +29,6 @@ from ..triton_spans import MIXED
 HEADROOM = tl.constexpr(64.0)
 HIDDEN = tl.constexpr(-(2.0**100))
 MINUS_INFINITY = tl.constexpr(-(2.0**101))
-LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton_runtime.interpreted())
 GROUP = tl.constexpr(16)  # spans in one matrix product, the least that tl.dot takes
 

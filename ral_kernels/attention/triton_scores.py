@@ -1,4 +1,4 @@
-"""What the Triton kernels of `attention` share: positions, loads, scores, softmax's stabiliser.
+"""What the Triton kernels of `attention` share: positions, loads, scores.
 
 Scores are in base 2 from the start (times log2 e), because exp2 is the instruction that GPUs have.
 A tile has queries along rows (`[BLOCK_Q, BLOCK_K]`), or along columns with TRANSPOSED.
@@ -11,42 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_softmax import LOG2E, in_base_2, tanh
 from ..triton_spans import sequence_of_block
-from .triton_marginals import LOG2E, here
+from .triton_marginals import here
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # torch.finfo(torch.float32).min
-
-
-@triton.jit
-def stabiliser(m):
-    """What exp2 subtracts: the row maximum; 0 where it is -inf, so that exp2 gives 0, not NaN."""
-    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def backward_lse_log2(lse):
     """lse in base 2; +inf in place of -inf makes every weight of a fully masked row exactly 0."""
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@triton.jit
-def in_base_2(bias):
-    """A bias times log2 e. One of finfo.min must stay finite: it hides keys behind others only."""
-    return tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, LOWEST))
-
-
-@triton.jit
-def tanh(x):
-    """tanh to float32's accuracy: exp2 alone cancels near 0, there a polynomial (Cephes) serves."""
-    square = x * x
-    series = -5.70498872745e-3 * square + 2.06390887954e-2
-    series = series * square - 5.37397155531e-2
-    series = series * square + 1.33314422036e-1
-    series = series * square - 3.33332819422e-1
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.625, x + x * square * series, tl.where(x < 0, -far, far))
 
 
 @triton.jit

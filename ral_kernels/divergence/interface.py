@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from ..attention import interface as attention_interface
+from .. import allocation, backends, checks
 from . import cpu, reference, triton_backend
 from .arguments import KINDS, DivergenceArgs
 
@@ -87,7 +86,7 @@ def call_divergence(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
 
 
 def _allocate_outputs(p: Tensor, wants_dp: bool, wants_dr: bool) -> tuple[Tensor, Tensor, Tensor]:
-    new_empty = attention_interface._new_empty
+    new_empty = allocation.new_empty
     return (
         new_empty(p, p.shape[:-1], p.dtype),
         new_empty(p, p.shape if wants_dp else (0,), p.dtype),

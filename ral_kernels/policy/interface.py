@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from ..attention import interface as attention_interface
+from .. import allocation, backends, checks, qkv
 from ..spans import Spans
 from . import cpu, reference, triton_backend
 from .arguments import PolicyArgs
@@ -105,8 +104,8 @@ def resolve_call(
 
     The tensors of the result still carry their autograd graph: the op comes after.
     """
-    q, k, _ = attention_interface.autocast_inputs(q, k, k)
-    attention_interface.check_attention(op, q, k, k, spans)  # k stands for v too: same checks
+    q, k, _ = qkv.autocast_inputs(q, k, k)
+    qkv.check_qkv(op, q, k, k, spans)  # k stands for v too: same checks
     checks.check_flag(op, "exclude_self", exclude_self)
     checks.check_flag(op, "is_causal", is_causal)
     start, stop = checks.resolve_rows(op, rows, q.shape[2])
@@ -117,9 +116,9 @@ def resolve_call(
     if rows is not None:
         q = q[:, :, start:stop]
     if span_bias is not None:
-        span_bias = attention_interface._prepare_span_bias(op, span_bias, spans, q)
+        span_bias = qkv.prepare_span_bias(op, span_bias, spans, q)
     if key_padding_mask is not None:
-        attention_interface._check_key_padding_mask(op, key_padding_mask, k)
+        qkv.check_key_padding_mask(op, key_padding_mask, k)
     return PolicyArgs(
         q=q,
         k=k,
@@ -188,14 +187,10 @@ def call_policy(args: PolicyArgs, backend: str) -> Tensor:
     return p
 
 
-def accumulation_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _allocate_outputs(args: PolicyArgs) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, num_heads, num_rows, _ = args.q.shape
-    dtype = accumulation_dtype(args.q)
-    new_empty = attention_interface._new_empty
+    dtype = allocation.accumulation_dtype(args.q)
+    new_empty = allocation.new_empty
     return (
         new_empty(args.q, (batch_size, num_rows, args.num_outcomes), dtype),
         new_empty(args.q, (2, batch_size, num_heads, num_rows), dtype),
@@ -206,9 +201,9 @@ def _allocate_outputs(args: PolicyArgs) -> tuple[Tensor, Tensor, Tensor]:
 def _allocate_gradients(args: PolicyArgs, wants_dspan_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = args.span_bias.shape if args.span_bias is not None and wants_dspan_bias else (0,)
     return (
-        attention_interface._empty_like_layout(args.q, args.head_dim),
-        attention_interface._empty_like_layout(args.k, args.head_dim),
-        attention_interface._new_empty(args.q, shape, accumulation_dtype(args.q)),
+        allocation.empty_like_layout(args.q, args.head_dim),
+        allocation.empty_like_layout(args.k, args.head_dim),
+        allocation.new_empty(args.q, shape, allocation.accumulation_dtype(args.q)),
     )
 
 

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from ..attention.triton_scores import stabiliser
+from ..triton_softmax import stabiliser
 from .triton_side import (
     SMALLEST_WEIGHT,
     flagged,

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from ..attention import interface as attention_interface
+from .. import allocation, backends, checks
 from ..divergence.interface import call_divergence, check_kind
 from ..policy.arguments import PolicyArgs
-from ..policy.interface import accumulation_dtype, call_policy, resolve_call
+from ..policy.interface import call_policy, resolve_call
 from ..snapshot import AttentionSnapshot
 from ..spans import Spans
 from . import cpu, triton_backend
@@ -151,7 +150,7 @@ def _span_policy_of(op: str, snapshot: AttentionSnapshot, args: PolicyArgs, back
     if span_bias is not None:
         shape = (*snapshot.q.shape[:3], args.num_spans)
         checks.check_broadcastable(op, "reference.span_bias", span_bias, shape, "[B, H, T, S]")
-        span_bias = span_bias.to(accumulation_dtype(snapshot.q)).expand(shape)
+        span_bias = span_bias.to(allocation.accumulation_dtype(snapshot.q)).expand(shape)
     policy = PolicyArgs(
         q=snapshot.q,
         k=snapshot.materialised_k(),
@@ -250,18 +249,18 @@ def _allocate_outputs(args: PolicyDivergenceArgs) -> tuple[Tensor, ...]:
     per_row = (batch_size, num_rows)
     per_head = (batch_size, num_heads, num_rows)
     per_reference_head = (batch_size, args.reference.num_heads, num_rows)
-    dtype = accumulation_dtype(q)
+    dtype = allocation.accumulation_dtype(q)
     shapes = (
         per_row, (2, *per_head), per_row, (2, *per_reference_head), per_row, per_head, per_head
     )  # fmt: skip
-    return tuple(attention_interface._new_empty(q, shape, dtype) for shape in shapes)
+    return tuple(allocation.new_empty(q, shape, dtype) for shape in shapes)
 
 
 def allocate_gradients(args: PolicyDivergenceArgs) -> tuple[Tensor, Tensor]:
     q, k = args.policy.q, args.policy.k
     return (
-        attention_interface._empty_like_layout(q, args.policy.head_dim),
-        attention_interface._empty_like_layout(k, args.policy.head_dim),
+        allocation.empty_like_layout(q, args.policy.head_dim),
+        allocation.empty_like_layout(k, args.policy.head_dim),
     )
 
 

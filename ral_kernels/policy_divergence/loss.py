@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from ..attention import interface as attention_interface
+from .. import allocation, backends, checks
 from ..divergence.interface import check_kind, scaled_gradient
 from ..policy.arguments import PolicyArgs
-from ..policy.interface import accumulation_dtype, resolve_call
+from ..policy.interface import resolve_call
 from ..snapshot import AttentionSnapshot
 from ..spans import Spans
 from .arguments import PolicyDivergenceArgs
@@ -95,7 +94,7 @@ def ral_loss(
     advantages = _resolve_advantages(op, advantages, args)
     _check_mask(op, mask, args)
     backend = backends.check_backend(op, backend)
-    weights = _row_weights(advantages.to(accumulation_dtype(args.q)), mask, reduction)
+    weights = _row_weights(advantages.to(allocation.accumulation_dtype(args.q)), mask, reduction)
     if isinstance(reference, AttentionSnapshot) and _fuses(args):
         check_kind(op, kind)
         check_snapshot(op, reference, args)
@@ -185,9 +184,9 @@ def _allocate(args: PolicyDivergenceArgs, normalised: bool) -> tuple[Tensor, ...
     q, rows = args.policy.q, args.policy.num_rows
     per_row = (0, 0) if normalised else (args.policy.batch_size, rows)
     per_head = (0, 0, 0, 0) if normalised else (2, per_row[0], args.reference.num_heads, rows)
-    dtype = accumulation_dtype(q)
+    dtype = allocation.accumulation_dtype(q)
     loss, ref_norm, ref_z = (
-        attention_interface._new_empty(q, shape, dtype) for shape in ((), per_head, per_row)
+        allocation.new_empty(q, shape, dtype) for shape in ((), per_head, per_row)
     )
     return loss, *allocate_gradients(args), ref_norm, ref_z
 
@@ -214,7 +213,7 @@ def policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
         for output in outputs:
             output.zero_()
         return outputs
-    value = attention_interface._new_empty(weights, weights.shape, weights.dtype)
+    value = allocation.new_empty(weights, weights.shape, weights.dtype)
     norm_z = (given_norm, given_z) if normalised else (ref_norm, ref_z)
     chosen.loss(args, weights, *norm_z, normalised, value, dq, dk)
     loss.copy_(_weighted_sum(value, weights))

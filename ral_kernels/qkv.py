@@ -1,0 +1,113 @@
+"""The tensors that ops take alike, checked and made ready: q, k, v, spans, their bias, padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .allocation import accumulation_dtype
+from .spans import Spans
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, q, k and v in its dtype, as PyTorch does for its own attention."""
+    if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    if not all(isinstance(x, Tensor) and x.dtype in checks.HALF_OR_FLOAT for x in (q, k, v)):
+        return q, k, v
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def check_qkv(
+    op: str, q: Any, k: Any, v: Any, spans: Any, names: tuple[str, str, str] = ("q", "k", "v")
+) -> None:
+    """Check what every form of the op has, in the layout [B, H, T, D], under the caller's names."""
+    name_q, name_k, name_v = names
+    checks.check_tensor(op, name_q, q, "a [B, H, T, D] tensor")
+    checks.check_tensor(op, name_k, k, "a [B, Hk, N, D] tensor")
+    checks.check_tensor(op, name_v, v, "a [B, Hk, N, Dv] tensor")
+    if q.dim() != 4:
+        raise ValueError(f"{op}: {name_q} must be [B, H, T, D]; got {tuple(q.shape)}")
+    if q.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name_q} must be float32, bfloat16, float16 (or float64, reference backend "
+            f"only); got {checks.dtype_name(q.dtype)}"
+        )
+    batch_size, num_heads, _, head_dim = q.shape
+    if num_heads < 1 or head_dim < 1:
+        raise ValueError(
+            f"{op}: {name_q} must be [B, H, T, D] with H >= 1 and D >= 1; got {tuple(q.shape)}"
+        )
+    for name, tensor in ((name_k, k), (name_v, v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(
+                f"{op}: {name} must have {name_q}'s dtype {checks.dtype_name(q.dtype)}; got "
+                f"{checks.dtype_name(tensor.dtype)}"
+            )
+        checks.check_same_device(op, name, tensor, q, name_q)
+    if k.dim() != 4 or k.shape[0] != batch_size or k.shape[3] != head_dim:
+        raise ValueError(
+            f"{op}: {name_k} must be [B, Hk, N, D] with B={batch_size}, D={head_dim}; got "
+            f"{tuple(k.shape)}"
+        )
+    num_kv_heads, seqlen_k = k.shape[1], k.shape[2]
+    if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"{op}: {name_k} must have a number of heads Hk that divides H={num_heads}; got "
+            f"Hk={num_kv_heads}"
+        )
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] < 1:
+        raise ValueError(
+            f"{op}: {name_v} must be [B, Hk, N, Dv] with B={batch_size}, Hk={num_kv_heads}, "
+            f"N={seqlen_k}, Dv >= 1; got {tuple(v.shape)}"
+        )
+    for name, tensor in ((name_q, q), (name_k, k), (name_v, v)):
+        checks.check_unit_last_stride(op, name, tensor)
+    if spans is not None:
+        if not isinstance(spans, Spans):
+            raise TypeError(f"{op}: spans must be None or Spans; got {type(spans).__name__}")
+        ids = spans.ids
+        if ids.shape[-1] != seqlen_k or (ids.dim() == 2 and ids.shape[0] != batch_size):
+            raise ValueError(
+                f"{op}: spans must have ids [N] or [B, N] with B={batch_size}, N={seqlen_k}; got "
+                f"{tuple(ids.shape)}"
+            )
+        checks.check_same_device(op, "spans", ids, q, name_q)
+
+
+def prepare_span_bias(op: str, span_bias: Any, spans: Spans | None, q: Tensor) -> Tensor:
+    """`span_bias` as the op takes it: float32, and expanded, so that autograd sums the gradient."""
+    checks.check_tensor(
+        op, "span_bias", span_bias, "None or a tensor broadcastable to [B, H, T, S]"
+    )
+    if spans is None:
+        raise ValueError(f"{op}: span_bias needs spans; got spans=None")
+    if not span_bias.is_floating_point():
+        raise TypeError(
+            f"{op}: span_bias must be floating; got {checks.dtype_name(span_bias.dtype)}"
+        )
+    shape = (*q.shape[:3], spans.num_spans)
+    checks.check_broadcastable(op, "span_bias", span_bias, shape, "[B, H, T, S]")
+    checks.check_same_device(op, "span_bias", span_bias, q, "q")
+    return span_bias.to(accumulation_dtype(q)).expand(shape)
+
+
+def check_key_padding_mask(op: str, key_padding_mask: Any, k: Tensor) -> None:
+    checks.check_tensor(op, "key_padding_mask", key_padding_mask, "None or a bool [B, N] tensor")
+    if key_padding_mask.dtype != torch.bool:
+        raise TypeError(
+            f"{op}: key_padding_mask must be bool (True = a real key); got "
+            f"{checks.dtype_name(key_padding_mask.dtype)}"
+        )
+    shape = (k.shape[0], k.shape[2])
+    if key_padding_mask.shape != shape:
+        raise ValueError(
+            f"{op}: key_padding_mask must be [B, N] = {shape}; got {tuple(key_padding_mask.shape)}"
+        )
+    checks.check_same_device(op, "key_padding_mask", key_padding_mask, k, "k")
