@@ -119,9 +119,7 @@ def _in_rotation() -> None:
 # Where it dies, and the step of the last checkpoint that is then complete.
 KILLS: dict[str, tuple[Callable[[], None], int]] = {
     "weights": (_in_weights, FIRST),
-    "training_args.bin": (partial(_in_torch_save, "training_args.bin"), FIRST),
     "optimizer.pt": (partial(_in_torch_save, "optimizer.pt"), FIRST),
-    "scheduler.pt": (partial(_in_torch_save, "scheduler.pt"), FIRST),
     "rng_state.pth": (partial(_in_torch_save, "rng_state.pth"), FIRST),
     "trainer_state.json": (_in_state, FIRST),
     "before the seal": (_before_seal, SECOND),
@@ -156,7 +154,6 @@ INTERRUPTIONS: dict[str, tuple[int, list[int], dict[str, Any]]] = {
     "once": (5, [INT], {}),
     "twice": (5, [INT, INT], {}),
     "three times": (5, [INT, INT, INT], {}),
-    "term": (5, [TERM], {}),
     "first batch": (0, [TERM], {"save_steps": 100}),
     "last batch": (9, [INT], {}),
     "unsaved": (5, [INT], {"save_strategy": "no"}),

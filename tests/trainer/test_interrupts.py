@@ -22,7 +22,6 @@ ENDS: dict[str, tuple[int, int | None, str]] = {
     "twice": (130, 6, "Stopped by Ctrl-C at step 6 of 10. The last complete checkpoint is {path}"),
     "three times": (130, 4, "Stopped by Ctrl-C at step 5 of 10. The last complete checkpoint is "
                             "{path}"),
-    "term": (143, 8, "Stopped by SIGTERM at step 8 of 10. The last complete checkpoint is {path}"),
     "first batch": (143, 4, "Stopped by SIGTERM at step 4 of 10. The last complete checkpoint is "
                             "{path}"),
     "last batch": (130, 10, "Stopped by Ctrl-C at step 10 of 10: training is complete."),

@@ -2,14 +2,15 @@
 
     python -m tests.trainer.two_processes MODEL FOLDER NAME...
 
-A NAME of `CASES` runs once in one process and in two, DDP or FSDP2, on the same rollouts. Each
-writes FOLDER/NAME/<how>.pt: what was logged, the weights, and how the model was wrapped.
+A NAME is "<case>:<how>,<how>", of `CASES` and `WAYS`: one process or two, on the same rollouts.
+Each writes FOLDER/<case>/<how>.pt: what was logged, the weights, and how the model was wrapped.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -20,8 +21,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from ral import RALTrainer
+from ral.interrupts import interruptible
 from tests.trainer import tiny
 
 ROLLOUTS = 16  # of a rollout batch, on all processes together
@@ -35,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
     # Adam would turn the rounding of gradients that are zero into whole steps.
     "optim": "sgd",
-    "learning_rate": 0.5,
+    "learning_rate": 0.1,
     "lr_scheduler_type": "constant",
     "dataloader_pin_memory": False,
 }
@@ -46,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reference model": {"attn_reference": "ref", "beta": 0.1},
     "teacher": {"attn_coef": 0.0, "distill_attn_coef": 5.0, "distill_logit_coef": 1.0},
     "lora": {"peft_config": tiny.lora()},
+    "resuming": {"optim": "adamw_torch", "learning_rate": 1e-3},
 }
 
 
@@ -77,7 +81,10 @@ def dataset() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def _train(model: str, case: str, folder: Path, processes: int, **settings: Any) -> RALTrainer:
+def _train(model: str, case: str, how: str, folder: Path) -> dict[str, Any]:
+    processes = 1 if how == "one" else 2
+    wrapper, _, what = how.partition(" ")
+    settings = {**WAYS[how], "output_dir": str(folder / wrapper)}
     merged = {**SETTINGS, **CASES[case], **settings}
     merged["per_device_train_batch_size"] = ROLLOUTS // processes // merged["steps_per_generation"]
     teacher = None
@@ -87,11 +94,19 @@ def _train(model: str, case: str, folder: Path, processes: int, **settings: Any)
         model, folder, trainer_class=FixedRollouts, train_dataset=dataset(),
         teacher_model=None if teacher is None else str(teacher), **merged,
     )  # fmt: skip
-    trainer.train()
-    return trainer
+    start = {
+        name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
+    }
+    if what == "stopped":
+        trainer.add_callback(_Send())
+        with interruptible(trainer):
+            trainer.train()
+    checkpoint = folder / wrapper / "checkpoint-2"
+    trainer.train(resume_from_checkpoint=checkpoint if what == "resumed" else None)
+    return _result(trainer, start)
 
 
-def _result(trainer: RALTrainer) -> dict[str, Any]:
+def _result(trainer: RALTrainer, start: dict[str, torch.Tensor]) -> dict[str, Any]:
     weights = {}
     for name, parameter in trainer.model.named_parameters():
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -99,6 +114,7 @@ def _result(trainer: RALTrainer) -> dict[str, Any]:
     wrapped = {type(module).__name__ for module in trainer.model_wrapped.modules()}
     return {
         "log": trainer.state.log_history,
+        "start": start,
         "weights": weights,
         "wrapped": sorted(wrapped),
         "type": str(trainer.accelerator.distributed_type),
@@ -112,12 +128,23 @@ def _join(rank: int, folder: Path, how: str) -> None:
     store = f"file://{folder}/{how}.store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     if how.startswith("fsdp2"):
-        PartialState(cpu=True, backend="gloo")
-        # accelerate makes FSDP out of several GPUs only; on CPUs it would take DDP, and not say so.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        _let_fsdp_have_cpus()
 
 
-FSDP = {
+def _let_fsdp_have_cpus() -> None:
+    """accelerate makes FSDP out of several GPUs only: on CPUs it takes DDP, and does not say so."""
+    original = PartialState.__init__
+
+    def init(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+DDP: dict[str, Any] = {"ddp_backend": "gloo"}
+FSDP2: dict[str, Any] = {
     "fsdp": True,
     "fsdp_config": {
         "version": 2,
@@ -126,7 +153,31 @@ FSDP = {
         "reshard_after_forward": True,
     },
 }
-WAYS: dict[str, dict[str, Any]] = {"one": {}, "ddp": {"ddp_backend": "gloo"}, "fsdp2": FSDP}
+SHARDED = {
+    **FSDP2,
+    "fsdp_config": {**FSDP2["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"},
+}
+SAVING = {"save_strategy": "steps", "save_steps": 100}
+# How a case runs; "stopped" leaves the checkpoint of step 2 that "resumed" goes on from.
+WAYS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "ddp": DDP,
+    "ddp stopped": {**DDP, **SAVING},
+    "ddp resumed": {**DDP, **SAVING},
+    "fsdp2": FSDP2,
+    "fsdp2 stopped": {**FSDP2, **SAVING},
+    "fsdp2 resumed": {**FSDP2, **SAVING},
+    "fsdp2-sharded stopped": {**SHARDED, **SAVING},
+    "fsdp2-sharded resumed": {**SHARDED, **SAVING},
+}
+
+
+class _Send(TrainerCallback):
+    """SIGTERM in the first step, for one process alone."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _child(model: str, case: str, how: str, rank: int, folder: Path) -> None:
@@ -136,16 +187,16 @@ def _child(model: str, case: str, how: str, rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     status = 1
     try:
-        processes = 1 if how == "one" else 2
-        if processes == 2:
+        if how != "one":
             _join(rank, folder, how)
-        trainer = _train(model, case, folder, processes, **WAYS[how])
-        result = _result(trainer)
+        result = _train(model, case, how, folder)
         if rank == 0:
             torch.save(result, folder / f"{how}.pt")
-        if processes == 2:
+        if how != "one":
             dist.barrier()
         status = 0
+    except SystemExit as exit:
+        status = int(exit.code or 0)
     except BaseException:
         traceback.print_exc()
     sys.stderr.flush()
@@ -158,15 +209,17 @@ def main(model: str, folder: str, *names: str) -> None:
         case, _, ways = name.partition(":")
         own = Path(folder) / case
         own.mkdir()
-        for how in (ways or "one,ddp").split(","):
+        for how in (ways).split(","):
             children = []
             for rank in range(1 if how == "one" else 2):
                 child = os.fork()
                 if child == 0:
                     _child(model, case, how, rank, own)
                 children.append(child)
-            for child in children:
-                os.waitpid(child, 0)
+            for rank, child in enumerate(children):
+                _, status = os.waitpid(child, 0)
+                code = str(os.waitstatus_to_exitcode(status))
+                (own / f"{how}.{rank}.status").write_text(code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""Two processes train as one does: losses, metrics and weights, under DDP and FSDP2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ral.checkpoints import last_checkpoint, read_state, why_incomplete
+from tests.trainer import tiny
+from tests.trainer.test_resuming import TIMES
+
+RELATIVE, ABSOLUTE = 1e-5, 2e-7
+EQUAL = {
+    "token mean": ["ddp", "fsdp2"],
+    "sequence mean": ["ddp"],
+    "accumulating": ["ddp", "fsdp2"],
+    "reference model": ["fsdp2"],
+    "teacher": ["fsdp2"],
+    "lora": ["fsdp2"],
+}
+RESUMING = ["ddp", "fsdp2", "fsdp2-sharded"]
+# Of each process by itself, or of the first micro-batch, which accumulating splits differently.
+OF_A_PROCESS = ("attn/grad_share",)
+OF_A_MICRO_BATCH = ("attn/divergence", "attn/visual_share", "attn/entropy", "entropy", "clip_ratio")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    model = tiny.checkpoint(folder)
+    names = [f"{case}:one,{','.join(ways)}" for case, ways in EQUAL.items()]
+    ways = [f"{how} {what}" for how in RESUMING for what in ("stopped", "resumed")]
+    names.append(f"resuming:ddp,fsdp2,{','.join(ways)}")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.trainer.two_processes", str(model), str(folder), *names],
+        capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def load(results: Path, case: str, how: str) -> dict[str, Any]:
+    folder = results / case
+    if not (folder / f"{how}.pt").exists():
+        pytest.fail("\n".join(path.read_text() for path in folder.glob(f"{how}.*.stderr")))
+    result: dict[str, Any] = torch.load(folder / f"{how}.pt", weights_only=False)
+    return result
+
+
+@pytest.mark.parametrize("case, how", [(case, how) for case in EQUAL for how in EQUAL[case]])
+def test_two_processes_train_as_one(case: str, how: str, results: Path) -> None:
+    one, two = load(results, case, "one"), load(results, case, how)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    sharded = {name for name in two["wrapped"] if name.startswith("FSDP")}
+    if how == "ddp":
+        assert "DistributedDataParallel" in two["wrapped"] and not sharded
+    else:
+        assert {"FSDPQwen2_5_VLDecoderLayer", "FSDPLinear"} <= sharded  # the head by itself
+    left_out = TIMES + OF_A_PROCESS + (OF_A_MICRO_BATCH if case == "accumulating" else ())
+    assert len(one["log"]) == len(two["log"]) == 5  # 4 steps, and the summary
+    for ours, theirs in zip(one["log"], two["log"], strict=True):
+        names = [name for name in ours if not name.startswith(left_out)]
+        assert [theirs[name] for name in names] == pytest.approx(
+            [ours[name] for name in names], rel=RELATIVE, abs=ABSOLUTE
+        ), names
+    moved, apart = 0.0, 0.0
+    for name, ours in one["weights"].items():
+        error = (two["weights"][name] - ours).abs()
+        assert error.max() <= RELATIVE * ours.abs().max(), name
+        moved += (ours - one["start"][name]).square().sum().item()
+        apart += error.square().sum().item()
+    assert 0 < apart < 1e-8 * moved
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_attention_term_mattered(case: str, results: Path) -> None:
+    """Or the equality would say nothing of it: its share of the gradient, and its divergence."""
+    log = load(results, case, "one")["log"]
+    shares = [entry["attn/grad_share"] for entry in log if "attn/grad_share" in entry]
+    assert max(shares) > 0.05
+    if case != "teacher":
+        assert max(entry.get("attn/divergence", 0.0) for entry in log) > 1e-4
+    # Responses of 2 to 8 tokens, so that a mean over one process's tokens is another.
+    first = log[0]
+    assert (first["completions/min_length"], first["completions/max_length"]) == (2, 8)
+
+
+@pytest.mark.parametrize("how", RESUMING)
+def test_two_processes_resume_exactly(how: str, results: Path) -> None:
+    straight = load(results, "resuming", how.removesuffix("-sharded"))
+    resumed = load(results, "resuming", f"{how} resumed")
+
+    def later(result: dict[str, Any]) -> list[dict[str, float]]:
+        entries = [entry for entry in result["log"] if entry["step"] > 2]
+        return [{k: v for k, v in entry.items() if not k.startswith(TIMES)} for entry in entries]
+
+    assert len(later(straight)) == 3
+    assert later(resumed) == later(straight)
+    for name, weight in straight["weights"].items():
+        assert torch.equal(weight, resumed["weights"][name]), name
+
+
+@pytest.mark.parametrize("how", RESUMING)
+def test_a_signal_to_one_process_stops_both(how: str, results: Path) -> None:
+    """In its first step: both finish the rollout batch, and save at the same step."""
+    folder = results / "resuming"
+    for rank in range(2):
+        assert (folder / f"{how} stopped.{rank}.status").read_text() == "143"
+    sentence = "Stopped by SIGTERM at step 2 of 4. The last complete checkpoint is"
+    assert sentence in (folder / f"{how} stopped.0.stderr").read_text()
+    assert sentence not in (folder / f"{how} stopped.1.stderr").read_text()
+
+
+@pytest.mark.parametrize("how", RESUMING)
+def test_random_states_of_both_processes_are_sealed(how: str, results: Path) -> None:
+    assert last_checkpoint(results / "resuming" / how) is not None
+    checkpoint = results / "resuming" / how / "checkpoint-2"
+    assert why_incomplete(checkpoint) is None
+    state = read_state(checkpoint)
+    assert state is not None and state["processes"] == 2
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(state["files"])
+    (checkpoint / "ral_state.json").rename(checkpoint / "kept")  # as another trainer leaves it
+    try:
+        assert why_incomplete(checkpoint) is None
+    finally:
+        (checkpoint / "kept").rename(checkpoint / "ral_state.json")
