@@ -42,14 +42,18 @@ def draw_curves(folder: Path, title: str = "") -> Path | None:
         )
         if any(row.get(name) is not None for row in rows)
     ]
-    # One panel of distillation, whichever of its terms are on.
+    names = [name for _, name in panels]
+    # One panel of distillation, whichever of its terms are on; the divergence is then the same.
     panels = list({draw: (draw, name) for draw, name in panels}.values())
+    if "distill/attention" in names and "attn/loss" not in rows[0]:
+        panels = [(draw, name) for draw, name in panels if name != "attn/divergence"]
     if not panels:
         return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False
@@ -57,6 +61,7 @@ def draw_curves(folder: Path, title: str = "") -> Path | None:
     for panel, (draw, _) in zip(axes[0], panels, strict=True):
         draw(panel, rows)
         panel.grid(alpha=0.3)
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     if title:
@@ -91,7 +96,8 @@ def _rewards(axes: Any, rows: Sequence[Row]) -> None:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smooth(values), color=colour, label=label)
     axes.set(xlabel="optimizer step", ylabel="mean over rollouts")
-    axes.set_ylim(bottom=0)
+    top = max(axes.get_ylim()[1], 1.02)  # most rewards end at 1
+    axes.set_ylim(0, top)
     axes.legend(frameon=False, loc="lower right")
 
 

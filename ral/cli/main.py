@@ -100,7 +100,7 @@ COMMANDS = (
         _ral_config,
         {
             "logging_steps": 1.0, "attn_coef": 0.0, "distill_logit_coef": 1.0,
-            "distill_attn_coef": 0.5,
+            "distill_attn_coef": 0.5, "attn_warn_divergence": 1.0,
         },
         (*_ROLLOUTS, *_SCHEDULE),
     ),
@@ -162,6 +162,10 @@ def _run(name: str, words: list[str]) -> int:
         return 0
     if not settings.values.get("verbose", False):
         _be_quiet()
+    if settings.values.get("threads"):
+        import torch
+
+        torch.set_num_threads(settings.values["threads"])
     return command.run(settings)
 
 

@@ -145,9 +145,15 @@ class RunSettings:
     resume: str | bool = _setting(
         False, "Go on from the last complete checkpoint in output_dir (true), or from this folder."
     )
+    threads: int | None = _setting(
+        None, "Threads of torch on the CPU; default torch's. Tiny models are fastest with one."
+    )
     verbose: bool = _setting(
         False, "Print everything that TRL logs, and tracebacks of errors in settings and data."
     )
+
+    def __post_init__(self) -> None:
+        _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
 
 
 @dataclass
@@ -193,6 +199,9 @@ class EvalSettings:
         None, "Dtype of the weights; default bfloat16 on a GPU that has it, else float32."
     )
     device: str | None = _setting(None, "cpu, cuda, ...; default cuda where there is one.")
+    threads: int | None = _setting(
+        None, "Threads of torch on the CPU; default torch's. Tiny models are fastest with one."
+    )
     seed: int = _setting(0, "Which digits rows: another seed, other rows.")
     out: str | None = _setting(
         None, "Where the results go, a JSON file; default the model's folder."
@@ -204,6 +213,7 @@ class EvalSettings:
         _check("dtype", self.dtype, self.dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}")
         _check("rows", self.rows, self.rows >= 0, ">= 0")
         _check("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
+        _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
         for name in ("frames", "grids", "max_pixels"):
             values = getattr(self, name)
             _check(name, values, all(n >= 1 for n in values), "a list of numbers >= 1")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..interrupts import interruptible
+from ..models import default_dtype, load_model
+from .bundled import bundled_model
 from .curves import CURVES, draw_curves
 from .errors import Refused, failing_on_data, refusing
 from .parsing import Settings
@@ -44,10 +46,15 @@ def train(settings: Settings) -> int:
     if teacher.teacher_model not in (None, DIGITS):
         check_model_name(teacher.teacher_model)
     rows = training_rows(data, config.seed)
-    model, processor, peft_config = load(model_of, _bundled(model_of.model, data, folder, "start"))
+    model, processor, peft_config = load(model_of, _path(model_of.model, "start", data, folder))
     teacher_model: Any = teacher.teacher_model
     if teacher_model is not None:
-        teacher_model = _bundled(teacher_model, data, folder, "teacher")
+        path = _path(teacher_model, "teacher", data, folder)
+        with refusing(f"cannot load {path}"):
+            # Frozen: it loses nothing in the dtype that it was published in.
+            teacher_model = load_model(
+                path, dtype=default_dtype(), attn_implementation=model_of.attn_implementation
+            )
     with refusing():
         trainer = RALTrainer(
             model,
@@ -74,7 +81,7 @@ def sft(settings: Settings) -> int:
     folder = open_folder(settings, run)
     config = trainer_config(settings, SFTConfig)
     rows = training_rows(data, config.seed, demonstrations=True)
-    model, processor, peft_config = load(model_of, _bundled(model_of.model, data, folder, "start"))
+    model, processor, peft_config = load(model_of, _path(model_of.model, "start", data, folder))
     with refusing():
         trainer = sft_trainer(model, processor, rows, config, peft_config=peft_config)
     return _go(trainer, settings, run, folder)
@@ -89,10 +96,9 @@ def _check_named(model: ModelSettings, data: DataSettings) -> None:
         raise Refused(f"model=digits must go with data=digits:...; got {data.data!r}")
 
 
-def _bundled(name: str | None, data: DataSettings, folder: Path, role: str) -> str:
-    if name != DIGITS:
-        return str(name)
-    raise NotImplementedError
+def _path(name: str, role: str, data: DataSettings, folder: Path) -> str:
+    """Where a model is that a setting names; a bundled one is made."""
+    return bundled_model(role, str(data.data), data.style, folder) if name == DIGITS else name
 
 
 def _go(trainer: Any, settings: Settings, run: RunSettings, folder: Path) -> int:
