@@ -97,7 +97,7 @@ def attention_forward(
         NotImplementedError: dropout in training, or a keyword that is not supported.
         TypeError, ValueError: a mask of another kind, or what `ral_kernels.attention` refuses.
     """
-    _refuse(module, dropout, keywords)
+    refuse_unsupported(module, dropout, keywords)
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
     query, key, value = (_unit_last_stride(x) for x in (query, key, value))
@@ -154,7 +154,7 @@ def _name(module: Any) -> str:
     return type(module).__name__ + ("" if layer is None else f", layer {layer}")
 
 
-def _refuse(module: Any, dropout: float, keywords: dict[str, Any]) -> None:
+def refuse_unsupported(module: Any, dropout: float, keywords: dict[str, Any]) -> None:
     if dropout > 0:
         raise NotImplementedError(
             f"ral attention: {_name(module)}: dropout must be 0; got {dropout} (set the "

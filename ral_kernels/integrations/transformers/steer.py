@@ -10,7 +10,7 @@ from torch import Tensor
 import ral_kernels as rk
 
 from ... import checks
-from .attention import _refuse
+from .attention import refuse_unsupported
 from .decoder import find_layers
 from .tap import Tap, tapped
 from .visibility import allowed, read_simple_mask
@@ -115,7 +115,7 @@ class Steer:
         dropout = given.pop("dropout", 0.0)
         scale, softcap = given.pop("scaling", None), given.pop("softcap", None)
         sliding_window, is_causal = given.pop("sliding_window", None), given.pop("is_causal", None)
-        _refuse(tap.module, dropout, given)
+        refuse_unsupported(tap.module, dropout, given)
         if is_causal is None:
             is_causal = bool(getattr(tap.module, "is_causal", True))
         batch_size, seqlen_q, seqlen_k = k.shape[0], q.shape[2], k.shape[2]
