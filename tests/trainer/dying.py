@@ -188,7 +188,7 @@ def _child(name: str, model: str, folder: Path) -> None:
 
 
 def main(model: str, folder: str, *names: str) -> None:
-    gc.freeze()  # what is imported; `Trainer.train` collects, each time
+    gc.freeze()  # as in tiny.trainer, for all of them
     for name in names:
         own = Path(folder) / name
         own.mkdir()

@@ -44,9 +44,13 @@ SETTINGS: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "token mean": {},
-    "sequence mean": {"attn_reduction": "sequence_mean", "loss_type": "grpo"},
     "accumulating": {"steps_per_generation": 2, "gradient_accumulation_steps": 2},
-    "reference model": {"attn_reference": "ref", "beta": 0.1},
+    "sequence mean": {
+        "attn_reduction": "sequence_mean",
+        "loss_type": "grpo",
+        "attn_reference": "ref",
+        "beta": 0.1,
+    },
     "teacher": {"attn_coef": 0.0, "distill_attn_coef": 5.0, "distill_logit_coef": 1.0},
     "lora": {"peft_config": tiny.lora()},
     "resuming": {"optim": "adamw_torch", "learning_rate": 1e-3},
