@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 FAILED = 2  # exit status of what a person can mend, as argparse's own
+_WAIT = 20.0  # seconds
 
 
 class Refused(Exception):
@@ -51,6 +54,19 @@ def message(error: BaseException) -> str:
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def complain(error: Refused) -> None:
+    """Write why the command failed to stderr: once, if all processes say the same.
+
+    The launcher kills the others as soon as one has ended, so the first process is waited for: it
+    has read the same settings and files. Where it goes on, this process alone has failed.
+    """
+    if is_first_process():
+        print(f"ral: {error}", file=sys.stderr, flush=True)
+        return
+    time.sleep(_WAIT)
+    print(f"ral (process {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import FAILED, Refused, is_first_process
+from .errors import FAILED, Refused, complain
 from .help import help_text, overview
 from .parsing import Command, Settings, parse
 from .settings import (
@@ -138,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as error:
         if "verbose=true" in words or "--verbose" in words:
             raise
-        if is_first_process():
-            print(f"ral: {error}", file=sys.stderr)
+        complain(error)
         return FAILED
 
 

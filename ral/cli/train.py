@@ -108,6 +108,7 @@ def _go(trainer: Any, settings: Settings, run: RunSettings, folder: Path) -> int
     launcher = "python" if trainer.accelerator.num_processes == 1 else "accelerate launch ..."
     again = shlex.quote(str(folder / CONFIG))
     resume = f"{launcher} -m ral {settings.command.name} --config {again} resume=true"
+    drawn = None
     try:
         with interruptible(trainer, resume), failing_on_data():
             trainer.train(resume_from_checkpoint=checkpoint)

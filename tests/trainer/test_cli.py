@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +182,46 @@ def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "ral: there is no command 'sfd'; did you mean sft?\n"
+
+
+def test_two_processes(folder: Path, tmp_path: Path) -> None:
+    """Both end well, and one of them speaks; an error of both is said once."""
+    reward = f"reward={folder / 'rewards.py'}:letters"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "ral"]
+    given = words(folder, tmp_path / "run", *RL, reward, "max_steps=2")
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 240}
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, "train", *given], **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("train 2/2  reward ") == 1
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 2]
+    assert changed(folder / "qwen2_5_vl", tmp_path / "run")
+    done = subprocess.run([*launch, "sfd"], **options)
+    assert done.returncode != 0 and done.stderr.count("there is no command 'sfd'") == 1
+
+
+def test_ctrl_c_and_the_command_that_it_names(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a run"  # the space is quoted
+    given = words(folder, out, *RL, f"reward={folder / 'rewards.py'}:letters", "max_steps=5000")
+    given += ["save_strategy=steps", "save_steps=5000"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "ral", "train", *given], stderr=subprocess.PIPE, text=True
+    )
+    metrics, waited = out / "metrics.jsonl", 0.0
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert running.poll() is None and waited < 120
+        time.sleep(0.1)
+        waited += 0.1
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130 and "Traceback" not in said
+    command = shlex.split(said.strip().splitlines()[-1].partition("resume with: ")[2])
+    assert command[:4] == ["python", "-m", "ral", "train"]
+    stopped = read_metrics(metrics)[-1]["step"]
+    assert stopped % 4 == 0  # after the inner steps of a rollout batch
+    assert main([*command[3:], f"max_steps={stopped + 4}"]) == 0
+    steps = [row["step"] for row in read_metrics(metrics) if "loss" in row]
+    assert steps == list(range(1, stopped + 5))
 
 
 # command, settings instead of the good ones, what is said
