@@ -1,0 +1,341 @@
+"""The supervised start of the tiny model, in about a minute of one core.
+
+1. The vision tower learns to tell digit and colour of single cells, and is frozen.
+2. The language model learns demonstrations on features of pictures that are computed once.
+   Times and questions are drawn anew for the same pictures, or it learns the rows by heart.
+3. The last steps are on demonstrations that are wrong in one systematic way, if so asked:
+   reinforcement learning has something to unlearn, and groups of rollouts a spread of rewards.
+
+Looking up *when* a colour is seen takes two steps of attention: tile to time, colour to tile.
+From answers alone it comes late or never, because copying any time is a plateau. Two dense losses lead
+there while the demonstrations are right: image tokens behind the first layer name the time
+of their frame, and the position that names the time can name the digit as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from .evaluate import Accuracy, evaluate
+from .model import END, IMAGE, make_model, make_processor, save_start
+from .puzzles import NAMES, SECONDS, Puzzle, Task, draw, make_puzzle
+from .scans import load_scans
+from .tasks import NOISE, Style, prompt, response
+
+EXTENTS: dict[Task, tuple[int, ...]] = {"cell": (1, 2, 3), "timestamp": (2, 4, 8)}
+VISION_STEPS, VISION_BATCH = 100, 256
+PICTURES = 1024  # puzzles that are drawn for each extent
+QUESTIONS = 8  # asked about each of them
+RIGHT_SHARE = 0.7  # of the steps, before the biased ones
+LEADING_SHARE = 0.5  # of the steps with the dense losses
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `train_start` did.
+
+    Attributes:
+        folder: the checkpoint.
+        losses: mean loss of a completion's token, step by step.
+        greedy, sampled: on held-out scans, greedy and at temperature 0.9.
+        seconds: all of it, evaluation included.
+    """
+
+    folder: Path
+    losses: list[float] = field(repr=False)
+    greedy: Accuracy
+    sampled: Accuracy
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Puzzles of one extent, ready for the language model.
+
+    Attributes:
+        prompts: [N, P] token ids; right, wrong: [N, C] completions; both int64.
+        digits: [N] token ids of the right digits.
+        times: [N, frames] token ids, None without times.
+        pictures: [N] which features a row has.
+        features: [pictures, image tokens, hidden_size] float32.
+        positions: [3, 1, P + C], the same for all rows.
+    """
+
+    prompts: torch.Tensor
+    right: torch.Tensor
+    wrong: torch.Tensor
+    digits: torch.Tensor
+    times: torch.Tensor | None
+    pictures: torch.Tensor
+    features: torch.Tensor
+    positions: torch.Tensor
+
+
+def train_start(
+    folder: str | Path,
+    task: Task = "timestamp",
+    *,
+    style: Style = "think",
+    steps: int = 700,
+    wrong_share: float = 0.5,
+    seed: int = 0,
+    extents: Sequence[int] | None = None,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    log: Log | None = print,
+    **model_options: Any,
+) -> Start:
+    """Train the tiny model on demonstrations and write it to a folder.
+
+    The same arguments give the same weights on the same machine and number of threads; one
+    thread is the fastest.
+
+    Args:
+        folder: of the checkpoint, as `save_start` writes it.
+        task, style: as in `make_dataset`.
+        steps: of the language model; the vision tower takes 100 small ones before.
+        wrong_share: of the last 30 % of the steps' demonstrations, those that answer for the first
+            cell or frame; 0 for an unbiased start.
+        seed: of weights, puzzles and batches.
+        extents: grid sides or frames to train on, by default 1–3 or 2, 4 and 8.
+        batch_size, learning_rate: of the language model's steps.
+        log: is given a line now and then; None for silence.
+        model_options: of `make_model`.
+
+    Raises:
+        ValueError: steps or wrong_share is out of its range.
+    """
+    if steps < 1:
+        raise ValueError(f"train_start: steps must be at least 1; got {steps}")
+    if not 0 <= wrong_share <= 1:
+        raise ValueError(f"train_start: wrong_share must be within 0..1; got {wrong_share}")
+    say = log or (lambda line: None)
+    began = time.perf_counter()
+    extents = EXTENTS[task] if extents is None else tuple(extents)
+    processor = make_processor()
+    model = make_model(seed=seed, **model_options).train()
+    train_vision(model, processor, task, seed=seed, log=say)
+    pools = [encode(model, processor, task, extent, style, seed) for extent in extents]
+    say(f"start: {time.perf_counter() - began:.0f} s, vision tower trained, pictures encoded")
+    losses = []
+    for step, loss in enumerate(
+        _fit(model, pools, steps, wrong_share, seed, batch_size, learning_rate)
+    ):
+        losses.append(loss)
+        if (step + 1) % 50 == 0:
+            recent = float(np.mean(losses[-50:]))
+            say(
+                f"start: {time.perf_counter() - began:.0f} s, step {step + 1}/{steps}, "
+                f"loss {recent:.3f}"
+            )
+    model.requires_grad_(True).eval()
+    save_start(folder, model, processor)
+    options = dict(task=task, style=style, extents=extents[-1:], size=256, processor=processor)
+    greedy = evaluate(model, **options)[extents[-1]]
+    sampled = evaluate(model, temperature=0.9, seed=seed, **options)[extents[-1]]
+    seconds = time.perf_counter() - began
+    say(
+        f"start: {seconds:.0f} s, held-out accuracy at {extents[-1]}: {greedy.right:.2f} greedy, "
+        f"{sampled.right:.2f} at temperature 0.9"
+    )
+    return Start(Path(folder), losses, greedy, sampled, seconds)
+
+
+def train_vision(
+    model: Any,
+    processor: Any,
+    task: Task,
+    *,
+    seed: int = 0,
+    steps: int = VISION_STEPS,
+    log: Log = print,
+) -> float:
+    """Train the vision tower to tell digit and colour of single cells.
+
+    Returns:
+        the share of digits that were right in the last batch.
+    """
+    rng = np.random.default_rng([seed, 1])
+    scans = load_scans("train")
+    count = 4096
+    chosen = rng.integers(len(scans.ids), size=(count, 1))
+    colours = rng.integers(-1, len(NAMES), size=(count, 1))
+    cells = Puzzle(chosen, scans.digits[chosen], colours, None, 0, 0, int(rng.integers(1 << 31)))
+    pixels, grids = _pixels(processor, draw(cells, "train", NOISE[task]))
+    digits = torch.from_numpy(cells.digits[:, 0])
+    names = torch.from_numpy(colours[:, 0] + 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = torch.nn.Linear(model.config.text_config.hidden_size, 10 + 1 + len(NAMES))
+    tower = model.model.visual
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], weight_decay=0.05)
+    right = 0.0
+    for step in range(steps):
+        _set_rate(optimizer, 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps))
+        rows = torch.from_numpy(rng.integers(count, size=VISION_BATCH))
+        told = head(tower(pixels[rows].flatten(0, 1), grid_thw=grids[rows]).pooler_output)
+        loss = cross_entropy(told[:, :10], digits[rows]) + cross_entropy(told[:, 10:], names[rows])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        right = (told[:, :10].argmax(1) == digits[rows]).float().mean().item()
+    log(f"start: the vision tower reads {right:.0%} of the digits it is trained on")
+    return right
+
+
+def encode(
+    model: Any, processor: Any, task: Task, extent: int, style: Style, seed: int
+) -> _Rows:
+    """Draw pictures of one extent, compute their features, and ask questions about them."""
+    rng = np.random.default_rng([seed, 2, extent])
+    tokenizer = processor.tokenizer
+    puzzles = [make_puzzle(task, extent, "train", seed + 1_000_000, i) for i in range(PICTURES)]
+    features = []
+    tower = model.model.visual
+    with torch.no_grad():
+        for first in range(0, PICTURES, 64):
+            frames = [draw(p, "train", NOISE[task]) for p in puzzles[first : first + 64]]
+            pixels, grids = _pixels(processor, np.concatenate(frames))
+            seen = tower(pixels.flatten(0, 1), grid_thw=grids).pooler_output
+            features.append(seen.view(len(frames), -1, seen.shape[-1]))
+    cells = features[0].shape[1] // len(frames[0])
+    asked = [_ask(puzzles[row % PICTURES], rng) for row in range(PICTURES * QUESTIONS)]
+    prompts = [_prompt_text(processor, puzzle, style, cells) for puzzle in asked]
+    right = [response(p, style, p.frame, p.cell) + END for p in asked]
+    wrong = [response(p, style, 0) + END for p in asked]
+    digit_ids = torch.tensor([_one(tokenizer, str(digit)) for digit in range(10)])
+    times = None
+    if asked[0].times is not None:
+        time_ids = torch.tensor([_one(tokenizer, f"{second}s") for second in range(SECONDS)])
+        times = time_ids[torch.from_numpy(np.stack([p.times for p in asked]))]  # type: ignore[misc]
+    ids = torch.tensor(tokenizer(prompts)["input_ids"])
+    completions = torch.tensor(tokenizer(right)["input_ids"])
+    whole = torch.cat([ids[:1], completions[:1]], 1)
+    positions, _ = model.model.get_rope_index(
+        whole,
+        (whole == model.config.image_token_id).int(),
+        image_grid_thw=grids[: len(frames[0])],
+    )
+    return _Rows(
+        prompts=ids,
+        right=completions,
+        wrong=torch.tensor(tokenizer(wrong)["input_ids"]),
+        digits=digit_ids[torch.tensor([p.digits[p.frame, p.cell] for p in asked])],
+        times=times,
+        pictures=torch.arange(len(asked)) % PICTURES,
+        features=torch.cat(features),
+        positions=positions,
+    )
+
+
+def _fit(
+    model: Any,
+    pools: list[_Rows],
+    steps: int,
+    wrong_share: float,
+    seed: int,
+    batch_size: int,
+    learning_rate: float,
+) -> Iterator[float]:
+    """Train the language model, and yield each step's loss."""
+    rng = np.random.default_rng([seed, 3])
+    model.model.visual.requires_grad_(False)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
+    right_steps = RIGHT_SHARE * steps if wrong_share else steps
+    for step in range(steps):
+        _set_rate(
+            optimizer, learning_rate * min(1, (step + 1) / 30) * min(1, 2 * (1 - step / steps))
+        )
+        rows = pools[rng.integers(len(pools))]
+        chosen = torch.from_numpy(rng.integers(len(rows.prompts), size=batch_size))
+        wrong = (step >= right_steps) * wrong_share
+        is_wrong = torch.from_numpy(rng.random((batch_size, 1)) < wrong)
+        completions = torch.where(is_wrong, rows.wrong[chosen], rows.right[chosen])
+        loss, led = _losses(model, rows, chosen, completions)
+        leading = rows.times is not None and step < LEADING_SHARE * steps
+        (loss * completions.shape[1] + (led if leading else 0)).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+def _losses(
+    model: Any, rows: _Rows, chosen: torch.Tensor, completions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss of the completions' tokens, and the sum of the two dense losses."""
+    ids = torch.cat([rows.prompts[chosen], completions], 1)
+    is_image = ids == model.config.image_token_id
+    embedded = model.get_input_embeddings()(ids)
+    embedded = embedded.masked_scatter(is_image[..., None], rows.features[rows.pictures[chosen]])
+    length = completions.shape[1]
+    output = model(
+        inputs_embeds=embedded,
+        position_ids=rows.positions.expand(3, len(ids), -1),
+        logits_to_keep=length + 1,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    logits = output.logits[:, :-1]
+    loss = cross_entropy(logits.flatten(0, 1), completions.flatten())
+    if rows.times is None:
+        return loss, loss.new_zeros(())
+    times = rows.times[chosen]
+    first_layer = output.hidden_states[1][is_image].unflatten(0, (*times.shape, -1))
+    named = model.lm_head(model.model.language_model.norm(first_layer))
+    target = times[..., None].expand(named.shape[:-1])
+    # Behind <think> or <answer>, which come first, stands the time.
+    led = cross_entropy(named.flatten(0, -2), target.flatten())
+    return loss, led + cross_entropy(logits[:, 1], rows.digits[chosen])
+
+
+def _ask(puzzle: Puzzle, rng: np.random.Generator) -> Puzzle:
+    """The same pictures with other times, asked for another colour that is there once."""
+    colours = puzzle.colours.ravel()
+    once = [cell for cell, c in enumerate(colours) if c >= 0 and (colours == c).sum() == 1]
+    frame, cell = divmod(int(rng.choice(once)), puzzle.colours.shape[1])
+    times = puzzle.times
+    if times is not None:
+        times = np.sort(rng.choice(SECONDS, size=len(times), replace=False))
+    return replace(puzzle, times=times, frame=frame, cell=cell)
+
+
+def _prompt_text(processor: Any, puzzle: Puzzle, style: Style, cells: int) -> str:
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": prompt(puzzle, style)}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return str(text).replace(IMAGE, IMAGE * cells)
+
+
+def _pixels(processor: Any, frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches [frames, patches, 1176] of frames of one size, and their grids [frames, 3]."""
+    from PIL import Image
+
+    made = processor.image_processor(
+        images=[Image.fromarray(frame) for frame in frames], return_tensors="pt"
+    )
+    return made["pixel_values"].unflatten(0, (len(frames), -1)), made["image_grid_thw"]
+
+
+def _one(tokenizer: Any, word: str) -> int:
+    """The one token that a word is."""
+    (token,) = tokenizer(word)["input_ids"]
+    return int(token)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,177 @@
+"""The two digits tasks as datasets: prompts, pictures, solutions and demonstrations.
+
+`cell`: an n × n grid, one cell a visual token. "Which digit is in the red cell?"
+`timestamp`: frames of 2 × 2 noisy tiles, each after its time as text, one tile of each coloured. The
+response names the time before the digit, so what it says of the digit depends on where it looked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .puzzles import NAMES, SECONDS, TASKS, Puzzle, Task, draw, make_puzzle
+from .scans import Split
+
+Style = Literal["think", "direct"]
+NOISE = {"cell": 12.0, "timestamp": 24.0}  # of 255
+
+
+def make_dataset(
+    task: Task,
+    *,
+    size: int,
+    split: Split = "train",
+    grid: int | Sequence[int] = 3,
+    frames: int | Sequence[int] = 8,
+    style: Style = "think",
+    seed: int = 0,
+    wrong_share: float = 0.0,
+) -> Any:
+    """A `datasets.Dataset` of puzzles whose pictures are drawn when a row is read.
+
+    The same arguments give the same rows, pixel for pixel. Columns: prompt, images, solution,
+    problem_type, problem_id, completion.
+
+    Args:
+        task: "cell" or "timestamp".
+        size: number of rows.
+        split: whose scans are drawn; the splits share none.
+        grid: cells on a side of a grid, for "cell"; of several, each row takes one at random.
+        frames: frames of a row, at most 100, for "timestamp"; of several, likewise.
+        style: "think" for `<think>…</think><answer>…</answer>`, "direct" for the answer alone.
+        seed: of the rows.
+        wrong_share: share of the completions that answer for the first cell or frame instead of the
+            asked one. A model trained on them looks there as often, which is what GRPO can unlearn;
+            prompts and solutions stay as they are.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        ImportError: datasets, pillow or scikit-learn is missing.
+    """
+    from datasets import Dataset
+
+    if task not in TASKS:
+        raise ValueError(f"make_dataset: task must be one of {TASKS}; got {task!r}")
+    if split not in ("train", "test"):
+        raise ValueError(f"make_dataset: split must be 'train' or 'test'; got {split!r}")
+    if style not in ("think", "direct"):
+        raise ValueError(f"make_dataset: style must be 'think' or 'direct'; got {style!r}")
+    if size < 1:
+        raise ValueError(f"make_dataset: size must be at least 1; got {size}")
+    if not 0 <= wrong_share <= 1:
+        raise ValueError(f"make_dataset: wrong_share must be within 0..1; got {wrong_share}")
+    if seed < 0:
+        raise ValueError(f"make_dataset: seed must be at least 0; got {seed}")
+    extents = _extents(task, grid if task == "cell" else frames)
+    drawn = _Draw(task, split, seed)
+    rows: dict[str, list] = {
+        name: []
+        for name in ("prompt", "images", "solution", "problem_type", "problem_id", "completion")
+    }
+    for index in range(size):
+        # A generator of its own: a wrong demonstration changes nothing of the puzzle.
+        rng = np.random.default_rng([seed, index, 1])
+        extent = int(extents[rng.integers(len(extents))])
+        puzzle = make_puzzle(task, extent, split, seed, index)
+        wrong = rng.random() < wrong_share
+        answer = response(puzzle, style, *((0, None) if wrong else (puzzle.frame, puzzle.cell)))
+        rows["prompt"].append([{"role": "user", "content": prompt(puzzle, style)}])
+        rows["images"].append([index, extent])
+        rows["solution"].append(solution(puzzle, style))
+        rows["problem_type"].append(
+            "OCR" if task == "timestamp" and style == "direct" else "numerical"
+        )
+        rows["problem_id"].append(f"digits-{task}-{split}-{extent}-{seed}-{index}")
+        rows["completion"].append([{"role": "assistant", "content": answer}])
+    return Dataset.from_dict(rows).with_transform(drawn)
+
+
+def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
+    """The parts of the question: images, with their times before them, and text."""
+    colour = puzzle.colour
+    if puzzle.times is None:
+        return [
+            {"type": "image"},
+            {"type": "text", "text": f"Which digit is in the {colour} cell?"},
+        ]
+    parts: list[dict[str, str]] = []
+    for time in puzzle.times:
+        parts += [{"type": "text", "text": f"{time}s"}, {"type": "image"}]
+    question = (
+        f"Which digit is in the {colour} tile?"
+        if style == "think"
+        else f"When is there a {colour} tile, and which digit is in it?"
+    )
+    return [*parts, {"type": "text", "text": question}]
+
+
+def solution(puzzle: Puzzle, style: Style) -> str:
+    """The bare answer: the digit, or time and digit in a direct answer about frames."""
+    return _answer(puzzle, style, puzzle.frame, puzzle.cell)
+
+
+def response(puzzle: Puzzle, style: Style, frame: int, cell: int | None = None) -> str:
+    """What is written by one who looks at a cell.
+
+    Args:
+        puzzle: what is looked at.
+        style: with or without a thought, which names the time, or the colour where there is none.
+        frame, cell: where; without a cell, the coloured cell of the frame.
+    """
+    cell = puzzle.coloured_cell(frame) if cell is None else cell
+    answer = f"<answer>{_answer(puzzle, style, frame, cell)}</answer>"
+    if style == "direct":
+        return answer
+    if puzzle.times is None:
+        return f"<think>{NAMES[puzzle.colours[frame, cell]]}</think>{answer}"
+    return f"<think>{puzzle.times[frame]}s</think>{answer}"
+
+
+def _answer(puzzle: Puzzle, style: Style, frame: int, cell: int) -> str:
+    digit = str(puzzle.digits[frame, cell])
+    if puzzle.times is not None and style == "direct":
+        return f"{puzzle.times[frame]}s {digit}"
+    return digit
+
+
+def _extents(task: str, extents: int | Sequence[int]) -> list[int]:
+    name, most = ("grid", 64) if task == "cell" else ("frames", SECONDS)
+    several = [extents] if isinstance(extents, int) else list(extents)
+    if not several or not all(1 <= extent <= most for extent in several):
+        raise ValueError(f"make_dataset: {name} must be within 1..{most}; got {extents}")
+    return several
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Puts pictures in the place of the numbers that Arrow holds, row by row as they are read."""
+
+    task: Task
+    split: Split
+    seed: int
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        read = dict(batch)
+        if "images" in read:
+            read["images"] = [self._pictures(*numbers) for numbers in read["images"]]
+        if "prompt" in read:
+            read["prompt"] = [[_without_none(message) for message in row] for row in read["prompt"]]
+        return read
+
+    def _pictures(self, index: int, extent: int) -> list[Any]:
+        from PIL import Image
+
+        puzzle = make_puzzle(self.task, extent, self.split, self.seed, index)
+        return [Image.fromarray(frame) for frame in draw(puzzle, self.split, NOISE[self.task])]
+
+
+def _without_none(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without the empty fields that Arrow gives to parts of different kinds."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = [{k: v for k, v in part.items() if v is not None} for part in content]
+    return {**message, "content": content}
