@@ -19,10 +19,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-import transformers.trainer_callback
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, modeling_utils
 
 from ral import checkpoints
 from ral.interrupts import interruptible
@@ -47,17 +47,19 @@ def _half(path: Any) -> None:
     die()
 
 
-def _in_weights() -> None:
-    import transformers.modeling_utils as module
+def _instead(owner: Any, name: str, function: Any) -> None:
+    mock.patch.object(owner, name, function).start()
 
-    original = module.safe_save_file
+
+def _in_weights() -> None:
+    original = vars(modeling_utils)["safe_save_file"]
 
     def save(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
         original(tensors, filename, *args, **kwargs)
         if f"checkpoint-{SECOND}" in str(filename):
             _half(filename)
 
-    module.safe_save_file = save
+    _instead(modeling_utils, "safe_save_file", save)
 
 
 def _in_torch_save(name: str) -> None:
@@ -68,18 +70,18 @@ def _in_torch_save(name: str) -> None:
         if f"checkpoint-{SECOND}" in str(file) and Path(str(file)).name == name:
             _half(file)
 
-    torch.save = save
+    _instead(torch, "save", save)
 
 
 def _in_state() -> None:
-    original = transformers.trainer_callback.TrainerState.save_to_json
+    original = TrainerState.save_to_json
 
     def save(state: Any, path: str) -> None:
         original(state, path)
         if f"checkpoint-{SECOND}" in path:
             _half(path)
 
-    transformers.trainer_callback.TrainerState.save_to_json = save  # type: ignore[method-assign]
+    _instead(TrainerState, "save_to_json", save)
 
 
 def _before_seal() -> None:
@@ -90,7 +92,7 @@ def _before_seal() -> None:
             die()
         original(folder, state)
 
-    checkpoints.seal = seal
+    _instead(checkpoints, "seal", seal)
 
 
 def _in_seal() -> None:
@@ -101,7 +103,7 @@ def _in_seal() -> None:
             _half(source)
         original(source, target)
 
-    os.replace = replace
+    _instead(os, "replace", replace)
 
 
 def _in_rotation() -> None:
@@ -113,7 +115,7 @@ def _in_rotation() -> None:
             die()
         original(path, *args, **kwargs)
 
-    shutil.rmtree = rmtree  # type: ignore[assignment]
+    _instead(shutil, "rmtree", rmtree)
 
 
 # Where it dies, and the step of the last checkpoint that is then complete.

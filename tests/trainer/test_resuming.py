@@ -116,13 +116,19 @@ def test_best_weights_are_those_that_were_evaluated(path: Path, tmp_path: Path) 
     assert same_weights(trainer, fresh)
 
 
-def test_resume_inside_a_rollout_batch_gets_back_into_step(path: Path, tmp_path: Path) -> None:
+def test_resume_inside_a_rollout_batch_gets_back_into_step(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny.trainer(path, tmp_path, **{**SAVING, "max_steps": 6}).train()
     trainer = tiny.trainer(path, tmp_path, **{**SAVING, "max_steps": 9})
     batches = []
     original = trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: (  # type: ignore[method-assign]
-        batches.append(trainer.state.global_step), original(inputs))[1]  # fmt: skip
+
+    def generate(inputs: Any) -> Any:
+        batches.append(trainer.state.global_step)
+        return original(inputs)
+
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", generate)
     trainer.train(resume_from_checkpoint=True)
     assert batches == [6, 8]
 
