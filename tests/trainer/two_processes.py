@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def _join(rank: int, folder: Path, how: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
     store = f"file://{folder}/{how}.store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    limit = timedelta(seconds=120)  # for a process that waits for one that is gone
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
     if how.startswith("fsdp2"):
         _let_fsdp_have_cpus()
 
