@@ -202,6 +202,12 @@ class RALConfig(GRPOConfig):
                 "RALConfig: attn_explore_sigma must go with use_vllm=False: vLLM does not take a "
                 "bias on attention scores"
             )
+        if self.explores and self.use_transformers_continuous_batching:
+            raise ValueError(
+                "RALConfig: attn_explore_sigma must go with "
+                "use_transformers_continuous_batching=False: its paged cache takes no bias on "
+                "attention scores"
+            )
         if self.explores and self.max_tool_calling_iterations not in (None, 0):
             raise ValueError(
                 "RALConfig: attn_explore_sigma must go without tools; got "

@@ -16,6 +16,20 @@ from torch import Tensor, nn
 import ral_kernels as rk
 
 
+def check_can_explore(trainer: Any) -> None:
+    """Check that the trainer itself writes each rollout, and in one turn: noise is drawn there.
+
+    Raises:
+        ValueError: it has a rollout_func or tools (an environment's are among them).
+    """
+    for name in ("rollout_func", "tools"):
+        if getattr(trainer, name):
+            raise ValueError(
+                f"RALTrainer: attn_explore_sigma > 0 must go without {name}, whose rollouts would "
+                "be written without the noise that the update replays"
+            )
+
+
 def draw_bias(
     sigma: float, num_layers: int, spans: rk.Spans, visual: Tensor, generator: Any = None
 ) -> Tensor:

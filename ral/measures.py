@@ -13,7 +13,9 @@ from .losses import Captured, PolicyView
 _ROWS_AT_ONCE = 64  # rows of a dense policy, [B, 64, N] float32
 
 
-def differing_prefixes(completion_ids: Tensor, mask: Tensor, group_size: int) -> Tensor:
+def differing_prefixes(
+    completion_ids: Tensor, mask: Tensor, group_size: int, own_token: bool = False
+) -> Tensor:
     """How many response tokens have a prefix that is not the whole group's: [count, tokens].
 
     Where all rollouts of a group share the prefix of a position, they share its attention, and
@@ -23,14 +25,17 @@ def differing_prefixes(completion_ids: Tensor, mask: Tensor, group_size: int) ->
         completion_ids: int64 [B, C], the G rollouts of a prompt side by side.
         mask: [B, C], 1 for a response token that counts.
         group_size: G.
+        own_token: whether a position's own token counts as its prefix, because its own query
+            stands for it (`attn_rows="token"`).
     """
     groups = completion_ids.unflatten(0, (-1, group_size))  # [B / G, G, C]
     counted = mask.unflatten(0, (-1, group_size)).bool()
     # A rollout that has ended is another prefix than one that goes on.
     tokens = torch.where(counted, groups, -1)
     same = (tokens == tokens[:, :1]).all(1).long().cumprod(-1)  # all equal up to and including t
-    shared = torch.nn.functional.pad(same, (1, 0), value=1)[:, :-1].bool()  # the prefix before t
-    differing = (~shared)[:, None] & counted
+    if not own_token:
+        same = torch.nn.functional.pad(same, (1, 0), value=1)[:, :-1]  # the prefix before t
+    differing = (same == 0)[:, None] & counted
     return torch.stack([differing.sum(), counted.sum()]).float()
 
 

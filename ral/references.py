@@ -48,13 +48,20 @@ def taking_snapshots(
 
 
 @contextmanager
-def taking_hidden_states(backbone: nn.Module, detach: bool) -> Iterator[list[Tensor]]:
-    """Collect the last hidden state, [B, L, D], of each forward of a model's backbone."""
+def taking_hidden_states(
+    backbone: nn.Module, rows: tuple[int, int], *, detach: bool
+) -> Iterator[list[Tensor]]:
+    """Collect rows (start, stop) of the last hidden state of each forward of a model's backbone.
+
+    Yields:
+        A list of [B, stop - start, D]. With `detach` they are copies: what is kept of a batch that
+        runs in several forwards does not grow with its prompts.
+    """
     taken: list[Tensor] = []
 
     def take(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output.last_hidden_state
-        taken.append(hidden.detach() if detach else hidden)
+        hidden = output.last_hidden_state[:, slice(*rows)]
+        taken.append(hidden.detach().clone() if detach else hidden)
 
     handle = backbone.register_forward_hook(take)
     try:
@@ -67,28 +74,54 @@ class References:
     """Snapshots of a rollout batch by name ("old", "ref", "teacher"), handed out by micro-batch.
 
     TRL shuffles a rollout batch and splits it; `rollout_index`, int64 [b], says which rollouts a
-    micro-batch holds. A micro-batch gets the same objects at every iteration, so that a snapshot's
-    normalisers are formed once.
+    micro-batch holds. A micro-batch gets the same objects at every iteration (unless they are kept
+    on another device), so that a snapshot's normalisers are formed once.
     """
 
     def __init__(self, device: str | None = None) -> None:
         self._keep_on = device
-        self._whole: dict[str, Snapshots] = {}
-        self._parts: dict[tuple[str, tuple[int, ...]], Snapshots] = {}
+        # Snapshots by name and by the rollouts that they hold, in their order.
+        self._parts: dict[str, dict[tuple[int, ...], Snapshots]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(
+            snapshot.nbytes
+            for parts in self._parts.values()
+            for part in parts.values()
+            for snapshot in part.values()
+        )
 
     def clear(self) -> None:
         """Forget the rollout batch."""
-        self._whole, self._parts = {}, {}
+        self._parts = {}
 
     def add(self, name: str, taken: dict[int, list[rk.AttentionSnapshot]]) -> None:
         """Keep what `taking_snapshots` collected of the rollout batch, in its order."""
         joined = {layer: rk.AttentionSnapshot.cat(parts) for layer, parts in taken.items()}
         if self._keep_on is not None:
             joined = {layer: snapshot.to(self._keep_on) for layer, snapshot in joined.items()}
-        self._whole[name] = joined
+        size = next(iter(joined.values())).batch_size
+        self._parts[name] = {tuple(range(size)): joined}
+
+    def split(self, parts: list[Tensor]) -> None:
+        """Keep the snapshots as the micro-batches are, and no longer as a whole.
+
+        Args:
+            parts: `rollout_index` of each micro-batch.
+        """
+        for name in self._parts:
+            whole = self._joined(name)
+            split: dict[tuple[int, ...], Snapshots] = {tuple(x.tolist()): {} for x in parts}
+            for layer in list(whole):
+                snapshot = whole.pop(layer)  # one layer at a time is there twice
+                for key, part in split.items():
+                    part[layer] = snapshot[torch.tensor(key)]
+            self._parts[name] = split
 
     def __contains__(self, name: str) -> bool:
-        return name in self._whole
+        return name in self._parts
 
     def of(self, name: str, rollout_index: Tensor, device: torch.device) -> Snapshots:
         """The snapshots of some rollouts, on `device`, by layer.
@@ -96,9 +129,27 @@ class References:
         Raises:
             KeyError: nothing of that name was added.
         """
-        key = (name, tuple(rollout_index.tolist()))
-        if key not in self._parts:
-            whole = self._whole[name]
-            self._parts[key] = {layer: snapshot[rollout_index] for layer, snapshot in whole.items()}
-        part = self._parts[key]
-        return {layer: snapshot.to(device) for layer, snapshot in part.items()}
+        key = tuple(rollout_index.tolist())
+        part = self._parts[name].get(key)
+        if part is None:
+            whole = self._joined(name)
+            part = {layer: snapshot[torch.tensor(key)] for layer, snapshot in whole.items()}
+        return {
+            layer: snapshot if snapshot.device == device else snapshot.to(device)
+            for layer, snapshot in part.items()
+        }
+
+    def _joined(self, name: str) -> Snapshots:
+        """The snapshots of all rollouts, in the order of their numbers."""
+        parts = self._parts[name]
+        numbers = torch.tensor([number for key in parts for number in key])
+        if len(parts) == 1 and torch.equal(numbers, torch.arange(len(numbers))):
+            (whole,) = parts.values()
+            return whole
+        layers = next(iter(parts.values()))
+        return {
+            layer: rk.AttentionSnapshot.cat([part[layer] for part in parts.values()])[
+                numbers.argsort()
+            ]
+            for layer in layers
+        }

@@ -23,7 +23,7 @@ from .distillation import (
     logit_divergence,
     pair_layers,
 )
-from .exploration import draw_bias, steered
+from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
 from .references import References, taking_hidden_states, taking_snapshots
 from .resuming import ResumableTrainer
@@ -104,6 +104,8 @@ class RALTrainer(ResumableTrainer):
         # TRL pads prompts on the left, and takes token types as the processor pads them: on another
         # side, image positions would be wrong in a batch of prompts of different lengths.
         self._tokenizer.padding_side = "left"
+        if args.explores:
+            check_can_explore(self)
         # Fails now, and not in the first step, if the layers cannot be captured.
         probe = rk.capture(self.model, args.attn_layers)
         self._layers: list[int] = probe.layers
@@ -169,8 +171,18 @@ class RALTrainer(ResumableTrainer):
             output["explore_bias"] = self._bias
         if self.teacher_model is not None:
             with self._timed("old_policy"), torch.no_grad():
-                output["teacher_hidden"] = self._run_teacher(ids, mask, output)
+                hidden = self._run_teacher(ids, mask, output)
+            if hidden is not None:
+                output["teacher_hidden"] = hidden
         return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._generations
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self._generations != before and "rollout_index" in inputs:
+            # Now, and not when a micro-batch asks: its activations then take the memory.
+            self._references.split([part["rollout_index"] for part in self._buffered_inputs])
+        return inputs
 
     def _generate_single_turn(
         self,
@@ -220,7 +232,7 @@ class RALTrainer(ResumableTrainer):
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
             stack.enter_context(gathered_head(model))
-            if role == "old" and self._bias is not None:
+            if self._bias is not None:  # also of the reference, or KL would be that of the noise
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}
                 layout = lay_out(
@@ -255,16 +267,23 @@ class RALTrainer(ResumableTrainer):
         tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
         return not any(layer.disable_adapters or "ref" in layer.active_adapters for layer in tuned)
 
-    def _run_teacher(self, ids: Tensor, mask: Tensor, output: dict[str, Any]) -> Tensor:
-        """The teacher's forward over the rollouts: its snapshots, and its [B, C, D] states."""
+    def _run_teacher(self, ids: Tensor, mask: Tensor, output: dict[str, Any]) -> Tensor | None:
+        """The teacher's forward over the rollouts: its snapshots, and its [B, C, D] states.
+
+        None for the states if nothing compares tokens.
+        """
         length = output["completion_ids"].shape[1]
         prompt = ids.shape[1] - length
         unwrapped = self.accelerator.unwrap_model(self.teacher_model)
         layers = self._teacher_layers
-        with (
-            taking_snapshots(self.teacher_model, layers, self._rows(prompt, length)) as taken,
-            taking_hidden_states(backbone_of(unwrapped), detach=True) as hidden,
-        ):
+        hidden: list[Tensor] = []
+        with ExitStack() as stack:
+            taken = stack.enter_context(
+                taking_snapshots(self.teacher_model, layers, self._rows(prompt, length))
+            )
+            if self.args.distill_logit_coef > 0:
+                backbone, rows = backbone_of(unwrapped), (prompt - 1, prompt - 1 + length)
+                hidden = stack.enter_context(taking_hidden_states(backbone, rows, detach=True))
             super()._get_per_token_logps_and_entropies(
                 self.teacher_model, ids, mask, length,
                 batch_size=self.args.per_device_train_batch_size,
@@ -272,7 +291,7 @@ class RALTrainer(ResumableTrainer):
             )  # fmt: skip
         beside = dict(zip(self._layers, layers, strict=True))
         self._references.add("teacher", {ours: taken[beside[ours]] for ours in self._layers})
-        return torch.cat([states[:, prompt - 1 : -1] for states in hidden])
+        return torch.cat(hidden) if hidden else None
 
     # -- the loss --------------------------------------------------------------------------------
 
@@ -293,7 +312,8 @@ class RALTrainer(ResumableTrainer):
             hidden = []
             if self.args.distill_logit_coef > 0:
                 backbone = backbone_of(self.accelerator.unwrap_model(model))
-                hidden = stack.enter_context(taking_hidden_states(backbone, detach=False))
+                rows = (prompt - 1, prompt - 1 + length)
+                hidden = stack.enter_context(taking_hidden_states(backbone, rows, detach=False))
             rl_loss = self.args.rl_coef * super()._compute_loss(model, inputs)
         if "explore_bias" in inputs:
             spans = seen[-1]
@@ -308,7 +328,7 @@ class RALTrainer(ResumableTrainer):
             terms["distill/logits"] = (
                 self.args.distill_logit_coef,
                 logit_divergence(
-                    self.accelerator.unwrap_model(model), hidden[-1][:, prompt - 1 : -1],
+                    self.accelerator.unwrap_model(model), hidden[-1],
                     self.accelerator.unwrap_model(self.teacher_model), inputs["teacher_hidden"],
                     mask, self._normaliser(inputs, "token_mean"), self.args,
                 ),
@@ -386,7 +406,8 @@ class RALTrainer(ResumableTrainer):
             sums = losses.mean_divergence(captured, of_batch, mask, view)
             total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
             self._log_inner("attn/divergence", total / max(count, 1.0), inner)
-            self._warn_above("attn/divergence", total / max(count, 1.0), "attn_warn_divergence")
+            if reference != "teacher":  # from which a student may start as far as it likes
+                self._warn_above("attn/divergence", total / max(count, 1.0), "attn_warn_divergence")
         if in_detail:
             if inner == 0:
                 self._log_statistics(captured, inputs, mask, view)
@@ -436,7 +457,9 @@ class RALTrainer(ResumableTrainer):
             self.accelerator.gather(self.accelerator.pad_across_processes(output[name], dim=1))
             for name in ("completion_ids", "completion_mask")
         )
-        differing, counted = measures.differing_prefixes(ids, mask, self.num_generations).tolist()
+        differing, counted = measures.differing_prefixes(
+            ids, mask, self.num_generations, own_token=self.args.attn_rows == "token"
+        ).tolist()
         self._metrics["train"]["attn/differing_prefixes"].append(differing / max(counted, 1.0))
 
     def _warn_single_span(self, spans: rk.Spans) -> None:
@@ -460,8 +483,8 @@ class RALTrainer(ResumableTrainer):
         if self.accelerator.is_main_process:
             logger.warning(
                 "RALTrainer: %s is %.3g at step %d, above %s=%g: the attention term runs away. "
-                "Lower attn_coef or learning_rate, or take fewer optimizer steps on a rollout "
-                "batch (num_iterations, steps_per_generation)",
+                "Lower attn_coef (distill_attn_coef, attn_explore_coef) or learning_rate, or take "
+                "fewer optimizer steps on a rollout batch (num_iterations, steps_per_generation)",
                 name, value, step, setting, limit,
             )  # fmt: skip
 

@@ -22,7 +22,8 @@ class VisionLayout:
 
     Attributes:
         visual: bool [B, N].
-        spans: of the configuration's granularity and scope, or None for "token".
+        spans: of the configuration's granularity and scope, or None for "token", which any
+            family of models has.
     """
 
     visual: Tensor
@@ -49,6 +50,8 @@ def lay_out(
 
     Raises:
         ValueError: the configuration asks for images, and the batch has none anywhere.
+        NotImplementedError: the model's family is not known to `rk.spans_for`, and the
+            configuration asks for spans.
     """
     needs_images = config.attn_granularity != "token" or config.attn_scope == "visual"
     inputs = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
@@ -60,13 +63,17 @@ def lay_out(
             )
         return VisionLayout(torch.zeros_like(ids, dtype=torch.bool), None)
     prompt = slice(0, ids.shape[1] - response_length)
+    if config.attn_granularity == "token":
+        visual = _placeholders(model_config, ids)
+        visual[:, prompt.stop :] = False
+        return VisionLayout(visual, None)
     inputs.update(input_ids=ids[:, prompt], attention_mask=mask[:, prompt])
-    granularity = "image" if config.attn_granularity == "token" else config.attn_granularity
+    tile = (config.attn_tile[0], config.attn_tile[1])
     found = rk.spans_for(
         model_config,
         inputs,
-        granularity,
-        tile=(config.attn_tile[0], config.attn_tile[1]) if granularity == "tile" else None,
+        config.attn_granularity,
+        tile=tile if config.attn_granularity == "tile" else None,
         text=config.attn_scope == "context",
     )
     spans = found.spans.extend_to(ids.shape[1])
@@ -78,4 +85,17 @@ def lay_out(
         spans = rk.Spans(
             torch.where(written, found.text_span, spans.ids).to(torch.int32), spans.num_spans
         )
-    return VisionLayout(visual, None if config.attn_granularity == "token" else spans)
+    return VisionLayout(visual, spans)
+
+
+def _placeholders(model_config: Any, ids: Tensor) -> Tensor:
+    """Which tokens stand for a piece of a picture: bool, as `ids`."""
+    # LLaVA's first families call it an index.
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = {getattr(model_config, name, None) for name in names} - {None}
+    if not found:
+        raise NotImplementedError(
+            f"ral: the configuration of a vision-language model must have one of "
+            f"{', '.join(names)}; got {type(model_config).__name__}"
+        )
+    return torch.isin(ids, torch.tensor(sorted(found), device=ids.device))
