@@ -19,6 +19,17 @@ def inner_step(config: RALConfig, micro_step: int) -> int:
     return (micro_step % micro_steps_per_generation(config)) // config.gradient_accumulation_steps
 
 
+def stands_still(config: RALConfig) -> bool:
+    """Whether only the term of eq. (3) is there, against the policy that starts: it never moves."""
+    return (
+        config.attn_coef > 0
+        and config.attn_reference == "old"
+        and config.rl_coef == 0
+        and not config.needs_teacher
+        and not config.explores
+    )
+
+
 def why_zero(config: RALConfig) -> str | None:
     """Why the term of eq. (3) is identically zero under this schedule, or None if it is not.
 

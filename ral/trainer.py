@@ -27,7 +27,7 @@ from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
 from .references import References, taking_hidden_states, taking_snapshots
 from .resuming import ResumableTrainer
-from .vision import lay_out
+from .vision import VisionLayout, lay_out
 
 logger = logging.get_logger(__name__)
 _WARN_AGAIN = 50  # optimizer steps between two warnings of a kind
@@ -111,6 +111,11 @@ class RALTrainer(ResumableTrainer):
         self._layers: list[int] = probe.layers
         if args.needs_teacher:
             self._set_up_teacher(teacher_model)
+        if schedule.stands_still(args):
+            logger.warning(
+                "RALTrainer: rl_coef=0 with attn_reference='old': the policy's divergence from "
+                "itself has no gradient, and nothing else moves it: no weight will change"
+            )
         if not args.disable_dropout and args.attn_coef > 0:
             logger.warning(
                 "RALTrainer: disable_dropout=False: the old policy's attention is drawn with "
@@ -160,7 +165,7 @@ class RALTrainer(ResumableTrainer):
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
         # A response holds images only where a tool returned them.
         response = 0 if "tool_mask" in output else output["completion_ids"].shape[1]
-        layout = lay_out(self.args, self.model.config, ids, mask, output, response)
+        layout = self._lay_out(ids, mask, output, response)
         output["rollout_index"] = torch.arange(ids.shape[0], device=ids.device)
         output["visual"] = layout.visual
         if layout.spans is not None:
@@ -195,7 +200,7 @@ class RALTrainer(ResumableTrainer):
         if not (self.args.explores and self._rolling_out):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
         ids, mask = self._pad_prompts(prompt_ids)
-        layout = lay_out(self.args, self.model.config, ids, mask, multimodal_fields)
+        layout = self._lay_out(ids, mask, multimodal_fields)
         assert layout.spans is not None
         self._bias = draw_bias(
             self.args.attn_explore_sigma, len(self._layers), layout.spans, layout.visual
@@ -206,6 +211,14 @@ class RALTrainer(ResumableTrainer):
                     rk.steer(self.model, self._bias[:, number], spans=layout.spans, layers=layer)
                 )
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
+
+    def _lay_out(
+        self, ids: Tensor, mask: Tensor, fields: dict[str, Any], response: int = 0
+    ) -> VisionLayout:
+        # With a column of images a rollout batch may happen to have none.
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        needs_images = not {"image", "images"}.intersection(columns)
+        return lay_out(self.args, self.model.config, ids, mask, fields, response, needs_images)
 
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Prompts as `generate` gets them: padded on the left."""
@@ -235,9 +248,7 @@ class RALTrainer(ResumableTrainer):
             if self._bias is not None:  # also of the reference, or KL would be that of the noise
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}
-                layout = lay_out(
-                    self.args, self.model.config, input_ids, attention_mask, fields, logits_to_keep
-                )
+                layout = self._lay_out(input_ids, attention_mask, fields, logits_to_keep)
                 assert layout.spans is not None
                 stack.enter_context(steered(model, self._layers, self._bias, layout.spans))
             taken = None

@@ -37,6 +37,7 @@ def lay_out(
     mask: Tensor,
     fields: dict[str, Any],
     response_length: int = 0,
+    needs_images: bool = True,
 ) -> VisionLayout:
     """Find the images in a batch of token ids.
 
@@ -47,21 +48,27 @@ def lay_out(
         fields: the processor's output as far as TRL keeps it.
         response_length: how many tokens at the end show no image, whatever they are: a policy may
             write a placeholder.
+        needs_images: whether a batch without any image is a mistake where the configuration asks
+            for images. If not, nothing in it is visual, and all of its text is one span.
 
     Raises:
         ValueError: the configuration asks for images, and the batch has none anywhere.
         NotImplementedError: the model's family is not known to `rk.spans_for`, and the
             configuration asks for spans.
     """
-    needs_images = config.attn_granularity != "token" or config.attn_scope == "visual"
+    asks = config.attn_granularity != "token" or config.attn_scope == "visual"
     inputs = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
     if fields.get("pixel_values") is None:
-        if needs_images:
+        if asks and needs_images:
             raise ValueError(
                 f"ral: attn_granularity={config.attn_granularity!r} with attn_scope="
                 f"{config.attn_scope!r} must go with images in the prompts; got a batch without"
             )
-        return VisionLayout(torch.zeros_like(ids, dtype=torch.bool), None)
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        if config.attn_granularity == "token":
+            return VisionLayout(visual, None)
+        text = mask.bool() if config.attn_scope == "context" else visual
+        return VisionLayout(visual, rk.Spans(text.int() - 1, 1))
     prompt = slice(0, ids.shape[1] - response_length)
     if config.attn_granularity == "token":
         visual = _placeholders(model_config, ids)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
 from ral import RALConfig, RALTrainer, measures
@@ -146,3 +148,42 @@ def test_differing_prefixes_of_own_queries() -> None:
     counted = torch.ones_like(ids)
     assert measures.differing_prefixes(ids, counted, 2).tolist() == [2.0, 6.0]
     assert measures.differing_prefixes(ids, counted, 2, own_token=True).tolist() == [4.0, 6.0]
+
+
+MIXED = [
+    {"attn_scope": "visual"},
+    {"attn_granularity": "image"},
+    {"attn_granularity": "tile", "attn_tile": [1, 2], "attn_scope": "visual"},
+    {"attn_granularity": "image", "attn_coef": 0.0, "attn_explore_sigma": 1.0},
+]
+
+
+@pytest.mark.parametrize("config", MIXED)
+def test_a_rollout_batch_without_images_among_others(config, path, tmp_path) -> None:
+    """It ended the run, hours after its start; it has no attention on images to learn from."""
+    rows = list(tiny.dataset(4, images=2))
+    for row in rows[::2]:
+        row["images"] = []
+    trainer = tiny.trainer(
+        path, tmp_path, train_dataset=Dataset.from_list(rows), per_device_train_batch_size=2,
+        num_iterations=1, max_steps=8, **config,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 8  # four rollout batches, of one prompt each
+    shares = tiny.logged(trainer, "attn/visual_share")
+    assert sorted(share > 0 for share in shares) == [False, False, True, True]
+    assert all(map(math.isfinite, tiny.logged(trainer, "grad_norm")))
+    values = tiny.logged(trainer, "explore/loss" if "attn_explore_sigma" in config else "attn/loss")
+    assert len(values) == 8 and all(map(math.isfinite, values))
+    for share, of_batch in zip(shares, zip(*[iter(values)] * 2, strict=True), strict=True):
+        assert any(abs(value) > 1e-9 for value in of_batch) == (share > 0)
+
+
+def test_a_term_that_nothing_starts_is_reported(path, tmp_path, caplog) -> None:
+    """The divergence from itself has no gradient: without TRL's loss the policy stays there."""
+    trainer = tiny.trainer(path, tmp_path, rl_coef=0.0)
+    before = nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
+    trainer.train()
+    after = nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
+    assert (after - before).abs().max() < 1e-2 * trainer.args.learning_rate
+    assert any("no weight will change" in record.getMessage() for record in caplog.records)
