@@ -153,7 +153,8 @@ class _Send(TrainerCallback):
 INT, TERM = signal.SIGINT, signal.SIGTERM
 # Steps done before the signals, the signals, settings.
 INTERRUPTIONS: dict[str, tuple[int, list[int], dict[str, Any]]] = {
-    "once": (5, [INT], {}),
+    "once": (5, [INT], {"eval_strategy": "steps", "eval_steps": 8,
+                        "eval_dataset": tiny.dataset(1)}),
     "twice": (5, [INT, INT], {}),
     "three times": (5, [INT, INT, INT], {}),
     "first batch": (0, [TERM], {"save_steps": 100}),

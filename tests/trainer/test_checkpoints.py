@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ral import checkpoints
+from ral import RALTrainer, checkpoints
 from ral.checkpoints import SEAL, last_checkpoint, read_state, rotate, seal, why_incomplete
 from tests.trainer import dying, tiny
 from tests.trainer.test_resuming import after, same_weights
@@ -220,6 +220,26 @@ def test_rotate_keeps_the_new_and_the_best(tmp_path: Path) -> None:
     assert left() == {"4", "6"}
     rotate(tmp_path, 1, new, None)
     assert left() == {"6"}
+
+
+def test_nothing_of_a_former_save_is_left(model: Path, tmp_path: Path) -> None:
+    """Killed while it overwrites a checkpoint, a process would leave a mixture under the seal."""
+    folder = tmp_path / "out" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    (folder / SEAL).write_text('{"files": {}}')
+    (folder / "rng_state_7.pth").write_text("of eight processes")
+    present = []
+
+    class Look(RALTrainer):
+        def save_model(self, *args: Any, **kwargs: Any) -> None:
+            present.append(folder.exists())
+            super().save_model(*args, **kwargs)
+
+    settings = {**dying.SETTINGS, "max_steps": 1}
+    tiny.trainer(model, tmp_path, trainer_class=Look, **settings).train()
+    assert present == [False]
+    state = read_state(folder)
+    assert state is not None and "rng_state_7.pth" not in state["files"]
 
 
 def test_rotation_comes_after_the_seal(
