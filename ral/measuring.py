@@ -1,0 +1,160 @@
+"""What `RALTrainer` logs and warns of: metrics by inner step, shares, times."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+import ral_kernels as rk
+
+from . import losses, measures, schedule
+from .config import RALConfig
+from .resuming import ResumableTrainer
+
+logger = logging.get_logger(__name__)
+_WARN_AGAIN = 50  # optimizer steps between two warnings of a kind
+_PARTS = ("rollout", "old_policy", "update")  # of an optimizer step's time
+
+
+class MeasuringTrainer(ResumableTrainer):
+    """The trainer's measures. `RALTrainer` says what each of them is."""
+
+    model: Any
+    args: RALConfig
+    _layers: list[int]
+    _references: Any
+
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._warned: dict[str, int] = {}
+        super().__init__(*positional, **named)
+
+    def _measure(
+        self, captured: Any, inputs: dict[str, Any], mask: Tensor, view: losses.PolicyView,
+        rl_loss: Tensor, terms: dict[str, tuple[float, Tensor]],
+    ) -> None:  # fmt: skip
+        accumulated: int = self.current_gradient_accumulation_steps
+        for name, (_, term) in terms.items():
+            total = self.accelerator.gather(term.detach() * accumulated).mean().item()
+            self._metrics["train"][name].append(total)
+        if self._step % self.args.gradient_accumulation_steps != 0:
+            return
+        inner = schedule.inner_step(self.args, self._step)
+        every = self.args.attn_metrics_every
+        in_detail = every > 0 and (self._generations - 1) % every == 0
+        reference = "teacher" if self.args.attn_coef == 0 else self.args.attn_reference
+        if reference in self._references:
+            of_batch = self._references.of(reference, inputs["rollout_index"], mask.device)
+            sums = losses.mean_divergence(captured, of_batch, mask, view)
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+            self._log_inner("attn/divergence", total / max(count, 1.0), inner)
+            if reference != "teacher":  # from which a student may start as far as it likes
+                self._warn_above("attn/divergence", total / max(count, 1.0), "attn_warn_divergence")
+        if in_detail:
+            if inner == 0:
+                self._log_statistics(captured, inputs, mask, view)
+            self._log_gradient_share(rl_loss, terms, inner)
+
+    def _log_statistics(
+        self, captured: Any, inputs: dict[str, Any], mask: Tensor, view: losses.PolicyView
+    ) -> None:
+        sums = sum(
+            measures.attention_statistics(captured, layer, mask, inputs["visual"], view)
+            for layer in self._layers
+        )
+        share, entropy, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics["train"]["attn/visual_share"].append(share / max(count, 1.0))
+        self._metrics["train"]["attn/entropy"].append(entropy / max(count, 1.0))
+
+    def _log_gradient_share(
+        self, rl_loss: Tensor, terms: dict[str, tuple[float, Tensor]], inner: int
+    ) -> None:
+        reason = measures.can_measure_gradients(self)
+        if reason is not None:
+            if self._generations == 1 and inner == 0:
+                logger.info("RALTrainer: attn/grad_share is not measured: %s", reason)
+            return
+        attention = [
+            coefficient * term for name, (coefficient, term) in terms.items()
+            if name != "distill/logits"
+        ]  # fmt: skip
+        if not attention:
+            return
+        parameters = [x for x in self.model.parameters() if x.requires_grad]
+        ours = measures.gradient_norm(torch.stack(attention).sum(), parameters)
+        theirs = measures.gradient_norm(rl_loss, parameters)
+        norms = self.accelerator.gather(torch.stack([ours, theirs])[None]).square().mean(0).sqrt()
+        if norms[1] == 0:  # no rollout was better than another
+            return
+        share = (norms[0] / norms[1]).item()
+        self._log_inner("attn/grad_share", share, inner)
+        self._warn_above("attn/grad_share", share, "attn_warn_grad_share")
+
+    def _log_inner(self, name: str, value: float, inner: int) -> None:
+        self._metrics["train"][name].append(value)
+        if self.args.optimizer_steps_per_generation > 1:
+            self._metrics["train"][f"{name}/inner_{inner}"].append(value)
+
+    def _log_prefixes(self, output: dict[str, Any]) -> None:
+        """Rollouts of a group may stand on several processes, so all are brought together."""
+        ids, mask = (
+            self.accelerator.gather(self.accelerator.pad_across_processes(output[name], dim=1))
+            for name in ("completion_ids", "completion_mask")
+        )
+        differing, counted = measures.differing_prefixes(
+            ids, mask, self.num_generations, own_token=self.args.attn_rows == "token"
+        ).tolist()
+        self._metrics["train"]["attn/differing_prefixes"].append(differing / max(counted, 1.0))
+
+    def _warn_single_span(self, spans: rk.Spans) -> None:
+        """A distribution over one span is 1, whatever the policy is: its divergence is zero."""
+        if spans.num_spans > 1 or self._warned.get("single span") is not None:
+            return
+        self._warned["single span"] = self.state.global_step
+        logger.warning(
+            "RALTrainer: every prompt of this rollout batch has one span (attn_granularity=%r, "
+            "attn_scope=%r), over which attention is always 1: the attention term is zero. Use "
+            "'tile' or 'token', attn_scope='context', or prompts of several images",
+            self.args.attn_granularity, self.args.attn_scope,
+        )  # fmt: skip
+
+    def _warn_above(self, name: str, value: float, setting: str) -> None:
+        limit = getattr(self.args, setting)
+        step = self.state.global_step
+        if not value > limit or step - self._warned.get(name, -_WARN_AGAIN) < _WARN_AGAIN:
+            return
+        self._warned[name] = step
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "RALTrainer: %s is %.3g at step %d, above %s=%g: the attention term runs away. "
+                "Lower attn_coef (distill_attn_coef, attn_explore_coef) or learning_rate, or take "
+                "fewer optimizer steps on a rollout batch (num_iterations, steps_per_generation)",
+                name, value, step, setting, limit,
+            )  # fmt: skip
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Count the seconds of a block, less those of blocks inside."""
+        inside = sum(self._seconds.values())
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            inner = sum(self._seconds.values()) - inside
+            self._seconds[what] += time.perf_counter() - started - inner
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        with self._timed("update"):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            for what in _PARTS:
+                self._metrics["train"][f"time/{what}"].append(self._seconds[what])
+            self._seconds.clear()
+        return loss
