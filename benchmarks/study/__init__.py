@@ -1,0 +1,1 @@
+"""The study behind figure3.py: arms, runs, evaluation, statistics, picture."""

@@ -1,0 +1,81 @@
+"""Attention of a model on what it is asked about, on held-out digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import ral_kernels as rk
+
+from .tasks import StudyTask
+
+TEST_SEED = 7_000_003  # rows of the evaluation; no training uses it
+
+
+@contextmanager
+def sharpened(model: Any, factor: float) -> Iterator[None]:
+    """Multiply the attention scores of all decoder layers."""
+    layers = [m for name, m in model.named_modules() if name.endswith("self_attn")]
+    before = [layer.scaling for layer in layers]
+    for layer in layers:
+        layer.scaling *= factor
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling = scaling
+
+
+class TargetAttention:
+    """Share of attention on what the question is about, as the right answer is being written.
+
+    Of the query that predicts the digit in the demonstration, renormalised over visual tokens: the
+    share on the asked frame, or on the asked cell of a picture.
+
+    Args:
+        processor: of the model.
+        task, style: what the rows are.
+        extent: frames, or cells on a side.
+        rows: how many.
+    """
+
+    def __init__(self, processor: Any, task: StudyTask, style: str, extent: int, rows: int) -> None:
+        from trl.data_utils import prepare_multimodal_messages
+
+        from ral.digits.puzzles import make_puzzle
+
+        name: Any = task.name
+        held_out = task.rows(rows, extent, "test", TEST_SEED + 1, style=style)
+        messages = [
+            prepare_multimodal_messages(row["prompt"] + row["completion"], images=row["images"])
+            for row in held_out
+        ]
+        self.inputs = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )  # fmt: skip
+        puzzles = [make_puzzle(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
+        self.targets = torch.tensor([p.frame if p.times is not None else p.cell for p in puzzles])
+        self.granularity = "token" if puzzles[0].times is None else "frame"
+        opening = processor.tokenizer.convert_tokens_to_ids("<answer>")
+        positions = (self.inputs["input_ids"] == opening).long().argmax(-1)
+        # A direct answer about frames says the time first: its digit is predicted a token later.
+        positions += int(style == "direct" and puzzles[0].times is not None)
+        if positions.unique().numel() != 1:
+            raise ValueError("TargetAttention: responses must be of one length")
+        self.row = int(positions[0])
+
+    @torch.no_grad()
+    def __call__(self, model: Any) -> list[float]:
+        """The mean share in each decoder layer."""
+        training = model.training
+        model.eval()
+        spans = rk.spans_for(model.config, self.inputs, self.granularity).spans
+        with rk.capture(model, "all", rows=(self.row, self.row + 1), spans=spans) as captured:
+            model(**self.inputs, use_cache=False, logits_to_keep=1)
+        shares = [captured.policy(layer=layer)[:, 0] for layer in captured.layers]
+        model.train(training)
+        return [float(share.gather(1, self.targets[:, None]).mean()) for share in shares]
