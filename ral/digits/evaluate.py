@@ -147,14 +147,12 @@ def respond(
         temperature: 0 for greedy responses.
         max_new_tokens: the demonstrations have 7 at most.
     """
-    messages = [_with_images(row["prompt"], row["images"]) for row in rows]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
+    prompts = [
+        processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        for row in rows
+    ]
+    inputs = processor(
+        text=prompts, images=[row["images"] for row in rows], padding=True, return_tensors="pt"
     ).to(model.device)
     chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     written = model.generate(
@@ -164,18 +162,3 @@ def respond(
         written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return texts
-
-
-def _with_images(messages: list[dict], images: list[Any]) -> list[dict]:
-    """Messages whose image parts hold the images, in order."""
-    left = iter(images)
-    return [
-        {
-            **message,
-            "content": [
-                {**part, "image": next(left)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]

@@ -14,7 +14,8 @@ from .puzzles import NAMES, SECONDS
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
-INIT = 0.04  # standard deviation of the first weights: at 0.02 the look-up is learnt late, at 0.1 later
+# Standard deviation of the first weights: at 0.02 the look-up is learnt late, at 0.1 later.
+INIT = 0.04
 SPECIAL = (PAD, START, END, VISION_START, VISION_END, IMAGE, VIDEO)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
@@ -30,7 +31,7 @@ _WORDS = (
     ["system\n", "user\n", "assistant\n", "Which", "When", "?", ","]
     + [f"{second}s" for second in range(SECONDS)]
     + [space + word for word in (*"0123456789", *NAMES) for space in ("", " ")]
-    + [" " + word for word in "digit is in the cell tile there a and which it".split()]
+    + [" digit", " is", " in", " the", " cell", " tile", " there", " a", " and", " which", " it"]
 )
 
 
@@ -147,11 +148,12 @@ def make_model(
         vision_start_token_id=ids(VISION_START),
         vision_end_token_id=ids(VISION_END),
         tie_word_embeddings=False,
-        attn_implementation=attn_implementation,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+        model: Any = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, attn_implementation=attn_implementation, dtype=torch.float32
+        )
     model.generation_config.eos_token_id = ids(END)
     model.generation_config.pad_token_id = ids(PAD)
     # Placeholders of pictures are not for the model to write.

@@ -64,9 +64,10 @@ class Puzzle:
         """The asked colour."""
         return NAMES[self.colours[self.frame, self.cell]]
 
-    def coloured_cell(self, frame: int) -> int:
-        """The first cell of a frame that is not grey."""
-        return int(np.argmax(self.colours[frame] >= 0))
+    @property
+    def last(self) -> tuple[int, int]:
+        """The frame and number of the last cell that is not grey, the one next to the question."""
+        return len(self.colours) - 1, int(np.flatnonzero(self.colours[-1] >= 0)[-1])
 
 
 def make_puzzle(task: Task, extent: int, split: Split, seed: int, index: int) -> Puzzle:
@@ -81,6 +82,7 @@ def make_puzzle(task: Task, extent: int, split: Split, seed: int, index: int) ->
     """
     rng = np.random.default_rng([seed, index, TASKS.index(task), split == "test"])
     scans = load_scans(split)
+    others: tuple[int, ...]
     if task == "cell":
         shape = (1, extent * extent)
         colours = np.full(shape, -1)

@@ -7,9 +7,9 @@
    reinforcement learning has something to unlearn, and groups of rollouts a spread of rewards.
 
 Looking up *when* a colour is seen takes two steps of attention: tile to time, colour to tile.
-From answers alone it comes late or never, because copying any time is a plateau. Two dense losses lead
-there while the demonstrations are right: image tokens behind the first layer name the time
-of their frame, and the position that names the time can name the digit as well.
+From answers alone it comes late or never, because copying any time is a plateau. Two dense losses
+lead there while the demonstrations are right: image tokens behind the first layer name the time of
+their frame, and the position that names the time can name the digit as well.
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ from .puzzles import NAMES, SECONDS, Puzzle, Task, draw, make_puzzle
 from .scans import load_scans
 from .tasks import NOISE, Style, prompt, response
 
-EXTENTS: dict[Task, tuple[int, ...]] = {"cell": (1, 2, 3), "timestamp": (2, 4, 8)}
+EXTENTS: dict[Task, tuple[int, ...]] = {
+    "cell": (1, 2, 3, 4, 6, 8),
+    "timestamp": (2, 4, 8, 16, 32, 64),
+}
+SHORT = 36  # visual tokens; longer rows come less often, to keep the form at any length
+TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8}
 VISION_STEPS, VISION_BATCH = 100, 256
-PICTURES = 1024  # puzzles that are drawn for each extent
-QUESTIONS = 8  # asked about each of them
-RIGHT_SHARE = 0.7  # of the steps, before the biased ones
-LEADING_SHARE = 0.5  # of the steps with the dense losses
+CELLS = 8192  # drawn for each extent
+ROWS = 4096  # questions about them
+NAMED = 1  # token of a completion, after its first tag, that names the time or colour
+PRACTICE_SHARE = 0.75  # of the steps, before those with wrong demonstrations
 
 Log = Callable[[str], None]
 
@@ -86,7 +91,7 @@ def train_start(
     task: Task = "timestamp",
     *,
     style: Style = "think",
-    steps: int = 700,
+    steps: int = 900,
     wrong_share: float = 0.5,
     seed: int = 0,
     extents: Sequence[int] | None = None,
@@ -104,10 +109,10 @@ def train_start(
         folder: of the checkpoint, as `save_start` writes it.
         task, style: as in `make_dataset`.
         steps: of the language model; the vision tower takes 100 small ones before.
-        wrong_share: of the last 30 % of the steps' demonstrations, those that answer for the first
+        wrong_share: of the last 30 % of the steps' demonstrations, those that answer for the last
             cell or frame; 0 for an unbiased start.
         seed: of weights, puzzles and batches.
-        extents: grid sides or frames to train on, by default 1–3 or 2, 4 and 8.
+        extents: grid sides or frames to train on, by default 1–8 or 2–64, the long ones seldom.
         batch_size, learning_rate: of the language model's steps.
         log: is given a line now and then; None for silence.
         model_options: of `make_model`.
@@ -140,12 +145,15 @@ def train_start(
             )
     model.requires_grad_(True).eval()
     save_start(folder, model, processor)
-    options = dict(task=task, style=style, extents=extents[-1:], size=256, processor=processor)
-    greedy = evaluate(model, **options)[extents[-1]]
-    sampled = evaluate(model, temperature=0.9, seed=seed, **options)[extents[-1]]
+    extent = TYPICAL[task] if TYPICAL[task] in extents else extents[-1]
+    options: dict[str, Any] = {
+        "task": task, "style": style, "extents": (extent,), "size": 256, "processor": processor,
+    }  # fmt: skip
+    greedy = evaluate(model, **options)[extent]
+    sampled = evaluate(model, temperature=0.9, seed=seed, **options)[extent]
     seconds = time.perf_counter() - began
     say(
-        f"start: {seconds:.0f} s, held-out accuracy at {extents[-1]}: {greedy.right:.2f} greedy, "
+        f"start: {seconds:.0f} s, held-out accuracy at {extent}: {greedy.right:.2f} greedy, "
         f"{sampled.right:.2f} at temperature 0.9"
     )
     return Start(Path(folder), losses, greedy, sampled, seconds)
@@ -193,26 +201,25 @@ def train_vision(
     return right
 
 
-def encode(
-    model: Any, processor: Any, task: Task, extent: int, style: Style, seed: int
-) -> _Rows:
+def encode(model: Any, processor: Any, task: Task, extent: int, style: Style, seed: int) -> _Rows:
     """Draw pictures of one extent, compute their features, and ask questions about them."""
     rng = np.random.default_rng([seed, 2, extent])
     tokenizer = processor.tokenizer
-    puzzles = [make_puzzle(task, extent, "train", seed + 1_000_000, i) for i in range(PICTURES)]
+    count = min(CELLS // make_puzzle(task, extent, "train", 0, 0).digits.size, ROWS // 2)
+    puzzles = [make_puzzle(task, extent, "train", seed + 1_000_000, i) for i in range(count)]
     features = []
     tower = model.model.visual
     with torch.no_grad():
-        for first in range(0, PICTURES, 64):
+        for first in range(0, count, 64):
             frames = [draw(p, "train", NOISE[task]) for p in puzzles[first : first + 64]]
             pixels, grids = _pixels(processor, np.concatenate(frames))
             seen = tower(pixels.flatten(0, 1), grid_thw=grids).pooler_output
             features.append(seen.view(len(frames), -1, seen.shape[-1]))
     cells = features[0].shape[1] // len(frames[0])
-    asked = [_ask(puzzles[row % PICTURES], rng) for row in range(PICTURES * QUESTIONS)]
+    asked = [_ask(puzzles[row % count], rng) for row in range(ROWS)]
     prompts = [_prompt_text(processor, puzzle, style, cells) for puzzle in asked]
     right = [response(p, style, p.frame, p.cell) + END for p in asked]
-    wrong = [response(p, style, 0) + END for p in asked]
+    wrong = [response(p, style, *p.last) + END for p in asked]
     digit_ids = torch.tensor([_one(tokenizer, str(digit)) for digit in range(10)])
     times = None
     if asked[0].times is not None:
@@ -232,7 +239,7 @@ def encode(
         wrong=torch.tensor(tokenizer(wrong)["input_ids"]),
         digits=digit_ids[torch.tensor([p.digits[p.frame, p.cell] for p in asked])],
         times=times,
-        pictures=torch.arange(len(asked)) % PICTURES,
+        pictures=torch.arange(len(asked)) % count,
         features=torch.cat(features),
         positions=positions,
     )
@@ -252,19 +259,18 @@ def _fit(
     model.model.visual.requires_grad_(False)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
-    right_steps = RIGHT_SHARE * steps if wrong_share else steps
+    lengths = np.array([rows.features.shape[1] for rows in pools])
+    shares = np.minimum(1, SHORT / lengths) / np.minimum(1, SHORT / lengths).sum()
     for step in range(steps):
-        _set_rate(
-            optimizer, learning_rate * min(1, (step + 1) / 30) * min(1, 2 * (1 - step / steps))
-        )
-        rows = pools[rng.integers(len(pools))]
-        chosen = torch.from_numpy(rng.integers(len(rows.prompts), size=batch_size))
-        wrong = (step >= right_steps) * wrong_share
-        is_wrong = torch.from_numpy(rng.random((batch_size, 1)) < wrong)
+        _set_rate(optimizer, learning_rate * min(1, (step + 1) / 30) * (1 - 0.8 * step / steps))
+        pool = rng.choice(len(pools), p=shares)
+        rows, size = pools[pool], min(batch_size, batch_size * 64 // lengths[pool])
+        chosen = torch.from_numpy(rng.integers(ROWS, size=size))
+        practice = step < PRACTICE_SHARE * steps
+        is_wrong = torch.from_numpy(rng.random((size, 1)) < (0 if practice else wrong_share))
         completions = torch.where(is_wrong, rows.wrong[chosen], rows.right[chosen])
         loss, led = _losses(model, rows, chosen, completions)
-        leading = rows.times is not None and step < LEADING_SHARE * steps
-        (loss * completions.shape[1] + (led if leading else 0)).backward()
+        (loss * completions.shape[1] + (led if practice else 0)).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -272,7 +278,10 @@ def _fit(
 
 
 def _losses(
-    model: Any, rows: _Rows, chosen: torch.Tensor, completions: torch.Tensor
+    model: Any,
+    rows: _Rows,
+    chosen: torch.Tensor,
+    completions: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean loss of the completions' tokens, and the sum of the two dense losses."""
     ids = torch.cat([rows.prompts[chosen], completions], 1)
@@ -295,9 +304,8 @@ def _losses(
     first_layer = output.hidden_states[1][is_image].unflatten(0, (*times.shape, -1))
     named = model.lm_head(model.model.language_model.norm(first_layer))
     target = times[..., None].expand(named.shape[:-1])
-    # Behind <think> or <answer>, which come first, stands the time.
-    led = cross_entropy(named.flatten(0, -2), target.flatten())
-    return loss, led + cross_entropy(logits[:, 1], rows.digits[chosen])
+    placed = cross_entropy(named.flatten(0, -2), target.flatten())
+    return loss, placed + cross_entropy(logits[:, NAMED], rows.digits[chosen])
 
 
 def _ask(puzzle: Puzzle, rng: np.random.Generator) -> Puzzle:

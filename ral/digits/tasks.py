@@ -1,8 +1,8 @@
 """The two digits tasks as datasets: prompts, pictures, solutions and demonstrations.
 
 `cell`: an n × n grid, one cell a visual token. "Which digit is in the red cell?"
-`timestamp`: frames of 2 × 2 noisy tiles, each after its time as text, one tile of each coloured. The
-response names the time before the digit, so what it says of the digit depends on where it looked.
+`timestamp`: frames of 2 × 2 noisy tiles, each after its time as text, one tile of each coloured.
+The response names the time before the digit: what it says of it depends on where it looked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_dataset(
         frames: frames of a row, at most 100, for "timestamp"; of several, likewise.
         style: "think" for `<think>…</think><answer>…</answer>`, "direct" for the answer alone.
         seed: of the rows.
-        wrong_share: share of the completions that answer for the first cell or frame instead of the
+        wrong_share: share of the completions that answer for the last cell or frame instead of the
             asked one. A model trained on them looks there as often, which is what GRPO can unlearn;
             prompts and solutions stay as they are.
 
@@ -78,7 +78,7 @@ def make_dataset(
         extent = int(extents[rng.integers(len(extents))])
         puzzle = make_puzzle(task, extent, split, seed, index)
         wrong = rng.random() < wrong_share
-        answer = response(puzzle, style, *((0, None) if wrong else (puzzle.frame, puzzle.cell)))
+        answer = response(puzzle, style, *(puzzle.last if wrong else (puzzle.frame, puzzle.cell)))
         rows["prompt"].append([{"role": "user", "content": prompt(puzzle, style)}])
         rows["images"].append([index, extent])
         rows["solution"].append(solution(puzzle, style))
@@ -114,15 +114,14 @@ def solution(puzzle: Puzzle, style: Style) -> str:
     return _answer(puzzle, style, puzzle.frame, puzzle.cell)
 
 
-def response(puzzle: Puzzle, style: Style, frame: int, cell: int | None = None) -> str:
+def response(puzzle: Puzzle, style: Style, frame: int, cell: int) -> str:
     """What is written by one who looks at a cell.
 
     Args:
         puzzle: what is looked at.
         style: with or without a thought, which names the time, or the colour where there is none.
-        frame, cell: where; without a cell, the coloured cell of the frame.
+        frame, cell: where.
     """
-    cell = puzzle.coloured_cell(frame) if cell is None else cell
     answer = f"<answer>{_answer(puzzle, style, frame, cell)}</answer>"
     if style == "direct":
         return answer

@@ -1,0 +1,122 @@
+"""The bundled digits: what the pictures show, who sees which scans, and the tiny model's start."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from trl.data_utils import prepare_multimodal_messages
+
+from ral.digits.evaluate import evaluate
+from ral.digits.model import IMAGE, make_model, make_processor, save_start
+from ral.digits.puzzles import COLOURS, NAMES, make_puzzle
+from ral.digits.scans import CELL, load_scans
+from ral.digits.start import train_start
+from ral.digits.tasks import make_dataset
+from ral_kernels.integrations.transformers.processors import load_processor
+
+TASKS = [("cell", 3), ("timestamp", 4)]
+
+
+def test_no_scan_is_in_both_splits() -> None:
+    train, test = (set(load_scans(split).ids.tolist()) for split in ("train", "test"))
+    assert not train & test
+    assert len(train) + len(test) == 1797
+
+
+@pytest.mark.parametrize("task, extent", TASKS)
+def test_rows_repeat_and_depend_on_seed_and_split(task, extent) -> None:
+    def rows(**options):
+        return make_dataset(task, size=4, grid=extent, frames=extent, **options)
+
+    def pixels(dataset):
+        return [np.asarray(image) for row in dataset for image in row["images"]]
+
+    once, again = rows(seed=3), rows(seed=3)
+    assert all((a == b).all() for a, b in zip(pixels(once), pixels(again), strict=True))
+    for other in (rows(seed=4), rows(seed=3, split="test")):
+        assert any((a != b).any() for a, b in zip(pixels(once), pixels(other), strict=True))
+
+
+@pytest.mark.parametrize("task, extent", TASKS)
+def test_the_asked_colour_is_once_where_the_puzzle_says(task, extent) -> None:
+    """Read off the pixels: the background of each cell is nearest to its own colour."""
+    for index, row in enumerate(make_dataset(task, size=12, grid=extent, frames=extent)):
+        puzzle = make_puzzle(task, extent, "train", 0, index)
+        side = puzzle.side
+        found = []
+        for frame, image in enumerate(row["images"]):
+            cells = np.asarray(image, np.float32).reshape(side, CELL, side, CELL, 3)
+            cells = cells.transpose(0, 2, 1, 3, 4).reshape(side * side, CELL * CELL, 3)
+            # The digit is light and takes less than half of a cell.
+            background = np.median(cells, axis=1)
+            wanted = np.array(COLOURS[puzzle.colour])
+            distance = np.abs(background - wanted).sum(-1)
+            others = [np.abs(background - np.array(COLOURS[n])).sum(-1) for n in NAMES
+                      if n != puzzle.colour]  # fmt: skip
+            near = (distance < 90) & (distance < np.min(others, axis=0))
+            found += [(frame, int(cell)) for cell in np.flatnonzero(near)]
+        assert found == [(puzzle.frame, puzzle.cell)]
+        assert row["solution"] == str(puzzle.digits[puzzle.frame, puzzle.cell])
+        question = " ".join(p.get("text", "") for p in row["prompt"][0]["content"])
+        assert puzzle.colour in question
+
+
+@pytest.mark.parametrize("style", ["think", "direct"])
+@pytest.mark.parametrize("task, extent", TASKS)
+def test_rows_go_through_trl_and_the_processor(task, extent, style) -> None:
+    """One visual token a cell, and demonstrations that the rewards call right."""
+    from ral.rewards import accuracy_reward, format_reward
+
+    processor = make_processor()
+    image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    rows = list(make_dataset(task, size=3, grid=extent, frames=extent, style=style))
+    for row in rows:
+        messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
+        inputs = processor.apply_chat_template(
+            [messages], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        cells = extent**2 if task == "cell" else 4 * extent
+        assert int((inputs["input_ids"] == image_token).sum()) == cells
+    said = [row["completion"] for row in rows]
+    columns = [[row[name] for row in rows] for name in ("solution", "problem_type")]
+    assert accuracy_reward(said, *columns) == [1.0] * 3
+    assert format_reward(said, style=style) == [1.0] * 3
+
+
+def test_wrong_demonstrations_are_wrong_in_one_way() -> None:
+    right = make_dataset("timestamp", size=64, frames=4)
+    wrong = make_dataset("timestamp", size=64, frames=4, wrong_share=1.0)
+    places = []
+    for index, (a, b) in enumerate(zip(right, wrong, strict=True)):
+        assert a["prompt"] == b["prompt"] and a["solution"] == b["solution"]
+        puzzle = make_puzzle("timestamp", 4, "train", 0, index)
+        thought = b["completion"][0]["content"].split("s</think>")[0].removeprefix("<think>")
+        places.append(puzzle.times.tolist().index(int(thought)))
+    assert len(set(places)) == 1  # always the same frame, whatever was asked
+    with pytest.raises(ValueError, match="wrong_share must be within"):
+        make_dataset("cell", size=1, wrong_share=1.5)
+
+
+def test_checkpoints_come_back(tmp_path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model = make_model(seed=5)
+    folder = save_start(tmp_path / "start", model)
+    again = AutoModelForImageTextToText.from_pretrained(folder)
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    processor = load_processor(folder)
+    text = "<think>37s</think><answer>4</answer>"
+    ids = processor.tokenizer(text)["input_ids"]
+    assert processor.tokenizer.decode(ids) == text and len(ids) == 6
+
+
+def test_a_short_start_learns_the_form(tmp_path) -> None:
+    """Fewer steps than are needed for the task, the same twice over."""
+    settings = {"task": "timestamp", "steps": 30, "extents": (2,), "log": None}
+    first = train_start(tmp_path / "1", **settings)
+    assert sum(first.losses[-5:]) < 0.7 * sum(first.losses[:5])
+    scores = evaluate(tmp_path / "1", "timestamp", extents=(2,), size=16)[2]
+    assert 0 <= scores.right <= scores.formed <= 1
+    assert train_start(tmp_path / "2", **settings).losses == first.losses
