@@ -91,6 +91,7 @@ def test_wrong_demonstrations_are_wrong_in_one_way() -> None:
     for index, (a, b) in enumerate(zip(right, wrong, strict=True)):
         assert a["prompt"] == b["prompt"] and a["solution"] == b["solution"]
         puzzle = make_puzzle("timestamp", 4, "train", 0, index)
+        assert puzzle.times is not None
         thought = b["completion"][0]["content"].split("s</think>")[0].removeprefix("<think>")
         places.append(puzzle.times.tolist().index(int(thought)))
     assert len(set(places)) == 1  # always the same frame, whatever was asked
