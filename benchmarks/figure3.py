@@ -40,6 +40,7 @@ from benchmarks.sweeps import bench, machine
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)  # two threads on two busy cores are slower than one
+    one.be_quiet()
 
 
 def _work(plan: one.Plan, job: tuple[str, str, int]) -> dict[str, Any]:

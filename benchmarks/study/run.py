@@ -76,7 +76,6 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
         return found
-    _be_quiet()
     task = TASKS[task_name]
     arm = Arm("start", "start") if arm_name == "start" else BY_NAME[arm_name]
     started = time.perf_counter()
@@ -198,8 +197,8 @@ def _watch(trainer: Any, attention: evaluate.TargetAttention, every: int = 20) -
     return curve
 
 
-def _be_quiet() -> None:
-    """A worker prints nothing: its results are in its file."""
+def be_quiet() -> None:
+    """Print nothing in this process from here on: a worker's results are in its file."""
     import warnings
 
     import transformers
