@@ -109,8 +109,8 @@ def train_start(
         folder: of the checkpoint, as `save_start` writes it.
         task, style: as in `make_dataset`.
         steps: of the language model; the vision tower takes 100 small ones before.
-        wrong_share: of the last 30 % of the steps' demonstrations, those that answer for the last
-            cell or frame; 0 for an unbiased start.
+        wrong_share: of the last quarter of the steps' demonstrations, those that answer for the
+            last cell or frame; 0 for an unbiased start.
         seed: of weights, puzzles and batches.
         extents: grid sides or frames to train on, by default 1–8 or 2–64, the long ones seldom.
         batch_size, learning_rate: of the language model's steps.
