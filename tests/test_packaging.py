@@ -44,11 +44,12 @@ class Tree:
         for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE"):
             shutil.copy(ROOT / name, path / name)
         (path / "README.md").write_text("# A copy\n")
-        shutil.copytree(
-            ROOT / "ral_kernels",
-            path / "ral_kernels",
-            ignore=shutil.ignore_patterns("lib", "__pycache__"),
-        )
+        for package in ("ral_kernels", "ral"):
+            shutil.copytree(
+                ROOT / package,
+                path / package,
+                ignore=shutil.ignore_patterns("lib", "__pycache__"),
+            )
         for name in re.findall(r"csrc/\S+\.cpp", (ROOT / "CMakeLists.txt").read_text()):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_text("")
@@ -108,6 +109,8 @@ def test_without_compiler_the_wheel_is_pure_and_says_why(tree, tmp_path, monkeyp
     wheel, names, printed = tree.wheel(CXX="/nonexistent/c++")
     reason = "no working C++17 compiler; install g++ or clang++, or set CXX"
     assert wheel.name == f"ral_kernels-{ral_kernels.__version__}-py3-none-any.whl"
+    settings = {str(path.relative_to(ROOT)) for path in (ROOT / "ral").rglob("*.yaml")}
+    assert len(settings) > 10 and settings <= names  # presets, and configurations of accelerate
     assert f"the native libraries were NOT built: {reason}" in printed
     assert "ral_kernels/attention/reference.py" in names
     assert not any(name.endswith(".so") for name in names)
