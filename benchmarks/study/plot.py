@@ -78,6 +78,7 @@ def _accuracy(axes: Any, name: str, runs: list[dict[str, Any]]) -> None:
                 [100 * (e.mean + sign * e.half_width) for e in estimates] for sign in (-1, 1)
             )
             axes.fill_between(x, low, high, color=style["color"], alpha=0.10, linewidth=0)
+    axes.set_ylim(top=102)  # an interval may reach beyond what can be
     longest = max(task.trained) if task.axis == "frames" else max(task.trained) ** 2
     axes.axvspan(0.9, longest, color="#f1f3f4", zorder=0)
     axes.text(longest, axes.get_ylim()[0], " trained up to here", fontsize=8, color="#5f6368",
