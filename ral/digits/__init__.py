@@ -1,0 +1,1 @@
+"""The bundled tasks on real handwritten digits, and the tiny model that learns them."""
