@@ -6,9 +6,9 @@
 
 A tiny Qwen2.5-VL learns to look things up in pictures of real handwritten digits (`ral.digits`): in
 frames of a video, and in a grid of cells. Each arm trains from the same supervised start, on the
-same number of rollouts, and is evaluated on held-out digits, up to sizes that were never trained
-on. Arms are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's
-95 % interval. Every run is a file, so a study that was stopped goes on where it was.
+same number of rollouts, and is evaluated on held-out digits, up to sizes that no rollout had. Arms
+are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
+interval. Every run is a file, so a study that was stopped goes on where it was.
 """
 
 from __future__ import annotations

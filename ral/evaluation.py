@@ -44,10 +44,15 @@ class Cell:
     score: Score
 
 
-def greedy_answers(
-    model: Any, processor: Any, rows: Sequence[dict[str, Any]], *, max_new_tokens: int
+def answers_of(
+    model: Any,
+    processor: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
 ) -> tuple[list[str], int]:
-    """What a model writes after some prompts, taking the likeliest token each time.
+    """What a model writes after some prompts.
 
     The checkpoint's own sampling settings and penalties do not count.
 
@@ -55,6 +60,7 @@ def greedy_answers(
         model, processor: of transformers, the model in evaluation mode.
         rows: with prompt and images, as `ral.data` gives them.
         max_new_tokens: length of an answer at most.
+        temperature: of a sample; 0 takes the likeliest token each time.
 
     Returns:
         The texts, and the number of visual tokens in all prompts.
@@ -77,8 +83,9 @@ def greedy_answers(
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     tokenizer = getattr(processor, "tokenizer", processor)
     ends = model.generation_config.eos_token_id
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     settings = GenerationConfig(
-        do_sample=False,
+        **(sampling if temperature > 0 else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id if ends is None else ends,
         pad_token_id=tokenizer.pad_token_id,
@@ -122,7 +129,7 @@ def score(
     model.eval()
     try:
         for batch in _batches(rows, batch_size):
-            texts, tokens = greedy_answers(model, processor, batch, max_new_tokens=max_new_tokens)
+            texts, tokens = answers_of(model, processor, batch, max_new_tokens=max_new_tokens)
             columns = {name: [row[name] for row in batch] for name in batch[0]}
             accuracies += accuracy_reward(
                 texts, columns["solution"], columns["problem_type"], columns.get("options")

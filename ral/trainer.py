@@ -22,7 +22,7 @@ from .distillation import (
 )
 from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
-from .measuring import MeasuringTrainer
+from .metrics import MeasuringTrainer
 from .references import References, taking_hidden_states, taking_snapshots
 from .vision import VisionLayout, lay_out
 

@@ -1,4 +1,4 @@
-"""Attention of a model on what it is asked about, on held-out digits."""
+"""Accuracy of a model, and its attention on what it is asked about, on held-out digits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import ral_kernels as rk
 from .tasks import StudyTask
 
 TEST_SEED = 7_000_003  # rows of the evaluation; no training uses it
+_BATCH = 128
 
 
 @contextmanager
@@ -27,6 +28,20 @@ def sharpened(model: Any, factor: float) -> Iterator[None]:
     finally:
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling = scaling
+
+
+def accuracies(
+    model: Any, processor: Any, task: StudyTask, style: str, rows: int
+) -> dict[int, Any]:
+    """`ral.digits.evaluate.Accuracy` of greedy responses; the same rows for every model."""
+    from ral.digits.evaluate import evaluate
+
+    name: Any = task.name
+    chosen: Any = style
+    return evaluate(
+        model, name, extents=task.evaluated, size=rows, style=chosen, processor=processor,
+        seed=TEST_SEED, batch_size=_BATCH,
+    )  # fmt: skip
 
 
 class TargetAttention:

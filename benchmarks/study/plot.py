@@ -81,7 +81,7 @@ def _accuracy(axes: Any, name: str, runs: list[dict[str, Any]]) -> None:
     axes.set_ylim(top=102)  # an interval may reach beyond what can be
     longest = max(task.trained) if task.axis == "frames" else max(task.trained) ** 2
     axes.axvspan(0.9, longest, color="#f1f3f4", zorder=0)
-    axes.text(longest, axes.get_ylim()[0], " trained up to here", fontsize=8, color="#5f6368",
+    axes.text(longest, axes.get_ylim()[0], " RL trains up to here", fontsize=8, color="#5f6368",
               va="bottom")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [str(value) for value in x])

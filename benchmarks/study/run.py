@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import answers, evaluate
+from . import evaluate
 from .arms import BUDGET, BY_NAME, Arm
 from .tasks import TASKS, StudyTask
 
@@ -102,10 +102,11 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
         model, processor = trainer.model, trainer.processing_class
     result["seconds_trained"] = time.perf_counter() - started
     with evaluate.sharpened(model, arm.sharpened):
-        result["accuracy"], result["grounded"] = answers.accuracies(
-            model, processor, task, arm.style or task.style, plan.test_rows, task.evaluated,
-            evaluate.TEST_SEED,
-        )  # fmt: skip
+        scores = evaluate.accuracies(
+            model, processor, task, arm.style or task.style, plan.test_rows
+        )
+        result["accuracy"] = {extent: accuracy.right for extent, accuracy in scores.items()}
+        result["grounded"] = {extent: accuracy.grounded for extent, accuracy in scores.items()}
         result["target"] = {
             extent: evaluate.TargetAttention(
                 processor, task, arm.style or task.style, extent, _TARGET_ROWS

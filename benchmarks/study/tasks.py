@@ -14,7 +14,8 @@ class StudyTask:
         name: of `ral.digits`.
         style: form of the responses, whose thought names the time of the frame, or the colour.
         axis: what grows: "frames" of a video, or "cells" of an image.
-        trained: extents (frames, or cells on a side) of the rows that are trained on.
+        trained: extents (frames, or cells on a side) of the rows that the arms train on. The start
+            has seen a few rows of every extent, or it would lose the form of its answers.
         evaluated: extents that are evaluated, one visual token a cell.
         endpoint: the extent at which arms are compared. Fixed before any run.
     """

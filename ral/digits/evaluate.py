@@ -12,11 +12,13 @@ import torch
 
 from ral_kernels.integrations.transformers.processors import load_processor
 
+from ..evaluation import answers_of
 from .puzzles import Task
 from .scans import Split
 from .tasks import Style, make_dataset
 
 EXTENTS: dict[Task, tuple[int, ...]] = {"cell": (2, 3, 4, 6, 8), "timestamp": (4, 8, 16, 32, 64)}
+_LONGEST = 12  # tokens of an answer; the demonstrations have 7 at most
 # Nothing but the form that the demonstrations have.
 _FORMS = {
     "think": re.compile(r"<think>([^<]*)</think><answer>([^<]*)</answer>"),
@@ -32,11 +34,13 @@ class Accuracy:
         right: the answer is the solution.
         thought: the thought is the demonstration's, which says where the model looked; in direct
             style as `right`.
+        grounded: both at once.
         formed: the response has the form it was asked for.
     """
 
     right: float
     thought: float
+    grounded: float
     formed: float
 
 
@@ -114,51 +118,22 @@ def evaluate(
 def _accuracy(
     model: Any, processor: Any, rows: Any, style: Style, temperature: float, batch_size: int
 ) -> Accuracy:
-    right = thought = formed = 0
+    right = thought = grounded = formed = 0
     for first in range(0, len(rows), batch_size):
         batch = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
-        for row, written in zip(
-            batch, respond(model, processor, batch, temperature=temperature), strict=True
-        ):
+        texts, _ = answers_of(
+            model, processor, batch, max_new_tokens=_LONGEST, temperature=temperature
+        )
+        for row, written in zip(batch, texts, strict=True):
             found = _FORMS[style].fullmatch(written)
             wanted = _FORMS[style].fullmatch(row["completion"][0]["content"])
             if found is None or wanted is None:
                 continue
             formed += 1
-            right += found[2] == row["solution"]
-            thought += (found[1] == wanted[1]) if style == "think" else found[2] == row["solution"]
-    return Accuracy(right / len(rows), thought / len(rows), formed / len(rows))
-
-
-@torch.no_grad()
-def respond(
-    model: Any,
-    processor: Any,
-    rows: Sequence[dict[str, Any]],
-    *,
-    temperature: float = 0.0,
-    max_new_tokens: int = 12,
-) -> list[str]:
-    """The model's responses to rows of a dataset, as text without special tokens.
-
-    Args:
-        model, processor: of one checkpoint.
-        rows: with prompt and images.
-        temperature: 0 for greedy responses.
-        max_new_tokens: the demonstrations have 7 at most.
-    """
-    prompts = [
-        processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        for row in rows
-    ]
-    inputs = processor(
-        text=prompts, images=[row["images"] for row in rows], padding=True, return_tensors="pt"
-    ).to(model.device)
-    chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    written = model.generate(
-        **inputs, **{"do_sample": False, **chosen}, max_new_tokens=max_new_tokens
-    )
-    texts: list[str] = processor.batch_decode(
-        written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return texts
+            is_right = found[2] == row["solution"]
+            names_it = found[1] == wanted[1] if style == "think" else is_right
+            right += is_right
+            thought += names_it
+            grounded += is_right and names_it
+    count = len(rows)
+    return Accuracy(right / count, thought / count, grounded / count, formed / count)

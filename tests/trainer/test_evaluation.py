@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 
 from ral import evaluation
 from ral.data import load_jsonl
-from ral.evaluation import Cell, Score, as_json, as_table, greedy_answers, plot, score
+from ral.evaluation import Cell, Score, answers_of, as_json, as_table, plot, score
 from ral.models import limit_pixels, load_model, load_processor, vision_modules
 
 from . import cli_case, tiny
@@ -36,8 +36,8 @@ def test_answers_are_greedy_and_do_not_depend_on_the_batch(
     """Prompts of one and of four images side by side: padding stands on the left."""
     model, processor = parts
     rows = [load_jsonl(folder / "films.jsonl", max_frames=n)[n] for n in (1, 4, 2)]
-    together, tokens = greedy_answers(model, processor, rows, max_new_tokens=5)
-    alone = [greedy_answers(model, processor, [row], max_new_tokens=5)[0][0] for row in rows]
+    together, tokens = answers_of(model, processor, rows, max_new_tokens=5)
+    alone = [answers_of(model, processor, [row], max_new_tokens=5)[0][0] for row in rows]
     assert together == alone and tokens == 4 * (1 + 4 + 2)
     # The likeliest token each time, by a forward over all that was written.
     text = together[0]
@@ -68,13 +68,13 @@ def test_sampling_settings_of_a_checkpoint_do_not_count(
 ) -> None:
     model, processor = parts
     rows = [load_jsonl(folder / "rows.jsonl")[0]]
-    before = greedy_answers(model, processor, rows, max_new_tokens=6)
+    before = answers_of(model, processor, rows, max_new_tokens=6)
     kept = model.generation_config
     try:
         model.generation_config = type(kept)(
             **{**kept.to_diff_dict(), "do_sample": True, "repetition_penalty": 5.0}
         )
-        assert greedy_answers(model, processor, rows, max_new_tokens=6) == before
+        assert answers_of(model, processor, rows, max_new_tokens=6) == before
     finally:
         model.generation_config = kept
 
@@ -90,7 +90,7 @@ def test_score(folder: Path, parts: tuple[Any, Any], monkeypatch: pytest.MonkeyP
         texts = ["<think>B</think><answer>B</answer>"] * len(rows)
         return [*texts[:-1], "<answer>B</answer>"], 3 * len(rows)
 
-    monkeypatch.setattr(evaluation, "greedy_answers", answers)
+    monkeypatch.setattr(evaluation, "answers_of", answers)
     rows = load_jsonl(folder / "rows.jsonl").select(range(5))
     model.train()
     seen: list[int] = []
