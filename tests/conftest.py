@@ -67,6 +67,15 @@ def skip_or_fail(backend: str, reason: str) -> None:
     pytest.skip(f"{backend}: {reason}")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: for models so small that two are slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on CPU tensors; Triton's does in the interpreter."""

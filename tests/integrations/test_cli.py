@@ -5,12 +5,10 @@ from __future__ import annotations
 import builtins
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import ral_kernels as rk
 from ral_kernels import cli
@@ -23,13 +21,7 @@ from benchmarks.sweeps.pictures import load, pan
 
 from . import tiny_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

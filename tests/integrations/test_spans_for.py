@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +24,7 @@ FAMILIES = tuple(tiny_processors.PLACEHOLDER)
 SIZES = [(240, 280), (260, 168), (168, 196)]  # height, width
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def processed(family: str, pictures: list[Any], side: str = "left", **options: Any) -> Any:
