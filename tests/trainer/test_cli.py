@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
-pytest.importorskip("trl")
-
 from safetensors.torch import load_file
 
 from ral.cli.main import main

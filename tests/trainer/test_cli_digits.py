@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("trl")
-pytest.importorskip("sklearn")
-
 from ral.cli.main import main
 from ral.cli.progress import read_metrics
 from ral.digits import start as start_module

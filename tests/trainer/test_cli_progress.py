@@ -8,9 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("trl")
-
 from PIL import Image
 
 from ral.cli.curves import draw_curves

@@ -8,8 +8,6 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-pytest.importorskip("trl")
-
 from ral.cli.errors import Refused
 from ral.cli.help import help_text, overview
 from ral.cli.main import COMMANDS, main

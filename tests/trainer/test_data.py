@@ -2,14 +2,12 @@ import json
 import logging
 import pickle
 import re
+import sys
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
-
-pytest.importorskip("datasets")
-
-import datasets
 
 from ral.data import (
     DataError,
@@ -556,9 +554,11 @@ def test_sft_decodes_no_image(folder):
 # --- TRL
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_go_through_the_functions_that_trl_puts_them_through(folder, streaming):
-    data_utils = pytest.importorskip("trl.data_utils")
+    from trl import data_utils
+
     for row in to_sft(load(folder, NUMBER, streaming=streaming)):
         assert data_utils.is_conversational(row)
         prompt = data_utils.prepare_multimodal_messages(row["prompt"], images=row["images"])

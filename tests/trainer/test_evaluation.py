@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("trl")
-
 from ral import evaluation
 from ral.data import load_jsonl
 from ral.evaluation import Cell, Score, answers_of, as_json, as_table, plot, score

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("trl")
-
 from trl import SFTConfig
 
 from ral.data import load_jsonl, to_sft
