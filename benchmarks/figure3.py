@@ -2,13 +2,16 @@
 
     python benchmarks/figure3.py --quick               # some arms, two seeds, five minutes
     python benchmarks/figure3.py --seeds 5 --workers 2 # the whole study
-    python benchmarks/figure3.py --arms grpo ral --tasks frames --seeds 8 --first-seed 100
+    python benchmarks/figure3.py --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
 
 A tiny Qwen2.5-VL learns to look things up in pictures of real handwritten digits (`ral.digits`): in
 frames of a video, and in a grid of cells. Each arm trains from the same supervised start, on the
 same number of rollouts, and is evaluated on held-out digits, up to sizes that no rollout had. Arms
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
 interval. Every run is a file, so a study that was stopped goes on where it was.
+
+docs/figure3.md says what came out. `python -m benchmarks.study.report FILE` prints its tables, and
+`python -m benchmarks.study.plot FILE` draws its pictures anew.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BY_NAME, QUICK
-from benchmarks.study.plot import draw, label_of
-from benchmarks.study.statistics import estimate, paired
+from benchmarks.study.plot import draw
+from benchmarks.study.report import comparisons, curves, plain, table
 from benchmarks.study.tasks import TASKS
 from benchmarks.sweeps import bench, machine
 
@@ -65,42 +68,6 @@ def _all(pool: Any, function: Any, plan: one.Plan, jobs: list[Any], what: str) -
     return [future.result() for future in futures]
 
 
-def table(task_name: str, runs: list[dict[str, Any]]) -> str:
-    """Accuracy at every size, and the difference at the endpoint from the arm to compare with."""
-    task = TASKS[task_name]
-    of: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in runs:
-        if run["task"] == task_name:
-            of.setdefault(run["arm"], {})[run["seed"]] = run
-    end = str(task.endpoint)
-    unit = "frames" if task.axis == "frames" else "a side"
-    head = ["arm", *(f"{size} {unit}" for size in task.evaluated)]
-    head += [f"difference at {end}", "from", "target at the end"]
-    lines = [head]
-    for arm in ("start", *(a.name for a in ARMS)):
-        if arm not in of:
-            continue
-        seeds = of[arm]
-        cells = [label_of(arm)]
-        for size in task.evaluated:
-            cells.append(str(estimate([r["accuracy"][str(size)] for r in seeds.values()])))
-        against = BY_NAME[arm].against if arm in BY_NAME else None
-        difference = None
-        if against in of:
-            difference = paired(
-                {seed: r["accuracy"][end] for seed, r in seeds.items()},
-                {seed: r["accuracy"][end] for seed, r in of[against].items()},
-            )
-        cells += ["", ""] if difference is None else [f"{difference}", str(against)]
-        cells.append(str(estimate([max(r["target"][end]) for r in seeds.values()])))
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    rows = [
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
-    ]
-    return "\n".join(row.rstrip() for row in rows)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="some arms, two seeds, frames alone")
@@ -108,10 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=BY_NAME)
     parser.add_argument("--seeds", type=int, help="runs of each arm (default: 5; --quick: 2)")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--batches", type=int, help="rollout batches (default: 40; --quick: 15)")
-    parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 128)")
+    parser.add_argument("--start-seed", type=int, default=0, help="of the supervised start")
+    parser.add_argument(
+        "--batches", type=int, help="rollout batches (default: the task's; --quick: 10)"
+    )
+    parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 96)")
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
+    parser.add_argument("--tag", help="told apart by it: figure3-TAG-<commit>.json")
     bench.add_arguments(parser)
     options = parser.parse_args(arguments)
     quick = options.quick
@@ -120,47 +91,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {
         "tasks": tasks, "arms": arms,
         "seeds": options.seeds or (2 if quick else 5), "first_seed": options.first_seed,
-        "batches": options.batches or (15 if quick else 40),
-        "test_rows": options.test_rows or (128 if quick else 256),
+        "start_seed": options.start_seed,
+        "batches": options.batches or (10 if quick else None),
+        "test_rows": options.test_rows or (96 if quick else 256),
     }  # fmt: skip
     began = time.perf_counter()
-    run = bench.begin("figure3-quick" if quick else "figure3", settings)
+    tag = options.tag or ("quick" if quick else None)
+    run = bench.begin("figure3" if tag is None else f"figure3-{tag}", settings)
     commit = run["commit"]["hash"] or "none"
     default = Path(os.environ.get("RAL_CACHE_DIR", Path.home() / ".cache" / "ral_kernels"))
-    name = f"{commit}-{settings['batches']}-{settings['test_rows']}"
-    folder = options.runs or default / "figure3" / name
+    length = settings["batches"] or "full"
+    name = f"{commit}-{length}-{settings['test_rows']}-{options.start_seed}"
     plan = one.Plan(
-        folder, settings["batches"], settings["test_rows"],
-        teacher_batches=2 * settings["batches"],
-    )  # fmt: skip
-    kinds = sorted(
-        {(task, BY_NAME[arm].style or TASKS[task].style) for task in tasks for arm in arms}
+        options.runs or default / "figure3" / name,
+        settings["batches"],
+        settings["test_rows"],
+        start_seed=options.start_seed,
     )
+    chosen = [(task, arm) for task in tasks for arm in arms if task in BY_NAME[arm].tasks]
+    kinds = sorted({(task, BY_NAME[arm].style or TASKS[task].style) for task, arm in chosen})
+    taught = sorted({task for task, arm in chosen if BY_NAME[arm].teacher})
     seeds = range(options.first_seed, options.first_seed + settings["seeds"])
-    jobs = [(task, "start", 0) for task in tasks]
-    jobs += [
-        (task, arm, seed)
-        for task in tasks
-        for seed in seeds
-        for arm in arms
-        if BY_NAME[arm].style != TASKS[task].style  # RAL-zero where answers are direct anyway
-    ]
+    jobs = [(task, "start", 0) for task in tasks] + [(task, "teacher", 0) for task in taught]
+    # Seed by seed, so that a study that is stopped has all arms of some seeds.
+    jobs += [(task, arm, seed) for seed in seeds for task, arm in chosen]
     with concurrent.futures.ProcessPoolExecutor(
         options.workers, multiprocessing.get_context("spawn"), _begin_worker
     ) as pool:
         _all(pool, _prepare, plan, kinds, "starts")
-        if any(BY_NAME[arm].teacher for arm in arms):
-            _all(pool, _prepare, plan, [(task, "teacher") for task in tasks], "teachers")
+        _all(pool, _prepare, plan, [(task, "teacher") for task in taught], "teachers")
         run["runs"] = _all(pool, _work, plan, jobs, "runs")
     run["seconds"] = time.perf_counter() - began
     for task in tasks:
-        print(f"\n{task}: accuracy, %, mean ± 95 % interval over {settings['seeds']} seeds")
-        print(table(task, run["runs"]))
+        print(f"\n{task}: right answers, %, mean ± 95 % over {settings['seeds']} seeds")
+        print(f"endpoint: {TASKS[task].endpoint_label}\n")
+        for make in (table, comparisons, curves):
+            if lines := make(task, run["runs"]):
+                print(plain(lines) + "\n")
     target = options.out or Path(__file__).parent / "results" / machine.slug(run["machine"])
     target.mkdir(parents=True, exist_ok=True)
     file = target / f"{run['benchmark']}-{commit}.json"
     file.write_text(json.dumps(run) + "\n")
-    print(f"\n{run['seconds']:.0f} s; written to {file} and {draw(file).name}")
+    pictures = " and ".join(picture.name for picture in draw(file))
+    print(f"\n{run['seconds']:.0f} s; written to {file} and {pictures}")
     return 0
 
 

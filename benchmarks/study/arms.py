@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Common to all arms. 2 iterations of 2 minibatches: 4 optimizer steps on 128 rollouts.
+# Common to all arms. 2 iterations of 2 minibatches: 4 optimizer steps on 128 rollouts. The learning
+# rate is the task's.
 BUDGET: dict[str, Any] = {
     "num_generations": 8,
     "per_device_train_batch_size": 64,
     "steps_per_generation": 2,
     "gradient_accumulation_steps": 1,
     "num_iterations": 2,
-    "learning_rate": 5e-4,
-    "lr_scheduler_type": "constant",
+    "lr_scheduler_type": "linear",
     "temperature": 0.9,
-    "beta": 0.04,
+    "beta": 0.0,
     "max_grad_norm": 5.0,
     "max_completion_length": 12,
     "attn_coef": 0.0,
 }
+SHARPENING = 1.4  # factor on all attention scores of a trained model, as one more evaluation
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Arm:
             "shuffled" over the rollouts of a minibatch.
         teacher: whether a teacher takes part.
         style: form of the responses, and of the start: "direct" for RAL-zero, None for the task's.
-        sharpened: factor on the attention scores of the trained model when it is evaluated.
-        against: the arm that it is compared with, seed by seed.
+        against: the arms that it is compared with, seed by seed.
+        tasks: where the study runs it.
+        curve: whether its accuracy is also taken during training.
     """
 
     name: str
@@ -44,38 +46,59 @@ class Arm:
     control: str | None = None
     teacher: bool = False
     style: str | None = None
-    sharpened: float = 1.0
-    against: str | None = "grpo"
+    against: tuple[str, ...] = ("grpo",)
+    tasks: tuple[str, ...] = ("frames", "resolution")
+    curve: bool = False
 
 
+_FRAMES, _RESOLUTION = ("frames",), ("resolution",)
 _RAL = {"attn_coef": 5.0, "attn_layers": "all"}
-_NOISE = {"attn_layers": "all", "attn_granularity": "frame", "attn_explore_sigma": 1.0}
-_DISTILL = {"distill_logit_coef": 1.0, "distill_beta": 1.0, "rl_coef": 0.0, "beta": 0.0}
+_INNER = {"num_iterations": 4}
+_NOISE = {"attn_layers": "all", "attn_explore_sigma": 1.0}  # of spans that the task names
+_DISTILL = {"distill_logit_coef": 1.0, "distill_beta": 1.0, "rl_coef": 0.0}
 
 ARMS: tuple[Arm, ...] = (
-    Arm("grpo", "GRPO", against=None),
+    Arm("grpo", "GRPO", against=()),
     Arm("grpo_t12", "GRPO, temperature 1.2", {"temperature": 1.2}),
     Arm("grpo_t15", "GRPO, temperature 1.5", {"temperature": 1.5}),
-    Arm("grpo_sharp", "GRPO, scores ×1.4 when tested", sharpened=1.4),
-    Arm("ral_l1", "GRPO + RAL, λ = 1, last layer", {"attn_coef": 1.0}),
-    Arm("ral", "GRPO + RAL, λ = 5, all layers", _RAL),
-    Arm("ral_l50", "GRPO + RAL, λ = 50, all layers", {**_RAL, "attn_coef": 50.0}),
-    Arm("ral_ref", "GRPO + RAL, λ = 5, from the start", {**_RAL, "attn_reference": "ref"}),
-    Arm("ral_flipped", "RAL with its sign flipped", _RAL, control="flipped", against="ral"),
-    Arm("ral_shuffled", "RAL with shuffled advantages", _RAL, control="shuffled", against="ral"),
-    Arm("noise", "noise on attention alone", {**_NOISE, "attn_explore_coef": 0.0}),
-    Arm("explore", "noise, and learning from it", _NOISE, against="noise"),
+    Arm("ral_l1", "RAL λ = 1, last layer", {"attn_coef": 1.0}),
+    Arm("ral", "RAL λ = 5, all layers", _RAL),
+    Arm("ral_last", "RAL λ = 5, last layer", {"attn_coef": 5.0}, tasks=_FRAMES),
+    Arm("ral_l50", "RAL λ = 50, all layers", {**_RAL, "attn_coef": 50.0}),
     Arm(
-        "explore_shuffled", "the same, shuffled advantages", _NOISE, control="shuffled",
-        against="explore",
+        "ral_ref", "RAL λ = 5, from the start",
+        {**_RAL, "attn_reference": "ref", "beta": 1e-6},  # without β there is no reference model
+        tasks=_FRAMES,
     ),
-    Arm("zero_grpo", "GRPO, direct answers", style="direct", against=None),
-    Arm("zero_ral", "RAL-zero, direct answers", _RAL, style="direct", against="zero_grpo"),
-    Arm("logits", "distillation of tokens", _DISTILL, teacher=True, against=None),
+    Arm("ral_frame", "RAL λ = 5, of frames", {**_RAL, "attn_granularity": "frame"}, tasks=_FRAMES),
+    Arm("ral_visual", "RAL λ = 5, visual", {**_RAL, "attn_scope": "visual"}, tasks=_FRAMES),
+    Arm("ral_flipped", "RAL λ = 5, sign flipped", _RAL, control="flipped", against=("ral",)),
+    Arm("ral_shuffled", "RAL λ = 5, shuffled", _RAL, control="shuffled", against=("ral",)),
+    Arm("grpo_inner", "GRPO, 4 iterations", _INNER, tasks=_FRAMES),
+    Arm(
+        "ral_inner", "RAL λ = 5, 4 iterations", {**_RAL, **_INNER}, against=("grpo_inner",),
+        tasks=_FRAMES,
+    ),
+    Arm("noise", "noise on attention alone", {**_NOISE, "attn_explore_coef": 0.0}),
+    Arm("explore", "noise, and learning from it", _NOISE, against=("grpo", "noise")),
+    Arm(
+        "explore_shuffled", "noise, learning, shuffled", _NOISE, control="shuffled",
+        against=("explore",), tasks=_FRAMES,
+    ),
+    Arm(
+        "explore_t12", "noise, learning, temperature 1.2", {**_NOISE, "temperature": 1.2},
+        against=("grpo", "grpo_t12"), tasks=_FRAMES,
+    ),
+    Arm("zero_grpo", "GRPO, direct answers", style="direct", against=(), tasks=_RESOLUTION),
+    Arm(
+        "zero_ral", "RAL-zero λ = 5, all layers", _RAL, style="direct", against=("zero_grpo",),
+        tasks=_RESOLUTION,
+    ),
+    Arm("logits", "distillation of tokens", _DISTILL, teacher=True, against=(), curve=True),
     Arm(
         "opad", "On-Policy Attention Distillation",
         {**_DISTILL, "distill_attn_coef": 10.0, "attn_layers": "all"}, teacher=True,
-        against="logits",
+        against=("logits",), curve=True,
     ),
 )  # fmt: skip
 BY_NAME = {arm.name: arm for arm in ARMS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import ral_kernels as rk
 from .tasks import StudyTask
 
 TEST_SEED = 7_000_003  # rows of the evaluation; no training uses it
-_BATCH = 128
+_TOKENS = 1 << 16  # in a batch
 
 
 @contextmanager
@@ -30,18 +30,66 @@ def sharpened(model: Any, factor: float) -> Iterator[None]:
             layer.scaling = scaling
 
 
-def accuracies(
-    model: Any, processor: Any, task: StudyTask, style: str, rows: int
-) -> dict[int, Any]:
-    """`ral.digits.evaluate.Accuracy` of greedy responses; the same rows for every model."""
-    from ral.digits.evaluate import evaluate
+class HeldOut:
+    """Rows of one extent on held-out digits, the same for every model, ready to be answered.
 
-    name: Any = task.name
-    chosen: Any = style
-    return evaluate(
-        model, name, extents=task.evaluated, size=rows, style=chosen, processor=processor,
-        seed=TEST_SEED, batch_size=_BATCH,
-    )  # fmt: skip
+    Args:
+        processor: of the models.
+        task, style: what the rows are.
+        extent: frames, or cells on a side.
+        rows: how many.
+    """
+
+    def __init__(self, processor: Any, task: StudyTask, style: str, extent: int, rows: int) -> None:
+        from trl.data_utils import prepare_multimodal_messages
+
+        self._tokenizer = processor.tokenizer
+        self._style: Any = style
+        held_out = list(task.rows(rows, extent, "test", TEST_SEED, style=style))
+        self._wanted = [row["completion"][0]["content"] for row in held_out]
+        self._solutions = [row["solution"] for row in held_out]
+        messages = [prepare_multimodal_messages(r["prompt"], images=r["images"]) for r in held_out]
+        tokens = 8 * task.visual_tokens(extent) // 4 + 20  # of a prompt, about
+        at_once = max(1, _TOKENS // tokens)
+        self._batches = [
+            processor.apply_chat_template(
+                messages[first : first + at_once],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
+            for first in range(0, rows, at_once)
+        ]
+
+    @torch.inference_mode()
+    def __call__(self, model: Any) -> Any:
+        """`ral.digits.evaluate.Accuracy` of greedy responses."""
+        from transformers import GenerationConfig
+
+        from ral.digits.evaluate import LONGEST, judge
+
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=LONGEST,
+            eos_token_id=model.generation_config.eos_token_id,
+            pad_token_id=model.generation_config.pad_token_id,
+        )
+        training = model.training
+        model.eval()
+        said: list[str] = []
+        for inputs in self._batches:
+            whole = model.generate(**inputs, generation_config=settings)
+            answers = whole[:, inputs["input_ids"].shape[1] :]
+            said += self._tokenizer.batch_decode(answers, skip_special_tokens=True)
+        model.train(training)
+        return judge(said, self._wanted, self._solutions, self._style)
+
+
+def accuracies(model: Any, tests: dict[int, HeldOut], extents: Sequence[int]) -> dict[str, Any]:
+    """`ral.digits.evaluate.Accuracy` at some extents, by their names in JSON."""
+    return {str(extent): tests[extent](model) for extent in extents}
 
 
 class TargetAttention:

@@ -1,111 +1,212 @@
-"""The study's picture, from its JSON."""
+"""The study's pictures, one a task, from its JSON.
+
+python -m benchmarks.study.plot FILE.json    # draws them anew
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arms import BY_NAME
-from .statistics import estimate
-from .tasks import TASKS
+from .report import Run, at_endpoint, by_arm, compare, label_of
+from .statistics import Estimate, estimate, paired
+from .tasks import TASKS, StudyTask
 
-# An arm keeps its colour in every panel. Controls are grey or dashed.
+# An arm keeps its colour in every panel.
 _STYLES: dict[str, dict[str, Any]] = {
     "start": {"color": "#9aa0a6", "linestyle": ":"},
+    "teacher": {"color": "#9aa0a6", "linestyle": "-."},
     "grpo": {"color": "#202124"},
+    "grpo_t12": {"color": "#e37400"},
     "ral": {"color": "#1a73e8"},
+    "noise": {"color": "#d93025", "linestyle": "--", "alpha": 0.7},
     "explore": {"color": "#d93025"},
-    "noise": {"color": "#d93025", "linestyle": "--", "alpha": 0.6},
-    "logits": {"color": "#188038", "linestyle": "--", "alpha": 0.7},
-    "opad": {"color": "#188038"},
-    "zero_grpo": {"color": "#9334e6", "linestyle": "--", "alpha": 0.7},
+    "zero_grpo": {"color": "#9334e6", "linestyle": "--", "alpha": 0.8},
     "zero_ral": {"color": "#9334e6"},
+    "logits": {"color": "#188038", "linestyle": "--", "alpha": 0.8},
+    "opad": {"color": "#188038"},
 }
+_ACCURACY = ("start", "grpo", "grpo_t12", "ral", "noise", "explore", "zero_grpo", "zero_ral")
+_GAIN = ("grpo_t12", "ral", "noise", "explore")
+_BANDS = ("ral", "explore", "opad")  # of the gain: five at once cannot be read
+_ATTENTION = ("grpo", "ral", "noise", "explore", "logits", "opad")
+_GREY = "#5f6368"
 
 
-def label_of(arm: str) -> str:
-    """An arm's name in tables and pictures."""
-    return "start (SFT)" if arm == "start" else BY_NAME[arm].label
+def draw(path: Path) -> list[Path]:
+    """For each task: accuracy, gain over GRPO, attention over training, and every arm's endpoint.
 
-
-def draw(path: Path) -> Path:
-    """Accuracy against size, and attention on the target over training, one row a task."""
+    Args:
+        path: the study's JSON; pictures lie beside it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     study = json.loads(path.read_text())
-    tasks = [name for name in TASKS if any(r["task"] == name for r in study["runs"])]
-    figure, grid = plt.subplots(
-        len(tasks), 2, figsize=(11, 4.2 * len(tasks)), squeeze=False, constrained_layout=True
-    )
-    for (left, right), name in zip(grid, tasks, strict=True):
-        runs = [r for r in study["runs"] if r["task"] == name]
-        _accuracy(left, name, runs)
-        _attention(right, runs)
-    settings = study["settings"]
-    figure.suptitle(
-        f"{settings['seeds']} seeds, {settings['batches']} rollout batches of 128, held-out digits;"
-        " bands: 95 % of the mean",
-        fontsize=10, color="#5f6368",
-    )  # fmt: skip
-    out = path.with_suffix(".png")
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
-    return out
-
-
-def _of(runs: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    return [r for r in runs if r["arm"] == arm]
-
-
-def _accuracy(axes: Any, name: str, runs: list[dict[str, Any]]) -> None:
-    task = TASKS[name]
-    for arm, style in _STYLES.items():
-        mine = _of(runs, arm)
-        if not mine:
+    drawn = []
+    for name, task in TASKS.items():
+        of = by_arm(study["runs"], name)
+        if not of:
             continue
-        sizes = list(task.evaluated)
-        estimates = [estimate([r["accuracy"][str(size)] for r in mine]) for size in sizes]
-        means = [100 * e.mean for e in estimates]
-        x = [size if task.axis == "frames" else size**2 for size in sizes]
-        axes.plot(x, means, marker="o", markersize=3.5, linewidth=1.8, label=label_of(arm), **style)
-        if all(math.isfinite(e.half_width) for e in estimates):
-            low, high = (
-                [100 * (e.mean + sign * e.half_width) for e in estimates] for sign in (-1, 1)
-            )
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.10, linewidth=0)
-    axes.set_ylim(top=102)  # an interval may reach beyond what can be
+        lower = max(3.6, 0.26 * len(compare(of, name)) + 1.3)
+        figure = plt.figure(figsize=(12, 4.6 + lower), constrained_layout=True)
+        # Of their own, so that the long names below leave the panels above as they are.
+        parts: Any = figure.subfigures(2, 1, height_ratios=(4.4, lower))
+        above, below = parts
+        upper: Any = above.subplots(1, 2)
+        _accuracy(upper[0], task, of)
+        _gain(upper[1], task, of)
+        under: Any = below.subplots(1, 2)
+        _attention(under[0], task, of)
+        _endpoint(under[1], name, of)
+        settings = study["settings"]
+        batches = settings["batches"] or task.batches
+        figure.suptitle(
+            f"{name}: tiny Qwen2.5-VL on held-out handwritten digits; {settings['seeds']} seeds, "
+            f"{batches} batches of 128 rollouts"
+            + ("; bands: 95 % of the mean" if settings["seeds"] > 2 else ""),
+            fontsize=10, color=_GREY,
+        )  # fmt: skip
+        out = path.with_name(f"{path.stem}-{name}.png")
+        figure.savefig(out, dpi=110)
+        plt.close(figure)
+        drawn.append(out)
+    return drawn
+
+
+def _sizes(task: StudyTask) -> list[int]:
+    """Values of the horizontal axis: frames, or cells."""
+    return [n if task.axis == "frames" else n**2 for n in task.evaluated]
+
+
+def _line(
+    axes: Any, x: list[int], estimates: list[Estimate], arm: str, band: bool = True, **more: Any
+) -> None:
+    style = _STYLES[arm]
+    means = [100 * e.mean for e in estimates]
+    axes.plot(x, means, markersize=3.5, linewidth=1.8, label=label_of(arm), **style, **more)
+    if band and all(e.seeds > 2 for e in estimates):  # of two seeds it covers everything
+        low, high = ([100 * (e.mean + s * e.half_width) for e in estimates] for s in (-1, 1))
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.10, linewidth=0)
+
+
+def _along_sizes(axes: Any, task: StudyTask, shortest: int = 1) -> None:
+    x = [value for n, value in zip(task.evaluated, _sizes(task), strict=True) if n >= shortest]
     longest = max(task.trained) if task.axis == "frames" else max(task.trained) ** 2
-    axes.axvspan(0.9, longest, color="#f1f3f4", zorder=0)
-    axes.text(longest, axes.get_ylim()[0], " RL trains up to here", fontsize=8, color="#5f6368",
-              va="bottom")  # fmt: skip
+    axes.axvspan(x[0] * 0.9, longest, color="#f1f3f4", zorder=0)
+    axes.text(longest * 0.97, 0.985, "RL trains up to here", transform=axes.get_xaxis_transform(),
+              fontsize=8, color=_GREY, va="top", ha="right")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [str(value) for value in x])
+    axes.minorticks_off()
+    axes.set_xlim(x[0] * 0.9, x[-1] * 1.1)
     axes.set_xlabel("frames" if task.axis == "frames" else "cells (visual tokens)")
-    axes.set_ylabel("accuracy, %")
-    axes.set_title(f"{name}: right answers", loc="left", fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7.5, frameon=False, loc="lower left")
 
 
-def _attention(axes: Any, runs: list[dict[str, Any]]) -> None:
-    for arm, style in _STYLES.items():
-        mine = [r for r in _of(runs, arm) if r.get("target_curve")]
-        if not mine:
+def _legend(axes: Any, **options: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False, **options)
+
+
+def _accuracy(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
+    for arm in _ACCURACY:
+        if arm in of:
+            runs = of[arm].values()
+            estimates = [estimate([r["accuracy"][str(n)] for r in runs]) for n in task.evaluated]
+            _line(axes, _sizes(task), estimates, arm, marker="o")
+    _along_sizes(axes, task)
+    axes.set_ylim(top=min(102, axes.get_ylim()[1] + 3))
+    axes.set_ylabel("right answers, %")
+    axes.set_title("accuracy", loc="left", fontsize=11)
+    _legend(axes, loc="lower left")
+
+
+def _gain(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
+    axes.axhline(0, color=_STYLES["grpo"]["color"], linewidth=1.2)
+    # Sizes below any in training may break down, and would set the scale.
+    sizes = [n for n in task.evaluated if n >= min(task.trained)]
+    for arm, against in [*((arm, "grpo") for arm in _GAIN), ("opad", "logits")]:
+        if arm not in of or against not in of:
             continue
-        steps = [step for step, _ in mine[0]["target_curve"]]
-        means = [
-            100 * sum(max(r["target_curve"][i][1]) for r in mine) / len(mine)
-            for i in range(len(steps))
+        estimates = []
+        for n in sizes:
+            ours, theirs = (
+                {seed: r["accuracy"][str(n)] for seed, r in of[name].items()}
+                for name in (arm, against)
+            )
+            difference = paired(ours, theirs)
+            if difference is not None:
+                estimates.append(difference)
+        if len(estimates) == len(sizes):
+            x = _sizes(task)[-len(sizes) :]
+            _line(axes, x, estimates, arm, band=arm in _BANDS, marker="o")
+    _along_sizes(axes, task, min(sizes))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.25 * (high - low), high + 0.05 * (high - low))  # room for the legend
+    axes.set_ylabel("difference, points")
+    axes.set_title("gain over GRPO (OPAD: over distillation of tokens)", loc="left", fontsize=11)
+    _legend(axes, loc="lower left", ncols=2)
+
+
+def _attention(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
+    for arm in _ATTENTION:
+        runs = list(of.get(arm, {}).values())
+        if not runs:
+            continue
+        steps = [done for done, _ in runs[0]["target_curve"]]
+        estimates = [
+            estimate([max(r["target_curve"][i][1]) for r in runs]) for i in range(len(steps))
         ]
-        axes.plot(steps, means, linewidth=1.8, label=label_of(arm), **style)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("attention on the target, %")
-    axes.set_title(
-        "share of visual attention on what is asked, best layer", loc="left", fontsize=11
-    )
+        _line(axes, steps, estimates, arm)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("rollout batches")
+    axes.set_ylabel("share of visual attention, %")
+    what = "frame" if task.axis == "frames" else "cell"
+    extent = max(task.trained)
+    size = f"{extent} frames" if task.axis == "frames" else f"{extent} × {extent} cells"
+    axes.set_title(f"attention on the asked {what} ({size}, best layer)", loc="left", fontsize=11)
     axes.grid(alpha=0.25)
+    _legend(axes, loc="best")
+
+
+def _endpoint(axes: Any, name: str, of: dict[str, dict[int, Run]]) -> None:
+    """Every arm's difference from the one it is compared with."""
+    compared = compare(of, name)
+    for place, one in enumerate(compared):
+        difference = one.difference
+        color = _STYLES.get(one.arm, {}).get("color", _GREY)
+        sure = one.adjusted < 0.05
+        axes.errorbar(
+            [100 * difference.mean], [place], xerr=[[100 * difference.half_width]] * 2, fmt="o",
+            color=color, markersize=5 if sure else 4, markerfacecolor=color if sure else "white",
+            linewidth=1.6, capsize=2.5,
+        )  # fmt: skip
+    labels = [
+        label_of(one.arm) + ("" if one.against == "grpo" else f"  − {label_of(one.against)}")
+        for one in compared
+    ]
+    axes.set_yticks(range(len(compared)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color=_STYLES["grpo"]["color"], linewidth=1.2)
+    grpo = of.get("grpo")
+    mean = "" if grpo is None else f" {estimate(list(at_endpoint(name, grpo).values()))} %"
+    axes.set_xlabel("difference, points; filled: p < 0.05 by Holm")
+    axes.set_title(f"every arm − GRPO{mean}\n{TASKS[name].endpoint_label}", loc="left", fontsize=11)
+    axes.grid(alpha=0.25, axis="x")
+
+
+def main(paths: Sequence[str]) -> int:
+    for path in paths:
+        for picture in draw(Path(path)):
+            print(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from . import evaluate
-from .arms import BUDGET, BY_NAME, Arm
+from .arms import BUDGET, BY_NAME, SHARPENING, Arm
+from .pictures import Pictures
 from .tasks import TASKS, StudyTask
 
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
+FIXED = ("start", "teacher")  # evaluated as they are
+CURVE = (0.2, 0.4, 0.7)  # of a run's rollout batches; the endpoint's accuracy is taken there too
+TARGET_EVERY = 2  # rollout batches between two points of the attention's curve
 _TARGET_ROWS = 64
 
 
@@ -25,17 +30,18 @@ class Plan:
 
     Attributes:
         folder: where starts, teachers and results are.
-        batches: rollout batches of a run.
+        batches: rollout batches of a run; None for the task's own number.
         test_rows: rows at each extent of the evaluation.
         start_seed: seed of the supervised start, the same for all runs.
-        teacher_batches: rollout batches that make the teacher out of the start.
     """
 
     folder: Path
-    batches: int
+    batches: int | None
     test_rows: int
     start_seed: int = 0
-    teacher_batches: int = 100
+
+    def batches_of(self, task: StudyTask) -> int:
+        return task.batches if self.batches is None else self.batches
 
     def start(self, task: StudyTask, style: str) -> Path:
         return self.folder / "starts" / f"{task.name}-{style}-{self.start_seed}"
@@ -55,19 +61,74 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
 
         name: Any = task.name
         chosen: Any = style
-        train_start(folder, task=name, style=chosen, seed=plan.start_seed)
+        train_start(
+            folder, task=name, style=chosen, seed=plan.start_seed, extents=task.seen,
+            wrong_share=task.wrong_share,
+        )  # fmt: skip
     return folder
 
 
 def make_teacher(plan: Plan, task: StudyTask) -> Path:
-    """The start after a longer run of GRPO: a teacher of the student's own lineage."""
+    """The start after a run of GRPO of twice the length: a teacher of the student's own lineage."""
     folder = plan.teacher(task)
     if not (folder / "config.json").exists():
         arm = Arm("teacher", "teacher", {"temperature": 1.2})
-        trainer = _trainer(plan, task, arm, seed=10_000, batches=plan.teacher_batches)
+        bench = Bench.of(plan, task, task.style)
+        trainer = _trainer(bench, arm, seed=10_000, batches=2 * plan.batches_of(task))
         trainer.train()
-        trainer.save_model(str(folder))
+        with bench.pictures.left_out(trainer.model):
+            trainer.save_model(str(folder))
     return folder
+
+
+class Bench:
+    """What the runs of a task and style share: start, pictures seen, held-out rows.
+
+    Args:
+        plan: of the study.
+        task, style: of the runs.
+    """
+
+    _made: ClassVar[dict[tuple[Plan, str, str], Bench]] = {}
+
+    def __init__(self, plan: Plan, task: StudyTask, style: str) -> None:
+        from ral.models import load_model, load_processor
+
+        self.plan, self.task, self.style = plan, task, style
+        self.start = str(make_start(plan, task, style))
+        self.pictures = Pictures(load_model(self.start, dtype="float32").model.visual)
+        self.processor = self.pictures.processor_of(load_processor(self.start))
+        self.tests = {
+            extent: evaluate.HeldOut(self.processor, task, style, extent, plan.test_rows)
+            for extent in task.evaluated
+        }
+        self.targets = {
+            extent: evaluate.TargetAttention(self.processor, task, style, extent, _TARGET_ROWS)
+            for extent in task.evaluated
+            if extent > 1
+        }
+
+    @classmethod
+    def of(cls, plan: Plan, task: StudyTask, style: str) -> Bench:
+        """The one of this process."""
+        key = (plan, task.name, style)
+        if key not in cls._made:
+            cls._made[key] = cls(plan, task, style)
+        return cls._made[key]
+
+    def model(self, folder: str | Path) -> Any:
+        """A descendant of the start, whose vision tower is the start's."""
+        from ral.models import load_model
+
+        model = load_model(str(folder), dtype="float32")
+        model.model.visual = self.pictures
+        _remember_positions(model.model)
+        return model
+
+    def endpoint(self, model: Any) -> float:
+        """Mean greedy accuracy at the endpoint's extents."""
+        found = evaluate.accuracies(model, self.tests, self.task.endpoint)
+        return self.task.at_endpoint({extent: score.right for extent, score in found.items()})
 
 
 def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
@@ -77,44 +138,36 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text())
         return found
     task = TASKS[task_name]
-    arm = Arm("start", "start") if arm_name == "start" else BY_NAME[arm_name]
+    arm = Arm(arm_name, arm_name) if arm_name in FIXED else BY_NAME[arm_name]
+    bench = Bench.of(plan, task, arm.style or task.style)
     started = time.perf_counter()
+    began = time.process_time()
     result: dict[str, Any] = {"task": task_name, "arm": arm_name, "seed": seed}
-    if arm_name == "start":
-        from ral.models import load_model, load_processor
-
-        folder = make_start(plan, task, arm.style or task.style)
-        model, processor = load_model(str(folder), dtype="float32"), load_processor(str(folder))
+    if arm_name in FIXED:
+        folder = make_teacher(plan, task) if arm_name == "teacher" else bench.start
+        model = bench.model(folder)
     else:
-        trainer = _trainer(plan, task, arm, seed, plan.batches)
-        watch = evaluate.TargetAttention(
-            trainer.processing_class,
-            task,
-            arm.style or task.style,
-            max(task.trained),
-            _TARGET_ROWS,
-        )
-        result["target_curve"] = _watch(trainer, watch)
+        batches = plan.batches_of(task)
+        trainer = _trainer(bench, arm, seed, batches)
+        result |= _watch(trainer, bench, batches, arm.curve)
         trainer.train()
         result["reward_curve"] = [x["reward"] for x in trainer.state.log_history if "reward" in x]
         for name in ("attn/divergence", "attn/grad_share", "attn/differing_prefixes", "kl"):
             result[name] = [x[name] for x in trainer.state.log_history if name in x]
-        model, processor = trainer.model, trainer.processing_class
-    result["seconds_trained"] = time.perf_counter() - started
-    with evaluate.sharpened(model, arm.sharpened):
-        scores = evaluate.accuracies(
-            model, processor, task, arm.style or task.style, plan.test_rows
-        )
-        result["accuracy"] = {extent: accuracy.right for extent, accuracy in scores.items()}
-        result["grounded"] = {extent: accuracy.grounded for extent, accuracy in scores.items()}
-        result["target"] = {
-            extent: evaluate.TargetAttention(
-                processor, task, arm.style or task.style, extent, _TARGET_ROWS
-            )(model)
-            for extent in task.evaluated
-            if extent > 1
+        model = trainer.model
+    scores = evaluate.accuracies(model, bench.tests, task.evaluated)
+    for name in ("right", "thought", "grounded"):
+        result[{"right": "accuracy"}.get(name, name)] = {
+            extent: getattr(score, name) for extent, score in scores.items()
         }
+    result["target"] = {str(extent): target(model) for extent, target in bench.targets.items()}
+    with evaluate.sharpened(model, SHARPENING):
+        scores = evaluate.accuracies(model, bench.tests, task.endpoint)
+    result["sharpened"] = {extent: score.right for extent, score in scores.items()}
     result["seconds"] = time.perf_counter() - started
+    result["cpu_seconds"] = time.process_time() - began
+    del model
+    gc.collect()  # a trainer's cycles hold the model and its optimizer
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".part")
     partial.write_text(json.dumps(result) + "\n")
@@ -123,14 +176,18 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
     return loaded
 
 
-def _trainer(plan: Plan, task: StudyTask, arm: Arm, seed: int, batches: int) -> Any:
+def settings_of(arm: Arm, task: StudyTask) -> dict[str, Any]:
+    """Of `RALConfig`."""
+    spans = task.spans if "attn_explore_sigma" in arm.settings else {}
+    return {**BUDGET, "learning_rate": task.learning_rate, **spans, **arm.settings}
+
+
+def _trainer(bench: Bench, arm: Arm, seed: int, batches: int) -> Any:
     from ral import RALConfig
-    from ral.models import load_model, load_processor
     from ral.rewards import combined_reward
 
-    style = arm.style or task.style
-    start = str(make_start(plan, task, style))
-    settings = {**BUDGET, **arm.settings}
+    plan, task, style = bench.plan, bench.task, bench.style
+    settings = settings_of(arm, task)
     steps = settings["num_iterations"] * settings["steps_per_generation"]
     config = RALConfig(
         output_dir=str(plan.folder / "out" / f"{task.name}-{arm.name}-{seed}"),
@@ -150,15 +207,35 @@ def _trainer(plan: Plan, task: StudyTask, arm: Arm, seed: int, batches: int) -> 
         **settings,
     )
     prompts = batches * ROLLOUTS // settings["num_generations"]
-    return _study_trainer()(
-        load_model(start, dtype="float32"),
+    trainer = _study_trainer()(
+        bench.model(bench.start),
         combined_reward(style),
         config,
         train_dataset=task.rows(prompts, task.trained, "train", 1_000 + seed, style=style),
-        processing_class=load_processor(start),
-        teacher_model=str(make_teacher(plan, task)) if arm.teacher else None,
+        processing_class=bench.processor,
+        teacher_model=bench.model(make_teacher(plan, task)) if arm.teacher else None,
         control=arm.control,
     )
+    if trainer.ref_model is not None:
+        trainer.ref_model.model.visual = bench.pictures
+    return trainer
+
+
+def _remember_positions(model: Any) -> None:
+    """Compute the position ids of a batch once: they come from a loop in Python over its rows."""
+    stock = model.get_rope_index
+    known: dict[Any, Any] = {}
+
+    def remembered(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        key = tuple(None if x is None else x.numpy().tobytes() for x in (input_ids, mask))
+        if key not in known:
+            if len(known) > 8:
+                known.clear()
+            known[key] = stock(input_ids, *args, **kwargs)
+        return known[key]
+
+    model.get_rope_index = remembered
 
 
 def _study_trainer() -> Any:
@@ -183,19 +260,33 @@ def _study_trainer() -> Any:
     return StudyTrainer
 
 
-def _watch(trainer: Any, attention: evaluate.TargetAttention, every: int = 20) -> list[Any]:
-    """[optimizer step, share in each layer], filled as the trainer runs."""
+def _watch(trainer: Any, bench: Bench, batches: int, with_accuracy: bool) -> dict[str, list[Any]]:
+    """Curves over training, filled as the trainer runs.
+
+    Returns:
+        target_curve: [rollout batches, share of attention on the target in each layer], at the
+            longest extent that is trained on.
+        curve: [rollout batches, accuracy at the endpoint], at `CURVE` of the run if with_accuracy.
+    """
     from transformers import TrainerCallback
 
-    curve: list[Any] = [[0, attention(trainer.model)]]
+    target = bench.targets[max(bench.task.trained)]
+    curves: dict[str, list[Any]] = {"target_curve": [[0, target(trainer.model)]], "curve": []}
+    steps = trainer.args.max_steps // batches
+    marks = sorted({max(1, round(share * batches)) for share in CURVE})
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % every == 0:
-                curve.append([state.global_step, attention(trainer.model)])
+            done, rest = divmod(state.global_step, steps)
+            if rest:
+                return
+            if done % TARGET_EVERY == 0 or done == batches:
+                curves["target_curve"].append([done, target(trainer.model)])
+            if with_accuracy and done in marks:
+                curves["curve"].append([done, bench.endpoint(trainer.model)])
 
     trainer.add_callback(Watch())
-    return curve
+    return curves
 
 
 def be_quiet() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -14,21 +14,43 @@ class StudyTask:
         name: of `ral.digits`.
         style: form of the responses, whose thought names the time of the frame, or the colour.
         axis: what grows: "frames" of a video, or "cells" of an image.
-        trained: extents (frames, or cells on a side) of the rows that the arms train on. The start
-            has seen a few rows of every extent, or it would lose the form of its answers.
+        seen: extents (frames, or cells on a side) of the demonstrations that the start learns; of
+            the longer ones few, so that answers keep their form there.
+        trained: extents of the rows that the arms train on.
         evaluated: extents that are evaluated, one visual token a cell.
-        endpoint: the extent at which arms are compared. Fixed before any run.
+        endpoint: arms are compared by the mean accuracy over these extents, all longer than what
+            they train on. Fixed before the study's runs, on other seeds.
+        wrong_share: of the start's last demonstrations, those that answer for the last cell or
+            frame.
+        batches: rollout batches of a run.
+        learning_rate: of its first step.
+        spans: settings of `RALConfig` for noise on attention: what each draw is for.
     """
 
     name: str
     style: str
     axis: str
+    seen: tuple[int, ...]
     trained: tuple[int, ...]
     evaluated: tuple[int, ...]
-    endpoint: int
+    endpoint: tuple[int, ...]
+    wrong_share: float
+    batches: int
+    learning_rate: float
+    spans: dict[str, Any] = field(hash=False)
 
     def visual_tokens(self, extent: int) -> int:
         return 4 * extent if self.axis == "frames" else extent**2
+
+    def at_endpoint(self, of_extent: dict[str, float]) -> float:
+        """The mean over the endpoint's extents."""
+        return sum(of_extent[str(extent)] for extent in self.endpoint) / len(self.endpoint)
+
+    @property
+    def endpoint_label(self) -> str:
+        unit = "frames" if self.axis == "frames" else "cells a side"
+        *most, last = map(str, self.endpoint)
+        return f"mean of {', '.join(most)} and {last} {unit}" if most else f"{last} {unit}"
 
     def rows(
         self, size: int, extents: int | tuple[int, ...], split: str, seed: int, **more: Any
@@ -44,6 +66,14 @@ class StudyTask:
 
 
 TASKS = {
-    "frames": StudyTask("timestamp", "think", "frames", (2, 4, 8), (1, 2, 4, 8, 16, 32, 64), 32),
-    "resolution": StudyTask("cell", "think", "cells", (2, 3), (1, 2, 3, 4, 6, 8), 8),
-}
+    "frames": StudyTask(
+        "timestamp", "think", "frames", seen=(2, 4, 8, 16, 32, 64), trained=(2, 4, 8),
+        evaluated=(1, 2, 4, 8, 16, 32, 64), endpoint=(16, 32, 64), wrong_share=0.6,
+        batches=20, learning_rate=1e-3, spans={"attn_granularity": "frame"},
+    ),
+    "resolution": StudyTask(
+        "cell", "think", "cells", seen=(1, 2, 3, 4, 6, 8), trained=(3, 4, 6),
+        evaluated=(1, 2, 3, 4, 6, 8), endpoint=(8,), wrong_share=0.7,
+        batches=30, learning_rate=5e-4, spans={"attn_granularity": "tile", "attn_tile": [1, 1]},
+    ),
+}  # fmt: skip

@@ -18,7 +18,7 @@ from .scans import Split
 from .tasks import Style, make_dataset
 
 EXTENTS: dict[Task, tuple[int, ...]] = {"cell": (2, 3, 4, 6, 8), "timestamp": (4, 8, 16, 32, 64)}
-_LONGEST = 12  # tokens of an answer; the demonstrations have 7 at most
+LONGEST = 12  # tokens of an answer; the demonstrations have 7 at most
 # Nothing but the form that the demonstrations have.
 _FORMS = {
     "think": re.compile(r"<think>([^<]*)</think><answer>([^<]*)</answer>"),
@@ -118,22 +118,41 @@ def evaluate(
 def _accuracy(
     model: Any, processor: Any, rows: Any, style: Style, temperature: float, batch_size: int
 ) -> Accuracy:
-    right = thought = grounded = formed = 0
+    written: list[str] = []
+    wanted: list[str] = []
+    solutions: list[str] = []
     for first in range(0, len(rows), batch_size):
         batch = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
         texts, _ = answers_of(
-            model, processor, batch, max_new_tokens=_LONGEST, temperature=temperature
+            model, processor, batch, max_new_tokens=LONGEST, temperature=temperature
         )
-        for row, written in zip(batch, texts, strict=True):
-            found = _FORMS[style].fullmatch(written)
-            wanted = _FORMS[style].fullmatch(row["completion"][0]["content"])
-            if found is None or wanted is None:
-                continue
-            formed += 1
-            is_right = found[2] == row["solution"]
-            names_it = found[1] == wanted[1] if style == "think" else is_right
-            right += is_right
-            thought += names_it
-            grounded += is_right and names_it
-    count = len(rows)
+        written += texts
+        wanted += [row["completion"][0]["content"] for row in batch]
+        solutions += [row["solution"] for row in batch]
+    return judge(written, wanted, solutions, style)
+
+
+def judge(
+    written: Sequence[str], wanted: Sequence[str], solutions: Sequence[str], style: Style
+) -> Accuracy:
+    """What is right in some responses.
+
+    Args:
+        written: the responses.
+        wanted, solutions: the rows' right demonstrations and solutions.
+        style: of both.
+    """
+    right = thought = grounded = formed = 0
+    for said, demonstration, solution in zip(written, wanted, solutions, strict=True):
+        found = _FORMS[style].fullmatch(said)
+        shown = _FORMS[style].fullmatch(demonstration)
+        if found is None or shown is None:
+            continue
+        formed += 1
+        is_right = found[2] == solution
+        names_it = found[1] == shown[1] if style == "think" else is_right
+        right += is_right
+        thought += names_it
+        grounded += is_right and names_it
+    count = len(written)
     return Accuracy(right / count, thought / count, grounded / count, formed / count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -163,10 +164,16 @@ class _Draw:
         return read
 
     def _pictures(self, index: int, extent: int) -> list[Any]:
-        from PIL import Image
+        return list(_draw(self.task, self.split, self.seed, index, extent))
 
-        puzzle = make_puzzle(self.task, extent, self.split, self.seed, index)
-        return [Image.fromarray(frame) for frame in draw(puzzle, self.split, NOISE[self.task])]
+
+# GRPO reads a row once per rollout and step: of those of a rollout batch each is drawn once.
+@lru_cache(maxsize=64)
+def _draw(task: Task, split: Split, seed: int, index: int, extent: int) -> tuple[Any, ...]:
+    from PIL import Image
+
+    puzzle = make_puzzle(task, extent, split, seed, index)
+    return tuple(Image.fromarray(frame) for frame in draw(puzzle, split, NOISE[task]))
 
 
 def _without_none(message: dict[str, Any]) -> dict[str, Any]:

@@ -10,19 +10,22 @@ import pytest
 import torch
 
 from benchmarks import figure3
+from benchmarks.study import examples, report
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BUDGET, QUICK
-from benchmarks.study.evaluate import TargetAttention, sharpened
-from benchmarks.study.statistics import estimate, paired
+from benchmarks.study.evaluate import TEST_SEED, HeldOut, TargetAttention, sharpened
+from benchmarks.study.pictures import Pictures
+from benchmarks.study.statistics import deviation, estimate, holm, paired
 from benchmarks.study.tasks import TASKS
 from ral import RALConfig
+from ral.digits.evaluate import evaluate
 from ral.digits.model import make_model, make_processor, save_start
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory) -> one.Plan:
     """A study whose start and teacher are random models."""
-    plan = one.Plan(tmp_path_factory.mktemp("study"), 1, 8)
+    plan = one.Plan(tmp_path_factory.mktemp("study"), 1, 4)
     for task in TASKS.values():
         for style in ("think", "direct"):
             save_start(plan.start(task, style))
@@ -33,25 +36,24 @@ def plan(tmp_path_factory) -> one.Plan:
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_arms(arm) -> None:
     """Each is a configuration that is not refused, and differs from what it is compared with."""
-    config = RALConfig(
-        output_dir="unused", use_cpu=True, bf16=False, report_to=[], **{**BUDGET, **arm.settings}
-    )
-    assert config.needs_teacher == arm.teacher
-    assert config.generation_batch_size == one.ROLLOUTS
     others = {other.name: other for other in ARMS}
-    if arm.against is not None:
-        against = others[arm.against]
-        same = (arm.settings, arm.control, arm.sharpened) == (
-            against.settings, against.control, against.sharpened,
-        )  # fmt: skip
-        assert not same and against.style == arm.style
+    for task in arm.tasks:
+        settings = one.settings_of(arm, TASKS[task])
+        config = RALConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **settings)
+        assert config.needs_teacher == arm.teacher
+        assert config.generation_batch_size == one.ROLLOUTS
+        assert all(settings[k] == v for k, v in BUDGET.items() if k not in arm.settings)
+        for name in arm.against:
+            against = others[name]
+            assert task in against.tasks and against.style == arm.style
+            assert (arm.settings, arm.control) != (against.settings, against.control)
 
 
 def test_controls_change_what_attention_learns_from_and_nothing_else(plan) -> None:
     losses = {}
     for name in ("ral", "ral_flipped", "ral_shuffled"):
         arm = next(arm for arm in ARMS if arm.name == name)
-        trainer = one._trainer(plan, TASKS["frames"], arm, seed=0, batches=1)
+        trainer = one._trainer(one.Bench.of(plan, TASKS["frames"], "think"), arm, 0, batches=1)
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -61,9 +63,12 @@ def test_controls_change_what_attention_learns_from_and_nothing_else(plan) -> No
             for parameter in trainer.model.parameters():
                 parameter.mul_(1.05)
         torch.manual_seed(0)
-        trainer._compute_loss(trainer.model, inputs)
+        with torch.no_grad():
+            whole = float(trainer._compute_loss(trainer.model, inputs))
         metrics = trainer._metrics["train"]
-        losses[name] = (metrics["attn/loss"][0], metrics["entropy"][0], metrics["kl"][0])
+        attention_loss = metrics["attn/loss"][0]
+        rest = whole - trainer.args.attn_coef * attention_loss
+        losses[name] = (attention_loss, metrics["entropy"][0], rest)
     attention, *others = zip(*losses.values(), strict=True)
     assert attention[1] == pytest.approx(-attention[0], rel=1e-4) != 0.0
     assert attention[2] != pytest.approx(attention[0], rel=1e-3)
@@ -90,6 +95,41 @@ def test_target_attention_and_sharpening() -> None:
     assert watch(model) == pytest.approx(shares)
 
 
+def test_pictures_are_what_the_tower_makes_of_them(plan) -> None:
+    """Numbers in the place of pixels change neither what is written nor where it attends."""
+    task = TASKS["frames"]
+    model, processor = make_model(seed=2), make_processor()
+    scores = evaluate(
+        model, "timestamp", extents=(2, 4), size=6, processor=processor,
+        seed=TEST_SEED - 1_000,
+    )  # fmt: skip
+    target = TargetAttention(processor, task, "think", 4, 6)
+    shares, logits = target(model), model(**target.inputs).logits
+    pictures = Pictures(model.model.visual)
+    numbered = pictures.processor_of(processor)
+    tower = model.model.visual
+    model.model.visual = pictures
+    again = TargetAttention(numbered, task, "think", 4, 6)
+    assert again(model) == pytest.approx(shares)
+    torch.testing.assert_close(model(**again.inputs).logits, logits)
+    assert {n: HeldOut(numbered, task, "think", n, 6)(model) for n in (2, 4)} == scores
+    assert again.inputs["pixel_values"].shape[1] == 1
+    seen = len(pictures)
+    HeldOut(numbered, task, "think", 4, 6)
+    assert len(pictures) == seen == 6 * (4 + 2 + 4)  # no picture is looked at again
+    with pictures.left_out(model):
+        for mine, theirs in zip(model.model.visual.parameters(), tower.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    assert model.model.visual is pictures
+
+
+def test_a_frozen_tower_trains_the_rest(plan) -> None:
+    bench = one.Bench.of(plan, TASKS["resolution"], "think")
+    model = bench.model(bench.start)
+    assert not [name for name, _ in model.named_parameters() if "visual" in name]
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
 def test_statistics() -> None:
     # Student's t for 4 degrees of freedom: 2.776; the standard error of 1..5 is sqrt(0.5)
     found = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -100,6 +140,108 @@ def test_statistics() -> None:
     assert difference is not None and difference.seeds == 2
     assert difference.mean == pytest.approx(0.0)
     assert paired({0: 1.0}, {1: 1.0}) is None
+    assert estimate([0.1, 0.1]).p == 0.0 and estimate([0.0, 0.0]).p == 1.0
+    # one sample of 5 against 0: t = 3 / sqrt(0.5) = 4.243, two-sided p = 0.0132
+    assert found.p == pytest.approx(0.0132, abs=1e-4)
+    assert deviation([1.0, 3.0]) == pytest.approx(math.sqrt(2)) and math.isnan(deviation([1.0]))
+    assert estimate([0.02, 0.04]).signed.startswith("+3.0 ± ")
+    assert estimate([-0.02, -0.04]).signed.startswith("−3.0 ± ")
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    left_alone = holm([math.nan, 0.02])
+    assert math.isnan(left_alone[0]) and left_alone[1] == 0.02
+
+
+def _made_up(arm: str, seed: int, right: float, sharp: float = 0.5) -> dict:
+    task = TASKS["frames"]
+    sizes = {str(n): right for n in task.evaluated}
+    return {
+        "task": "frames", "arm": arm, "seed": seed, "accuracy": {**sizes, "1": 1.0},
+        "sharpened": dict.fromkeys(map(str, task.endpoint), sharp),
+        "target": {size: [0.1, right] for size in sizes}, "curve": [[5, right - 0.1]],
+    }  # fmt: skip
+
+
+def test_the_endpoint_is_a_mean_over_sizes_beyond_training() -> None:
+    for task in TASKS.values():
+        assert min(task.endpoint) > max(task.trained)
+        assert set(task.endpoint) <= set(task.evaluated)
+    of_extent = {"1": 1.0, "16": 0.9, "32": 0.6, "64": 0.3}
+    assert TASKS["frames"].at_endpoint(of_extent) == pytest.approx(0.6)
+
+
+def test_tables() -> None:
+    runs = [_made_up("start", 0, 0.3)]
+    runs += [_made_up("grpo", seed, right) for seed, right in enumerate((0.7, 0.8, 0.75))]
+    runs += [_made_up("ral", seed, right) for seed, right in enumerate((0.72, 0.84, 0.78))]
+    runs += [_made_up("logits", seed, 0.8) for seed in range(2)]
+    runs += [_made_up("opad", seed, right) for seed, right in enumerate((0.82, 0.84))]
+    heads, *lines = report.table("frames", runs)
+    cells = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
+    assert list(cells) == [report.label_of(a) for a in ("start", "grpo", "ral", "logits", "opad")]
+    assert cells["GRPO"]["endpoint"].startswith("75.0 ± 12.4") and cells["GRPO"]["SD"] == "5.0"
+    assert cells["GRPO"]["1"] == "100.0" and cells["GRPO"]["scores × 1.4"].startswith("50.0")
+    assert cells["start (SFT)"]["endpoint"] == "30.0" and cells["start (SFT)"]["SD"] == ""
+    _, ral, opad = report.comparisons("frames", runs)
+    assert ral[:4] == ["RAL λ = 5, all layers", "GRPO", "3", "+3.0 ± 2.5"]
+    # p of t = 3 / (1 / sqrt 3) with 2 degrees of freedom is 0.035; two comparisons
+    assert (ral[4], ral[5]) == ("0.035", "0.070")
+    assert opad[1] == "distillation of tokens"
+    _, early, late = report.curves("frames", runs)
+    assert early[0] == "5" and early[3].startswith("+3.0") and late[0] == "the end"
+    assert "| 3 | +3.0 ± 2.5 |" in report.markdown([ral])
+
+
+def test_tables_go_to_their_place_in_a_document(tmp_path) -> None:
+    study = {
+        "settings": {"first_seed": 0, "seeds": 2, "batches": None, "test_rows": 8},
+        "commit": {"hash": "0123456789", "dirty": False},
+        "runs": [_made_up(arm, seed, 0.5) for arm in ("grpo", "ral") for seed in range(2)],
+    }
+    file, document = tmp_path / "study.json", tmp_path / "document.md"
+    file.write_text(json.dumps(study))
+    place = "<!-- tables: python -m benchmarks.study.report x -->"
+    document.write_text(f"before\n\n{place}\nold\n<!-- end of tables -->\nafter\n")
+    for _ in range(2):  # twice the same
+        assert report.main(["--into", str(document), str(file)]) == 0
+        text = document.read_text()
+        assert text.startswith(f"before\n\n{place}\n\n### frames, seeds 0 to 1\n")
+        assert text.endswith("<!-- end of tables -->\nafter\n") and "old" not in text
+        assert text.count("\n| GRPO | 2 |") == 1 and "20 rollout batches" in text
+    document.write_text("no place")
+    with pytest.raises(ValueError, match="must have lines"):
+        report.insert(document, [file])
+
+
+def test_seeds_of_two_studies_are_pooled(tmp_path) -> None:
+    study = {
+        "settings": {"first_seed": 0, "seeds": 2, "batches": None, "test_rows": 8},
+        "commit": {"hash": "0123456789", "dirty": False},
+    }
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for number, (file, other) in enumerate(zip(files, ("noise", "ral_ref"), strict=True)):
+        seeds = range(100 * number, 100 * number + 2)
+        runs = [_made_up("grpo", seed, 0.5) for seed in seeds]
+        runs += [_made_up("ral", seed, 0.6) for seed in seeds]
+        runs += [_made_up(other, seed, 0.7) for seed in seeds]
+        file.write_text(json.dumps({**study, "runs": runs}))
+    head, body = report.pooled(files)
+    assert "all seeds" in head and "| GRPO | 4 | +10.0 ± 0.0 |" in body
+    assert "noise" not in body and "from the start" not in body  # in one study alone
+    (table,) = report.difference("ral", "grpo", files)
+    assert "| endpoint | +10.0 ± 0.0 | 4 |" in table and "| 64 | +10.0" in table
+    changed = json.loads(files[1].read_text())
+    changed["settings"]["test_rows"] = 16
+    files[1].write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="one commit and size"):
+        list(report.pooled(files))
+
+
+def test_a_picture_of_the_tasks(tmp_path) -> None:
+    assert 10_000 < examples.draw(tmp_path / "tasks.png").stat().st_size < 200_000
 
 
 def test_a_study(plan, tmp_path: Path, capsys) -> None:
@@ -107,24 +249,34 @@ def test_a_study(plan, tmp_path: Path, capsys) -> None:
     for arm in arms:
         result = one.run(plan, "frames", arm, 0)
         assert set(result["accuracy"]) == {str(size) for size in TASKS["frames"].evaluated}
+        assert set(result["sharpened"]) == {str(size) for size in TASKS["frames"].endpoint}
         assert all(
             0 <= x <= 1 for x in [*result["accuracy"].values(), *result["grounded"].values()]
         )
-        assert [step for step, _ in result["target_curve"]] == [0]
+        assert [done for done, _ in result["target_curve"]] == [0, 1]
     before = plan.result("frames", "ral", 0).stat().st_mtime_ns
     arguments = ["--tasks", "frames", "--arms", *arms, "--seeds", "1", "--batches", "1"]
-    arguments += ["--test-rows", "8", "--workers", "1", "--runs", str(plan.folder)]
+    arguments += ["--test-rows", "4", "--workers", "1", "--runs", str(plan.folder)]
     assert figure3.main([*arguments, "--out", str(tmp_path)]) == 0
     assert plan.result("frames", "ral", 0).stat().st_mtime_ns == before  # runs are not repeated
     (file,) = tmp_path.glob("*.json")
     study = json.loads(file.read_text())
     assert [run["arm"] for run in study["runs"]] == ["start", *arms]
-    assert file.with_suffix(".png").stat().st_size > 10_000
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.name == f"{file.stem}-frames.png" and picture.stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "GRPO + RAL, λ = 5" in printed and "difference at 32" in printed
+    assert "RAL λ = 5, all layers" in printed and "mean of 16, 32 and 64 frames" in printed
+    assert report.main([str(file)]) == 0
+    assert "| GRPO | 1 |" in capsys.readouterr().out
+
+
+def test_distillation_is_watched_while_it_trains(plan) -> None:
+    result = one.run(plan, "resolution", "opad", 0)
+    assert [done for done, _ in result["curve"]] == [1]
+    assert len(result["target_curve"][0][1]) == 2  # layers
 
 
 def test_quick_arms_have_what_they_are_compared_with() -> None:
     by_name = {arm.name: arm for arm in ARMS}
     for name in QUICK:
-        assert by_name[name].against in {None, *QUICK}
+        assert set(by_name[name].against) <= set(QUICK)

@@ -1,0 +1,285 @@
+"""The study's tables, from its JSON.
+
+python -m benchmarks.study.report FILE.json ...                          # Markdown
+python -m benchmarks.study.report --into docs/figure3.md FILE.json ...   # into its place there
+python -m benchmarks.study.report FILE.json ... --compare noise grpo_t15   # any two arms
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .arms import ARMS, BY_NAME
+from .statistics import Estimate, deviation, estimate, holm, paired
+from .tasks import TASKS
+
+Run = dict[str, Any]
+FIXED_LABELS = {"start": "start (SFT)", "teacher": "teacher"}
+
+
+def label_of(arm: str) -> str:
+    """An arm's name in tables and pictures."""
+    return FIXED_LABELS.get(arm) or BY_NAME[arm].label
+
+
+def by_arm(runs: Sequence[Run], task: str) -> dict[str, dict[int, Run]]:
+    """Runs of a task by arm and seed, in the order of tables."""
+    found: dict[str, dict[int, Run]] = {}
+    for name in (*FIXED_LABELS, *(arm.name for arm in ARMS)):
+        mine = {r["seed"]: r for r in runs if r["task"] == task and r["arm"] == name}
+        if mine:
+            found[name] = mine
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against the one it is compared with, at the endpoint.
+
+    Attributes:
+        arm, against: names.
+        difference: the paired one.
+        adjusted: its p, by Holm's method over the task's comparisons.
+    """
+
+    arm: str
+    against: str
+    difference: Estimate
+    adjusted: float
+
+
+def at_endpoint(task: str, runs: dict[int, Run], which: str = "accuracy") -> dict[int, float]:
+    """By seed."""
+    return {seed: TASKS[task].at_endpoint(run[which]) for seed, run in runs.items()}
+
+
+def compare(of: dict[str, dict[int, Run]], task: str) -> list[Comparison]:
+    """All comparisons of a task that its runs allow."""
+    found = []
+    for arm, runs in of.items():
+        for against in BY_NAME[arm].against if arm in BY_NAME else ():
+            ours, theirs = (at_endpoint(task, r) for r in (runs, of.get(against, {})))
+            difference = paired(ours, theirs)
+            if difference is not None:
+                found.append((arm, against, difference))
+    adjusted = holm([difference.p for *_, difference in found])
+    return [Comparison(*one, p) for one, p in zip(found, adjusted, strict=True)]
+
+
+def table(task: str, runs: Sequence[Run]) -> list[list[str]]:
+    """Accuracy at every size and at the endpoint; first the heads."""
+    study, of = TASKS[task], by_arm(runs, task)
+    lines = [
+        ["arm", "seeds", *map(str, study.evaluated), "endpoint", "SD", "scores × 1.4", "on target"]
+    ]
+    for arm, seeds in of.items():
+        every = list(seeds.values())
+        cells = [label_of(arm), str(len(every))]
+        cells += [
+            f"{100 * estimate([r['accuracy'][str(size)] for r in every]).mean:.1f}"
+            for size in study.evaluated
+        ]
+        ours = list(at_endpoint(task, seeds).values())
+        cells += [str(estimate(ours)), "" if len(ours) == 1 else f"{100 * deviation(ours):.1f}"]
+        cells += [str(estimate(list(at_endpoint(task, seeds, "sharpened").values())))]
+        cells += [str(estimate([_target(study.endpoint, r) for r in every]))]
+        lines.append(cells)
+    return lines
+
+
+def comparisons(task: str, runs: Sequence[Run]) -> list[list[str]]:
+    """Paired differences at the endpoint, and what sharpening does; first the heads."""
+    of = by_arm(runs, task)
+    lines = [["arm", "compared with", "seeds", "difference", "p", "p, Holm"]]
+    lines += [
+        [label_of(one.arm), label_of(one.against), str(one.difference.seeds),
+         one.difference.signed, _p(one.difference.p), _p(one.adjusted)]
+        for one in compare(of, task)
+    ]  # fmt: skip
+    return lines
+
+
+def _target(extents: Sequence[int], run: Run) -> float:
+    """Share of attention on the target in the layer that has the most, over the endpoint."""
+    layers = zip(*(run["target"][str(extent)] for extent in extents), strict=True)
+    return max(sum(shares) / len(extents) for shares in layers)
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def curves(task: str, runs: Sequence[Run]) -> list[list[str]]:
+    """Where distillation's gain ends: accuracy at the endpoint's sizes as training goes on."""
+    of = by_arm(runs, task)
+    if "logits" not in of or "opad" not in of:
+        return []
+    lines = [["rollout batches", label_of("logits"), label_of("opad"), "difference", "p"]]
+    marks = [done for done, _ in next(iter(of["opad"].values()))["curve"]]
+    points: list[tuple[str, Callable[[Run], float]]] = [
+        (str(done), lambda run, i=i: run["curve"][i][1])  # type: ignore[misc]
+        for i, done in enumerate(marks)
+    ]
+    points.append(("the end", lambda run: TASKS[task].at_endpoint(run["accuracy"])))
+    for name, value in points:
+        logits, opad = (
+            {seed: value(run) for seed, run in of[arm].items()} for arm in ("logits", "opad")
+        )
+        difference = paired(opad, logits)
+        lines.append([
+            name, str(estimate(list(logits.values()))), str(estimate(list(opad.values()))),
+            *(("", "") if difference is None else (difference.signed, _p(difference.p))),
+        ])  # fmt: skip
+    return lines
+
+
+def plain(lines: list[list[str]]) -> str:
+    """A table for a terminal."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = (
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+    )
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """The same for a document."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def sections(path: Path) -> Iterator[str]:
+    """The tables of a study's tasks, in Markdown."""
+    study = json.loads(path.read_text())
+    settings, commit = study["settings"], study["commit"]
+    for task in TASKS:
+        if not any(run["task"] == task for run in study["runs"]):
+            continue
+        batches = settings["batches"] or TASKS[task].batches
+        last_seed = settings["first_seed"] + settings["seeds"] - 1
+        yield (
+            f"### {task}, seeds {settings['first_seed']} to {last_seed}\n\n"
+            f"`{path.name}`, commit {commit['hash']}{' with changes' if commit['dirty'] else ''}; "
+            f"{batches} rollout batches, {settings['test_rows']} rows a size.\n"
+            f"Right answers in per cent at each {_AXIS[TASKS[task].axis]} and at the endpoint "
+            f"({TASKS[task].endpoint_label}), mean ± 95 %;\nthe endpoint with scores × 1.4; "
+            "attention on the target at the endpoint's sizes, in per cent of that on images.\n"
+        )
+        for make in (table, comparisons, curves):
+            lines = make(task, study["runs"])
+            if len(lines) > 1:
+                yield markdown(lines) + "\n"
+
+
+def pooled(paths: Sequence[Path]) -> Iterator[str]:
+    """The comparisons over the seeds of several studies of one commit, in Markdown.
+
+    Raises:
+        ValueError: they differ in more than seeds and arms.
+    """
+    studies = [json.loads(path.read_text()) for path in paths]
+    alike = [
+        (study["commit"]["hash"], *(study["settings"][k] for k in ("batches", "test_rows")))
+        for study in studies
+    ]
+    if len(set(alike)) != 1:
+        raise ValueError(f"report: pooled studies must be of one commit and size; got {alike}")
+    shared = set.intersection(*({r["arm"] for r in study["runs"]} for study in studies))
+    runs = [run for study in studies for run in study["runs"] if run["arm"] in shared]
+    for task in TASKS:
+        lines = comparisons(task, runs)
+        if len(lines) > 1:
+            yield f"### {task}, all seeds of the arms that are in {len(paths)} studies\n"
+            yield markdown(lines) + "\n"
+            if points := curves(task, runs):
+                yield markdown(points) + "\n"
+
+
+_AXIS = {"frames": "number of frames", "cells": "side of the grid"}
+_BEGIN, _END = "<!-- tables: python -m benchmarks.study.report", "<!-- end of tables -->"
+
+
+def difference(arm: str, other: str, paths: Sequence[Path]) -> Iterator[str]:
+    """One arm against another at every size and at the endpoint, over the seeds of some files."""
+    runs = [run for path in paths for run in json.loads(path.read_text())["runs"]]
+    for task, study in TASKS.items():
+        of = by_arm(runs, task)
+        if arm not in of or other not in of:
+            continue
+        points: list[tuple[str, Callable[[Run], float]]] = [
+            (str(size), lambda run, size=size: run["accuracy"][str(size)])  # type: ignore[misc]
+            for size in study.evaluated
+        ]
+        points += [
+            ("endpoint", lambda run, at=study.at_endpoint: at(run["accuracy"])),  # type: ignore[misc]
+            ("scores × 1.4", lambda run, at=study.at_endpoint: at(run["sharpened"])),  # type: ignore[misc]
+        ]
+        lines = [["size", f"{label_of(arm)} − {label_of(other)}", "seeds", "p"]]
+        for name, value in points:
+            found = paired(
+                {seed: value(run) for seed, run in of[arm].items()},
+                {seed: value(run) for seed, run in of[other].items()},
+            )
+            if found is not None:
+                lines.append([name, found.signed, str(found.seeds), _p(found.p)])
+        yield markdown(lines) + "\n"
+
+
+def _all(files: Sequence[Path]) -> Iterator[str]:
+    """Tables of each file, and of all seeds where two files are of one study."""
+    of: dict[str, list[Path]] = {}
+    for file in files:
+        yield from sections(file)
+        of.setdefault(json.loads(file.read_text())["commit"]["hash"], []).append(file)
+    for alike in of.values():
+        if len(alike) > 1:
+            yield from pooled(alike)
+
+
+def insert(document: Path, files: Sequence[Path]) -> None:
+    """Put the tables of some files in the place that a document has for them.
+
+    Args:
+        document: Markdown with a line that begins with `<!-- tables:` and one `<!-- end of
+            tables -->`.
+        files: studies.
+
+    Raises:
+        ValueError: the document has no such place.
+    """
+    text = document.read_text()
+    if _BEGIN not in text or _END not in text:
+        raise ValueError(f"report: {document.name} must have lines {_BEGIN!r} and {_END!r}")
+    head, rest = text.split(_BEGIN, 1)
+    first, rest = rest.split("\n", 1)
+    tail = rest.split(_END, 1)[1]
+    tables = "\n".join(_all(files))
+    document.write_text(f"{head}{_BEGIN}{first}\n\n{tables}\n{_END}{tail}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--into", type=Path, help="a document with a place for tables")
+    parser.add_argument("--compare", nargs=2, choices=BY_NAME, metavar="ARM",
+                        help="these two arms alone, over the seeds of all files")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.compare is not None:
+        first, second = options.compare
+        print("\n".join(difference(first, second, options.files)))
+    elif options.into is not None:
+        insert(options.into, options.files)
+    else:
+        print("\n".join(_all(options.files)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
