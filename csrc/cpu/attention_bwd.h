@@ -227,11 +227,9 @@ class AttentionBackward {
             p[r][v] = min(p[r][v], load(view.lse + column + v * kLanes));
         }
       }
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) {
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
         const Vec lse = load(view.lse + column + v * kLanes);
-        RAL_UNROLL
-        for (int r = 0; r < kTileRows; ++r) {
+        RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
           p[r][v] = exp2((p[r][v] * factor - lse) * kLog2e);
           store(probs[r] + v * kLanes, p[r][v]);
         }
@@ -252,12 +250,10 @@ class AttentionBackward {
     if (__builtin_expect(span != Problem::kMixed, 1)) {
       const float* dm =
           view.dmarginals && span >= 0 ? view.dmarginals + span * kColumns + column : nullptr;
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) {
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
         Vec shift = -load(view.delta + column + v * kLanes);
         if (dm) shift += load(dm + v * kLanes);
-        RAL_UNROLL
-        for (int r = 0; r < kTileRows; ++r)
+        RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
           ds[r][v] = load(probs[r] + v * kLanes) * (ds[r][v] + shift);
       }
       if (view.dbias && span >= 0) {
@@ -270,14 +266,12 @@ class AttentionBackward {
       }
     } else {
       const int32_t* ids = problem_.span_ids(s) + group * kTileRows;
-      RAL_UNROLL
-      for (int r = 0; r < kTileRows; ++r) {
+      RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
         const int32_t key_span = group * kTileRows + r < s.seqlen_k ? ids[r] : -1;
         const float* dm = view.dmarginals && key_span >= 0
                               ? view.dmarginals + key_span * kColumns + column
                               : kNoGradient;
-        RAL_UNROLL
-        for (int v = 0; v < V; ++v) {
+        RAL_UNROLL for (int v = 0; v < V; ++v) {
           const Vec shift = load(dm + v * kLanes) - load(view.delta + column + v * kLanes);
           ds[r][v] = load(probs[r] + v * kLanes) * (ds[r][v] + shift);
         }
@@ -302,8 +296,8 @@ class AttentionBackward {
     for (const int32_t span : spans) {
       if (span < 0) continue;
       const float* dm = view.dmarginals + span * kColumns + column;
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) __builtin_prefetch(dm + v * kLanes);
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        __builtin_prefetch(dm + v * kLanes);
     }
   }
 

@@ -205,8 +205,8 @@ class BackwardQueries {
   static Vec sum_of_each(Vec (&x)[kLanes]) {
     transpose(x);
     Vec sum = x[0];
-    RAL_UNROLL
-    for (int i = 1; i < kLanes; ++i) sum += x[i];
+    RAL_UNROLL for (int i = 1; i < kLanes; ++i)
+      sum += x[i];
     return sum;
   }
 
@@ -263,8 +263,7 @@ class BackwardQueries {
       Vec product[kLanes] = {};
       for (int64_t begin = 0; begin < spans; begin += kLanes) {
         Vec dm[kLanes];
-        RAL_UNROLL
-        for (int i = 0; i < kLanes; ++i) {
+        RAL_UNROLL for (int i = 0; i < kLanes; ++i) {
           dm[i] = Vec{};
           if (offset[i] < 0) continue;
           const int64_t at = offset[i] + begin;
@@ -272,8 +271,7 @@ class BackwardQueries {
           product[i] += dm[i] * load_first(outputs_.marginals + at, spans - begin);
         }
         transpose(dm);
-        RAL_UNROLL
-        for (int i = 0; i < kLanes; ++i)
+        RAL_UNROLL for (int i = 0; i < kLanes; ++i)
           store(v.dmarginals + (begin + i) * kColumns + first, dm[i]);
       }
       store(v.delta + first, load(v.delta + first) + sum_of_each(product));

@@ -204,25 +204,22 @@ class AttentionForward {
     }
     float* stabiliser = state.stabiliser + panel * kWidth;
     bool exceeded = false;
-    RAL_UNROLL
-    for (int v = 0; v < V; ++v) {
+    RAL_UNROLL for (int v = 0; v < V; ++v) {
       const Vec top = max(max(max(p[0][v], p[1][v]), max(p[2][v], p[3][v])), max(p[4][v], p[5][v]));
       exceeded |= any_greater(top * factor, load(stabiliser + v * kLanes) + kSlack);
     }
     if (__builtin_expect(exceeded, 0)) {
       Vec top[V];
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) {
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
         top[v] =
             max(max(max(p[0][v], p[1][v]), max(p[2][v], p[3][v])), max(p[4][v], p[5][v])) * factor;
       }
       raise_stabiliser(top, panel, group - first_group, state);
     }
-    RAL_UNROLL
-    for (int v = 0; v < V; ++v) {
+    RAL_UNROLL for (int v = 0; v < V; ++v) {
       const Vec m = load(stabiliser + v * kLanes);
-      RAL_UNROLL
-      for (int r = 0; r < kTileRows; ++r) p[r][v] = exp2(p[r][v] * factor - m);
+      RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
+        p[r][v] = exp2(p[r][v] * factor - m);
     }
     uint32_t* probs =
         state.probs + (group - first_group) * kStepsPerGroup * kColumns + panel * kWidth;
@@ -236,8 +233,7 @@ class AttentionForward {
     const int32_t span = state.span_ids ? state.group_spans[group] : state.run_span[panel];
     if (__builtin_expect(span != Problem::kMixed, 1)) {
       if (span != state.run_span[panel]) finish_run(panel, span, state);
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) {
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
         const Vec total = ((p[0][v] + p[1][v]) + (p[2][v] + p[3][v])) + (p[4][v] + p[5][v]);
         store(run + v * kLanes, load(run + v * kLanes) + total);
       }
@@ -245,22 +241,20 @@ class AttentionForward {
     }
     const int64_t key = group * kTileRows;
     Vec part[V] = {};  // of the run, not yet added
-    RAL_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
+    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
       // Past the end p is 0, and goes to the run that is there.
       if (key + r < s.seqlen_k && state.span_ids[key + r] != state.run_span[panel]) {
-        RAL_UNROLL
-        for (int v = 0; v < V; ++v) {
+        RAL_UNROLL for (int v = 0; v < V; ++v) {
           store(run + v * kLanes, load(run + v * kLanes) + part[v]);
           part[v] = Vec{};
         }
         finish_run(panel, state.span_ids[key + r], state);
       }
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) part[v] += p[r][v];
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        part[v] += p[r][v];
     }
-    RAL_UNROLL
-    for (int v = 0; v < V; ++v) store(run + v * kLanes, load(run + v * kLanes) + part[v]);
+    RAL_UNROLL for (int v = 0; v < V; ++v)
+      store(run + v * kLanes, load(run + v * kLanes) + part[v]);
   }
 
   // A run of keys of one span ends: its sum goes to the span and to the row, equation (7).
@@ -387,13 +381,11 @@ class AttentionForward {
       for (int64_t begin = 0; begin < params_.num_spans; begin += kLanes) {
         const int64_t left = params_.num_spans - begin;
         Vec m[kLanes];
-        RAL_UNROLL
-        for (int i = 0; i < kLanes; ++i) {
+        RAL_UNROLL for (int i = 0; i < kLanes; ++i) {
           m[i] = load(span_sums + (begin + i) * kColumns + first) * load(inverse + first);
         }
         transpose(m);
-        RAL_UNROLL
-        for (int i = 0; i < kLanes; ++i) {
+        RAL_UNROLL for (int i = 0; i < kLanes; ++i) {
           if (row[i]) store_first(row[i] + begin, m[i], left);
         }
       }

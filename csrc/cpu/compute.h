@@ -136,10 +136,9 @@ struct Float32Compute {
   // The same, contracted over its columns: [6][ld].
   template <int V>
   static RAL_INLINE void store_rows(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld) {
-    RAL_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) store(dst + r * ld + v * kLanes, x[r][v]);
+    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        store(dst + r * ld + v * kLanes, x[r][v]);
     }
   }
   template <int V>
@@ -181,11 +180,9 @@ struct BFloat16Compute {
   static RAL_INLINE void store_row_pairs(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld,
                                          float* total) {
     constexpr uint32_t kTwoOnes = 0x3f803f80;
-    RAL_UNROLL
-    for (int v = 0; v < V; ++v) {
+    RAL_UNROLL for (int v = 0; v < V; ++v) {
       Vec sum = load(total + v * kLanes);
-      RAL_UNROLL
-      for (int r = 0; r < kTileRows; r += 2) {
+      RAL_UNROLL for (int r = 0; r < kTileRows; r += 2) {
         const __m512i words =
             _mm512_permutexvar_epi16(interleave_halves(), pair_of(x[r][v], x[r + 1][v]));
         memcpy(dst + r / 2 * ld + v * kLanes, &words, sizeof words);
@@ -196,10 +193,8 @@ struct BFloat16Compute {
   }
   template <int V>
   static RAL_INLINE void store_rows(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld) {
-    RAL_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      RAL_UNROLL
-      for (int v = 0; v + 1 < V; v += 2) {
+    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      RAL_UNROLL for (int v = 0; v + 1 < V; v += 2) {
         const __m512i row = pair_of(x[r][v], x[r][v + 1]);
         memcpy(dst + r * ld + v * kLanes / 2, &row, sizeof row);
       }
@@ -217,10 +212,8 @@ struct BFloat16Compute {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
                                          8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    RAL_UNROLL
-    for (int r = 0; r < kTileRows; r += 2) {
-      RAL_UNROLL
-      for (int v = 0; v < V; v += 2) {
+    RAL_UNROLL for (int r = 0; r < kTileRows; r += 2) {
+      RAL_UNROLL for (int v = 0; v < V; v += 2) {
         const __m512i even = pair_of(x[r][v], x[r][v + 1]);
         const __m512i odd = pair_of(x[r + 1][v], x[r + 1][v + 1]);
         memcpy(rows + r * ld_rows + v * kLanes / 2, &even, sizeof even);

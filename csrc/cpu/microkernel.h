@@ -22,13 +22,12 @@ RAL_INLINE void multiply_tile(Vec (&acc)[M][V], const uint32_t* a, int64_t lda, 
                               int64_t ldb, int64_t steps) {
   for (int64_t k = 0; k < steps; ++k) {
     Vec column[V];
-    RAL_UNROLL
-    for (int v = 0; v < V; ++v) memcpy(&column[v], b + v * kLanes, sizeof column[v]);
-    RAL_UNROLL
-    for (int m = 0; m < M; ++m) {
+    RAL_UNROLL for (int v = 0; v < V; ++v)
+      memcpy(&column[v], b + v * kLanes, sizeof column[v]);
+    RAL_UNROLL for (int m = 0; m < M; ++m) {
       const uint32_t element = kA == AOperand::kPacked ? a[m] : a[m * lda];
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) Compute::multiply_add(acc[m][v], element, column[v]);
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        Compute::multiply_add(acc[m][v], element, column[v]);
     }
     a += kA == AOperand::kPacked ? kTileRows : 1;
     b += ldb;
@@ -37,10 +36,9 @@ RAL_INLINE void multiply_tile(Vec (&acc)[M][V], const uint32_t* a, int64_t lda, 
 
 template <int M, int V>
 RAL_INLINE void clear(Vec (&acc)[M][V]) {
-  RAL_UNROLL
-  for (int m = 0; m < M; ++m) {
-    RAL_UNROLL
-    for (int v = 0; v < V; ++v) acc[m][v] = Vec{};
+  RAL_UNROLL for (int m = 0; m < M; ++m) {
+    RAL_UNROLL for (int v = 0; v < V; ++v)
+      acc[m][v] = Vec{};
   }
 }
 
@@ -60,25 +58,22 @@ RAL_NOINLINE void accumulate_tile(float* c, int64_t ldc, bool add, const Product
   Vec acc[M][V];
   clear(acc);
   if (add) {
-    RAL_UNROLL
-    for (int m = 0; m < M; ++m) {
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) __builtin_prefetch(c + m * ldc + v * kLanes, 1);
+    RAL_UNROLL for (int m = 0; m < M; ++m) {
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        __builtin_prefetch(c + m * ldc + v * kLanes, 1);
     }
   }
   multiply_tile<Compute, kA, M, V>(acc, product.a, product.lda, product.b, product.ldb,
                                    product.steps);
   if (add) {
-    RAL_UNROLL
-    for (int m = 0; m < M; ++m) {
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) acc[m][v] += load(c + m * ldc + v * kLanes);
+    RAL_UNROLL for (int m = 0; m < M; ++m) {
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        acc[m][v] += load(c + m * ldc + v * kLanes);
     }
   }
-  RAL_UNROLL
-  for (int m = 0; m < M; ++m) {
-    RAL_UNROLL
-    for (int v = 0; v < V; ++v) store(c + m * ldc + v * kLanes, acc[m][v]);
+  RAL_UNROLL for (int m = 0; m < M; ++m) {
+    RAL_UNROLL for (int v = 0; v < V; ++v)
+      store(c + m * ldc + v * kLanes, acc[m][v]);
   }
 }
 

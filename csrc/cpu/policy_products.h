@@ -110,8 +110,7 @@ class PolicyProducts {
         for (int v = 0; v < V; ++v) {
           const Vec d = load(delta + panel * kWidth + v * kLanes);
           const int64_t sub = (local * V + v) % policy_.sub_blocks * kLanes;
-          RAL_UNROLL
-          for (int r = 0; r < kTileRows; ++r) {
+          RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
             ds[r][v] =
                 load(p + r * kWidth + v * kLanes) * (load(g + (key + r) * policy_.rows + sub) - d);
           }

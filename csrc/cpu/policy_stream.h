@@ -91,25 +91,23 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
       float* tile = cache.weights ? cache.chunk(side, i) + panel * kChunkKeys * kWidth : scores;
       float factor[kChunkGroups];
       Vec m[V], sum[V], left_out[V];
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) m[v] = load(stabiliser + panel * kWidth + v * kLanes);
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        m[v] = load(stabiliser + panel * kWidth + v * kLanes);
       for (int64_t group = begin; group < end; ++group) {
         Vec x[kTileRows][V];
         const float f =
             side.scores(block, in.keys, in.queries, in.bias, panel, group, x, nullptr) * kLog2e;
         factor[group - begin] = f;
         float* to = tile + (group - begin) * kTileRows * kWidth;
-        RAL_UNROLL
-        for (int v = 0; v < V; ++v) {
+        RAL_UNROLL for (int v = 0; v < V; ++v) {
           const Vec top =
               max(max(max(x[0][v], x[1][v]), max(x[2][v], x[3][v])), max(x[4][v], x[5][v]));
           m[v] = max(m[v], top * f);
-          RAL_UNROLL
-          for (int r = 0; r < kTileRows; ++r) store(to + r * kWidth + v * kLanes, x[r][v]);
+          RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
+            store(to + r * kWidth + v * kLanes, x[r][v]);
         }
       }
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) {
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
         const int64_t c = panel * kWidth + v * kLanes;
         const Vec rescale = exp2(load(stabiliser + c) - m[v]);
         store(stabiliser + c, m[v]);
@@ -123,17 +121,15 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
         const bool all = validity.all();
         const float f = factor[group - begin];
         float* from = tile + (group - begin) * kTileRows * kWidth;
-        RAL_UNROLL
-        for (int v = 0; v < V; ++v) {
+        RAL_UNROLL for (int v = 0; v < V; ++v) {
           Vec p[kTileRows], total{};
-          RAL_UNROLL
-          for (int r = 0; r < kTileRows; ++r) {
+          RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
             p[r] = exp2(load(from + r * kWidth + v * kLanes) * f - m[v]);
             total += p[r];
           }
           if (cache.weights) {
-            RAL_UNROLL
-            for (int r = 0; r < kTileRows; ++r) store(from + r * kWidth + v * kLanes, p[r]);
+            RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
+              store(from + r * kWidth + v * kLanes, p[r]);
           }
           if (__builtin_expect(all, 1)) {
             sum[v] += total;
@@ -151,8 +147,7 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
           left_out[v] += outside;
         }
       }
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) {
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
         // A chunk is summed by itself: added one by one, 8k keys would round the sum 1,400 times.
         const int64_t c = panel * kWidth + v * kLanes;
         store(valid + c, load(valid + c) + sum[v]);
@@ -190,8 +185,8 @@ RAL_INLINE void add_heads(const PolicySide<Compute, V>& side, int64_t panel, con
                           float* total) {
   if (side.sub_blocks == 1) {
     Vec sum = p[0];
-    RAL_UNROLL
-    for (int v = 1; v < V; ++v) sum += p[v];
+    RAL_UNROLL for (int v = 1; v < V; ++v)
+      sum += p[v];
     store(total, load(total) + sum);
   } else {
     for (int v = 0; v < V; ++v) {
@@ -215,26 +210,23 @@ void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, 
       const float factor =
           side.scores(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope) * kLog2e;
       const int64_t first_key = (group - chunk.begin) * kTileRows;
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) {
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
         const Vec m = load(in.stabiliser + panel * kWidth + v * kLanes);
         const Vec inverse = load(in.inverse + panel * kWidth + v * kLanes);
-        RAL_UNROLL
-        for (int r = 0; r < kTileRows; ++r) p[r][v] = exp2(p[r][v] * factor - m) * inverse;
+        RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
+          p[r][v] = exp2(p[r][v] * factor - m) * inverse;
       }
       if (weights) {
         float* to = weights + (panel * kChunkKeys + first_key) * kWidth;
-        RAL_UNROLL
-        for (int r = 0; r < kTileRows; ++r) {
-          RAL_UNROLL
-          for (int v = 0; v < V; ++v) store(to + r * kWidth + v * kLanes, p[r][v]);
+        RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+          RAL_UNROLL for (int v = 0; v < V; ++v)
+            store(to + r * kWidth + v * kLanes, p[r][v]);
         }
       }
       if (slope && side.side.softcap > 0) {
         memcpy(slope + (panel * kChunkKeys + first_key) * kWidth, tile_slope, sizeof tile_slope);
       }
-      RAL_UNROLL
-      for (int r = 0; r < kTileRows; ++r) {
+      RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
         add_heads(side, panel, p[r], mean + (first_key + r) * side.rows);
       }
     }
@@ -258,8 +250,7 @@ void recall_weights(const PolicySide<Compute, V>& side, const TokenBlock& block,
   const int64_t keys = (chunk.end - chunk.begin) * kTileRows;
   for (int64_t panel = 0; panel < side.total_panels; ++panel) {
     Vec factor[V];
-    RAL_UNROLL
-    for (int v = 0; v < V; ++v) {
+    RAL_UNROLL for (int v = 0; v < V; ++v) {
       const int64_t c = panel * kWidth + v * kLanes;
       factor[v] =
           exp2(load(cache.stabilisers + i * side.columns_size() + c) - load(in.stabiliser + c)) *
@@ -268,11 +259,11 @@ void recall_weights(const PolicySide<Compute, V>& side, const TokenBlock& block,
     for (int64_t key = 0; key < keys; ++key) {
       float* from = weights + (panel * kChunkKeys + key) * kWidth;
       Vec p[V];
-      RAL_UNROLL
-      for (int v = 0; v < V; ++v) p[v] = load(from + v * kLanes) * factor[v];
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        p[v] = load(from + v * kLanes) * factor[v];
       if (keeps) {
-        RAL_UNROLL
-        for (int v = 0; v < V; ++v) store(from + v * kLanes, p[v]);
+        RAL_UNROLL for (int v = 0; v < V; ++v)
+          store(from + v * kLanes, p[v]);
       }
       add_heads(side, panel, p, mean + key * side.rows);
     }

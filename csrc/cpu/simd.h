@@ -165,13 +165,11 @@ RAL_INLINE void store_first(float* to, Vec x, int64_t count) {
 template <int kStep, class V>
 RAL_INLINE void transpose_stage(V (&x)[kLanes]) {
   IntVec low, high;
-  RAL_UNROLL
-  for (int lane = 0; lane < kLanes; ++lane) {
+  RAL_UNROLL for (int lane = 0; lane < kLanes; ++lane) {
     low[lane] = (lane & kStep) ? kLanes + lane - kStep : lane;
     high[lane] = (lane & kStep) ? kLanes + lane : lane + kStep;
   }
-  RAL_UNROLL
-  for (int i = 0; i < kLanes; ++i) {
+  RAL_UNROLL for (int i = 0; i < kLanes; ++i) {
     if (i & kStep) continue;
     const V a = x[i], b = x[i + kStep];
     x[i] = __builtin_shuffle(a, b, low);
@@ -194,11 +192,11 @@ RAL_INLINE void transpose_block(const void* src, int64_t src_stride, void* dst, 
   for (int64_t i = 0; i < rows; i += kLanes) {
     for (int64_t j = 0; j < columns; j += kLanes) {
       IntVec x[kLanes];
-      RAL_UNROLL
-      for (int r = 0; r < kLanes; ++r) x[r] = load(from + (i + r) * src_stride + j);
+      RAL_UNROLL for (int r = 0; r < kLanes; ++r)
+        x[r] = load(from + (i + r) * src_stride + j);
       transpose(x);
-      RAL_UNROLL
-      for (int r = 0; r < kLanes; ++r) memcpy(to + (j + r) * dst_stride + i, &x[r], sizeof x[r]);
+      RAL_UNROLL for (int r = 0; r < kLanes; ++r)
+        memcpy(to + (j + r) * dst_stride + i, &x[r], sizeof x[r]);
     }
   }
 }
