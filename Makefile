@@ -35,6 +35,7 @@ bench-regress: build
 
 codegen: build
 	$(BIN)/python -m benchmarks.codegen
+	if [ -f $(dir $(LIBRARY))libral_cuda.so ]; then $(BIN)/python -m benchmarks.codegen.cuda; fi
 
 # No venv, no pip, no network: torch and triton are those of the machine.
 gpu:

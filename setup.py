@@ -2,9 +2,9 @@
 
 The libraries know neither torch nor Python, so a wheel that carries them is tagged
 `py3-none-<platform>`. Where they cannot be built the installation goes on without them: what is
-missing is printed, and also left in `ral_kernels/lib/ral_cpu.missing.txt`, where
+missing is printed, and also left in `ral_kernels/lib/<library>.missing.txt`, where
 `ral_kernels.native` finds it at run time (pip hides what a build prints). `RAL_REQUIRE_NATIVE=1`
-makes it an error instead.
+makes it an error instead; a machine without nvcc goes without `ral_cuda` even then.
 
 `python setup.py build_ext --inplace` rebuilds in a checkout, without pip, without a network, and
 without the `cmake` and `ninja` modules where the system has a CMake.
@@ -26,8 +26,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD_DIR = ROOT / "build" / "cmake"
-LIBRARY_FILE = "libral_cpu.so"
-NOTE_FILE = "ral_cpu.missing.txt"  # read by ral_kernels.native
+LIBRARIES = ("ral_cpu", "ral_cuda")  # targets of CMakeLists.txt
+LIBRARY_FILE, NOTE_FILE = "lib{}.so", "{}.missing.txt"  # as ral_kernels.native finds them
 CMAKE_MINIMUM = (3, 18)  # as in CMakeLists.txt
 
 
@@ -95,8 +95,11 @@ def is_cache_stale(ninja: str | None) -> bool:
     )
 
 
-def build_native(output_dir: Path) -> None:
+def build_native(output_dir: Path) -> dict[str, str]:
     """Configures and builds every native library into `output_dir`.
+
+    Returns:
+        why optional libraries were not built, by name.
 
     Raises:
         BuildError: a tool is missing, or the sources do not compile.
@@ -114,9 +117,23 @@ def build_native(output_dir: Path) -> None:
         if "CMAKE_CXX_COMPILER" in output:
             raise BuildError("no working C++17 compiler; install g++ or clang++, or set CXX")
         raise BuildError(f"CMake could not configure the build:\n{tail(output)}")
-    status, output = run([cmake, "--build", str(BUILD_DIR), "--parallel", str(os.cpu_count())])
+    build = [cmake, "--build", str(BUILD_DIR), "--parallel", str(os.cpu_count()), "--target"]
+    status, output = run([*build, "ral_cpu"])
     if status != 0:
         raise BuildError(f"the C++ sources did not build:\n{tail(output)}")
+    reason = (BUILD_DIR / NOTE_FILE.format("ral_cuda")).read_text(encoding="utf-8")
+    if not reason:
+        status, output = run([*build, "ral_cuda"])
+        if status == 0:
+            return {}
+        reason = f"the CUDA sources did not build:\n{tail(output)}"
+        if is_required():
+            raise BuildError(reason)
+    return {"ral_cuda": reason}
+
+
+def is_required() -> bool:
+    return os.environ.get("RAL_REQUIRE_NATIVE", "0") not in ("", "0")
 
 
 def run(command: list[str]) -> tuple[int, str]:
@@ -140,7 +157,7 @@ def tail(output: str) -> str:
 class NativeDistribution(Distribution):
     """A distribution with native code, although it has no Python extension module."""
 
-    native_missing: bool = False
+    native_missing: tuple[str, ...] = ()
 
     def has_ext_modules(self) -> bool:
         return True
@@ -158,24 +175,31 @@ class BuildNative(build_ext):
     def run(self) -> None:
         output_dir = self.output_dir()
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / NOTE_FILE).unlink(missing_ok=True)
+        for name in LIBRARIES:
+            (output_dir / NOTE_FILE.format(name)).unlink(missing_ok=True)
         try:
-            build_native(output_dir)
+            missing = build_native(output_dir)
         except BuildError as error:
-            self.go_without(output_dir, str(error))
+            missing = dict.fromkeys(LIBRARIES, str(error))
+        self.go_without(output_dir, missing)
 
-    def go_without(self, output_dir: Path, reason: str) -> None:
-        self.distribution.native_missing = True
-        # An older library would not fit this version's Python code.
-        (output_dir / LIBRARY_FILE).unlink(missing_ok=True)
-        (output_dir / NOTE_FILE).write_text(f"{reason}\n", encoding="utf-8")
-        message = f"ral_kernels: the native libraries were NOT built: {reason}"
-        if os.environ.get("RAL_REQUIRE_NATIVE", "0") not in ("", "0"):
+    def go_without(self, output_dir: Path, missing: dict[str, str]) -> None:
+        self.distribution.native_missing = tuple(missing)
+        for name, reason in missing.items():
+            # An older library would not fit this version's Python code.
+            (output_dir / LIBRARY_FILE.format(name)).unlink(missing_ok=True)
+            (output_dir / NOTE_FILE.format(name)).write_text(f"{reason}\n", encoding="utf-8")
+        if "ral_cpu" not in missing:
+            for name, reason in missing.items():
+                print(f"ral_kernels: {name} was not built: {reason}", flush=True)
+            return
+        message = f"ral_kernels: the native libraries were NOT built: {missing['ral_cpu']}"
+        if is_required():
             raise SystemExit(message)
         rule = "*" * 100
         print(
             f"{rule}\n{message}\n"
-            "The installation goes on without the cpu backend; the others work.\n"
+            "The installation goes on without the cpu and cuda backends; the others work.\n"
             "Afterwards install again, or in a checkout: python setup.py build_ext --inplace\n"
             f"{rule}",
             file=sys.stderr,
@@ -183,8 +207,9 @@ class BuildNative(build_ext):
         )
 
     def get_outputs(self) -> list[str]:
-        name = NOTE_FILE if self.distribution.native_missing else LIBRARY_FILE
-        return [str(self.output_dir() / name)]
+        missing = self.distribution.native_missing
+        files = ((NOTE_FILE if n in missing else LIBRARY_FILE).format(n) for n in LIBRARIES)
+        return [str(self.output_dir() / file) for file in files]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # an editable installation builds the libraries where they belong
@@ -196,7 +221,7 @@ class PlatformWheel(bdist_wheel):
     distribution: NativeDistribution
 
     def get_tag(self) -> tuple[str, str, str]:
-        if self.distribution.native_missing:
+        if set(self.distribution.native_missing) == set(LIBRARIES):
             self.root_is_pure = True
             return "py3", "none", "any"
         return "py3", "none", super().get_tag()[2]

@@ -77,16 +77,35 @@ def choose(op: str, table: Mapping[str, Any], args: Any, requested: str) -> Any:
         module = table.get(name)
         if module is None:
             continue
-        reason = module.available()
+        reason = _passed_over(module)
         if reason is None:
             reason = module.can_run(args)
-        if reason is None and hasattr(module, "only_on_request"):
-            reason = module.only_on_request()
         if reason is None:
             return module
         logger.debug("%s: backend %s passed over: %s", op, name, reason)
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{op}: no backend can run this call ({'; '.join(reasons)})")
+
+
+def _passed_over(module: Any) -> str | None:
+    """Why the automatic choice does not even ask whether a backend can run a call, or None."""
+    reason: str | None = module.available()
+    if reason is None and hasattr(module, "only_on_request"):
+        reason = module.only_on_request()
+    return reason
+
+
+def automatic_order() -> dict[str, dict[str, str | None]]:
+    """What `backend=None` walks through on this machine: op -> {backend: why it is passed over}.
+
+    None stands for a backend that takes every call that its `can_run` allows.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    for op, table in _tables.items():
+        found[op] = {}
+        for name in (name for name in ORDER if name in table):
+            found[op][name] = _passed_over(table[name])
+    return found
 
 
 def available_backends() -> dict[str, str]:

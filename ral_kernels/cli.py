@@ -50,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Which backends work on this machine, and why the others do not.",
     )
     backends.set_defaults(run=_backends)
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, compiled libraries, and which backend each op chooses",
+        description="What this installation has: versions, devices, compiled libraries, and which "
+        "backend each op chooses for itself (backend=None), with the reason for those passed over.",
+    )
+    info.set_defaults(run=_info)
     return parser
 
 
@@ -60,6 +67,47 @@ def _backends(given: argparse.Namespace) -> int:
     for name, answer in found.items():
         print(f"{name:<{max(map(len, found))}}  {answer}")
     return 0
+
+
+def _info(given: argparse.Namespace) -> int:
+    for line in info_lines():
+        print(line)
+    return 0
+
+
+def info_lines() -> Iterator[str]:
+    """The lines of `info`."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    from . import __version__, backends, cuda_library, native
+
+    yield f"ral_kernels {__version__}"
+    yield f"Python {platform.python_version()}, torch {torch.__version__}"
+    for name in ("triton", "transformers"):
+        try:
+            yield f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            yield f"{name} is not installed"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        device = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}: {device.name}, compute capability {device.major}.{device.minor}"
+    if count == 0:
+        yield "torch sees no CUDA device"
+    for name in ("ral_cpu", "ral_cuda"):
+        missing = native.why_missing(name)
+        yield f"{name}: {missing or native.LIBRARY_DIR / f'lib{name}.so'}"
+    hopper = cuda_library.hopper()
+    yield f"ral_cuda's kernels for Hopper: {hopper or 'on'}"
+    for op, order in backends.automatic_order().items():
+        yield ""
+        yield f"{op}: the first of these that can run a call"
+        for name, reason in order.items():
+            answer = "yes" if reason is None else f"passed over: {reason}"
+            yield f"  {name:<{max(map(len, order))}}  {answer}"
 
 
 def _add_attention_map(commands: Any) -> None:

@@ -9,41 +9,15 @@ from collections.abc import Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 
 import torch
-from torch import Tensor
 
-from . import native
+from . import c_interface, native
 
-# ral_dtype and ral_status of csrc/include/ral
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of q, k and v
+# ral_status
 STATUS = {
     1: "out of memory for its scratch",
     2: "the chosen variant does not run on this processor",
 }
-
-
-class TensorStruct(ctypes.Structure):
-    """`ral_tensor`: [batch, head, token, feature] with unit feature stride."""
-
-    _fields_ = [("data", c_void_p), *((f"stride_{d}", c_int64) for d in "bht")]
-
-
-class BroadcastStruct(ctypes.Structure):
-    """`ral_broadcast`: [batch, head, query, key or span] with any strides."""
-
-    _fields_ = [("data", c_void_p), *((f"stride_{d}", c_int64) for d in "bhts")]
-
-
-def tensor_struct(x: Tensor | None) -> TensorStruct:
-    return TensorStruct() if x is None else TensorStruct(x.data_ptr(), *x.stride()[:3])
-
-
-def broadcast_struct(x: Tensor | None) -> BroadcastStruct:
-    return BroadcastStruct() if x is None else BroadcastStruct(x.data_ptr(), *x.stride())
-
-
-def pointer(x: Tensor | None) -> int | None:
-    return None if x is None or x.numel() == 0 else x.data_ptr()
 
 
 @functools.cache
@@ -64,15 +38,7 @@ def library() -> ctypes.CDLL:
 
 def check_struct_sizes(symbol: str, structs: Sequence[type[ctypes.Structure]]) -> None:
     """Refuse a library whose structs are not the ones that this package fills."""
-    sizes = (c_int64 * len(structs))()
-    getattr(library(), symbol)(sizes)
-    expected = [ctypes.sizeof(struct) for struct in structs]
-    if list(sizes) != expected:
-        raise RuntimeError(
-            f"libral_cpu.so was built from other sources than this package ({symbol}: "
-            f"{list(sizes)}, expected {expected}); rebuild it with "
-            "`python setup.py build_ext --inplace`"
-        )
+    c_interface.check_struct_sizes(library(), symbol, structs)
 
 
 @functools.cache
@@ -110,7 +76,9 @@ def run_tiles(dtype: torch.dtype, repeats: int) -> int:
     What no op can exceed on this machine: benchmarks time it to say what bounds a kernel.
     """
     return int(
-        library().ral_cpu_tile_flops(chosen_isa(), DTYPES[dtype], torch.get_num_threads(), repeats)
+        library().ral_cpu_tile_flops(
+            chosen_isa(), c_interface.DTYPES[dtype], torch.get_num_threads(), repeats
+        )
     )
 
 

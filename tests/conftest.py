@@ -33,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
         patch_once_a_launch()
     config.addinivalue_line("markers", "xdist_group(name): run by one worker, for what they share")
     config.addinivalue_line("markers", "gpu: gives kernels tensors of the GPU itself")
+    config.addinivalue_line(
+        "markers",
+        "in_interpreter(when): with backend triton in the interpreter, where a case takes seconds, "
+        "run those for which `when`, a function of parameters of the test, is true",
+    )
     unknown = set(REQUIRED) - set(rk.available_backends())
     if unknown:
         raise pytest.UsageError(f"RAL_REQUIRE names unknown backends: {', '.join(sorted(unknown))}")

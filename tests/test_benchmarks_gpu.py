@@ -37,7 +37,7 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The stages' own commands; the sweeps' are tested in test_benchmarks.py, one is run here."""
     if not triton_runtime._installed():
         skip_or_fail("triton", "triton is not installed")
-    names = ["facts", "correctness", "memcheck", "tiles"]
+    names = ["facts", "correctness", "correctness cuda", "memcheck", "tiles"]
     status = main(["--out", str(tmp_path), "--rehearse", "--seconds", "300", "--stages", *names])
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -49,8 +49,9 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = records["facts"]["result"]
     assert facts["copy_gbytes"] > 0 and facts["gemm_tflops"]["float32"] > 0
     assert facts["backends"]["reference"] == "yes"
-    assert records["correctness"]["result"]["outcomes"].keys() == {"passed"}
-    assert any(name.startswith("attention") for name in records["memcheck"]["result"]["ran"])
+    for name in ("correctness", "correctness cuda"):
+        assert records[name]["result"]["outcomes"].keys() == {"passed"}
+    assert any(name.startswith("triton attention") for name in records["memcheck"]["result"]["ran"])
     assert not records["tiles"]["result"]["failures"]
     assert "correctness" in (tmp_path / "gpu.log").read_text()
     assert len(list(tmp_path.rglob("*"))) == 2, "few files: the machine hands back eight at most"

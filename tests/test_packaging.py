@@ -72,6 +72,7 @@ class Tree:
         env = {k: v for k, v in os.environ.items() if k != "RAL_REQUIRE_NATIVE"}
         env["PYTHONPATH"] = str(self.hidden)
         env["PATH"] = f"{self.hidden}{os.pathsep}{env['PATH']}"
+        env["CUDACXX"] = "/nonexistent/nvcc"  # asking nvcc takes seconds: one test does
         return subprocess.run(
             [sys.executable, "setup.py", *arguments],
             cwd=self.path,
@@ -90,8 +91,8 @@ class Tree:
         (path,) = (self.path / "wheels").glob("*.whl")
         return path, set(zipfile.ZipFile(path).namelist()), result.stdout + result.stderr
 
-    def note(self) -> str:
-        return (self.lib / "ral_cpu.missing.txt").read_text()
+    def note(self, library: str = "ral_cpu") -> str:
+        return (self.lib / f"{library}.missing.txt").read_text()
 
 
 @pytest.fixture
@@ -152,10 +153,47 @@ def test_wheel_with_the_library_is_tagged_with_the_platform_alone(tree, tmp_path
     assert re.fullmatch(r"ral_kernels-[^-]+-py3-none-linux_\w+\.whl", wheel.name), printed
     assert "ral_kernels/lib/libral_cpu.so" in names
     assert "ral_kernels/lib/ral_cpu.missing.txt" not in names
+    assert "ral_kernels/lib/libral_cuda.so" not in names
+    assert "ral_kernels/lib/ral_cuda.missing.txt" in names
     with zipfile.ZipFile(wheel) as archive:
         library = ctypes.CDLL(archive.extract("ral_kernels/lib/libral_cpu.so", tmp_path))
     assert library.answer() == 42
     assert not hasattr(library, "_Z12not_exportedv")
+
+
+@needs_compiler
+def test_without_nvcc_the_cuda_library_alone_is_missing(tree):
+    result = tree.build(RAL_REQUIRE_NATIVE="1")
+    assert result.returncode == 0, result.stderr
+    reason = "nvcc was not found; install the CUDA toolkit, or name its nvcc in CUDACXX"
+    assert f"ral_kernels: ral_cuda was not built: {reason}\n" in result.stdout
+    assert tree.note("ral_cuda") == f"{reason}\n"
+    assert (tree.lib / "libral_cpu.so").is_file()
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_library_is_built_where_nvcc_is_and_its_failure_spares_the_other(tree):
+    source = tree.path / "csrc" / "cuda" / "entry.cu"
+    source.parent.mkdir()
+    source.write_text(f"__global__ void kernel() {{}}\n{ENTRY_POINT}")
+    nvcc = str(shutil.which("nvcc"))
+    result = tree.build(CUDACXX=nvcc)
+    assert result.returncode == 0, result.stderr
+    library = ctypes.CDLL(str(tree.lib / "libral_cuda.so"))
+    assert library.answer() == 42
+    assert not hasattr(library, "_Z12not_exportedv")
+    assert not (tree.lib / "ral_cuda.missing.txt").exists()
+
+    source.write_text("this is not CUDA;\n")
+    result = tree.build(CUDACXX=nvcc)
+    assert result.returncode == 0, result.stderr
+    assert tree.note("ral_cuda").startswith("the CUDA sources did not build:\n")
+    assert not (tree.lib / "libral_cuda.so").exists()
+    assert (tree.lib / "libral_cpu.so").is_file()
+    result = tree.build(CUDACXX=nvcc, RAL_REQUIRE_NATIVE="1")
+    assert result.returncode != 0
+    assert "this is not CUDA" in result.stdout + result.stderr
 
 
 def test_library_is_not_packaged_by_chance(tree):

@@ -14,22 +14,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels import triton_runtime
+from ral_kernels import cuda_library, triton_runtime
 from ral_kernels.divergence.arguments import KINDS
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 64
 
 
 class Small:
-    """Tensors on one device, in one dtype."""
+    """Tensors on one device, in one dtype, for the kernels of one backend."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, seqlen: int) -> None:
-        self.device, self.dtype, self.seqlen = device, dtype, seqlen
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, seqlen: int, backend: str = "triton"
+    ) -> None:
+        self.device, self.dtype, self.seqlen, self.backend = device, dtype, seqlen, backend
 
     def tensor(self, heads: int, length: int, head_dim: int = HEAD_DIM) -> Tensor:
         memory = torch.randn(BATCH, length, heads, head_dim, device=self.device).to(self.dtype)
@@ -64,18 +67,22 @@ def _attention(small: Small, variant: str) -> None:
     if variant == "span bias":
         options["span_bias"] = torch.randn(5, device=small.device, requires_grad=True)
     if variant == "masks":
-        options.update(window=30, softcap=5.0, key_padding_mask=small.mask())
-    result = rk.attention(q, k, v, spans, backend="triton", **options)
+        options.update(window=30, key_padding_mask=small.mask())
+        if small.backend == "triton":
+            options["softcap"] = 5.0
+    result = rk.attention(q, k, v, spans, backend=small.backend, **options)
     _backward(result.out, result.marginals, result.lse)
 
 
 def _packed(small: Small) -> None:
     q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in small.qkv())
     bounds = torch.tensor([0, 7, 7, small.seqlen], dtype=torch.int32, device=small.device)
-    out, marginals = rk.flash_attn_varlen_func(
-        q, k, v, bounds, bounds, small.seqlen, small.seqlen, causal=True, spans=small.spans()
-    )
-    _backward(out, marginals)
+    # The drop-in has no backend to ask for: the CUDA kernels come first once they are measured.
+    with mock.patch.object(cuda_library, "MEASURED", small.backend == "cuda"):
+        out, marginals = rk.flash_attn_varlen_func(
+            q, k, v, bounds, bounds, small.seqlen, small.seqlen, causal=True, spans=small.spans()
+        )
+        _backward(out, marginals)
 
 
 def _policy(small: Small, spans: bool) -> None:
@@ -94,28 +101,31 @@ def _divergence(small: Small, kind: str) -> None:
 
 def _objective(small: Small, kind: str, loss: bool) -> None:
     q, k, _ = small.qkv()
+    head_dim = 32 if small.backend == "triton" else 128
     teacher = rk.AttentionSnapshot(
-        small.tensor(6, small.seqlen, 32), small.tensor(3, small.seqlen, 32)
+        small.tensor(6, small.seqlen, head_dim), small.tensor(3, small.seqlen, head_dim)
     )
     if not loss:
-        _backward(rk.attention_divergence(q, k, teacher, kind, backend="triton"))
+        _backward(rk.attention_divergence(q, k, teacher, kind, backend=small.backend))
         return
     advantages = torch.randn(BATCH, small.seqlen, device=small.device)
-    _backward(rk.ral_loss(q, k, teacher, advantages, kind=kind, backend="triton"))
+    _backward(rk.ral_loss(q, k, teacher, advantages, kind=kind, backend=small.backend))
 
 
 def calls(small: Small) -> dict[str, Callable[[], None]]:
-    """Name -> call, all ops."""
-    on_gpu = small.device.type == "cuda"
+    """Name -> call, all ops that the backend has."""
+    on_gpu, triton = small.device.type == "cuda", small.backend == "triton"
     found: dict[str, Callable[[], None]] = {}
-    for variant in ("spans", "scattered", "no spans", "span bias", "masks", "decoding"):
+    for variant in ("spans", "scattered", "no spans", "masks", "decoding"):
         found[f"attention {variant}"] = partial(_attention, small, variant)
-    if on_gpu:  # the drop-in has no backend to ask for
+    if on_gpu:
         found["attention packed"] = partial(_packed, small)
-    found["policy over keys"] = partial(_policy, small, False)
-    found["policy over spans"] = partial(_policy, small, True)
-    for kind in KINDS:
-        found[f"divergence {kind}"] = partial(_divergence, small, kind)
+    if triton:
+        found["attention span bias"] = partial(_attention, small, "span bias")
+        found["policy over keys"] = partial(_policy, small, False)
+        found["policy over spans"] = partial(_policy, small, True)
+        for kind in KINDS:
+            found[f"divergence {kind}"] = partial(_divergence, small, kind)
     for kind in KINDS if on_gpu else KINDS[:1]:
         found[f"policy_divergence {kind}"] = partial(_objective, small, kind, False)
         found[f"loss {kind}"] = partial(_objective, small, kind, True)
@@ -127,10 +137,14 @@ def run_share(device: torch.device, share: tuple[int, int], file: Path) -> None:
     torch.manual_seed(0)
     half = torch.float16 if triton_runtime.interpreted() else torch.bfloat16
     dtypes = (half,) if device.type == "cpu" else (half, torch.float32)
+    seqlen = 33 if device.type == "cpu" else 200
+    small = [Small(device, dtype, seqlen) for dtype in dtypes]
+    if device.type == "cuda" and rk.available_backends()["cuda"] == "yes":
+        small.append(Small(device, half, seqlen, "cuda"))
     every = [
-        (f"{name} {str(dtype)[6:]}", call)
-        for dtype in dtypes
-        for name, call in calls(Small(device, dtype, 33 if device.type == "cpu" else 200)).items()
+        (f"{x.backend} {name} {str(x.dtype)[6:]}", call)
+        for x in small
+        for name, call in calls(x).items()
     ]
     ended: dict[str, float] = {}
     for name, call in every[share[0] :: share[1]]:

@@ -90,6 +90,14 @@ def _correctness(setting: Setting) -> list[str]:
     return [*command, *_workers(), "tests/ops", "-k", CHECKED]
 
 
+def _correctness_cuda(setting: Setting) -> list[str]:
+    """The same cases for the CUDA C++ kernels, and those of their own tiles."""
+    command = _python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.log")
+    if setting.rehearse:
+        return [*command, "tests/cuda_host/test_attention.py", "-k", "host and gqa_2"]
+    return [*command, *_workers(), "tests/cuda_host", "-k", "gpu"]
+
+
 def _on_device(setting: Setting) -> list[str]:
     """Large shapes, torch.compile, CUDA graphs, two streams, offsets beyond 2**31."""
     command = _python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.log")
@@ -115,15 +123,22 @@ def _workers() -> list[str]:
     return ["-n", str(_cores()), "--dist", "load"]
 
 
-def _tests_environment(setting: Setting) -> dict[str, str]:
+def _tests_environment(setting: Setting, required: str = "triton") -> dict[str, str]:
     environment = {
         "RAL_GPU_TEST_LOG": str(setting.scratch / "tests.jsonl"),
         "RAL_GPU_TEST_SECONDS": str(setting.budget - 10),
-        "RAL_REQUIRE": "triton",
+        "RAL_REQUIRE": required,
     }
     if setting.rehearse:
         environment["TRITON_INTERPRET"] = "1"
     return environment
+
+
+def _cuda_environment(setting: Setting) -> dict[str, str]:
+    # A machine without nvcc has no such kernels: the tests are skipped, and the log says so. In a
+    # rehearsal they run in the harness alone, as there is no GPU.
+    built = shutil.which("nvcc") and not setting.rehearse
+    return _tests_environment(setting, required="cuda" if built else "triton")
 
 
 def _tests_result(setting: Setting) -> dict[str, Any]:
@@ -235,7 +250,8 @@ def _tiles_environment(setting: Setting) -> dict[str, str]:
 STAGES = (
     Stage("library", 45, _library),
     Stage("facts", 25, _facts, _read("facts.json")),
-    Stage("correctness", 150, _correctness, _tests_result, _tests_environment),
+    Stage("correctness", 120, _correctness, _tests_result, _tests_environment),
+    Stage("correctness cuda", 30, _correctness_cuda, _tests_result, _cuda_environment),
     *(
         Stage(f"sweep {plan.objective}", budget, plan.command, plan.collect)
         for plan, budget in zip(SWEEPS[:2], (90, 50), strict=True)

@@ -1,78 +1,25 @@
-"""CPU backend of `attention`: fills the structs of csrc/include/ral/attention.h, calls ral_cpu."""
+"""CPU backend of `attention`: calls ral_cpu."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_float, c_int32, c_int64, c_void_p
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import cpu_library
-from ..cpu_library import BroadcastStruct, TensorStruct, broadcast_struct, pointer, tensor_struct
+from . import c_structs
 from .arguments import AttentionArgs
 
 supported_isas = cpu_library.supported_isas
 
 
-class _Params(ctypes.Structure):
-    _fields_ = [
-        ("batch_size", c_int64),
-        ("num_sequences", c_int64),
-        ("num_heads", c_int64),
-        ("num_kv_heads", c_int64),
-        ("seqlen_q", c_int64),
-        ("seqlen_k", c_int64),
-        ("head_dim", c_int64),
-        ("head_dim_v", c_int64),
-        ("num_spans", c_int64),
-        ("row_start", c_int64),
-        ("row_stop", c_int64),
-        ("window_left", c_int64),
-        ("window_right", c_int64),
-        ("q", TensorStruct),
-        ("k", TensorStruct),
-        ("v", TensorStruct),
-        ("span_ids", c_void_p),
-        ("span_ids_stride_b", c_int64),
-        ("span_bias", BroadcastStruct),
-        ("attn_mask", BroadcastStruct),
-        ("key_padding_mask", c_void_p),
-        ("key_padding_mask_stride_b", c_int64),
-        ("cu_seqlens_q", c_void_p),
-        ("cu_seqlens_k", c_void_p),
-        ("scale", c_float),
-        ("softcap", c_float),
-        ("dtype", c_int32),
-        ("attn_mask_dtype", c_int32),
-        ("top_left", c_int32),
-        ("isa", c_int32),
-        ("num_threads", c_int32),
-    ]
-
-
-class _Outputs(ctypes.Structure):
-    _fields_ = [("out", TensorStruct), ("marginals", c_void_p), ("lse", c_void_p)]
-
-
-class _Gradients(ctypes.Structure):
-    _fields_ = [
-        ("dout", TensorStruct),
-        ("dmarginals", c_void_p),
-        ("dlse", c_void_p),
-        ("dq", TensorStruct),
-        ("dk", TensorStruct),
-        ("dv", TensorStruct),
-        ("dspan_bias", c_void_p),
-    ]
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     cpu_library.check_struct_sizes(
-        "ral_cpu_attention_struct_sizes", (_Params, _Outputs, _Gradients)
+        "ral_cpu_attention_struct_sizes",
+        (c_structs.Params, c_structs.Outputs, c_structs.Gradients),
     )
     return cpu_library.library()
 
@@ -95,65 +42,16 @@ def can_run(args: AttentionArgs) -> str | None:
     return None
 
 
-def _params(args: AttentionArgs) -> _Params:
-    # Pointers only: the caller's AttentionArgs keeps every tensor alive while the library runs.
-    ids, padding, mask = args.span_ids, args.key_padding_mask, args.attn_mask
-    cu_seqlens_q = args.cu_seqlens_q
-    return _Params(
-        batch_size=args.batch_size,
-        num_sequences=args.batch_size if cu_seqlens_q is None else cu_seqlens_q.numel() - 1,
-        num_heads=args.num_heads,
-        num_kv_heads=args.num_kv_heads,
-        seqlen_q=args.seqlen_q,
-        seqlen_k=args.seqlen_k,
-        head_dim=args.head_dim,
-        head_dim_v=args.head_dim_v,
-        num_spans=args.num_spans,
-        row_start=args.row_start,
-        row_stop=args.row_stop,
-        window_left=args.window_left,
-        window_right=args.window_right,
-        q=tensor_struct(args.q),
-        k=tensor_struct(args.k),
-        v=tensor_struct(args.v),
-        span_ids=pointer(ids),
-        span_ids_stride_b=ids.stride(0) if ids is not None and ids.dim() == 2 else 0,
-        span_bias=broadcast_struct(args.span_bias),
-        attn_mask=broadcast_struct(mask),
-        key_padding_mask=pointer(padding),
-        key_padding_mask_stride_b=padding.stride(0) if padding is not None else 0,
-        cu_seqlens_q=pointer(cu_seqlens_q),
-        cu_seqlens_k=pointer(args.cu_seqlens_k),
-        scale=args.scale,
-        softcap=args.softcap,
-        dtype=cpu_library.DTYPES[args.q.dtype],
-        attn_mask_dtype=cpu_library.DTYPES[mask.dtype] if mask is not None else 0,
-        top_left=args.top_left,
-        isa=cpu_library.chosen_isa(),
-        num_threads=torch.get_num_threads(),
-    )
-
-
-def _with_unit_stride(args: AttentionArgs) -> AttentionArgs:
-    """The library walks ids and key padding with unit stride; others are rare and small."""
-    changes = {
-        name: x.contiguous()
-        for name in ("span_ids", "key_padding_mask", "cu_seqlens_q", "cu_seqlens_k")
-        if (x := getattr(args, name)) is not None and x.stride(-1) != 1
-    }
-    return replace(args, **changes) if changes else args
-
-
-def _shapes(args: AttentionArgs) -> str:
-    return f"q {tuple(args.q.shape)}, k {tuple(args.k.shape)}, v {tuple(args.v.shape)}"
+def _params(args: AttentionArgs) -> c_structs.Params:
+    return c_structs.params(args, cpu_library.chosen_isa(), torch.get_num_threads())
 
 
 def fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
     """Write out, marginals and lse."""
-    args = _with_unit_stride(args)
-    outputs = _Outputs(tensor_struct(out), pointer(marginals), pointer(lse))
+    args = c_structs.with_unit_stride(args)
+    outputs = c_structs.outputs(out, marginals, lse)
     status = _library().ral_cpu_attention_fwd(ctypes.byref(_params(args)), ctypes.byref(outputs))
-    cpu_library.raise_for_status("attention", status, _shapes(args))
+    cpu_library.raise_for_status("attention", status, c_structs.shapes(args))
 
 
 def bwd(
@@ -170,18 +68,10 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write dq, dk, dv and, where asked for, dspan_bias."""
-    args = _with_unit_stride(args)
-    outputs = _Outputs(tensor_struct(out), pointer(marginals), pointer(lse))
-    gradients = _Gradients(
-        tensor_struct(dout),
-        pointer(dmarginals),
-        pointer(dlse),
-        tensor_struct(dq),
-        tensor_struct(dk),
-        tensor_struct(dv),
-        pointer(dspan_bias),
-    )
+    args = c_structs.with_unit_stride(args)
+    outputs = c_structs.outputs(out, marginals, lse)
+    gradients = c_structs.gradients(dout, dmarginals, dlse, dq, dk, dv, dspan_bias)
     status = _library().ral_cpu_attention_bwd(
         ctypes.byref(_params(args)), ctypes.byref(outputs), ctypes.byref(gradients)
     )
-    cpu_library.raise_for_status("attention", status, _shapes(args))
+    cpu_library.raise_for_status("attention", status, c_structs.shapes(args))

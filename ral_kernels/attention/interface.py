@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .. import allocation, backends, checks, qkv
 from ..spans import Spans
-from . import cpu, reference, triton_backend
+from . import cpu, cuda, reference, triton_backend
 from .arguments import AttentionArgs
 
 BACKENDS: dict[str, Any] = {
+    "cuda": cuda,
     "triton": triton_backend,
     "cpu": cpu,
     "reference": reference,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import cpu_library
-from ..cpu_library import pointer
+from ..c_interface import pointer
 from ..policy import cpu as policy_cpu
+from ..policy.c_structs import ElementParams
 from .arguments import KINDS, DivergenceArgs
 
 supported_isas = cpu_library.supported_isas
@@ -29,7 +30,7 @@ def fwd(
     p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
 ) -> None:
     """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
-    params = policy_cpu.ElementParams(
+    params = ElementParams(
         num_rows=p.shape[0],
         length=p.shape[1],
         p=pointer(p),

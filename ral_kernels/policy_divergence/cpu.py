@@ -7,10 +7,9 @@ import ctypes
 from torch import Tensor
 
 from .. import cpu_library
-from ..cpu_library import pointer, tensor_struct
-from ..divergence.arguments import KINDS
+from ..c_interface import pointer, tensor_struct
 from ..policy import cpu as policy_cpu
-from ..policy.cpu import Bundle, DivergenceParams, SideStruct
+from . import c_structs
 from .arguments import PolicyDivergenceArgs
 
 supported_isas = cpu_library.supported_isas
@@ -30,42 +29,6 @@ def can_run(args: PolicyDivergenceArgs) -> str | None:
     return None
 
 
-def _params(
-    bundle: Bundle,
-    args: PolicyDivergenceArgs,
-    ref_norm: Tensor | None,
-    ref_z: Tensor | None,
-    u: Tensor | None,
-    w: Tensor | None,
-) -> DivergenceParams:
-    reference = args.reference
-    side = SideStruct(
-        num_heads=reference.num_heads,
-        num_kv_heads=reference.num_kv_heads,
-        head_dim=reference.head_dim,
-        shared_prefix=reference.prefix_length,
-        window_left=reference.window_left,
-        window_right=reference.window_right,
-        q=tensor_struct(reference.q),
-        k=tensor_struct(reference.k),
-        k_prefix=tensor_struct(reference.k_prefix),
-        prefix_index=pointer(reference.prefix_index),
-        norm=pointer(ref_norm),
-        z=pointer(ref_z),
-        scale=reference.scale,
-        softcap=reference.softcap,
-        dtype=cpu_library.DTYPES[reference.q.dtype],
-    )
-    return DivergenceParams(
-        common=bundle.common,
-        policy=bundle.policy,
-        reference=side,
-        kind=KINDS.index(args.kind),
-        u=pointer(u),
-        w=pointer(w),
-    )
-
-
 def fwd(
     args: PolicyDivergenceArgs,
     value: Tensor,
@@ -77,8 +40,8 @@ def fwd(
     w: Tensor,
 ) -> None:
     """Write the divergence of each row and the statistics that the backward starts from."""
-    bundle = Bundle(args.policy, norm, z)
-    params = _params(bundle, args, ref_norm, ref_z, u, w)
+    bundle = policy_cpu.bundle_of(args.policy, norm, z)
+    params = c_structs.params(bundle, args, ref_norm, ref_z, u, w)
     params.value = pointer(value)
     status = policy_cpu.library().ral_cpu_policy_divergence_fwd(ctypes.byref(params))
     cpu_library.raise_for_status("attention_divergence", status, bundle.shapes)
@@ -99,8 +62,8 @@ def bwd(
 ) -> None:
     """Write the gradients of q and k. `dspan_bias` is None: there are no spans here."""
     assert dspan_bias is None
-    bundle = Bundle(args.policy, norm, z)
-    params = _params(bundle, args, ref_norm, ref_z, u, w)
+    bundle = policy_cpu.bundle_of(args.policy, norm, z)
+    params = c_structs.params(bundle, args, ref_norm, ref_z, u, w)
     params.dvalue = pointer(dvalue)
     params.dq = tensor_struct(dq)
     params.dk = tensor_struct(dk)
@@ -122,8 +85,8 @@ def loss(
 
     `ref_norm` and `ref_z` are read if `normalised`, and written otherwise.
     """
-    bundle = Bundle(args.policy, None, None)
-    params = _params(bundle, args, ref_norm, ref_z, None, None)
+    bundle = policy_cpu.bundle_of(args.policy, None, None)
+    params = c_structs.params(bundle, args, ref_norm, ref_z, None, None)
     params.reference_normalised = normalised
     params.value = pointer(value)
     params.dvalue = pointer(weights)

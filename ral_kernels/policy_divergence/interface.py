@@ -13,11 +13,12 @@ from ..policy.arguments import PolicyArgs
 from ..policy.interface import call_policy, resolve_call
 from ..snapshot import AttentionSnapshot
 from ..spans import Spans
-from . import cpu, triton_backend
+from . import cpu, cuda, triton_backend
 from . import reference as reference_backend
 from .arguments import PolicyDivergenceArgs, ReferenceArgs
 
 BACKENDS: dict[str, Any] = {
+    "cuda": cuda,
     "triton": triton_backend,
     "cpu": cpu,
     "reference": reference_backend,

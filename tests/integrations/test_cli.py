@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import ral_kernels as rk
-from ral_kernels import cli
+from ral_kernels import backends, cli, cuda_library
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -195,6 +195,19 @@ def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == set(rk.available_backends())
     assert any(line.split() == ["reference", "yes"] for line in lines)
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the automatic choice does, and why: the kernels that no GPU has run are passed over."""
+    monkeypatch.setattr(backends._tables["attention"]["cuda"], "available", lambda: None)
+    monkeypatch.setattr(cuda_library, "MEASURED", False)
+    assert cli.main(["info"]) == 0
+    head, *ops = capsys.readouterr().out.split("\n\n")
+    assert head.startswith(f"ral_kernels {rk.__version__}\n") and "ral_cuda: " in head
+    found = {op.split(":")[0]: op for op in ops}
+    assert set(found) == {"attention", "policy", "divergence", "policy_divergence"}
+    assert "  cuda       passed over: its kernels have run on no GPU yet" in found["attention"]
+    assert "  reference  yes" in found["attention"]
 
 
 def test_help_is_quick(capsys: pytest.CaptureFixture[str]) -> None:

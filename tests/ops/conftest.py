@@ -11,14 +11,6 @@ from ral_kernels import triton_runtime
 from tests.conftest import skip_or_fail
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers",
-        "in_interpreter(when): with backend triton in the interpreter, where a case takes seconds, "
-        "run those for which `when`, a function of parameters of the test, is true",
-    )
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = [item for item in items if not _worth_its_time(item)]
     if left_out:

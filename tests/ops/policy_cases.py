@@ -183,11 +183,13 @@ FEW = ("length_2", "gqa_7", "head_dim_37", "layout_strided", "padding_left", "wi
     "softcap", "large_scores", "peaked_on_self", "spans_unsorted", "span_bias_per_row")  # fmt: skip
 
 
-def snapshot_inputs(case: PolicyCase, inputs: PolicyInputs, other_model: bool) -> PolicyInputs:
+def snapshot_inputs(
+    case: PolicyCase, inputs: PolicyInputs, other_model: bool, other_head_dim: int = 20
+) -> PolicyInputs:
     """q and k of a reference for `inputs`: another draw, if asked for of another shape of model."""
     base = case.base
     if other_model:
-        base = replace(base, num_heads=6, num_kv_heads=3, head_dim=20, layout="bhtd")
+        base = replace(base, num_heads=6, num_kv_heads=3, head_dim=other_head_dim, layout="bhtd")
     drawn = replace(case, base=base).inputs(inputs.q.dtype, seed=7)
     options = {k: v for k, v in inputs.options.items() if k != "span_bias"}
     return PolicyInputs(drawn.q, drawn.k, options)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ral_kernels as rk
-from ral_kernels.attention import interface
+from ral_kernels.attention import cuda, interface
 
 B, H, HK, T, N, D, S = 2, 4, 2, 5, 7, 8, 3
 NAN, INF = float("nan"), float("inf")
@@ -248,8 +248,6 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^attention: backend must be None or one of cuda, triton, cpu, reference; got 'tpu'"),
     ("backend_type", lambda: call(backend=3), TypeError,
      r"^attention: backend must be None or a name; got int"),
-    ("backend_no_kernels", lambda: call(backend="cuda"), NotImplementedError,
-     r"^attention: backend 'cuda' "),
     # scaled_dot_product_attention
     ("sdpa_dropout", lambda: torch_like(dropout_p=0.1), NotImplementedError,
      r"^scaled_dot_product_attention: dropout_p must be 0.0; got 0.1"),
@@ -348,6 +346,17 @@ def test_bad_input(bad: Callable[[], Any], exception: type[Exception], message: 
     with pytest.raises(exception, match=message) as caught:
         bad()
     assert caught.type is exception  # not a subclass: NotImplementedError is a RuntimeError
+
+
+def test_backend_that_is_missing_or_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "available", lambda: "no such device")
+    with pytest.raises(RuntimeError) as caught:
+        call(backend="cuda")
+    assert str(caught.value) == "attention: backend 'cuda' is not available: no such device"
+    assert caught.type is RuntimeError
+    monkeypatch.setattr(cuda, "available", lambda: None)
+    with pytest.raises(NotImplementedError, match="cannot run this call: it needs CUDA tensors"):
+        call(backend="cuda")
 
 
 def test_well_formed_calls_pass() -> None:

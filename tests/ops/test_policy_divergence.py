@@ -48,10 +48,15 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 
 
 def check_case(
-    case: PolicyCase, dtype: torch.dtype, backend: str, kind: str, other_model: bool
+    case: PolicyCase,
+    dtype: torch.dtype,
+    backend: str,
+    kind: str,
+    other_model: bool,
+    other_head_dim: int = 20,
 ) -> None:
     inputs = case.inputs(dtype).requires_grad_()
-    other = snapshot_inputs(case, inputs, other_model)
+    other = snapshot_inputs(case, inputs, other_model, other_head_dim)
     value = attention_divergence(
         inputs.q, inputs.k, snapshot_of(other), kind, backend=backend, **inputs.options
     )

@@ -26,8 +26,8 @@ def assert_exactly_zero(value: Tensor, inputs: PolicyInputs) -> None:
         assert not gradient.any(), f"largest gradient {float(gradient.abs().max())}"
 
 
-def check_unchanged(name: str, kind: str, dtype: torch.dtype, backend: str) -> None:
-    inputs = BY_NAME[name].inputs(dtype).requires_grad_()
+def check_unchanged(case: PolicyCase, kind: str, dtype: torch.dtype, backend: str) -> None:
+    inputs = case.inputs(dtype).requires_grad_()
     snapshot = snapshot_of(inputs)
     value = attention_divergence(
         inputs.q, inputs.k, snapshot, kind, backend=backend, **inputs.options
@@ -54,7 +54,7 @@ def check_unchanged(name: str, kind: str, dtype: torch.dtype, backend: str) -> N
 def test_unchanged_policy_is_exactly_zero(
     name: str, kind: str, dtype: torch.dtype, backend: str
 ) -> None:
-    check_unchanged(name, kind, dtype, backend)
+    check_unchanged(BY_NAME[name], kind, dtype, backend)
 
 
 @pytest.mark.parametrize("name", ["spans_equal", "spans_unsorted", "spans_gaps", "spans_batch",
@@ -145,6 +145,10 @@ def nearby(dtype: torch.dtype, distance: float = 1e-3) -> tuple[PolicyInputs, Po
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 def test_near_the_reference(kind: str, dtype: torch.dtype, backend: str) -> None:
+    check_near(kind, dtype, backend, backend)
+
+
+def check_near(kind: str, dtype: torch.dtype, backend: str, dense_backend: str) -> None:
     """1e-3 apart: the snapshot's gradient is right where one against bfloat16 rows is noise."""
     now, old = nearby(dtype)
     now.requires_grad_()
@@ -159,7 +163,7 @@ def test_near_the_reference(kind: str, dtype: torch.dtype, backend: str) -> None
     dvalue = random_like(value, 1)
     grads = gradients(value, now, dvalue)
     true_grads = gradients(truth, exact, dvalue.double())
-    dense = attention_divergence(now.q, now.k, r.bfloat16(), kind, backend=backend)
+    dense = attention_divergence(now.q, now.k, r.bfloat16(), kind, backend=dense_backend)
     dense_grads = gradients(dense, now, dvalue)
     bound = 2e-3 if dtype == torch.float32 else 5e-3  # gradients are rounded to bfloat16: 2e-3
     for name, grad in grads.items():

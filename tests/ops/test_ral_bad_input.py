@@ -11,7 +11,7 @@ import torch
 import ral_kernels as rk
 from ral_kernels.divergence import divergence
 from ral_kernels.policy import attention_policy
-from ral_kernels.policy_divergence import attention_divergence, ral_loss
+from ral_kernels.policy_divergence import attention_divergence, cuda, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 
 B, H, HK, T, N, D, S = 2, 4, 2, 5, 7, 8, 3
@@ -186,8 +186,6 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^attention_divergence: q must be"),
     ("divergence_scope", lambda: against(scope=3), TypeError,
      r"^attention_divergence: scope must be .*; got int"),
-    ("divergence_backend_2", lambda: against(reference=snap(), backend="cuda"),
-     NotImplementedError, r"^policy_divergence: backend 'cuda' has no kernels"),
     # ral_loss
     ("loss_q", lambda: loss(q=None), TypeError, r"^ral_loss: q must be"),
     ("loss_reference", lambda: loss(reference="old"), TypeError,
@@ -272,6 +270,17 @@ def test_bad_input(call: Callable[[], Any], exception: type[Exception], message:
     with pytest.raises(exception, match=message) as raised:
         call()
     assert raised.type is exception
+
+
+def test_backend_that_is_missing_or_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "available", lambda: "no such device")
+    with pytest.raises(RuntimeError) as caught:
+        against(reference=snap(), backend="cuda")
+    assert str(caught.value) == "policy_divergence: backend 'cuda' is not available: no such device"
+    assert caught.type is RuntimeError
+    monkeypatch.setattr(cuda, "available", lambda: None)
+    with pytest.raises(NotImplementedError, match="cannot run this call: it needs CUDA tensors"):
+        against(reference=snap(), backend="cuda")
 
 
 def test_the_good_calls_are_good() -> None:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import ral_kernels as rk
+from ral_kernels import cuda_library
 
 from ..objective import Contestant
 from .problem import AttentionProblem
@@ -26,19 +27,27 @@ Attend = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 CHUNK_ROWS = 256
 
 
-def ral(problem: AttentionProblem) -> Attend:
+def ral(problem: AttentionProblem, *, backend: str | None = None) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        result = rk.attention(q, k, v, problem.spans, is_causal=True)
+        result = rk.attention(q, k, v, problem.spans, is_causal=True, backend=backend)
         return result.out, result.marginals
 
     return attend
 
 
-def ral_plain(problem: AttentionProblem) -> Attend:
+def ral_plain(problem: AttentionProblem, *, backend: str | None = None) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        return rk.attention(q, k, v, is_causal=True).out, None
+        return rk.attention(q, k, v, is_causal=True, backend=backend).out, None
 
     return attend
+
+
+def no_cuda_kernels(problem: Any, backward: bool) -> str | None:
+    """Why the CUDA C++ kernels cannot take part."""
+    if not problem.q.is_cuda:
+        return "CUDA C++ kernels"
+    reason = rk.available_backends()["cuda"]
+    return (None if reason == "yes" else reason) or cuda_library.cannot_run(problem.q, problem.k)
 
 
 def _causal_sdpa(
@@ -291,6 +300,21 @@ CONTESTANTS = (
     Contestant("sdpa", "SDPA, no marginals", sdpa, answer="out_only"),
     Contestant("ral", "ral_kernels, marginals", ral, ours=True),
     Contestant("ral_plain", "ral_kernels, no marginals", ral_plain, "out_only", ours=True),
+    *(
+        Contestant(
+            f"{prepare.__name__}_cuda",
+            f"the same in CUDA C++, {what}",
+            functools.partial(prepare, backend="cuda"),
+            answer=answer,
+            on=("cuda",),
+            refuse=no_cuda_kernels,
+            ours=True,
+        )
+        for prepare, what, answer in (
+            (ral, "marginals", "all"),
+            (ral_plain, "no marginals", "out_only"),
+        )
+    ),
     Contestant("sdpa_one_hot", "SDPA, V + one-hot", sdpa_one_hot),
     Contestant(
         "flex_one_hot",

@@ -21,6 +21,7 @@ from ral_kernels.policy import attention_policy
 from ral_kernels.policy_divergence import ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 
+from ..attention.contestants import no_cuda_kernels
 from ..objective import Contestant
 from .problem import RalProblem
 
@@ -28,14 +29,14 @@ Loss = Callable[[Tensor, Tensor], "tuple[Tensor]"]
 TINY = torch.finfo(torch.float32).tiny
 
 
-def ral(problem: RalProblem) -> Loss:
+def ral(problem: RalProblem, *, backend: str | None = None) -> Loss:
     """The streaming loss against a snapshot that is compared for the first time."""
     snapshot = AttentionSnapshot(problem.reference_q, problem.reference_k)
 
     def loss(q: Tensor, k: Tensor) -> tuple[Tensor]:
         # A view of all samples: what a snapshot remembers of a comparison is not passed on to it,
         # so that the reference's policy is on the clock as it is for everybody else.
-        return (ral_loss(q, k, snapshot[:], problem.advantages),)
+        return (ral_loss(q, k, snapshot[:], problem.advantages, backend=backend),)
 
     return loss
 
@@ -179,6 +180,14 @@ def wrong(problem: RalProblem) -> Loss:
 CHUNKS = {16: ("cpu", "cuda"), 64: ("cpu", "cuda"), 256: ("cuda",)}
 CONTESTANTS = (
     Contestant("ral", "ral_kernels, ral_loss", ral, ours=True),
+    Contestant(
+        "ral_cuda",
+        "ral_loss in CUDA C++",
+        functools.partial(ral, backend="cuda"),
+        on=("cuda",),
+        refuse=no_cuda_kernels,
+        ours=True,
+    ),
     Contestant("ral_again", "ral_loss, known snapshot", ral_again, ours=True),
     Contestant("ral_dense", "ral_kernels, dense rows", ral_dense, ours=True),
     *(

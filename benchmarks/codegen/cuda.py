@@ -1,0 +1,233 @@
+"""What nvcc made of the CUDA C++ kernels, as benchmarks/results/codegen_cuda.md.
+
+    python -m benchmarks.codegen.cuda            # writes the table; status 1 if a limit is broken
+
+Facts of the compiler, no measurement: no GPU is needed, and none is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ral_kernels import cuda_library
+
+from .compiler import SHARED_LIMIT
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "codegen_cuda.md"
+LIBRARY = "libral_cuda.so"
+REGISTERS, THREADS = 64 * 1024, 2048  # of a multiprocessor
+BLOCK_OVERHEAD = 1024  # bytes of shared memory that a block costs beyond its own
+# What is worth counting in the machine code: products, loads for them, copies, 2^x and the like.
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "MUFU", "LDL", "STL")
+PRODUCTS = ("HMMA", "HGMMA")
+# Bytes a thread that may lie in local memory, where registers run short; all others have none.
+STACK_LIMIT = {
+    "attention_fwd_kernel 128": 160,
+    "attention_bwd_dkdv_kernel 64": 48,
+    "attention_bwd_dkdv_kernel 128": 64,
+}
+
+
+class _Entry(ctypes.Structure):
+    """`ral::cuda::KernelFacts`."""
+
+    _fields_ = [
+        ("type", ctypes.c_char_p),
+        ("threads", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """One kernel for one architecture.
+
+    Attributes:
+        name: of the kernel; dtype and head_dim: what it is compiled for, "" and 0 for any.
+        threads: of a block; shared: bytes of a block.
+        registers: of a thread; stack: bytes of a thread in local memory, where spills go.
+        instructions: how often each of INSTRUCTIONS stands in the code.
+    """
+
+    name: str
+    dtype: str
+    head_dim: int
+    architecture: str
+    threads: int
+    shared: int
+    registers: int
+    stack: int
+    instructions: dict[str, int]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks a multiprocessor holds, by threads, registers and shared memory."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        shared = SHARED_LIMIT[self.architecture] + BLOCK_OVERHEAD
+        return min(
+            THREADS // self.threads,
+            REGISTERS // registers,
+            shared // (self.shared + BLOCK_OVERHEAD),
+        )
+
+
+def find_cuobjdump() -> str | None:
+    """CUDA's disassembler: on PATH, or the one that Triton's wheel carries."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(path) if path.exists() else None
+    return found
+
+
+def kernels() -> list[CudaKernel]:
+    """All kernels of the built library.
+
+    Raises:
+        RuntimeError: the library, or cuobjdump, is missing.
+    """
+    entries = list(_entries())
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        raise RuntimeError("cuobjdump is neither on PATH nor in a wheel of triton")
+    path = cuda_library.library()._name
+    usage = _run(cuobjdump, "-res-usage", path)
+    code = _count(_run(cuobjdump, "-sass", path))
+    found = []
+    architecture = ""
+    for line in usage.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+?):", line):
+            symbol = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            for entry in entries:
+                kind = entry.type.decode().removeprefix("N3ral4cuda").removesuffix("E")
+                if f"5entryINS0_{kind}" not in symbol:
+                    continue
+                name, dtype, head_dim = _parse(kind)
+                found.append(
+                    CudaKernel(
+                        name, dtype, head_dim, architecture.removesuffix("a"), entry.threads,
+                        entry.shared_bytes, int(match[1]), int(match[2]),
+                        code[architecture, symbol],
+                    )
+                )  # fmt: skip
+    return sorted(found, key=lambda k: (k.name, k.dtype, k.head_dim, k.architecture))
+
+
+def _entries() -> Iterator[_Entry]:
+    library = cuda_library.library()
+    library.ral_cuda_kernel.restype = ctypes.POINTER(_Entry)
+    index = 0
+    while entry := library.ral_cuda_kernel(index):
+        yield entry.contents
+        index += 1
+
+
+def _parse(kind: str) -> tuple[str, str, int]:
+    """A mangled type, such as 20attention_fwd_kernelINS0_4Bf16ELi64EE."""
+    length = re.match(r"\d+", kind)
+    assert length is not None
+    name = kind[length.end() : length.end() + int(length[0])]
+    match = re.search(r"4(Bf16|Fp16)ELi(\d+)E", kind)
+    return (name, match[1].lower(), int(match[2])) if match else (name, "", 0)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _count(sass: str) -> dict[tuple[str, str], dict[str, int]]:
+    counts: dict[tuple[str, str], collections.Counter[str]] = {}
+    architecture = ""
+    current: collections.Counter[str] = collections.Counter()
+    for line in sass.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            current = counts.setdefault((architecture, match[1]), collections.Counter())
+        elif match := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", line):
+            current[match[1]] += 1
+    return {key: {i: c[i] for i in INSTRUCTIONS if c[i]} for key, c in counts.items()}
+
+
+def problems(found: Sequence[CudaKernel]) -> list[str]:
+    """What must not be: more in local memory than known, too much shared memory."""
+    wrong = []
+    for kernel in found:
+        where = f"{kernel.architecture} {kernel.name} {kernel.dtype} {kernel.head_dim}"
+        allowed = STACK_LIMIT.get(f"{kernel.name} {kernel.head_dim}", 0)
+        if kernel.stack > allowed:
+            wrong.append(f"{where}: {kernel.stack} bytes in local memory, {allowed} are known of")
+        if kernel.blocks < 1:
+            wrong.append(f"{where}: {kernel.shared} bytes of shared memory do not fit")
+    return wrong
+
+
+def markdown(found: Sequence[CudaKernel], nvcc: str) -> str:
+    """The whole file. Rows of dtypes that differ in nothing are joined."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for kernel in found:
+        counts = ", ".join(f"{name} {n}" for name, n in kernel.instructions.items())
+        key = (
+            f"`{kernel.name}`", str(kernel.head_dim or ""), kernel.architecture,
+            str(kernel.threads), str(kernel.registers), str(kernel.stack or ""),
+            f"{kernel.shared / 1024:.0f}", str(kernel.blocks), counts,
+        )  # fmt: skip
+        lines.setdefault(key, []).append(kernel.dtype)
+    head = (
+        "kernel", "head dim", "architecture", "threads", "registers", "bytes in local memory",
+        "shared memory, KiB", "blocks an SM", "instructions in the code", "dtypes",
+    )  # fmt: skip
+    rows = [(*key, ", ".join(filter(None, dtypes))) for key, dtypes in lines.items()]
+    text = [
+        "# What the CUDA C++ kernels compile to",
+        "",
+        f"Written by `python -m benchmarks.codegen.cuda` with {nvcc}.",
+        "",
+        "Facts of the compiler, read from the machine code. They are no measurement on a GPU: "
+        "nothing here says how fast a kernel is. Blocks an SM: by registers and shared memory.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *sorted(rows))),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def nvcc_version() -> str:
+    nvcc = shutil.which("nvcc")
+    match = re.search(r"V(\d[\d.]+)", _run(nvcc, "--version")) if nvcc else None
+    return f"nvcc {match[1]}" if match else "an unknown nvcc"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        found = kernels()
+    except RuntimeError as error:
+        parser.error(str(error))
+    options.out.write_text(markdown(found, nvcc_version()))
+    print(f"wrote {options.out}")
+    wrong = problems(found)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

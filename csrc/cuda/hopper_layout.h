@@ -1,0 +1,128 @@
+// What the Hopper kernels say to the hardware in numbers: tiles in shared memory, their descriptors
+// for wgmma, the shapes of tensor maps, the turns of a ring of buffers. Arithmetic alone, for nvcc
+// and any C++ compiler; tests/test_cuda_hopper.py checks it against the layouts that PTX defines.
+#pragma once
+
+#include <stdint.h>
+
+#include "ral/attention.h"
+
+#ifdef __CUDACC__
+#define RAL_ARITHMETIC __host__ __device__ constexpr
+#else
+#define RAL_ARITHMETIC constexpr
+#endif
+
+namespace ral {
+namespace cuda {
+
+// ---- Tiles ------------------------------------------------------------------------------------
+//
+// A panel is 64 rows of 64 16-bit numbers, 128 bytes a row: what one box of a tensor map brings. A
+// tile of 128 columns is two panels, one behind the other. The copy engine permutes the 16-byte
+// chunks of a row (CU_TENSOR_MAP_SWIZZLE_128B): chunk c of row r is where chunk c ^ (r % 8) would
+// be. Bits 4 to 6 of an address are thereby xored with its bits 7 to 9, provided that panels begin
+// at multiples of 1024 bytes; wgmma undoes that on its own when a descriptor names the same mode.
+
+constexpr int kPanelRows = 64, kPanelColumns = 64;
+constexpr int kPanelRowBytes = 2 * kPanelColumns;
+constexpr int kPanelBytes = kPanelRows * kPanelRowBytes;
+constexpr int kSwizzledRows = 8, kSwizzledBytes = kSwizzledRows * kPanelRowBytes;
+
+// ---- Descriptors of wgmma's operands in shared memory -------------------------------------------
+//
+// PTX ISA, "Asynchronous warpgroup level matrix: matrix descriptor". Addresses and offsets count 16
+// bytes:
+//   bits 0-13   address (its low 18 bits)
+//   bits 16-29  leading-dimension byte offset
+//   bits 32-45  stride-dimension byte offset
+//   bits 49-51  base offset: 0, since the 1024-byte pattern begins at multiples of 1024
+//   bits 62-63  swizzle: 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes
+//
+// K-major, 128-byte swizzle: rows of 128 bytes in groups of 8; the stride offset leads from a group
+// to the next, the leading one is not used. 16 of the contracted dimension are 32 bytes of a row:
+// the next 16 begin 32 bytes further, since the hardware swizzles the address it arrives at.
+// MN-major (the contracted dimension runs over rows): the stride offset leads from 8 rows to the
+// next 8, the leading one from 64 columns to the next 64, that is from panel to panel.
+
+constexpr uint64_t kSwizzle128 = 1;
+
+RAL_ARITHMETIC uint64_t descriptor(uint32_t address, uint32_t leading_bytes,
+                                   uint32_t stride_bytes) {
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading_bytes >> 4) << 16 |
+         uint64_t(stride_bytes >> 4) << 32 | kSwizzle128 << 62;
+}
+
+// Columns [16 step, 16 step + 16) of a tile, contracted over: a row is a row of the factor.
+RAL_ARITHMETIC uint64_t columns_descriptor(uint32_t tile, int step) {
+  return descriptor(tile + uint32_t(step / 4 * kPanelBytes + step % 4 * 32), 16, kSwizzledBytes);
+}
+
+// Rows [16 step, 16 step + 16) of a tile, contracted over: a column is a row of the factor.
+RAL_ARITHMETIC uint64_t rows_descriptor(uint32_t tile, int step) {
+  return descriptor(tile + uint32_t(step * 2 * kSwizzledBytes), kPanelBytes, kSwizzledBytes);
+}
+
+// ---- Tensor maps --------------------------------------------------------------------------------
+
+// [head_dim, tokens, heads, batch] with the strides of all but the first in bytes.
+struct MapShape {
+  uint64_t sizes[4];
+  uint64_t strides[3];
+};
+
+// Fills `shape`; returns null, or why a tensor map cannot say where the tensor lies.
+inline const char* map_shape(const ral_tensor& x, int64_t head_dim, int64_t num_tokens,
+                             int64_t num_heads, int64_t batch_size, MapShape& shape) {
+  constexpr int64_t kElementBytes = 2, kStrideLimit = int64_t(1) << 40;
+  const int64_t sizes[4] = {head_dim, num_tokens, num_heads, batch_size};
+  const int64_t strides[3] = {x.stride_t, x.stride_h, x.stride_b};
+  if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return "an address off 16 bytes";
+  int64_t dense = head_dim * kElementBytes;
+  for (int i = 0; i < 4; ++i) {
+    if (sizes[i] <= 0) return "a tensor without elements";
+    if (sizes[i] > INT32_MAX) return "a dimension beyond 32 bits";
+    shape.sizes[i] = uint64_t(sizes[i]);
+  }
+  for (int i = 0; i < 3; ++i) {
+    // No step is ever made along a dimension of one: its stride may be anything, and a map wants
+    // one that it can hold.
+    int64_t bytes = strides[i] * kElementBytes;
+    if (sizes[i + 1] == 1)
+      bytes = dense;
+    else if (strides[i] <= 0 || strides[i] >= kStrideLimit)
+      return strides[i] == 0 ? "a stride of 0" : "a stride beyond 40 bits";
+    else if (i == 0 && bytes < head_dim * kElementBytes)
+      return "rows that overlap";
+    if (bytes % 16 != 0) return "a stride off 16 bytes";
+    if (bytes >= kStrideLimit) return "a stride beyond 40 bits";
+    shape.strides[i] = uint64_t(bytes);
+    dense = bytes > dense ? bytes : dense;
+  }
+  return nullptr;
+}
+
+// ---- Ring ---------------------------------------------------------------------------------------
+
+// Where the n-th user of a ring of kStages buffers finds its own. An mbarrier counts phases;
+// waiting for `parity` waits until the phase of that parity is over. The n-th filling of a buffer
+// ends phase n / kStages of its barrier `full`, and the n-th use that phase of `empty`: users wait
+// for full[stage] with parity(); who fills waits for empty[stage] with the other parity, which the
+// first time round is that of the phase before the first and so counts as over.
+template <int kStages>
+struct Ring {
+  int32_t stage = 0;
+  uint32_t turn = 0;  // of the ring, modulo 2
+
+  RAL_ARITHMETIC uint32_t parity() const { return turn; }
+  RAL_ARITHMETIC uint32_t parity_before() const { return turn ^ 1; }
+  RAL_ARITHMETIC void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      turn ^= 1;
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

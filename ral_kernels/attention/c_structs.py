@@ -1,0 +1,160 @@
+"""The structs of csrc/include/ral/attention.h, filled from `AttentionArgs`."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..c_interface import (
+    DTYPES,
+    BroadcastStruct,
+    TensorStruct,
+    broadcast_struct,
+    pointer,
+    tensor_struct,
+)
+from .arguments import AttentionArgs
+
+
+class Params(ctypes.Structure):
+    """`ral_attention_params`."""
+
+    _fields_ = [
+        ("batch_size", c_int64),
+        ("num_sequences", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("seqlen_q", c_int64),
+        ("seqlen_k", c_int64),
+        ("head_dim", c_int64),
+        ("head_dim_v", c_int64),
+        ("num_spans", c_int64),
+        ("row_start", c_int64),
+        ("row_stop", c_int64),
+        ("window_left", c_int64),
+        ("window_right", c_int64),
+        ("q", TensorStruct),
+        ("k", TensorStruct),
+        ("v", TensorStruct),
+        ("span_ids", c_void_p),
+        ("span_ids_stride_b", c_int64),
+        ("span_bias", BroadcastStruct),
+        ("attn_mask", BroadcastStruct),
+        ("key_padding_mask", c_void_p),
+        ("key_padding_mask_stride_b", c_int64),
+        ("cu_seqlens_q", c_void_p),
+        ("cu_seqlens_k", c_void_p),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("dtype", c_int32),
+        ("attn_mask_dtype", c_int32),
+        ("top_left", c_int32),
+        ("isa", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class Outputs(ctypes.Structure):
+    """`ral_attention_outputs`."""
+
+    _fields_ = [("out", TensorStruct), ("marginals", c_void_p), ("lse", c_void_p)]
+
+
+class Gradients(ctypes.Structure):
+    """`ral_attention_gradients`."""
+
+    _fields_ = [
+        ("dout", TensorStruct),
+        ("dmarginals", c_void_p),
+        ("dlse", c_void_p),
+        ("dq", TensorStruct),
+        ("dk", TensorStruct),
+        ("dv", TensorStruct),
+        ("dspan_bias", c_void_p),
+    ]
+
+
+def params(args: AttentionArgs, isa: int = 0, num_threads: int = 0) -> Params:
+    """The inputs of a call, by pointer alone: the caller's `args` keeps every tensor alive.
+
+    Args:
+        args: with unit stride in ids, key padding and cu_seqlens (`with_unit_stride`).
+        isa, num_threads: of the CPU library.
+    """
+    ids, padding, mask = args.span_ids, args.key_padding_mask, args.attn_mask
+    cu_seqlens_q = args.cu_seqlens_q
+    return Params(
+        batch_size=args.batch_size,
+        num_sequences=args.batch_size if cu_seqlens_q is None else cu_seqlens_q.numel() - 1,
+        num_heads=args.num_heads,
+        num_kv_heads=args.num_kv_heads,
+        seqlen_q=args.seqlen_q,
+        seqlen_k=args.seqlen_k,
+        head_dim=args.head_dim,
+        head_dim_v=args.head_dim_v,
+        num_spans=args.num_spans,
+        row_start=args.row_start,
+        row_stop=args.row_stop,
+        window_left=args.window_left,
+        window_right=args.window_right,
+        q=tensor_struct(args.q),
+        k=tensor_struct(args.k),
+        v=tensor_struct(args.v),
+        span_ids=pointer(ids),
+        span_ids_stride_b=ids.stride(0) if ids is not None and ids.dim() == 2 else 0,
+        span_bias=broadcast_struct(args.span_bias),
+        attn_mask=broadcast_struct(mask),
+        key_padding_mask=pointer(padding),
+        key_padding_mask_stride_b=padding.stride(0) if padding is not None else 0,
+        cu_seqlens_q=pointer(cu_seqlens_q),
+        cu_seqlens_k=pointer(args.cu_seqlens_k),
+        scale=args.scale,
+        softcap=args.softcap,
+        dtype=DTYPES[args.q.dtype],
+        attn_mask_dtype=DTYPES[mask.dtype] if mask is not None else 0,
+        top_left=args.top_left,
+        isa=isa,
+        num_threads=num_threads,
+    )
+
+
+def outputs(out: Tensor, marginals: Tensor, lse: Tensor) -> Outputs:
+    return Outputs(tensor_struct(out), pointer(marginals), pointer(lse))
+
+
+def gradients(
+    dout: Tensor | None,
+    dmarginals: Tensor | None,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dspan_bias: Tensor | None,
+) -> Gradients:
+    return Gradients(
+        tensor_struct(dout),
+        pointer(dmarginals),
+        pointer(dlse),
+        tensor_struct(dq),
+        tensor_struct(dk),
+        tensor_struct(dv),
+        pointer(dspan_bias),
+    )
+
+
+def with_unit_stride(args: AttentionArgs) -> AttentionArgs:
+    """The libraries walk ids and key padding with unit stride; others are rare and small."""
+    changes = {
+        name: x.contiguous()
+        for name in ("span_ids", "key_padding_mask", "cu_seqlens_q", "cu_seqlens_k")
+        if (x := getattr(args, name)) is not None and x.stride(-1) != 1
+    }
+    return replace(args, **changes) if changes else args
+
+
+def shapes(args: AttentionArgs) -> str:
+    """For messages."""
+    return f"q {tuple(args.q.shape)}, k {tuple(args.k.shape)}, v {tuple(args.v.shape)}"

@@ -1,0 +1,145 @@
+"""What the `cuda` backends of all ops share: the library, what it can take, its errors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from ctypes import c_char_p, c_int32
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import c_interface, native
+
+HEAD_DIMS = (64, 128)
+COMPUTED = (torch.bfloat16, torch.float16)
+ALIGNMENT = 16  # bytes: what one copy to shared memory moves
+# Whether kernels have run on a GPU decides what `backend=None` does; see only_on_request.
+MEASURED = False
+NOT_TAKEN = -2  # kNotTaken of csrc/cuda/launch.h
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """`ral_cuda`.
+
+    Raises:
+        RuntimeError: it is missing or does not load.
+    """
+    found = native.load("ral_cuda")
+    found.ral_cuda_error_string.argtypes = [c_int32]
+    found.ral_cuda_error_string.restype = c_char_p
+    found.ral_cuda_failed_kernel.restype = c_char_p
+    return found
+
+
+def checked(symbol: str, structs: Sequence[type[ctypes.Structure]]) -> ctypes.CDLL:
+    """The library, if its structs are the ones that this package fills."""
+    c_interface.check_struct_sizes(library(), symbol, structs)
+    return library()
+
+
+def available(load: Callable[[], Any] | None = None) -> str | None:
+    """None if kernels can run on this machine, else the reason why not.
+
+    Args:
+        load: of the library, default `library` itself.
+    """
+    try:
+        (load or library)()
+    except RuntimeError as error:
+        return str(error)
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "its kernels are compiled for NVIDIA GPUs"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def only_on_request() -> str | None:
+    """Why the automatic choice leaves these kernels out; None where it does not."""
+    if MEASURED:
+        return None
+    return "its kernels have run on no GPU yet, so that nothing says where they are the faster ones"
+
+
+def hopper() -> str | None:
+    """None if the kernels for Hopper take what they can of the current device, else why not."""
+    if os.environ.get("RAL_CUDA_HOPPER", "0") in ("", "0"):
+        return (
+            "off until it has passed `make gpu` on a Hopper GPU; RAL_CUDA_HOPPER=1 switches it on"
+        )
+    reason = available()
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "its kernels are for compute capability 9.0"
+    return hopper_missing()
+
+
+def hopper_missing() -> str | None:
+    """Why `ral_cuda` was built without kernels for Hopper; None if it has them."""
+    try:
+        why = library().ral_cuda_hopper_missing
+    except AttributeError:
+        return "the library was built from other sources than this package"
+    why.restype = c_char_p
+    missing: bytes | None = why()
+    return None if missing is None else missing.decode()
+
+
+def cannot_run(x: Tensor, *others: Tensor) -> str | None:
+    """Why kernels cannot take these queries, keys and values; None if they can."""
+    if x.device.type != "cuda":
+        return f"it needs CUDA tensors; got {x.device}"
+    return cannot_compute(x, *others)
+
+
+def cannot_compute(*tensors: Tensor) -> str | None:
+    """The same without the device: dtypes and head dims."""
+    for tensor in tensors:
+        if tensor.dtype not in COMPUTED:
+            return f"it computes bfloat16 and float16; got {tensor.dtype}"
+        if tensor.shape[-1] not in HEAD_DIMS:
+            return f"its head dims are {' and '.join(map(str, HEAD_DIMS))}; got {tensor.shape[-1]}"
+    return None
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, with rows that begin at multiples of 16 bytes."""
+    size = x.element_size()
+    strides = [x.stride(d) * size for d in range(x.dim() - 1) if x.shape[d] > 1]
+    if x.stride(-1) == 1 and not any(n % ALIGNMENT for n in (x.data_ptr(), *strides)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def scratch(like: Tensor, *shape: int) -> Tensor:
+    """Undefined float32 numbers on the device of `like`."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, launches go to the device of `x`."""
+    if x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def stream(x: Tensor) -> int:
+    """The current stream of the device of `x`."""
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def raise_for_status(op: str, status: int, shapes: str) -> None:
+    """Turn a launch's status into an exception that names op, kernel and shapes."""
+    if status != 0:
+        kernel = library().ral_cuda_failed_kernel().decode()
+        reason = library().ral_cuda_error_string(status).decode()
+        raise RuntimeError(f"{op}: backend 'cuda' failed: {kernel}: {reason}; {shapes}")

@@ -1,0 +1,130 @@
+"""The `cuda` backend with its kernels run by the harness: CPU tensors in, every access checked."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ral_kernels import cuda_library
+from ral_kernels.attention import cuda as attention_cuda
+from ral_kernels.attention import interface as attention_interface
+from ral_kernels.policy_divergence import cuda as divergence_cuda
+from ral_kernels.policy_divergence import interface as divergence_interface
+from tests.cuda_host.build import Patch, build
+from tests.cuda_host.library import HostLibrary
+
+ATTENTION = ("attention_fwd.cu", "attention_bwd.cu", "entry.cu")
+DIVERGENCE = ("policy_divergence.cu", "entry.cu")
+SOURCES = (*DIVERGENCE[:-1], *ATTENTION)
+
+
+class Violation(AssertionError):
+    """What the harness reports of a call."""
+
+
+class Kernels(HostLibrary):
+    """The kernels of the package; `calls` counts what `on_host` handed to them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.calls: collections.Counter[str] = collections.Counter()
+
+
+@functools.cache
+def host_library(
+    folder: Path, patches: tuple[Patch, ...] = (), sources: tuple[str, ...] = SOURCES
+) -> Kernels:
+    """The kernels of the package, with seeded bugs if so wished, compiled for the host."""
+    library = Kernels(build(sources, folder, patches))
+    library.functions.ral_cuda_failed_kernel.restype = ctypes.c_char_p
+    library.functions.ral_cuda_error_string.restype = ctypes.c_char_p
+    return library
+
+
+class _Watched:
+    """A backend module whose calls see a library and the tensors of the call, nothing else."""
+
+    def __init__(self, module: Any, library: Kernels) -> None:
+        self._module, self._library = module, library
+
+    def available(self) -> str | None:
+        return None
+
+    def only_on_request(self) -> str | None:
+        return None
+
+    def can_run(self, args: Any) -> str | None:
+        reason: str | None = self._module.has_no_kernel(args)
+        return reason
+
+    def __getattr__(self, name: str) -> Any:
+        return functools.partial(self._call, name)
+
+    def _call(self, name: str, args: Any, *tensors: torch.Tensor | None) -> None:
+        library = self._library
+        alive: list[torch.Tensor] = []
+
+        def allow(x: Any, writable: bool) -> None:
+            if isinstance(x, torch.Tensor):
+                library.allow(x, writable=writable)
+                alive.append(x)
+            elif dataclasses.is_dataclass(x):
+                for field in dataclasses.fields(x):
+                    allow(getattr(x, field.name), False)
+
+        def scratch(like: torch.Tensor, *shape: int) -> torch.Tensor:
+            made = torch.full(shape, float("nan"), dtype=torch.float32)
+            allow(made, True)
+            return made
+
+        def aligned(x: torch.Tensor) -> torch.Tensor:
+            made = cuda_library.aligned(x)
+            if made is not x:
+                allow(made, False)
+            return made
+
+        library.calls[name] += 1
+        library.clear()
+        allow(args, False)
+        for x in tensors:
+            allow(x, True)
+        seam = SimpleNamespace(**vars(cuda_library))
+        seam.library = lambda: library.functions
+        seam.scratch, seam.aligned = scratch, aligned
+        seam.stream = lambda x: 0
+        seam.on_device_of = lambda x: contextlib.nullcontext()
+        seam.raise_for_status = lambda *rest: None
+        try:
+            with (
+                mock.patch.object(self._module, "cuda_library", seam),
+                mock.patch.object(self._module, "_library", lambda: library.functions),
+            ):
+                getattr(self._module, name)(args, *tensors)
+        finally:
+            library.forget()
+        report = library.report()
+        if report:
+            raise Violation(report)
+
+
+@contextlib.contextmanager
+def on_host(library: Kernels) -> Iterator[None]:
+    """Inside, `backend="cuda"` runs the kernels of `library`, on CPU tensors."""
+    library.calls.clear()
+    attention = {"cuda": _Watched(attention_cuda, library)}
+    divergence = {"cuda": _Watched(divergence_cuda, library)}
+    with (
+        mock.patch.dict(attention_interface.BACKENDS, attention),
+        mock.patch.dict(divergence_interface.BACKENDS, divergence),
+    ):
+        yield

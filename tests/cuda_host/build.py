@@ -1,0 +1,147 @@
+"""Compiles CUDA sources for the host, with the harness, into a shared library.
+
+Every object file is cached under the hash of all that goes into it, so a test session compiles each
+source once, whichever of its workers comes first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HARNESS = ROOT / "tests" / "cuda_host"
+INCLUDE = ROOT / "csrc" / "include"
+CUDA = ROOT / "csrc" / "cuda"
+
+COMPILER = tuple(shlex.split(os.environ.get("CXX", "c++")))
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-DRAL_CUDA_ON_HOST")
+# A variable without a value gets one that spoils results, where a fresh stack would hold zeros.
+FILL = "-ftrivial-auto-var-init=pattern"  # GCC 12, Clang 8
+# A library's own functions win over those of another one, say of the same kernels with a patch.
+LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic") if sys.platform == "linux" else ("-shared",)
+
+# (file relative to csrc/cuda, text in it, text to put in its place)
+Patch = tuple[str, str, str]
+
+
+def has_compiler() -> bool:
+    return shutil.which(COMPILER[0]) is not None
+
+
+def build(
+    sources: Sequence[Path | str],
+    folder: Path,
+    patches: Sequence[Patch] = (),
+    *,
+    cuda: Path = CUDA,
+    flags: Sequence[str] = (),
+) -> Path:
+    """Compile `sources` and the harness into one shared library.
+
+    Args:
+        sources: `.cu` or `.cpp` files, relative to `cuda` or absolute.
+        folder: Where objects and libraries are kept; workers of a test session share it.
+        patches: Seeded bugs, applied to a copy of `cuda`. Each old text must occur exactly once.
+        cuda: The folder of the kernels and of `device.h`.
+        flags: More flags for the compiler.
+
+    Returns:
+        The library's path, which names its content.
+
+    Raises:
+        ValueError: An old text of a patch does not occur exactly once.
+        RuntimeError: The compiler failed; its output is the message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "build.lock"):
+        if patches:
+            cuda = _patched_copy(cuda, folder, patches)
+        own = [*flags, *FLAGS, f"-I{HARNESS}"]
+        objects = [_compile(path, folder, own, [HARNESS]) for path in sorted(HARNESS.glob("*.cpp"))]
+        own = [*_known_flags(FILL), *flags, *FLAGS, f"-I{INCLUDE}", f"-I{cuda}", f"-I{HARNESS}"]
+        objects += [_compile(cuda / s, folder, own, [INCLUDE, cuda, HARNESS]) for s in sources]
+        library = folder / f"{_hash(map(str, objects))}.so"
+        if not library.exists():
+            _run([*COMPILER, *LINK_FLAGS, *map(str, objects), "-lm"], library)
+    return library
+
+
+@functools.cache
+def _known_flags(*flags: str) -> tuple[str, ...]:
+    """Those that the compiler knows."""
+    command = [*COMPILER, "-Werror", "-x", "c++", "-fsyntax-only", "-"]
+    return tuple(
+        flag
+        for flag in flags
+        if subprocess.run([*command, flag], input=b"", capture_output=True).returncode == 0
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _patched_copy(cuda: Path, folder: Path, patches: Sequence[Patch]) -> Path:
+    texts: dict[Path, str] = {}
+    for file, old, new in patches:
+        text = texts.get(cuda / file) or (cuda / file).read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{file}: {old!r} occurs {text.count(old)} times, not once")
+        texts[cuda / file] = text.replace(old, new)
+    copy = folder / f"sources-{_hash([_contents([cuda]), *map(repr, patches)])}"
+    if copy.exists():
+        shutil.rmtree(copy)  # left half-made by a run that was stopped
+    shutil.copytree(cuda, copy)
+    for path, text in texts.items():
+        (copy / path.relative_to(cuda)).write_text(text)
+    return copy
+
+
+def _compile(source: Path, folder: Path, flags: Sequence[str], includes: Sequence[Path]) -> Path:
+    # Where the sources lie counts for nothing: flags that name folders are left out.
+    named = [flag for flag in flags if not flag.startswith("-I")]
+    key = _hash([*COMPILER, *named, source.read_text(), _contents(includes)])
+    target = folder / f"{source.stem}-{key}.o"
+    if not target.exists():
+        _run([*COMPILER, *flags, "-x", "c++", "-c", str(source)], target)
+    return target
+
+
+def _contents(folders: Sequence[Path]) -> str:
+    """Hash of every header under `folders`, and of every source that may be included as one."""
+    files = [
+        (path.relative_to(f), path)
+        for f in folders
+        for path in f.rglob("*")
+        if path.suffix in (".h", ".cpp", ".cu")
+    ]
+    return _hash(f"{name}\n{path.read_text()}" for name, path in sorted(files))
+
+
+def _hash(texts: Iterator[str] | Sequence[str]) -> str:
+    sha = hashlib.sha256()
+    for text in texts:
+        sha.update(text.encode() + b"\0")
+    return sha.hexdigest()[:16]
+
+
+def _run(command: Sequence[str], target: Path) -> None:
+    """Run a compiler that makes `target`, which appears whole or not at all."""
+    unfinished = target.with_suffix(".unfinished")
+    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    unfinished.replace(target)

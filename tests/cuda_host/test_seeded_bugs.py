@@ -1,0 +1,112 @@
+"""Bugs put into the kernels of `attention` on purpose: the harness, or the comparison with the
+reference that it makes possible, must find each of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda_host.backend import Violation, host_library, on_host
+from tests.cuda_host.build import Patch
+from tests.ops import test_attention as common
+from tests.ops.attention_cases import AttentionCase
+
+# One dtype and head dim of four: each bug is a build of its own.
+FEWER: tuple[Patch, ...] = tuple(
+    ("launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
+    for kernel in ("Bf16, 64", "Bf16, 128", "Fp16, 128")
+)
+SOURCES = ("attention_fwd.cu", "attention_bwd.cu", "entry.cu")
+CASE = AttentionCase("seeded", 140, 200, spans="ragged", num_spans=6, options={"is_causal": True})
+WRONG_NUMBERS = r"error|cosine|bias"
+
+# What is wrong, the patch, and what finds it: a report of that kind, or None for wrong numbers.
+BUGS: list[tuple[str, Patch, str | None]] = [
+    (
+        "missing_barrier_before_v",
+        ("attention_fwd.h", "sync_block();  // V is here, and all have formed their scores", ""),
+        r"race: attention_fwd_kernel, block \d+: thread \d+ \(tiles\.h:\d+\)",
+    ),
+    (
+        "missing_barrier_between_heads",
+        ("attention_bwd_dkdv.h", "sync_block();  // all are done with the queries before", ""),
+        r"race: attention_bwd_dkdv_kernel",
+    ),
+    (
+        "missing_wait_for_copies",
+        (
+            "attention_fwd.h",
+            "wait_for_copies<0>();\n      sync_block();  // K is here",
+            "sync_block();  // K is here",
+        ),
+        r"in flight: attention_fwd_kernel",
+    ),
+    (
+        "missing_warp_barrier_in_the_stage",
+        ("tiles.h", "  sync_warp();\n  constexpr int kChunks", "  constexpr int kChunks"),
+        r"race: attention_\w+_kernel.*without a sync_warp",
+    ),
+    (
+        "key_beyond_the_end",
+        (
+            "attention_fwd.h",
+            "first + row >= visibility.length_k",
+            "first + row > visibility.length_k",
+        ),
+        r"out of range: attention_fwd_kernel",
+    ),
+    (
+        "row_beyond_the_end",
+        ("tiles.h", "if (at_row < num_rows)", "if (at_row <= num_rows)"),
+        r"(out of range|race between blocks): attention_\w+_kernel",
+    ),
+    (
+        "span_border_off_by_one",
+        ("marginals.h", "column >= end) continue", "column > end) continue"),
+        None,
+    ),
+    (
+        "span_of_the_next_key",
+        ("marginals.h", "keys.span_of(begin)", "keys.span_of(begin == 0 ? 0 : begin - 1)"),
+        None,
+    ),
+    (
+        "wrong_lane_mapping",
+        (
+            "tiles.h",
+            "offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)",
+            "offset(lane % 16, lane / 16)",
+        ),
+        None,
+    ),
+    (
+        "causal_diagonal_off_by_one",
+        ("keys.h", "minimum(query + offset + right,", "minimum(query + offset + right + 1,"),
+        None,
+    ),
+    (
+        "run_not_rescaled",
+        ("marginals.h", "run[i] = run[i] * alpha +", "run[i] = run[i] +"),
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("patch", "report"), [b[1:] for b in BUGS], ids=[b[0] for b in BUGS])
+def test_seeded_bug_is_found(patch: Patch, report: str | None, build_folder: Path) -> None:
+    library = host_library(build_folder, (patch, *FEWER), SOURCES)
+    with on_host(library), pytest.raises(AssertionError) as caught:
+        common.check_case(CASE, torch.float16, "cuda")
+    if report is None:
+        assert not isinstance(caught.value, Violation), caught.value
+        assert re.search(WRONG_NUMBERS, str(caught.value)), caught.value
+    else:
+        assert isinstance(caught.value, Violation), caught.value
+        assert re.search(report, str(caught.value)), caught.value
+
+
+def test_without_a_bug_nothing_is_found(cuda_on_host: object) -> None:
+    common.check_case(CASE, torch.float16, "cuda")

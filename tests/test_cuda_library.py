@@ -1,0 +1,115 @@
+"""The compiled CUDA library from Python: what it takes, and what is said when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+import ral_kernels as rk
+from ral_kernels import backends, cuda_library, native
+from tests.conftest import skip_or_fail
+
+GPU = torch.cuda.is_available()
+ATTENTION: Any = backends._tables["attention"]["cuda"]
+
+
+def qkv(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, v_dim: int | None = None) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    dims = (head_dim, head_dim, head_dim if v_dim is None else v_dim)
+    return [torch.randn(1, 2, 5, d, generator=generator).to(dtype) for d in dims]
+
+
+@pytest.fixture
+def built() -> None:
+    if (missing := native.why_missing("ral_cuda")) is not None:
+        skip_or_fail("cuda", missing)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend takes CPU tensors for CUDA's: a launch fails before it sees them."""
+    monkeypatch.setattr(ATTENTION, "available", lambda: None)
+    monkeypatch.setattr(ATTENTION, "can_run", ATTENTION.has_no_kernel)
+    monkeypatch.setattr(cuda_library, "on_device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_library, "stream", lambda x: 0)
+
+
+@pytest.mark.skipif(GPU, reason="launches do not fail here")
+def test_a_launch_that_fails_names_kernel_and_shapes(built: None, pretended: None) -> None:
+    """A real one: the runtime refuses to launch, because there is no device or no driver."""
+    q, k, v = qkv()
+    with pytest.raises(RuntimeError) as caught:
+        rk.attention(q, k, v, backend="cuda")
+    reason, shapes = str(caught.value).split("; ")
+    assert reason.startswith("attention: backend 'cuda' failed: attention_fwd_kernel: ")
+    assert "driver" in reason or "device" in reason
+    assert shapes == "q (1, 2, 5, 64), k (1, 2, 5, 64), v (1, 2, 5, 64)"
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: (qkv(32), {}), "its head dims are 64 and 128; got 32"),
+        (lambda: (qkv(64, v_dim=128), {}), "head dims of k and v must be equal; got 64 and 128"),
+        (lambda: (qkv(dtype=torch.float32), {}), "it computes bfloat16 and float16; got float32"),
+        (lambda: (qkv(), {"softcap": 3.0}), "it goes without softcap"),
+        (lambda: (qkv(), {"attn_mask": torch.ones(5, 5).bool()}), "it goes without attn_mask"),
+        (
+            lambda: (qkv(), {"spans": rk.Spans.from_lengths([5]), "span_bias": torch.zeros(1)}),
+            "it goes without span_bias",
+        ),
+    ],
+    ids=("head_dim", "head_dim_v", "dtype", "softcap", "attn_mask", "span_bias"),
+)
+def test_what_has_no_kernel_is_refused(call: Any, reason: str, pretended: None) -> None:
+    tensors, options = call()
+    with pytest.raises(NotImplementedError) as caught:
+        rk.attention(*tensors, backend="cuda", **options)
+    assert str(caught.value).startswith("attention: backend 'cuda' cannot run this call: ")
+    assert reason in str(caught.value).replace("torch.", "")
+
+
+def test_kernels_that_no_gpu_has_run_are_not_chosen(
+    pretended: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The automatic choice passes them over; with measurements it would not."""
+
+    def ran(*args: Any) -> None:
+        raise LookupError("the cuda backend was chosen")
+
+    monkeypatch.setattr(ATTENTION, "fwd", ran)
+    monkeypatch.setattr(cuda_library, "MEASURED", False)
+    assert rk.attention(*qkv()).out.isfinite().all()
+    monkeypatch.setattr(cuda_library, "MEASURED", True)
+    with pytest.raises(LookupError):
+        rk.attention(*qkv())
+
+
+def test_aligned() -> None:
+    """Rows begin at multiples of 16 bytes; what does so already is not copied."""
+    whole = torch.randn(2, 3, 5, 64).bfloat16()
+    for good in (whole, whole.transpose(1, 2), whole[:, :, 1:], whole[:1, :1, :1]):
+        assert cuda_library.aligned(good) is good
+    gaps = torch.randn(2, 3, 5, 68).bfloat16()[..., :64]  # rows 136 bytes apart
+    shifted = torch.randn(2 * 3 * 5 * 64 + 4).bfloat16()[4:].view(2, 3, 5, 64)
+    for bad in (gaps, shifted, whole.transpose(2, 3)[..., :5]):
+        made = cuda_library.aligned(bad)
+        assert torch.equal(made, bad) and made.is_contiguous() and made.data_ptr() % 16 == 0
+    assert cuda_library.aligned(shifted[:, :, :1].expand(2, 3, 5, 64)).data_ptr() % 16 == 0
+
+
+def test_every_reason_why_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_library, "library", lambda: None)
+    for has_gpu, hip, capability, reason in (
+        (False, None, (9, 0), "torch sees no CUDA device"),
+        (True, "6.0", (9, 0), "its kernels are compiled for NVIDIA GPUs"),
+        (True, None, (7, 5), "it needs compute capability 8.0 or newer"),
+        (True, None, (9, 0), None),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda x=has_gpu: x)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda x=capability: x)
+        assert cuda_library.available() == reason
