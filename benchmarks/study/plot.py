@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Run, at_endpoint, by_arm, compare, label_of
+from .arms import ARMS
+from .report import FIXED_LABELS, Run, at_endpoint, by_arm, compare, label_of
 from .statistics import Estimate, estimate, paired
 from .tasks import TASKS, StudyTask
 
@@ -34,6 +35,8 @@ _GAIN = ("grpo_t12", "ral", "noise", "explore")
 _BANDS = ("ral", "explore", "opad")  # of the gain: five at once cannot be read
 _ATTENTION = ("grpo", "ral", "noise", "explore", "logits", "opad")
 _GREY = "#5f6368"
+# Arms without a style of their own, where a study has little else.
+_OTHERS = ("#1a73e8", "#e37400", "#188038", "#9334e6", "#12a4af", "#d93025")
 
 
 def draw(path: Path) -> list[Path]:
@@ -84,10 +87,23 @@ def _sizes(task: StudyTask) -> list[int]:
     return [n if task.axis == "frames" else n**2 for n in task.evaluated]
 
 
+def _style_of(arm: str) -> dict[str, Any]:
+    others = [one.name for one in ARMS if one.name not in _STYLES]
+    return _STYLES.get(arm) or {"color": _OTHERS[others.index(arm) % len(_OTHERS)]}
+
+
+def _shown(chosen: Sequence[str], of: dict[str, dict[int, Run]]) -> list[str]:
+    """The arms of a panel: those chosen for it, or all, if a study has hardly any of them."""
+    found = [arm for arm in chosen if arm in of and arm not in FIXED_LABELS and arm != "grpo"]
+    if len(found) > 1:
+        return [arm for arm in chosen if arm in of]
+    return [arm for arm in of if arm not in FIXED_LABELS or arm in chosen]
+
+
 def _line(
     axes: Any, x: list[int], estimates: list[Estimate], arm: str, band: bool = True, **more: Any
 ) -> None:
-    style = _STYLES[arm]
+    style = _style_of(arm)
     means = [100 * e.mean for e in estimates]
     axes.plot(x, means, markersize=3.5, linewidth=1.8, label=label_of(arm), **style, **more)
     if band and all(e.seeds > 2 for e in estimates):  # of two seeds it covers everything
@@ -115,11 +131,10 @@ def _legend(axes: Any, **options: Any) -> None:
 
 
 def _accuracy(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
-    for arm in _ACCURACY:
-        if arm in of:
-            runs = of[arm].values()
-            estimates = [estimate([r["accuracy"][str(n)] for r in runs]) for n in task.evaluated]
-            _line(axes, _sizes(task), estimates, arm, marker="o")
+    for arm in _shown(_ACCURACY, of):
+        runs = of[arm].values()
+        estimates = [estimate([r["accuracy"][str(n)] for r in runs]) for n in task.evaluated]
+        _line(axes, _sizes(task), estimates, arm, marker="o")
     _along_sizes(axes, task)
     axes.set_ylim(top=min(102, axes.get_ylim()[1] + 3))
     axes.set_ylabel("right answers, %")
@@ -131,7 +146,8 @@ def _gain(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
     axes.axhline(0, color=_STYLES["grpo"]["color"], linewidth=1.2)
     # Sizes below any in training may break down, and would set the scale.
     sizes = [n for n in task.evaluated if n >= min(task.trained)]
-    for arm, against in [*((arm, "grpo") for arm in _GAIN), ("opad", "logits")]:
+    over_grpo = [arm for arm in _shown(_GAIN, of) if arm not in ("grpo", "opad", *FIXED_LABELS)]
+    for arm, against in [*((arm, "grpo") for arm in over_grpo), ("opad", "logits")]:
         if arm not in of or against not in of:
             continue
         estimates = []
@@ -155,10 +171,8 @@ def _gain(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
 
 
 def _attention(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
-    for arm in _ATTENTION:
-        runs = list(of.get(arm, {}).values())
-        if not runs:
-            continue
+    for arm in _shown(_ATTENTION, of):
+        runs = list(of[arm].values())
         steps = [done for done, _ in runs[0]["target_curve"]]
         estimates = [
             estimate([max(r["target_curve"][i][1]) for r in runs]) for i in range(len(steps))

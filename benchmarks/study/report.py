@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .arms import ARMS, BY_NAME
@@ -140,6 +141,37 @@ def curves(task: str, runs: Sequence[Run]) -> list[list[str]]:
     return lines
 
 
+def training(task: str, runs: Sequence[Run]) -> list[list[str]]:
+    """What went on in the runs, means over each and its seeds; first the heads."""
+    longest = max(TASKS[task].trained)
+    lines = [[
+        "arm", "prefixes that differ, %", "gradient of the attention term / of GRPO, runs",
+        f"thought right at {longest}, %", "reward, last quarter", f"on target at {longest}",
+    ]]  # fmt: skip
+    for arm, seeds in by_arm(runs, task).items():
+        every = list(seeds.values())
+        if arm in FIXED_LABELS:
+            lines.append([label_of(arm), "", "", _mean_of(every, "thought", longest), "", ""])
+            continue
+        differing = [x for run in every for x in run["attn/differing_prefixes"]]
+        shares = [fmean(run["attn/grad_share"]) for run in every if run["attn/grad_share"]]
+        rewards = [fmean(run["reward_curve"][-(len(run["reward_curve"]) // 4 or 1) :])
+                   for run in every if run["reward_curve"]]  # fmt: skip
+        lines.append([
+            label_of(arm),
+            f"{100 * fmean(differing):.0f}" if differing else "",
+            f"{min(shares):.2f} to {max(shares):.2f}" if shares else "",
+            _mean_of(every, "thought", longest),
+            f"{fmean(rewards):.2f}" if rewards else "",
+            str(estimate([max(run["target_curve"][-1][1]) for run in every])),
+        ])  # fmt: skip
+    return lines
+
+
+def _mean_of(runs: Sequence[Run], what: str, extent: int) -> str:
+    return f"{100 * fmean(run[what][str(extent)] for run in runs):.0f}"
+
+
 def plain(lines: list[list[str]]) -> str:
     """A table for a terminal."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -164,42 +196,53 @@ def sections(path: Path) -> Iterator[str]:
             continue
         batches = settings["batches"] or TASKS[task].batches
         last_seed = settings["first_seed"] + settings["seeds"] - 1
+        start = f", from start {settings['start_seed']}" if settings["start_seed"] else ""
         yield (
-            f"### {task}, seeds {settings['first_seed']} to {last_seed}\n\n"
+            f"### {task}, seeds {settings['first_seed']} to {last_seed}{start}\n\n"
             f"`{path.name}`, commit {commit['hash']}{' with changes' if commit['dirty'] else ''}; "
             f"{batches} rollout batches, {settings['test_rows']} rows a size.\n"
             f"Right answers in per cent at each {_AXIS[TASKS[task].axis]} and at the endpoint "
             f"({TASKS[task].endpoint_label}), mean ± 95 %;\nthe endpoint with scores × 1.4; "
-            "attention on the target at the endpoint's sizes, in per cent of that on images.\n"
+            "attention on the target at the endpoint's sizes, in per cent of that on images. The "
+            "last table is of training.\n"
         )
-        for make in (table, comparisons, curves):
+        for make in (table, comparisons, curves, training):
             lines = make(task, study["runs"])
             if len(lines) > 1:
                 yield markdown(lines) + "\n"
 
 
 def pooled(paths: Sequence[Path]) -> Iterator[str]:
-    """The comparisons over the seeds of several studies of one commit, in Markdown.
+    """The comparisons over the seeds of several studies of one kind, in Markdown.
 
     Raises:
-        ValueError: they differ in more than seeds and arms.
+        ValueError: they differ in more than tasks, seeds and arms.
     """
     studies = [json.loads(path.read_text()) for path in paths]
-    alike = [
-        (study["commit"]["hash"], *(study["settings"][k] for k in ("batches", "test_rows")))
-        for study in studies
-    ]
-    if len(set(alike)) != 1:
-        raise ValueError(f"report: pooled studies must be of one commit and size; got {alike}")
-    shared = set.intersection(*({r["arm"] for r in study["runs"]} for study in studies))
-    runs = [run for study in studies for run in study["runs"] if run["arm"] in shared]
+    kinds = [_kind(study) for study in studies]
+    if len(set(kinds)) != 1:
+        raise ValueError(f"report: pooled studies must be of one commit and size; got {kinds}")
     for task in TASKS:
+        of_task = [[run for run in study["runs"] if run["task"] == task] for study in studies]
+        of_task = [runs for runs in of_task if runs]
+        if len(of_task) < 2:
+            continue
+        shared = set.intersection(*({run["arm"] for run in runs} for runs in of_task))
+        runs = [run for one in of_task for run in one if run["arm"] in shared]
         lines = comparisons(task, runs)
         if len(lines) > 1:
-            yield f"### {task}, all seeds of the arms that are in {len(paths)} studies\n"
+            yield f"### {task}, all seeds of the arms that are in {len(of_task)} studies\n"
             yield markdown(lines) + "\n"
             if points := curves(task, runs):
                 yield markdown(points) + "\n"
+
+
+def _kind(study: dict[str, Any]) -> tuple[Any, ...]:
+    """What must be the same in two studies for their seeds to be of one sample."""
+    return (
+        study["commit"]["hash"],
+        *(study["settings"][name] for name in ("start_seed", "batches", "test_rows")),
+    )
 
 
 _AXIS = {"frames": "number of frames", "cells": "side of the grid"}
@@ -234,10 +277,10 @@ def difference(arm: str, other: str, paths: Sequence[Path]) -> Iterator[str]:
 
 def _all(files: Sequence[Path]) -> Iterator[str]:
     """Tables of each file, and of all seeds where two files are of one study."""
-    of: dict[str, list[Path]] = {}
+    of: dict[tuple[Any, ...], list[Path]] = {}
     for file in files:
         yield from sections(file)
-        of.setdefault(json.loads(file.read_text())["commit"]["hash"], []).append(file)
+        of.setdefault(_kind(json.loads(file.read_text())), []).append(file)
     for alike in of.values():
         if len(alike) > 1:
             yield from pooled(alike)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import figure3
-from benchmarks.study import examples, report
+from benchmarks.study import examples, plot, report
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BUDGET, QUICK
 from benchmarks.study.evaluate import TEST_SEED, HeldOut, TargetAttention, sharpened
@@ -155,6 +155,9 @@ def test_holm() -> None:
     assert math.isnan(left_alone[0]) and left_alone[1] == 0.02
 
 
+_SETTINGS = {"start_seed": 0, "first_seed": 0, "seeds": 2, "batches": None, "test_rows": 8}
+
+
 def _made_up(arm: str, seed: int, right: float, sharp: float = 0.5) -> dict:
     task = TASKS["frames"]
     sizes = {str(n): right for n in task.evaluated}
@@ -162,6 +165,9 @@ def _made_up(arm: str, seed: int, right: float, sharp: float = 0.5) -> dict:
         "task": "frames", "arm": arm, "seed": seed, "accuracy": {**sizes, "1": 1.0},
         "sharpened": dict.fromkeys(map(str, task.endpoint), sharp),
         "target": {size: [0.1, right] for size in sizes}, "curve": [[5, right - 0.1]],
+        "thought": dict.fromkeys(sizes, 0.25), "target_curve": [[0, [0.1, 0.2]], [5, [0.1, right]]],
+        "reward_curve": [0.0, 0.1, 0.2, right], "attn/differing_prefixes": [0.5, 0.7],
+        "attn/grad_share": [0.0, 2 * right] if "ral" in arm else [],
     }  # fmt: skip
 
 
@@ -193,11 +199,15 @@ def test_tables() -> None:
     _, early, late = report.curves("frames", runs)
     assert early[0] == "5" and early[3].startswith("+3.0") and late[0] == "the end"
     assert "| 3 | +3.0 ± 2.5 |" in report.markdown([ral])
+    _, start, grpo, ral, *_ = report.training("frames", runs)
+    assert start == ["start (SFT)", "", "", "25", "", ""]
+    assert grpo[1:5] == ["60", "", "25", "0.75"] and grpo[5].startswith("75.0 ± 12.4")
+    assert ral[2] == "0.72 to 0.84"  # of each run the mean, the lowest and the highest
 
 
 def test_tables_go_to_their_place_in_a_document(tmp_path) -> None:
     study = {
-        "settings": {"first_seed": 0, "seeds": 2, "batches": None, "test_rows": 8},
+        "settings": _SETTINGS,
         "commit": {"hash": "0123456789", "dirty": False},
         "runs": [_made_up(arm, seed, 0.5) for arm in ("grpo", "ral") for seed in range(2)],
     }
@@ -218,7 +228,7 @@ def test_tables_go_to_their_place_in_a_document(tmp_path) -> None:
 
 def test_seeds_of_two_studies_are_pooled(tmp_path) -> None:
     study = {
-        "settings": {"first_seed": 0, "seeds": 2, "batches": None, "test_rows": 8},
+        "settings": _SETTINGS,
         "commit": {"hash": "0123456789", "dirty": False},
     }
     files = [tmp_path / "a.json", tmp_path / "b.json"]
@@ -233,11 +243,37 @@ def test_seeds_of_two_studies_are_pooled(tmp_path) -> None:
     assert "noise" not in body and "from the start" not in body  # in one study alone
     (table,) = report.difference("ral", "grpo", files)
     assert "| endpoint | +10.0 ± 0.0 | 4 |" in table and "| 64 | +10.0" in table
-    changed = json.loads(files[1].read_text())
-    changed["settings"]["test_rows"] = 16
-    files[1].write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="one commit and size"):
-        list(report.pooled(files))
+    for setting in ("test_rows", "start_seed"):
+        changed = {**study, "settings": {**_SETTINGS, setting: 16}, "runs": runs}
+        files[1].write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="one commit and size"):
+            list(report.pooled(files))
+    text = "\n".join(report._all(files))  # from two starts: not one sample
+    assert "from start 16" in text and "all seeds" not in text
+
+
+def test_a_study_of_another_task_is_not_pooled(tmp_path) -> None:
+    files = []
+    for number, task in enumerate(("frames", "frames", "resolution")):
+        sizes = map(str, TASKS[task].evaluated)
+        more = {"task": task, "accuracy": dict.fromkeys(sizes, 0.5)}
+        seed = 10 * number
+        runs = [{**_made_up(arm, seed, 0.5), **more} for arm in ("grpo", "ral")]
+        settings = {**_SETTINGS, "first_seed": seed, "seeds": 1}
+        files.append(tmp_path / f"{number}.json")
+        commit = {"hash": "0123456789", "dirty": False}
+        files[-1].write_text(json.dumps({"settings": settings, "commit": commit, "runs": runs}))
+    head, body = report.pooled(files)
+    assert "frames, all seeds of the arms that are in 2 studies" in head and "| 2 |" in body
+
+
+def test_a_panel_without_its_own_arms_shows_those_there_are() -> None:
+    own = {arm: {0: _made_up(arm, 0, 0.5)} for arm in ("start", "grpo", "ral", "noise", "ral_ref")}
+    assert plot._shown(plot._GAIN, own) == ["ral", "noise"]
+    others = {arm: own[arm] for arm in ("start", "grpo", "ral_ref")}
+    assert plot._shown(plot._GAIN, others) == ["grpo", "ral_ref"]
+    assert plot._shown(plot._ACCURACY, others) == ["start", "grpo", "ral_ref"]
+    assert plot._style_of("ral_ref") != plot._style_of("ral_frame")
 
 
 def test_a_picture_of_the_tasks(tmp_path) -> None:
