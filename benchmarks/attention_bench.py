@@ -2,6 +2,7 @@
 
     python benchmarks/attention_bench.py            # the whole table, about 5 minutes on 2 cores
     python benchmarks/attention_bench.py --quick    # two lengths, fewer repeats
+    python benchmarks/attention_bench.py --keep-memory    # no page faults on the clock
 
 Rows: forward and forward+backward with 32 span marginals over PyTorch's SDPA without any, in
 bfloat16 and float32 (causal, 16:2 heads of 128), with their share of what the products' register
@@ -203,13 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two lengths and fewer repeats")
     parser.add_argument("--seqlens", type=int, nargs="+", help="default: 1024 2048 4096 8192")
     bench.add_arguments(parser)
+    bench.add_keep_memory(parser)
     options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    name = bench.name_of("attention_bench", options)
     seqlens = options.seqlens or ([1024, 2048] if options.quick else [1024, 2048, 4096, 8192])
     run = bench.begin(
-        "attention_bench",
-        {"heads": "16:2 of 128", "causal": True, "num_spans": 32, "quick": options.quick},
+        name, {"heads": "16:2 of 128", "causal": True, "num_spans": 32, "quick": options.quick}
     )
     print("attention with 32 span marginals / SDPA without (causal, 16:2 heads of 128)")
     run["speed"] = []

@@ -2,6 +2,7 @@
 
     python benchmarks/policy_divergence_bench.py            # T=256, N=8192: some minutes on 2 cores
     python benchmarks/policy_divergence_bench.py --quick    # N=2048
+    python benchmarks/policy_divergence_bench.py --keep-memory    # no page faults on the clock
 
 Forward and backward of `ral_loss` to q and k against a snapshot, 16:2 heads of 128, in bfloat16 and
 float32: beside chunked PyTorch with checkpointing at three chunk sizes, interleaved; and beside
@@ -174,12 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seqlen", type=int, help="N; default 8192")
     parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help="T; default %(default)s")
     bench.add_arguments(parser)
+    bench.add_keep_memory(parser)
     options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    name = bench.name_of("policy_divergence_bench", options)
     seqlen = options.seqlen or (2048 if options.quick else 8192)
     settings = {"heads": "16:2 of 128", "causal": True, "quick": options.quick}
-    run = bench.begin("policy_divergence_bench", settings)
+    run = bench.begin(name, settings)
     print("token-level RAL loss against a snapshot, forward and backward to q and k, 16:2 of 128")
     print("(MiB: peak beyond the inputs; eager runs once, cold, in the process of its memory)\n")
     examiner = Examiner()

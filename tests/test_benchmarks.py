@@ -8,6 +8,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from benchmarks.sweeps.objective import Contestant
 from benchmarks.sweeps.plot import GAP, _spread
 from benchmarks.sweeps.ral import RAL
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--repeats", "2", "--budget", "20"]
 HEADS = Heads(4, 2, 32)
 
@@ -207,6 +210,31 @@ def test_ral_exact_agrees_with_the_formula() -> None:
     torch.testing.assert_close(wanted["loss"], loss.detach())
     torch.testing.assert_close(wanted["dq"], dq)
     torch.testing.assert_close(wanted["dk"], dk)
+
+
+FAULTS = """
+import resource, sys, torch
+from benchmarks.sweeps import machine
+if sys.argv[1] == "kept":
+    machine.keep_freed_memory()
+def call(times):
+    for _ in range(times):  # beyond glibc's largest threshold: mapped anew each time
+        torch.ones(10 << 20)
+call(20)  # some remainders of alignment are kept first
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+call(4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_kept_memory_is_not_mapped_anew() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(
+            subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+        )
+
+    assert faults("given back") > 1000 > 10 * faults("kept")
 
 
 def test_policy_divergence_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
 
 
+def add_keep_memory(parser: argparse.ArgumentParser) -> None:
+    """The option of benches whose contestants allocate megabytes in every call."""
+    parser.add_argument(
+        "--keep-memory", action="store_true",
+        help="freed memory stays with the process: nobody is timed on page faults",
+    )  # fmt: skip
+
+
+def name_of(benchmark: str, options: argparse.Namespace) -> str:
+    """The benchmark's name in its JSON and its file's; settles the options of the process, too.
+
+    Raises:
+        RuntimeError: --keep-memory where the allocator is not glibc's.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if not options.keep_memory:
+        return benchmark
+    machine.keep_freed_memory()
+    return f"{benchmark}-kept"
+
+
 def runner(objective: Objective, name: str, problem: Problem, backward: bool) -> Callable[[], Any]:
     """What is timed of a contestant."""
     call, inputs = objective.registry[name].prepare(problem), leaves(problem, backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -53,6 +54,24 @@ def describe(device: torch.device) -> dict[str, Any]:
         facts["gpu"] = properties.name
         facts["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
     return facts
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc give nothing back to the system, as jemalloc and tcmalloc hardly do.
+
+    Otherwise each tensor of megabytes may be mapped anew, and the first touch of its pages costs as
+    much as a small kernel: it does or does not by what was freed before.
+
+    Raises:
+        RuntimeError: the allocator is another.
+    """
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        raise RuntimeError("keep_freed_memory: this system's malloc has no mallopt") from None
+    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)):
+        raise RuntimeError("keep_freed_memory: mallopt refused")
 
 
 def slug(machine: dict[str, Any]) -> str:
