@@ -212,37 +212,38 @@ def sections(path: Path) -> Iterator[str]:
                 yield markdown(lines) + "\n"
 
 
-def pooled(paths: Sequence[Path]) -> Iterator[str]:
-    """The comparisons over the seeds of several studies of one kind, in Markdown.
+def pooled(task: str, paths: Sequence[Path]) -> Iterator[str]:
+    """A task's comparisons over the seeds of several studies of it, in Markdown.
+
+    Their commits are named: whether the code was the same is for the document to say.
 
     Raises:
-        ValueError: they differ in more than tasks, seeds and arms.
+        ValueError: they differ in more than seeds and arms.
     """
     studies = [json.loads(path.read_text()) for path in paths]
-    kinds = [_kind(study) for study in studies]
+    kinds = [_kind(task, study) for study in studies]
     if len(set(kinds)) != 1:
-        raise ValueError(f"report: pooled studies must be of one commit and size; got {kinds}")
-    for task in TASKS:
-        of_task = [[run for run in study["runs"] if run["task"] == task] for study in studies]
-        of_task = [runs for runs in of_task if runs]
-        if len(of_task) < 2:
-            continue
-        shared = set.intersection(*({run["arm"] for run in runs} for runs in of_task))
-        runs = [run for one in of_task for run in one if run["arm"] in shared]
-        lines = comparisons(task, runs)
-        if len(lines) > 1:
-            yield f"### {task}, all seeds of the arms that are in {len(of_task)} studies\n"
-            yield markdown(lines) + "\n"
-            if points := curves(task, runs):
-                yield markdown(points) + "\n"
+        raise ValueError(f"report: pooled studies must be of one start and size; got {kinds}")
+    of_task = [[run for run in study["runs"] if run["task"] == task] for study in studies]
+    shared = set.intersection(*({run["arm"] for run in runs} for runs in of_task))
+    runs = [run for one in of_task for run in one if run["arm"] in shared]
+    lines = comparisons(task, runs)
+    if len(lines) > 1:
+        commits = dict.fromkeys(study["commit"]["hash"] for study in studies)
+        yield (
+            f"### {task}, all seeds of the arms that are in {len(studies)} studies, "
+            f"commit{'s' if len(commits) > 1 else ''} {' and '.join(commits)}\n"
+        )
+        yield markdown(lines) + "\n"
+        if points := curves(task, runs):
+            yield markdown(points) + "\n"
 
 
-def _kind(study: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be the same in two studies for their seeds to be of one sample."""
-    return (
-        study["commit"]["hash"],
-        *(study["settings"][name] for name in ("start_seed", "batches", "test_rows")),
-    )
+def _kind(task: str, study: dict[str, Any]) -> tuple[int, ...]:
+    """What must be the same in two studies of a task for their seeds to be of one sample."""
+    settings = study["settings"]
+    batches = settings["batches"] or TASKS[task].batches
+    return settings["start_seed"], batches, settings["test_rows"]
 
 
 _AXIS = {"frames": "number of frames", "cells": "side of the grid"}
@@ -276,14 +277,18 @@ def difference(arm: str, other: str, paths: Sequence[Path]) -> Iterator[str]:
 
 
 def _all(files: Sequence[Path]) -> Iterator[str]:
-    """Tables of each file, and of all seeds where two files are of one study."""
-    of: dict[tuple[Any, ...], list[Path]] = {}
+    """Tables of each file, and of all seeds where several files are of one kind."""
     for file in files:
         yield from sections(file)
-        of.setdefault(_kind(json.loads(file.read_text())), []).append(file)
-    for alike in of.values():
-        if len(alike) > 1:
-            yield from pooled(alike)
+    for task in TASKS:
+        of: dict[tuple[int, ...], list[Path]] = {}
+        for file in files:
+            study = json.loads(file.read_text())
+            if any(run["task"] == task for run in study["runs"]):
+                of.setdefault(_kind(task, study), []).append(file)
+        for alike in of.values():
+            if len(alike) > 1:
+                yield from pooled(task, alike)
 
 
 def insert(document: Path, files: Sequence[Path]) -> None:

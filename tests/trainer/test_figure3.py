@@ -158,11 +158,11 @@ def test_holm() -> None:
 _SETTINGS = {"start_seed": 0, "first_seed": 0, "seeds": 2, "batches": None, "test_rows": 8}
 
 
-def _made_up(arm: str, seed: int, right: float, sharp: float = 0.5) -> dict:
-    task = TASKS["frames"]
+def _made_up(arm: str, seed: int, right: float, sharp: float = 0.5, of: str = "frames") -> dict:
+    task = TASKS[of]
     sizes = {str(n): right for n in task.evaluated}
     return {
-        "task": "frames", "arm": arm, "seed": seed, "accuracy": {**sizes, "1": 1.0},
+        "task": of, "arm": arm, "seed": seed, "accuracy": {**sizes, "1": 1.0},
         "sharpened": dict.fromkeys(map(str, task.endpoint), sharp),
         "target": {size: [0.1, right] for size in sizes}, "curve": [[5, right - 0.1]],
         "thought": dict.fromkeys(sizes, 0.25), "target_curve": [[0, [0.1, 0.2]], [5, [0.1, right]]],
@@ -238,16 +238,20 @@ def test_seeds_of_two_studies_are_pooled(tmp_path) -> None:
         runs += [_made_up("ral", seed, 0.6) for seed in seeds]
         runs += [_made_up(other, seed, 0.7) for seed in seeds]
         file.write_text(json.dumps({**study, "runs": runs}))
-    head, body = report.pooled(files)
-    assert "all seeds" in head and "| GRPO | 4 | +10.0 ± 0.0 |" in body
+    head, body = report.pooled("frames", files)
+    assert (
+        "all seeds" in head
+        and head.endswith("commit 0123456789\n")
+        and "| GRPO | 4 | +10.0 ± 0.0 |" in body
+    )
     assert "noise" not in body and "from the start" not in body  # in one study alone
     (table,) = report.difference("ral", "grpo", files)
     assert "| endpoint | +10.0 ± 0.0 | 4 |" in table and "| 64 | +10.0" in table
     for setting in ("test_rows", "start_seed"):
         changed = {**study, "settings": {**_SETTINGS, setting: 16}, "runs": runs}
         files[1].write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match="one commit and size"):
-            list(report.pooled(files))
+        with pytest.raises(ValueError, match="one start and size"):
+            list(report.pooled("frames", files))
     text = "\n".join(report._all(files))  # from two starts: not one sample
     assert "from start 16" in text and "all seeds" not in text
 
@@ -255,16 +259,15 @@ def test_seeds_of_two_studies_are_pooled(tmp_path) -> None:
 def test_a_study_of_another_task_is_not_pooled(tmp_path) -> None:
     files = []
     for number, task in enumerate(("frames", "frames", "resolution")):
-        sizes = map(str, TASKS[task].evaluated)
-        more = {"task": task, "accuracy": dict.fromkeys(sizes, 0.5)}
         seed = 10 * number
-        runs = [{**_made_up(arm, seed, 0.5), **more} for arm in ("grpo", "ral")]
+        runs = [_made_up(arm, seed, 0.5, of=task) for arm in ("grpo", "ral")]
         settings = {**_SETTINGS, "first_seed": seed, "seeds": 1}
         files.append(tmp_path / f"{number}.json")
-        commit = {"hash": "0123456789", "dirty": False}
+        commit = {"hash": f"012345678{number}", "dirty": False}
         files[-1].write_text(json.dumps({"settings": settings, "commit": commit, "runs": runs}))
-    head, body = report.pooled(files)
-    assert "frames, all seeds of the arms that are in 2 studies" in head and "| 2 |" in body
+    text = "\n".join(report._all(files))
+    assert text.count("all seeds") == 1 and "### frames, all seeds" in text
+    assert "in 2 studies, commits 0123456780 and 0123456781\n" in text
 
 
 def test_a_panel_without_its_own_arms_shows_those_there_are() -> None:
