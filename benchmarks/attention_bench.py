@@ -206,11 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_arguments(parser)
     bench.add_keep_memory(parser)
     options = parser.parse_args(arguments)
-    name = bench.name_of("attention_bench", options)
+    bench.settle(options)
     seqlens = options.seqlens or ([1024, 2048] if options.quick else [1024, 2048, 4096, 8192])
-    run = bench.begin(
-        name, {"heads": "16:2 of 128", "causal": True, "num_spans": 32, "quick": options.quick}
-    )
+    settings = {"heads": "16:2 of 128", "causal": True, "num_spans": 32}
+    settings |= {"quick": options.quick, "keep_memory": options.keep_memory}
+    run = bench.begin("attention_bench", settings)
     print("attention with 32 span marginals / SDPA without (causal, 16:2 heads of 128)")
     run["speed"] = []
     for dtype in DTYPES:

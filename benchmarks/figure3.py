@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
     parser.add_argument("--tag", help="told apart by it: figure3-TAG-<commit>.json")
-    bench.add_arguments(parser)
+    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
     options = parser.parse_args(arguments)
     quick = options.quick
     tasks = options.tasks or (["frames"] if quick else list(TASKS))

@@ -177,10 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_arguments(parser)
     bench.add_keep_memory(parser)
     options = parser.parse_args(arguments)
-    name = bench.name_of("policy_divergence_bench", options)
+    bench.settle(options)
     seqlen = options.seqlen or (2048 if options.quick else 8192)
     settings = {"heads": "16:2 of 128", "causal": True, "quick": options.quick}
-    run = bench.begin(name, settings)
+    settings["keep_memory"] = options.keep_memory
+    run = bench.begin("policy_divergence_bench", settings)
     print("token-level RAL loss against a snapshot, forward and backward to q and k, 16:2 of 128")
     print("(MiB: peak beyond the inputs; eager runs once, cold, in the process of its memory)\n")
     examiner = Examiner()

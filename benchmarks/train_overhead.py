@@ -256,8 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_arguments(parser)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    bench.settle(options)
     if options.child is not None:
         with tempfile.TemporaryDirectory(prefix="ral-bench-") as folder:
             peak = peak_of(options.child[0], int(options.child[1]), options, Path(folder))

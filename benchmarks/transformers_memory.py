@@ -110,8 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_arguments(parser)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    bench.settle(options)
     if options.child is not None:
         implementation, file = options.child
         torch.save(measure(implementation, options.padded, options), file)

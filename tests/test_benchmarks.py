@@ -7,6 +7,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -227,6 +228,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
 def test_kept_memory_is_not_mapped_anew() -> None:
     def faults(how: str) -> int:
         command = [sys.executable, "-c", FAULTS, how]

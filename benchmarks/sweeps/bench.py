@@ -33,18 +33,16 @@ def add_keep_memory(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def name_of(benchmark: str, options: argparse.Namespace) -> str:
-    """The benchmark's name in its JSON and its file's; settles the options of the process, too.
+def settle(options: argparse.Namespace) -> None:
+    """Have the process run by these options.
 
     Raises:
         RuntimeError: --keep-memory where the allocator is not glibc's.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if not options.keep_memory:
-        return benchmark
-    machine.keep_freed_memory()
-    return f"{benchmark}-kept"
+    if getattr(options, "keep_memory", False):
+        machine.keep_freed_memory()
 
 
 def runner(objective: Objective, name: str, problem: Problem, backward: bool) -> Callable[[], Any]:
@@ -88,9 +86,10 @@ def begin(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(run: dict[str, Any], out: Path | None) -> None:
-    """The JSON of a run, one a machine and commit."""
+    """The JSON of a run, one a machine and commit, and another where memory was kept."""
     folder = out or Path(__file__).resolve().parents[1] / "results" / machine.slug(run["machine"])
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{run['benchmark']}-{run['commit']['hash'] or 'none'}.json"
+    kept = "-kept" if run["settings"].get("keep_memory") else ""
+    file = folder / f"{run['benchmark']}{kept}-{run['commit']['hash'] or 'none'}.json"
     file.write_text(json.dumps(run, indent=1) + "\n")
     print(f"\nwritten to {file}")

@@ -3,9 +3,9 @@
 //
 // A task is one token block of one sample. It streams over the keys for the normalisers, again for
 // both policies and the moments, and a third time for dS, which needs the moments. Where the heads'
-// weights fit kCacheBytes the first stream keeps them and the others read them (0.73 of the time at
-// 8k keys on one Zen 5 core, 2026-11); beyond, they are formed again. l is kept between the last
-// two. dK is summed by the token blocks in turn.
+// weights fit kCacheBytes the first stream keeps them and the others read them, which is faster;
+// beyond, they are formed again. l is kept between the last two. dK is summed by the token blocks
+// in turn.
 #pragma once
 
 #include "policy_products.h"
