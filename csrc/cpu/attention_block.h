@@ -40,6 +40,7 @@ class Problem {
   ~Problem() {
     free(sequences);
     free(group_spans_);
+    free(run_ends_);
   }
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
@@ -74,6 +75,10 @@ class Problem {
 
   // The span that all keys of each group belong to, or kMixed where a boundary runs through it.
   const int32_t* group_spans(const Sequence& s) const { return group_spans_ + s.first_group; }
+
+  // Of each key, padding included: kContinues where the next key of its group is of the same span,
+  // else its span. Sums over a span are added to where that span's keys end.
+  const int32_t* run_ends(const Sequence& s) const { return run_ends_ + s.first_group * kTileRows; }
 
   // The sequence that holds unit `index` of a running count kept in `first` (per kv head).
   const Sequence& find(int64_t index, int64_t Sequence::* first, int64_t Sequence::* count) const {
@@ -118,6 +123,7 @@ class Problem {
   }
 
   static constexpr int32_t kMixed = -2;
+  static constexpr int32_t kContinues = -2;
 
   const ral_attention_params& params;
   const int64_t block_columns;
@@ -129,16 +135,22 @@ class Problem {
  private:
   bool classify_groups() {
     group_spans_ = static_cast<int32_t*>(malloc((total_groups + 1) * sizeof(int32_t)));
-    if (!group_spans_) return false;
+    run_ends_ = static_cast<int32_t*>(malloc((total_groups + 1) * kTileRows * sizeof(int32_t)));
+    if (!group_spans_ || !run_ends_) return false;
     for (int64_t i = 0; i < num_sequences; ++i) {
       const Sequence& s = sequences[i];
       const int32_t* ids = span_ids(s);
       for (int64_t group = 0; group < s.num_groups; ++group) {
         const int64_t begin = group * kTileRows;
-        const int64_t end = begin + kTileRows < s.seqlen_k ? begin + kTileRows : s.seqlen_k;
+        int32_t* ends = run_ends_ + s.first_group * kTileRows + begin;
         int32_t span = ids[begin];
-        for (int64_t key = begin + 1; key < end; ++key) {
-          if (ids[key] != span) span = kMixed;
+        for (int64_t r = 0; r < kTileRows; ++r) {
+          const int64_t key = begin + r;
+          ends[r] = kContinues;
+          if (key >= s.seqlen_k) continue;
+          if (ids[key] != ids[begin]) span = kMixed;
+          const bool last = r == kTileRows - 1 || key == s.seqlen_k - 1;
+          if (last || ids[key + 1] != ids[key]) ends[r] = ids[key];
         }
         group_spans_[s.first_group + group] = span;
       }
@@ -147,6 +159,7 @@ class Problem {
   }
 
   int32_t* group_spans_ = nullptr;
+  int32_t* run_ends_ = nullptr;
 };
 
 // The queries of one column block and the keys that they see.
@@ -282,6 +295,29 @@ void load_span_rows(const Problem& problem, const Sequence& s, const Block& bloc
       for (int64_t i = 0; i < width; ++i) stage[c * kLanes + i] = row[i * bias.stride_s];
     }
     transpose_block(stage, kLanes, dst + begin * kColumns, kColumns, kColumns, kLanes);
+  }
+}
+
+// The way back: row_of(c)[i] = x[i][c] * factor[c] for the columns c < count, rounded to `dtype`.
+// row_of(c) is null where nothing is to be written. Reads x and factor up to whole vectors.
+template <int64_t kColumns, class RowOf>
+void write_columns(const float* x, int64_t features, const float* factor, int64_t count,
+                   int32_t dtype, const RowOf& row_of) {
+  const int64_t size = element_size(dtype);
+  for (int64_t first = 0; first < count; first += kLanes) {
+    char* row[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      row[i] = first + i < count ? reinterpret_cast<char*>(row_of(first + i)) : nullptr;
+    }
+    for (int64_t begin = 0; begin < features; begin += kLanes) {
+      Vec tile[kLanes];
+      RAL_UNROLL for (int i = 0; i < kLanes; ++i)
+        tile[i] = load(x + (begin + i) * kColumns + first) * load(factor + first);
+      transpose(tile);
+      RAL_UNROLL for (int i = 0; i < kLanes; ++i) {
+        if (row[i]) store_first(dtype, row[i] + begin * size, tile[i], features - begin);
+      }
+    }
   }
 }
 

@@ -121,9 +121,9 @@ class AttentionBackward {
       pack_a_rows<Compute>(keys, group, params_.head_dim, stage,
                            key_rows_ + i * kTileRows * qk_steps_);
       uint32_t* columns = key_columns_of(s, kv_head);
+      const FeatureRows layout = key_layout(s);
       for (int64_t step = group * kStepsPerGroup; step < (group + 1) * kStepsPerGroup; ++step) {
-        pack_a_columns<Compute>(keys, step, params_.head_dim, s.num_groups * kStepsPerGroup, stage,
-                                columns);
+        pack_a_columns<Compute>(keys, step, params_.head_dim, layout, stage, columns);
       }
       if (has_dout_) {
         pack_a_rows<Compute>(problem_.key_rows(params_.v, s, kv_head), group, params_.head_dim_v,
@@ -132,6 +132,9 @@ class AttentionBackward {
     }
   }
 
+  FeatureRows key_layout(const Sequence& s) const {
+    return FeatureRows::of<Compute>(params_.head_dim, s.num_groups, kGroupsPerBlock);
+  }
   uint32_t* key_columns_of(const Sequence& s, int64_t kv_head) const {
     return key_columns_ +
            problem_.groups_before(s, kv_head) * kStepsPerGroup * k_feature_groups_ * kTileRows;
@@ -333,12 +336,12 @@ class AttentionBackward {
     const GroupRange all =
         groups_of_keys(v.block.block_first, v.block.block_last, GroupRange{0, s.num_groups});
     const bool first = key_block == all.begin / kGroupsPerBlock;
-    const int64_t total_steps = s.num_groups * kStepsPerGroup;
+    const FeatureRows::Place place = key_layout(s).find(seen.begin * kStepsPerGroup);
     const uint32_t* keys = key_columns_of(s, kv_head);
     for (int64_t panel = 0; panel < kPanels; ++panel) {
       for (int64_t g = 0; g < k_feature_groups_; ++g) {
         const int64_t d = g * kTileRows;
-        const Product product{keys + (g * total_steps + seen.begin * kStepsPerGroup) * kTileRows, 0,
+        const Product product{keys + place.offset + g * place.group_stride, 0,
                               scratch + scratch_layout_.ds_pairs + panel * kWidth, kColumns,
                               (seen.end - seen.begin) * kStepsPerGroup};
         const int64_t rows = params_.head_dim - d < kTileRows ? params_.head_dim - d : kTileRows;
@@ -348,7 +351,7 @@ class AttentionBackward {
     }
     if (v.dbias) flush_dbias(s, v, seen, scratch);
     if (key_block == (all.end - 1) / kGroupsPerBlock) {
-      queries_.finish(s, v, reinterpret_cast<float*>(scratch + scratch_layout_.stage));
+      queries_.finish(s, v);
     }
     __atomic_store_n(turn, key_block + 1, __ATOMIC_RELEASE);
   }

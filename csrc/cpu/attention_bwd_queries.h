@@ -116,7 +116,7 @@ class BackwardQueries {
     turns_[index] = visible.begin / block_groups_;
     if (visible.begin == visible.end) {  // no key block will come by
       memset(v.dq, 0, params_.head_dim * kColumns * sizeof(float));
-      finish(s, v, float_stage);
+      finish(s, v);
     }
   }
 
@@ -140,30 +140,21 @@ class BackwardQueries {
   int64_t* turn(int64_t index) const { return turns_ + index; }
 
   // Writes dq, and dspan_bias where it is asked for.
-  void finish(const Sequence& s, const View& v, float* stage) const {
-    const int64_t padded = round_up(params_.head_dim, kLanes);
-    for (int64_t panel = 0; panel < kPanels; ++panel) {
-      const int64_t first = panel * kWidth;
-      transpose_block(v.dq + first, kColumns, stage, padded, padded, kWidth);
-      for (int64_t c = first; c < v.block.count && c < first + kWidth; ++c) {
-        float* row = stage + (c - first) * padded;
-        for (int64_t d = 0; d < padded; ++d) row[d] *= params_.scale;
-        convert_from_float(params_.dtype, row, params_.head_dim,
-                           column_row(problem_, s, gradients_.dq, v.block, c));
-      }
-    }
+  void finish(const Sequence& s, const View& v) const {
+    alignas(64) float factor[kColumns];
+    for (int64_t c = 0; c < kColumns; ++c) factor[c] = params_.scale;
+    write_columns<kColumns>(
+        v.dq, params_.head_dim, factor, v.block.count, params_.dtype,
+        [&](int64_t c) { return column_row(problem_, s, gradients_.dq, v.block, c); });
     if (!v.dbias) return;
-    for (int64_t begin = 0; begin < params_.num_spans; begin += kLanes) {
-      const int64_t width = params_.num_spans - begin < kLanes ? params_.num_spans - begin : kLanes;
-      transpose_block(v.dbias + begin * kColumns, kColumns, stage, kLanes, kLanes, kColumns);
-      for (int64_t c = 0; c < v.block.count; ++c) {
-        const int64_t row =
-            (s.batch * params_.num_heads + v.block.column[c].head) * params_.seqlen_q +
-            v.block.column[c].token;
-        memcpy(gradients_.dspan_bias + row * params_.num_spans + begin, stage + c * kLanes,
-               width * sizeof(float));
-      }
-    }
+    for (int64_t c = 0; c < kColumns; ++c) factor[c] = 1.f;
+    write_columns<kColumns>(
+        v.dbias, params_.num_spans, factor, v.block.count, RAL_FLOAT32, [&](int64_t c) {
+          const typename Block::Column& column = v.block.column[c];
+          const int64_t row =
+              (s.batch * params_.num_heads + column.head) * params_.seqlen_q + column.token;
+          return gradients_.dspan_bias + row * params_.num_spans;
+        });
   }
 
  private:

@@ -1,9 +1,10 @@
 // Forward of the `attention` op: out, lse and span marginals, equations (1)-(7) of the op's README.
 //
 // A task is one column block. It walks the keys in blocks of Compute::kForwardKeys: first P^T for
-// the whole block, tile by tile, each tile exponentiated while it is still in registers; then O^T
-// += V^T P^T. The stabiliser of a query is a whole power of two near, not at, its running maximum:
-// it moves only when a score exceeds it by 2^kSlack, and then everything is rescaled exactly.
+// the whole block, tile by tile, each tile exponentiated while the next one's scores are formed;
+// then O^T += V^T P^T. The stabiliser of a query is a whole power of two near, not at, its running
+// maximum: it moves only when a score exceeds it by kSlack octaves, and then everything is rescaled
+// exactly.
 #pragma once
 
 #include <math.h>
@@ -22,6 +23,8 @@ class AttentionForward {
   static constexpr int64_t kColumns = kWidth * kPanels;
   static constexpr int64_t kGroupsPerBlock = Compute::kForwardKeys / kTileRows;
   static constexpr int64_t kStepsPerGroup = kTileRows / Compute::kPair;
+  // With vectors of four, exponentials and products together run out of registers.
+  static constexpr bool kInterleaved = kLanes >= 8;
   using Block = ColumnBlock<kColumns, kWidth>;
 
   AttentionForward(const ral_attention_params& params, const ral_attention_outputs& outputs)
@@ -49,7 +52,7 @@ class AttentionForward {
     layout.queries = layout.add(kPanels * padded_qk_steps_ * kWidth);
     layout.probs = layout.add(kGroupsPerBlock * kStepsPerGroup * kColumns);
     layout.out = layout.add(padded_v_ * kColumns);
-    layout.span_sums = layout.add(outputs_.marginals ? padded_spans_ * kColumns : 0);
+    layout.sums = layout.add((outputs_.marginals ? padded_spans_ + 1 : 1) * kColumns);
     layout.bias = layout.add(params_.span_bias.data ? padded_spans_ * kColumns : 0);
     const size_t scratch = arena.reserve(layout.size * threads, 4);
     if (!arena.allocate()) return RAL_OUT_OF_MEMORY;
@@ -66,26 +69,29 @@ class AttentionForward {
 
  private:
   struct ScratchLayout : Layout {
-    int64_t stage, queries, probs, out, span_sums, bias;
+    int64_t stage, queries, probs, out, sums, bias;
   };
 
   // The running softmax of one column block.
   struct State {
     alignas(64) float stabiliser[kColumns];  // base 2, a whole number
-    alignas(64) float sum[kColumns];         // row sum over finished runs of one span
-    alignas(64) float run[kColumns];         // row sum since the span last changed
     // Row sum of P as it meets V. Dividing O by it keeps the weights' sum at 1 where they are
     // rounded: a query with one dominant key gets that key's value exactly, as its dO.O in the
     // backward needs.
     alignas(64) float rounded_sum[kColumns];
-    int32_t run_span[kPanels];
+    Vec scores[kTileRows][V];  // of the last tile, before `factor` and the exponential
+    float factor;
+    alignas(64) float part[kWidth];  // row sum of a tile since the span last changed
     bool out_started[kPanels];
-    const int32_t* span_ids;  // null when nobody asked for marginals of this block
-    const int32_t* group_spans;
+    const int32_t* run_ends;  // null when nobody asked for marginals of this block
+    // Sums of P over the keys of each span: row s + 1 belongs to span s, row 0 to the keys of no
+    // span; the only row where nobody asked for marginals. A row sum is the sum of all, equation
+    // (7).
+    float* sums;
+    int64_t sum_rows;
     uint32_t* queries;
     uint32_t* probs;
     float* out;
-    float* span_sums;
     float* bias;
   };
 
@@ -109,13 +115,16 @@ class AttentionForward {
                            packed_k_ + i * kTileRows * qk_steps_);
       const Rows values = problem_.key_rows(params_.v, s, kv_head);
       uint32_t* packed_v = values_of(s, kv_head);
+      const FeatureRows layout = value_layout(s);
       for (int64_t step = group * kStepsPerGroup; step < (group + 1) * kStepsPerGroup; ++step) {
-        pack_a_columns<Compute>(values, step, params_.head_dim_v, s.num_groups * kStepsPerGroup,
-                                stage, packed_v);
+        pack_a_columns<Compute>(values, step, params_.head_dim_v, layout, stage, packed_v);
       }
     }
   }
 
+  FeatureRows value_layout(const Sequence& s) const {
+    return FeatureRows::of<Compute>(params_.head_dim_v, s.num_groups, kGroupsPerBlock);
+  }
   uint32_t* values_of(const Sequence& s, int64_t kv_head) const {
     return packed_v_ + problem_.groups_before(s, kv_head) * kStepsPerGroup * v_groups_ * kTileRows;
   }
@@ -135,34 +144,33 @@ class AttentionForward {
     state.queries = scratch + layout_.queries;
     state.probs = scratch + layout_.probs;
     state.out = reinterpret_cast<float*>(scratch + layout_.out);
-    state.span_sums = reinterpret_cast<float*>(scratch + layout_.span_sums);
+    state.sums = reinterpret_cast<float*>(scratch + layout_.sums);
     state.bias =
         params_.span_bias.data ? reinterpret_cast<float*>(scratch + layout_.bias) : nullptr;
-    state.span_ids =
-        outputs_.marginals && has_marginal_rows(block) ? problem_.span_ids(s) : nullptr;
-    state.group_spans = state.span_ids ? problem_.group_spans(s) : nullptr;
+    state.run_ends =
+        outputs_.marginals && has_marginal_rows(block) ? problem_.run_ends(s) : nullptr;
     pack_b_columns<Compute, Block, kWidth>(problem_, s, params_.q, block, nullptr, params_.head_dim,
                                            stage, state.queries);
     if (state.bias) {
       load_span_rows<Block, kColumns>(problem_, s, block, params_.span_bias,
                                       reinterpret_cast<float*>(stage), state.bias);
     }
-    if (state.span_ids) memset(state.span_sums, 0, padded_spans_ * kColumns * sizeof(float));
+    state.sum_rows = state.run_ends ? params_.num_spans + 1 : 1;
+    memset(state.sums, 0, state.sum_rows * kColumns * sizeof(float));
     for (int64_t c = 0; c < kColumns; ++c) {
       state.stabiliser[c] = kEmptyRow;
-      state.sum[c] = state.run[c] = state.rounded_sum[c] = 0.f;
+      state.rounded_sum[c] = 0.f;
     }
-    for (int64_t panel = 0; panel < kPanels; ++panel) {
-      state.run_span[panel] = -1;
-      state.out_started[panel] = false;
-    }
+    for (int64_t panel = 0; panel < kPanels; ++panel) state.out_started[panel] = false;
+    memset(state.part, 0, sizeof state.part);
 
     const ScoreTransform<V> transform(problem_, s);
     const uint32_t* keys = packed_k_ + problem_.groups_before(s, kv_head) * kTileRows * qk_steps_;
     const uint32_t* values = values_of(s, kv_head);
     const GroupRange visible =
         groups_of_keys(block.block_first, block.block_last, GroupRange{0, s.num_groups});
-    for (int64_t begin = visible.begin; begin < visible.end; begin += kGroupsPerBlock) {
+    for (int64_t begin = visible.begin / kGroupsPerBlock * kGroupsPerBlock; begin < visible.end;
+         begin += kGroupsPerBlock) {
       const int64_t end =
           begin + kGroupsPerBlock < visible.end ? begin + kGroupsPerBlock : visible.end;
       for (int64_t panel = 0; panel < kPanels; ++panel) {
@@ -170,12 +178,13 @@ class AttentionForward {
             groups_of_keys(block.some_first[panel], block.some_last[panel], GroupRange{begin, end});
         if (range.begin == range.end) continue;
         for (int64_t group = range.begin; group < range.end; ++group) {
-          probabilities(transform, s, block, panel, group, range.begin, keys, state);
+          score_tile(transform, block, panel, group, range.begin, keys, state);
         }
-        accumulate_out(s, panel, range, values, state);
+        exponentiate_tile(panel, range.end - 1, range.begin, state);
+        accumulate_out(s, block, panel, range, end == visible.end, values, state);
       }
     }
-    finish(s, block, state, reinterpret_cast<float*>(stage));
+    finish(s, block, state);
   }
 
   bool has_marginal_rows(const Block& block) const {
@@ -183,94 +192,116 @@ class AttentionForward {
            block.column[block.count - 1].token >= params_.row_start;
   }
 
-  // P^T of one tile, written as the B operand of O^T += V^T P^T.
-  RAL_INLINE void probabilities(const ScoreTransform<V>& transform, const Sequence& s,
-                                const Block& block, int64_t panel, int64_t group,
-                                int64_t first_group, const uint32_t* keys, State& state) const {
-    Vec p[kTileRows][V];
-    clear(p);
-    multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(
-        p, keys + group * kTileRows * qk_steps_, 0,
-        state.queries + panel * padded_qk_steps_ * kWidth, kWidth, qk_steps_);
-    float factor = params_.scale * kLog2e;
+  // Scores of one tile, left in state.scores, and room for them below the stabiliser.
+  RAL_INLINE void score_tile(const ScoreTransform<V>& transform, const Block& block, int64_t panel,
+                             int64_t group, int64_t first_group, const uint32_t* keys,
+                             State& state) const {
+    Vec top[V];
+    multiply_scores(panel, group, first_group, keys + group * kTileRows * qk_steps_, top, state);
+    state.factor = params_.scale * kLog2e;
     if (__builtin_expect(!transform.is_plain(block, panel, group), 0)) {
-      transform.apply(p, block, panel, group, state.bias, kColumns, nullptr);
+      transform.apply(state.scores, block, panel, group, state.bias, kColumns, nullptr);
       // Rounded here: with a fused multiply the stabiliser of a row of finfo.min would be far from
       // it.
       for (int r = 0; r < kTileRows; ++r) {
-        for (int v = 0; v < V; ++v) p[r][v] = p[r][v] * kLog2e;
+        for (int v = 0; v < V; ++v) state.scores[r][v] = state.scores[r][v] * kLog2e;
       }
-      factor = 1.f;
+      state.factor = 1.f;
+      for (int v = 0; v < V; ++v) top[v] = highest(state.scores, v);
     }
-    float* stabiliser = state.stabiliser + panel * kWidth;
+    const float* stabiliser = state.stabiliser + panel * kWidth;
     bool exceeded = false;
     RAL_UNROLL for (int v = 0; v < V; ++v) {
-      const Vec top = max(max(max(p[0][v], p[1][v]), max(p[2][v], p[3][v])), max(p[4][v], p[5][v]));
-      exceeded |= any_greater(top * factor, load(stabiliser + v * kLanes) + kSlack);
+      top[v] = top[v] * state.factor;
+      exceeded |= any_greater(top[v], load(stabiliser + v * kLanes) + kSlack);
     }
-    if (__builtin_expect(exceeded, 0)) {
-      Vec top[V];
-      RAL_UNROLL for (int v = 0; v < V; ++v) {
-        top[v] =
-            max(max(max(p[0][v], p[1][v]), max(p[2][v], p[3][v])), max(p[4][v], p[5][v])) * factor;
-      }
-      raise_stabiliser(top, panel, group - first_group, state);
-    }
-    RAL_UNROLL for (int v = 0; v < V; ++v) {
-      const Vec m = load(stabiliser + v * kLanes);
-      RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
-        p[r][v] = exp2(p[r][v] * factor - m);
-    }
-    uint32_t* probs =
-        state.probs + (group - first_group) * kStepsPerGroup * kColumns + panel * kWidth;
-    Compute::template store_row_pairs<V>(p, probs, kColumns, state.rounded_sum + panel * kWidth);
-    add_to_sums(p, s, panel, group, state);
+    if (__builtin_expect(exceeded, 0)) raise_stabiliser(top, panel, group - first_group, state);
   }
 
-  RAL_INLINE void add_to_sums(const Vec (&p)[kTileRows][V], const Sequence& s, int64_t panel,
-                              int64_t group, State& state) const {
-    float* run = state.run + panel * kWidth;
-    const int32_t span = state.span_ids ? state.group_spans[group] : state.run_span[panel];
-    if (__builtin_expect(span != Problem::kMixed, 1)) {
-      if (span != state.run_span[panel]) finish_run(panel, span, state);
-      RAL_UNROLL for (int v = 0; v < V; ++v) {
-        const Vec total = ((p[0][v] + p[1][v]) + (p[2][v] + p[3][v])) + (p[4][v] + p[5][v]);
-        store(run + v * kLanes, load(run + v * kLanes) + total);
-      }
-      return;
-    }
-    const int64_t key = group * kTileRows;
-    Vec part[V] = {};  // of the run, not yet added
-    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
-      // Past the end p is 0, and goes to the run that is there.
-      if (key + r < s.seqlen_k && state.span_ids[key + r] != state.run_span[panel]) {
-        RAL_UNROLL for (int v = 0; v < V; ++v) {
-          store(run + v * kLanes, load(run + v * kLanes) + part[v]);
-          part[v] = Vec{};
+  static RAL_INLINE Vec highest(const Vec (&x)[kTileRows][V], int v) {
+    return max(max(max(x[0][v], x[1][v]), max(x[2][v], x[3][v])), max(x[4][v], x[5][v]));
+  }
+
+  // K Q^T of one tile, and its maxima. The tile before is exponentiated meanwhile, a vector after a
+  // share of the products: on its own, the chain from its last product over maxima and
+  // exponentials to the next tile's first product left the multipliers idle for a tenth of the
+  // time of the product (float32, Zen 5, 2026-11).
+  RAL_NOINLINE void multiply_scores(int64_t panel, int64_t group, int64_t first_group,
+                                    const uint32_t* a, Vec (&top)[V], State& state) const {
+    const uint32_t* b = state.queries + panel * padded_qk_steps_ * kWidth;
+    const bool pending = group > first_group;
+    Vec p[kTileRows][V];
+    clear(p);
+    if constexpr (kInterleaved) {
+      constexpr int64_t kShares = kStepsPerGroup * V;
+      int64_t share = qk_steps_ / kShares + 1;
+      int64_t larger = qk_steps_ % kShares;  // so many shares have one step more
+      for (int64_t step = 0; step < kStepsPerGroup; ++step) {
+        float* target[Compute::kPair] = {};
+        if (pending) find_sums(panel, group - 1, step, state, target);
+        for (int64_t v = 0; v < V; ++v) {
+          if (larger-- == 0) --share;
+          multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(p, a, 0, b, kWidth, share);
+          a += share * kTileRows;
+          b += share * kWidth;
+          if (pending) exponentiate(panel, group - 1 - first_group, step, v, target, state);
         }
-        finish_run(panel, state.span_ids[key + r], state);
       }
-      RAL_UNROLL for (int v = 0; v < V; ++v)
-        part[v] += p[r][v];
+    } else {
+      if (pending) exponentiate_tile(panel, group - 1, first_group, state);
+      multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(p, a, 0, b, kWidth, qk_steps_);
     }
     RAL_UNROLL for (int v = 0; v < V; ++v)
-      store(run + v * kLanes, load(run + v * kLanes) + part[v]);
+      top[v] = highest(p, v);
+    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        state.scores[r][v] = p[r][v];
+    }
   }
 
-  // A run of keys of one span ends: its sum goes to the span and to the row, equation (7).
-  RAL_NOINLINE static void finish_run(int64_t panel, int32_t next_span, State& state) {
-    float* run = state.run + panel * kWidth;
-    float* sum = state.sum + panel * kWidth;
-    float* span = state.run_span[panel] >= 0 && state.span_ids
-                      ? state.span_sums + state.run_span[panel] * kColumns + panel * kWidth
-                      : nullptr;
-    for (int v = 0; v < V; ++v) {
-      const Vec x = load(run + v * kLanes);
-      store(sum + v * kLanes, load(sum + v * kLanes) + x);
-      if (span) store(span + v * kLanes, load(span + v * kLanes) + x);
-      store(run + v * kLanes, Vec{});
+  RAL_NOINLINE void exponentiate_tile(int64_t panel, int64_t group, int64_t first_group,
+                                      State& state) const {
+    for (int64_t step = 0; step < kStepsPerGroup; ++step) {
+      float* target[Compute::kPair];
+      find_sums(panel, group, step, state, target);
+      for (int64_t v = 0; v < V; ++v) {
+        exponentiate(panel, group - first_group, step, v, target, state);
+      }
     }
-    state.run_span[panel] = next_span;
+  }
+
+  // P^T of kPair keys of the tile in state.scores and one vector of queries: written as the B
+  // operand of O^T += V^T P^T, and added to the sums.
+  RAL_INLINE void exponentiate(int64_t panel, int64_t row_group, int64_t step, int64_t v,
+                               float* const (&target)[Compute::kPair], State& state) const {
+    const int64_t column = panel * kWidth + v * kLanes;
+    const Vec m = load(state.stabiliser + column);
+    Vec part = load(state.part + v * kLanes);
+    Vec p[Compute::kPair];
+    RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
+      p[i] = exp2_bounded(state.scores[step * Compute::kPair + i][v] * state.factor - m);
+      part += p[i];
+      if (target[i]) {
+        store(target[i] + v * kLanes, load(target[i] + v * kLanes) + part);
+        part = Vec{};
+      }
+    }
+    store(state.part + v * kLanes, part);
+    Compute::store_pair(p, state.probs + (row_group * kStepsPerGroup + step) * kColumns + column,
+                        state.rounded_sum + column);
+  }
+
+  // The sums that the tile's part is added to after each key of `step`; null while the next key
+  // belongs to the same.
+  RAL_INLINE void find_sums(int64_t panel, int64_t group, int64_t step, const State& state,
+                            float* (&target)[Compute::kPair]) const {
+    float* sums = state.sums + panel * kWidth;
+    RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
+      const int64_t r = step * Compute::kPair + i;
+      int32_t span = r == kTileRows - 1 ? -1 : Problem::kContinues;
+      if (state.run_ends) span = state.run_ends[group * kTileRows + r];
+      target[i] = span == Problem::kContinues ? nullptr : sums + (span + 1) * kColumns;
+    }
   }
 
   // Moves the stabiliser to the power of two above `top` where that is higher, and rescales all
@@ -283,14 +314,11 @@ class AttentionForward {
       const Vec raised = max(old, -floor(-top[v]));
       const Vec factor = exp2(old - raised);
       store(state.stabiliser + c, raised);
-      store(state.sum + c, load(state.sum + c) * factor);
-      store(state.run + c, load(state.run + c) * factor);
       store(state.rounded_sum + c, load(state.rounded_sum + c) * factor);
-      if (state.span_ids) {
-        for (int64_t span = 0; span < params_.num_spans; ++span) {
-          float* x = state.span_sums + span * kColumns + c;
-          store(x, load(x) * factor);
-        }
+      const bool started = state.out_started[panel] || groups_done > 0;
+      for (int64_t row = 0; started && row < state.sum_rows; ++row) {
+        float* x = state.sums + row * kColumns + c;
+        store(x, load(x) * factor);
       }
       if (state.out_started[panel]) {
         for (int64_t d = 0; d < params_.head_dim_v; ++d) {
@@ -304,14 +332,19 @@ class AttentionForward {
     }
   }
 
-  // O^T += V^T P^T for the keys of `range`.
-  void accumulate_out(const Sequence& s, int64_t panel, GroupRange range, const uint32_t* values,
-                      State& state) const {
-    const int64_t total_steps = s.num_groups * kStepsPerGroup;
+  // O^T += V^T P^T for the keys of `range`. The last time, the outputs are fetched meanwhile.
+  void accumulate_out(const Sequence& s, const Block& block, int64_t panel, GroupRange range,
+                      bool last, const uint32_t* values, State& state) const {
+    const FeatureRows::Place place = value_layout(s).find(range.begin * kStepsPerGroup);
     for (int64_t g = 0; g < v_groups_; ++g) {
       const int64_t d = g * kTileRows;
-      const Product product{values + (g * total_steps + range.begin * kStepsPerGroup) * kTileRows,
-                            0, state.probs + panel * kWidth, kColumns,
+      if (last) {
+        const int64_t first = panel * kWidth;
+        prefetch_outputs(s, block, state.run_ends != nullptr, first + g * kWidth / v_groups_,
+                         first + (g + 1) * kWidth / v_groups_);
+      }
+      const Product product{values + place.offset + g * place.group_stride, 0,
+                            state.probs + panel * kWidth, kColumns,
                             (range.end - range.begin) * kStepsPerGroup};
       accumulate_rows<Compute, AOperand::kPacked, V>(
           params_.head_dim_v - d < kTileRows ? params_.head_dim_v - d : kTileRows,
@@ -321,38 +354,41 @@ class AttentionForward {
   }
 
   // Normalises and writes out, lse and marginals of the block.
-  void finish(const Sequence& s, const Block& block, State& state, float* stage) const {
+  void finish(const Sequence& s, const Block& block, const State& state) const {
+    alignas(64) float sum[kColumns];
     alignas(64) float inverse[kColumns];      // of the row sum, for marginals
     alignas(64) float inverse_out[kColumns];  // of the sum of the weights that O was made with
+    for (int64_t c = 0; c < kColumns; c += kLanes) {
+      Vec total = load(state.sums + c);
+      for (int64_t row = 1; row < state.sum_rows; ++row) {
+        total += load(state.sums + row * kColumns + c);
+      }
+      store(sum + c, total);
+    }
     for (int64_t panel = 0; panel < kPanels; ++panel) {
-      finish_run(panel, -1, state);
       if (state.out_started[panel]) continue;
       for (int64_t d = 0; d < params_.head_dim_v; ++d) {
         memset(state.out + d * kColumns + panel * kWidth, 0, kWidth * sizeof(float));
       }
     }
-    for (int64_t c = 0; c < block.count; ++c) {
-      const typename Block::Column& column = block.column[c];
-      if (state.span_ids) prefetch_marginals(s, block, c);
-      const bool empty = state.sum[c] == 0.f;
-      inverse[c] = empty ? 0.f : 1.f / state.sum[c];
+    for (int64_t c = 0; c < kColumns; ++c) {
+      const bool empty = sum[c] == 0.f;
+      inverse[c] = empty ? 0.f : 1.f / sum[c];
       inverse_out[c] = empty                     ? 0.f
                        : Compute::kRoundsWeights ? 1.f / state.rounded_sum[c]
                                                  : inverse[c];
+    }
+    for (int64_t c = 0; c < block.count; ++c) {
+      const typename Block::Column& column = block.column[c];
       outputs_.lse[(s.batch * params_.num_heads + column.head) * params_.seqlen_q + column.token] =
-          empty ? -__builtin_inff() : (state.stabiliser[c] + log2f(state.sum[c])) * kLn2;
+          sum[c] == 0.f ? -__builtin_inff() : (state.stabiliser[c] + log2f(sum[c])) * kLn2;
     }
-    for (int64_t panel = 0; panel < kPanels; ++panel) {
-      const int64_t first = panel * kWidth;
-      transpose_block(state.out + first, kColumns, stage, padded_v_, padded_v_, kWidth);
-      for (int64_t c = first; c < block.count && c < first + kWidth; ++c) {
-        float* row = stage + (c - first) * padded_v_;
-        for (int64_t d = 0; d < padded_v_; ++d) row[d] *= inverse_out[c];
-        convert_from_float(params_.dtype, row, params_.head_dim_v,
-                           column_row(problem_, s, outputs_.out, block, c));
-      }
-    }
-    if (state.span_ids) write_marginals(s, block, state.span_sums, inverse);
+    write_columns<kColumns>(
+        state.out, params_.head_dim_v, inverse_out, block.count, params_.dtype,
+        [&](int64_t c) { return column_row(problem_, s, outputs_.out, block, c); });
+    if (!state.run_ends) return;
+    write_columns<kColumns>(state.sums + kColumns, params_.num_spans, inverse, block.count,
+                            RAL_FLOAT32, [&](int64_t c) { return marginals_row(s, block, c); });
   }
 
   // Row of the marginals that belongs to column `c`; null if it has none.
@@ -364,31 +400,18 @@ class AttentionForward {
     return outputs_.marginals + (head_row * num_rows + row) * params_.num_spans;
   }
 
-  // A row of marginals is short and far from the next: its lines are asked for while O is written.
-  void prefetch_marginals(const Sequence& s, const Block& block, int64_t c) const {
-    const float* row = marginals_row(s, block, c);
+  // Asks for what finish() will write of some columns. Their rows are short and far from each
+  // other, and were last used long ago: all at once, at the end, they would wait for memory.
+  void prefetch_outputs(const Sequence& s, const Block& block, bool marginals, int64_t first,
+                        int64_t last) const {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = params_.head_dim_v * element_size(params_.dtype);
     const int64_t spans = params_.num_spans < 128 ? params_.num_spans : 128;
-    for (int64_t i = 0; row && i < spans; i += 16) __builtin_prefetch(row + i, 1, 2);
-  }
-
-  void write_marginals(const Sequence& s, const Block& block, const float* span_sums,
-                       const float* inverse) const {
-    for (int64_t first = 0; first < block.count; first += kLanes) {
-      float* row[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        row[i] = first + i < block.count ? marginals_row(s, block, first + i) : nullptr;
-      }
-      for (int64_t begin = 0; begin < params_.num_spans; begin += kLanes) {
-        const int64_t left = params_.num_spans - begin;
-        Vec m[kLanes];
-        RAL_UNROLL for (int i = 0; i < kLanes; ++i) {
-          m[i] = load(span_sums + (begin + i) * kColumns + first) * load(inverse + first);
-        }
-        transpose(m);
-        RAL_UNROLL for (int i = 0; i < kLanes; ++i) {
-          if (row[i]) store_first(row[i] + begin, m[i], left);
-        }
-      }
+    for (int64_t c = first; c < last && c < block.count; ++c) {
+      const char* out = column_row(problem_, s, outputs_.out, block, c);
+      for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(out + i, 1, 2);
+      const float* row = marginals ? marginals_row(s, block, c) : nullptr;
+      for (int64_t i = 0; row && i < spans; i += 16) __builtin_prefetch(row + i, 1, 2);
     }
   }
 

@@ -106,6 +106,27 @@ inline void convert_from_float(int32_t dtype, const float* src, int64_t count, v
   for (; i < count; ++i) half[i] = float_to_float16(src[i]);
 }
 
+// The same of one vector.
+RAL_INLINE void store_bfloat16(void* to, Vec x) {
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Bits is_nan = (Bits)(x != x);
+  const Bits high = (is_nan & (bits >> 16 | 0x40)) | (~is_nan & rounded);
+  const Halves halves = __builtin_convertvector(high, Halves);
+  memcpy(to, &halves, sizeof halves);
+}
+
+// The first `count` elements of a vector; all of them where count >= kLanes.
+RAL_INLINE void store_first(int32_t dtype, char* to, Vec x, int64_t count) {
+  if (dtype == RAL_FLOAT32) return store_first(reinterpret_cast<float*>(to), x, count);
+  if (dtype == RAL_BFLOAT16 && count >= kLanes) return store_bfloat16(to, x);
+  alignas(64) float staged[kLanes];
+  store(staged, x);
+  convert_from_float(dtype, staged, count < kLanes ? count : kLanes, to);
+}
+
 struct Float32Compute {
   static constexpr bool kRoundsWeights = false;  // whether P is rounded before it meets V
   static constexpr int kPair = 1;  // numbers of the contracted dimension in one element
@@ -126,14 +147,12 @@ struct Float32Compute {
                             uint32_t* dst) {
     convert_to_float(dtype, src, features, reinterpret_cast<float*>(dst));
   }
-  // Stores a tile of 6 rows x V vectors, contracted over its rows: [6 / kPair][ld]. Where that
-  // rounds, adds the columns of what was stored to `total`.
-  template <int V>
-  static RAL_INLINE void store_row_pairs(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld,
-                                         float*) {
-    store_rows<V>(x, dst, ld);
+  // Stores one vector of kPair rows, contracted over the rows. Where that rounds, adds the columns
+  // of what was stored to `total`.
+  static RAL_INLINE void store_pair(const Vec (&x)[kPair], uint32_t* dst, float*) {
+    store(dst, x[0]);
   }
-  // The same, contracted over its columns: [6][ld].
+  // Stores a tile of 6 rows x V vectors, contracted over its columns: [6][ld].
   template <int V>
   static RAL_INLINE void store_rows(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld) {
     RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
@@ -176,20 +195,13 @@ struct BFloat16Compute {
       dst[i] = low[i] | (high ? static_cast<uint32_t>(high[i]) << 16 : 0u);
     }
   }
-  template <int V>
-  static RAL_INLINE void store_row_pairs(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld,
-                                         float* total) {
+  static RAL_INLINE void store_pair(const Vec (&x)[kPair], uint32_t* dst, float* total) {
     constexpr uint32_t kTwoOnes = 0x3f803f80;
-    RAL_UNROLL for (int v = 0; v < V; ++v) {
-      Vec sum = load(total + v * kLanes);
-      RAL_UNROLL for (int r = 0; r < kTileRows; r += 2) {
-        const __m512i words =
-            _mm512_permutexvar_epi16(interleave_halves(), pair_of(x[r][v], x[r + 1][v]));
-        memcpy(dst + r / 2 * ld + v * kLanes, &words, sizeof words);
-        multiply_add(sum, kTwoOnes, (Vec)words);
-      }
-      store(total + v * kLanes, sum);
-    }
+    const __m512i words = _mm512_permutexvar_epi16(interleave_halves(), pair_of(x[0], x[1]));
+    memcpy(dst, &words, sizeof words);
+    Vec sum = load(total);
+    multiply_add(sum, kTwoOnes, (Vec)words);
+    store(total, sum);
   }
   template <int V>
   static RAL_INLINE void store_rows(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld) {

@@ -51,6 +51,13 @@ struct Product {
   int64_t steps;
 };
 
+// The same pointer, from here on unrelated to what was computed from it before: the compiler would
+// keep the addresses of all rows through a loop that needs the registers, and spill them.
+RAL_INLINE float* forget_origin(float* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 // c (+)= a b. The old c is fetched ahead and added last: sums that start from it would wait for
 // memory.
 template <class Compute, AOperand kA, int M, int V>
@@ -65,6 +72,7 @@ RAL_NOINLINE void accumulate_tile(float* c, int64_t ldc, bool add, const Product
   }
   multiply_tile<Compute, kA, M, V>(acc, product.a, product.lda, product.b, product.ldb,
                                    product.steps);
+  c = forget_origin(c);
   if (add) {
     RAL_UNROLL for (int m = 0; m < M; ++m) {
       RAL_UNROLL for (int v = 0; v < V; ++v)
@@ -161,12 +169,37 @@ void pack_a_rows(const Rows& source, int64_t group, int64_t features, uint32_t* 
   }
 }
 
-// A operand whose rows are features, contracted over the source's rows: [features /
-// 6][total_steps][6]. Packs step `step`: source rows step * kPair and following.
+// Where an A operand lies whose rows are features, contracted over a sequence's keys. Blocks of
+// `block_steps` steps follow one another, each [feature groups][its steps][6]: the product with a
+// block of keys reads one run of memory. [feature groups][all steps][6] would put the groups at a
+// distance that is a power of two as often as not, where they push each other out of the caches.
+struct FeatureRows {
+  int64_t groups;
+  int64_t total_steps;
+  int64_t block_steps;
+
+  template <class Compute>
+  static FeatureRows of(int64_t features, int64_t key_groups, int64_t block_key_groups) {
+    constexpr int64_t kSteps = kTileRows / Compute::kPair;
+    return FeatureRows{round_up(features, kTileRows) / kTileRows, key_groups * kSteps,
+                       block_key_groups * kSteps};
+  }
+  // Offset of group 0 at one step, and how far it is from there to the next group.
+  struct Place {
+    int64_t offset, group_stride;
+  };
+  Place find(int64_t step) const {
+    const int64_t first = step / block_steps * block_steps;
+    const int64_t left = total_steps - first;
+    return Place{(first * groups + step - first) * kTileRows,
+                 (left < block_steps ? left : block_steps) * kTileRows};
+  }
+};
+
+// Packs step `step` of such an operand: source rows step * kPair and following.
 template <class Compute>
-void pack_a_columns(const Rows& source, int64_t step, int64_t features, int64_t total_steps,
+void pack_a_columns(const Rows& source, int64_t step, int64_t features, const FeatureRows& layout,
                     uint32_t* stage, uint32_t* dst) {
-  const int64_t groups = round_up(features, kTileRows) / kTileRows;
   const char* first = source.row(step * Compute::kPair);
   if (first) {
     Compute::load_row_pair(source.dtype, first, source.row(step * Compute::kPair + 1), features,
@@ -174,10 +207,11 @@ void pack_a_columns(const Rows& source, int64_t step, int64_t features, int64_t 
   } else {
     memset(stage, 0, features * sizeof(uint32_t));
   }
-  memset(stage + features, 0, (groups * kTileRows - features) * sizeof(uint32_t));
-  for (int64_t g = 0; g < groups; ++g) {
-    uint32_t* to = dst + (g * total_steps + step) * kTileRows;
-    for (int r = 0; r < kTileRows; ++r) to[r] = stage[g * kTileRows + r];
+  memset(stage + features, 0, (layout.groups * kTileRows - features) * sizeof(uint32_t));
+  const FeatureRows::Place place = layout.find(step);
+  dst += place.offset;
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    memcpy(dst + g * place.group_stride, stage + g * kTileRows, kTileRows * sizeof(uint32_t));
   }
 }
 

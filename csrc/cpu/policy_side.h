@@ -141,7 +141,9 @@ class PolicySide {
     uint32_t* columns =
         packed_columns + kv_head * groups * kStepsPerGroup * feature_groups * kTileRows;
     for (int64_t step = group * kStepsPerGroup; step < (group + 1) * kStepsPerGroup; ++step) {
-      pack_a_columns<Compute>(keys, step, side.head_dim, groups * kStepsPerGroup, stage, columns);
+      pack_a_columns<Compute>(keys, step, side.head_dim,
+                              FeatureRows::of<Compute>(side.head_dim, groups, groups), stage,
+                              columns);
     }
   }
 
