@@ -1,0 +1,44 @@
+"""Exponentials and rounding of the CPU backend's vectors, in every variant that runs here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+FLAGS = {  # CMakeLists.txt's
+    "portable": (),
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": (*AVX512, "-mavx512bf16"),
+}
+
+
+@pytest.mark.parametrize("isa", FLAGS)
+def test_vectors(isa: str, tmp_path: Path) -> None:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no compiler {COMPILER}")
+    from ral_kernels.cpu_library import supported_isas
+
+    if isa not in supported_isas():
+        pytest.skip(f"this machine does not run {isa}")
+    program = tmp_path / "simd_check"
+    subprocess.run(
+        [
+            *(COMPILER, "-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno"),
+            *("-fno-trapping-math", "-fno-signed-zeros", "-Wno-psabi", *FLAGS[isa]),
+            *(f"-DRAL_ISA={isa}", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"),
+            *(str(ROOT / "tests/native/simd_check.cpp"), "-o", str(program)),
+        ],
+        check=True,
+    )
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "simd_check: ok" in done.stdout
