@@ -180,6 +180,8 @@ def _child(name: str, model: str, folder: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
+    # A shell starts what it puts in the background with SIGINT ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1
     try:
         (_train_killed if name in KILLS else _train_interrupted)(name, model, folder)
