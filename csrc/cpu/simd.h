@@ -142,10 +142,10 @@ alignas(64) constexpr uint32_t kExp2Table[32] = {
 };
 #endif
 
-// exp2 for x <= 127, with half the multiply-adds: 2^x = 2^(i/32) 2^r, i = round(32 x), |r| <= 1/64.
-// Adding 1.5 * 2^18 leaves i in the last bits of the sum, of which the last five choose from the
-// table and the others, moved to the exponent's place, add to it. 2^r - 1 is r times a minimax
-// line: 5e-8, 1.7e-7 with float32 rounding.
+// exp2 for x <= 127, in three multiplications, not five: 2^x = 2^(i/32) 2^r, i = round(32 x), |r|
+// <= 1/64. Adding 1.5 * 2^18 leaves i in the last bits of the sum, of which the last five choose
+// from the table and the others, moved to the exponent's place, add to it. 2^r - 1 is r times a
+// minimax line: 5e-8, 1.7e-7 with float32 rounding.
 RAL_INLINE Vec exp2_bounded(Vec x) {
 #if defined(__AVX512F__)
   const Vec shifted = x + 393216.f;
