@@ -52,6 +52,12 @@ def _isas() -> dict[str, int]:
     return found
 
 
+@functools.cache
+def _best_isa() -> int:
+    advisable = library().ral_cpu_isa_advisable
+    return next(index for index in _isas().values() if advisable(c_int32(index)))
+
+
 def supported_isas() -> list[str]:
     """Names of the variants that this machine runs, best first; `RAL_CPU_ISA` forces one."""
     return list(_isas())
@@ -62,7 +68,7 @@ def chosen_isa() -> int:
     isas = _isas()
     forced = os.environ.get("RAL_CPU_ISA")
     if not forced:
-        return next(iter(isas.values()))
+        return _best_isa()
     if forced not in isas:
         raise RuntimeError(
             f"RAL_CPU_ISA must be one of {', '.join(isas)} on this machine; got {forced!r}"

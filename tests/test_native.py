@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ral_kernels import native
+import ral_kernels as rk
+from ral_kernels import cpu_library, native
 
 linux_only = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the loader's names and scopes are Linux's"
@@ -151,3 +152,28 @@ def test_openmp_runtime_runs_a_team(openmp):
     seen = []
     parallel(function_type(lambda data: seen.append((thread_num(), data))), 42, 3, 0)
     assert sorted(seen) == [(0, 42), (1, 42), (2, 42)]
+
+
+def test_variant_chosen_by_itself(monkeypatch):
+    """The best that the processor runs, but for bfloat16 on AVX-512 where float32 is faster."""
+    if native.why_missing("ral_cpu") is not None:
+        pytest.skip("ral_cpu is not built")
+    monkeypatch.delenv("RAL_CPU_ISA", raising=False)
+    supported = cpu_library.supported_isas()
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    expected = [name for name in supported if not (intel and name == "avx512_bf16")]
+    chosen = cpu_library.chosen_isa()
+    monkeypatch.setenv("RAL_CPU_ISA", expected[0])
+    assert cpu_library.chosen_isa() == chosen
+
+
+def test_amx_beside_torchs_own_use_of_it():
+    """Neither leaves the tiles in a state that the other trips over."""
+    if "amx_bf16" not in cpu_library.supported_isas():
+        pytest.skip("this processor or its system has no AMX")
+    x = torch.randn(256, 256).bfloat16()
+    q = torch.randn(1, 4, 100, 64).bfloat16()
+    before, product = rk.attention(q, q, q, backend="cpu").out, x @ x
+    for _ in range(3):
+        assert torch.equal(rk.attention(q, q, q, backend="cpu").out, before)
+        assert torch.equal(x @ x, product)

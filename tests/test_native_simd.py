@@ -17,7 +17,7 @@ FLAGS = {  # CMakeLists.txt's
     "portable": (),
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "avx512_bf16": (*AVX512, "-mavx512bf16"),  # amx_bf16's vectors are the same
 }
 
 

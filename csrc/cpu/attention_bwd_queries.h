@@ -57,7 +57,7 @@ class BackwardQueries {
     layout_.q_rows = layout_.add(kColumnSteps * round_up(params_.head_dim, kPanel));
     layout_.dout_columns = layout_.add(has_dout_ ? kColumns * round_up(v_steps, kLanes) : 0);
     layout_.dout_rows = layout_.add(has_dout_ ? kColumnSteps * padded_v_ : 0);
-    layout_.dq = layout_.add(round_up(params_.head_dim, kLanes) * kColumns);
+    layout_.dq = layout_.add(round_up(params_.head_dim, kFeaturePadding) * kColumns);
     layout_.lse = layout_.add(kColumns);
     layout_.delta = layout_.add(kColumns);
     layout_.dmarginals = layout_.add(gradients_.dmarginals ? span_rows : 0);

@@ -1,174 +1,39 @@
-// Forward of the `attention` op: out, lse and span marginals, equations (1)-(7) of the op's README.
+// Forward of the `attention` op on register tiles.
 //
-// A task is one column block. It walks the keys in blocks of Compute::kForwardKeys: first P^T for
-// the whole block, tile by tile, each tile exponentiated while the next one's scores are formed;
-// then O^T += V^T P^T. The stabiliser of a query is a whole power of two near, not at, its running
-// maximum: it moves only when a score exceeds it by kSlack octaves, and then everything is rescaled
-// exactly.
+// The keys are walked in blocks of Compute::kForwardKeys: first P^T for the whole block, tile by
+// tile, each tile exponentiated while the next one's scores are formed; then O^T += V^T P^T.
 #pragma once
 
-#include <math.h>
-
-#include "attention_block.h"
+#include "attention_fwd_blocks.h"
 
 namespace ral {
 namespace RAL_ISA {
 
-constexpr float kSlack = 8.f;  // P reaches at most 2^8, far from overflow in any sum
-
 template <class Compute, int V, int64_t kPanels>
-class AttentionForward {
- public:
-  static constexpr int64_t kWidth = V * kLanes;
-  static constexpr int64_t kColumns = kWidth * kPanels;
-  static constexpr int64_t kGroupsPerBlock = Compute::kForwardKeys / kTileRows;
-  static constexpr int64_t kStepsPerGroup = kTileRows / Compute::kPair;
+class AttentionForward
+    : public ForwardBlocks<AttentionForward<Compute, V, kPanels>, Compute, V, kPanels, 1> {
+  using Base = ForwardBlocks<AttentionForward, Compute, V, kPanels, 1>;
+  friend Base;
+  using Base::kColumns;
+  using Base::kGroupsPerBlock;
+  using Base::kStepsPerGroup;
+  using Base::kWidth;
+  using Base::params_;
+  using Base::qk_steps_;
+  using typename Base::Block;
+  using typename Base::State;
   // With vectors of four it takes 1.17 of the time (float32, Zen 5, 2026-11).
   static constexpr bool kInterleaved = kLanes >= 8;
-  using Block = ColumnBlock<kColumns, kWidth>;
 
-  AttentionForward(const ral_attention_params& params, const ral_attention_outputs& outputs)
-      : problem_(params, kColumns, kGroupsPerBlock), params_(params), outputs_(outputs) {}
-
-  int run() {
-    if (!problem_.split()) return RAL_OUT_OF_MEMORY;
-    if (problem_.total_blocks == 0 || params_.num_heads == 0) return RAL_OK;
-    qk_steps_ = steps_of<Compute>(params_.head_dim);
-    padded_qk_steps_ = round_up(qk_steps_, kLanes);
-    v_groups_ = round_up(params_.head_dim_v, kTileRows) / kTileRows;
-    padded_v_ = round_up(params_.head_dim_v, kLanes);
-    padded_spans_ = round_up(params_.num_spans, kLanes);
-    const int64_t groups = problem_.total_groups * params_.num_kv_heads;
-    const int threads = params_.num_threads;
-
-    Arena arena;
-    const size_t packed_k = arena.reserve(groups * kTileRows * qk_steps_, 4);
-    const size_t packed_v = arena.reserve(groups * kStepsPerGroup * v_groups_ * kTileRows, 4);
-    const int64_t row =
-        params_.head_dim > params_.head_dim_v ? params_.head_dim : params_.head_dim_v;
-    const int64_t stage_rows = kWidth > kTileRows ? kWidth : kTileRows;
-    ScratchLayout layout{};
-    layout.stage = layout.add(stage_rows * round_up(row + kTileRows, kLanes) + kColumns * kLanes);
-    layout.queries = layout.add(kPanels * padded_qk_steps_ * kWidth);
-    layout.probs = layout.add(kGroupsPerBlock * kStepsPerGroup * kColumns);
-    layout.out = layout.add(padded_v_ * kColumns);
-    layout.sums = layout.add((outputs_.marginals ? padded_spans_ + 1 : 1) * kColumns);
-    layout.bias = layout.add(params_.span_bias.data ? padded_spans_ * kColumns : 0);
-    const size_t scratch = arena.reserve(layout.size * threads, 4);
-    if (!arena.allocate()) return RAL_OUT_OF_MEMORY;
-    layout_ = layout;
-    packed_k_ = arena.at<uint32_t>(packed_k);
-    packed_v_ = arena.at<uint32_t>(packed_v);
-    scratch_ = arena.at<uint32_t>(scratch);
-
-    const int64_t pack_tasks = (groups + kGroupsPerBlock - 1) / kGroupsPerBlock;
-    parallel_for(threads, pack_tasks, pack_task, this);
-    parallel_for(threads, problem_.total_blocks * params_.num_kv_heads, block_task, this);
-    return RAL_OK;
-  }
+ public:
+  using Base::Base;
 
  private:
-  struct ScratchLayout : Layout {
-    int64_t stage, queries, probs, out, sums, bias;
-  };
-
-  // The running softmax of one column block.
-  struct State {
-    alignas(64) float stabiliser[kColumns];  // base 2, a whole number
-    // Row sum of P as it meets V. Dividing O by it keeps the weights' sum at 1 where they are
-    // rounded: a query with one dominant key gets that key's value exactly, as its dO.O in the
-    // backward needs.
-    alignas(64) float rounded_sum[kColumns];
-    Vec scores[kTileRows][V];  // of the last tile, before `factor` and the exponential
-    float factor;
-    alignas(64) float part[kWidth];  // row sum of a tile since the span last changed
-    bool out_started[kPanels];
-    const int32_t* run_ends;  // null when nobody asked for marginals of this block
-    // Sums of P over the keys of each span: row s + 1 belongs to span s, row 0 to the keys of no
-    // span; the only row where nobody asked for marginals. A row sum is the sum of all, equation
-    // (7).
-    float* sums;
-    int64_t sum_rows;
-    uint32_t* queries;
-    uint32_t* probs;
-    float* out;
-    float* bias;
-  };
-
-  static void pack_task(void* self, int64_t task, int worker) {
-    static_cast<AttentionForward*>(self)->pack(task, worker);
-  }
-  static void block_task(void* self, int64_t task, int worker) {
-    static_cast<AttentionForward*>(self)->attend(task, worker);
-  }
-
-  // Packs K and V of some key groups, counted over all sequences and kv heads.
-  void pack(int64_t task, int worker) {
-    uint32_t* stage = scratch_ + worker * layout_.size + layout_.stage;
-    const int64_t end = problem_.total_groups * params_.num_kv_heads;
-    for (int64_t i = task * kGroupsPerBlock; i < end && i < (task + 1) * kGroupsPerBlock; ++i) {
-      const Sequence& s = problem_.find(i, &Sequence::first_group, &Sequence::num_groups);
-      const int64_t kv_head = (i - s.first_group * params_.num_kv_heads) / s.num_groups;
-      const int64_t before = problem_.groups_before(s, kv_head);
-      const int64_t group = i - before;
-      pack_a_rows<Compute>(problem_.key_rows(params_.k, s, kv_head), group, params_.head_dim, stage,
-                           packed_k_ + i * kTileRows * qk_steps_);
-      const Rows values = problem_.key_rows(params_.v, s, kv_head);
-      uint32_t* packed_v = values_of(s, kv_head);
-      const FeatureRows layout = value_layout(s);
-      for (int64_t step = group * kStepsPerGroup; step < (group + 1) * kStepsPerGroup; ++step) {
-        pack_a_columns<Compute>(values, step, params_.head_dim_v, layout, stage, packed_v);
-      }
-    }
-  }
-
-  FeatureRows value_layout(const Sequence& s) const {
-    return FeatureRows::of<Compute>(params_.head_dim_v, s.num_groups, kGroupsPerBlock);
-  }
-  uint32_t* values_of(const Sequence& s, int64_t kv_head) const {
-    return packed_v_ + problem_.groups_before(s, kv_head) * kStepsPerGroup * v_groups_ * kTileRows;
-  }
-
-  void attend(int64_t task, int worker) {
-    const Sequence& s = problem_.find(task, &Sequence::first_block, &Sequence::num_blocks);
-    const int64_t kv_head = (task - s.first_block * params_.num_kv_heads) / s.num_blocks;
-    // Last queries first: under a causal mask they see most keys, and the tail of the loop stays
-    // short.
-    const int64_t index = s.num_blocks - 1 - (task - problem_.blocks_before(s, kv_head));
-    Block block;
-    block.build(problem_, s, kv_head, index);
-
-    uint32_t* scratch = scratch_ + worker * layout_.size;
-    uint32_t* stage = scratch + layout_.stage;
-    State state;
-    state.queries = scratch + layout_.queries;
-    state.probs = scratch + layout_.probs;
-    state.out = reinterpret_cast<float*>(scratch + layout_.out);
-    state.sums = reinterpret_cast<float*>(scratch + layout_.sums);
-    state.bias =
-        params_.span_bias.data ? reinterpret_cast<float*>(scratch + layout_.bias) : nullptr;
-    state.run_ends =
-        outputs_.marginals && has_marginal_rows(block) ? problem_.run_ends(s) : nullptr;
-    pack_b_columns<Compute, Block, kWidth>(problem_, s, params_.q, block, nullptr, params_.head_dim,
-                                           stage, state.queries);
-    if (state.bias) {
-      load_span_rows<Block, kColumns>(problem_, s, block, params_.span_bias,
-                                      reinterpret_cast<float*>(stage), state.bias);
-    }
-    state.sum_rows = state.run_ends ? params_.num_spans + 1 : 1;
-    memset(state.sums, 0, state.sum_rows * kColumns * sizeof(float));
-    for (int64_t c = 0; c < kColumns; ++c) {
-      state.stabiliser[c] = kEmptyRow;
-      state.rounded_sum[c] = 0.f;
-    }
-    for (int64_t panel = 0; panel < kPanels; ++panel) state.out_started[panel] = false;
-    memset(state.part, 0, sizeof state.part);
-
-    const ScoreTransform<V> transform(problem_, s);
-    const uint32_t* keys = packed_k_ + problem_.groups_before(s, kv_head) * kTileRows * qk_steps_;
-    const uint32_t* values = values_of(s, kv_head);
-    const GroupRange visible =
-        groups_of_keys(block.block_first, block.block_last, GroupRange{0, s.num_groups});
+  void walk(const Sequence& s, int64_t kv_head, const Block& block,
+            const ScoreTransform<V>& transform, GroupRange visible, State& state) const {
+    const uint32_t* keys = this->keys_of(s, kv_head);
+    const uint32_t* values = this->values_of(s, kv_head);
+    Tile<V> tile;  // the last one
     for (int64_t begin = visible.begin / kGroupsPerBlock * kGroupsPerBlock; begin < visible.end;
          begin += kGroupsPerBlock) {
       const int64_t end =
@@ -178,44 +43,43 @@ class AttentionForward {
             groups_of_keys(block.some_first[panel], block.some_last[panel], GroupRange{begin, end});
         if (range.begin == range.end) continue;
         for (int64_t group = range.begin; group < range.end; ++group) {
-          score_tile(transform, block, panel, group, range.begin, keys, state);
+          score_tile(transform, block, panel, group, range.begin, keys, tile, state);
         }
-        exponentiate_tile(panel, range.end - 1, range.begin, state);
+        exponentiate_tile(tile, panel, range.end - 1, range.begin, state);
         accumulate_out(s, block, panel, range, end == visible.end, values, state);
       }
     }
-    finish(s, block, state);
   }
 
-  bool has_marginal_rows(const Block& block) const {
-    return block.column[0].token < params_.row_stop &&
-           block.column[block.count - 1].token >= params_.row_start;
-  }
-
-  // Scores of one tile, left in state.scores, and room for them below the stabiliser.
+  // Scores of one tile, and room for them below the stabiliser.
   RAL_INLINE void score_tile(const ScoreTransform<V>& transform, const Block& block, int64_t panel,
                              int64_t group, int64_t first_group, const uint32_t* keys,
-                             State& state) const {
+                             Tile<V>& tile, State& state) const {
     Vec top[V];
-    multiply_scores(panel, group, first_group, keys + group * kTileRows * qk_steps_, top, state);
-    state.factor = params_.scale * kLog2e;
+    multiply_scores(panel, group, first_group, keys + group * kTileRows * qk_steps_, top, tile,
+                    state);
+    tile.factor = params_.scale * kLog2e;
     if (__builtin_expect(!transform.is_plain(block, panel, group), 0)) {
-      transform.apply(state.scores, block, panel, group, state.bias, kColumns, nullptr);
+      transform.apply(tile.scores, block, panel, group, state.bias, kColumns, nullptr);
       // Rounded here: with a fused multiply the stabiliser of a row of finfo.min would be far from
       // it.
       for (int r = 0; r < kTileRows; ++r) {
-        for (int v = 0; v < V; ++v) state.scores[r][v] = state.scores[r][v] * kLog2e;
+        for (int v = 0; v < V; ++v) tile.scores[r][v] = tile.scores[r][v] * kLog2e;
       }
-      state.factor = 1.f;
-      for (int v = 0; v < V; ++v) top[v] = highest(state.scores, v);
+      tile.factor = 1.f;
+      for (int v = 0; v < V; ++v) top[v] = highest(tile.scores, v);
     }
     const float* stabiliser = state.stabiliser + panel * kWidth;
     bool exceeded = false;
     RAL_UNROLL for (int v = 0; v < V; ++v) {
-      top[v] = top[v] * state.factor;
+      top[v] = top[v] * tile.factor;
       exceeded |= any_greater(top[v], load(stabiliser + v * kLanes) + kSlack);
     }
-    if (__builtin_expect(exceeded, 0)) raise_stabiliser(top, panel, group - first_group, state);
+    Vec factors[V];
+    if (__builtin_expect(exceeded, 0)) {
+      this->raise_stabiliser(top, panel, group - first_group, state, factors);
+    }
+    state.started[panel] = true;
   }
 
   static RAL_INLINE Vec highest(const Vec (&x)[kTileRows][V], int v) {
@@ -227,8 +91,9 @@ class AttentionForward {
   // exponentials to the next tile's first product left the multipliers idle for a tenth of the
   // time of the product (float32, Zen 5, 2026-11).
   RAL_NOINLINE void multiply_scores(int64_t panel, int64_t group, int64_t first_group,
-                                    const uint32_t* a, Vec (&top)[V], State& state) const {
-    const uint32_t* b = state.queries + panel * padded_qk_steps_ * kWidth;
+                                    const uint32_t* a, Vec (&top)[V], Tile<V>& tile,
+                                    State& state) const {
+    const uint32_t* b = state.queries + panel * this->padded_qk_steps_ * kWidth;
     const bool pending = group > first_group;
     Vec p[kTileRows][V];
     clear(p);
@@ -238,96 +103,36 @@ class AttentionForward {
       int64_t larger = qk_steps_ % kShares;  // so many shares have one step more
       for (int64_t step = 0; step < kStepsPerGroup; ++step) {
         float* target[Compute::kPair] = {};
-        if (pending) find_sums(panel, group - 1, step, state, target);
+        if (pending) this->find_sums(panel, group - 1, step, state, target);
         for (int64_t v = 0; v < V; ++v) {
           if (larger-- == 0) --share;
           multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(p, a, 0, b, kWidth, share);
           a += share * kTileRows;
           b += share * kWidth;
-          if (pending) exponentiate(panel, group - 1 - first_group, step, v, target, state);
+          if (pending) {
+            this->exponentiate(tile, panel, group - 1 - first_group, step, v, target, state);
+          }
         }
       }
     } else {
-      if (pending) exponentiate_tile(panel, group - 1, first_group, state);
+      if (pending) exponentiate_tile(tile, panel, group - 1, first_group, state);
       multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(p, a, 0, b, kWidth, qk_steps_);
     }
     RAL_UNROLL for (int v = 0; v < V; ++v)
       top[v] = highest(p, v);
     RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
       RAL_UNROLL for (int v = 0; v < V; ++v)
-        state.scores[r][v] = p[r][v];
+        tile.scores[r][v] = p[r][v];
     }
   }
 
-  RAL_NOINLINE void exponentiate_tile(int64_t panel, int64_t group, int64_t first_group,
-                                      State& state) const {
+  RAL_NOINLINE void exponentiate_tile(const Tile<V>& tile, int64_t panel, int64_t group,
+                                      int64_t first_group, State& state) const {
     for (int64_t step = 0; step < kStepsPerGroup; ++step) {
       float* target[Compute::kPair];
-      find_sums(panel, group, step, state, target);
+      this->find_sums(panel, group, step, state, target);
       for (int64_t v = 0; v < V; ++v) {
-        exponentiate(panel, group - first_group, step, v, target, state);
-      }
-    }
-  }
-
-  // P^T of kPair keys of the tile in state.scores and one vector of queries: written as the B
-  // operand of O^T += V^T P^T, and added to the sums.
-  RAL_INLINE void exponentiate(int64_t panel, int64_t row_group, int64_t step, int64_t v,
-                               float* const (&target)[Compute::kPair], State& state) const {
-    const int64_t column = panel * kWidth + v * kLanes;
-    const Vec m = load(state.stabiliser + column);
-    Vec part = load(state.part + v * kLanes);
-    Vec p[Compute::kPair];
-    RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
-      p[i] = exp2_bounded(state.scores[step * Compute::kPair + i][v] * state.factor - m);
-      part += p[i];
-      if (target[i]) {
-        store(target[i] + v * kLanes, load(target[i] + v * kLanes) + part);
-        part = Vec{};
-      }
-    }
-    store(state.part + v * kLanes, part);
-    Compute::store_pair(p, state.probs + (row_group * kStepsPerGroup + step) * kColumns + column,
-                        state.rounded_sum + column);
-  }
-
-  // The sums that the tile's part is added to after each key of `step`; null while the next key
-  // belongs to the same.
-  RAL_INLINE void find_sums(int64_t panel, int64_t group, int64_t step, const State& state,
-                            float* (&target)[Compute::kPair]) const {
-    float* sums = state.sums + panel * kWidth;
-    RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
-      const int64_t r = step * Compute::kPair + i;
-      int32_t span = r == kTileRows - 1 ? -1 : Problem::kContinues;
-      if (state.run_ends) span = state.run_ends[group * kTileRows + r];
-      target[i] = span == Problem::kContinues ? nullptr : sums + (span + 1) * kColumns;
-    }
-  }
-
-  // Moves the stabiliser to the power of two above `top` where that is higher, and rescales all
-  // that was summed under the old one. Powers of two: exact, for bfloat16 P too.
-  RAL_NOINLINE void raise_stabiliser(const Vec (&top)[V], int64_t panel, int64_t groups_done,
-                                     State& state) const {
-    for (int v = 0; v < V; ++v) {
-      const int64_t c = panel * kWidth + v * kLanes;
-      const Vec old = load(state.stabiliser + c);
-      const Vec raised = max(old, -floor(-top[v]));
-      const Vec factor = exp2(old - raised);
-      store(state.stabiliser + c, raised);
-      store(state.rounded_sum + c, load(state.rounded_sum + c) * factor);
-      const bool started = state.out_started[panel] || groups_done > 0;
-      for (int64_t row = 0; started && row < state.sum_rows; ++row) {
-        float* x = state.sums + row * kColumns + c;
-        store(x, load(x) * factor);
-      }
-      if (state.out_started[panel]) {
-        for (int64_t d = 0; d < params_.head_dim_v; ++d) {
-          float* x = state.out + d * kColumns + c;
-          store(x, load(x) * factor);
-        }
-      }
-      for (int64_t step = 0; step < groups_done * kStepsPerGroup; ++step) {
-        Compute::rescale(state.probs + step * kColumns + c, factor);
+        this->exponentiate(tile, panel, group - first_group, step, v, target, state);
       }
     }
   }
@@ -335,94 +140,24 @@ class AttentionForward {
   // O^T += V^T P^T for the keys of `range`. The last time, the outputs are fetched meanwhile.
   void accumulate_out(const Sequence& s, const Block& block, int64_t panel, GroupRange range,
                       bool last, const uint32_t* values, State& state) const {
-    const FeatureRows::Place place = value_layout(s).find(range.begin * kStepsPerGroup);
-    for (int64_t g = 0; g < v_groups_; ++g) {
+    const int64_t v_groups = this->v_groups_;
+    const FeatureRows::Place place = this->value_layout(s).find(range.begin * kStepsPerGroup);
+    for (int64_t g = 0; g < v_groups; ++g) {
       const int64_t d = g * kTileRows;
       if (last) {
         const int64_t first = panel * kWidth;
-        prefetch_outputs(s, block, state.run_ends != nullptr, first + g * kWidth / v_groups_,
-                         first + (g + 1) * kWidth / v_groups_);
+        this->prefetch_outputs(s, block, state.run_ends != nullptr, first + g * kWidth / v_groups,
+                               first + (g + 1) * kWidth / v_groups);
       }
       const Product product{values + place.offset + g * place.group_stride, 0,
                             state.probs + panel * kWidth, kColumns,
                             (range.end - range.begin) * kStepsPerGroup};
       accumulate_rows<Compute, AOperand::kPacked, V>(
           params_.head_dim_v - d < kTileRows ? params_.head_dim_v - d : kTileRows,
-          state.out + d * kColumns + panel * kWidth, kColumns, state.out_started[panel], product);
+          state.out + d * kColumns + panel * kWidth, kColumns, state.out_rows[panel] > 0, product);
     }
-    state.out_started[panel] = true;
+    state.out_rows[panel] = params_.head_dim_v;
   }
-
-  // Normalises and writes out, lse and marginals of the block.
-  void finish(const Sequence& s, const Block& block, const State& state) const {
-    alignas(64) float sum[kColumns];
-    alignas(64) float inverse[kColumns];      // of the row sum, for marginals
-    alignas(64) float inverse_out[kColumns];  // of the sum of the weights that O was made with
-    for (int64_t c = 0; c < kColumns; c += kLanes) {
-      Vec total = load(state.sums + c);
-      for (int64_t row = 1; row < state.sum_rows; ++row) {
-        total += load(state.sums + row * kColumns + c);
-      }
-      store(sum + c, total);
-    }
-    for (int64_t panel = 0; panel < kPanels; ++panel) {
-      if (state.out_started[panel]) continue;
-      for (int64_t d = 0; d < params_.head_dim_v; ++d) {
-        memset(state.out + d * kColumns + panel * kWidth, 0, kWidth * sizeof(float));
-      }
-    }
-    for (int64_t c = 0; c < kColumns; ++c) {
-      const bool empty = sum[c] == 0.f;
-      inverse[c] = empty ? 0.f : 1.f / sum[c];
-      inverse_out[c] = empty                     ? 0.f
-                       : Compute::kRoundsWeights ? 1.f / state.rounded_sum[c]
-                                                 : inverse[c];
-    }
-    for (int64_t c = 0; c < block.count; ++c) {
-      const typename Block::Column& column = block.column[c];
-      outputs_.lse[(s.batch * params_.num_heads + column.head) * params_.seqlen_q + column.token] =
-          sum[c] == 0.f ? -__builtin_inff() : (state.stabiliser[c] + log2f(sum[c])) * kLn2;
-    }
-    write_columns<kColumns>(
-        state.out, params_.head_dim_v, inverse_out, block.count, params_.dtype,
-        [&](int64_t c) { return column_row(problem_, s, outputs_.out, block, c); });
-    if (!state.run_ends) return;
-    write_columns<kColumns>(state.sums + kColumns, params_.num_spans, inverse, block.count,
-                            RAL_FLOAT32, [&](int64_t c) { return marginals_row(s, block, c); });
-  }
-
-  // Row of the marginals that belongs to column `c`; null if it has none.
-  float* marginals_row(const Sequence& s, const Block& block, int64_t c) const {
-    const int64_t num_rows = params_.row_stop - params_.row_start;
-    const int64_t row = block.column[c].token - params_.row_start;
-    if (row < 0 || row >= num_rows) return nullptr;
-    const int64_t head_row = s.batch * params_.num_heads + block.column[c].head;
-    return outputs_.marginals + (head_row * num_rows + row) * params_.num_spans;
-  }
-
-  // Asks for what finish() will write of some columns. Their rows are short and far from each
-  // other, and were last used long ago: all at once, at the end, they would wait for memory.
-  void prefetch_outputs(const Sequence& s, const Block& block, bool marginals, int64_t first,
-                        int64_t last) const {
-    constexpr int64_t kLine = 64;
-    const int64_t bytes = params_.head_dim_v * element_size(params_.dtype);
-    const int64_t spans = params_.num_spans < 128 ? params_.num_spans : 128;
-    for (int64_t c = first; c < last && c < block.count; ++c) {
-      const char* out = column_row(problem_, s, outputs_.out, block, c);
-      for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(out + i, 1, 2);
-      const float* row = marginals ? marginals_row(s, block, c) : nullptr;
-      for (int64_t i = 0; row && i < spans; i += 16) __builtin_prefetch(row + i, 1, 2);
-    }
-  }
-
-  Problem problem_;
-  const ral_attention_params& params_;
-  const ral_attention_outputs& outputs_;
-  int64_t qk_steps_ = 0, padded_qk_steps_ = 0, v_groups_ = 0, padded_v_ = 0, padded_spans_ = 0;
-  ScratchLayout layout_{};
-  uint32_t* packed_k_ = nullptr;
-  uint32_t* packed_v_ = nullptr;
-  uint32_t* scratch_ = nullptr;
 };
 
 }  // namespace RAL_ISA

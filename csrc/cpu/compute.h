@@ -129,7 +129,11 @@ RAL_INLINE void store_first(int32_t dtype, char* to, Vec x, int64_t count) {
 
 struct Float32Compute {
   static constexpr bool kRoundsWeights = false;  // whether P is rounded before it meets V
-  static constexpr int kPair = 1;  // numbers of the contracted dimension in one element
+  struct Scope {                                 // of the processor's state that products need
+    Scope() {}
+  };
+  static constexpr int kPair = 1;          // numbers of the contracted dimension in one element
+  static constexpr int kStepMultiple = 1;  // a row of features has a multiple of so many elements
   static constexpr int kForwardKeys =
       120;  // keys a block: P^T, 120 x 64 floats = 30 KiB, stays in L1
   static constexpr int kBackwardKeys = 96;  // dK, dV, three packed operands and P, dS stay in L2
@@ -152,18 +156,18 @@ struct Float32Compute {
   static RAL_INLINE void store_pair(const Vec (&x)[kPair], uint32_t* dst, float*) {
     store(dst, x[0]);
   }
-  // Stores a tile of 6 rows x V vectors, contracted over its columns: [6][ld].
-  template <int V>
-  static RAL_INLINE void store_rows(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld) {
-    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+  // Stores R rows of V vectors, contracted over their columns: [R][ld].
+  template <int R, int V>
+  static RAL_INLINE void store_rows(const Vec (&x)[R][V], uint32_t* dst, int64_t ld) {
+    RAL_UNROLL for (int r = 0; r < R; ++r) {
       RAL_UNROLL for (int v = 0; v < V; ++v)
         store(dst + r * ld + v * kLanes, x[r][v]);
     }
   }
-  template <int V>
-  static RAL_INLINE void store_rows_and_pairs(const Vec (&x)[kTileRows][V], uint32_t* rows,
-                                              int64_t ld_rows, uint32_t*, int64_t) {
-    store_rows<V>(x, rows, ld_rows);  // one and the same
+  template <int R, int V>
+  static RAL_INLINE void store_rows_and_pairs(const Vec (&x)[R][V], uint32_t* rows, int64_t ld_rows,
+                                              uint32_t*, int64_t) {
+    store_rows(x, rows, ld_rows);  // one and the same
   }
   static RAL_INLINE void rescale(uint32_t* element, Vec factor) {
     store(element, bits_to_float(load(reinterpret_cast<int32_t*>(element))) * factor);
@@ -173,7 +177,9 @@ struct Float32Compute {
 #if defined(__AVX512BF16__)
 struct BFloat16Compute {
   static constexpr bool kRoundsWeights = true;
+  using Scope = Float32Compute::Scope;
   static constexpr int kPair = 2;
+  static constexpr int kStepMultiple = 1;
   static constexpr int kForwardKeys =
       240;  // keys a block: P^T, 120 x 64 pairs = 30 KiB, stays in L1
   static constexpr int kBackwardKeys = 192;  // dK, dV, three packed operands and P, dS stay in L2
@@ -203,9 +209,9 @@ struct BFloat16Compute {
     multiply_add(sum, kTwoOnes, (Vec)words);
     store(total, sum);
   }
-  template <int V>
-  static RAL_INLINE void store_rows(const Vec (&x)[kTileRows][V], uint32_t* dst, int64_t ld) {
-    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+  template <int R, int V>
+  static RAL_INLINE void store_rows(const Vec (&x)[R][V], uint32_t* dst, int64_t ld) {
+    RAL_UNROLL for (int r = 0; r < R; ++r) {
       RAL_UNROLL for (int v = 0; v + 1 < V; v += 2) {
         const __m512i row = pair_of(x[r][v], x[r][v + 1]);
         memcpy(dst + r * ld + v * kLanes / 2, &row, sizeof row);
@@ -217,14 +223,14 @@ struct BFloat16Compute {
     }
   }
   // Both of the above for an even V, converting once.
-  template <int V>
-  static RAL_INLINE void store_rows_and_pairs(const Vec (&x)[kTileRows][V], uint32_t* rows,
-                                              int64_t ld_rows, uint32_t* pairs, int64_t ld_pairs) {
+  template <int R, int V>
+  static RAL_INLINE void store_rows_and_pairs(const Vec (&x)[R][V], uint32_t* rows, int64_t ld_rows,
+                                              uint32_t* pairs, int64_t ld_pairs) {
     static_assert(V % 2 == 0, "two vectors of float make one of bfloat16");
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
                                          8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    RAL_UNROLL for (int r = 0; r < kTileRows; r += 2) {
+    RAL_UNROLL for (int r = 0; r < R; r += 2) {
       RAL_UNROLL for (int v = 0; v < V; v += 2) {
         const __m512i even = pair_of(x[r][v], x[r][v + 1]);
         const __m512i odd = pair_of(x[r + 1][v], x[r + 1][v + 1]);

@@ -142,13 +142,13 @@ struct Rows {
   }
 };
 
+constexpr int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 // Elements along one row of `features` numbers.
 template <class Compute>
 constexpr int64_t steps_of(int64_t features) {
-  return (features + Compute::kPair - 1) / Compute::kPair;
-}
-constexpr int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
+  return round_up((features + Compute::kPair - 1) / Compute::kPair, Compute::kStepMultiple);
 }
 
 // A operand whose rows are the source's rows 6g ... 6g+5, contracted over features: [steps][6].
@@ -195,22 +195,25 @@ struct FeatureRows {
   }
 };
 
-// Packs step `step` of such an operand: source rows step * kPair and following.
+// Packs the steps of one key group of such an operand.
 template <class Compute>
-void pack_a_columns(const Rows& source, int64_t step, int64_t features, const FeatureRows& layout,
+void pack_a_columns(const Rows& source, int64_t group, int64_t features, const FeatureRows& layout,
                     uint32_t* stage, uint32_t* dst) {
-  const char* first = source.row(step * Compute::kPair);
-  if (first) {
-    Compute::load_row_pair(source.dtype, first, source.row(step * Compute::kPair + 1), features,
-                           stage);
-  } else {
-    memset(stage, 0, features * sizeof(uint32_t));
-  }
-  memset(stage + features, 0, (layout.groups * kTileRows - features) * sizeof(uint32_t));
-  const FeatureRows::Place place = layout.find(step);
+  constexpr int64_t kSteps = kTileRows / Compute::kPair;
+  const FeatureRows::Place place = layout.find(group * kSteps);
   dst += place.offset;
-  for (int64_t g = 0; g < layout.groups; ++g) {
-    memcpy(dst + g * place.group_stride, stage + g * kTileRows, kTileRows * sizeof(uint32_t));
+  memset(stage + features, 0, (layout.groups * kTileRows - features) * sizeof(uint32_t));
+  for (int64_t step = group * kSteps; step < (group + 1) * kSteps; ++step, dst += kTileRows) {
+    const char* first = source.row(step * Compute::kPair);
+    if (first) {
+      Compute::load_row_pair(source.dtype, first, source.row(step * Compute::kPair + 1), features,
+                             stage);
+    } else {
+      memset(stage, 0, features * sizeof(uint32_t));
+    }
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      memcpy(dst + g * place.group_stride, stage + g * kTileRows, kTileRows * sizeof(uint32_t));
+    }
   }
 }
 

@@ -123,7 +123,7 @@ class PolicyProducts {
           }
         }
         const int64_t row_group = first_group + group - chunk.begin;
-        Compute::template store_rows_and_pairs<V>(
+        Compute::store_rows_and_pairs(
             ds,
             scratch_at(worker, scratch_layout_.ds_rows) +
                 (kv_head * kBlockKeys + row_group * kTileRows) * blocks_.column_steps +

@@ -140,11 +140,9 @@ class PolicySide {
     if (!packed_columns) return;
     uint32_t* columns =
         packed_columns + kv_head * groups * kStepsPerGroup * feature_groups * kTileRows;
-    for (int64_t step = group * kStepsPerGroup; step < (group + 1) * kStepsPerGroup; ++step) {
-      pack_a_columns<Compute>(keys, step, side.head_dim,
-                              FeatureRows::of<Compute>(side.head_dim, groups, groups), stage,
-                              columns);
-    }
+    pack_a_columns<Compute>(keys, group, side.head_dim,
+                            FeatureRows::of<Compute>(side.head_dim, groups, groups), stage,
+                            columns);
   }
 
   // Query head and row of lane `lane` of vector `vector` of one kv head; false where it is padding.

@@ -27,7 +27,13 @@ constexpr int kTileVectors = 2;  // 6 x 2 accumulators + 2 operands + 1 broadcas
 constexpr int kLanes = 4;
 constexpr int kTileVectors = 2;
 #endif
+#if defined(RAL_AMX)
+constexpr int kTileRows = 32;  // two of the processor's tiles, see amx.h
+constexpr int kFeaturePadding = 32;
+#else
 constexpr int kTileRows = 6;
+constexpr int kFeaturePadding = kLanes;  // of rows that write_columns reads
+#endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));

@@ -188,8 +188,8 @@ def _lay_out(tensor: Tensor, layout: str) -> Tensor:
     raise ValueError(layout)
 
 
-# The CPU kernels work in blocks of 64 or 128 query columns (queries x group) and 120, 192 or 240
-# keys in groups of 6: the lengths below lie on, next to and far off these.
+# The CPU kernels work in blocks of 64, 128 or 192 query columns (queries x group) and 120, 192, 240
+# or 512 keys in groups of 6 or 32: the lengths below lie on, next to and far off these.
 # fmt: off
 CASES: tuple[AttentionCase, ...] = (
     # sizes
@@ -270,6 +270,8 @@ CASES: tuple[AttentionCase, ...] = (
     AttentionCase("window_right", 130, 250, spans="equal", options={"window": (-1, 5)}),
     AttentionCase("window_both", 250, 250, spans="equal", options={"window": 9}),
     AttentionCase("window_0", 61, 61, spans="equal", options={"window": 0}),
+    AttentionCase("window_over_blocks", 150, 1540, num_heads=1, head_dim=32, spans="gaps",
+        options={"window": (560, 3)}),
     AttentionCase("window_empty_rows", 250, 61, spans="equal", options={"window": (3, 2)}),
     # soft cap, scale, rows
     AttentionCase("softcap", 61, 127, spans="equal", options={"softcap": 2.0, "is_causal": True}),
@@ -282,6 +284,8 @@ CASES: tuple[AttentionCase, ...] = (
     # extremes
     AttentionCase("large_scores", 61, 250, scores="large", spans="equal", options={"scale": 1.0}),
     AttentionCase("increasing_scores", 61, 500, scores="increasing", spans="equal", num_spans=8),
+    AttentionCase("increasing_for_long", 61, 1700, num_heads=4, head_dim=40, head_dim_v=80,
+        scores="increasing", spans="ragged", num_spans=30, options={"is_causal": True}),
 )
 # fmt: on
 BY_NAME = {case.name: case for case in CASES}

@@ -29,7 +29,7 @@ def _worth_its_time(item: pytest.Item) -> bool:
     return bool(when(**{name: parameters[name] for name in inspect.signature(when).parameters}))
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each variant of the CPU kernels, forced."""
     reason = rk.available_backends()["cpu"]

@@ -141,6 +141,12 @@ def check_case(case: AttentionCase, dtype: torch.dtype, backend: str) -> None:
             )
 
 
+# Longer than two blocks of keys of the CPU kernels, the largest of all; the interpreter takes a
+# minute for them.
+LONG_CASES = ("increasing_for_long", "window_over_blocks")
+
+
+@pytest.mark.in_interpreter(when=lambda case: case.name not in LONG_CASES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_attention(case: AttentionCase, dtype: torch.dtype, backend: str) -> None:
@@ -166,6 +172,7 @@ ISA_CASES = (
     "rows_middle",
     "large_scores",
     "increasing_scores",
+    *LONG_CASES,
 )
 
 
