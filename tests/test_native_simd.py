@@ -1,4 +1,4 @@
-"""Exponentials and rounding of the CPU backend's vectors, in every variant that runs here."""
+"""The CPU backend's vectors in every variant that runs here, and its sources under clang."""
 
 from __future__ import annotations
 
@@ -42,3 +42,25 @@ def test_vectors(isa: str, tmp_path: Path) -> None:
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "simd_check: ok" in done.stdout
+
+
+@pytest.mark.parametrize("isa", [*FLAGS, "amx_bf16"])
+def test_clang_takes_the_sources(isa: str) -> None:
+    """Messages name clang++ as a compiler that will do. Only what GCC has must not creep in."""
+    clang = next(
+        filter(shutil.which, ("clang++", *(f"clang++-{n}" for n in range(20, 12, -1)))), ""
+    )
+    if not clang:
+        pytest.skip("no clang++ here")
+    amx = isa == "amx_bf16"
+    flags = (*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-DRAL_AMX") if amx else FLAGS[isa]
+    done = subprocess.run(
+        [
+            *(clang, "-fsyntax-only", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
+            *(*flags, f"-DRAL_ISA={isa}", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"),
+            str(ROOT / "csrc/cpu" / ("kernels_amx.cpp" if amx else "kernels.cpp")),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

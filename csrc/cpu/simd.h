@@ -6,6 +6,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__clang__)
+#include <utility>
+#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -197,19 +200,38 @@ RAL_INLINE void store_first(float* to, Vec x, int64_t count) {
   memcpy(to, staged, count * sizeof(float));
 }
 
-// In-place transpose of a kLanes x kLanes block of 32-bit elements.
+// One step of a transpose, of rows kStep apart: their blocks of kStep lanes, the even ones of both
+// in `a`, the odd ones in `b`.
+#if defined(__clang__)
+template <int kStep, class V, int... kLane>
+RAL_INLINE void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  const V low = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+  a = low;
+}
 template <int kStep, class V>
-RAL_INLINE void transpose_stage(V (&x)[kLanes]) {
+RAL_INLINE void exchange(V& a, V& b) {
+  exchange<kStep>(a, b, std::make_integer_sequence<int, kLanes>());
+}
+#else
+template <int kStep, class V>
+RAL_INLINE void exchange(V& a, V& b) {
   IntVec low, high;
   RAL_UNROLL for (int lane = 0; lane < kLanes; ++lane) {
     low[lane] = (lane & kStep) ? kLanes + lane - kStep : lane;
     high[lane] = (lane & kStep) ? kLanes + lane : lane + kStep;
   }
+  const V first = a;
+  a = __builtin_shuffle(first, b, low);
+  b = __builtin_shuffle(first, b, high);
+}
+#endif
+
+// In-place transpose of a kLanes x kLanes block of 32-bit elements.
+template <int kStep, class V>
+RAL_INLINE void transpose_stage(V (&x)[kLanes]) {
   RAL_UNROLL for (int i = 0; i < kLanes; ++i) {
-    if (i & kStep) continue;
-    const V a = x[i], b = x[i + kStep];
-    x[i] = __builtin_shuffle(a, b, low);
-    x[i + kStep] = __builtin_shuffle(a, b, high);
+    if (!(i & kStep)) exchange<kStep>(x[i], x[i + kStep]);
   }
 }
 template <class V>

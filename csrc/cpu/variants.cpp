@@ -3,8 +3,10 @@
 
 #include <string.h>
 
-#ifdef RAL_HAVE_AMX_BF16
+#ifdef RAL_HAVE_AVX2
 #include <cpuid.h>
+#endif
+#ifdef RAL_HAVE_AMX_BF16
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -22,8 +24,10 @@ struct Isa {
 
 #ifdef RAL_HAVE_AVX2
 bool supports_avx2() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kF16c = 1u << 29;  // which clang's builtin does not know
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+         __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c);
 }
 #endif
 #ifdef RAL_HAVE_AVX512
