@@ -23,11 +23,14 @@ struct Isa {
 };
 
 #ifdef RAL_HAVE_AVX2
-bool supports_avx2() {
+bool has_f16c() {  // which clang's builtin does not know
   unsigned eax, ebx, ecx, edx;
-  constexpr unsigned kF16c = 1u << 29;  // which clang's builtin does not know
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c);
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 29);
+}
+bool supports_avx2() {
+  static const bool supported =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  return supported;
 }
 #endif
 #ifdef RAL_HAVE_AVX512
@@ -129,9 +132,13 @@ RAL_EXPORT int32_t ral_cpu_isa_supported(int32_t isa) {
   return ral::kernels_of(isa) != nullptr;
 }
 
-// Whether a variant of those supported is worth choosing. Intel's multiply-adds of bfloat16 pairs
-// run at a quarter of the rate of AMD's (Emerald Rapids against Zen 5, 2026-11): float32 is faster.
+// Whether a variant is worth choosing where nobody names one. Intel's multiply-adds of bfloat16
+// pairs run at a quarter of the rate of AMD's (Emerald Rapids against Zen 5, 2026-11): float32 is
+// faster.
 RAL_EXPORT int32_t ral_cpu_isa_advisable(int32_t isa) {
-  const char* name = ral_cpu_isa_name(isa);
-  return name && !(strcmp(name, "avx512_bf16") == 0 && __builtin_cpu_is("intel"));
+  if (!ral_cpu_isa_supported(isa)) return 0;
+#ifdef RAL_HAVE_AVX512_BF16
+  if (__builtin_cpu_is("intel")) return strcmp(ral_cpu_isa_name(isa), "avx512_bf16") != 0;
+#endif
+  return 1;
 }
