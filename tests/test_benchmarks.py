@@ -388,3 +388,27 @@ def test_labels_stand_apart() -> None:
     assert heights[3] == pytest.approx(0.5)
     assert heights[0] >= 0.0
     assert heights[-1] <= 1.0 + 1e-9
+
+
+def test_results_do_not_make_a_commit_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bench after another, as `make bench` has them, is still of that commit."""
+    from benchmarks.sweeps import machine
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    monkeypatch.delenv("RAL_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "source.py").write_text("1\n")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "bench.json").write_text("{}\n")
+    assert machine.commit()["dirty"] is False
+    (tmp_path / "benchmarks" / "bench.py").write_text("2\n")
+    assert machine.commit()["dirty"] is True

@@ -96,7 +96,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of this checkout and whether files differ from it.
+    """The commit of this checkout and whether files differ from it, results aside.
 
     A copy without its .git, as on a machine lent for a run, is told its commit by RAL_COMMIT.
     """
@@ -112,7 +112,7 @@ def commit() -> dict[str, Any]:
     told = os.environ.get("RAL_COMMIT")
     if told and git("rev-parse", "HEAD") is None:
         return {"hash": told[:10], "dirty": None}
-    changes = git("status", "--porcelain")
+    changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"hash": git("rev-parse", "--short=10", "HEAD"), "dirty": bool(changes)}
 
 
