@@ -60,21 +60,14 @@ bool supports_amx_bf16() {
   return granted;
 }
 
-// Whether a call is of the kind that tiles are worth setting up for: queries of a kv head fill a
-// vector at least.
-bool takes_tiles(const ral_attention_params& x) {
-  const int64_t group = x.num_kv_heads ? x.num_heads / x.num_kv_heads : 0;
-  return x.dtype == RAL_BFLOAT16 && (x.cu_seqlens_q || x.seqlen_q * group > 16);
-}
-
 int amx_attention_fwd(const ral_attention_params& x, const ral_attention_outputs& outputs) {
-  if (takes_tiles(x)) return amx_bf16::attention_fwd(x, outputs);
-  return avx512_bf16::kKernels.attention_fwd(x, outputs);
+  if (x.dtype == RAL_BFLOAT16) return amx_bf16::attention_fwd(x, outputs);
+  return avx512::kKernels.attention_fwd(x, outputs);
 }
 int amx_attention_bwd(const ral_attention_params& x, const ral_attention_outputs& outputs,
                       const ral_attention_gradients& gradients) {
-  if (takes_tiles(x)) return amx_bf16::attention_bwd(x, outputs, gradients);
-  return avx512_bf16::kKernels.attention_bwd(x, outputs, gradients);
+  if (x.dtype == RAL_BFLOAT16) return amx_bf16::attention_bwd(x, outputs, gradients);
+  return avx512::kKernels.attention_bwd(x, outputs, gradients);
 }
 int64_t amx_tile_flops(int32_t dtype, int num_threads, int64_t repeats) {
   if (dtype == RAL_BFLOAT16) return amx_bf16::tile_flops(num_threads, repeats);
