@@ -154,19 +154,29 @@ def test_openmp_runtime_runs_a_team(openmp):
     assert sorted(seen) == [(0, 42), (1, 42), (2, 42)]
 
 
+needs_library = pytest.mark.skipif(
+    native.why_missing("ral_cpu") is not None, reason="ral_cpu is not built"
+)
+
+
+@linux_only
+@needs_library
 def test_variant_chosen_by_itself(monkeypatch):
     """The best that the processor runs, but for bfloat16 on AVX-512 where float32 is faster."""
-    if native.why_missing("ral_cpu") is not None:
-        pytest.skip("ral_cpu is not built")
-    monkeypatch.delenv("RAL_CPU_ISA", raising=False)
-    supported = cpu_library.supported_isas()
     intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    expected = [name for name in supported if not (intel and name == "avx512_bf16")]
-    chosen = cpu_library.chosen_isa()
-    monkeypatch.setenv("RAL_CPU_ISA", expected[0])
-    assert cpu_library.chosen_isa() == chosen
+    library = cpu_library.library()
+    advisable = {}
+    for name in cpu_library.supported_isas():
+        monkeypatch.setenv("RAL_CPU_ISA", name)
+        index = cpu_library.chosen_isa()
+        assert library.ral_cpu_isa_name(ctypes.c_int32(index)) == name.encode()
+        advisable[index] = bool(library.ral_cpu_isa_advisable(ctypes.c_int32(index)))
+        assert advisable[index] == (not (intel and name == "avx512_bf16"))
+    monkeypatch.delenv("RAL_CPU_ISA")
+    assert cpu_library.chosen_isa() == min(index for index in advisable if advisable[index])
 
 
+@needs_library
 def test_amx_beside_torchs_own_use_of_it():
     """Neither leaves the tiles in a state that the other trips over."""
     if "amx_bf16" not in cpu_library.supported_isas():

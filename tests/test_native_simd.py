@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,21 +45,29 @@ def test_vectors(isa: str, tmp_path: Path) -> None:
     assert "simd_check: ok" in done.stdout
 
 
-@pytest.mark.parametrize("isa", [*FLAGS, "amx_bf16"])
-def test_clang_takes_the_sources(isa: str) -> None:
+CHOSEN = tuple(f"-DRAL_HAVE_{isa}" for isa in ("AVX2", "AVX512", "AVX512_BF16", "AMX_BF16"))
+AMX = (*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-DRAL_AMX", "-DRAL_ISA=amx_bf16")
+SOURCES = {
+    **{isa: ("kernels.cpp", (*flags, f"-DRAL_ISA={isa}")) for isa, flags in FLAGS.items()},
+    "amx_bf16": ("kernels_amx.cpp", AMX),
+    "variants": ("variants.cpp", CHOSEN),
+}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="variants of x86-64")
+@pytest.mark.parametrize("source", SOURCES)
+def test_clang_takes_the_sources(source: str) -> None:
     """Messages name clang++ as a compiler that will do. Only what GCC has must not creep in."""
-    clang = next(
-        filter(shutil.which, ("clang++", *(f"clang++-{n}" for n in range(20, 12, -1)))), ""
-    )
+    versions = ("clang++", *(f"clang++-{n}" for n in range(20, 12, -1)))
+    clang = next(filter(shutil.which, versions), "")
     if not clang:
         pytest.skip("no clang++ here")
-    amx = isa == "amx_bf16"
-    flags = (*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-DRAL_AMX") if amx else FLAGS[isa]
+    name, flags = SOURCES[source]
     done = subprocess.run(
         [
             *(clang, "-fsyntax-only", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
-            *(*flags, f"-DRAL_ISA={isa}", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"),
-            str(ROOT / "csrc/cpu" / ("kernels_amx.cpp" if amx else "kernels.cpp")),
+            *(*flags, f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"),
+            str(ROOT / "csrc/cpu" / name),
         ],
         capture_output=True,
         text=True,

@@ -7,8 +7,8 @@
 // each operand that is read serves twice; those are the register tiles of microkernel.h, with
 // kTileRows of 32. B lies as there; A lies tile by tile: [step of 16 elements][2][16 rows][16].
 //
-// Written in assembler, because the intrinsics of GCC before 13 neither take a template's number
-// for a tile nor say what memory they read.
+// Written in assembler: the intrinsics of GCC 12 take no template argument for the number of a tile
+// and do not say what memory they read, so that what was to be read may be stored after them.
 #pragma once
 
 #include "compute.h"
@@ -139,7 +139,8 @@ struct AmxCompute : BFloat16Compute {
   using Scope = AmxScope;
   static constexpr int kStepMultiple = kAmxRows;
   static constexpr int kForwardKeys = 512;  // P^T of two blocks is 256 KiB, a part of L2
-  static constexpr int kBackwardKeys = 192;
+  static constexpr int kBackwardKeys =
+      192;  // larger blocks gained little, and are fewer for the threads
 
   static void load_row(int32_t dtype, const void* src, int64_t features, uint32_t* dst) {
     BFloat16Compute::load_row(dtype, src, features, dst);

@@ -103,14 +103,14 @@ class AttentionForward
       int64_t larger = qk_steps_ % kShares;  // so many shares have one step more
       for (int64_t step = 0; step < kStepsPerGroup; ++step) {
         float* target[Compute::kPair] = {};
-        if (pending) this->find_sums(panel, group - 1, step, state, target);
+        if (pending) find_sums(panel, group - 1, step, state, target);
         for (int64_t v = 0; v < V; ++v) {
           if (larger-- == 0) --share;
           multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(p, a, 0, b, kWidth, share);
           a += share * kTileRows;
           b += share * kWidth;
           if (pending) {
-            this->exponentiate(tile, panel, group - 1 - first_group, step, v, target, state);
+            exponentiate(tile, panel, group - 1 - first_group, step, v, target, state);
           }
         }
       }
@@ -130,10 +130,45 @@ class AttentionForward
                                       int64_t first_group, State& state) const {
     for (int64_t step = 0; step < kStepsPerGroup; ++step) {
       float* target[Compute::kPair];
-      this->find_sums(panel, group, step, state, target);
+      find_sums(panel, group, step, state, target);
       for (int64_t v = 0; v < V; ++v) {
-        this->exponentiate(tile, panel, group - first_group, step, v, target, state);
+        exponentiate(tile, panel, group - first_group, step, v, target, state);
       }
+    }
+  }
+
+  // P^T of kPair keys of a tile of scores and one vector of queries: written as the B operand of
+  // O^T += V^T P^T, and added to the sums.
+  RAL_INLINE void exponentiate(const Tile<V>& tile, int64_t panel, int64_t row_group, int64_t step,
+                               int64_t v, float* const (&target)[Compute::kPair],
+                               State& state) const {
+    const int64_t column = panel * kWidth + v * kLanes;
+    const Vec m = load(state.stabiliser + column);
+    Vec part = load(state.part + v * kLanes);
+    Vec p[Compute::kPair];
+    RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
+      p[i] = exp2_bounded(tile.scores[step * Compute::kPair + i][v] * tile.factor - m);
+      part += p[i];
+      if (target[i]) {
+        store(target[i] + v * kLanes, load(target[i] + v * kLanes) + part);
+        part = Vec{};
+      }
+    }
+    store(state.part + v * kLanes, part);
+    Compute::store_pair(p, state.probs + (row_group * kStepsPerGroup + step) * kColumns + column,
+                        state.rounded_sum + column);
+  }
+
+  // The sums that the tile's part is added to after each key of `step`; null while the next key
+  // belongs to the same.
+  RAL_INLINE void find_sums(int64_t panel, int64_t group, int64_t step, const State& state,
+                            float* (&target)[Compute::kPair]) const {
+    float* sums = state.sums + panel * kWidth;
+    RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
+      const int64_t r = step * Compute::kPair + i;
+      int32_t span = r == kTileRows - 1 ? -1 : Problem::kContinues;
+      if (state.run_ends) span = state.run_ends[group * kTileRows + r];
+      target[i] = span == Problem::kContinues ? nullptr : sums + (span + 1) * kColumns;
     }
   }
 

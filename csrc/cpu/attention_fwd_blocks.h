@@ -187,41 +187,6 @@ class ForwardBlocks {
            block.column[block.count - 1].token >= params_.row_start;
   }
 
-  // P^T of kPair keys of a tile of scores and one vector of queries: written as the B operand of
-  // O^T += V^T P^T, and added to the sums.
-  RAL_INLINE void exponentiate(const Tile<V>& tile, int64_t panel, int64_t row_group, int64_t step,
-                               int64_t v, float* const (&target)[Compute::kPair],
-                               State& state) const {
-    const int64_t column = panel * kWidth + v * kLanes;
-    const Vec m = load(state.stabiliser + column);
-    Vec part = load(state.part + v * kLanes);
-    Vec p[Compute::kPair];
-    RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
-      p[i] = exp2_bounded(tile.scores[step * Compute::kPair + i][v] * tile.factor - m);
-      part += p[i];
-      if (target[i]) {
-        store(target[i] + v * kLanes, load(target[i] + v * kLanes) + part);
-        part = Vec{};
-      }
-    }
-    store(state.part + v * kLanes, part);
-    Compute::store_pair(p, state.probs + (row_group * kStepsPerGroup + step) * kColumns + column,
-                        state.rounded_sum + column);
-  }
-
-  // The sums that the tile's part is added to after each key of `step`; null while the next key
-  // belongs to the same.
-  RAL_INLINE void find_sums(int64_t panel, int64_t group, int64_t step, const State& state,
-                            float* (&target)[Compute::kPair]) const {
-    float* sums = state.sums + panel * kWidth;
-    RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
-      const int64_t r = step * Compute::kPair + i;
-      int32_t span = r == kTileRows - 1 ? -1 : Problem::kContinues;
-      if (state.run_ends) span = state.run_ends[group * kTileRows + r];
-      target[i] = span == Problem::kContinues ? nullptr : sums + (span + 1) * kColumns;
-    }
-  }
-
   // Moves the stabiliser to the power of two above `top` where that is higher, and rescales all
   // that was summed under the old one. Powers of two: exact, for bfloat16 P too.
   // Returns in `factors` by how much.
