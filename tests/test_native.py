@@ -1,6 +1,7 @@
 """Loading the compiled libraries: what is said when one is missing, and whose OpenMP they use."""
 
 import ctypes
+import mmap
 import re
 import subprocess
 import sys
@@ -187,3 +188,54 @@ def test_amx_beside_torchs_own_use_of_it():
     for _ in range(3):
         assert torch.equal(rk.attention(q, q, q, backend="cpu").out, before)
         assert torch.equal(x @ x, product)
+
+
+def advised_ranges() -> list[tuple[int, int]]:
+    """Addresses of this process for which huge pages were asked."""
+    ranges = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(address, 16) for address in mapping.groups())
+        elif line.startswith("VmFlags:") and "hg" in line.split():
+            ranges.append((begin, end))
+    return ranges
+
+
+def advised_bytes(begin: int, end: int) -> int:
+    """How many bytes from `begin` to `end` huge pages were asked for."""
+    return sum(max(0, min(end, stop) - max(begin, start)) for start, stop in advised_ranges())
+
+
+needs_huge_pages = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages"
+)
+
+
+@needs_library
+@needs_huge_pages
+def test_advice_on_fresh_memory_stays_within_it():
+    with mmap.mmap(-1, 32 << 20) as memory:
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        begin, end = whole.data_ptr(), whole.data_ptr() + whole.numel()
+        whole[:] = 7
+        cpu_library.expect_writes(whole[100 : 3 << 20], None)  # too small
+        assert advised_bytes(begin, end) == 0
+        part = whole[(5 << 20) + 100 : (21 << 20) + 300]
+        cpu_library.expect_writes(part)
+        inside = advised_bytes(part.data_ptr(), part.data_ptr() + part.numel())
+        assert inside >= 14 << 20  # all but the ends
+        assert inside == advised_bytes(begin, end)
+        assert bool((whole == 7).all())
+        del whole, part
+
+
+@needs_library
+@needs_huge_pages
+def test_outputs_are_announced():
+    q, k, v = (torch.randn(1, 4, 4096, 128, requires_grad=True) for _ in range(3))  # 8 MiB each
+    out = rk.attention(q, k, v, is_causal=True, backend="cpu").out
+    gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    with torch.no_grad():
+        p = rk.attention_policy(q[:, :, :512], k, is_causal=False, backend="cpu")  # 8 MiB
+    for x in (out, *gradients, p):
+        assert advised_bytes(x.data_ptr(), x.data_ptr() + x.nbytes) >= x.nbytes // 2

@@ -1,5 +1,6 @@
 // C entry points of the CPU backend, one pair an op.
 #include "kernels.h"
+#include "threads.h"
 
 #define RAL_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -61,6 +62,10 @@ RAL_EXPORT int32_t ral_cpu_policy_loss(const ral_policy_divergence_params* param
 RAL_EXPORT int32_t ral_cpu_divergence_fwd(const ral_divergence_params* params) {
   const Kernels* kernels = kernels_of(params->isa);
   return kernels ? kernels->divergence_fwd(*params) : RAL_ISA_NOT_AVAILABLE;
+}
+
+RAL_EXPORT void ral_cpu_expect_writes(void* memory, int64_t bytes) {
+  ral::expect_writes(memory, static_cast<size_t>(bytes));
 }
 
 // Runs `repeats` register tiles a thread in L1 and returns how many floating-point operations that

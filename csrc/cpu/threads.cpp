@@ -67,6 +67,20 @@ void spin_pause(int64_t iteration) {
 #endif
 }
 
+namespace {
+constexpr size_t kHugePage = size_t{1} << 21;
+}  // namespace
+
+void expect_writes(void* memory, size_t bytes) {
+#ifdef __linux__
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) & -kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & -kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 size_t Arena::reserve(int64_t count, size_t size) {
   const size_t offset = bytes_;
   bytes_ += (static_cast<size_t>(count) * size + 63) / 64 * 64;
@@ -92,15 +106,11 @@ bool Arena::allocate() {
       return true;
     }
   }
-  constexpr size_t kHugePage = size_t{1} << 21;
   void* memory = nullptr;
   const bool large = bytes_ >= 2 * kHugePage;
   capacity_ = bytes_ + 64;
   if (posix_memalign(&memory, large ? kHugePage : 64, capacity_) != 0) return false;
-#ifdef __linux__
-  // Fewer, larger page faults. Advice only, so the result does not matter.
-  if (large) madvise(memory, bytes_, MADV_HUGEPAGE);
-#endif
+  if (large) expect_writes(memory, capacity_);
   data_ = static_cast<char*>(memory);
   return true;
 }

@@ -48,6 +48,7 @@ def _params(args: AttentionArgs) -> c_structs.Params:
 
 def fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
     """Write out, marginals and lse."""
+    cpu_library.expect_writes(out, marginals, lse)
     args = c_structs.with_unit_stride(args)
     outputs = c_structs.outputs(out, marginals, lse)
     status = _library().ral_cpu_attention_fwd(ctypes.byref(_params(args)), ctypes.byref(outputs))
@@ -68,6 +69,7 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write dq, dk, dv and, where asked for, dspan_bias."""
+    cpu_library.expect_writes(dq, dk, dv, dspan_bias)
     args = c_structs.with_unit_stride(args)
     outputs = c_structs.outputs(out, marginals, lse)
     gradients = c_structs.gradients(dout, dmarginals, dlse, dq, dk, dv, dspan_bias)

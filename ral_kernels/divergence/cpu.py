@@ -30,6 +30,7 @@ def fwd(
     p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
 ) -> None:
     """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
+    cpu_library.expect_writes(dp, dr)
     params = ElementParams(
         num_rows=p.shape[0],
         length=p.shape[1],

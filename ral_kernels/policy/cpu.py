@@ -49,6 +49,7 @@ def bundle_of(args: PolicyArgs, norm: Tensor | None, z: Tensor | None) -> Bundle
 
 def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
     """Write the policy, norm and z."""
+    cpu_library.expect_writes(p)
     bundle = bundle_of(args, norm, z)
     params = Params(common=bundle.common, policy=bundle.policy, p=pointer(p))
     status = library().ral_cpu_policy_fwd(ctypes.byref(params))
@@ -66,6 +67,7 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write dq, dk and, where asked for, dspan_bias."""
+    cpu_library.expect_writes(dq, dk, dspan_bias)
     bundle = bundle_of(args, norm, z)
     params = Params(
         common=bundle.common,

@@ -62,6 +62,7 @@ def bwd(
 ) -> None:
     """Write the gradients of q and k. `dspan_bias` is None: there are no spans here."""
     assert dspan_bias is None
+    cpu_library.expect_writes(dq, dk)
     bundle = policy_cpu.bundle_of(args.policy, norm, z)
     params = c_structs.params(bundle, args, ref_norm, ref_z, u, w)
     params.dvalue = pointer(dvalue)
@@ -85,6 +86,7 @@ def loss(
 
     `ref_norm` and `ref_z` are read if `normalised`, and written otherwise.
     """
+    cpu_library.expect_writes(dq, dk)
     bundle = policy_cpu.bundle_of(args.policy, None, None)
     params = c_structs.params(bundle, args, ref_norm, ref_z, None, None)
     params.reference_normalised = normalised
