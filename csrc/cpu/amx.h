@@ -137,6 +137,7 @@ RAL_INLINE void amx_accumulate_to(float* c, int64_t ldc, bool add, const AmxProd
 // Pairs of bfloat16 in tiles. Rows of features are padded to whole tiles with zeros.
 struct AmxCompute : BFloat16Compute {
   using Scope = AmxScope;
+  static constexpr bool kTilesInMemory = true;
   static constexpr int kStepMultiple = kAmxRows;
   static constexpr int kForwardKeys = 512;  // P^T of two blocks is 256 KiB, a part of L2
   static constexpr int kBackwardKeys =
@@ -148,6 +149,33 @@ struct AmxCompute : BFloat16Compute {
     memset(dst + written, 0, (round_up(written, kStepMultiple) - written) * sizeof(uint32_t));
   }
 };
+
+// The products of microkernel.h, with two vectors of columns.
+template <>
+RAL_INLINE void multiply_group<AmxCompute, 2>(Vec (&acc)[kTileRows][2], const uint32_t* a,
+                                              const uint32_t* b, int64_t ldb, int64_t steps) {
+  amx_accumulate_to(reinterpret_cast<float*>(acc), 2 * kLanes, false,
+                    packed_product(a, b, ldb, steps / kAmxRows), [] {});
+}
+template <>
+RAL_INLINE void accumulate_rows<AmxCompute, AOperand::kPacked, 2>(int64_t, float* c, int64_t ldc,
+                                                                  bool add,
+                                                                  const Product& product) {
+  amx_accumulate_to(c, ldc, add,
+                    packed_product(product.a, product.b, product.ldb, product.steps / kAmxRows),
+                    [] {});
+}
+template <>
+RAL_INLINE void accumulate_panel<AmxCompute, AOperand::kRowMajor>(int64_t, int64_t columns,
+                                                                  float* c, int64_t ldc, bool add,
+                                                                  const Product& product) {
+  for (int64_t column = 0; column < columns && column < kPanel; column += 2 * kAmxRows) {
+    amx_accumulate_to(c + column, ldc, add,
+                      AmxProduct{product.a, product.lda, kAmxRows * product.lda, kAmxRows,
+                                 product.b + column, product.ldb, product.steps / kAmxRows},
+                      [] {});
+  }
+}
 
 template <>
 inline void pack_a_rows<AmxCompute>(const Rows& source, int64_t group, int64_t features,

@@ -132,6 +132,7 @@ struct Float32Compute {
   struct Scope {                                 // of the processor's state that products need
     Scope() {}
   };
+  static constexpr bool kTilesInMemory = false;  // whether a product leaves its sums there
   static constexpr int kPair = 1;          // numbers of the contracted dimension in one element
   static constexpr int kStepMultiple = 1;  // a row of features has a multiple of so many elements
   static constexpr int kForwardKeys =
@@ -178,6 +179,7 @@ struct Float32Compute {
 struct BFloat16Compute {
   static constexpr bool kRoundsWeights = true;
   using Scope = Float32Compute::Scope;
+  static constexpr bool kTilesInMemory = false;
   static constexpr int kPair = 2;
   static constexpr int kStepMultiple = 1;
   static constexpr int kForwardKeys =

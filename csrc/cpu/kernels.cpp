@@ -6,8 +6,7 @@
 #include "attention_bwd.h"
 #include "attention_fwd.h"
 #include "divergence_fwd.h"
-#include "policy_bwd.h"
-#include "policy_loss.h"
+#include "policy_kernels.h"
 #include "tile_rate.h"
 
 namespace ral {
@@ -72,63 +71,38 @@ int64_t sub_blocks_of(const ral_policy_side& policy, const ral_policy_side& refe
   return own > other ? own : other;
 }
 
+template <class Compute, class Reference>
+using Policy = PolicyKernels<Compute, Reference, kTileVectors>;
+
 int policy_fwd(const ral_policy_params& x) {
-  return with_compute_types(x.policy.dtype, x.policy.dtype, [&](auto compute, auto) {
-    using Compute = decltype(compute);
-    PolicyForward<Compute, Compute, kTileVectors> forward(x.common, x.policy, nullptr,
-                                                          sub_blocks_of(x.policy));
-    forward.p = x.p;
-    return forward.run();
+  return with_compute_types(x.policy.dtype, x.policy.dtype, [&](auto c, auto r) {
+    return Policy<decltype(c), decltype(r)>::fwd(x, sub_blocks_of(x.policy));
   });
 }
 
 int policy_bwd(const ral_policy_params& x) {
-  return with_compute_types(x.policy.dtype, x.policy.dtype, [&](auto compute, auto) {
-    using Compute = decltype(compute);
-    PolicyGradientSource source;
-    source.dp = x.dp;
-    return PolicyBackward<Compute, Compute, kTileVectors>(x.common, x.policy, nullptr, source, x.dq,
-                                                          x.dk, x.dspan_bias,
-                                                          sub_blocks_of(x.policy))
-        .run();
+  return with_compute_types(x.policy.dtype, x.policy.dtype, [&](auto c, auto r) {
+    return Policy<decltype(c), decltype(r)>::bwd(x, sub_blocks_of(x.policy));
   });
 }
 
 int policy_divergence_fwd(const ral_policy_divergence_params& x) {
-  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto compute, auto reference) {
-    PolicyForward<decltype(compute), decltype(reference), kTileVectors> forward(
-        x.common, x.policy, &x.reference, sub_blocks_of(x.policy, x.reference));
-    forward.kind = x.kind;
-    forward.value = x.value;
-    forward.u = x.u;
-    forward.w = x.w;
-    return forward.run();
+  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto c, auto r) {
+    return Policy<decltype(c), decltype(r)>::divergence_fwd(x,
+                                                            sub_blocks_of(x.policy, x.reference));
   });
 }
 
 int policy_divergence_bwd(const ral_policy_divergence_params& x) {
-  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto compute, auto reference) {
-    PolicyGradientSource source;
-    source.kind = x.kind;
-    source.dvalue = x.dvalue;
-    source.u = x.u;
-    source.w = x.w;
-    return PolicyBackward<decltype(compute), decltype(reference), kTileVectors>(
-               x.common, x.policy, &x.reference, source, x.dq, x.dk, nullptr,
-               sub_blocks_of(x.policy, x.reference))
-        .run();
+  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto c, auto r) {
+    return Policy<decltype(c), decltype(r)>::divergence_bwd(x,
+                                                            sub_blocks_of(x.policy, x.reference));
   });
 }
 
 int policy_loss(const ral_policy_divergence_params& x) {
-  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto compute, auto reference) {
-    PolicyGradientSource source;
-    source.kind = x.kind;
-    source.dvalue = x.dvalue;
-    return PolicyLoss<decltype(compute), decltype(reference), kTileVectors>(
-               x.common, x.policy, x.reference, source, x.value, x.dq, x.dk,
-               x.reference_normalised != 0, sub_blocks_of(x.policy, x.reference))
-        .run();
+  return with_compute_types(x.policy.dtype, x.reference.dtype, [&](auto c, auto r) {
+    return Policy<decltype(c), decltype(r)>::loss(x, sub_blocks_of(x.policy, x.reference));
   });
 }
 

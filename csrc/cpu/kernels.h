@@ -32,13 +32,10 @@ namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
 
-// Attention in bfloat16 alone.
+// For bfloat16 alone, and without divergence_fwd, which knows no other type than float32.
 namespace amx_bf16 {
-int attention_fwd(const ral_attention_params&, const ral_attention_outputs&);
-int attention_bwd(const ral_attention_params&, const ral_attention_outputs&,
-                  const ral_attention_gradients&);
-int64_t tile_flops(int num_threads, int64_t repeats);
-}  // namespace amx_bf16
+extern const Kernels kKernels;
+}
 
 // The kernels of variant `isa`; null where it was not built or this processor cannot run it.
 const Kernels* kernels_of(int32_t isa);

@@ -1,7 +1,8 @@
-// Attention in bfloat16 on AMX. What else this variant runs, those without AMX do (variants.cpp).
+// The ops on bfloat16 on AMX. What else this variant runs, those without AMX do (variants.cpp).
 #include "attention_bwd_amx.h"
 #include "attention_fwd_amx.h"
 #include "kernels.h"
+#include "policy_kernels.h"
 
 namespace ral {
 namespace RAL_ISA {
@@ -24,8 +25,6 @@ struct AmxRate {
   }
 };
 
-}  // namespace
-
 int attention_fwd(const ral_attention_params& params, const ral_attention_outputs& outputs) {
   return AmxForward<4>(params, outputs).run();
 }
@@ -35,12 +34,43 @@ int attention_bwd(const ral_attention_params& params, const ral_attention_output
   return AmxBackward<6>(params, outputs, gradients).run();
 }
 
-int64_t tile_flops(int num_threads, int64_t repeats) {
+using Policy = PolicyKernels<AmxCompute, AmxCompute, 2>;
+
+// 32 rows a token block halve the traffic of keys and of dK; with 64 the weights of all heads on
+// all keys, which PolicyLoss keeps, are twice as far away (4 % slower to 20 %; Emerald Rapids,
+// 2026-11).
+int64_t sub_blocks_of(const ral_policy_common& common) {
+  return common.num_rows > kLanes ? 2 : 1;
+}
+
+int policy_fwd(const ral_policy_params& x) {
+  return Policy::fwd(x, sub_blocks_of(x.common));
+}
+int policy_bwd(const ral_policy_params& x) {
+  return Policy::bwd(x, sub_blocks_of(x.common));
+}
+int policy_divergence_fwd(const ral_policy_divergence_params& x) {
+  return Policy::divergence_fwd(x, sub_blocks_of(x.common));
+}
+int policy_divergence_bwd(const ral_policy_divergence_params& x) {
+  return Policy::divergence_bwd(x, sub_blocks_of(x.common));
+}
+int policy_loss(const ral_policy_divergence_params& x) {
+  return Policy::loss(x, sub_blocks_of(x.common));
+}
+
+int64_t tile_flops(int32_t, int num_threads, int64_t repeats) {
   static AmxRate rate;  // zeros: the processor takes the same time for any finite number
   rate.repeats = repeats;
   parallel_for(num_threads, num_threads, AmxRate::task, &rate);
   return 2 * 2 * kAmxRows * kTileRows * 2 * kAmxRows * AmxRate::kSteps * repeats * num_threads;
 }
+
+}  // namespace
+
+const Kernels kKernels{
+    attention_fwd,         attention_bwd, policy_fwd, policy_bwd, policy_divergence_fwd,
+    policy_divergence_bwd, policy_loss,   nullptr,    tile_flops};
 
 }  // namespace RAL_ISA
 }  // namespace ral

@@ -42,6 +42,14 @@ RAL_INLINE void clear(Vec (&acc)[M][V]) {
   }
 }
 
+// acc = a b, of one packed group of rows.
+template <class Compute, int V>
+RAL_INLINE void multiply_group(Vec (&acc)[kTileRows][V], const uint32_t* a, const uint32_t* b,
+                               int64_t ldb, int64_t steps) {
+  clear(acc);
+  multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(acc, a, 0, b, ldb, steps);
+}
+
 // The operands of a matrix product, and how far it is contracted.
 struct Product {
   const uint32_t* a;

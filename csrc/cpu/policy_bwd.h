@@ -53,10 +53,12 @@ class PolicyBackward : private PolicyProducts<Compute, Reference, V> {
     static_cast<PolicyBackward*>(self)->pack(task, worker);
   }
   static void prepare_task(void* self, int64_t task, int worker) {
+    const typename Compute::Scope scope;
     PolicyBackward* backward = static_cast<PolicyBackward*>(self);
     backward->blocks_.prepare(task, backward->stream_scratch(worker));
   }
   static void key_block_task(void* self, int64_t task, int worker) {
+    const typename Compute::Scope scope;
     static_cast<PolicyBackward*>(self)->run_key_block(task, worker);
   }
 

@@ -48,7 +48,7 @@ class PolicyGradientBlocks {
         columns(this->policy.panels * kWidth),
         column_steps(columns / Compute::kPair),
         padded_k(round_up(policy.head_dim, kPanel)),
-        padded_d(round_up(policy.head_dim, kLanes)),
+        padded_d(round_up(policy.head_dim, kFeaturePadding)),
         bias_columns(this->policy.padded_spans * this->policy.columns_size()),
         packed_rows_size(this->policy.packed_rows_size()),
         packed_columns_size(this->policy.packed_columns_size()),

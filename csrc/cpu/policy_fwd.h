@@ -91,6 +91,7 @@ class PolicyForward {
     static_cast<PolicyForward*>(self)->pack(task, worker);
   }
   static void block_task(void* self, int64_t task, int worker) {
+    const typename Compute::Scope scope;
     static_cast<PolicyForward*>(self)->run_block(task, worker);
   }
 

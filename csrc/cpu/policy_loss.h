@@ -88,6 +88,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     static_cast<PolicyLoss*>(self)->pack(task, worker);
   }
   static void block_task(void* self, int64_t task, int worker) {
+    const typename Compute::Scope scope;
     static_cast<PolicyLoss*>(self)->run_block(task, worker);
   }
 

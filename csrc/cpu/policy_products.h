@@ -104,45 +104,48 @@ class PolicyProducts {
     for (int64_t panel = 0; panel < policy_.total_panels; ++panel) {
       const int64_t kv_head = panel / policy_.panels, local = panel % policy_.panels;
       for (int64_t group = chunk.begin; group < chunk.end; ++group) {
-        const int64_t key = (group - chunk.begin) * kTileRows;
-        const float* p = scratch.weights + (panel * kChunkKeys + key) * kWidth;
-        Vec ds[kTileRows][V];
-        for (int v = 0; v < V; ++v) {
-          const Vec d = load(delta + panel * kWidth + v * kLanes);
-          const int64_t sub = (local * V + v) % policy_.sub_blocks * kLanes;
-          RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
-            ds[r][v] =
-                load(p + r * kWidth + v * kLanes) * (load(g + (key + r) * policy_.rows + sub) - d);
-          }
-        }
-        if (has_bias_gradient_) add_bias_gradient(block, panel, group, ds, worker);
-        if (capped()) {
-          const float* s = scratch.slope + (panel * kChunkKeys + key) * kWidth;
-          for (int r = 0; r < kTileRows; ++r) {
-            for (int v = 0; v < V; ++v) ds[r][v] *= load(s + r * kWidth + v * kLanes);
-          }
-        }
         const int64_t row_group = first_group + group - chunk.begin;
-        Compute::store_rows_and_pairs(
-            ds,
-            scratch_at(worker, scratch_layout_.ds_rows) +
-                (kv_head * kBlockKeys + row_group * kTileRows) * blocks_.column_steps +
-                local * kWidth / Compute::kPair,
-            blocks_.column_steps,
+        uint32_t* rows = scratch_at(worker, scratch_layout_.ds_rows) +
+                         (kv_head * kBlockKeys + row_group * kTileRows) * blocks_.column_steps +
+                         local * kWidth / Compute::kPair;
+        uint32_t* pairs =
             scratch_at(worker, scratch_layout_.ds_pairs) +
-                (kv_head * kBlockKeys / Compute::kPair + row_group * kStepsPerGroup) *
-                    blocks_.columns +
-                local * kWidth,
-            blocks_.columns);
+            (kv_head * kBlockKeys / Compute::kPair + row_group * kStepsPerGroup) * blocks_.columns +
+            local * kWidth;
+        for (int first = 0; first < kTileRows; first += kFewRows) {
+          const int64_t key = (group - chunk.begin) * kTileRows + first;
+          const float* p = scratch.weights + (panel * kChunkKeys + key) * kWidth;
+          Vec ds[kFewRows][V];
+          RAL_UNROLL for (int v = 0; v < V; ++v) {
+            const Vec d = load(delta + panel * kWidth + v * kLanes);
+            const int64_t sub = (local * V + v) % policy_.sub_blocks * kLanes;
+            RAL_UNROLL for (int r = 0; r < kFewRows; ++r) {
+              ds[r][v] = load(p + r * kWidth + v * kLanes) *
+                         (load(g + (key + r) * policy_.rows + sub) - d);
+            }
+          }
+          if (has_bias_gradient_) {
+            add_bias_gradient(block, panel, group * kTileRows + first, ds, worker);
+          }
+          if (capped()) {
+            const float* s = scratch.slope + (panel * kChunkKeys + key) * kWidth;
+            for (int r = 0; r < kFewRows; ++r) {
+              for (int v = 0; v < V; ++v) ds[r][v] *= load(s + r * kWidth + v * kLanes);
+            }
+          }
+          Compute::store_rows_and_pairs(
+              ds, rows + first * blocks_.column_steps, blocks_.column_steps,
+              pairs + first / Compute::kPair * blocks_.columns, blocks_.columns);
+        }
       }
     }
   }
 
-  void add_bias_gradient(const TokenBlock& block, int64_t panel, int64_t group,
-                         const Vec (&ds)[kTileRows][V], int worker) const {
+  void add_bias_gradient(const TokenBlock& block, int64_t panel, int64_t first_key,
+                         const Vec (&ds)[kFewRows][V], int worker) const {
     const int32_t* ids = common_.span_ids + block.batch * common_.span_ids_stride_b;
-    for (int r = 0; r < kTileRows; ++r) {
-      const int64_t key = group * kTileRows + r;
+    for (int r = 0; r < kFewRows; ++r) {
+      const int64_t key = first_key + r;
       if (key >= common_.seqlen_k || ids[key] < 0) continue;
       float* to = floats(worker, scratch_layout_.dbias) + ids[key] * policy_.columns_size() +
                   panel * kWidth;

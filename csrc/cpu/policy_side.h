@@ -245,10 +245,9 @@ class PolicySide {
   RAL_INLINE float scores(const TokenBlock& block, const uint32_t* packed_rows,
                           const uint32_t* queries, const float* bias, int64_t panel, int64_t group,
                           Vec (&acc)[kTileRows][V], Vec* slope) const {
-    clear(acc);
-    multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(
-        acc, packed_rows + (panel / panels * groups + group) * kTileRows * steps, 0,
-        queries + panel * padded_steps * kWidth, kWidth, steps);
+    multiply_group<Compute>(acc,
+                            packed_rows + (panel / panels * groups + group) * kTileRows * steps,
+                            queries + panel * padded_steps * kWidth, kWidth, steps);
     const int64_t key = group * kTileRows;
     if (__builtin_expect(side.softcap <= 0 && !bias && !common.key_padding_mask &&
                              key >= block.all_first && key + kTileRows - 1 <= block.all_last,

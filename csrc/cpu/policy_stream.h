@@ -9,7 +9,8 @@
 namespace ral {
 namespace RAL_ISA {
 
-constexpr int64_t kChunkGroups = 8;  // 48 keys: whole vectors for transposes, weights stay in L2
+// 48 keys, or 128: whole vectors for transposes, weights stay in L2.
+constexpr int64_t kChunkGroups = kTileRows > 16 ? 4 : 8;
 constexpr int64_t kChunkKeys = kChunkGroups * kTileRows;
 
 // One side of a token block, ready for its products. A weight is
@@ -45,12 +46,12 @@ class GroupValidity {
     key_ = group * kTileRows;
     scope_ = 0;
     for (int r = 0; r < kTileRows; ++r) {
-      if (validity_.in_scope(block_.batch, key_ + r)) scope_ |= 1 << r;
+      if (validity_.in_scope(block_.batch, key_ + r)) scope_ |= uint64_t{1} << r;
     }
     const int64_t first = common_.query_start + block_.first_row;
     has_self_ = common_.exclude_self && first < key_ + kTileRows && first + block_.count > key_;
   }
-  bool all() const { return scope_ == (1 << kTileRows) - 1 && !has_self_; }
+  bool all() const { return scope_ == (uint64_t{1} << kTileRows) - 1 && !has_self_; }
   bool none() const { return scope_ == 0; }
   // All ones in the lanes of sub-block `sub` for which row `r` of the group is valid.
   RAL_INLINE IntVec lanes(int r, int64_t sub) const {
@@ -63,13 +64,18 @@ class GroupValidity {
   const TokenBlock& block_;
   const KeyValidity validity_;
   int64_t key_ = 0;
-  int scope_ = 0;
+  uint64_t scope_ = 0;  // bit r: row r counts
   bool has_self_ = false;
 };
 
 inline GroupRange visible_groups(const TokenBlock& block, GroupRange within) {
   return groups_of_keys(block.some_first, block.some_last, within);
 }
+
+// Rows of V vectors that lie one after the other, as a tile.
+template <int V>
+RAL_INLINE Vec (&tile_at(float* rows))
+    [kTileRows][V] { return *reinterpret_cast<Vec(*)[kTileRows][V]>(rows); }
 
 // Raw products of one panel with the keys of a chunk, tile[key][kWidth]; what turns each group's
 // into scores, in powers of two; and in `top` [kWidth] the largest of those where it exceeds what
@@ -85,18 +91,28 @@ RAL_NOINLINE void score_chunk(const PolicySide<Compute, V>& side, const TokenBlo
   for (int64_t group = chunk.begin; group < chunk.end; ++group) {
     float* to = tile + (group - chunk.begin) * kTileRows * kWidth;
     // A cache of weights is too large to be at hand: fetched while the products are formed.
-    RAL_UNROLL for (int i = 0; i < kTileRows * V; ++i)
-      __builtin_prefetch(to + i * kLanes, 1);
-    Vec x[kTileRows][V];
+    if constexpr (!Compute::kTilesInMemory) {
+      RAL_UNROLL for (int i = 0; i < kTileRows * V; ++i)
+        __builtin_prefetch(to + i * kLanes, 1);
+    }
+    Vec registers[kTileRows][V];
+    Vec(&x)[kTileRows][V] = Compute::kTilesInMemory ? tile_at<V>(to) : registers;
     const float f =
         side.scores(block, in.keys, in.queries, in.bias, panel, group, x, nullptr) * kLog2e;
     factor[group - chunk.begin] = f;
+    Vec largest[V];
+    RAL_UNROLL for (int v = 0; v < V; ++v)
+      largest[v] = max(x[0][v], x[1][v]);
+    RAL_UNROLL for (int r = 2; r < kTileRows; r += 2) {
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        largest[v] = max(largest[v], max(x[r][v], x[r + 1][v]));
+    }
     RAL_UNROLL for (int v = 0; v < V; ++v) {
-      const Vec largest =
-          max(max(max(x[0][v], x[1][v]), max(x[2][v], x[3][v])), max(x[4][v], x[5][v]));
-      store(top + v * kLanes, max(load(top + v * kLanes), largest * f));
-      RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
-        store(to + r * kWidth + v * kLanes, x[r][v]);
+      store(top + v * kLanes, max(load(top + v * kLanes), largest[v] * f));
+      if constexpr (!Compute::kTilesInMemory) {
+        RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
+          store(to + r * kWidth + v * kLanes, x[r][v]);
+      }
     }
   }
 }
@@ -138,31 +154,33 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
         validity.move_to(group);
         const bool all = validity.all();
         const float f = factor[group - begin];
-        float* from = tile + (group - begin) * kTileRows * kWidth;
-        RAL_UNROLL for (int v = 0; v < V; ++v) {
-          Vec p[kTileRows], total{};
-          RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
-            p[r] = exp2(load(from + r * kWidth + v * kLanes) * f - m[v]);
-            total += p[r];
+        for (int first = 0; first < kTileRows; first += kFewRows) {
+          float* from = tile + ((group - begin) * kTileRows + first) * kWidth;
+          RAL_UNROLL for (int v = 0; v < V; ++v) {
+            Vec p[kFewRows], total{};
+            RAL_UNROLL for (int r = 0; r < kFewRows; ++r) {
+              p[r] = exp2_bounded(load(from + r * kWidth + v * kLanes) * f - m[v]);
+              total += p[r];
+            }
+            if (cache.weights) {
+              RAL_UNROLL for (int r = 0; r < kFewRows; ++r)
+                store(from + r * kWidth + v * kLanes, p[r]);
+            }
+            if (__builtin_expect(all, 1)) {
+              sum[v] += total;
+              continue;
+            }
+            Vec inside{}, outside{};
+            const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
+            for (int r = 0; r < kFewRows; ++r) {
+              const IntVec counts = validity.lanes(first + r, sub);
+              inside += select(counts, p[r], Vec{});
+              outside += select(counts, Vec{}, p[r]);
+            }
+            // A NaN must reach the sums whichever side of the selection it falls on.
+            sum[v] += select(total == total, inside, total);
+            left_out[v] += outside;
           }
-          if (cache.weights) {
-            RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
-              store(from + r * kWidth + v * kLanes, p[r]);
-          }
-          if (__builtin_expect(all, 1)) {
-            sum[v] += total;
-            continue;
-          }
-          Vec inside{}, outside{};
-          const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
-          for (int r = 0; r < kTileRows; ++r) {
-            const IntVec counts = validity.lanes(r, sub);
-            inside += select(counts, p[r], Vec{});
-            outside += select(counts, Vec{}, p[r]);
-          }
-          // A NaN must reach the sums whichever side of the selection it falls on.
-          sum[v] += select(total == total, inside, total);
-          left_out[v] += outside;
         }
       }
       RAL_UNROLL for (int v = 0; v < V; ++v) {
@@ -197,22 +215,32 @@ void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* v
   for (int64_t i = 0; i < side.rows; ++i) z[i] /= heads;
 }
 
-// total[key][rows] += the weights of one panel on one key, whose vectors stand `stride` apart.
-template <class Compute, int V>
-RAL_INLINE void add_heads(const PolicySide<Compute, V>& side, int64_t panel, const Vec (&p)[V],
-                          float* total) {
-  if (side.sub_blocks == 1) {
-    Vec sum = p[0];
-    RAL_UNROLL for (int v = 1; v < V; ++v)
-      sum += p[v];
-    store(total, load(total) + sum);
-  } else {
+// Adds a panel's weights on one key to the sums over heads, [rows].
+template <int V>
+class HeadSums {
+ public:
+  template <class Side>
+  HeadSums(const Side& side, int64_t panel) : one_sub_block_(side.sub_blocks == 1) {
     for (int v = 0; v < V; ++v) {
-      float* to = total + (panel % side.panels * V + v) % side.sub_blocks * kLanes;
-      store(to, load(to) + p[v]);
+      row_[v] = (panel % side.panels * V + v) % side.sub_blocks * kLanes;
     }
   }
-}
+  RAL_INLINE void add(const Vec (&p)[V], float* total) const {
+    if (one_sub_block_) {
+      Vec sum = p[0];
+      RAL_UNROLL for (int v = 1; v < V; ++v)
+        sum += p[v];
+      store(total, load(total) + sum);
+    } else {
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        store(total + row_[v], load(total + row_[v]) + p[v]);
+    }
+  }
+
+ private:
+  int64_t row_[V];  // of each vector
+  const bool one_sub_block_;
+};
 
 // Sum over heads of the weights on the keys of one chunk: mean[key][rows], unscaled. `weights`
 // receives every head's, [total_panels][kChunkKeys][kWidth], and `slope` d score / d (scaled
@@ -223,19 +251,21 @@ void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, 
   constexpr int64_t kWidth = V * kLanes;
   memset(mean, 0, kChunkKeys * side.rows * sizeof(float));
   for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+    const HeadSums<V> heads(side, panel);
     for (int64_t group = chunk.begin; group < chunk.end; ++group) {
-      Vec p[kTileRows][V], tile_slope[kTileRows * V];
+      const int64_t first_key = (group - chunk.begin) * kTileRows;
+      float* to = weights ? weights + (panel * kChunkKeys + first_key) * kWidth : nullptr;
+      Vec local[kTileRows][V], tile_slope[kTileRows * V];
+      Vec(&p)[kTileRows][V] = Compute::kTilesInMemory && weights ? tile_at<V>(to) : local;
       const float factor =
           side.scores(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope) * kLog2e;
-      const int64_t first_key = (group - chunk.begin) * kTileRows;
       RAL_UNROLL for (int v = 0; v < V; ++v) {
         const Vec m = load(in.stabiliser + panel * kWidth + v * kLanes);
         const Vec inverse = load(in.inverse + panel * kWidth + v * kLanes);
         RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
-          p[r][v] = exp2(p[r][v] * factor - m) * inverse;
+          p[r][v] = rounded(exp2_bounded(p[r][v] * factor - m) * inverse);
       }
-      if (weights) {
-        float* to = weights + (panel * kChunkKeys + first_key) * kWidth;
+      if (weights && !Compute::kTilesInMemory) {
         RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
           RAL_UNROLL for (int v = 0; v < V; ++v)
             store(to + r * kWidth + v * kLanes, p[r][v]);
@@ -245,7 +275,7 @@ void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, 
         memcpy(slope + (panel * kChunkKeys + first_key) * kWidth, tile_slope, sizeof tile_slope);
       }
       RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
-        add_heads(side, panel, p[r], mean + (first_key + r) * side.rows);
+        heads.add(p[r], mean + (first_key + r) * side.rows);
       }
     }
   }
@@ -267,6 +297,7 @@ void recall_weights(const PolicySide<Compute, V>& side, const TokenBlock& block,
   }
   const int64_t keys = (chunk.end - chunk.begin) * kTileRows;
   for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+    const HeadSums<V> heads(side, panel);
     Vec factor[V];
     RAL_UNROLL for (int v = 0; v < V; ++v) {
       const int64_t c = panel * kWidth + v * kLanes;
@@ -278,12 +309,12 @@ void recall_weights(const PolicySide<Compute, V>& side, const TokenBlock& block,
       float* from = weights + (panel * kChunkKeys + key) * kWidth;
       Vec p[V];
       RAL_UNROLL for (int v = 0; v < V; ++v)
-        p[v] = load(from + v * kLanes) * factor[v];
+        p[v] = rounded(load(from + v * kLanes) * factor[v]);
       if (keeps) {
         RAL_UNROLL for (int v = 0; v < V; ++v)
           store(from + v * kLanes, p[v]);
       }
-      add_heads(side, panel, p, mean + key * side.rows);
+      heads.add(p, mean + key * side.rows);
     }
   }
 }

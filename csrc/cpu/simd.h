@@ -32,9 +32,11 @@ constexpr int kTileVectors = 2;
 #endif
 #if defined(RAL_AMX)
 constexpr int kTileRows = 32;  // two of the processor's tiles, see amx.h
+constexpr int kFewRows = 8;    // of them, with which vector code works at a time
 constexpr int kFeaturePadding = 32;
 #else
 constexpr int kTileRows = 6;
+constexpr int kFewRows = kTileRows;
 constexpr int kFeaturePadding = kLanes;  // of rows that write_columns reads
 #endif
 
@@ -68,6 +70,21 @@ RAL_INLINE Vec bits_to_float(IntVec x) {
 }
 RAL_INLINE IntVec float_to_bits(Vec x) {
   return (IntVec)x;
+}
+
+// x, of which the compiler forgets how it came about: a product is rounded before it is added, in
+// every copy of the code. Fused in one and not in the other, equal inputs give unequal sums.
+RAL_INLINE Vec rounded(Vec x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
 }
 
 RAL_INLINE Vec select(IntVec condition, Vec yes, Vec no) {

@@ -60,39 +60,46 @@ bool supports_amx_bf16() {
   return granted;
 }
 
-int amx_attention_fwd(const ral_attention_params& x, const ral_attention_outputs& outputs) {
-  if (x.dtype == RAL_BFLOAT16) return amx_bf16::attention_fwd(x, outputs);
-  return avx512::kKernels.attention_fwd(x, outputs);
+// Float32 and mixed types: a multiply-add of bfloat16 pairs takes these processors twice the time
+// of two of float32 (Emerald Rapids, 2026-11).
+const Kernels& amx_or_not(bool bfloat16) {
+  return bfloat16 ? amx_bf16::kKernels : avx512::kKernels;
 }
-int amx_attention_bwd(const ral_attention_params& x, const ral_attention_outputs& outputs,
-                      const ral_attention_gradients& gradients) {
-  if (x.dtype == RAL_BFLOAT16) return amx_bf16::attention_bwd(x, outputs, gradients);
-  return avx512::kKernels.attention_bwd(x, outputs, gradients);
+bool in_bfloat16(const ral_policy_params& x) {
+  return x.policy.dtype == RAL_BFLOAT16;
 }
-int64_t amx_tile_flops(int32_t dtype, int num_threads, int64_t repeats) {
-  if (dtype == RAL_BFLOAT16) return amx_bf16::tile_flops(num_threads, repeats);
-  return avx512::kKernels.tile_flops(dtype, num_threads, repeats);
+bool in_bfloat16(const ral_policy_divergence_params& x) {
+  return x.policy.dtype == RAL_BFLOAT16 && x.reference.dtype == RAL_BFLOAT16;
+}
+template <class Params, int (*Kernels::*kOp)(const Params&)>
+int amx_policy_op(const Params& x) {
+  return (amx_or_not(in_bfloat16(x)).*kOp)(x);
 }
 
-// What has no kernels for AMX is computed in float32: on the processors that have it, a
-// multiply-add of bfloat16 pairs takes twice the time of two of float32 (`ral_loss`: 330 ms against
-// 230; Emerald Rapids, 2026-11).
-const Kernels& amx_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k = avx512::kKernels;
-    k.attention_fwd = amx_attention_fwd;
-    k.attention_bwd = amx_attention_bwd;
-    k.tile_flops = amx_tile_flops;
-    return k;
-  }();
-  return kernels;
-}
+const Kernels kAmxKernels{
+    [](const ral_attention_params& x, const ral_attention_outputs& outputs) {
+      return amx_or_not(x.dtype == RAL_BFLOAT16).attention_fwd(x, outputs);
+    },
+    [](const ral_attention_params& x, const ral_attention_outputs& outputs,
+       const ral_attention_gradients& gradients) {
+      return amx_or_not(x.dtype == RAL_BFLOAT16).attention_bwd(x, outputs, gradients);
+    },
+    amx_policy_op<ral_policy_params, &Kernels::policy_fwd>,
+    amx_policy_op<ral_policy_params, &Kernels::policy_bwd>,
+    amx_policy_op<ral_policy_divergence_params, &Kernels::policy_divergence_fwd>,
+    amx_policy_op<ral_policy_divergence_params, &Kernels::policy_divergence_bwd>,
+    amx_policy_op<ral_policy_divergence_params, &Kernels::policy_loss>,
+    [](const ral_divergence_params& x) { return avx512::kKernels.divergence_fwd(x); },
+    [](int32_t dtype, int num_threads, int64_t repeats) {
+      return amx_or_not(dtype == RAL_BFLOAT16).tile_flops(dtype, num_threads, repeats);
+    },
+};
 #endif
 
 // Best first; the index is `isa` of the C interface.
 const Isa kIsas[] = {
 #ifdef RAL_HAVE_AMX_BF16
-    {"amx_bf16", amx_kernels, supports_amx_bf16},
+    {"amx_bf16", []() -> const Kernels& { return kAmxKernels; }, supports_amx_bf16},
 #endif
 #ifdef RAL_HAVE_AVX512_BF16
     {"avx512_bf16", []() -> const Kernels& { return avx512_bf16::kKernels; }, supports_avx512_bf16},
