@@ -240,8 +240,9 @@ class PolicySide {
     }
   }
 
-  // Raw products of one key group with one panel of queries, and what turns them into scores:
-  // score = acc * factor. Hidden keys come out as -inf. `slope`: as in ScoreTransform.
+  // Raw products of one key group with one panel of queries, and what turns them into scores in
+  // powers of two: score log2 e = acc * factor. Hidden keys come out as -inf. `slope`: as in
+  // ScoreTransform.
   RAL_INLINE float scores(const TokenBlock& block, const uint32_t* packed_rows,
                           const uint32_t* queries, const float* bias, int64_t panel, int64_t group,
                           Vec (&acc)[kTileRows][V], Vec* slope) const {
@@ -252,7 +253,7 @@ class PolicySide {
     if (__builtin_expect(side.softcap <= 0 && !bias && !common.key_padding_mask &&
                              key >= block.all_first && key + kTileRows - 1 <= block.all_last,
                          1)) {
-      return side.scale;
+      return side.scale * kLog2e;
     }
     transform(block, bias, panel, key, acc, slope);
     return 1.f;
@@ -283,7 +284,9 @@ class PolicySide {
         }
         if (span >= 0) x = x + load(bias + (span * total_panels + panel) * kWidth + v * kLanes);
         const IntVec seen = (load(block.first_key + row) <= k) & (load(block.last_key + row) >= k);
-        acc[r][v] = real ? select(seen, x, hidden) : hidden;
+        // Rounded here: a multiply-add would leave up to half an ulp of a huge score in the
+        // exponent.
+        acc[r][v] = real ? select(seen, x * kLog2e, hidden) : hidden;
       }
     }
   }

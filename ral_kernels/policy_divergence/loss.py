@@ -169,7 +169,8 @@ def _fused_loss(
 ) -> Tensor:
     # The snapshot keeps its normalisers: every inner step compares the same rollouts with it.
     eager = not torch.compiler.is_compiling()
-    kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')}"
+    # A backend may compute the reference with the policy's dtype in mind.
+    kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')} {args.q.dtype}"
     given = snapshot.find_normalisers(args, kernels) if eager else None
     loss, _, _, ref_norm, ref_z = torch.ops.ral.policy_divergence_loss(
         *streaming_inputs(args, snapshot, kind, backend), weights, *(given or (None, None))

@@ -25,6 +25,7 @@ from tests.ops.policy_cases import BY_NAME, CASES, FEW, PolicyCase, PolicyInputs
 from tests.ops.policy_eager import eager_policy, own_keys, valid_keys
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOW_BIASES = (-1e9, -2.985e9, -3.034e9, -3.815e9, -6.039e9, -1e10, -1e38)
 
 
 def random_like(tensor: Tensor, seed: int) -> Tensor:
@@ -215,6 +216,26 @@ def test_underflowing_rows_are_zero(backend: str) -> None:
     assert p.isfinite().all() and (p == 0).all(-1).any()
     (dq,) = torch.autograd.grad(p.square().sum(), q)
     assert dq.isfinite().all()
+
+
+@pytest.mark.parametrize("bias", LOW_BIASES)
+def test_very_low_biases_hide(bias: float, backend: str) -> None:
+    check_low_bias(bias, backend)
+
+
+def check_low_bias(bias: float, backend: str) -> None:
+    """Scores whose ulp is more than any exponent: the keys get no weight, or all share it."""
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(1, 4, 40, 32, generator=generator)
+    k = torch.randn(1, 2, 200, 32, generator=generator)
+    spans = rk.Spans.from_lengths([140, 60])
+    options = {"is_causal": False, "exclude_self": False, "backend": backend}
+    for span in (torch.tensor([bias, 0.0]), torch.tensor([bias, bias])):
+        p = attention_policy(q, k, spans=spans, span_bias=span, **options)
+        assert p.isfinite().all()
+        assert torch.allclose(p.sum(-1), torch.ones(()), atol=1e-5)
+        if span[1] == 0:
+            assert (p[..., 0] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["off_blocks", "gqa_7", "together", "spans_unsorted"])

@@ -10,6 +10,7 @@ from tests.ops import test_divergence as of_divergence
 from tests.ops import test_policy as of_policy
 from tests.ops import test_policy_divergence as of_policy_divergence
 from tests.ops import test_policy_divergence_at_reference as at_reference
+from tests.ops import test_ral_loss as of_ral_loss
 from tests.ops.policy_cases import BY_NAME
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +48,15 @@ def test_policy(name: str, dtype: torch.dtype, isa: str, threads: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_policy_divergence(name: str, dtype: torch.dtype, isa: str, threads: int) -> None:
     of_policy_divergence.check_case(BY_NAME[name], dtype, "cpu", "jsd", other_model=True)
+
+
+@pytest.mark.parametrize("bias", of_policy.LOW_BIASES)
+def test_very_low_biases_hide(bias: float, isa: str, threads: int) -> None:
+    of_policy.check_low_bias(bias, "cpu")
+
+
+def test_kept_normalisers_serve_policies_of_one_dtype(isa: str, threads: int) -> None:
+    of_ral_loss.check_kept_by_dtype("cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -238,3 +238,22 @@ def test_a_snapshot_keeps_its_normalisers(case: Case, dtype: torch.dtype, backen
         loss = ral_loss(q, k, unchanged, advantages, backend=backend, **case.options)
         assert loss == 0.0
         assert not any(grad.any() for grad in torch.autograd.grad(loss, (q, k)))
+
+
+@pytest.mark.in_interpreter(when=lambda: False)  # bfloat16
+def test_kept_normalisers_serve_policies_of_one_dtype(backend: str) -> None:
+    """Kernels may depend on it: what float32 left behind must not meet a policy in bfloat16."""
+    check_kept_by_dtype(backend)
+
+
+def check_kept_by_dtype(backend: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(1, 4, 40, 64, generator=generator).bfloat16().requires_grad_()
+    k = torch.randn(1, 2, 200, 64, generator=generator).bfloat16().requires_grad_()
+    snapshot = AttentionSnapshot(q, k, softcap=30.0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        now = [x.detach().to(dtype).requires_grad_() for x in (q, k)]
+        loss = ral_loss(*now, snapshot, torch.ones(1), softcap=30.0, backend=backend)
+        grads = torch.autograd.grad(loss, now)
+        if dtype == torch.bfloat16:
+            assert loss == 0.0 and not any(grad.any() for grad in grads)
