@@ -330,6 +330,7 @@ def op_inputs(name: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> tuple
 
 @pytest.mark.parametrize("name", OP_CASES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.in_interpreter(when=lambda name: name != "together")
 def test_opcheck(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = op_inputs(name, monkeypatch, backend)
     torch.library.opcheck(interface.policy_fwd, args)

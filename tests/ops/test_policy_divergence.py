@@ -402,6 +402,7 @@ def op_inputs(monkeypatch: pytest.MonkeyPatch, backend: str, prefix: int) -> tup
 
 @pytest.mark.parametrize("prefix", [0, 20])
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.in_interpreter(when=lambda prefix: prefix > 0)
 def test_opcheck(prefix: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = op_inputs(monkeypatch, backend, prefix)
     torch.library.opcheck(interface.policy_divergence_fwd, args)

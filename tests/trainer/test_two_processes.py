@@ -24,6 +24,7 @@ EQUAL = {
     "lora": ["fsdp2"],
 }
 RESUMING = ["ddp", "fsdp2", "fsdp2-sharded"]
+pytestmark = pytest.mark.xdist_group("two processes")  # one worker trains them all
 # Of each process by itself, or of the first micro-batch, which accumulating splits differently.
 OF_A_PROCESS = ("attn/grad_share",)
 OF_A_MICRO_BATCH = ("attn/divergence", "attn/visual_share", "attn/entropy", "entropy", "clip_ratio")
