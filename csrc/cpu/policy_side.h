@@ -283,6 +283,8 @@ class PolicySide {
           if (slope) slope[r * V + v] = 1.f - t * t;
         }
         if (span >= 0) x = x + load(bias + (span * total_panels + panel) * kWidth + v * kLanes);
+        // finfo.min is a score like others, and stays finite.
+        x = select((x > hidden) & (x < kLowestScore), broadcast(kLowestScore), x);
         const IntVec seen = (load(block.first_key + row) <= k) & (load(block.last_key + row) >= k);
         // Rounded here: a multiply-add would leave up to half an ulp of a huge score in the
         // exponent.

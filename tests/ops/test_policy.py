@@ -25,7 +25,8 @@ from tests.ops.policy_cases import BY_NAME, CASES, FEW, PolicyCase, PolicyInputs
 from tests.ops.policy_eager import eager_policy, own_keys, valid_keys
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOW_BIASES = (-1e9, -2.985e9, -3.034e9, -3.815e9, -6.039e9, -1e10, -1e38)
+LOW_BIASES = (-1e9, -2.985e9, -3.034e9, -3.815e9, -6.039e9, -1e10, -1e38,
+    torch.finfo(torch.float32).min)  # fmt: skip
 
 
 def random_like(tensor: Tensor, seed: int) -> Tensor:
