@@ -60,8 +60,8 @@ bool supports_amx_bf16() {
   return granted;
 }
 
-// Float32 and mixed types: a multiply-add of bfloat16 pairs takes these processors twice the time
-// of two of float32 (Emerald Rapids, 2026-11).
+// AMX where all is bfloat16, float32 elsewhere: without AMX a multiply-add of bfloat16 pairs takes
+// these processors twice the time of two of float32 (Emerald Rapids, 2026-11).
 const Kernels& amx_or_not(bool bfloat16) {
   return bfloat16 ? amx_bf16::kKernels : avx512::kKernels;
 }
