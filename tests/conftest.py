@@ -7,6 +7,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# numpy's products, in Triton's interpreter and in processes that tests start: before numpy is
+# imported, and for the reason of the fixture `threads`.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 # Without a GPU, Triton's kernels are tested in its interpreter, which is chosen at their import.
@@ -15,7 +20,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 
 import ral_kernels as rk
 from ral_kernels import allocation, triton_runtime
-from tests.interpreter import patch_once_a_launch
+from tests import interpreter
 from tests.ops.on_gpu import kernels_on
 
 REQUIRED = [name for name in os.environ.get("RAL_REQUIRE", "").split(",") if name]
@@ -30,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs gigabytes of memory; run with --large")
     if triton_runtime.interpreted():
-        patch_once_a_launch()
+        interpreter.make_quick()
     config.addinivalue_line("markers", "xdist_group(name): run by one worker, for what they share")
     config.addinivalue_line("markers", "gpu: gives kernels tensors of the GPU itself")
     config.addinivalue_line(
