@@ -21,7 +21,7 @@ _LABELLED = re.compile(
 )
 # A letter that is a word of its own. "it's" and "I'm" are none.
 _SINGLE = re.compile(r"(?<![^\W_])(?<!['’])([A-Za-z])(?![^\W_]|['’])")
-_ARTICLE = re.compile(r" [^\W\d_]{2,}")
+_ARTICLE = re.compile(r" (?!(?:or|and)\b)[^\W\d_]{2,}", re.IGNORECASE)
 _LATEX = re.compile(r"\\(?:boxed|text|mathrm|mathbf) ?\{([^{}]*)\}")
 
 
@@ -79,10 +79,9 @@ def _same_text(a: str, b: str) -> bool:
 def _names_another(text: str) -> bool:
     """Whether a single letter in the text may be meant as another choice."""
     for match in _SINGLE.finditer(text):
-        behind = text[match.end() : match.end() + 3]
-        if match[1] in "Aa" and _ARTICLE.match(behind):
+        if match[1] in "Aa" and _ARTICLE.match(text, match.end()):
             continue
-        if match[1] == "I" and not behind.startswith((".", ")", ":")):
+        if match[1] == "I" and not text.startswith((".", ")", ":"), match.end()):
             continue
         return True
     return False
