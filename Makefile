@@ -6,18 +6,20 @@
 # make gpu     all that needs a GPU, in nine minutes, with the machine's own $(PYTHON), into the folder OUT
 #
 # Everything else runs in .venv, which is made with the versions in constraints.txt. PYTHON chooses the interpreter.
+# pip compiles nothing to bytecode: Python does, and only what is imported.
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results/gpu-run
 BIN := $(VENV)/bin
+TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
 LIBRARY := ral_kernels/lib/libral_cpu.so
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench bench-regress codegen gpu build clean ruff-format ruff-check mypy clang-format
+.PHONY: run test lint bench bench-regress codegen gpu build library-and-packages clean ruff-format ruff-check mypy clang-format
 
 run: build
 	$(BIN)/python benchmarks/frames_sweep.py
@@ -41,22 +43,31 @@ codegen: build
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
-build: $(LIBRARY)
+# The library needs the build tools alone: it is compiled while pip fetches the packages.
+build:
+	@$(MAKE) --no-print-directory -j2 library-and-packages
+
+library-and-packages: $(LIBRARY) $(INSTALLED)
+	@:
 
 # The library is a file target, so that where there is no compiler each make looks for one anew.
-$(LIBRARY): $(INSTALLED) $(NATIVE_SOURCES)
+$(LIBRARY): $(TOOLS) $(NATIVE_SOURCES)
 	@echo "== native library"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@if [ -f $@ ]; then touch $@; fi
 
 # Without build isolation, so that constraints.txt holds for the build tools too and `setup.py build_ext` finds the
-# same ones afterwards. The step above builds the library.
-$(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.x")'
+# same ones afterwards.
+$(INSTALLED): $(TOOLS) pyproject.toml
 	@echo "== $(VENV): packages of constraints.txt"
+	RAL_BUILD_LATER=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(TOOLS): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.x")'
+	@echo "== $(VENV): build tools"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) setuptools cmake ninja
-	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # pre-commit's hooks call the four targets below, so a commit is held to exactly what CI is. A tree without git, as

@@ -5,6 +5,7 @@ The libraries know neither torch nor Python, so a wheel that carries them is tag
 missing is printed, and also left in `ral_kernels/lib/<library>.missing.txt`, where
 `ral_kernels.native` finds it at run time (pip hides what a build prints). `RAL_REQUIRE_NATIVE=1`
 makes it an error instead; a machine without nvcc goes without `ral_cuda` even then.
+`RAL_BUILD_LATER=1` lets an editable installation leave them as they are, for the command below.
 
 `python setup.py build_ext --inplace` rebuilds in a checkout, without pip, without a network, and
 without the `cmake` and `ninja` modules where the system has a CMake.
@@ -133,7 +134,11 @@ def build_native(output_dir: Path) -> dict[str, str]:
 
 
 def is_required() -> bool:
-    return os.environ.get("RAL_REQUIRE_NATIVE", "0") not in ("", "0")
+    return is_set("RAL_REQUIRE_NATIVE")
+
+
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
 
 
 def run(command: list[str]) -> tuple[int, str]:
@@ -173,6 +178,8 @@ class BuildNative(build_ext):
         return (ROOT if in_place else Path(self.build_lib).resolve()) / "ral_kernels" / "lib"
 
     def run(self) -> None:
+        if self.editable_mode and is_set("RAL_BUILD_LATER"):
+            return
         output_dir = self.output_dir()
         output_dir.mkdir(parents=True, exist_ok=True)
         for name in LIBRARIES:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,16 +64,22 @@ def build(
         RuntimeError: The compiler failed; its output is the message.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "build.lock"):
-        if patches:
-            cuda = _patched_copy(cuda, folder, patches)
-        own = [*flags, *FLAGS, f"-I{HARNESS}"]
-        objects = [_compile(path, folder, own, [HARNESS]) for path in sorted(HARNESS.glob("*.cpp"))]
-        own = [*_known_flags(FILL), *flags, *FLAGS, f"-I{INCLUDE}", f"-I{cuda}", f"-I{HARNESS}"]
-        objects += [_compile(cuda / s, folder, own, [INCLUDE, cuda, HARNESS]) for s in sources]
-        library = folder / f"{_hash(map(str, objects))}.so"
-        if not library.exists():
-            _run([*COMPILER, *LINK_FLAGS, *map(str, objects), "-lm"], library)
+    if patches:
+        cuda = _patched_copy(cuda, folder, patches)
+    for_harness = [*flags, *FLAGS, f"-I{HARNESS}"]
+    for_kernels = [*_known_flags(FILL), *flags, *FLAGS, f"-I{INCLUDE}", f"-I{cuda}", f"-I{HARNESS}"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels first: they take longest
+        kernels = [
+            pool.submit(_compile, cuda / source, folder, for_kernels, [INCLUDE, cuda, HARNESS])
+            for source in sources
+        ]
+        harness = [
+            pool.submit(_compile, path, folder, for_harness, [HARNESS])
+            for path in sorted(HARNESS.glob("*.cpp"))
+        ]
+    objects = [str(compiled.result()) for compiled in (*harness, *kernels)]
+    library = folder / f"{_hash(objects)}.so"
+    _make_once(library, [*COMPILER, *LINK_FLAGS, *objects, "-lm"])
     return library
 
 
@@ -89,7 +96,8 @@ def _known_flags(*flags: str) -> tuple[str, ...]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    """One worker, and one thread of it, at a time makes `path`."""
+    with path.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -102,11 +110,14 @@ def _patched_copy(cuda: Path, folder: Path, patches: Sequence[Patch]) -> Path:
             raise ValueError(f"{file}: {old!r} occurs {text.count(old)} times, not once")
         texts[cuda / file] = text.replace(old, new)
     copy = folder / f"sources-{_hash([_contents([cuda]), *map(repr, patches)])}"
-    if copy.exists():
-        shutil.rmtree(copy)  # left half-made by a run that was stopped
-    shutil.copytree(cuda, copy)
-    for path, text in texts.items():
-        (copy / path.relative_to(cuda)).write_text(text)
+    with _locked(copy):
+        if not copy.exists():
+            unfinished = copy.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was stopped
+            shutil.copytree(cuda, unfinished)
+            for path, text in texts.items():
+                (unfinished / path.relative_to(cuda)).write_text(text)
+            unfinished.replace(copy)
     return copy
 
 
@@ -115,9 +126,14 @@ def _compile(source: Path, folder: Path, flags: Sequence[str], includes: Sequenc
     named = [flag for flag in flags if not flag.startswith("-I")]
     key = _hash([*COMPILER, *named, source.read_text(), _contents(includes)])
     target = folder / f"{source.stem}-{key}.o"
-    if not target.exists():
-        _run([*COMPILER, *flags, "-x", "c++", "-c", str(source)], target)
+    _make_once(target, [*COMPILER, *flags, "-x", "c++", "-c", str(source)])
     return target
+
+
+def _make_once(target: Path, command: Sequence[str]) -> None:
+    with _locked(target):
+        if not target.exists():
+            _run(command, target)
 
 
 def _contents(folders: Sequence[Path]) -> str:

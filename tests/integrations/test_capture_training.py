@@ -224,6 +224,7 @@ def distributed(tmp_path_factory):
     return torch.load(folder / "out.pt")
 
 
+@pytest.mark.xdist_group("capture in two processes")
 @pytest.mark.parametrize("how", two_processes.SETUPS)
 def test_two_processes_have_the_gradients_of_one(plain, distributed, how):
     _, _, wanted = plain

@@ -28,7 +28,7 @@ EXAMPLES = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-EXAMPLES_IN_INTERPRETER = 5  # of Triton's kernels: an example takes seconds there
+EXAMPLES_IN_INTERPRETER = 3  # of Triton's kernels: an example takes seconds there
 
 
 def few_in_interpreter(test: Callable[..., None]) -> Callable[..., None]:

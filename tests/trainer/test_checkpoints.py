@@ -52,6 +52,7 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return straight(model, tmp_path_factory.mktemp("straight"))
 
 
+@pytest.mark.xdist_group("killed")
 @pytest.mark.parametrize("name", dying.KILLS)
 def test_last_checkpoint_of_a_killed_save_is_complete(name: str, killed: Path) -> None:
     run = killed / name
@@ -62,6 +63,7 @@ def test_last_checkpoint_of_a_killed_save_is_complete(name: str, killed: Path) -
         assert why_incomplete(run / "out" / f"checkpoint-{dying.SECOND}") is not None
 
 
+@pytest.mark.xdist_group("killed")
 @pytest.mark.parametrize("name", ["weights", "in the seal", "in the rotation"])
 def test_training_resumes_after_a_killed_save(
     name: str, model: Path, killed: Path, reference: Any, tmp_path: Path

@@ -42,6 +42,7 @@ def interrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dying(model, tmp_path_factory.mktemp("interrupted"), dying.INTERRUPTIONS)
 
 
+@pytest.mark.xdist_group("interrupted")  # one worker interrupts them all
 @pytest.mark.parametrize("name", dying.INTERRUPTIONS)
 def test_a_signal_ends_training_with_a_checkpoint(name: str, interrupted: Path) -> None:
     run = interrupted / name
@@ -60,6 +61,7 @@ def test_a_signal_ends_training_with_a_checkpoint(name: str, interrupted: Path) 
     assert f"{name}: training stops after this rollout batch, and saves. {name} again" in written
 
 
+@pytest.mark.xdist_group("interrupted")
 def test_an_interrupted_run_resumes_exactly(model: Path, interrupted: Path, tmp_path: Path) -> None:
     reference = straight(model, tmp_path)
     out = shutil.copytree(interrupted / "once" / "out", tmp_path / "resumed")

@@ -23,7 +23,7 @@ from ral.rewards import (
 )
 
 MEGABYTE = 1_000_000
-# The same in every run, for CI; to look for more, raise the number (20,000 were seen to pass).
+# The same in every run, for CI; raise the number to look for more.
 EXAMPLES = settings(max_examples=500, deadline=None, derandomize=True)
 
 
