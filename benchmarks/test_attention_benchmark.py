@@ -27,6 +27,9 @@ SHAPES = (
     AttentionCase("prefill_no_spans", 768, 768, layout="bthd", options=CAUSAL, **QWEN),
     AttentionCase("prefill_off_blocks", 701, 701, options=CAUSAL, **QWEN, **FRAMES),
     AttentionCase("decode", 1, 4096, options=CAUSAL, **QWEN, **FRAMES),
+    AttentionCase(
+        "decode_mha", 1, 4096, num_heads=16, num_kv_heads=16, head_dim=128, options=CAUSAL, **FRAMES
+    ),
     AttentionCase("chunk_of_prefill", 128, 2048, options=CAUSAL, **QWEN, **FRAMES),
     AttentionCase("mha_64", 512, 512, batch_size=2, num_heads=8, num_kv_heads=8, **FRAMES),
     AttentionCase("window", 768, 768, options={**CAUSAL, "window": 128}, **QWEN, **FRAMES),

@@ -2,28 +2,31 @@
 //
 // The keys are walked in blocks of Compute::kForwardKeys: first P^T for the whole block, tile by
 // tile, each tile exponentiated while the next one's scores are formed; then O^T += V^T P^T.
+// Where there are few queries, K and V are not packed, and O is formed instead of its transpose.
 #pragma once
 
 #include "attention_fwd_blocks.h"
+#include "attention_fwd_direct.h"
 
 namespace ral {
 namespace RAL_ISA {
 
-template <class Compute, int V, int64_t kPanels>
-class AttentionForward
-    : public ForwardBlocks<AttentionForward<Compute, V, kPanels>, Compute, V, kPanels, 1> {
-  using Base = ForwardBlocks<AttentionForward, Compute, V, kPanels, 1>;
+template <class Compute, int V, int64_t kPanels, bool kPacks = true>
+class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPanels, kPacks>,
+                                              Compute, V, kPanels, 1, kPacks> {
+  using Base = ForwardBlocks<AttentionForward, Compute, V, kPanels, 1, kPacks>;
   friend Base;
   using Base::kColumns;
   using Base::kGroupsPerBlock;
   using Base::kStepsPerGroup;
   using Base::kWidth;
   using Base::params_;
+  using Base::problem_;
   using Base::qk_steps_;
   using typename Base::Block;
   using typename Base::State;
   // With vectors of four it takes 1.17 of the time (float32, Zen 5, 2026-11).
-  static constexpr bool kInterleaved = kLanes >= 8;
+  static constexpr bool kInterleaved = kPacks && kLanes >= 8;
 
  public:
   using Base::Base;
@@ -31,6 +34,7 @@ class AttentionForward
  private:
   void walk(const Sequence& s, int64_t kv_head, const Block& block,
             const ScoreTransform<V>& transform, GroupRange visible, State& state) const {
+    if constexpr (!kPacks) return walk_directly(s, kv_head, block, transform, visible, state);
     const uint32_t* keys = this->keys_of(s, kv_head);
     const uint32_t* values = this->values_of(s, kv_head);
     Tile<V> tile;  // the last one
@@ -43,7 +47,11 @@ class AttentionForward
             groups_of_keys(block.some_first[panel], block.some_last[panel], GroupRange{begin, end});
         if (range.begin == range.end) continue;
         for (int64_t group = range.begin; group < range.end; ++group) {
-          score_tile(transform, block, panel, group, range.begin, keys, tile, state);
+          Vec top[V];
+          multiply_scores(panel, group, range.begin, keys + group * kTileRows * qk_steps_, top,
+                          tile, state);
+          Vec factors[V];
+          finish_scores(transform, block, panel, group, range.begin, top, tile, state, factors);
         }
         exponentiate_tile(tile, panel, range.end - 1, range.begin, state);
         accumulate_out(s, block, panel, range, end == visible.end, values, state);
@@ -51,13 +59,69 @@ class AttentionForward
     }
   }
 
-  // Scores of one tile, and room for them below the stabiliser.
-  RAL_INLINE void score_tile(const ScoreTransform<V>& transform, const Block& block, int64_t panel,
-                             int64_t group, int64_t first_group, const uint32_t* keys,
-                             Tile<V>& tile, State& state) const {
-    Vec top[V];
-    multiply_scores(panel, group, first_group, keys + group * kTileRows * qk_steps_, top, tile,
-                    state);
+  // The same for one panel of few queries. The rows of O lie in state.rows, out of reach of
+  // raise_stabiliser, whose factors they get here.
+  void walk_directly(const Sequence& s, int64_t kv_head, const Block& block,
+                     const ScoreTransform<V>& transform, GroupRange visible, State& state) const {
+    static_assert(kPacks || (V == 1 && kPanels == 1), "one vector of queries");
+    const Rows keys = problem_.key_rows(params_.k, s, kv_head);
+    const Rows values = problem_.key_rows(params_.v, s, kv_head);
+    const int64_t ld_q = round_up(params_.head_dim, kLanes);
+    const int64_t ld_out = round_up(params_.head_dim_v, kLanes);
+    memset(state.rows, 0, block.count * ld_out * sizeof(float));
+    for (int64_t begin = visible.begin; begin < visible.end; begin += kGroupsPerBlock) {
+      const int64_t end =
+          begin + kGroupsPerBlock < visible.end ? begin + kGroupsPerBlock : visible.end;
+      for (int64_t group = begin; group < end; ++group) {
+        alignas(64) float scores[kTileRows][kLanes] = {};
+        with_dtype([&](auto dtype) {
+          multiply_keys<dtype>(keys, group * kTileRows, params_.head_dim,
+                               reinterpret_cast<const float*>(state.queries), ld_q, block.count,
+                               scores);
+        });
+        Tile<V> tile;
+        for (int r = 0; r < kTileRows; ++r) tile.scores[r][0] = load(scores[r]);
+        Vec top[V] = {highest(tile.scores, 0)};
+        Vec factors[V];
+        if (finish_scores(transform, block, 0, group, begin, top, tile, state, factors)) {
+          for (int64_t c = 0; c < block.count; ++c) {
+            for (int64_t d = 0; d < ld_out; ++d) state.rows[c * ld_out + d] *= factors[0][c];
+          }
+        }
+        exponentiate_tile(tile, 0, group, begin, state);
+      }
+      const int64_t last = end * kTileRows < s.seqlen_k ? end * kTileRows : s.seqlen_k;
+      with_dtype([&](auto dtype) {
+        accumulate_values<dtype>(values, begin * kTileRows, last, params_.head_dim_v,
+                                 reinterpret_cast<const float*>(state.probs), block.count,
+                                 state.rows, ld_out);
+      });
+    }
+    for (int64_t c = 0; c < block.count; ++c) {
+      for (int64_t d = 0; d < params_.head_dim_v; ++d) {
+        state.out[d * kColumns + c] = state.rows[c * ld_out + d];
+      }
+    }
+    state.out_rows[0] = params_.head_dim_v;
+  }
+
+  template <class Fn>
+  RAL_INLINE void with_dtype(const Fn& fn) const {
+    switch (params_.dtype) {
+      case RAL_FLOAT32:
+        return fn(std::integral_constant<int32_t, RAL_FLOAT32>());
+      case RAL_BFLOAT16:
+        return fn(std::integral_constant<int32_t, RAL_BFLOAT16>());
+      default:
+        return fn(std::integral_constant<int32_t, RAL_FLOAT16>());
+    }
+  }
+
+  // From products to scores, and room for them below the stabiliser. Returns whether that was
+  // raised, and by what all sums were multiplied.
+  RAL_INLINE bool finish_scores(const ScoreTransform<V>& transform, const Block& block,
+                                int64_t panel, int64_t group, int64_t first_group, Vec (&top)[V],
+                                Tile<V>& tile, State& state, Vec (&factors)[V]) const {
     tile.factor = params_.scale * kLog2e;
     if (__builtin_expect(!transform.is_plain(block, panel, group), 0)) {
       transform.apply(tile.scores, block, panel, group, state.bias, kColumns, nullptr);
@@ -75,11 +139,11 @@ class AttentionForward
       top[v] = top[v] * tile.factor;
       exceeded |= any_greater(top[v], load(stabiliser + v * kLanes) + kSlack);
     }
-    Vec factors[V];
     if (__builtin_expect(exceeded, 0)) {
       this->raise_stabiliser(top, panel, group - first_group, state, factors);
     }
     state.started[panel] = true;
+    return exceeded;
   }
 
   static RAL_INLINE Vec highest(const Vec (&x)[kTileRows][V], int v) {

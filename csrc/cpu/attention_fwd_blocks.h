@@ -22,8 +22,9 @@ struct Tile {
 };
 
 // A task is one column block. `Forward`, the class derived from this, takes it through the keys in
-// walk(), which leaves O^T and the sums; it keeps P^T of kKeptBlocks blocks of keys.
-template <class Forward, class Compute, int V, int64_t kPanels, int kKeptBlocks>
+// walk(), which leaves O^T and the sums; it keeps P^T of kKeptBlocks blocks of keys. Without
+// kPacks, K and V stay as they lie, and queries are rows of float32.
+template <class Forward, class Compute, int V, int64_t kPanels, int kKeptBlocks, bool kPacks = true>
 class ForwardBlocks {
  public:
   static constexpr int64_t kWidth = V * kLanes;
@@ -43,7 +44,7 @@ class ForwardBlocks {
     v_groups_ = round_up(params_.head_dim_v, kTileRows) / kTileRows;
     padded_v_ = round_up(params_.head_dim_v, kFeaturePadding);
     padded_spans_ = round_up(params_.num_spans, kLanes);
-    const int64_t groups = problem_.total_groups * params_.num_kv_heads;
+    const int64_t groups = kPacks ? problem_.total_groups * params_.num_kv_heads : 0;
     const int threads = params_.num_threads;
 
     Arena arena;
@@ -95,6 +96,7 @@ class ForwardBlocks {
     uint32_t* probs;
     float* out;
     float* bias;
+    float* rows;  // room for a row of V a query, of float32
   };
 
   const uint32_t* keys_of(const Sequence& s, int64_t kv_head) const {
@@ -154,10 +156,20 @@ class ForwardBlocks {
     state.sums = reinterpret_cast<float*>(scratch + layout_.sums);
     state.bias =
         params_.span_bias.data ? reinterpret_cast<float*>(scratch + layout_.bias) : nullptr;
+    state.rows = reinterpret_cast<float*>(stage);
     state.run_ends =
         outputs_.marginals && has_marginal_rows(block) ? problem_.run_ends(s) : nullptr;
-    pack_b_columns<Compute, Block, kWidth>(problem_, s, params_.q, block, nullptr, params_.head_dim,
-                                           stage, state.queries);
+    if constexpr (kPacks) {
+      pack_b_columns<Compute, Block, kWidth>(problem_, s, params_.q, block, nullptr,
+                                             params_.head_dim, stage, state.queries);
+    } else {
+      const int64_t ld = round_up(params_.head_dim, kLanes);
+      memset(state.queries, 0, block.count * ld * sizeof(float));
+      for (int64_t c = 0; c < block.count; ++c) {
+        convert_to_float(params_.dtype, column_row(problem_, s, params_.q, block, c),
+                         params_.head_dim, reinterpret_cast<float*>(state.queries) + c * ld);
+      }
+    }
     if (state.bias) {
       load_span_rows<Block, kColumns>(problem_, s, block, params_.span_bias,
                                       reinterpret_cast<float*>(stage), state.bias);

@@ -26,6 +26,9 @@ int attention_fwd_as(const ral_attention_params& params, const ral_attention_out
 }
 
 int attention_fwd(const ral_attention_params& params, const ral_attention_outputs& outputs) {
+  if (has_few_queries(params)) {
+    return AttentionForward<Float32Compute, 1, 1, false>(params, outputs).run();
+  }
 #if defined(__AVX512BF16__)
   if (params.dtype == RAL_BFLOAT16) return attention_fwd_as<BFloat16Compute>(params, outputs);
 #endif

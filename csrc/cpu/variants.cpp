@@ -78,7 +78,7 @@ int amx_policy_op(const Params& x) {
 
 const Kernels kAmxKernels{
     [](const ral_attention_params& x, const ral_attention_outputs& outputs) {
-      return amx_or_not(x.dtype == RAL_BFLOAT16).attention_fwd(x, outputs);
+      return amx_or_not(x.dtype == RAL_BFLOAT16 && !has_few_queries(x)).attention_fwd(x, outputs);
     },
     [](const ral_attention_params& x, const ral_attention_outputs& outputs,
        const ral_attention_gradients& gradients) {

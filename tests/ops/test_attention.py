@@ -163,6 +163,10 @@ def test_attention(case: AttentionCase, dtype: torch.dtype, backend: str) -> Non
 
 
 ISA_CASES = (
+    "decode_mha",
+    "decode_gqa_7",
+    "decode_with_options",
+    "decode_increasing",
     "length_1",
     "off_blocks",
     "chunked_prefill",
