@@ -51,7 +51,8 @@ RAL_INLINE void sum_lanes(Vec (&x)[8], float (&sums)[8]) {
   }
 }
 
-// Queries that share what is loaded, as the registers allow: calls fn<1, 2 or 4>(first query).
+// Takes queries together that share what is loaded, as many as the registers allow: calls
+// fn(1, 2 or 4, first query).
 template <class Fn>
 RAL_INLINE void for_some_queries(int64_t num_queries, const Fn& fn) {
   int64_t query = 0;
@@ -128,7 +129,7 @@ RAL_NOINLINE void accumulate_values(const Rows& values, int64_t first, int64_t l
                                     float* out, int64_t ld) {
   for_some_queries(num_queries, [&](auto count, int64_t query) {
     constexpr int kQueries = decltype(count)::value;
-    constexpr int kVectors = kQueries == 4 ? 4 : 8 / kQueries;
+    constexpr int kVectors = kQueries == 1 ? 8 : 4;
     float* rows = out + query * ld;
     int64_t d = 0;
     for (; d + kVectors * kLanes <= features; d += kVectors * kLanes) {
