@@ -6,7 +6,8 @@
 # make gpu     all that needs a GPU, in nine minutes, with the machine's own $(PYTHON), into the folder OUT
 #
 # Everything else runs in .venv, which is made with the versions in constraints.txt. PYTHON chooses the interpreter.
-# pip compiles nothing to bytecode: Python does, and only what is imported.
+# pip compiles nothing to bytecode: Python does, and only what is imported, even where an image forbids it, as many do:
+# there, each of the tests' processes would compile transformers anew, for 15 s.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +19,7 @@ LIBRARY := ral_kernels/lib/libral_cpu.so
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
+unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 .PHONY: run test lint bench bench-regress codegen gpu build library-and-packages clean ruff-format ruff-check mypy clang-format
 

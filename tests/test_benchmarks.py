@@ -30,7 +30,8 @@ from benchmarks.sweeps.plot import GAP, _spread
 from benchmarks.sweeps.ral import RAL
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--repeats", "2", "--budget", "20"]
+# A budget that no machine is too slow for: what a budget leaves out has tests of its own.
+TINY = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--repeats", "2", "--budget", "7200"]
 HEADS = Heads(4, 2, 32)
 
 
@@ -312,7 +313,7 @@ def test_memory_that_would_not_fit_is_said(
     problem: AttentionProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "available_bytes", lambda device: 1000)
-    rows = {row["contestant"]: row for row in make_sweep(monkeypatch).run(problem, 5.0)}
+    rows = {row["contestant"]: row for row in make_sweep(monkeypatch).run(problem, 7200.0)}
     assert rows["eager"]["status"] == "skipped"
     assert rows["eager"]["reason"].startswith("would need")
     assert rows["chunked"]["status"] == "ok"
@@ -322,25 +323,38 @@ def test_time_that_would_not_suffice_is_said(
     problem: AttentionProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = make_sweep(monkeypatch)
-    sweep._last[("chunked", "forward")] = (problem.pairs // 4, 2.0)
-    rows = {row["contestant"]: row for row in sweep.run(problem, 5.0)}
+    sweep._last[("chunked", "forward")] = (problem.pairs // 4, 2000.0)
+    rows = {row["contestant"]: row for row in sweep.run(problem, 7200.0)}
     assert rows["chunked"]["status"] == "skipped"
-    assert "about 8 s" in rows["chunked"]["reason"]
+    assert "about 8000 s" in rows["chunked"]["reason"]
     assert rows["eager"]["repeats"] == 2
 
 
+def test_without_time_the_peer_is_measured_and_the_rest_say_why(
+    problem: AttentionProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {row["contestant"]: row for row in make_sweep(monkeypatch).run(problem, 0.0)}
+    (peer,) = ATTENTION.peers_on("cpu")
+    assert rows.keys() == {peer, "eager", "chunked"}
+    assert rows[peer]["status"] == "ok" and rows[peer]["repeats"] >= 1
+    for name in ("eager", "chunked"):
+        assert rows[name]["status"] == "skipped"
+        assert rows[name]["reason"].startswith("no time left")
+
+
 @pytest.mark.parametrize(
-    ("end", "status", "reason"),
+    ("end", "timeout", "status", "reason"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "failed", "SIGKILL (out of memory?)"),
-        (lambda: os.kill(os.getpid(), signal.SIGUSR1), "failed", "SIGUSR1 (crashed)"),
-        (lambda: time.sleep(60), "skipped", "a run takes over 1 s"),
-        (lambda: 1 / 0, "failed", "ZeroDivisionError: division by zero"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), 300.0, "failed", "SIGKILL (out of memory?)"),
+        (lambda: os.kill(os.getpid(), signal.SIGUSR1), 300.0, "failed", "SIGUSR1 (crashed)"),
+        (lambda: time.sleep(600), 1.0, "skipped", "a run takes over 1 s"),
+        (lambda: 1 / 0, 300.0, "failed", "ZeroDivisionError: division by zero"),
     ],
     ids=["killed", "crashed", "overdue", "raised"],
 )
 def test_a_contestant_that_dies_is_reported(
     end: Any,
+    timeout: float,
     status: str,
     reason: str,
     problem: AttentionProblem,
@@ -359,7 +373,7 @@ def test_a_contestant_that_dies_is_reported(
         "problem_file": str(tmp_path / "problem.pt"),
         "backward": False,
         "exact_file": "never read",
-        "timeout": 1.0,
+        "timeout": timeout,
     }
     record = examine._examine_in_fork(request, 1)
     assert record["status"] == status

@@ -40,7 +40,7 @@ def test_vectors(isa: str, tmp_path: Path) -> None:
         ],
         check=True,
     )
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "simd_check: ok" in done.stdout
 

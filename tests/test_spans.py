@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ral_kernels as rk
+from tests.examples import REPRODUCIBLE
 
 IMAGE, VIDEO, START, END, TEXT, PAD = 151655, 151656, 151652, 151653, 9, 151643
 
@@ -37,7 +38,7 @@ def test_from_lengths() -> None:
     assert rk.Spans.from_lengths([]).num_spans == 0
 
 
-@settings(deadline=None, derandomize=True)
+@REPRODUCIBLE
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 5), st.integers(0, 5))
 def test_from_lengths_counts(lengths: list[int], before: int, behind: int) -> None:
     total = before + sum(lengths) + behind

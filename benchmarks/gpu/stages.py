@@ -164,7 +164,7 @@ class SweepPlan:
             frames, grid, heads = (2, 3), (3, 4), (4, 2, 32)
         numbers = ["--heads", heads[0], "--kv-heads", heads[1], "--head-dim", heads[2]]
         numbers += ["--frames", *frames, "--grid", *grid, "--repeats", self.repeats]
-        numbers += ["--budget", setting.budget - 25 if not setting.rehearse else 15]
+        numbers += ["--budget", max(setting.budget - 25, 10)]
         command = _python("benchmarks/frames_sweep.py", *(str(x) for x in numbers))
         command += ["--objective", self.objective, "--input", "random", *self.more]
         command += ["--device", setting.device, "--out", str(setting.out / self.folder)]

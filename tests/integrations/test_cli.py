@@ -65,7 +65,7 @@ def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "map.png"
     words = command(folder, out=out, response=None, max_new_tokens=6, tokens="0,2-4", layer=-1)
     done = subprocess.run(
-        [sys.executable, "-m", "ral_kernels", *words], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "ral_kernels", *words], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(out)] and "answer: " in done.stderr
@@ -219,7 +219,7 @@ def test_help_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
         "assert not {'transformers', 'matplotlib', 'PIL'} & set(sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
     assert "--granularity" in done.stdout
 

@@ -20,13 +20,13 @@ from ral_kernels.divergence.arguments import KINDS
 from ral_kernels.policy import attention_policy
 from ral_kernels.policy_divergence import attention_divergence, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
+from tests.examples import REPRODUCIBLE
 
 # The backend's fixture and those of conftest.py hold for all examples of a test.
 EXAMPLES = settings(
+    REPRODUCIBLE,
     max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 EXAMPLES_IN_INTERPRETER = 3  # of Triton's kernels: an example takes seconds there
 

@@ -164,12 +164,12 @@ def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ral", "sft", *words(folder, tmp_path / "run", "max_steps=1")],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "sft 1/1  loss " in done.stderr and "Warning" not in done.stderr
     done = subprocess.run(
-        [sys.executable, "-m", "ral", "sfd"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "ral", "sfd"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "ral: there is no command 'sfd'; did you mean sft?\n"
@@ -180,7 +180,7 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     reward = f"reward={folder / 'rewards.py'}:letters"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "ral"]
     given = words(folder, tmp_path / "run", *RL, reward, "max_steps=2")
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 240}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
     options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, "train", *given], **options)
     assert done.returncode == 0, done.stderr
@@ -204,7 +204,7 @@ def test_ctrl_c_and_the_command_that_it_names(folder: Path, tmp_path: Path) -> N
         time.sleep(0.1)
         waited += 0.1
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=120)
+    _, said = running.communicate(timeout=300)
     assert running.returncode == 130 and "Traceback" not in said
     command = shlex.split(said.strip().splitlines()[-1].partition("resume with: ")[2])
     assert command[:4] == ["python", "-m", "ral", "train"]

@@ -39,7 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names.append(f"resuming:ddp,fsdp2,{','.join(ways)}")
     done = subprocess.run(
         [sys.executable, "-m", "tests.trainer.two_processes", str(model), str(folder), *names],
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
