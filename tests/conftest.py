@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-# numpy's products, in Triton's interpreter and in processes that tests start: before numpy is
-# imported, and for the reason of the fixture `threads`.
+# numpy's products in Triton's interpreter, and both libraries in processes that tests start: before
+# numpy is imported, and for the reason of the fixture `threads`.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -37,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if triton_runtime.interpreted():
         interpreter.make_quick()
     config.addinivalue_line("markers", "xdist_group(name): run by one worker, for what they share")
+    config.addinivalue_line("markers", "long: begun first, or a worker waits for it at the end")
     config.addinivalue_line("markers", "gpu: gives kernels tensors of the GPU itself")
     config.addinivalue_line(
         "markers",
@@ -53,6 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:

@@ -53,6 +53,7 @@ def examine_in_place(
     return examine.examine_here(ATTENTION, contestant, problem, True, str(folder / "exact.pt"))
 
 
+@pytest.mark.long
 def test_frames_sweep_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [
         "--frames",
@@ -150,6 +151,7 @@ def test_unknown_options(options: list[str]) -> None:
         frames_sweep.main(options)
 
 
+@pytest.mark.long
 def test_ral_objective_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--objective", "ral", "--rows", "20", "--frames", "3", "5", "--grid", "4", "6"]
     options += ["--dtype", "float32", "--out", str(tmp_path), "--contestants"]
@@ -240,6 +242,7 @@ def test_kept_memory_is_not_mapped_anew() -> None:
     assert faults("given back") > 1000 > 10 * faults("kept")
 
 
+@pytest.mark.long
 def test_policy_divergence_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--quick", "--seqlen", "256", "--rows", "32", "--out", str(tmp_path)]
     assert policy_divergence_bench.main(options) == 0

@@ -33,6 +33,7 @@ def records_of(out: Path) -> dict[str, Any]:
     return {record["stage"]: record for record in run["stages"]}
 
 
+@pytest.mark.long
 def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The stages' own commands; the sweeps' are tested in test_benchmarks.py, one is run here."""
     if not triton_runtime._installed():
@@ -59,6 +60,7 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"correctness: ok, {records['correctness']['seconds']} s, {passed} passed" in printed
 
 
+@pytest.mark.long
 def test_a_sweep_as_the_stage_runs_it(tmp_path: Path) -> None:
     plan = SWEEPS[2]
     stage = Stage("sweep", 600, plan.command, plan.collect)

@@ -60,6 +60,7 @@ def size_of(path: Path) -> tuple[int, int]:
         return picture.size
 
 
+@pytest.mark.long
 def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     """Once as a person calls it: generating, with tokens chosen."""
     out = tmp_path / "map.png"

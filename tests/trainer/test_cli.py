@@ -161,6 +161,7 @@ def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert picture.stat().st_size > 5000
 
 
+@pytest.mark.long
 def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ral", "sft", *words(folder, tmp_path / "run", "max_steps=1")],
@@ -175,6 +176,7 @@ def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     assert done.stderr == "ral: there is no command 'sfd'; did you mean sft?\n"
 
 
+@pytest.mark.long
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
     """Both end well, and one of them speaks; an error of both is said once."""
     reward = f"reward={folder / 'rewards.py'}:letters"
@@ -191,6 +193,7 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     assert done.returncode != 0 and done.stderr.count("there is no command 'sfd'") == 1
 
 
+@pytest.mark.long
 def test_ctrl_c_and_the_command_that_it_names(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "a run"  # the space is quoted
     given = words(folder, out, *RL, f"reward={folder / 'rewards.py'}:letters", "max_steps=5000")

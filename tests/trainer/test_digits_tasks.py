@@ -7,6 +7,7 @@ import pytest
 import torch
 from trl.data_utils import prepare_multimodal_messages
 
+from ral.digits import start
 from ral.digits.evaluate import evaluate
 from ral.digits.model import IMAGE, make_model, make_processor, save_start
 from ral.digits.puzzles import COLOURS, NAMES, make_puzzle
@@ -113,9 +114,12 @@ def test_checkpoints_come_back(tmp_path) -> None:
     assert processor.tokenizer.decode(ids) == text and len(ids) == 6
 
 
-def test_a_short_start_learns_the_form(tmp_path) -> None:
-    """Fewer steps than are needed for the task, the same twice over."""
-    settings = {"task": "timestamp", "steps": 30, "extents": (2,), "log": None}
+@pytest.mark.long
+def test_a_short_start_learns_the_form(tmp_path, monkeypatch) -> None:
+    """Fewer steps and pictures than are needed for the task, the same twice over."""
+    for name, value in (("CELLS", 1024), ("ROWS", 512), ("VISION_BATCH", 64)):
+        monkeypatch.setattr(start, name, value)
+    settings = {"task": "timestamp", "steps": 30, "extents": (2,), "batch_size": 32, "log": None}
     first = train_start(tmp_path / "1", **settings)
     assert sum(first.losses[-5:]) < 0.7 * sum(first.losses[:5])
     scores = evaluate(tmp_path / "1", "timestamp", extents=(2,), size=16)[2]

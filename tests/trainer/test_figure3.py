@@ -21,11 +21,13 @@ from ral import RALConfig
 from ral.digits.evaluate import evaluate
 from ral.digits.model import make_model, make_processor, save_start
 
+pytestmark = pytest.mark.xdist_group("study")  # one worker prepares what is evaluated
+
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory) -> one.Plan:
     """A study whose start and teacher are random models."""
-    plan = one.Plan(tmp_path_factory.mktemp("study"), 1, 4)
+    plan = one.Plan(tmp_path_factory.mktemp("study"), 1, 2)
     for task in TASKS.values():
         for style in ("think", "direct"):
             save_start(plan.start(task, style))
@@ -295,7 +297,7 @@ def test_a_study(plan, tmp_path: Path, capsys) -> None:
         assert [done for done, _ in result["target_curve"]] == [0, 1]
     before = plan.result("frames", "ral", 0).stat().st_mtime_ns
     arguments = ["--tasks", "frames", "--arms", *arms, "--seeds", "1", "--batches", "1"]
-    arguments += ["--test-rows", "4", "--workers", "1", "--runs", str(plan.folder)]
+    arguments += ["--test-rows", "2", "--workers", "1", "--runs", str(plan.folder)]
     assert figure3.main([*arguments, "--out", str(tmp_path)]) == 0
     assert plan.result("frames", "ral", 0).stat().st_mtime_ns == before  # runs are not repeated
     (file,) = tmp_path.glob("*.json")

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import train_overhead
 
 
+@pytest.mark.long
 def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--frames", "2", "--repeats", "1", "--response", "4", "--layers", "2"]
     arguments += ["--width", "64", "--threads", "1", "--out", str(tmp_path)]
