@@ -77,9 +77,9 @@ def choose(op: str, table: Mapping[str, Any], args: Any, requested: str) -> Any:
         module = table.get(name)
         if module is None:
             continue
-        reason = _passed_over(module)
+        reason = module.can_run(args)  # first: where the tensors are is said at once
         if reason is None:
-            reason = module.can_run(args)
+            reason = _passed_over(module)
         if reason is None:
             return module
         logger.debug("%s: backend %s passed over: %s", op, name, reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_int64, c_void_p
 
 import torch
@@ -35,6 +35,11 @@ def broadcast_struct(x: Tensor | None) -> BroadcastStruct:
 
 def pointer(x: Tensor | None) -> int | None:
     return None if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> str:
+    """For messages."""
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
 
 
 def check_struct_sizes(

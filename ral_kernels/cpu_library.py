@@ -104,8 +104,8 @@ def run_tiles(dtype: torch.dtype, repeats: int) -> int:
     )
 
 
-def raise_for_status(op: str, status: int, shapes: str) -> None:
+def raise_for_status(op: str, status: int, **tensors: Tensor) -> None:
     """Turn a status of the library into an exception that names op and shapes."""
     if status != 0:
         reason = STATUS.get(status, f"status {status}")
-        raise RuntimeError(f"{op}: backend 'cpu' failed: {reason}; {shapes}")
+        raise RuntimeError(f"{op}: backend 'cpu' failed: {reason}; {c_interface.shapes(tensors)}")

@@ -137,9 +137,10 @@ def stream(x: Tensor) -> int:
     return int(torch.cuda.current_stream(x.device).cuda_stream)
 
 
-def raise_for_status(op: str, status: int, shapes: str) -> None:
+def raise_for_status(op: str, status: int, **tensors: Tensor) -> None:
     """Turn a launch's status into an exception that names op, kernel and shapes."""
     if status != 0:
         kernel = library().ral_cuda_failed_kernel().decode()
         reason = library().ral_cuda_error_string(status).decode()
+        shapes = c_interface.shapes(tensors)
         raise RuntimeError(f"{op}: backend 'cuda' failed: {kernel}: {reason}; {shapes}")

@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import frames_sweep, plot, policy_divergence_bench, resolution_sweep
+import ral_kernels as rk
+from benchmarks import decode_bench, frames_sweep, plot, policy_divergence_bench, resolution_sweep
 from benchmarks.sweeps import examine, measure, pictures, ral
 from benchmarks.sweeps.attention import ATTENTION, contestants
 from benchmarks.sweeps.attention.exact import exact
@@ -255,6 +257,20 @@ def test_policy_divergence_bench(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "target 0.02" in printed
     assert "for each row-key pair" in printed
+
+
+def test_decode_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_bench.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = results_of(tmp_path)["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        times = {name: milliseconds["median"] for name, milliseconds in row["ms"].items()}
+        assert times[row["peer"]] == min(times["sdpa"], times["sdpa_rows"])
+    case, dtype = decode_bench.cases(quick=True)[0], "float32"
+    wrong = SimpleNamespace(attention=lambda *args, **options: rk.attention(*args, scale=1.0))
+    monkeypatch.setattr(decode_bench, "rk", wrong)
+    row = decode_bench.measure(case, dtype, 1)
+    assert row["wrong"].startswith("ral: out error") and "ms" not in row
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

@@ -153,8 +153,3 @@ def with_unit_stride(args: AttentionArgs) -> AttentionArgs:
         if (x := getattr(args, name)) is not None and x.stride(-1) != 1
     }
     return replace(args, **changes) if changes else args
-
-
-def shapes(args: AttentionArgs) -> str:
-    """For messages."""
-    return f"q {tuple(args.q.shape)}, k {tuple(args.k.shape)}, v {tuple(args.v.shape)}"

@@ -52,7 +52,7 @@ def fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> Non
     args = c_structs.with_unit_stride(args)
     outputs = c_structs.outputs(out, marginals, lse)
     status = _library().ral_cpu_attention_fwd(ctypes.byref(_params(args)), ctypes.byref(outputs))
-    cpu_library.raise_for_status("attention", status, c_structs.shapes(args))
+    cpu_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)
 
 
 def bwd(
@@ -76,4 +76,4 @@ def bwd(
     status = _library().ral_cpu_attention_bwd(
         ctypes.byref(_params(args)), ctypes.byref(outputs), ctypes.byref(gradients)
     )
-    cpu_library.raise_for_status("attention", status, c_structs.shapes(args))
+    cpu_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)

@@ -62,7 +62,7 @@ def fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> Non
     outputs = c_structs.outputs(out, marginals, lse)
     with cuda_library.on_device_of(args.q):
         status = _launch("ral_cuda_attention_fwd", args, ctypes.byref(outputs))
-    cuda_library.raise_for_status("attention", status, c_structs.shapes(args))
+    cuda_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)
 
 
 def _launch(entry: str, args: AttentionArgs, *rest: object) -> int:
@@ -112,4 +112,4 @@ def bwd(
             ctypes.byref(gradients),
             ctypes.c_void_p(scratch.data_ptr()),
         )
-    cuda_library.raise_for_status("attention", status, c_structs.shapes(args))
+    cuda_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)

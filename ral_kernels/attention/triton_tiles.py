@@ -18,10 +18,10 @@ def head_dim_class(head_dim: int, head_dim_v: int) -> int:
 
 # The interpreter pays by the operation: few programs, but boundaries of blocks in every test.
 _INTERPRETED = {
-    "fwd": Tile(64, 32, 4, 1),
-    "decode": Tile(16, 32, 4, 1),
+    "fwd": Tile(64, 64, 4, 1),
+    "decode": Tile(16, 64, 4, 1),
     "bwd_dkdv": Tile(32, 64, 4, 1),
-    "bwd_dq": Tile(64, 32, 4, 1),
+    "bwd_dq": Tile(64, 64, 4, 1),
 }
 # Tiles of this list of sizes that do not spill (triton 3.7.1, ahead of time), with the registers a
 # thread (of 255) and the shared memory that they take: registers limit them all. Where "mma"

@@ -44,4 +44,4 @@ def fwd(
         num_threads=torch.get_num_threads(),
     )
     status = policy_cpu.library().ral_cpu_divergence_fwd(ctypes.byref(params))
-    cpu_library.raise_for_status("divergence", status, f"p {tuple(p.shape)}")
+    cpu_library.raise_for_status("divergence", status, p=p)

@@ -129,7 +129,6 @@ class Bundle:
         num_threads: int = 0,
     ) -> None:
         self._kept: list[Tensor] = []
-        self.shapes = f"q {tuple(args.q.shape)}, k {tuple(args.k.shape)}"
         ids, ids_stride = self._rows(args.span_ids)
         scope, scope_stride = self._rows(args.scope)
         padding, padding_stride = self._rows(args.key_padding_mask)

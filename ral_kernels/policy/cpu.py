@@ -53,7 +53,7 @@ def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
     bundle = bundle_of(args, norm, z)
     params = Params(common=bundle.common, policy=bundle.policy, p=pointer(p))
     status = library().ral_cpu_policy_fwd(ctypes.byref(params))
-    cpu_library.raise_for_status("attention_policy", status, bundle.shapes)
+    cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)
 
 
 def bwd(
@@ -78,4 +78,4 @@ def bwd(
         dspan_bias=pointer(dspan_bias),
     )
     status = library().ral_cpu_policy_bwd(ctypes.byref(params))
-    cpu_library.raise_for_status("attention_policy", status, bundle.shapes)
+    cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)

@@ -44,7 +44,7 @@ def fwd(
     params = c_structs.params(bundle, args, ref_norm, ref_z, u, w)
     params.value = pointer(value)
     status = policy_cpu.library().ral_cpu_policy_divergence_fwd(ctypes.byref(params))
-    cpu_library.raise_for_status("attention_divergence", status, bundle.shapes)
+    cpu_library.raise_for_status("attention_divergence", status, q=args.policy.q, k=args.policy.k)
 
 
 def bwd(
@@ -69,7 +69,7 @@ def bwd(
     params.dq = tensor_struct(dq)
     params.dk = tensor_struct(dk)
     status = policy_cpu.library().ral_cpu_policy_divergence_bwd(ctypes.byref(params))
-    cpu_library.raise_for_status("attention_divergence", status, bundle.shapes)
+    cpu_library.raise_for_status("attention_divergence", status, q=args.policy.q, k=args.policy.k)
 
 
 def loss(
@@ -95,4 +95,4 @@ def loss(
     params.dq = tensor_struct(dq)
     params.dk = tensor_struct(dk)
     status = policy_cpu.library().ral_cpu_policy_loss(ctypes.byref(params))
-    cpu_library.raise_for_status("ral_loss", status, bundle.shapes)
+    cpu_library.raise_for_status("ral_loss", status, q=args.policy.q, k=args.policy.k)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import cuda_library
 from ..c_interface import pointer, tensor_struct
+from ..policy.arguments import PolicyArgs
 from ..policy.c_structs import Bundle, DivergenceParams, SideStruct
 from . import c_structs
 from .arguments import PolicyDivergenceArgs
@@ -69,20 +70,20 @@ def _prepared(args: PolicyDivergenceArgs) -> PolicyDivergenceArgs:
     )
 
 
-def _run(op: str, name: str, bundle: Bundle, params: DivergenceParams, like: Tensor) -> None:
+def _run(op: str, name: str, params: DivergenceParams, policy: PolicyArgs) -> None:
     """Call the entry point `name` with the scratch memory that it asks for."""
     library, call, limit = _library(), ctypes.byref(params), ctypes.c_int64(CHUNK)
     count = getattr(library, f"{name}_scratch")
     count.restype = ctypes.c_int64
-    scratch = cuda_library.scratch(like, count(call, limit))
-    with cuda_library.on_device_of(like):
+    scratch = cuda_library.scratch(policy.q, count(call, limit))
+    with cuda_library.on_device_of(policy.q):
         status = getattr(library, name)(
             call,
             limit,
             ctypes.c_void_p(scratch.data_ptr()),
-            ctypes.c_void_p(cuda_library.stream(like)),
+            ctypes.c_void_p(cuda_library.stream(policy.q)),
         )
-    cuda_library.raise_for_status(op, status, bundle.shapes)
+    cuda_library.raise_for_status(op, status, q=policy.q, k=policy.k)
 
 
 def fwd(
@@ -100,7 +101,7 @@ def fwd(
     bundle = Bundle(args.policy, norm, z)
     params = c_structs.params(bundle, args, ref_norm, ref_z, u, w)
     params.value = pointer(value)
-    _run("attention_divergence", "ral_cuda_policy_divergence_fwd", bundle, params, value)
+    _run("attention_divergence", "ral_cuda_policy_divergence_fwd", params, args.policy)
 
 
 def bwd(
@@ -124,7 +125,7 @@ def bwd(
     params.dvalue = pointer(dvalue)
     params.dq = tensor_struct(dq)
     params.dk = tensor_struct(dk)
-    _run("attention_divergence", "ral_cuda_policy_divergence_bwd", bundle, params, dvalue)
+    _run("attention_divergence", "ral_cuda_policy_divergence_bwd", params, args.policy)
 
 
 def loss(
@@ -149,4 +150,4 @@ def loss(
     params.dvalue = pointer(weights)
     params.dq = tensor_struct(dq)
     params.dk = tensor_struct(dk)
-    _run("ral_loss", "ral_cuda_policy_divergence_loss", bundle, params, value)
+    _run("ral_loss", "ral_cuda_policy_divergence_loss", params, args.policy)

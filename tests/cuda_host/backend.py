@@ -103,7 +103,7 @@ class _Watched:
         seam.scratch, seam.aligned = scratch, aligned
         seam.stream = lambda x: 0
         seam.on_device_of = lambda x: contextlib.nullcontext()
-        seam.raise_for_status = lambda *rest: None
+        seam.raise_for_status = lambda *rest, **tensors: None
         try:
             with (
                 mock.patch.object(self._module, "cuda_library", seam),

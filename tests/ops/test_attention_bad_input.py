@@ -389,6 +389,10 @@ def test_missing_build_is_a_runtime_error(monkeypatch: pytest.MonkeyPatch) -> No
         def available() -> str:
             return "the library is not built"
 
+        @staticmethod
+        def can_run(args: Any) -> None:
+            return None
+
     monkeypatch.setitem(interface.BACKENDS, "cpu", Missing)
     with pytest.raises(
         RuntimeError, match=r"^attention: backend 'cpu' is not available: the library is not built"
@@ -396,6 +400,18 @@ def test_missing_build_is_a_runtime_error(monkeypatch: pytest.MonkeyPatch) -> No
         call(backend="cpu")
     assert e.type is RuntimeError
     assert rk.available_backends()["cpu"] == "the library is not built"
+    call()
+
+
+def test_a_backend_that_cannot_take_the_tensors_is_not_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A library that was not built would be searched for, and its note read, in every call."""
+
+    def look() -> None:
+        raise AssertionError("these tensors are on the CPU")
+
+    monkeypatch.setattr(interface.BACKENDS["cuda"], "available", look)
     call()
 
 
