@@ -164,7 +164,7 @@ class ForwardBlocks {
                                              params_.head_dim, stage, state.queries);
     } else {
       const int64_t ld = round_up(params_.head_dim, kLanes);
-      memset(state.queries, 0, block.count * ld * sizeof(float));
+      memset(state.queries, 0, round_up(block.count, kLanes / 2) * ld * sizeof(float));
       for (int64_t c = 0; c < block.count; ++c) {
         convert_to_float(params_.dtype, column_row(problem_, s, params_.q, block, c),
                          params_.head_dim, reinterpret_cast<float*>(state.queries) + c * ld);

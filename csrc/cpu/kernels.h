@@ -7,13 +7,12 @@
 namespace ral {
 
 // Whether a forward has so few queries to each key, as a step of decoding has, that packing K and V
-// would take longer than the products. Of bfloat16, packed operands make up for it sooner: with
-// four queries a kv head the forward takes .7 of the time without packing, with eight 1.4; of
-// float32 .2 and .4 (8,192 keys, Emerald Rapids with AMX, 2026-11).
+// would take longer than the products: without it, eight queries a kv head take .8 of the time in
+// bfloat16, packed for AMX, and less than half in float32 (8,192 keys, Emerald Rapids, 2026-11).
 static inline bool has_few_queries(const ral_attention_params& params) {
-  const int64_t few = params.dtype == RAL_BFLOAT16 ? 4 : 8;
+  constexpr int64_t kFew = 8;
   if (params.cu_seqlens_q || params.num_kv_heads == 0) return false;
-  return params.seqlen_q * (params.num_heads / params.num_kv_heads) <= few;
+  return params.seqlen_q * (params.num_heads / params.num_kv_heads) <= kFew;
 }
 
 struct Kernels {

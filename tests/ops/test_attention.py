@@ -164,7 +164,9 @@ def test_attention(case: AttentionCase, dtype: torch.dtype, backend: str) -> Non
 
 ISA_CASES = (
     "decode_mha",
+    "decode_gqa_5",
     "decode_gqa_7",
+    "decode_6_queries",
     "decode_with_options",
     "decode_increasing",
     "length_1",
@@ -194,6 +196,22 @@ ISA_CASES = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_every_cpu_variant(name: str, dtype: torch.dtype, isa: str, threads: int) -> None:
     check_case(BY_NAME[name], dtype, "cpu")
+
+
+@pytest.mark.parametrize("num_heads", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_a_step_of_decoding_reads_no_padding(num_heads: int, dtype: torch.dtype, isa: str) -> None:
+    """A cache holds anything where there is no token, and NaN times 0 is NaN."""
+    case = AttentionCase("", 1, 100, num_heads=num_heads, head_dim=40, key_padding="right")
+    inputs = case.inputs(dtype)
+    clean = rk.attention(inputs.q, inputs.k, inputs.v, backend="cpu", **inputs.options).out
+    assert not clean.isnan().any()
+    hidden = ~inputs.options["key_padding_mask"]
+    assert hidden.any()
+    inputs.v[hidden[:, None].expand(-1, inputs.v.shape[1], -1)] = float("nan")
+    inputs.k[hidden[:, None].expand(-1, inputs.k.shape[1], -1)] = float("nan")
+    dirty = rk.attention(inputs.q, inputs.k, inputs.v, backend="cpu", **inputs.options).out
+    assert torch.equal(dirty, clean)
 
 
 @pytest.mark.parametrize(
