@@ -1,6 +1,6 @@
 """A step of decoding on the CPU: `attention` with span marginals beside PyTorch's SDPA without.
 
-    python benchmarks/decode_bench.py            # about two minutes on 2 cores
+    python benchmarks/decode_bench.py            # a minute on 2 cores
     python benchmarks/decode_bench.py --quick    # fewer shapes and repeats
 
 One query a sequence over cached keys, 32 spans. The peer is the faster of two calls of SDPA: with
