@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,14 @@ class Launch:
 
 
 @dataclass
-class _Recorder:
+class _Pretence:
+    """Tensors of the CPU are taken for those of a GPU of this architecture."""
+
     architecture: str
-    launches: list[Launch]
+    launches: list[Launch] | None  # where launches are recorded; None: they go to Triton's driver
 
 
-_recorder: _Recorder | None = None
+_pretence: _Pretence | None = None
 
 
 def interpreted() -> bool:
@@ -75,7 +77,7 @@ def available() -> str | None:
     """None if Triton kernels work on this machine, else the reason why not."""
     if not _installed():
         return "triton is not installed (pip install triton)"
-    if _recorder is not None or interpreted():
+    if _pretence is not None or interpreted():
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels in Python, to test)"
@@ -86,7 +88,7 @@ def available() -> str | None:
 
 def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
     """Why kernels cannot take these tensors (device and dtype); None if they can."""
-    if _recorder is None:
+    if _pretence is None:
         if interpreted() and x.device.type != "cpu":
             return f"with TRITON_INTERPRET=1 it needs CPU tensors; got {x.device}"
         if not interpreted() and x.device.type != "cuda":
@@ -101,13 +103,13 @@ def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
 
 def only_on_request() -> str | None:
     """Why the automatic choice of a backend leaves Triton out; None where it does not."""
-    return "the interpreter is for tests" if interpreted() and _recorder is None else None
+    return "the interpreter is for tests" if interpreted() and _pretence is None else None
 
 
 def architecture(device: torch.device) -> str:
     """The row of the tables of tile sizes: "sm_80", "sm_90", "sm_100" or "interpreter"."""
-    if _recorder is not None:
-        return _recorder.architecture
+    if _pretence is not None:
+        return _pretence.architecture
     if interpreted():
         return INTERPRETER
     return _architecture(device.index if device.index is not None else torch.cuda.current_device())
@@ -124,7 +126,7 @@ def _architecture(index: int) -> str:
 
 def num_multiprocessors(device: torch.device) -> int:
     """For how many programs to aim at: 132 where there is no device to ask."""
-    if _recorder is not None or interpreted():
+    if _pretence is not None or interpreted():
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -137,7 +139,7 @@ def launch(
     num_stages: int,
     fp_fusion: bool = True,
 ) -> None:
-    """Launch `kernel` with arguments by name.
+    """Launch `kernel` with arguments by name, on the device of its tensors.
 
     `fp_fusion` lets the compiler round a multiplication and an addition once. It is stated because
     Triton's default has changed; kernels in which two results must agree bit for bit go without.
@@ -145,11 +147,31 @@ def launch(
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
-    if _recorder is not None:
+    if _pretence is not None and _pretence.launches is not None:
         name = kernel.__name__
-        _recorder.launches.append(Launch(kernel, name, grid, arguments, options))
+        _pretence.launches.append(Launch(kernel, name, grid, arguments, options))
         return
-    kernel[grid](**arguments, **options)
+    device = next((x.device for x in arguments.values() if isinstance(x, Tensor)), None)
+    with _on_device(device):
+        kernel[grid](**arguments, **options)
+
+
+def _on_device(device: torch.device | None) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' own."""
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@contextmanager
+def pretend(architecture: str) -> Iterator[None]:
+    """Inside, tensors of the CPU are taken for those of a GPU of `architecture`.
+
+    Launches go to Triton's driver, which must be one that makes nothing of their pointers: kernels
+    are specialised, compiled and looked up as on that GPU, and nothing runs.
+    """
+    with _pretending(_Pretence(architecture, None)):
+        yield
 
 
 @contextmanager
@@ -159,42 +181,59 @@ def record_launches(architecture: str) -> Iterator[list[Launch]]:
     Outputs keep what was in them. This is how kernels are compiled ahead of time, for a GPU that is
     not there, with exactly the arguments and tile sizes that a call would give them.
     """
-    global _recorder
+    launches: list[Launch] = []
+    with _pretending(_Pretence(architecture, launches)):
+        yield launches
+
+
+@contextmanager
+def _pretending(pretence: _Pretence) -> Iterator[None]:
+    global _pretence
     if interpreted():
         raise RuntimeError("record_launches: kernels are not compiled under TRITON_INTERPRET=1")
-    before, _recorder = _recorder, _Recorder(architecture, [])
+    before, _pretence = _pretence, pretence
     try:
-        yield _recorder.launches
+        yield
     finally:
-        _recorder = before
+        _pretence = before
 
 
 def tuned(
     name: str,
     key: tuple[Any, ...],
     default: Tile,
-    candidates: Sequence[Tile],
+    candidates: Callable[[], Sequence[Tile]],
     run: Callable[[Tile], None],
+    device: torch.device,
 ) -> Tile:
     """The tile of a kernel: `default` from the table, or with RAL_AUTOTUNE=1 the fastest candidate.
 
-    `key` is what the choice depends on (dtype, head dims, ...). `run` launches the kernel with a
-    tile; it may be called often. A choice is kept in a file per GPU and triton release, in
-    RAL_CACHE_DIR or ~/.cache/ral_kernels, and holds from then on whenever RAL_AUTOTUNE=1.
+    `candidates` is called with RAL_AUTOTUNE=1 alone: a list of tiles takes as long to make as a
+    launch. `key` is what the choice depends on (dtype, head dims, ...). `run` launches the kernel
+    with a tile on `device`; it may be called often. A choice is kept in a file per GPU and triton
+    release, in RAL_CACHE_DIR or ~/.cache/ral_kernels, and holds from then on whenever
+    RAL_AUTOTUNE=1.
     """
-    if _recorder is not None or interpreted() or os.environ.get("RAL_AUTOTUNE", "0") != "1":
+    if _pretence is not None or interpreted() or os.environ.get("RAL_AUTOTUNE", "0") != "1":
         return default
+    with _on_device(device):
+        return _fastest(name, key, candidates(), run)
+
+
+def _fastest(
+    name: str, key: tuple[Any, ...], tiles: Sequence[Tile], run: Callable[[Tile], None]
+) -> Tile:
     cache = _tuning_cache()
-    entry = f"{name} {key} {_fingerprint(candidates)}"
-    if cache.get(entry, -1) not in range(len(candidates)):
-        times = [_milliseconds(run, tile) for tile in candidates]
-        best = min(range(len(candidates)), key=times.__getitem__)
+    entry = f"{name} {key} {_fingerprint(tiles)}"
+    if cache.get(entry, -1) not in range(len(tiles)):
+        times = [_milliseconds(run, tile) for tile in tiles]
+        best = min(range(len(tiles)), key=times.__getitem__)
         if times[best] == float("inf"):
-            raise RuntimeError(f"{name}: none of {len(candidates)} tile sizes runs for {key}")
-        logger.info("%s %s: %s (%.3f ms)", name, key, candidates[best], times[best])
+            raise RuntimeError(f"{name}: none of {len(tiles)} tile sizes runs for {key}")
+        logger.info("%s %s: %s (%.3f ms)", name, key, tiles[best], times[best])
         cache[entry] = best
         _keep(cache)
-    return candidates[cache[entry]]
+    return tiles[cache[entry]]
 
 
 def _milliseconds(run: Callable[[Tile], None], tile: Tile) -> float:
@@ -207,9 +246,9 @@ def _milliseconds(run: Callable[[Tile], None], tile: Tile) -> float:
         return float("inf")
 
 
-def _fingerprint(candidates: Sequence[Tile]) -> str:
+def _fingerprint(tiles: Sequence[Tile]) -> str:
     """Part of an entry's name: another list of candidates is searched anew."""
-    return hashlib.sha256(repr(candidates).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr(tiles).encode()).hexdigest()[:12]
 
 
 def _cache_file() -> Path:

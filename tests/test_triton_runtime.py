@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import ral_kernels as rk
 from ral_kernels import backends, triton_runtime
@@ -179,6 +180,39 @@ def test_launch_states_fp_fusion() -> None:
     ]
 
 
+def test_launches_on_the_device_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch, gpu: dict[str, Any]
+) -> None:
+    """Also where another device is the current one, which is all that Triton asks for."""
+    current, seen = [0], []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    kernel = Kernel()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty(2, device=f"cuda:{index}") for index in (0, 1)]
+    for x in tensors:
+        monkeypatch.setattr(
+            Kernel, "__getitem__", lambda self, grid: lambda **rest: seen.append(current[-1])
+        )
+        triton_runtime.launch(kernel, (3,), {"n": 5, "x_ptr": None, "y_ptr": x}, 4, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAL_AUTOTUNE", "1")
+            patch.setattr(triton_runtime, "_fastest", lambda *rest: seen.append(current[-1]))
+            triton_runtime.tuned("toy", (), TILES[0], lambda: TILES, lambda tile: None, x.device)
+    assert seen == [0, 0, 1, 1] and current == [0]
+
+
 def test_record_launches(compiled: None) -> None:
     kernel = Kernel()
     with triton_runtime.record_launches("sm_90") as launches:
@@ -201,7 +235,7 @@ def test_record_launches(compiled: None) -> None:
 def test_recording_ends_with_an_error(compiled: None) -> None:
     with pytest.raises(KeyError), triton_runtime.record_launches("sm_90"):
         raise KeyError
-    assert triton_runtime._recorder is None
+    assert triton_runtime._pretence is None
 
 
 def test_nothing_is_recorded_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +272,7 @@ class Search:
         triton_runtime._tuning_cache.cache_clear()
 
     def tuned(self, key: tuple[Any, ...] = (128,), tiles: tuple[Tile, ...] = TILES) -> Tile:
-        return triton_runtime.tuned("toy_fwd", key, TILES[0], tiles, self.ran.append)
+        return triton_runtime.tuned("toy_fwd", key, TILES[0], lambda: tiles, self.ran.append, CPU)
 
 
 @pytest.fixture
@@ -263,6 +297,16 @@ def test_the_table_decides_unless_asked(search: Search, monkeypatch: pytest.Monk
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert search.tuned() is TILES[0]
     assert not search.timed
+
+
+def test_candidates_are_made_for_a_search_alone(compiled: None) -> None:
+    """A list of tiles in every launch took longer than the launch."""
+
+    def candidates() -> tuple[Tile, ...]:
+        raise AssertionError("nobody asked for a search")
+
+    found = triton_runtime.tuned("toy_fwd", (), TILES[0], candidates, lambda tile: None, CPU)
+    assert found is TILES[0]
 
 
 def test_searches_once_and_keeps_the_fastest(search: Search, tmp_path: Path) -> None:

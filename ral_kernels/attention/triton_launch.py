@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -118,9 +119,15 @@ def _tile(kernel: str, args: AttentionArgs, run: Callable[[Tile], None]) -> Tile
     is_biased = args.span_bias is not None or args.attn_mask is not None
     key = (architecture, args.q.dtype, size, is_biased)
     best = triton_tiles.tile(kernel, *key)
-    others = triton_tiles.candidates(best)
     has_spans = args.num_spans > 0
-    return triton_runtime.tuned(f"attention_{kernel}", (*key, has_spans), best, others, run)
+    return triton_runtime.tuned(
+        f"attention_{kernel}",
+        (*key, has_spans),
+        best,
+        functools.partial(triton_tiles.candidates, best),
+        run,
+        args.q.device,
+    )
 
 
 def _num_splits(args: AttentionArgs, programs: int, block_k: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -148,8 +149,9 @@ class Side:
             f"policy_{kernel}",
             shape,
             triton_tiles.tile(kernel, *key),
-            triton_tiles.candidates(kernel, *key),
+            functools.partial(triton_tiles.candidates, kernel, *key),
             run,
+            self.q.device,
         )
 
     def _tile_key(self) -> tuple[str, torch.dtype, int, bool]:
