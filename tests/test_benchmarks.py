@@ -48,11 +48,9 @@ def results_of(folder: Path) -> dict[str, Any]:
     return run
 
 
-def examine_in_place(
-    contestant: Contestant, problem: AttentionProblem, folder: Path
-) -> dict[str, Any]:
-    torch.save(ATTENTION.exact(problem, {"all", "out_only"}), folder / "exact.pt")
-    return examine.examine_here(ATTENTION, contestant, problem, True, str(folder / "exact.pt"))
+def examine_in_place(contestant: Contestant, problem: AttentionProblem) -> dict[str, Any]:
+    exact = ATTENTION.exact(problem, {"all", "out_only"})
+    return examine.examine_here(ATTENTION, contestant, problem, True, exact.__getitem__)
 
 
 @pytest.mark.long
@@ -184,15 +182,14 @@ def test_ral_objective_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_ral_gate(dtype: torch.dtype, backward: bool, tmp_path: Path) -> None:
+def test_ral_gate(dtype: torch.dtype, backward: bool) -> None:
     problem = ral.problem.random_problem([150, 50], 40, HEADS, dtype, "cpu")
-    file = str(tmp_path / "exact.pt")
-    torch.save(RAL.exact(problem, {"all"}), file)
+    exact = RAL.exact(problem, {"all"}).__getitem__
     for name, contestant in RAL.registry.items():
         if contestant.refuse(problem, backward) is not None:
             assert "cpu" not in contestant.on
             continue
-        record = examine.examine_here(RAL, contestant, problem, backward, file)
+        record = examine.examine_here(RAL, contestant, problem, backward, exact)
         assert record["status"] == ("wrong" if name == "wrong" else "ok"), (name, record)
 
 
@@ -275,7 +272,7 @@ def test_decode_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_gate_closes_on_a_wrong_gradient(
-    name: str, problem: AttentionProblem, tmp_path: Path
+    name: str, problem: AttentionProblem
 ) -> None:
     def prepare(problem: AttentionProblem) -> contestants.Attend:
         right = contestants.eager(problem)
@@ -290,13 +287,13 @@ def test_gate_closes_on_a_wrong_gradient(
 
         return attend
 
-    record = examine_in_place(Contestant("bent", "bent", prepare), problem, tmp_path)
+    record = examine_in_place(Contestant("bent", "bent", prepare), problem)
     assert record["status"] == "wrong"
     assert record["reason"].startswith(f"d{name} error")
 
 
-def test_gate_opens_for_the_right_one(problem: AttentionProblem, tmp_path: Path) -> None:
-    assert examine_in_place(ATTENTION.registry["eager"], problem, tmp_path)["status"] == "ok"
+def test_gate_opens_for_the_right_one(problem: AttentionProblem) -> None:
+    assert examine_in_place(ATTENTION.registry["eager"], problem)["status"] == "ok"
 
 
 def test_gate_closes_on_nan(problem: AttentionProblem) -> None:

@@ -8,6 +8,7 @@ place, where the allocator's own statistics are exact.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,12 +76,13 @@ def examine(
     contestant: Contestant,
     problem: Problem,
     backward: bool,
-    exact_file: str,
+    exact: Callable[[str], Mapping[str, Tensor]],
 ) -> dict[str, Any]:
     """Run a contestant once: `status`, `reason`, `errors`, `seconds`, `peak_bytes` over the inputs.
 
     The run has the gated output gradients (of attention, on the gate's rows only): the same work,
-    and a result whose every gradient is known.
+    and a result whose every gradient is known. `exact` gives the answer of a name, on the problem's
+    device.
     """
     device = problem.q.device
     call = contestant.prepare(problem)
@@ -96,7 +98,7 @@ def examine(
     seconds = time.perf_counter() - start
     peak = peak_memory(device) - before
 
-    wanted = torch.load(exact_file, map_location=device, weights_only=True)[contestant.answer]
+    wanted = exact(contestant.answer)  # now: its memory is not the contestant's
     errors = errors_of(objective, problem, results, wanted)
     reason = verdict(errors, problem.q.dtype, wanted)
     status = "ok" if reason is None else "wrong"
@@ -107,6 +109,10 @@ def examine(
         "seconds": seconds,
         "peak_bytes": max(peak, 0),
     }
+
+
+def _load(file: str, answer: str) -> Mapping[str, Tensor]:
+    return dict(torch.load(file, weights_only=True)[answer])
 
 
 def failure(error: BaseException) -> dict[str, Any]:
@@ -120,11 +126,11 @@ def examine_here(
     contestant: Contestant,
     problem: Problem,
     backward: bool,
-    exact_file: str,
+    exact: Callable[[str], Mapping[str, Tensor]],
 ) -> dict[str, Any]:
     """`examine` in this process, with an exception turned into a record."""
     try:
-        return examine(objective, contestant, problem, backward, exact_file)
+        return examine(objective, contestant, problem, backward, exact)
     except Exception as error:
         return failure(error)
     finally:
@@ -210,9 +216,8 @@ def _examine_in_fork(request: dict[str, Any], threads: int) -> dict[str, Any]:
             problem = objective.problem(**torch.load(request["problem_file"], weights_only=True))
             if not contestant.compiles:  # those warm up at full size
                 _warm_up(objective, contestant, problem, request["backward"])
-            record = examine(
-                objective, contestant, problem, request["backward"], request["exact_file"]
-            )
+            exact = functools.partial(_load, request["exact_file"])
+            record = examine(objective, contestant, problem, request["backward"], exact)
         except Exception as error:
             if contestant.ours:
                 traceback.print_exc(file=sys.stderr)

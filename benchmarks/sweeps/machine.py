@@ -197,6 +197,23 @@ def clock(call: Callable[[], Any], device: torch.device) -> float:
     return seconds
 
 
+def host_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Seconds that the host needs to issue one call; the median of a few.
+
+    On CUDA the GPU computes meanwhile and is waited for outside the clock, so that `clock`, which
+    hides this time, can be told from it. On a CPU it is the time of the call.
+    """
+    seconds = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+        del result
+    return statistics.median(seconds)
+
+
 def gemm_gflops(dtype: torch.dtype, device: torch.device) -> float:
     """The rate of torch's own matrix product here and now, median of five, in GFLOP/s."""
     # torch has no fast float16 product on CPUs: 2 GFLOP/s, which would take minutes at full size

@@ -147,8 +147,9 @@ class Sweep:
         """Pass all admitted through the gate; take peak memory and a first duration there."""
         exact_file, problem_file = str(folder / "exact.pt"), str(folder / "problem.pt")
         answers = {entry.contestant.answer for entry in entries}
-        torch.save(self.objective.exact(problem, answers), exact_file)
+        exact = self.objective.exact(problem, answers)
         if self._processes is not None:
+            torch.save(exact, exact_file)
             torch.save(problem.tensors(), problem_file)
         start = time.perf_counter()
         for entry in sorted(entries, key=self._rank):
@@ -162,7 +163,7 @@ class Sweep:
                 entry.record = {"status": "skipped", "reason": reason}
             elif self._processes is None:
                 entry.record = examine_here(
-                    self.objective, contestant, problem, entry.backward, exact_file
+                    self.objective, contestant, problem, entry.backward, exact.__getitem__
                 )
             else:
                 # a margin: the process also loads, compiles and is compared with float64

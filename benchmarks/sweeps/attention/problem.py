@@ -74,11 +74,7 @@ def make_problem(layer: LayerInputs, rows: int | None = None) -> AttentionProble
     # back
     dout = torch.randn(1, seqlen, num_heads, v.shape[3], generator=generator).transpose(1, 2)
     dmarginals = torch.randn(1, num_heads, seqlen, spans.num_spans, generator=generator)
-    if seqlen <= ALL_ROWS_UP_TO:
-        gate_rows = torch.arange(seqlen)
-    else:  # the first and last query always: the shortest and the longest sums
-        inner = torch.randperm(seqlen - 2, generator=generator)[: GATE_ROWS - 2] + 1
-        gate_rows = torch.cat([torch.tensor([0, seqlen - 1]), inner]).sort().values
+    gate_rows = rows_of_gate(seqlen, generator)
     return AttentionProblem(
         q=q,
         k=k,
@@ -89,6 +85,15 @@ def make_problem(layer: LayerInputs, rows: int | None = None) -> AttentionProble
         dmarginals=dmarginals.to(q.device),
         gate_rows=gate_rows.to(q.device),
     )
+
+
+def rows_of_gate(seqlen: int, generator: torch.Generator) -> Tensor:
+    """The queries that are held against float64, int64 [R] ascending."""
+    if seqlen <= ALL_ROWS_UP_TO:
+        return torch.arange(seqlen)
+    # the first and last query always: the shortest and the longest sums
+    inner = torch.randperm(seqlen - 2, generator=generator)[: GATE_ROWS - 2] + 1
+    return torch.cat([torch.tensor([0, seqlen - 1]), inner]).sort().values
 
 
 def random_problem(
