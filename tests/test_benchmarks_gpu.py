@@ -1,12 +1,16 @@
-"""`make gpu` without a GPU: a rehearsal of its stages, and what becomes of one that goes wrong."""
+"""The GPU scripts without a GPU: what becomes of a stage, a worker, a test that goes wrong."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
+import tarfile
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,14 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import log, small, stages, tiles
+from benchmarks.gpu import compilers, kit, log, mock, points, profile, sanitizer, scripts, stages
 from benchmarks.gpu.__main__ import main, run_stages
-from benchmarks.gpu.stages import SWEEPS, Setting, Stage
+from benchmarks.gpu.lines import STICKY, append, parsed
+from benchmarks.gpu.points import Point, Unit
+from benchmarks.gpu.scripts import FIRST, SCRIPTS, SECONDS, SWEEPS
+from benchmarks.gpu.stages import Setting, Stage
+from benchmarks.gpu.supervise import PLANS, Supervisor
 from ral_kernels import triton_runtime
-from ral_kernels.triton_runtime import Tile
 from tests.conftest import skip_or_fail
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,76 +35,90 @@ def python(code: str) -> Any:
     return lambda setting: [sys.executable, "-c", code]
 
 
-def records_of(out: Path) -> dict[str, Any]:
-    run = json.loads((out / "gpu.json").read_text())
+def setting_of(folder: Path, budget: float = math.inf, rehearse: bool = False) -> Setting:
+    state, carried = folder / "state", folder / "kit"
+    return Setting(folder / "out", folder / "scratch", budget, rehearse, state, carried)
+
+
+def records_of(folder: Path, script: str = "first") -> dict[str, Any]:
+    run = json.loads((folder / "out" / f"gpu-{script}.json").read_text())
     return {record["stage"]: record for record in run["stages"]}
 
 
+# -- scripts and stages ----------------------------------------------------------------------------
+
+
 @pytest.mark.long
-def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The stages' own commands; the sweeps' are tested in test_benchmarks.py, one is run here."""
+def test_a_script_on_a_mocked_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real stages, processes and files: the kit is missing, a kernel crashes, one is wrong."""
     if not triton_runtime._installed():
         skip_or_fail("triton", "triton is not installed")
-    names = ["facts", "correctness", "correctness cuda", "memcheck", "tiles"]
-    status = main(["--out", str(tmp_path), "--rehearse", "--seconds", "3000", "--stages", *names])
+    faults = [
+        {"kernel": "cuda policy_divergence loss", "kind": "crash"},
+        {"kernel": "cuda attention bwd", "kind": "wrong"},
+    ]
+    given = ["--rehearse", "--out", str(tmp_path / "out"), "--state", str(tmp_path / "state")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(mock.VARIABLE, json.dumps({"faults": faults}))
+        patch.setitem(PLANS, "each_op", points.each_op)
+        patch.setattr(scripts, "LIBRARY", tmp_path / "none")
+        given += ["--kit", str(tmp_path / "no-kit"), "--seconds", "900"]
+        status = main(["second", *given, "--stages", "correctness cuda", "memcheck"])
     printed = capsys.readouterr().out
-    assert status == 0, printed
-    run = json.loads((tmp_path / "gpu.json").read_text())
-    assert run["rehearsal"] and {"versions", "commit", "started", "seconds"} <= run.keys()
-    records = records_of(tmp_path)
-    assert list(records) == names
-    assert all(record["status"] == "ok" for record in records.values())
-    facts = records["facts"]["result"]
-    assert facts["copy_gbytes"] > 0 and facts["gemm_tflops"]["float32"] > 0
-    assert facts["backends"]["reference"] == "yes"
-    for name in ("correctness", "correctness cuda"):
-        assert records[name]["result"]["outcomes"].keys() == {"passed"}
-    assert any(name.startswith("triton attention") for name in records["memcheck"]["result"]["ran"])
-    assert not records["tiles"]["result"]["failures"]
-    assert "correctness" in (tmp_path / "gpu.log").read_text()
-    assert len(list(tmp_path.rglob("*"))) == 2, "few files: the machine hands back eight at most"
-    passed = records["correctness"]["result"]["outcomes"]["passed"]
-    assert f"correctness: ok, {records['correctness']['seconds']} s, {passed} passed" in printed
+    records = records_of(tmp_path, "second")
+    assert status == 1, printed
+    assert records["correctness cuda"]["status"] == "failed", printed
+    outcomes = records["correctness cuda"]["result"]["outcomes"]
+    assert outcomes.keys() == {"failed"}, "the gate of every test sees wrong gradients"
+    assert records["memcheck"]["result"]["ran"], printed
+    assert records["memcheck"]["status"] == "failed"  # the share with the crash
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert sorted(names) == ["gpu-second.json", "gpu-second.tar.xz"], "few files come back"
+    with tarfile.open(tmp_path / "out" / "gpu-second.tar.xz") as archive:
+        assert {"gpu.log", "lines.jsonl"} <= set(archive.getnames())
+    run = json.loads((tmp_path / "out" / "gpu-second.json").read_text())
+    assert run["rehearsal"] == {"faults": faults}
+    assert {"versions", "commit", "started", "seconds"} <= run.keys()
+    failed = [record["point"] for record in run["points"] if record["part"] == "tests"]
+    assert failed and all("test_attention.py" in name for name in failed)
+    assert (tmp_path / "state" / "records-second.jsonl").read_text().count("\n") == len(failed)
 
 
-@pytest.mark.long
-def test_a_sweep_as_the_stage_runs_it(tmp_path: Path) -> None:
-    plan = SWEEPS[2]
-    stage = Stage("sweep", 600, plan.command, plan.collect)
-    assert run_stages([stage], tmp_path, 600, rehearse=True) == 0
-    (record,) = records_of(tmp_path).values()
-    assert record["result"]["sizes"] == 2
-    assert (tmp_path / record["result"]["file"]).parent == tmp_path / plan.folder
+def test_budgets_fit() -> None:
+    """What the stages may take fits into the scripts, and these into fifteen minutes."""
+    for name, seconds in SECONDS.items():
+        planned = sum(stage.budget for stage in SCRIPTS[name])
+        # the library is built only where the kit's does not load
+        spare = FIRST[1].budget if name == "first" else 0
+        assert planned - spare <= seconds - gpu.RESERVE, name
+    assert sum(SECONDS.values()) <= 900 - 150  # a machine starts, and waits between commands
 
 
 def test_commands_of_a_real_run(tmp_path: Path) -> None:
     """What would be run on a GPU is well formed: options that the scripts know."""
-    from benchmarks import frames_sweep
     from benchmarks.sweeps import runner
 
-    setting = Setting(tmp_path, tmp_path, 100.0, rehearse=False)
-    for plan in SWEEPS:
-        command = plan.command(setting)
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--frames", type=int, nargs="+")
-        parser.add_argument("--grid", type=int, nargs=2)
-        runner.add_arguments(parser)
-        options = parser.parse_args(command[2:])
-        assert options.device == "cuda" and options.dtype == "bfloat16"
-        assert options.input == "random", "transformers may be missing there"
-        assert 256 * min(options.frames) >= 1024 and 256 * max(options.frames) <= 65536
-        assert options.budget < setting.budget
-    assert 256 * max(SWEEPS[0].frames) == 65536
-    assert Path(frames_sweep.__file__) == ROOT / SWEEPS[0].command(setting)[1]
-    for stage in stages.STAGES:
-        assert all(isinstance(word, str) for word in stage.command(setting))
-    names = [stage.name for stage in stages.STAGES]
+    for limit in (100.0, math.inf):
+        setting = setting_of(tmp_path, limit)
+        for plan in SWEEPS:
+            command = plan.command(setting)
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--frames", type=int, nargs="+")
+            parser.add_argument("--grid", type=int, nargs=2)
+            runner.add_arguments(parser)
+            options = parser.parse_args(command[2:])
+            assert options.device == "cuda" and options.dtype == "bfloat16"
+            assert options.input == "random", "transformers may be missing there"
+            assert 256 * max(options.frames) == 65536
+            assert options.budget < max(setting.budget, 3601)
+        for stage in SCRIPTS["all"]:
+            assert all(isinstance(word, str) for word in stage.command(setting))
+    names = [stage.name for stage in SCRIPTS["all"]]
     assert len(set(names)) == len(names)
-    assert {"correctness", "memcheck", "racecheck", "tiles", "on device"} <= set(names)
 
 
 def test_stages_are_isolated(tmp_path: Path) -> None:
-    """A crash, a hang and an absent result are recorded, and the stages behind them run."""
+    """A crash, a hang and an absent result are recorded, and the stages after them run."""
     hang = "import subprocess, sys, time; print('hanging', flush=True); "
     hang += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
     hang += "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -116,7 +137,7 @@ def test_stages_are_isolated(tmp_path: Path) -> None:
     monkey = pytest.MonkeyPatch()
     monkey.setattr(stages, "GRACE", 0.5)
     with monkey.context():
-        assert run_stages(given, tmp_path, 1000, rehearse=False) == 1
+        assert run_stages("first", given, setting_of(tmp_path, 1000)) == 1
     records = records_of(tmp_path)
     statuses = {name: record["status"] for name, record in records.items()}
     assert statuses == {
@@ -134,7 +155,10 @@ def test_stages_are_isolated(tmp_path: Path) -> None:
     assert records["hangs"]["seconds"] < 600  # what it would sleep
     assert "FileNotFoundError" in records["tells nothing"]["reason"]
     assert records["works"]["result"] == {"answer": 42}
-    text = (tmp_path / "gpu.log").read_text()
+    with tarfile.open(tmp_path / "out" / "gpu-first.tar.xz") as archive:
+        printed = archive.extractfile("gpu.log")
+        assert printed is not None
+        text = printed.read().decode()
     assert "KeyError" in text and "fine" in text
 
 
@@ -150,39 +174,324 @@ def test_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu, "time", argparse.Namespace(monotonic=lambda: now))
     given = [Stage(str(i), budget, python("")) for i, budget in enumerate((10, 10, 4, 4))]
-    assert run_stages(given, tmp_path, 35, rehearse=False) == 0
+    assert run_stages("first", given, setting_of(tmp_path, 35 + gpu.RESERVE)) == 0
     records = records_of(tmp_path)
     assert records["0"]["budget"] == 12.5  # 35 shared out as 10, 10, 4, 4
     assert records["1"]["budget"] == pytest.approx((35 - 13) * 10 / 18)
     assert records["2"]["status"] == records["3"]["status"] == "skipped"
     assert records["3"]["reason"] == "no time left"
+    now = 100.0
+    assert run_stages("first", given, setting_of(tmp_path)) == 0
+    assert all(record["budget"] == math.inf for record in records_of(tmp_path).values())
 
 
 def test_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path / "out")])
+        main(["first", "--out", str(tmp_path / "out")])
     assert "torch sees no GPU here (--rehearse" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path), "--rehearse", "--stages", "nothing"])
+        main(["first", "--out", str(tmp_path), "--rehearse", "--stages", "nothing"])
     assert "unknown" in capsys.readouterr().err
+
+
+# -- points, workers, supervisor -------------------------------------------------------------------
+
+TOY_WORKER = """
+import json, os, sys, time
+sys.path.insert(0, {root!r})
+from benchmarks.gpu.lines import STICKY, append
+from pathlib import Path
+unit, lines = json.loads(open(sys.argv[1]).read()), Path(sys.argv[2])
+if unit["name"] == "never begins":
+    print("no such module"); sys.exit(3)
+for point in unit["points"]:
+    append(lines, {{"event": "begin", "unit": unit["name"], "point": point["name"]}})
+    what = point["settings"]["what"]
+    if what == "crash":
+        print("about to crash", flush=True); os.abort()
+    if what == "hang":
+        time.sleep(600)
+    status = "failed" if what == "breaks" else "ok"
+    line = {{"event": "end", "unit": unit["name"], "point": point["name"], "status": status}}
+    append(lines, line | {{"variable": os.environ.get("TOY")}})
+    if what == "breaks":
+        os._exit(STICKY)
+"""
+
+
+def toy_unit(name: str, *what: str, group: str = "", limit: float = 0.2) -> Unit:
+    made = [Point(f"{name} {i}", "toy", limit, {"what": w}) for i, w in enumerate(what)]
+    return Unit(name, tuple(made), {"TOY": name}, group)
+
+
+def supervise(
+    folder: Path, units: list[Unit], seconds: float = 600, workers: int = 2
+) -> dict[str, dict[str, Any]]:
+    script = folder / "toy.py"
+    script.write_text(TOY_WORKER.format(root=str(ROOT)))
+    supervisor = Supervisor(
+        folder / "lines.jsonl", folder, workers, time.monotonic() + seconds, alone=False,
+        what={"part": "toys"}, worker=(sys.executable, str(script)),
+    )  # fmt: skip
+    records = supervisor.run(units)
+    assert parsed((folder / "lines.jsonl").read_text()) == records
+    assert all(record["part"] == "toys" for record in records)
+    names = [point.name for unit in units for point in unit.points]
+    assert sorted(record["point"] for record in records) == sorted(names), "one record a point"
+    return {record["point"]: record for record in records}
+
+
+def test_a_dead_worker_costs_one_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import supervise as module
+
+    monkeypatch.setattr(module, "GRACE", 0.8)
+    found = supervise(
+        tmp_path,
+        [
+            toy_unit("fine", "ok", "ok"),
+            toy_unit("crashes", "ok", "crash", "ok"),
+            toy_unit("hangs", "hang", "ok"),
+            toy_unit("breaks", "breaks", "ok"),
+            toy_unit("never begins", "ok", "ok"),
+            toy_unit("too often", "crash", "breaks", "ok", "ok"),
+        ],
+    )
+    statuses = {name: record["status"] for name, record in found.items()}
+    assert statuses == {
+        "fine 0": "ok", "fine 1": "ok",
+        "crashes 0": "ok", "crashes 1": "crashed", "crashes 2": "ok",
+        "hangs 0": "hung", "hangs 1": "ok",
+        "breaks 0": "failed", "breaks 1": "ok",
+        "never begins 0": "crashed", "never begins 1": "crashed",
+        "too often 0": "crashed", "too often 1": "failed",
+        "too often 2": "given up", "too often 3": "given up",
+    }  # fmt: skip
+    assert found["crashes 1"]["reason"] == "the process ended by SIGABRT"
+    assert found["crashes 1"]["output"] == ["about to crash"]
+    assert "exit status 3 before the first point" in found["never begins 0"]["reason"]
+    assert found["never begins 0"]["output"] == ["no such module"]
+    assert found["fine 0"]["variable"] == "fine", "a unit has an environment of its own"
+
+
+def test_others_go_before_the_group_of_a_dead_worker(tmp_path: Path) -> None:
+    units = [
+        toy_unit("a large", "crash", group="a"),
+        toy_unit("a small", "ok", group="a"),
+        toy_unit("b large", "ok", group="b"),
+    ]
+    assert list(supervise(tmp_path, units, workers=1)) == ["a large 0", "b large 0", "a small 0"]
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
+    units = [toy_unit("hangs", "hang", "ok", limit=600), toy_unit("waits", "ok")]
+    found = supervise(tmp_path, units, seconds=1.0, workers=1)
+    assert {record["status"] for record in found.values()} == {"no time"}
+
+
+@pytest.mark.long
+def test_a_worker_on_a_mocked_gpu(tmp_path: Path) -> None:
+    """Right, wrong, and an illegal access after which the process leaves by itself."""
+    kernels = ["attention spans", "policy_divergence jsd", "loss kl", "attention no spans"]
+    checks = {
+        point.settings["call"]: point
+        for unit in points.each_op(True)
+        for point in unit.points
+        if point.settings["backend"] == "cuda"
+    }
+    unit = Unit("cuda", tuple(checks[name] for name in kernels))
+    (tmp_path / "unit.json").write_text(json.dumps(asdict(unit)))
+    faults = [
+        {"kernel": "cuda policy_divergence bwd", "kind": "wrong"},
+        {"kernel": "cuda policy_divergence loss", "kind": "illegal access"},
+    ]
+    if not (ROOT / "ral_kernels" / "lib" / "libral_cuda.so").exists():
+        pytest.skip("ral_cuda is not built: no nvcc")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.worker", str(tmp_path / "unit.json"),
+         str(tmp_path / "lines"), str(tmp_path / "lock")],
+        cwd=ROOT, env={**os.environ, mock.VARIABLE: json.dumps({"faults": faults})},
+    )  # fmt: skip
+    assert done.returncode == STICKY
+    lines = parsed((tmp_path / "lines").read_text())
+    ends = [line for line in lines if line["event"] == "end"]
+    assert [line["status"] for line in ends] == ["ok", "wrong", "failed"]
+    assert ends[0]["errors"]["dv"] < 0.01
+    assert ends[1]["reason"].startswith("dk error")
+    assert "illegal memory access" in ends[2]["reason"]
+    assert [line["event"] for line in lines[-2:]] == ["begin", "end"], "no point after it"
+
+
+def test_every_point_is_named_once() -> None:
+    for plan in PLANS.values():
+        names = [point.name for unit in plan(False) for point in unit.points]
+        assert names and len(set(names)) == len(names)
+        assert [p.name for unit in plan(True) for p in unit.points] == names
+    largest = points.attention_times(False)[0].points[0]
+    assert largest.settings["seqlen"] == 65536, "what may not fit is known first"
+    environments = {unit.group: unit.environment for unit in points.attention_times(False)}
+    assert environments["hopper"] == {"RAL_CUDA_HOPPER": "1"}
+    calls = {name.rsplit(" ", 2)[0] for name in sanitizer.names()}
+    assert {unit.name.rsplit(" ", 2)[0] for unit in points.each_op(False)} == calls
+
+
+def test_lines_of_a_killed_process(tmp_path: Path) -> None:
+    append(tmp_path / "lines", {"point": 1})
+    with (tmp_path / "lines").open("a") as file:
+        file.write('{"point": 2, "sta')
+    assert parsed((tmp_path / "lines").read_text()) == [{"point": 1}]
+
+
+# -- compilers, profiles, sanitizer ----------------------------------------------------------------
+
+
+def test_failures_are_repeated_under_other_compilers(tmp_path: Path) -> None:
+    """Of Triton's kernels alone: nvcc compiled the others."""
+    names = [point.name for unit in points.attention_times(False) for point in unit.points]
+    triton, cuda = (next(n for n in names if n.startswith(short)) for short in ("triton", "cuda"))
+    test = "tests/ops/test_policy.py::test_policy[triton-float32-gqa_7]"
+    for record in (
+        {"point": triton, "status": "wrong", "part": "attention_times"},
+        {"point": cuda, "status": "crashed", "part": "attention_times"},
+        {"point": test, "status": "failed", "part": "tests"},
+        {"point": "tests/cuda_host/test_x.py::test", "status": "failed", "part": "tests"},
+        {"point": triton, "status": "wrong", "part": "compilers"},
+        {"point": "unknown", "status": "wrong", "part": "attention_times"},
+        {"point": names[-1], "status": "no time", "part": "attention_times"},
+    ):
+        append(tmp_path / "lines", record)
+    found = compilers.failures([tmp_path / "lines", tmp_path / "absent"], rehearse=False)
+    assert [point.name for point in found] == [triton, test]
+    assert found[1].kind == "test" and found[1].settings == {"test": test}
+    units = compilers.units(found, {"release 13.0": Path("/bin/ptxas")}, tmp_path)
+    assert [unit.name for unit in units[:2]] == [
+        f"{triton} @ as before",
+        f"{triton} @ release 13.0",
+    ]
+    assert units[0].environment == {}
+    assert units[1].environment["TRITON_PTXAS_PATH"] == "/bin/ptxas"
+    assert "TRITON_CACHE_DIR" in units[1].environment
+
+
+def test_verdicts() -> None:
+    def verdict(*statuses: str) -> str:
+        labels = (compilers.BUNDLED, "release 13.0", "release 13.1")
+        records = [
+            {"point": f"p @ {label}", "status": status}
+            for label, status in zip(labels, statuses, strict=True)
+        ]
+        return str(compilers.verdicts(records)["p"]["verdict"])
+
+    assert verdict("wrong", "wrong", "ok") == "the compiler: right with release 13.1"
+    assert verdict("wrong", "wrong", "wrong") == "ours, or every compiler's"
+    assert verdict("ok", "ok", "ok") == "not seen again"
+    assert verdict("hung", "wrong", "no time") == "open: no time"
+
+
+NCU = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","attention_fwd_kernel","gpu__time_duration.sum","ns","3,100,000"
+"0","1","attention_fwd_kernel","launch__registers_per_thread","register/thread","242"
+"1","1","attention_bwd_dkdv_kernel","gpu__time_duration.sum","ns","9,000,000"
+"""
+
+
+def test_profiles() -> None:
+    first, second = profile.parsed(NCU)
+    assert first == {
+        "kernel": "attention_fwd_kernel", "time": "3,100,000 ns", "registers": "242 register/thread"
+    }  # fmt: skip
+    assert second["kernel"] == "attention_bwd_dkdv_kernel"
+    assert profile.parsed("==ERROR== no permission") == []
 
 
 def test_a_tool_that_finds_something_fails_the_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`env` stands for a tool that finds nothing, `false` for one that does."""
-    for tool, status in (["env", "true"], 0), (["false"], 1):
-        assert small.run_watched(tool, "cpu", 2, tmp_path / "small.json") == status
-        found = json.loads((tmp_path / "small.json").read_text())
-        assert len(found["failed"]) == 2 * status
+    """`false` stands for a tool that finds something, and ends before the first call."""
+    assert sanitizer.run_watched(["false"], 2, sanitizer.names(), tmp_path / "small.json") == 1
+    found = json.loads((tmp_path / "small.json").read_text())
+    assert len(found["failed"]) == 2 and not found["ran"]
     assert "2 of 2 shares failed" in capsys.readouterr().out
 
 
+# -- the kit ---------------------------------------------------------------------------------------
+
+
+def entry(cache: Path, key: str, kernel: str) -> Path:
+    folder = cache / key
+    folder.mkdir(parents=True)
+    for suffix, content in (("json", "{}"), ("cubin", "machine code"), ("ttir", "large")):
+        (folder / f"{kernel}.{suffix}").write_text(content)
+    (folder / f"__grp__{kernel}.json").write_text('{"child_paths": {"x": "/elsewhere"}}')
+    return folder
+
+
+def test_a_cache_is_found_where_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton itself, whose groups hold absolute paths."""
+    if not triton_runtime._installed():
+        skip_or_fail("triton", "triton is not installed")
+    from triton.runtime.cache import get_cache_manager
+
+    made = tmp_path / "made"
+    key = "00" * 32
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "state" / "cache"))
+    name = Path(get_cache_manager(key).cache_dir).name
+    entry(made, name, "toy_kernel")
+    (made / "launcher").mkdir()
+    (made / "launcher" / "__triton_launcher.so").write_text("machine code")
+    carried = tmp_path / "kit"
+    carried.mkdir()
+    assert kit.pack(made, carried / kit.CACHE) == 1
+    (carried / kit.DESCRIPTION).write_text(json.dumps({"versions": {"triton": "3.6.0"}}))
+    monkeypatch.setattr(kit, "ROOT", tmp_path)
+    found = kit.unpack(carried, tmp_path / "state")
+    assert found["kernels"] == 1
+    assert [problem.split(":")[0] for problem in found["problems"]] == [kit.PTXAS, kit.LIBRARY]
+    group = get_cache_manager(key).get_group("toy_kernel.json")
+    assert group is not None and set(group) == {"toy_kernel.json", "toy_kernel.cubin"}
+    assert all(Path(path).is_file() for path in group.values())
+    launcher = tmp_path / "state" / "cache" / "launcher" / "__triton_launcher.so"
+    assert os.access(launcher, os.X_OK)
+
+
+def test_a_damaged_kit_is_said_and_does_not_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / kit.CACHE).write_bytes(b"no archive")
+    (tmp_path / kit.PTXAS).write_bytes(b"no ptxas")
+    (tmp_path / kit.DESCRIPTION).write_text("{")
+    monkeypatch.setattr(kit, "ROOT", tmp_path)
+    found = kit.unpack(tmp_path, tmp_path / "state")
+    assert len(found["problems"]) == 4 and found["kernels"] == 0
+
+
+@pytest.mark.parametrize("version", ["here", "another"])
+def test_the_key_is_pinned_for_one_release(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not triton_runtime._installed():
+        skip_or_fail("triton", "triton is not installed")
+    import triton
+    from triton.runtime import cache
+
+    wanted = triton.__version__ if version == "here" else "0.0.1"
+    (tmp_path / kit.DESCRIPTION).write_text(json.dumps({"versions": {"triton": wanted}}))
+    monkeypatch.setenv(kit.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cache, "triton_key", cache.triton_key)
+    before = cache.triton_key
+    kit.use()
+    assert (cache.triton_key is not before) == (version == "here")
+
+
+# -- tests on a GPU --------------------------------------------------------------------------------
+
 TESTS = """
-import time
+import os, time
 import pytest
 
 @pytest.mark.parametrize("i", range(6))
@@ -192,23 +501,21 @@ def test_left_out(): pytest.skip("not here")
 """
 
 
-@pytest.mark.parametrize(("pause", "stopped"), [(0.0, False), (0.6, True)])
-def test_log_of_tests(tmp_path: Path, pause: float, stopped: bool) -> None:
-    """Counts and failures are kept, also of a session whose time was over."""
-    (tmp_path / "test_toys.py").write_text(TESTS.format(pause=pause))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "RAL_GPU_TEST_LOG": str(tmp_path / "log"),
-        "RAL_GPU_TEST_SECONDS": "1.5" if stopped else "600",
-    }
+def run_tests(folder: Path, text: str, *options: str, **environment: str) -> int:
+    (folder / "test_toys.py").write_text(text)
+    variables = {"PYTHONPATH": str(ROOT), "RAL_GPU_TEST_LOG": str(folder / "log"), **environment}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.log", "test_toys.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *options], cwd=folder, env={**os.environ, **variables}, capture_output=True
+    )
+    return done.returncode
+
+
+def test_log_of_tests(tmp_path: Path) -> None:
+    """Counts and failures are kept."""
+    run_tests(tmp_path, TESTS.format(pause=0))
     found = log.summary(tmp_path / "log")
-    assert found["stopped"] == stopped
-    if stopped:
-        assert done.returncode == 2 and sum(found["outcomes"].values()) < 8
-        return
+    assert not found["stopped"]
     assert found["outcomes"] == {"passed": 6, "failed": 1, "skipped": 1}
     assert found["by_test"]["test_toys.py::test_good"] == {"passed": 6}
     (failure,) = found["failures"]
@@ -216,23 +523,55 @@ def test_log_of_tests(tmp_path: Path, pause: float, stopped: bool) -> None:
     assert "one is not two" in " ".join(failure["why"])
 
 
-def test_tiles_record_what_was_tried(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Each choice of `tuned` with the times of all candidates."""
-    candidates = (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3))
-    monkeypatch.setattr(triton_runtime, "_milliseconds", lambda run, tile: 100 / tile.block_q)
-    record = tiles.Record()
-    monkeypatch.setattr(triton_runtime, "_milliseconds", record.time)
-    monkeypatch.setattr(triton_runtime, "_tuning_cache", dict)
-    monkeypatch.setattr(triton_runtime, "_keep", lambda cache: None)
-    monkeypatch.setenv("RAL_AUTOTUNE", "1")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_runtime.logger, "handlers", [record])
-    caplog.set_level("INFO", logger=triton_runtime.logger.name)
-    for key in ((128,), (64,)):
-        triton_runtime.tuned("toy_fwd", key, candidates[0], candidates, lambda tile: None)
-    assert [choice["key"] for choice in record.chosen] == ["(128,)", "(64,)"]
-    for choice in record.chosen:
-        assert choice["kernel"] == "toy_fwd" and choice["tile"] == repr(candidates[1])
-        assert [tried["tile"] for tried in choice["candidates"]] == [repr(c) for c in candidates]
+def test_log_of_tests_whose_time_is_over(tmp_path: Path) -> None:
+    until = {"RAL_GPU_TEST_UNTIL": str(time.monotonic())}
+    assert run_tests(tmp_path, TESTS.format(pause=0), **until) == 2
+    found = log.summary(tmp_path / "log")
+    assert found["stopped"] and sum(found["outcomes"].values()) == 1
+
+
+DEADLY = """
+import os, time
+import pytest
+from benchmarks.gpu import log, process
+log.TEST_SECONDS = 3.0
+broken = []
+process.is_broken = lambda: bool(broken)
+
+def test_breaks():
+    broken.append(True)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_crashes(): os.abort()
+def test_hangs(): time.sleep(600)
+@pytest.mark.parametrize("i", range(5))
+def test_good(i): assert not broken, "a context that is lost"
+"""
+
+
+def test_tests_do_not_take_each_other_along(tmp_path: Path) -> None:
+    """A lost context, a crash and a hang cost one test each; xdist starts another worker."""
+    run_tests(tmp_path, DEADLY, "-n", "1", "--dist", "load")
+    found = log.summary(tmp_path / "log")
+    assert found["by_test"]["test_toys.py::test_good"] == {"passed": 5}
+    failed = {line["test"].split("::")[-1] for line in found["failures"]}
+    assert failed == {"test_breaks", "test_crashes", "test_hangs"}
+
+
+def test_tests_run_in_order_of_value() -> None:
+    class Item:
+        def __init__(self, function: str, case: str) -> None:
+            self.name = f"{function}[{case}]"
+            self.originalname, self.nodeid = function, f"tests/x.py::{self.name}"
+
+    items: list[Any] = [
+        Item(function, f"triton-{dtype}-{case}")
+        for function in ("test_misc", "test_attention")
+        for dtype in ("float32", "bfloat16")
+        for case in range(8)
+    ]
+    log.pytest_collection_modifyitems(items)
+    names = [item.name for item in items]
+    assert names[:6] == [f"test_attention[triton-bfloat16-{case}]" for case in range(6)]
+    assert names[6] == "test_attention[triton-float32-0]"
+    assert names[12:14] == ["test_misc[triton-bfloat16-0]", "test_misc[triton-float32-0]"]
+    assert names[14] == "test_attention[triton-bfloat16-6]", "and so on, in turn"

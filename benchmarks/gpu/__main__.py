@@ -1,12 +1,12 @@
-"""Run everything that needs a GPU, stage by stage, and keep what came out.
+"""Run what needs a GPU, stage by stage, and keep what came out whatever fails.
 
-    make gpu OUT=folder                       # all stages, nine minutes at most
-    python -m benchmarks.gpu --out folder --stages tiles --seconds 540
-    python -m benchmarks.gpu --out folder --rehearse       # no GPU: each stage's code, tiny shapes
+    python -m benchmarks.gpu all --out folder               # a GPU of one's own: no limits
+    python -m benchmarks.gpu first --out folder             # 210 s; then second (380), third (150)
+    python -m benchmarks.gpu first --out folder --rehearse  # no GPU: a mocked one, tiny shapes
 
-gpu.json has machine, versions, commit and the record of every stage; it is written anew after each.
-gpu.log has all that the stages printed, and the sweeps leave JSON and PNG of their own. The exit
-status is 1 if a stage failed.
+gpu-<script>.json has machine, versions, commit, the record of every stage and of every point; it is
+written anew after each stage. gpu-<script>.tar.xz has all that was printed, and reports of tools.
+README.md beside this file says how to read them. The exit status is 1 if a stage failed.
 """
 
 from __future__ import annotations
@@ -14,43 +14,67 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
+import os
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.sweeps import machine
 
-from .stages import STAGES, Setting, Stage, run
+from . import mock
+from .lines import parsed
+from .scripts import SCRIPTS, SECONDS, needs_xdist, result_files
+from .stages import ROOT, Setting, Stage, run
 
-SECONDS = 520.0  # of nine minutes; the rest is for starting and ending
 LEAST = 10.0  # a stage that would get less is left out
+RESERVE = 4.0  # for the archive
 
 
 def _budget(stage: Stage, left: float, waiting: Sequence[Stage]) -> float:
     """The stage's share of what is left: at least its budget, if that much is left at all."""
+    if math.isinf(left):
+        return left
     planned = sum(other.budget for other in waiting) + stage.budget
     return min(left, max(stage.budget, left * stage.budget / planned))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    names = [stage.name for stage in STAGES]
+    parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help=f"some of {', '.join(names)}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on tiny shapes")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="some of the script's")
+    parser.add_argument("--seconds", type=float, help="for all of it; 0: no limit")
+    parser.add_argument("--kit", type=Path, default=ROOT / "build" / "gpu-kit")
+    parser.add_argument("--state", type=Path, default=ROOT / "build" / "gpu-state")
+    parser.add_argument("--rehearse", action="store_true", help="on a mocked GPU, tiny shapes")
     options = parser.parse_args(arguments)
+    names = [stage.name for stage in SCRIPTS[options.script]]
     unknown = [name for name in options.stages or [] if name not in names]
     if unknown:
         parser.error(f"--stages: {', '.join(unknown)} unknown; there are {', '.join(names)}")
-    if not options.rehearse and (reason := _no_gpu()) is not None:
-        parser.error(f"{reason} (--rehearse runs the stages without one)")
-    stages = [stage for stage in STAGES if stage.name in (options.stages or names)]
-    return run_stages(stages, options.out.resolve(), options.seconds, options.rehearse)
+    reason = needs_xdist() or (None if options.rehearse else _no_gpu())
+    if reason is not None:
+        parser.error(f"{reason} (--rehearse runs the stages without a GPU)")
+    stages = [stage for stage in SCRIPTS[options.script] if stage.name in (options.stages or names)]
+    seconds = SECONDS.get(options.script, 0) if options.seconds is None else options.seconds
+    if options.rehearse:
+        os.environ.setdefault(mock.VARIABLE, "{}")
+    setting = Setting(
+        out=options.out.resolve(),
+        scratch=Path(),
+        budget=seconds or math.inf,
+        rehearse=options.rehearse,
+        state=options.state.resolve(),
+        kit=options.kit.resolve(),
+    )
+    return run_stages(options.script, stages, setting)
 
 
 def _no_gpu() -> str | None:
@@ -59,15 +83,19 @@ def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU here"
 
 
-def run_stages(stages: Sequence[Stage], out: Path, seconds: float, rehearse: bool) -> int:
-    """Run stages one after the other within `seconds`; the exit status of the command."""
+def run_stages(name: str, stages: Sequence[Stage], setting: Setting) -> int:
+    """Run stages one after the other within the setting's budget; the exit status."""
+    out, began = setting.out, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    log, result, began = out / "gpu.log", out / "gpu.json", time.monotonic()
+    setting.state.mkdir(parents=True, exist_ok=True)
+    log, result = out / "gpu.log", out / f"gpu-{name}.json"
     log.write_text("")
+    setting.lines.write_text("")
     found: dict[str, Any] = {
         "benchmark": "gpu",
-        "schema": 1,
-        "rehearsal": rehearse,
+        "script": name,
+        "schema": 2,
+        "rehearsal": mock.settings() or {} if setting.rehearse else None,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": machine.versions(),
         "commit": machine.commit(),
@@ -76,23 +104,37 @@ def run_stages(stages: Sequence[Stage], out: Path, seconds: float, rehearse: boo
     scratch = Path(tempfile.mkdtemp(prefix="ral-gpu-"))
     try:
         for index, stage in enumerate(stages):
-            left = seconds - (time.monotonic() - began)
+            left = setting.budget - RESERVE - (time.monotonic() - began)
             if left < LEAST:
                 reason = "no time left"
                 record = {"stage": stage.name, "status": "skipped", "reason": reason}
             else:
                 budget = _budget(stage, left, stages[index + 1 :])
                 print(f"{stage.name}: up to {budget:.0f} s", flush=True)
-                folder = scratch / str(index)
-                record = run(stage, Setting(out, folder, budget, rehearse), log)
+                folder = scratch / stage.name.replace(" ", "-")
+                record = run(stage, replace(setting, scratch=folder, budget=budget), log)
             found["stages"].append(record)
             found["seconds"] = round(time.monotonic() - began, 1)
+            found["points"] = parsed(setting.lines.read_text())
             result.write_text(json.dumps(found, indent=1) + "\n")
+            shutil.copy(setting.lines, setting.state / f"records-{name}.jsonl")
             print(f"{stage.name}: {_line(record)}", flush=True)
+        _archive(out / f"gpu-{name}.tar.xz", scratch, result_files(out, name), out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _report(found, result)
     return int(any(record["status"] in ("failed", "out of time") for record in found["stages"]))
+
+
+def _archive(file: Path, scratch: Path, results: Sequence[Path], out: Path) -> None:
+    """All that stages left, in one file: few come back from a machine that is lent."""
+    with tarfile.open(file, "w:xz", preset=1) as archive:
+        archive.add(scratch, "scratch")
+        for path in results:
+            archive.add(path, str(path.relative_to(out)))
+    for path in results:
+        if path.suffix not in (".png", ".json"):
+            path.unlink()
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -109,12 +151,12 @@ def _line(record: dict[str, Any]) -> str:
 
 def _report(found: dict[str, Any], result: Path) -> None:
     """The last lines that are printed: one a stage, and the end of what failed printed."""
-    print(f"\n{found['seconds']:.0f} s in all; wrote {result}")
-    for record in found["stages"]:
-        print(f"  {record['stage']:24} {_line(record)}")
     for record in found["stages"]:
         for line in record.get("output", [])[-8:]:
             print(f"  {record['stage']}> {line[:160]}")
+    print(f"\n{found['seconds']:.0f} s in all; wrote {result}")
+    for record in found["stages"]:
+        print(f"  {record['stage']:24} {_line(record)}")
 
 
 if __name__ == "__main__":

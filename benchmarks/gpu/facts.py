@@ -1,4 +1,4 @@
-"""The machine of a GPU run, and its two ceilings: copy bandwidth and matrix rate."""
+"""The machine of a GPU run, its ceilings (copies, matrix products), and whether the kit fits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 
 import ral_kernels as rk
 from benchmarks.sweeps import machine
+
+from . import kit, process, sanitizer
 
 COPY_BYTES = 4 << 30
 GEMM_SIZE = 8192
@@ -44,6 +46,17 @@ def gemm_tflops(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / statistics.median(seconds) / 1e12
 
 
+def kit_fits(device: torch.device) -> dict[str, Any]:
+    """What Triton is here, and whether the kernels of one call come from the cache."""
+    with process.compilations() as compiled:
+        try:
+            sanitizer.call("triton attention spans bfloat16 128", device, sanitizer.SEQLEN)
+            error = None
+        except Exception as reason:  # each stage after this one says so too
+            error = f"{type(reason).__name__}: {reason}"[:200]
+    return {**kit.facts(), "compiled": compiled, "error": error}
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "machine": machine.describe(device),
@@ -73,10 +86,12 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    found = facts(torch.device(options.device))
+    device = process.begin()
+    found = facts(device)
+    options.json.write_text(json.dumps(found, indent=1))
+    found["kit"] = kit_fits(device)  # last: it may compile
     options.json.write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
 

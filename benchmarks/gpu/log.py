@@ -1,12 +1,13 @@
-"""A pytest plugin: one JSON line a test as it ends, and an end in time.
+"""A pytest plugin for a GPU: one JSON line a test as it ends, and no test takes others along.
 
-What was tested before a stage ran out of time is on disk. With pytest-xdist it runs in the process
-that hands out the tests.
+The most valuable tests run first. A test that hangs ends its process by itself, and one that loses
+the CUDA context has its process leave; pytest-xdist starts another. What was tested before a
+stage's time is over is on disk.
 """
 
 from __future__ import annotations
 
-import hashlib
+import faulthandler
 import json
 import os
 import time
@@ -15,16 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FAILURES_SHOWN = 40
 STOPPED = "the stage's time is over"
+TEST_SECONDS = 60.0  # a cold cache: a test compiles up to ten kernels
+# What is looked at first, a word of the test's name each, and how many cases for one of others.
+FIRST = {
+    "test_attention": 6,
+    "test_outputs_and_gradients": 6,
+    "test_against_snapshot": 3,
+    "test_same_as_the_separate_backward": 3,
+    "test_policy": 3,
+    "test_exactly_zero": 3,
+    "test_repeats": 1,
+}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Log:
-    """Writes reports, and asks the session to stop when its seconds are over."""
+    """Writes reports, and asks the session to stop at `until`, on the monotonic clock."""
 
-    def __init__(self, path: Path, seconds: float) -> None:
-        self.path, self.deadline = path, time.monotonic() + seconds
+    def __init__(self, path: Path, until: float) -> None:
+        self.path, self.deadline = path, until
         self.session: pytest.Session | None = None
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -54,18 +68,69 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
+class Watch:
+    """In the process that runs tests: ends it where the next test could not run."""
+
+    def __init__(self, is_worker: bool) -> None:
+        self.is_worker, self.has_failed = is_worker, False
+
+    def pytest_runtest_logstart(self) -> None:
+        self.has_failed = False
+        faulthandler.dump_traceback_later(TEST_SECONDS, exit=True)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.has_failed |= report.outcome == "failed"
+
+    def pytest_runtest_logfinish(self) -> None:
+        from . import process
+
+        faulthandler.cancel_dump_traceback_later()
+        # the report is on its way by now; without xdist nothing takes over, and nothing ends
+        if self.is_worker and self.has_failed:
+            process.leave_if_broken()
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mix the tests, always in the same way: what a stage has done when its time is over is then a
-    sample of everything, and processes compile different kernels.
-    """
-    items.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+    """Bring tests into order of value: cases of all functions and dtypes in turn, more of FIRST."""
+    seen: Counter[tuple[str, str]] = Counter()
+    order: dict[str, tuple[int, int, int]] = {}
+    for item in items:
+        function = getattr(item, "originalname", item.name)
+        dtype = next((name for name in DTYPES if name in item.name), "")
+        rank = next((i for i, name in enumerate(FIRST) if function.startswith(name)), len(FIRST))
+        weight = list(FIRST.values())[rank] if rank < len(FIRST) else 1
+        turn = seen[item.nodeid.split("[")[0], dtype] // weight
+        seen[item.nodeid.split("[")[0], dtype] += 1
+        order[item.nodeid] = (turn, rank, DTYPES.index(dtype) if dtype else 0)
+    items.sort(key=lambda item: order[item.nodeid])
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from . import mock, process
+
+    process.begin()
+    if mock.device is not None:
+        _mock_copies()
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not config.getoption("numprocesses", None):
+        config.pluginmanager.register(Watch(is_worker))
     path = os.environ.get("RAL_GPU_TEST_LOG")
-    if path is not None and not hasattr(config, "workerinput"):
-        seconds = float(os.environ.get("RAL_GPU_TEST_SECONDS", "inf"))
-        config.pluginmanager.register(Log(Path(path), seconds))
+    if path is not None and not is_worker:
+        until = float(os.environ.get("RAL_GPU_TEST_UNTIL", "inf"))
+        config.pluginmanager.register(Log(Path(path), until))
+
+
+def _mock_copies() -> None:
+    """Where tests copy tensors to a GPU they stay on the CPU, under its other name."""
+    from tests.ops import on_gpu
+
+    begin = on_gpu.Copies.__init__
+
+    def on_cpu(self: on_gpu.Copies, device: Any) -> None:
+        begin(self, torch.device("cpu", 0))
+
+    on_gpu.Copies.__init__ = on_cpu  # type: ignore[method-assign]
 
 
 def summary(path: Path) -> dict[str, Any]:

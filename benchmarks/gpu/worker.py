@@ -1,0 +1,66 @@
+"""A process that measures points, one after the other, and writes down each before and after.
+
+    python -m benchmarks.gpu.worker UNIT.json LINES LOCK
+
+LINES is a file that several workers append to, a JSON object a line. A point that takes longer than
+its limit ends the process from within, whatever the point is waiting for. After an error that takes
+the CUDA context along, the process leaves; supervise.py starts another for the rest.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.sweeps import examine
+
+from . import process, work
+from .lines import append
+
+
+@contextmanager
+def _alone(lock: str) -> Iterator[None]:
+    """Inside, no other worker measures; imports and the CUDA context are made outside."""
+    if not lock:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> None:
+    unit_file, lines, lock = sys.argv[1:4]
+    unit = json.loads(Path(unit_file).read_text())
+    file, name = Path(lines), unit["name"]
+    device = process.begin()
+    if device.type == "cuda":
+        import torch
+
+        torch.zeros(1, device=device)
+    with _alone(lock):
+        for point in unit["points"]:
+            append(file, {"event": "begin", "unit": name, "point": point["name"]})
+            faulthandler.dump_traceback_later(point["limit"], exit=True)
+            with process.compilations() as compiled:
+                try:
+                    record = work.KINDS[point["kind"]](device, **point["settings"])
+                except Exception as error:
+                    record = examine.failure(error)
+            faulthandler.cancel_dump_traceback_later()
+            line = {"event": "end", "unit": name, "point": point["name"], **record}
+            append(file, {**line, "compiled": compiled})
+            process.leave_if_broken()
+    # CUDA's own ending can wait for a kernel that hangs
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
