@@ -7,7 +7,8 @@
 Rows: forward and forward+backward with 32 span marginals over PyTorch's SDPA without any, in
 bfloat16 and float32 (causal, 16:2 heads of 128), with their share of what the products' register
 tile reaches on operands in L1, which no kernel here can exceed; what 32 and 64 contiguous span
-marginals add to the same kernel, beside what copying tensors of their size once costs; errors
+marginals add to the same kernel, beside what copying tensors of their size once costs, and what 64
+add where text moves the frames off the blocks of keys, as in a prompt; errors
 against float64 beside SDPA's; peak memory beyond the outputs as the length doubles. Each problem
 passes the float64 gate first: a wrong result is not timed and the exit status is 1. A missed target
 is printed as missed and does not change the exit status, because machines differ.
@@ -33,10 +34,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.sweeps import bench, examine, machine
 from benchmarks.sweeps.attention import ATTENTION
 from benchmarks.sweeps.attention.exact import exact
-from benchmarks.sweeps.attention.problem import AttentionProblem, random_problem
+from benchmarks.sweeps.attention.problem import AttentionProblem, random_problem, with_spans
 from benchmarks.sweeps.bench import CPU, DTYPES
 from benchmarks.sweeps.gate import verdict
-from benchmarks.sweeps.inputs import Heads
+from benchmarks.sweeps.inputs import QUESTION_TEXT, SYSTEM_TEXT, Heads
+from benchmarks.sweeps.layouts import frames_in_prompt
 from benchmarks.sweeps.measure import quantiles
 from ral_kernels import cpu_library
 
@@ -52,6 +54,17 @@ ACCURACY_TARGET = 2.0  # our error against float64 / SDPA's
 
 def problem_of(seqlen: int, num_spans: int, dtype: torch.dtype) -> AttentionProblem:
     return random_problem([seqlen // num_spans] * num_spans, Heads(), dtype, "cpu")
+
+
+def prompt_of(seqlen: int, num_spans: int, dtype: torch.dtype) -> AttentionProblem:
+    """The frames of a prompt as spans: text before, between and after them is in none."""
+    frame_tokens = (seqlen - SYSTEM_TEXT - QUESTION_TEXT) // num_spans - 2
+    spans = frames_in_prompt(seqlen, frame_tokens)
+    return with_spans(problem_of(seqlen, num_spans, dtype), spans)
+
+
+# layout -> its problem, and the number of spans
+MARGINALS = (("equal", problem_of, 32), ("equal", problem_of, 64), ("offset", prompt_of, 64))
 
 
 def errors_of(name: str, problem: AttentionProblem) -> dict[str, float]:
@@ -107,11 +120,17 @@ def tile_gflops(dtype: torch.dtype) -> float:
     return max(rates)
 
 
-def measure_marginals(seqlen: int, num_spans: int, quick: bool) -> list[dict[str, Any]]:
+def measure_marginals(problem: AttentionProblem, layout: str, quick: bool) -> list[dict[str, Any]]:
     """What marginals add to the same kernel; bfloat16, where arithmetic is cheapest."""
-    problem = problem_of(seqlen, num_spans, torch.bfloat16)
+    seqlen = problem.seqlen
+    wrong = verdict(errors_of("ral", problem), problem.q.dtype)
     rows = []
     for mode, backward in (("forward", False), ("forward+backward", True)):
+        row: dict[str, Any] = {"mode": mode, "seqlen": seqlen, "num_spans": problem.num_spans}
+        row |= {"layout": layout, "wrong": wrong}
+        rows.append(row)
+        if wrong:
+            continue
         runs = {
             name: bench.runner(ATTENTION, name, problem, backward) for name in ("ral", "ral_plain")
         }
@@ -119,18 +138,10 @@ def measure_marginals(seqlen: int, num_spans: int, quick: bool) -> list[dict[str
         runs["copy"] = functools.partial(target.copy_, problem.dmarginals)
         seconds = bench.interleave(runs, (2 if seqlen <= 2048 else 1) * repeats_for(seqlen, quick))
         plain = seconds["ral_plain"]
-        ratio = quantiles([a / b for a, b in zip(seconds["ral"], plain, strict=True)])
-        copy = quantiles([a / b for a, b in zip(seconds["copy"], plain, strict=True)])
-        rows.append(
-            {
-                "mode": mode,
-                "seqlen": seqlen,
-                "num_spans": num_spans,
-                "ratio": ratio,
-                "copy": copy,  # reading and writing tensors of the marginals' size once
-                "target": MARGINALS_TARGET,
-            }
-        )
+        row["ratio"] = quantiles([a / b for a, b in zip(seconds["ral"], plain, strict=True)])
+        # reading and writing tensors of the marginals' size once
+        row["copy"] = quantiles([a / b for a, b in zip(seconds["copy"], plain, strict=True)])
+        row["target"] = MARGINALS_TARGET
     return rows
 
 
@@ -187,6 +198,21 @@ def print_speed(row: dict[str, Any]) -> None:
     )
 
 
+def print_marginals(row: dict[str, Any]) -> None:
+    layout = ", text offset" if row["layout"] == "offset" else ""
+    head = f"{row['mode']:17} N={row['seqlen']:5} S={row['num_spans']}{layout:13}"
+    if row["wrong"]:
+        print(f"{head}  WRONG: {row['wrong']}")
+        return
+    met = "met" if row["ratio"]["median"] <= row["target"] else "MISSED"
+    print(
+        f"{head}  ratio {row['ratio']['median']:.3f} (p20 {row['ratio']['p20']:.3f}, "
+        f"p80 {row['ratio']['p80']:.3f})  target {row['target']} {met}  "
+        f"(copying them once: {row['copy']['median']:.3f})",
+        flush=True,
+    )
+
+
 def print_accuracy(row: dict[str, Any]) -> None:
     # SDPA has no marginals, so its gradients are those of the loss on `out`; so are `ral_plain`'s.
     ours, peer = row["errors"]["ral_plain"], row["errors"]["sdpa"]
@@ -225,17 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\ncontiguous span marginals / the same kernel without, bfloat16")
     run["marginals"] = []
     for seqlen in seqlens:
-        for num_spans in (32, 64):
-            for row in measure_marginals(seqlen, num_spans, options.quick):
+        for layout, make, num_spans in MARGINALS:
+            problem = make(seqlen, num_spans, torch.bfloat16)
+            for row in measure_marginals(problem, layout, options.quick):
                 run["marginals"].append(row)
-                met = "met" if row["ratio"]["median"] <= row["target"] else "MISSED"
-                print(
-                    f"{row['mode']:17} N={seqlen:5} S={num_spans}  "
-                    f"ratio {row['ratio']['median']:.3f} (p20 {row['ratio']['p20']:.3f}, "
-                    f"p80 {row['ratio']['p80']:.3f})  target {row['target']} {met}  "
-                    f"(copying them once: {row['copy']['median']:.3f})",
-                    flush=True,
-                )
+                print_marginals(row)
     print("\npeak memory beyond inputs and outputs, bfloat16, 32 spans, fresh process")
     run["memory"] = measure_memory(seqlens)
     for row in run["memory"]:
@@ -249,7 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"one H x N x N matrix {row['one_score_matrix_mib']:.0f} MiB)"
         )
     bench.write(run, options.out)
-    return int(any(row.get("wrong") for row in run["speed"] + run["memory"]))
+    rows = run["speed"] + run["marginals"] + run["memory"]
+    return int(any(row.get("wrong") for row in rows))
 
 
 if __name__ == "__main__":

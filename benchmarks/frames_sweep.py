@@ -2,8 +2,9 @@
 
 A camera pans over the pictures of the scikit-image wheel; each frame is an image of a prompt, as
 TRL-style trainers pass videos on; the real Qwen2-VL image processor and a randomly initialised
-Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame; with
-`--objective ral`, the token-level RAL loss of the last rows instead.
+Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame; on the same q, k, v it
+measures what marginals cost in four span layouts, too (sweeps/layouts.py). With `--objective ral`,
+the token-level RAL loss of the last rows instead.
 
     python benchmarks/frames_sweep.py
     python benchmarks/frames_sweep.py --objective ral

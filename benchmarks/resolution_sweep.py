@@ -4,7 +4,9 @@ A picture of the scikit-image wheel at growing resolution goes through the real 
 processor and a randomly initialised Qwen2.5-VL into q, k, v of its last layer. One span a tile of
 the picture: its keys are scattered, a few in each row of tokens, which is the hard case for
 kernels. With several pictures a prompt, `--spans image` makes one contiguous span of each.
-`--objective ral` is the token-level RAL loss of the last rows instead, which knows no spans.
+On the same q, k, v it measures what marginals cost in four layouts of contiguous spans, too
+(sweeps/layouts.py). `--objective ral` is the token-level RAL loss of the last rows instead, which
+knows no spans.
 
     python benchmarks/resolution_sweep.py
     python benchmarks/resolution_sweep.py --objective ral

@@ -18,15 +18,23 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import ral_kernels as rk
-from benchmarks import decode_bench, frames_sweep, plot, policy_divergence_bench, resolution_sweep
-from benchmarks.sweeps import examine, measure, pictures, ral
+from benchmarks import (
+    attention_bench,
+    decode_bench,
+    frames_sweep,
+    plot,
+    policy_divergence_bench,
+    resolution_sweep,
+)
+from benchmarks.sweeps import examine, layouts, measure, pictures, ral, runner
 from benchmarks.sweeps.attention import ATTENTION, contestants
 from benchmarks.sweeps.attention.exact import exact
-from benchmarks.sweeps.attention.problem import AttentionProblem, random_problem
+from benchmarks.sweeps.attention.problem import AttentionProblem, random_problem, with_spans
 from benchmarks.sweeps.gate import relative_errors, verdict
-from benchmarks.sweeps.inputs import Heads
+from benchmarks.sweeps.inputs import Heads, random_layer
 from benchmarks.sweeps.objective import Contestant
 from benchmarks.sweeps.plot import GAP, _spread
 from benchmarks.sweeps.ral import RAL
@@ -49,7 +57,7 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 
 def examine_in_place(contestant: Contestant, problem: AttentionProblem) -> dict[str, Any]:
-    exact = ATTENTION.exact(problem, {"all", "out_only"})
+    exact = ATTENTION.exact(problem, {contestant.answer})
     return examine.examine_here(ATTENTION, contestant, problem, True, exact.__getitem__)
 
 
@@ -98,6 +106,10 @@ def test_frames_sweep_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
             wanted |= {"dq", "dk", "dv"} if mode == "forward+backward" else set()
             assert row["errors"].keys() == wanted
             assert max(row["errors"].values()) < 1e-4
+        cost = {(row["contestant"], row["mode"]): row for row in size["layouts"]}
+        assert len(cost) == 2 * (1 + len(layouts.FRAME_TOKENS))
+        for row in cost.values():
+            assert row["status"] == "ok" and row["repeats"] == 8, row
     printed = capsys.readouterr().out
     assert "ral_kernels, marginals" in printed
     assert "skipped: an SDPA backend of CUDA" in printed
@@ -113,11 +125,13 @@ def test_resolution_sweep_fails_on_a_wrong_contestant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--tokens", "32", "--tile", "2", "3", "--no-backward", "--no-plot"]
+    options += ["--layouts", "none"]
     options += ["--out", str(tmp_path), "--contestants", "ral,per_span,wrong"]
     assert resolution_sweep.main([*TINY, *options]) == 1
     (size,) = results_of(tmp_path)["sizes"]
     assert size["visual_tokens"] == 32
     assert not size["contiguous_spans"], "tiles scatter their keys"
+    assert "layouts" not in size
     rows = {row["contestant"]: row for row in size["results"]}
     assert rows["wrong"]["status"] == "wrong"
     assert "marginals error" in rows["wrong"]["reason"]
@@ -135,10 +149,101 @@ def test_resolution_sweep_on_random_input(tmp_path: Path) -> None:
     assert (size["visual_tokens"], size["num_spans"], size["seqlen"]) == (60, 2, 60)
 
 
+def test_layouts_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--frames", "2", "--grid", "6", "10", "--input", "random", "--no-backward"]
+    options += ["--layout", "16", "--layouts", "offset,16", "--contestants", "ral", "--no-plot"]
+    assert frames_sweep.main([*TINY, *options, "--out", str(tmp_path)]) == 0
+    (size,) = results_of(tmp_path)["sizes"]
+    assert (size["num_spans"], size["visual_tokens"], size["seqlen"]) == (4, 49, 120)
+    rows = {row["contestant"]: row for row in size["layouts"]}
+    assert rows.keys() == {"ral_plain", "ral_offset", "ral_16"}
+    for row in rows.values():
+        assert (row["status"], row["repeats"]) == ("ok", 8)
+    assert rows["ral_plain"]["ratio"]["median"] == 1.0
+    assert (rows["ral_offset"]["layout"], rows["ral_16"]["layout"]) == ("offset", "16")
+    assert (rows["ral_offset"]["spans"], rows["ral_16"]["spans"]) == (1, 4)
+    assert "16: 16-token frames, text" in capsys.readouterr().out
+
+
+def test_a_layout_without_room_is_said() -> None:
+    problem = random_problem([60], HEADS, torch.float32, "cpu")
+    assert ATTENTION.registry["ral_aligned"].refuse(problem, False) is None
+    reason = ATTENTION.registry["ral_offset"].refuse(problem, False)
+    assert reason == "no frame finds room in 60 keys"
+    layer = random_layer([60], HEADS, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="--layout offset: no frame finds room in 60 keys"):
+        runner.laid_out(layer, "offset")
+
+
+def test_a_picture_without_layouts_is_as_it_was(tmp_path: Path) -> None:
+    row = {"contestant": "ral", "mode": "forward", "ms": {"median": 1.0}, "peak_bytes": 1 << 20}
+    cost = {**row, "contestant": "ral_64", "layout": "64", "ratio": {"median": 1.05}}
+    sizes = [{"visual_tokens": n, "results": [row], "layouts": [cost]} for n in (240, 480)]
+    run = {
+        "benchmark": "frames_sweep",
+        "objective": "attention",
+        "machine": {"cpu": "a CPU", "threads": 2},
+        "commit": {"hash": None, "dirty": False},
+        "settings": {
+            "modes": ["forward"], "input": "random", "dtype": "float32",
+            "heads": dataclasses.asdict(HEADS),
+        },
+        "sizes": sizes,
+    }  # fmt: skip
+    file = tmp_path / "run.json"
+    heights = []
+    for _ in range(2):
+        file.write_text(json.dumps(run))
+        assert plot.main([str(file)]) == 0
+        with Image.open(tmp_path / "run.png") as picture:
+            heights.append(picture.height)
+        for size in sizes:
+            size.pop("layouts", None)
+    assert heights[0] > heights[1] == 792
+
+
+def test_layouts_have_the_borders_of_a_prompt() -> None:
+    seqlen = 8192
+    spans = {name: layouts.spans_of(name, seqlen) for name in layouts.FRAME_TOKENS}
+    shares = {
+        name: [layouts.border_share(found, block) for block in layouts.BLOCKS]
+        for name, found in spans.items()
+    }
+    assert shares["aligned"] == [0.0, 0.0]
+    assert shares["offset"] == pytest.approx([0.25, 0.5], abs=0.02)
+    assert min(shares["64"]) > 0.95 and min(shares["16"]) > 0.95
+    ids = spans["offset"].ids
+    assert ids.shape == (seqlen,) and spans["offset"].is_contiguous
+    assert ids[:25].eq(-1).all() and ids[25:281].eq(0).all() and ids[281:283].eq(-1).all()
+    assert ids[283] == 1 and ids[-41] == spans["offset"].num_spans - 1 and ids[-40:].eq(-1).all()
+
+
+@pytest.mark.parametrize("layout", layouts.FRAME_TOKENS)
+def test_gate_of_layouts(layout: str) -> None:
+    problem = random_problem([600], HEADS, torch.float32, "cpu")
+    contestant = ATTENTION.registry[f"ral_{layout}"]
+    assert examine_in_place(contestant, problem)["status"] == "ok"
+    wrong = dataclasses.replace(contestant, prepare=contestants.wrong)
+    record = examine_in_place(wrong, problem)
+    assert record["status"] == "wrong" and record["reason"].startswith("marginals error")
+
+
+def test_marginals_in_a_prompt() -> None:
+    assert attention_bench.prompt_of(1024, 64, torch.float32).num_spans == 64
+    problem = random_problem([256], HEADS, torch.float32, "cpu")
+    problem = with_spans(problem, layouts.frames_in_prompt(256, 10))
+    for row in attention_bench.measure_marginals(problem, "offset", quick=True):
+        assert (row["num_spans"], row["wrong"]) == (16, None)
+        assert row["ratio"]["median"] > 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ["--contestants", "ral,nobody"],
+        ["--layouts", "offset,nowhere"],
+        ["--objective", "ral", "--layouts", "offset"],
+        ["--layout", "offset"],
         ["--objective", "ral", "--contestants", "sdpa"],
         ["--objective", "nothing"],
         ["--rows", "8"],
@@ -271,9 +376,7 @@ def test_decode_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_gate_closes_on_a_wrong_gradient(
-    name: str, problem: AttentionProblem
-) -> None:
+def test_gate_closes_on_a_wrong_gradient(name: str, problem: AttentionProblem) -> None:
     def prepare(problem: AttentionProblem) -> contestants.Attend:
         right = contestants.eager(problem)
 

@@ -84,7 +84,7 @@ def examine(
     and a result whose every gradient is known. `exact` gives the answer of a name, on the problem's
     device.
     """
-    device = problem.q.device
+    device, problem = problem.q.device, contestant.view(problem)
     call = contestant.prepare(problem)
     inputs = leaves(problem, backward)
     gradients = problem.output_gradients(gated=True)

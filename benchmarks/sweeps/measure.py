@@ -71,6 +71,7 @@ class Sweep:
         device: torch.device,
         dtype: torch.dtype,
         advance: Callable[[str], None],
+        processes: FreshProcesses | None = None,
     ) -> None:
         self.objective = objective
         self.peers = objective.peers_on(device.type)
@@ -82,18 +83,26 @@ class Sweep:
         self.gemm = 0.0  # GFLOP/s of a matrix product, measured anew at each size
         self.peer: dict[str, str] = {}  # mode -> the fastest peer, found anew at each size
         self._last: dict[tuple[str, str], tuple[int, float]] = {}  # -> (work, seconds)
-        self._processes = None if device.type == "cuda" else FreshProcesses(torch.get_num_threads())
+        # another sweep's, which closes them, or its own
+        self.processes = processes
+        if processes is None and device.type != "cuda":
+            self.processes = FreshProcesses(torch.get_num_threads())
 
     @property
     def steps_per_size(self) -> int:
         return len(self.contestants) * len(self.modes) * (1 + self.repeats)
 
     def close(self) -> None:
-        if self._processes is not None:
-            self._processes.close()
+        if self.processes is not None:
+            self.processes.close()
 
-    def run(self, problem: Problem, share: float) -> list[dict[str, Any]]:
-        """Measure one problem in about `share` seconds; one record for each contestant and mode."""
+    def run(
+        self, problem: Problem, share: float, known_gemm: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Measure one problem in about `share` seconds; one record for each contestant and mode.
+
+        `known_gemm` is the GEMM rate, where another sweep has just measured it.
+        """
         deadline = time.perf_counter() + share
         entries = [
             Entry(c, mode, c.ours or c.name in self.peers)
@@ -104,7 +113,7 @@ class Sweep:
         with tempfile.TemporaryDirectory(prefix="ral-sweep-") as folder:
             self._examine(entries, problem, Path(folder), share)
         deadline = max(deadline, time.perf_counter() + TIMING_SHARE * share)
-        gemm = gemm_gflops(self.dtype, self.device)
+        gemm = gemm_gflops(self.dtype, self.device) if known_gemm is None else known_gemm
         left = deadline - time.perf_counter()
         racing = [entry for entry in entries if entry.in_the_race]
         _allot_rotations(racing, left, self.repeats)
@@ -112,7 +121,9 @@ class Sweep:
         for mode in self.modes:
             share = sum(e.planned for e in racing if e.mode == mode) / max(planned, 1e-6)
             self._time([entry for entry in entries if entry.mode == mode], problem, left * share)
-        self.gemm = max(gemm, gemm_gflops(self.dtype, self.device))
+        if known_gemm is None:
+            gemm = max(gemm, gemm_gflops(self.dtype, self.device))
+        self.gemm = gemm
         peers = {mode: self._fastest_peer(entries, mode) for mode in self.modes}
         self.peer = {mode: peer.contestant.name for mode, peer in peers.items() if peer}
         return [self._row(entry, peers[entry.mode], problem) for entry in entries]
@@ -148,7 +159,7 @@ class Sweep:
         exact_file, problem_file = str(folder / "exact.pt"), str(folder / "problem.pt")
         answers = {entry.contestant.answer for entry in entries}
         exact = self.objective.exact(problem, answers)
-        if self._processes is not None:
+        if self.processes is not None:
             torch.save(exact, exact_file)
             torch.save(problem.tensors(), problem_file)
         start = time.perf_counter()
@@ -161,14 +172,14 @@ class Sweep:
             if late and not entry.essential:
                 reason = "no time left (--budget, --full)"
                 entry.record = {"status": "skipped", "reason": reason}
-            elif self._processes is None:
+            elif self.processes is None:
                 entry.record = examine_here(
                     self.objective, contestant, problem, entry.backward, exact.__getitem__
                 )
             else:
                 # a margin: the process also loads, compiles and is compared with float64
                 timeout = min(60.0 + 2 * share, 3600.0)
-                entry.record = self._processes.examine(
+                entry.record = self.processes.examine(
                     self.objective.name,
                     contestant.name,
                     problem_file,
@@ -213,6 +224,7 @@ class Sweep:
             self._remember(entry, problem)
 
     def _runner(self, entry: Entry, problem: Problem) -> Callable[[], object]:
+        problem = entry.contestant.view(problem)
         call = entry.contestant.prepare(problem)
         inputs = leaves(problem, entry.backward)
         gradients = problem.output_gradients(gated=False)

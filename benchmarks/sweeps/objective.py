@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,10 @@ class Problem(ABC):
         return {name: getattr(self, name) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
 
 
+def itself(problem: Any) -> Any:
+    return problem
+
+
 def no_objection(problem: Any, backward: bool) -> str | None:
     return None
 
@@ -91,6 +95,8 @@ class Contestant:
     compiles: bool = False
     ours: bool = False  # a failure of ours fails the run; a peer may be unable
     on: tuple[str, ...] = ("cpu", "cuda")  # where it takes part unasked
+    # the problem that it gets in place of the sweep's
+    view: Callable[[Any], Any] = itself
     # why it cannot do (problem, backward)
     refuse: Callable[[Any, bool], str | None] = no_objection
     # beyond the inputs, where that grows with N^2
@@ -120,6 +126,8 @@ class Objective:
     summary: Callable[[Mapping[str, Any]], tuple[str, ...]]  # of these facts, for the table
     cuda_peers: tuple[str, ...] = ()  # and there of these too
     default_rows: int | None = None  # None: the objective is over all rows
+    # ours with spans -> the same without; `<ours>_<layout>` is a contestant, too
+    layout_pairs: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def registry(self) -> dict[str, Contestant]:

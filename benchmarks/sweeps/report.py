@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .layouts import BLOCKS, LABELS
 from .objective import Objective
 
 
@@ -73,7 +74,44 @@ def table(objective: Objective, size: Mapping[str, Any]) -> str:
         headings += objective.outputs
         headings += objective.gradients if mode.endswith("backward") else ()
         lines += ["", *_aligned(headings, [_cells(objective, row) for row in rows])]
-    return "\n".join(lines)
+    return "\n".join(lines + _layouts(size))
+
+
+def _layouts(size: Mapping[str, Any]) -> list[str]:
+    """What marginals cost in each layout: a table for each of ours, its modes side by side."""
+    by_ours: dict[str, dict[str, dict[str, Any]]] = {}  # ours -> layout -> mode -> row
+    for row in size.get("layouts", []):
+        if "layout" in row:
+            ours = row["contestant"].removesuffix(f"_{row['layout']}")
+            by_ours.setdefault(ours, {}).setdefault(row["layout"], {})[row["mode"]] = row
+    lines = []
+    for ours, found in by_ours.items():
+        modes = list(dict.fromkeys(mode for rows in found.values() for mode in rows))
+        headings = [f"{ours}: with marginals / without", "spans"]
+        headings += [f"border in {block}" for block in BLOCKS]
+        headings += [text for mode in modes for text in (f"{mode} ms", "ratio", "p20-p80", "n")]
+        cells = [_layout_cells(layout, rows, modes) for layout, rows in found.items()]
+        lines += ["", *_aligned(headings, cells)]
+    return lines
+
+
+def _layout_cells(
+    layout: str, rows: Mapping[str, Mapping[str, Any]], modes: Sequence[str]
+) -> list[str]:
+    first, label = rows[modes[0]], f"{layout}: {LABELS[layout]}"
+    if not any("ms" in row for row in rows.values()):
+        return [label, f"{first['status']}: {first['reason']}"]
+    cells = [label, str(first["spans"])]
+    cells += [f"{100 * first['border_share'][str(block)]:.0f} %" for block in BLOCKS]
+    for mode in modes:
+        row = rows[mode]
+        if "ms" not in row:
+            cells += [row["status"], "-", "-", "-"]
+            continue
+        ratio = row["ratio"]
+        cells += [f"{row['ms']['median']:.1f}", f"{ratio['median']:.3f}"]
+        cells += [f"{ratio['p20']:.3f}-{ratio['p80']:.3f}", str(row["repeats"])]
+    return cells
 
 
 def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -102,9 +140,11 @@ def mistakes(objective: Objective, run: Mapping[str, Any]) -> list[str]:
     """What must fail a run: a wrong answer from anybody, and one of ours that did not run."""
     found = []
     for size in run["sizes"]:
-        for row in size["results"]:
+        for row in [*size["results"], *size.get("layouts", [])]:
             ours = objective.registry[row["contestant"]].ours
-            if row["status"] == "wrong" or (ours and row["status"] != "ok"):
+            # a layout may have no span, or no room in memory
+            excused = row["status"] == "skipped" and "layout" in row
+            if row["status"] == "wrong" or (ours and row["status"] != "ok" and not excused):
                 which = f"{size['name']}, {row['contestant']} {row['mode']}"
                 found.append(f"{which}: {row['status']}: {row['reason']}")
     return found

@@ -7,14 +7,14 @@ import datetime
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import machine, report
+from . import layouts, machine, report
 from .inputs import Heads, LayerInputs
 from .measure import MODES, Sweep
 from .objective import Objective, Problem
@@ -22,8 +22,11 @@ from .objectives import OBJECTIVES
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-DEFAULT_SECONDS = 140.0  # for measuring; imports, the model and the plot come on top
+# for measuring; imports, the model, the plot and the layouts come on top
+DEFAULT_SECONDS = 140.0
 FULL_SECONDS = 3 * 3600.0
+LAYOUT_SHARE = 0.2  # of a size's time, for each of ours that is measured in the layouts
+LAYOUT_ROTATIONS = 4  # for each of --repeats: a cost of percents shows in more of them
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = ", ".join(f"{name}: {count}" for name, count in rows.items())
     add("--rows", f"response rows at the end of the prompt (default: {defaults})", type=int)
     add("--input", "where q, k, v come from", choices=("model", "random"), default="model")
+    names = ",".join(layouts.FRAME_TOKENS)
+    add(
+        "--layouts",
+        f"span layouts in which the cost of marginals is measured as well (default: {names})",
+        metavar="A,B|none",
+    )
+    add(
+        "--layout",
+        "of the spans of --input random (default: those of the sweep, without text)",
+        choices=layouts.FRAME_TOKENS,
+    )
     add("--full", "more sizes, and as long as it takes", action="store_true")
     add("--dtype", "of q, k, v and the model", choices=DTYPES, default="bfloat16")
     add("--device", "cpu or cuda", default="cpu")
@@ -56,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", "rotations, each contestant once in each", type=int, default=5)
     add(
         "--budget",
-        f"seconds to measure (default: {DEFAULT_SECONDS:.0f}, with --full hours)",
+        f"seconds to measure (default: {DEFAULT_SECONDS:.0f} and the layouts', with --full hours)",
         type=float,
     )
     names = "; ".join(f"{name}: {', '.join(OBJECTIVES[name].registry)}" for name in OBJECTIVES)
@@ -93,9 +107,29 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
             f"{', '.join(objective.registry)}"
         )
     options.contestants = names
+    options.layouts = _layouts(parser, options, objective)
+    if options.layout is not None and options.input != "random":
+        parser.error("--layout: only --input random has no spans of its own")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return options
+
+
+def _layouts(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, objective: Objective
+) -> list[str]:
+    if options.layouts is None:
+        return list(layouts.FRAME_TOKENS) if objective.layout_pairs else []
+    if options.layouts == "none":
+        return []
+    if not objective.layout_pairs:
+        parser.error(f"--layouts: --objective {objective.name} knows no spans")
+    names = [name.strip() for name in options.layouts.split(",")]
+    unknown = [name for name in names if name not in layouts.FRAME_TOKENS]
+    if unknown:
+        known = ", ".join(layouts.FRAME_TOKENS)
+        parser.error(f"--layouts: {', '.join(unknown)} unknown; there are {known}, or none")
+    return names
 
 
 def heads_of(options: argparse.Namespace) -> Heads:
@@ -133,14 +167,14 @@ def run_sweep(
             "heads": asdict(heads_of(options)),
             "modes": modes,
             "rows": options.rows,
+            "layout": options.layout,
+            "layouts": options.layouts,
             **extra,
         },
         "sizes": [],
     }
     print(report.header(run), flush=True)
     path = _path(benchmark, options, run)
-    budget = options.budget or (FULL_SECONDS if options.full else DEFAULT_SECONDS)
-    deadline = began + budget
     # disable=None: no bar where stderr is a file, which a bar would fill with its frames
     with tqdm(unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
         sweep = Sweep(
@@ -152,17 +186,21 @@ def run_sweep(
             DTYPES[options.dtype],
             lambda what: _advance(bar, what),
         )
-        bar.total = len(sizes) * sweep.steps_per_size
+        in_layouts = _layout_sweeps(sweep, options)
+        main_share = 1 - LAYOUT_SHARE * len(in_layouts)
+        default = FULL_SECONDS if options.full else DEFAULT_SECONDS / main_share
+        deadline = began + (options.budget or default)
+        bar.total = len(sizes) * sum(one.steps_per_size for one in (sweep, *in_layouts))
         try:
             for index, size in enumerate(sizes):
                 bar.set_description(size.name)
                 bar.set_postfix_str("inputs")
-                problem = objective.make(size.make(), options.rows)
+                problem = objective.make(laid_out(size.make(), options.layout), options.rows)
                 weights = [s.visual_tokens**2 for s in sizes[index:]]
                 left = max(deadline - time.perf_counter(), 10.0)
                 # a floor for small sizes, whose time is start-up and compilation rather than N^2
                 share = min(max(left * weights[0] / sum(weights), 12.0), left)
-                run["sizes"].append(_measure(sweep, size, problem, share))
+                run["sizes"].append(_measure(sweep, in_layouts, size, problem, share))
                 run["seconds"] = round(time.perf_counter() - began, 1)
                 report.save(run, path)  # each size anew: a run that is killed keeps what it has
                 bar.write(f"\n{report.table(objective, run['sizes'][-1])}", file=sys.stdout)
@@ -171,14 +209,53 @@ def run_sweep(
     return _finish(objective, options, run, path)
 
 
+def laid_out(layer: LayerInputs, layout: str | None) -> LayerInputs:
+    """The layer with the spans of a layout, or as it is.
+
+    Raises:
+        ValueError: the keys have no room for a frame.
+    """
+    if layout is None:
+        return layer
+    spans = layouts.spans_of(layout, layer.k.shape[2])
+    if spans.num_spans == 0:
+        raise ValueError(f"--layout {layout}: no frame finds room in {layer.k.shape[2]} keys")
+    return replace(layer, spans=spans)
+
+
 def _advance(bar: Any, what: str) -> None:
     bar.update()
     if what:
         bar.set_postfix_str(what)
 
 
-def _measure(sweep: Sweep, size: Size, problem: Problem, share: float) -> dict[str, Any]:
-    results = sweep.run(problem, share)
+def _layout_sweeps(sweep: Sweep, options: argparse.Namespace) -> list[Sweep]:
+    """For each of ours that takes part: itself in the layouts, beside itself without spans."""
+    return [
+        Sweep(
+            replace(sweep.objective, peers=(plain,), cuda_peers=()),
+            [f"{ours}_{layout}" for layout in options.layouts],
+            sweep.modes,
+            LAYOUT_ROTATIONS * sweep.repeats,
+            sweep.device,
+            sweep.dtype,
+            sweep.advance,
+            sweep.processes,
+        )
+        for ours, plain in sweep.objective.layout_pairs.items()
+        if ours in options.contestants and options.layouts
+    ]
+
+
+def _measure(
+    sweep: Sweep, in_layouts: Sequence[Sweep], size: Size, problem: Problem, share: float
+) -> dict[str, Any]:
+    results = sweep.run(problem, share * (1 - LAYOUT_SHARE * len(in_layouts)))
+    rows = [row for one in in_layouts for row in one.run(problem, share * LAYOUT_SHARE, sweep.gemm)]
+    for row in rows:
+        answer = sweep.objective.registry[row["contestant"]].answer
+        if answer in layouts.FRAME_TOKENS:
+            row.update(layouts.facts(answer, problem.seqlen))
     return {
         "name": size.name,
         **size.axis,
@@ -189,6 +266,7 @@ def _measure(sweep: Sweep, size: Size, problem: Problem, share: float) -> dict[s
         **({"gpu_state": machine.gpu_state()} if problem.q.is_cuda else {}),
         "peer": sweep.peer,
         "results": results,
+        **({"layouts": rows} if rows else {}),
     }
 
 

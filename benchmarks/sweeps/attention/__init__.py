@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..objective import Objective
-from .contestants import CONTESTANTS
+from .contestants import CONTESTANTS, LAYOUT_PAIRS
 from .exact import exact_answers
 from .problem import AttentionProblem, make_problem
 
@@ -43,4 +43,5 @@ ATTENTION = Objective(
     exact=exact_answers,
     facts=_facts,
     summary=_summary,
+    layout_pairs=LAYOUT_PAIRS,
 )

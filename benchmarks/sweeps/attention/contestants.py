@@ -7,6 +7,7 @@ is timed: masks and one-hot matrices that do not depend on q, k, v are made befo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 import ral_kernels as rk
 from ral_kernels import cuda_library
 
+from ..layouts import FRAME_TOKENS, LABELS, spans_of
 from ..objective import Contestant
-from .problem import AttentionProblem
+from .problem import AttentionProblem, in_layout
 
 Attend = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 CHUNK_ROWS = 256
@@ -284,6 +286,34 @@ def chunked(problem: AttentionProblem) -> Attend:
     return attend
 
 
+def in_every_layout(ours: Contestant) -> tuple[Contestant, ...]:
+    """One of ours with the spans of each layout in place of the problem's."""
+
+    def refuse(layout: str, problem: AttentionProblem, backward: bool) -> str | None:
+        if spans_of(layout, problem.seqlen).num_spans == 0:
+            return f"no frame finds room in {problem.seqlen} keys"
+        return ours.refuse(problem, backward)
+
+    def bytes_needed(layout: str, problem: AttentionProblem, backward: bool) -> int:
+        # marginals, their gradient, and its copy for the gate
+        num_spans = spans_of(layout, problem.seqlen).num_spans
+        return 3 * 4 * problem.heads.num_heads * problem.seqlen * num_spans
+
+    return tuple(
+        dataclasses.replace(
+            ours,
+            name=f"{ours.name}_{layout}",
+            label=LABELS[layout],
+            answer=layout,
+            on=(),
+            view=functools.partial(in_layout, layout=layout),
+            refuse=functools.partial(refuse, layout),
+            bytes_needed=functools.partial(bytes_needed, layout),
+        )
+        for layout in FRAME_TOKENS
+    )
+
+
 def wrong(problem: AttentionProblem) -> Attend:
     """Deliberately wrong, to show that the gate closes: every marginal is one span too far."""
     right = eager(problem)
@@ -296,7 +326,9 @@ def wrong(problem: AttentionProblem) -> Attend:
     return attend
 
 
-CONTESTANTS = (
+# ours with marginals -> the same without
+LAYOUT_PAIRS = {"ral": "ral_plain", "ral_cuda": "ral_plain_cuda"}
+SAME_SPANS = (  # those of the problem
     Contestant("sdpa", "SDPA, no marginals", sdpa, answer="out_only"),
     Contestant("ral", "ral_kernels, marginals", ral, ours=True),
     Contestant("ral_plain", "ral_kernels, no marginals", ral_plain, "out_only", ours=True),
@@ -342,4 +374,10 @@ CONTESTANTS = (
         )
     ),
     Contestant("wrong", "deliberately wrong", wrong, on=(), bytes_needed=eager_bytes),
+)
+CONTESTANTS = SAME_SPANS + tuple(
+    contestant
+    for ours in SAME_SPANS
+    if ours.name in LAYOUT_PAIRS
+    for contestant in in_every_layout(ours)
 )

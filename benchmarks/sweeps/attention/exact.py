@@ -12,7 +12,8 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
-from .problem import AttentionProblem
+from ..layouts import FRAME_TOKENS
+from .problem import AttentionProblem, in_layout
 
 
 def exact(problem: AttentionProblem, *, with_marginals: bool) -> dict[str, Tensor]:
@@ -70,5 +71,12 @@ def exact(problem: AttentionProblem, *, with_marginals: bool) -> dict[str, Tenso
 
 
 def exact_answers(problem: AttentionProblem, which: Set[str]) -> dict[str, dict[str, Tensor]]:
-    """Answers: "all" for the loss on out and marginals, "out_only" for the loss on out alone."""
-    return {name: exact(problem, with_marginals=name == "all") for name in sorted(which)}
+    """Answers: "all" for the loss on out and marginals, "out_only" for the loss on out alone.
+
+    The name of a layout stands for "all" with its spans.
+    """
+    answers = {}
+    for name in sorted(which):
+        judged = in_layout(problem, layout=name) if name in FRAME_TOKENS else problem
+        answers[name] = exact(judged, with_marginals=name != "out_only")
+    return answers

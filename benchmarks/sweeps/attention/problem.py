@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 import ral_kernels as rk
 
 from ..inputs import Heads, LayerInputs, random_layer
+from ..layouts import spans_of
 from ..objective import Problem
 
 ALL_ROWS_UP_TO = 600  # keys; below this length the float64 gate looks at every query
@@ -94,6 +96,24 @@ def rows_of_gate(seqlen: int, generator: torch.Generator) -> Tensor:
     # the first and last query always: the shortest and the longest sums
     inner = torch.randperm(seqlen - 2, generator=generator)[: GATE_ROWS - 2] + 1
     return torch.cat([torch.tensor([0, seqlen - 1]), inner]).sort().values
+
+
+def in_layout(problem: AttentionProblem, *, layout: str) -> AttentionProblem:
+    return with_spans(problem, spans_of(layout, problem.seqlen))
+
+
+def with_spans(problem: AttentionProblem, spans: rk.Spans) -> AttentionProblem:
+    """The same q, k, v and dout with other spans, and a fixed random dmarginals for them."""
+    device = problem.q.device
+    shape = (1, problem.heads.num_heads, problem.seqlen, spans.num_spans)
+    # Drawn on the device: on a GPU with thousands of spans the CPU would take seconds.
+    generator = torch.Generator(device).manual_seed(21)
+    return dataclasses.replace(
+        problem,
+        span_ids=spans.ids.to(device),
+        num_spans=spans.num_spans,
+        dmarginals=torch.randn(shape, generator=generator, device=device),
+    )
 
 
 def random_problem(
