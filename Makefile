@@ -3,7 +3,8 @@
 # make bench   the CPU figures       make bench-regress    the pytest-benchmark suite
 #
 # make codegen what the Triton kernels compile to, for GPUs that need not be here: benchmarks/results/codegen.md
-# make gpu     all that needs a GPU, in nine minutes, with the machine's own $(PYTHON), into the folder OUT
+# make gpu     all that needs a GPU, with the machine's own $(PYTHON), into the folder OUT
+# make gpu-kit what to carry to a GPU machine whose minutes count: benchmarks/gpu/README.md
 #
 # Everything else runs in .venv, which is made with the versions in constraints.txt. PYTHON chooses the interpreter.
 # pip compiles nothing to bytecode: Python does, and only what is imported, even where an image forbids it, as many do:
@@ -12,6 +13,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results/gpu-run
+GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
+KIT_SECONDS ?= 600
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
@@ -43,7 +46,13 @@ codegen: build
 
 # No venv, no pip, no network: torch and triton are those of the machine.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+	$(PYTHON) -m benchmarks.gpu all --out $(OUT)
+
+# Kernels by the Triton 3.6.0 that such a machine has; the newer ptxas is that of the release in .venv.
+gpu-kit: build $(TRITON36_INSTALLED)
+	RAL_GPU_PYTHON=$(GPU_PYTHON) $(TRITON36)/bin/python -m benchmarks.gpu.kit make --seconds $(KIT_SECONDS) --ptxas \
+	  "$$($(BIN)/python -c 'import triton; print(triton.__path__[0])')/backends/nvidia/bin/ptxas-blackwell"
+	$(TRITON36)/bin/python -m benchmarks.gpu.kit check
 
 # The library needs the build tools alone: it is compiled while pip fetches the packages.
 build:

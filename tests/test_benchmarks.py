@@ -420,9 +420,23 @@ def test_exact_of_some_rows_is_that_of_all_with_masked_gradients(problem: Attent
         torch.testing.assert_close(got[name], wanted[name][:, :, rows])
 
 
+class InPlace:
+    """Examines here: no server to start."""
+
+    def __init__(self, threads: int) -> None:
+        pass
+
+    def examine(
+        self, objective: str, name: str, file: str, backward: bool, exact_file: str, timeout: float
+    ) -> dict[str, Any]:
+        problem = AttentionProblem(**torch.load(file, weights_only=True))
+        exact = torch.load(exact_file, weights_only=True).__getitem__
+        contestant = ATTENTION.registry[name]
+        return examine.examine_here(ATTENTION, contestant, problem, backward, exact)
+
+
 def make_sweep(monkeypatch: pytest.MonkeyPatch) -> measure.Sweep:
-    """A sweep that examines in place: no server to start."""
-    monkeypatch.setattr(measure, "FreshProcesses", lambda threads: None)
+    monkeypatch.setattr(measure, "FreshProcesses", InPlace)
     modes, cpu = ["forward"], torch.device("cpu")
     names = ["eager", "chunked"]
     return measure.Sweep(ATTENTION, names, modes, 2, cpu, torch.float32, lambda what: None)

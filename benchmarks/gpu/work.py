@@ -90,9 +90,10 @@ def time(
         if not computes():
             _runner(which, contestant, problem, backward)()
             return {"status": "ok"}
-        wanted = _exact(device, objective, Heads(*heads), seqlen, layout, rows)
+        size = (device, objective, Heads(*heads), seqlen, layout, rows)
         competitor = which.registry[_here(contestant, device)]
-        record = examine.examine(which, competitor, problem, backward, wanted.__getitem__)
+        exact = functools.partial(_exact, *size)
+        record = examine.examine(which, competitor, problem, backward, exact)
         if record["status"] != "ok":
             return record
         runs = {"": _runner(which, contestant, problem, backward)}
@@ -180,11 +181,11 @@ def _problem(
 
 
 @functools.lru_cache(1)
-def _exact(device: torch.device, objective: str, *size: Any) -> dict[str, dict[str, Tensor]]:
-    """The answers that are asked for, on the device, for both modes and every contestant."""
-    which = OBJECTIVES[objective]
-    answers = {contestant.answer for contestant in which.contestants}
-    return which.exact(_problem(device, objective, *size), answers)
+def _exact(device: torch.device, objective: str, *rest: Any) -> dict[str, Tensor]:
+    """An answer, on the device, for both modes: `rest` is the problem's size and its name."""
+    *size, answer = rest
+    problem = _problem(device, objective, *size)
+    return OBJECTIVES[objective].exact(problem, {answer})[answer]
 
 
 def tile(

@@ -1,8 +1,7 @@
 """One run of one contestant: is it right, how much memory does it take, how long about.
 
-On CPU each examination has a process of its own (`FreshProcesses`), so that peak memory is that of
-the contestant alone and a contestant that exhausts memory kills nobody else. On CUDA it runs in
-place, where the allocator's own statistics are exact.
+Each examination has a process of its own (`FreshProcesses`). Peak memory is then the contestant's
+alone, and one that exhausts memory, hangs or loses the CUDA context ends no other.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def examine(
     call = contestant.prepare(problem)
     inputs = leaves(problem, backward)
     gradients = problem.output_gradients(gated=True)
-    if contestant.compiles:
+    if contestant.compiles or device.type == "cuda":  # there all compile
         run_once(objective, call, inputs, gradients, backward)
     before = reset_peak_memory(device)
     start = time.perf_counter()
@@ -111,7 +110,12 @@ def examine(
     }
 
 
-def _load(file: str, answer: str) -> Mapping[str, Tensor]:
+def _exact(
+    objective: Objective, problem: Problem, file: str | None, answer: str
+) -> Mapping[str, Tensor]:
+    """From a file, or computed anew: on a GPU that is quicker than to read it."""
+    if file is None:
+        return objective.exact(problem, {answer})[answer]
     return dict(torch.load(file, weights_only=True)[answer])
 
 
@@ -160,6 +164,8 @@ class FreshProcesses:
             MALLOC_MMAP_THRESHOLD_=str(1 << 18),
             MALLOC_TRIM_THRESHOLD_=str(1 << 18),
             TORCHINDUCTOR_COMPILE_THREADS="1",
+            # The server must not touch CUDA, or no fork of it could: torch asks NVML instead.
+            PYTORCH_NVML_BASED_CUDA_CHECK="1",
         )
         self._server = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(sys.path), str(threads)],
@@ -175,10 +181,13 @@ class FreshProcesses:
         contestant: str,
         problem_file: str,
         backward: bool,
-        exact_file: str,
+        exact_file: str | None,
         timeout: float,
     ) -> dict[str, Any]:
-        """`examine` in a fresh process; a killed or overdue one comes back as a record too."""
+        """`examine` in a fresh process; a killed or overdue one comes back as a record too.
+
+        Without `exact_file` the process computes the exact answer itself.
+        """
         request = {
             "objective": objective,
             "contestant": contestant,
@@ -214,9 +223,9 @@ def _examine_in_fork(request: dict[str, Any], threads: int) -> dict[str, Any]:
         try:
             torch.set_num_threads(threads)
             problem = objective.problem(**torch.load(request["problem_file"], weights_only=True))
-            if not contestant.compiles:  # those warm up at full size
+            if not (contestant.compiles or problem.q.is_cuda):  # those warm up at full size
                 _warm_up(objective, contestant, problem, request["backward"])
-            exact = functools.partial(_load, request["exact_file"])
+            exact = functools.partial(_exact, objective, problem, request["exact_file"])
             record = examine(objective, contestant, problem, request["backward"], exact)
         except Exception as error:
             if contestant.ours:

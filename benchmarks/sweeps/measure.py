@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .examine import FreshProcesses, examine_here, leaves, run_once
-from .machine import available_bytes, clock, gemm_gflops
+from .examine import FreshProcesses, leaves, run_once
+from .machine import available_bytes, clock, gemm_gflops, host_seconds
 from .objective import Contestant, Objective, Problem
 
 MODES = {"forward": False, "forward+backward": True}
@@ -35,6 +35,7 @@ class Entry:
     record: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     rotations: int = 0
+    host_seconds: float | None = None  # what a call takes the host; None where that is all of it
 
     @property
     def backward(self) -> bool:
@@ -84,17 +85,14 @@ class Sweep:
         self.peer: dict[str, str] = {}  # mode -> the fastest peer, found anew at each size
         self._last: dict[tuple[str, str], tuple[int, float]] = {}  # -> (work, seconds)
         # another sweep's, which closes them, or its own
-        self.processes = processes
-        if processes is None and device.type != "cuda":
-            self.processes = FreshProcesses(torch.get_num_threads())
+        self.processes = processes or FreshProcesses(torch.get_num_threads())
 
     @property
     def steps_per_size(self) -> int:
         return len(self.contestants) * len(self.modes) * (1 + self.repeats)
 
     def close(self) -> None:
-        if self.processes is not None:
-            self.processes.close()
+        self.processes.close()
 
     def run(
         self, problem: Problem, share: float, known_gemm: float | None = None
@@ -156,12 +154,13 @@ class Sweep:
         self, entries: Sequence[Entry], problem: Problem, folder: Path, share: float
     ) -> None:
         """Pass all admitted through the gate; take peak memory and a first duration there."""
-        exact_file, problem_file = str(folder / "exact.pt"), str(folder / "problem.pt")
-        answers = {entry.contestant.answer for entry in entries}
-        exact = self.objective.exact(problem, answers)
-        if self.processes is not None:
-            torch.save(exact, exact_file)
-            torch.save(problem.tensors(), problem_file)
+        problem_file = str(folder / "problem.pt")
+        torch.save(problem.tensors(), problem_file)
+        exact_file = None
+        if self.device.type != "cuda":
+            exact_file = str(folder / "exact.pt")
+            answers = {entry.contestant.answer for entry in entries}
+            torch.save(self.objective.exact(problem, answers), exact_file)
         start = time.perf_counter()
         for entry in sorted(entries, key=self._rank):
             contestant = entry.contestant
@@ -172,10 +171,6 @@ class Sweep:
             if late and not entry.essential:
                 reason = "no time left (--budget, --full)"
                 entry.record = {"status": "skipped", "reason": reason}
-            elif self.processes is None:
-                entry.record = examine_here(
-                    self.objective, contestant, problem, entry.backward, exact.__getitem__
-                )
             else:
                 # a margin: the process also loads, compiles and is compared with float64
                 timeout = min(60.0 + 2 * share, 3600.0)
@@ -222,6 +217,8 @@ class Sweep:
                 self.advance("")
         for entry in racing:
             self._remember(entry, problem)
+            if self.device.type == "cuda":  # `clock` hides it
+                entry.host_seconds = host_seconds(runs[entry.contestant.name], self.device)
 
     def _runner(self, entry: Entry, problem: Problem) -> Callable[[], object]:
         problem = entry.contestant.view(problem)
@@ -256,6 +253,8 @@ class Sweep:
         row["ratio"] = quantiles([s / p for s, p in zip(entry.seconds, peer.seconds, strict=False)])
         row["gflops"] = gflops
         row["gemm_share"] = gflops / self.gemm
+        if entry.host_seconds is not None:
+            row["host_ms"] = 1e3 * entry.host_seconds
         return row
 
 
