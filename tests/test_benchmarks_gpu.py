@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -205,6 +206,7 @@ sys.path.insert(0, {root!r})
 from benchmarks.gpu.lines import STICKY, append
 from pathlib import Path
 unit, lines = json.loads(open(sys.argv[1]).read()), Path(sys.argv[2])
+open(sys.argv[2] + ".pid", "w").write(str(os.getpid()))
 if unit["name"] == "never begins":
     print("no such module"); sys.exit(3)
 for point in unit["points"]:
@@ -289,6 +291,30 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     units = [toy_unit("hangs", "hang", "ok", limit=600), toy_unit("waits", "ok")]
     found = supervise(tmp_path, units, seconds=1.0, workers=1)
     assert {record["status"] for record in found.values()} == {"no time"}
+
+
+def test_no_worker_outlives_the_supervisor(tmp_path: Path) -> None:
+    """A stage that is over its time is terminated; its workers would go on using the GPU."""
+    script = tmp_path / "toy.py"
+    script.write_text(TOY_WORKER.format(root=str(ROOT)))
+    code = (
+        "import sys, math; from pathlib import Path; \n"
+        "from benchmarks.gpu import supervise; from benchmarks.gpu.points import Point, Unit\n"
+        "supervise.exit_on_sigterm()\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "unit = Unit('hangs', (Point('hangs 0', 'toy', 600, {'what': 'hang'}),))\n"
+        "supervise.Supervisor(folder / 'lines', folder, 1, math.inf, False,\n"
+        f"    worker=(sys.executable, {str(script)!r})).run([unit])\n"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    began = tmp_path / "workers.jsonl"
+    while not (began.exists() and began.read_text()):
+        assert supervisor.poll() is None
+        time.sleep(0.05)
+    supervisor.terminate()
+    assert supervisor.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "workers.jsonl.pid").read_text()), 0)
 
 
 @pytest.mark.long

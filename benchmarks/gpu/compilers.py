@@ -22,7 +22,7 @@ from typing import Any
 from . import kit
 from .lines import parsed
 from .points import Point, Unit
-from .supervise import PLANS, Supervisor, failed
+from .supervise import PLANS, Supervisor, exit_on_sigterm, failed
 
 BUNDLED = "as before"
 MOST = 24  # failures that are looked at; the first are the most valuable
@@ -109,6 +109,7 @@ def main() -> int:
     options = parser.parse_args()
     state = Path(os.environ.get(kit.VARIABLE, "/nonexistent"))
     points, programs = failures(options.records, options.rehearse), ptxas(state)
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="ral-gpu-") as folder:
         supervisor = Supervisor(
             options.lines, Path(folder), options.workers, options.until, alone=False,

@@ -89,8 +89,16 @@ class Supervisor:
 
     def run(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """All units; one record a point."""
-        waiting = [(unit, 0) for unit in units]  # and how many processes it has lost
         running: dict[str, Run] = {}
+        try:
+            self._run([(unit, 0) for unit in units], running)
+        finally:  # also where the stage's time is over: nothing else may share the GPU
+            for run in running.values():
+                self._kill(run)
+        return self.records
+
+    def _run(self, waiting: list[tuple[Unit, int]], running: dict[str, Run]) -> None:
+        """`waiting`: units, and how many processes each has lost."""
         while waiting or running:
             over = time.monotonic() > self.deadline
             if over:
@@ -113,7 +121,6 @@ class Supervisor:
                 unit, deaths = waiting.pop(0)
                 running[unit.name] = self._start(unit, deaths)
             time.sleep(0.05)
-        return self.records
 
     def _start(self, unit: Unit, deaths: int) -> Run:
         self.count += 1
@@ -230,6 +237,11 @@ def _line(record: dict[str, Any]) -> str:
     return ": ".join(parts)
 
 
+def exit_on_sigterm() -> None:
+    """By an exception, so that workers are ended first."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def failed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that were tried and did not come out right."""
     return [record for record in records if record["status"] not in UNTRIED]
@@ -244,6 +256,7 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="one at a time may measure")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="ral-gpu-") as folder:
         supervisor = Supervisor(
             options.lines, Path(folder), options.workers, options.until, options.alone,
