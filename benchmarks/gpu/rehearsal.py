@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock as unittest_mock
@@ -119,27 +119,13 @@ def _row(scenario: str, script: str, told: dict[str, Any]) -> str:
 
 
 def _kit_points() -> Iterator[Point]:
-    """What scripts ask for, at its own shapes, in order of value."""
-    yield from (p for unit in points.each_op(False) for p in unit.points)
-    plans = (points.attention_times, points.tiles, points.ral_times)
-    for plan in plans:
+    """What scripts ask of Triton, at its own shapes, in order of value."""
+    for plan in (points.each_op, points.attention_times, points.tiles, points.ral_times):
         for unit in plan(False):
-            yield from (p for p in unit.points if unit.group in ("", "triton", "ral"))
-
-
-def _without_duplicates(given: Iterable[Point]) -> list[Point]:
-    """Points that differ in what kernels are compiled for; a forward is part of a backward."""
-    seen, found = set(), []
-    for point in given:
-        settings = point.settings
-        if settings.get("mode") == "forward":
-            continue
-        key = json.dumps({**settings, "seqlen": 0 if settings.get("seqlen", 0) > 200 else 1})
-        if point.kind != "check" and "backend" not in settings and key in seen:
-            continue
-        seen.add(key)
-        found.append(point)
-    return found
+            for point in unit.points:
+                backend = point.settings.get("backend", unit.group)
+                if backend in ("", "triton", "ral") and point.settings.get("mode") != "forward":
+                    yield point  # a forward is part of forward and backward
 
 
 def compile_all(work_folder: Path, seconds: float) -> dict[str, Any]:
@@ -181,7 +167,7 @@ def run_share(share: tuple[int, int]) -> int:
     """Compile every n-th point; prints those that fail."""
     device = process.begin()
     failed = 0
-    for point in _without_duplicates(_kit_points())[share[0] :: share[1]]:
+    for point in list(_kit_points())[share[0] :: share[1]]:
         with process.compilations() as compiled:
             try:
                 work.KINDS[point.kind](device, **point.settings)
