@@ -17,9 +17,11 @@ struct AttentionBwdParams {
   int32_t num_blocks;  // of queries or of keys
 };
 
-// Launches attention_bwd_delta_kernel, which all others come behind; in attention_bwd.cu.
-// Returns as `run` does.
+// Launches of the kernels, each in the .cu file of its name: nvcc compiles them side by side. All
+// return as `run` does. The others need what attention_bwd_delta writes, and set num_blocks.
 int attention_bwd_delta(const AttentionBwdParams& params, void* stream);
+int attention_bwd_dq(const AttentionBwdParams& params, void* stream);
+int attention_bwd_dkdv(const AttentionBwdParams& params, void* stream);
 
 // Where the gradient of the marginals is, row by row. Rows without one have none of it.
 struct MarginalGradient {

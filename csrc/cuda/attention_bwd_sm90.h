@@ -19,6 +19,10 @@ struct AttentionBwdSm90Params {
   }
 };
 
+// As attention_bwd_dq and attention_bwd_dkdv of attention_bwd.h.
+int attention_bwd_dq_sm90(const AttentionBwdSm90Params& params, void* stream);
+int attention_bwd_dkdv_sm90(const AttentionBwdSm90Params& params, void* stream);
+
 // A block of threads: kConsumers warpgroups with a tile of keys (dk, dv) or queries (dq) each, of
 // which they have two tensors in shared memory, and one warpgroup before them, the producer, that
 // has the copy engine bring tiles of two tensors of the other side through a ring of kStages pairs

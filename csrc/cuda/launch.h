@@ -53,6 +53,10 @@ template <typename Kernel>
 const ListedKernel Listed<Kernel>::kernel{
     {typeid(Kernel).name(), Kernel::kThreads, int32_t(Kernel::kSharedBytes)}};
 
+inline int64_t cdiv(int64_t x, int64_t y) {
+  return (x + y - 1) / y;
+}
+
 // Launches a kernel; 0, or the error that it is noted with.
 template <typename Kernel>
 int run(int64_t num_blocks, const typename Kernel::Params& params, void* stream) {

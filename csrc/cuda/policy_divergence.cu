@@ -1,21 +1,13 @@
-// Launches of `policy_divergence`, and how its scratch memory is laid out.
+// The order of launches of `policy_divergence`, and how its scratch memory is laid out.
 //
 // Statistics of both sides come first. Then rows are taken in chunks, whose l fits the scratch:
 // r by policy_terms_kernel, l with D and U by the same kernel in its place, what a row's gradient
 // needs, dq and dk. Nothing depends on the device: the same call gives the same bits everywhere.
-#include "launch.h"
-#include "policy_bwd_dk.h"
-#include "policy_bwd_dq.h"
+#include "policy_launches.h"
 #include "policy_rows.h"
-#include "policy_statistics.h"
-#include "policy_terms.h"
 
 namespace ral {
 namespace cuda {
-
-static int64_t cdiv(int64_t x, int64_t y) {
-  return (x + y - 1) / y;
-}
 
 // Which of the entry points a layout is for.
 struct Pass {
@@ -56,9 +48,7 @@ struct Pieces {
 
 class PolicyDivergence {
  public:
-  static constexpr int kBlockQ = 64;  // of all kernels that take a chunk's rows
-
-  // `limit`: numbers that l of a chunk and parts of its U may take, if kBlockQ rows fit that.
+  // `limit`: numbers that l of a chunk and parts of its U may take, if kChunkBlockQ rows fit that.
   PolicyDivergence(const ral_policy_divergence_params& call, const Pass& pass, int64_t limit,
                    float* memory, void* stream)
       : call_(call), pass_(pass), stream_(stream) {
@@ -66,14 +56,14 @@ class PolicyDivergence {
     const int64_t num_heads = call.policy.num_heads;
     stride_ = cdiv(common.seqlen_k, kTermKeys) * kTermKeys;
     const int64_t u_parts = pass.wants_sums ? num_heads * (stride_ / kBlockK) : 0;  // of a row
-    int64_t blocks = limit / ((stride_ + u_parts) * kBlockQ);
+    int64_t blocks = limit / ((stride_ + u_parts) * kChunkBlockQ);
     if (blocks < 1) blocks = 1;
-    const int64_t of_sample = cdiv(common.num_rows, kBlockQ);
-    rows_ = blocks < of_sample ? blocks * kBlockQ : common.num_rows;
+    const int64_t of_sample = cdiv(common.num_rows, kChunkBlockQ);
+    rows_ = blocks < of_sample ? blocks * kChunkBlockQ : common.num_rows;
     samples_ = blocks < of_sample ? 1 : blocks / of_sample;
     if (samples_ > common.batch_size) samples_ = common.batch_size;
     // A chunk may have fewer rows or samples than the others, never more blocks.
-    pieces_ = Pieces(cdiv(rows_, kBlockQ) * num_heads * samples_, common.seqlen_k);
+    pieces_ = Pieces(cdiv(rows_, kChunkBlockQ) * num_heads * samples_, common.seqlen_k);
 
     Scratch scratch(memory);
     const int64_t rows = samples_ * rows_, all_rows = common.batch_size * common.num_rows;
@@ -108,9 +98,9 @@ class PolicyDivergence {
 
   int run_all() const {
     if (pass_.wants_statistics) {
-      int error = statistics_of(call_.policy, call_.w);
+      int error = policy_statistics(call_.common, call_.policy, call_.w, stream_);
       if (error == 0 && call_.reference_normalised == 0)
-        error = statistics_of(call_.reference, ref_w_);
+        error = policy_statistics(call_.common, call_.reference, ref_w_, stream_);
       if (error != 0) return error;
     }
     for (int64_t b = 0; b < call_.common.batch_size; b += samples_)
@@ -122,33 +112,13 @@ class PolicyDivergence {
   }
 
  private:
-  template <typename T, int kHeadDim>
-  int statistics(const ral_policy_side& side, float* w) const {
-    using Statistics = policy_statistics_kernel<T, kHeadDim>;
-    const ral_policy_common& common = call_.common;
-    const int64_t blocks = cdiv(common.num_rows, Statistics::kBlockQ);
-    const int error =
-        run<Statistics>(blocks * side.num_heads * common.batch_size,
-                        PolicyStatisticsParams{common, side, w, int32_t(blocks)}, stream_);
-    if (error != 0) return error;
-    return run<policy_share_kernel>(
-        cdiv(common.batch_size * common.num_rows, policy_share_kernel::kThreads),
-        PolicyShareParams{common, side, w}, stream_);
-  }
-  int statistics_of(const ral_policy_side& side, float* w) const {
-    RAL_DISPATCH(side.dtype, side.head_dim, statistics, side, w);
-  }
-
-  template <typename T, int kHeadDim>
   int terms(const RowChunk& chunk, const ral_policy_side& side, const ral_policy_side& other,
             float* value_parts, float* u_parts) const {
-    using Terms = policy_terms_kernel<T, kHeadDim>;
-    static_assert(Terms::kBlockQ == kBlockQ, "a chunk has whole blocks of rows");
     PolicyTermsParams params{};
     params.common = call_.common;
     params.side = side;
     params.chunk = chunk;
-    params.num_row_blocks = int32_t(cdiv(chunk.num_rows, kBlockQ));
+    params.num_row_blocks = int32_t(cdiv(chunk.num_rows, kChunkBlockQ));
     params.num_key_blocks = int32_t(stride_ / kTermKeys);
     params.other_left = other.window_left;
     params.other_right = other.window_right;
@@ -156,12 +126,7 @@ class PolicyDivergence {
     params.value_parts = value_parts;
     params.u_parts = u_parts;
     params.kind = call_.kind;
-    return run<Terms>(int64_t(chunk.num_samples) * params.num_row_blocks * params.num_key_blocks,
-                      params, stream_);
-  }
-  int terms_of(const RowChunk& chunk, const ral_policy_side& side, const ral_policy_side& other,
-               float* value_parts, float* u_parts) const {
-    RAL_DISPATCH(side.dtype, side.head_dim, terms, chunk, side, other, value_parts, u_parts);
+    RAL_DISPATCH(side.dtype, side.head_dim, policy_terms, params, stream_);
   }
 
   int rows(const RowChunk& chunk) const {
@@ -204,38 +169,17 @@ class PolicyDivergence {
     return params;
   }
 
-  template <typename T, int kHeadDim>
-  int gradient(const RowChunk& chunk) const {
-    using Dq = policy_bwd_dq_kernel<T, kHeadDim>;
-    using Join = policy_bwd_join_kernel<T, kHeadDim>;
-    using Dk = policy_bwd_dk_kernel<T, kHeadDim>;
-    static_assert(Dq::kBlockQ == kBlockQ && Dk::kBlockQ == kBlockQ,
-                  "a chunk has whole blocks of rows");
-    PolicyBwdParams params = bwd_params(chunk);
-    const int64_t heads = chunk.num_samples * params.side.num_heads;
-    params.num_blocks = int32_t(cdiv(chunk.num_rows, kBlockQ));
-    int error = run<Dq>(params.pieces * heads * params.num_blocks, params, stream_);
-    if (error == 0 && params.dq_parts != nullptr)
-      error =
-          run<Join>(cdiv(heads * chunk.num_rows * Join::kPairs, Join::kThreads), params, stream_);
-    if (error != 0) return error;
-    params.num_blocks = int32_t(cdiv(call_.common.seqlen_k, kBlockK));
-    return run<Dk>(chunk.num_samples * params.side.num_kv_heads * params.num_blocks, params,
-                   stream_);
-  }
-  int gradient_of(const RowChunk& chunk) const {
-    RAL_DISPATCH(call_.policy.dtype, call_.policy.head_dim, gradient, chunk);
-  }
-
   int run_chunk(int64_t b, int64_t t) const {
     const int64_t samples = call_.common.batch_size - b, num_rows = call_.common.num_rows - t;
     const RowChunk chunk{int32_t(b), int32_t(samples < samples_ ? samples : samples_), int32_t(t),
                          int32_t(num_rows < rows_ ? num_rows : rows_), stride_};
-    int error = terms_of(chunk, call_.reference, call_.policy, nullptr, nullptr);
-    if (error == 0) error = terms_of(chunk, call_.policy, call_.reference, value_parts_, u_parts_);
+    int error = terms(chunk, call_.reference, call_.policy, nullptr, nullptr);
+    if (error == 0) error = terms(chunk, call_.policy, call_.reference, value_parts_, u_parts_);
     if (error == 0) error = rows(chunk);
-    if (error == 0 && pass_.wants_gradient) error = gradient_of(chunk);
-    return error;
+    if (error != 0 || !pass_.wants_gradient) return error;
+    const PolicyBwdParams params = bwd_params(chunk);
+    error = policy_bwd_dq(params, stream_);
+    return error == 0 ? policy_bwd_dk(params, stream_) : error;
   }
 
   ral_policy_divergence_params call_;

@@ -161,7 +161,8 @@ struct RowChunk {
   RAL_DEVICE int32_t stop() const { return first_row + num_rows; }
 };
 
-constexpr int kTermKeys = 128;  // keys of a block of policy_terms_kernel
+constexpr int kTermKeys = 128;    // keys of a block of policy_terms_kernel
+constexpr int kChunkBlockQ = 64;  // rows of a block, of all kernels that take a chunk's rows
 
 }  // namespace cuda
 }  // namespace ral

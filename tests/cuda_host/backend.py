@@ -20,12 +20,11 @@ from ral_kernels.attention import cuda as attention_cuda
 from ral_kernels.attention import interface as attention_interface
 from ral_kernels.policy_divergence import cuda as divergence_cuda
 from ral_kernels.policy_divergence import interface as divergence_interface
-from tests.cuda_host.build import Patch, build
+from tests.cuda_host.build import Patch, build, sources_of
 from tests.cuda_host.library import HostLibrary
 
-ATTENTION = ("attention_fwd.cu", "attention_bwd.cu", "entry.cu")
-DIVERGENCE = ("policy_divergence.cu", "entry.cu")
-SOURCES = (*DIVERGENCE[:-1], *ATTENTION)
+DIVERGENCE = sources_of("policy_*")
+SOURCES = sources_of("*")
 
 
 class Violation(AssertionError):

@@ -39,6 +39,12 @@ def has_compiler() -> bool:
     return shutil.which(COMPILER[0]) is not None
 
 
+def sources_of(pattern: str) -> tuple[str, ...]:
+    """entry.cu and the `.cu` files of csrc/cuda of such names, without those for Hopper."""
+    found = {CUDA / "entry.cu", *CUDA.glob(f"{pattern}.cu")}
+    return tuple(sorted(path.name for path in found if not path.stem.endswith("_sm90")))
+
+
 def build(
     sources: Sequence[Path | str],
     folder: Path,

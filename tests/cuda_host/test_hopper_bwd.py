@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ral_kernels as rk
 from tests.cuda_host.backend import Kernels, host_library, on_host
-from tests.cuda_host.build import HARNESS, Patch
+from tests.cuda_host.build import HARNESS, Patch, sources_of
 from tests.cuda_host.test_attention import HALF, packed
 from tests.cuda_host.test_hopper import (
     DEVICE,
@@ -30,7 +30,7 @@ from tests.cuda_host.test_hopper import (
 from tests.ops import test_attention as common
 from tests.ops.attention_cases import AttentionCase
 
-HOPPER_SOURCES = ("attention_bwd.cu", "entry.cu", str(HARNESS / "hopper_bwd_for_tests.cu"))
+HOPPER_SOURCES = (*sources_of("attention_bwd*"), str(HARNESS / "hopper_bwd_for_tests.cu"))
 SOURCES = ("attention_fwd.cu", *HOPPER_SOURCES)
 BWD, BWD_SM90 = "ral_cuda_attention_bwd", "ral_cuda_attention_bwd_sm90"
 

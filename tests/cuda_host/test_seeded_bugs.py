@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.cuda_host.backend import Violation, host_library, on_host
-from tests.cuda_host.build import Patch
+from tests.cuda_host.build import Patch, sources_of
 from tests.ops import test_attention as common
 from tests.ops.attention_cases import AttentionCase
 
@@ -19,7 +19,7 @@ FEWER: tuple[Patch, ...] = tuple(
     ("launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
     for kernel in ("Bf16, 64", "Bf16, 128", "Fp16, 128")
 )
-SOURCES = ("attention_fwd.cu", "attention_bwd.cu", "entry.cu")
+SOURCES = sources_of("attention_*")
 CASE = AttentionCase("seeded", 140, 200, spans="ragged", num_spans=6, options={"is_causal": True})
 WRONG_NUMBERS = r"error|cosine|bias"
 
