@@ -6,6 +6,9 @@ missing is printed, and also left in `ral_kernels/lib/<library>.missing.txt`, wh
 `ral_kernels.native` finds it at run time (pip hides what a build prints). `RAL_REQUIRE_NATIVE=1`
 makes it an error instead; a machine without nvcc goes without `ral_cuda` even then.
 `RAL_BUILD_LATER=1` lets an editable installation leave them as they are, for the command below.
+`RAL_LIBRARIES=ral_cuda` builds that one alone and leaves the other as it is, and
+`RAL_CUDA_ARCHITECTURES=90-real` builds it for these GPUs alone: minutes less on a rented one.
+`MAX_JOBS` limits how many compilers run at once.
 
 `python setup.py build_ext --inplace` rebuilds in a checkout, without pip, without a network, and
 without the `cmake` and `ninja` modules where the system has a CMake.
@@ -19,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -96,8 +100,17 @@ def is_cache_stale(ninja: str | None) -> bool:
     )
 
 
-def build_native(output_dir: Path) -> dict[str, str]:
-    """Configures and builds every native library into `output_dir`.
+def requested_libraries() -> tuple[str, ...]:
+    """Those that RAL_LIBRARIES names; without it, all."""
+    names = words("RAL_LIBRARIES") or LIBRARIES
+    if unknown := set(names) - set(LIBRARIES):
+        known = ", ".join(LIBRARIES)
+        raise SystemExit(f"RAL_LIBRARIES: {', '.join(unknown)} is none of {known}")
+    return tuple(name for name in LIBRARIES if name in names)
+
+
+def build_native(output_dir: Path, libraries: Sequence[str]) -> dict[str, str]:
+    """Configures and builds native libraries into `output_dir`.
 
     Returns:
         why optional libraries were not built, by name.
@@ -109,6 +122,8 @@ def build_native(output_dir: Path) -> dict[str, str]:
     if is_cache_stale(ninja):
         shutil.rmtree(BUILD_DIR)
     configure = [cmake, "-S", str(ROOT), "-B", str(BUILD_DIR), f"-DRAL_OUTPUT_DIR={output_dir}"]
+    # Also when it is empty: the cache holds that of an earlier build.
+    configure += [f"-DRAL_CUDA_ARCHITECTURES={';'.join(words('RAL_CUDA_ARCHITECTURES'))}"]
     if ninja is not None:
         # By its path: the cache may name the ninja of an isolated build, which is gone since.
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -118,10 +133,15 @@ def build_native(output_dir: Path) -> dict[str, str]:
         if "CMAKE_CXX_COMPILER" in output:
             raise BuildError("no working C++17 compiler; install g++ or clang++, or set CXX")
         raise BuildError(f"CMake could not configure the build:\n{tail(output)}")
-    build = [cmake, "--build", str(BUILD_DIR), "--parallel", str(os.cpu_count()), "--target"]
-    status, output = run([*build, "ral_cpu"])
-    if status != 0:
-        raise BuildError(f"the C++ sources did not build:\n{tail(output)}")
+    limits = (os.environ.get(name) for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"))
+    jobs = next(filter(None, limits), str(os.cpu_count()))
+    build = [cmake, "--build", str(BUILD_DIR), "--parallel", jobs, "--target"]
+    if "ral_cpu" in libraries:
+        status, output = run([*build, "ral_cpu"])
+        if status != 0:
+            raise BuildError(f"the C++ sources did not build:\n{tail(output)}")
+    if "ral_cuda" not in libraries:
+        return {}
     reason = (BUILD_DIR / NOTE_FILE.format("ral_cuda")).read_text(encoding="utf-8")
     if not reason:
         status, output = run([*build, "ral_cuda"])
@@ -139,6 +159,11 @@ def is_required() -> bool:
 
 def is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
+
+
+def words(variable: str) -> list[str]:
+    """What an environment variable lists, between spaces, commas or semicolons."""
+    return re.findall(r"[^\s,;]+", os.environ.get(variable, ""))
 
 
 def run(command: list[str]) -> tuple[int, str]:
@@ -182,12 +207,13 @@ class BuildNative(build_ext):
             return
         output_dir = self.output_dir()
         output_dir.mkdir(parents=True, exist_ok=True)
-        for name in LIBRARIES:
+        libraries = requested_libraries()
+        for name in libraries:
             (output_dir / NOTE_FILE.format(name)).unlink(missing_ok=True)
         try:
-            missing = build_native(output_dir)
+            missing = build_native(output_dir, libraries)
         except BuildError as error:
-            missing = dict.fromkeys(LIBRARIES, str(error))
+            missing = dict.fromkeys(libraries, str(error))
         self.go_without(output_dir, missing)
 
     def go_without(self, output_dir: Path, missing: dict[str, str]) -> None:
@@ -196,17 +222,18 @@ class BuildNative(build_ext):
             # An older library would not fit this version's Python code.
             (output_dir / LIBRARY_FILE.format(name)).unlink(missing_ok=True)
             (output_dir / NOTE_FILE.format(name)).write_text(f"{reason}\n", encoding="utf-8")
-        if "ral_cpu" not in missing:
+        if set(missing) != set(requested_libraries()):
             for name, reason in missing.items():
                 print(f"ral_kernels: {name} was not built: {reason}", flush=True)
             return
-        message = f"ral_kernels: the native libraries were NOT built: {missing['ral_cpu']}"
+        reason = next(iter(missing.values()))  # the same for all
+        message = f"ral_kernels: the native libraries were NOT built: {reason}"
         if is_required():
             raise SystemExit(message)
         rule = "*" * 100
         print(
             f"{rule}\n{message}\n"
-            "The installation goes on without the cpu and cuda backends; the others work.\n"
+            f"The installation goes on without {' and '.join(missing)}; other backends work.\n"
             "Afterwards install again, or in a checkout: python setup.py build_ext --inplace\n"
             f"{rule}",
             file=sys.stderr,
@@ -215,7 +242,8 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         missing = self.distribution.native_missing
-        files = ((NOTE_FILE if n in missing else LIBRARY_FILE).format(n) for n in LIBRARIES)
+        names = requested_libraries()
+        files = ((NOTE_FILE if n in missing else LIBRARY_FILE).format(n) for n in names)
         return [str(self.output_dir() / file) for file in files]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -228,7 +256,7 @@ class PlatformWheel(bdist_wheel):
     distribution: NativeDistribution
 
     def get_tag(self) -> tuple[str, str, str]:
-        if set(self.distribution.native_missing) == set(LIBRARIES):
+        if set(self.distribution.native_missing) == set(requested_libraries()):
             self.root_is_pure = True
             return "py3", "none", "any"
         return "py3", "none", super().get_tag()[2]

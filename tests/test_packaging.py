@@ -34,6 +34,9 @@ extern "C" __attribute__((visibility("default"))) int answer() { return 42; }
 int not_exported() { return 0; }
 """
 
+# What the test session's own environment may ask for is no matter of these builds.
+ASKED = ("RAL_REQUIRE_NATIVE", "RAL_LIBRARIES", "RAL_CUDA_ARCHITECTURES", "MAX_JOBS")
+
 
 class Tree:
     """A copy of the package that setup.py runs in, with tools of the test's choice."""
@@ -69,7 +72,7 @@ class Tree:
         program.chmod(0o755)
 
     def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {k: v for k, v in os.environ.items() if k != "RAL_REQUIRE_NATIVE"}
+        env = {k: v for k, v in os.environ.items() if k not in ASKED}
         env["PYTHONPATH"] = str(self.hidden)
         env["PATH"] = f"{self.hidden}{os.pathsep}{env['PATH']}"
         env["CUDACXX"] = "/nonexistent/nvcc"  # asking nvcc takes seconds: one test does
@@ -169,6 +172,48 @@ def test_without_nvcc_the_cuda_library_alone_is_missing(tree):
     assert f"ral_kernels: ral_cuda was not built: {reason}\n" in result.stdout
     assert tree.note("ral_cuda") == f"{reason}\n"
     assert (tree.lib / "libral_cpu.so").is_file()
+
+
+CMAKE = """#!/bin/sh
+echo "$@" >> cmake.log
+[ "$1" = --version ] && echo "cmake version 3.18.0"
+mkdir -p build/cmake && : > build/cmake/ral_cuda.missing.txt
+"""
+
+
+def test_one_library_for_chosen_gpus(tree):
+    """What CMake is asked for, and that the other library stays."""
+    tree.hide_module("cmake")
+    tree.hide_program("cmake")
+    (tree.hidden / "cmake").write_text(CMAKE)
+    tree.lib.mkdir()
+    (tree.lib / "libral_cpu.so").write_bytes(b"of another build")
+    asked = {"RAL_CUDA_ARCHITECTURES": "86 90-real", "MAX_JOBS": "3"}
+    result = tree.build(RAL_LIBRARIES="ral_cuda", **asked)
+    assert result.returncode == 0, result.stderr
+    _, configure, build = (tree.path / "cmake.log").read_text().splitlines()
+    assert "-DRAL_CUDA_ARCHITECTURES=86;90-real" in configure.split()
+    assert build.endswith("--parallel 3 --target ral_cuda")
+    assert [path.name for path in tree.lib.iterdir()] == ["libral_cpu.so"]
+
+    (tree.path / "cmake.log").unlink()
+    assert tree.build().returncode == 0  # without the variables, those of the last build are gone
+    _, configure, *builds = (tree.path / "cmake.log").read_text().splitlines()
+    assert "-DRAL_CUDA_ARCHITECTURES=" in configure.split()
+    assert [line.split()[-1] for line in builds] == ["ral_cpu", "ral_cuda"]
+
+    result = tree.build(RAL_LIBRARIES="ral_cuda,cuda")
+    assert result.returncode != 0
+    assert "RAL_LIBRARIES: cuda is none of ral_cpu, ral_cuda" in result.stderr
+
+
+def test_a_library_asked_for_by_name_is_missed(tree):
+    result = tree.build(CXX="/nonexistent/c++", RAL_LIBRARIES="ral_cuda")
+    assert result.returncode == 0, result.stderr
+    assert "the native libraries were NOT built: no working C++17 compiler" in result.stderr
+    assert [path.name for path in tree.lib.iterdir()] == ["ral_cuda.missing.txt"]
+    result = tree.build(CXX="/nonexistent/c++", RAL_LIBRARIES="ral_cuda", RAL_REQUIRE_NATIVE="1")
+    assert result.returncode != 0
 
 
 @needs_compiler
