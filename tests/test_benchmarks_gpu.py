@@ -19,17 +19,24 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import compilers, kit, log, mock, points, profile, sanitizer, scripts, stages
+from benchmarks.gpu import compilers, kit, log, mock, points, profile, sanitizer, stages
 from benchmarks.gpu.__main__ import main, run_stages
 from benchmarks.gpu.lines import STICKY, append, parsed
 from benchmarks.gpu.points import Point, Unit
 from benchmarks.gpu.scripts import FIRST, SCRIPTS, SECONDS, SWEEPS
 from benchmarks.gpu.stages import Setting, Stage
 from benchmarks.gpu.supervise import PLANS, Supervisor
-from ral_kernels import triton_runtime
+from ral_kernels import native, triton_runtime
 from tests.conftest import skip_or_fail
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def needs_ral_cuda() -> None:
+    """Mocked, its kernels run nowhere, but the library must load."""
+    reason = native.why_missing("ral_cuda")
+    if reason is not None:
+        skip_or_fail("cuda", reason)
 
 
 def python(code: str) -> Any:
@@ -54,6 +61,7 @@ def test_a_script_on_a_mocked_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     """Real stages, processes and files: the kit is missing, a kernel crashes, one is wrong."""
     if not triton_runtime._installed():
         skip_or_fail("triton", "triton is not installed")
+    needs_ral_cuda()
     faults = [
         {"kernel": "cuda policy_divergence loss", "kind": "crash"},
         {"kernel": "cuda attention bwd", "kind": "wrong"},
@@ -61,8 +69,6 @@ def test_a_script_on_a_mocked_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     given = ["--rehearse", "--out", str(tmp_path / "out"), "--state", str(tmp_path / "state")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(mock.VARIABLE, json.dumps({"faults": faults}))
-        patch.setitem(PLANS, "each_op", points.each_op)
-        patch.setattr(scripts, "LIBRARY", tmp_path / "none")
         given += ["--kit", str(tmp_path / "no-kit"), "--seconds", "900"]
         status = main(["second", *given, "--stages", "correctness cuda", "memcheck"])
     printed = capsys.readouterr().out
@@ -320,6 +326,7 @@ def test_no_worker_outlives_the_supervisor(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_worker_on_a_mocked_gpu(tmp_path: Path) -> None:
     """Right, wrong, and an illegal access after which the process leaves by itself."""
+    needs_ral_cuda()
     kernels = ["attention spans", "policy_divergence jsd", "loss kl", "attention no spans"]
     checks = {
         point.settings["call"]: point
@@ -333,8 +340,6 @@ def test_a_worker_on_a_mocked_gpu(tmp_path: Path) -> None:
         {"kernel": "cuda policy_divergence bwd", "kind": "wrong"},
         {"kernel": "cuda policy_divergence loss", "kind": "illegal access"},
     ]
-    if not (ROOT / "ral_kernels" / "lib" / "libral_cuda.so").exists():
-        pytest.skip("ral_cuda is not built: no nvcc")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.worker", str(tmp_path / "unit.json"),
          str(tmp_path / "lines"), str(tmp_path / "lock")],
