@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import compilers, kit, log, mock, points, profile, sanitizer, stages
+from benchmarks.gpu import compilers, kit, log, mock, points, profile, sanitizer, stages, work
 from benchmarks.gpu.__main__ import main, run_stages
 from benchmarks.gpu.lines import STICKY, append, parsed
 from benchmarks.gpu.points import Point, Unit
-from benchmarks.gpu.scripts import FIRST, SCRIPTS, SECONDS, SWEEPS
+from benchmarks.gpu.scripts import BEGIN, SCRIPTS, SECONDS, SWEEPS
 from benchmarks.gpu.stages import Setting, Stage
 from benchmarks.gpu.supervise import PLANS, Supervisor
-from ral_kernels import native, triton_runtime
+from benchmarks.sweeps.attention import ATTENTION
+from ral_kernels import cuda_library, native, triton_runtime
 from tests.conftest import skip_or_fail
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,18 +65,18 @@ def test_a_script_on_a_mocked_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     needs_ral_cuda()
     faults = [
         {"kernel": "cuda policy_divergence loss", "kind": "crash"},
-        {"kernel": "cuda attention bwd", "kind": "wrong"},
+        {"kernel": "hopper attention bwd", "kind": "wrong"},
     ]
     given = ["--rehearse", "--out", str(tmp_path / "out"), "--state", str(tmp_path / "state")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(mock.VARIABLE, json.dumps({"faults": faults}))
         given += ["--kit", str(tmp_path / "no-kit"), "--seconds", "900"]
-        status = main(["second", *given, "--stages", "correctness cuda", "memcheck"])
+        status = main(["second", *given, "--stages", "correctness hopper", "memcheck"])
     printed = capsys.readouterr().out
     records = records_of(tmp_path, "second")
     assert status == 1, printed
-    assert records["correctness cuda"]["status"] == "failed", printed
-    outcomes = records["correctness cuda"]["result"]["outcomes"]
+    assert records["correctness hopper"]["status"] == "failed", printed
+    outcomes = records["correctness hopper"]["result"]["outcomes"]
     assert outcomes.keys() == {"failed"}, "the gate of every test sees wrong gradients"
     assert records["memcheck"]["result"]["ran"], printed
     assert records["memcheck"]["status"] == "failed"  # the share with the crash
@@ -95,8 +96,8 @@ def test_budgets_fit() -> None:
     """What the stages may take fits into the scripts, and these into fifteen minutes."""
     for name, seconds in SECONDS.items():
         planned = sum(stage.budget for stage in SCRIPTS[name])
-        # the library is built only where the kit's does not load
-        spare = FIRST[1].budget if name == "first" else 0
+        # the library is built only where the kit's does not load, and the kit unpacked once
+        spare = sum(stage.budget for stage in BEGIN[name == "first" :])
         assert planned - spare <= seconds - gpu.RESERVE, name
     assert sum(SECONDS.values()) <= 900 - 150  # a machine starts, and waits between commands
 
@@ -138,7 +139,7 @@ def test_stages_are_isolated(tmp_path: Path) -> None:
         Stage("dies", 1000, python("import os; os.abort()")),
         Stage("hangs", 3, python(hang)),
         Stage("tells nothing", 1000, python("pass"), result),
-        Stage("is not possible", 1000, python("pass"), missing=lambda: "a tool is missing"),
+        Stage("is not possible", 1000, python("pass"), missing=lambda setting: "a tool is missing"),
         Stage("works", 1000, python("print('fine')"), lambda setting: {"answer": 42}),
     ]
     monkey = pytest.MonkeyPatch()
@@ -355,6 +356,32 @@ def test_a_worker_on_a_mocked_gpu(tmp_path: Path) -> None:
     assert [line["event"] for line in lines[-2:]] == ["begin", "end"], "no point after it"
 
 
+def test_a_peer_that_cannot_run_costs_the_ratio_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(problem: Any) -> Any:
+        raise RuntimeError("No available kernel.")
+
+    broken = replace(ATTENTION.registry["sdpa"], prepare=prepare)
+    size = {"heads": [2, 1, 64], "seqlen": 300, "layout": "aligned", "mode": "forward"}
+    for peer in (ATTENTION.registry["sdpa"], broken):
+        monkeypatch.setitem(ATTENTION.registry, "sdpa", peer)
+        record = work.time(torch.device("cpu"), "attention", "ral", "sdpa_cudnn", **size)
+        assert record["status"] == "ok" and record["ms"]["median"] > 0
+        assert ("ratio" in record) == ("peer_error" not in record) == (peer is not broken)
+    assert record["peer_error"] == "RuntimeError: No available kernel."
+
+
+def test_kernels_for_hopper_are_never_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them a point fails; it would be measured with those for sm_80."""
+    monkeypatch.setattr(cuda_library, "hopper", lambda: "built without")
+    asked = pytest.raises(RuntimeError, match="no kernels for Hopper: built without")
+    with asked, work.kernels_of("hopper"):
+        pass
+    monkeypatch.setattr(cuda_library, "hopper", lambda: None)
+    with work.kernels_of("hopper"):
+        assert cuda_library.NOT_TAKEN is None, "what they refuse is an error"
+    assert cuda_library.NOT_TAKEN == -2
+
+
 def test_every_point_is_named_once() -> None:
     for plan in PLANS.values():
         names = [point.name for unit in plan(False) for point in unit.points]
@@ -365,7 +392,8 @@ def test_every_point_is_named_once() -> None:
     environments = {unit.group: unit.environment for unit in points.attention_times(False)}
     assert environments["hopper"] == {"RAL_CUDA_HOPPER": "1"}
     calls = {name.rsplit(" ", 2)[0] for name in sanitizer.names()}
-    assert {unit.name.rsplit(" ", 2)[0] for unit in points.each_op(False)} == calls
+    checked = {p.name.rsplit(" ", 2)[0] for unit in points.each_op(False) for p in unit.points}
+    assert checked == calls
 
 
 def test_lines_of_a_killed_process(tmp_path: Path) -> None:
@@ -442,10 +470,14 @@ def test_a_tool_that_finds_something_fails_the_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`false` stands for a tool that finds something, and ends before the first call."""
-    assert sanitizer.run_watched(["false"], 2, sanitizer.names(), tmp_path / "small.json") == 1
+    given = (2, sanitizer.names(), tmp_path / "small.json")
+    assert sanitizer.run_watched(["false"], *given) == 1
     found = json.loads((tmp_path / "small.json").read_text())
     assert len(found["failed"]) == 2 and not found["ran"]
     assert "2 of 2 shares failed" in capsys.readouterr().out
+    assert sanitizer.run_watched(["sh", "-c", "sleep 600"], *given, until=time.monotonic()) == 0
+    found = json.loads((tmp_path / "small.json").read_text())
+    assert found["unfinished"] == [0, 1], "what the others found is written in time"
 
 
 # -- the kit ---------------------------------------------------------------------------------------

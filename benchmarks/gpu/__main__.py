@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.sweeps import machine
 
 from . import mock
+from .kit import DESCRIPTION
 from .lines import parsed
 from .scripts import SCRIPTS, SECONDS, needs_xdist, result_files
 from .stages import ROOT, Setting, Stage, run
@@ -98,7 +99,7 @@ def run_stages(name: str, stages: Sequence[Stage], setting: Setting) -> int:
         "rehearsal": mock.settings() or {} if setting.rehearse else None,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": machine.versions(),
-        "commit": machine.commit(),
+        "commit": _commit(setting.kit),
         "stages": [],
     }
     scratch = Path(tempfile.mkdtemp(prefix="ral-gpu-"))
@@ -124,6 +125,17 @@ def run_stages(name: str, stages: Sequence[Stage], setting: Setting) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
     _report(found, result)
     return int(any(record["status"] in ("failed", "out of time") for record in found["stages"]))
+
+
+def _commit(carried: Path) -> dict[str, Any]:
+    """Of the checkout; where it came without its .git, that of the kit."""
+    found = machine.commit()
+    try:
+        if found["hash"] is None:
+            return {**json.loads((carried / DESCRIPTION).read_text())["commit"], "of": "the kit"}
+    except (OSError, ValueError, KeyError):
+        pass  # no kit, and no commit
+    return found
 
 
 def _archive(file: Path, scratch: Path, results: Sequence[Path], out: Path) -> None:

@@ -36,8 +36,9 @@ def ptxas(state: Path) -> dict[str, Path]:
     for program in (Path(nvcc).resolve().with_name("ptxas"), state / "ptxas"):
         if program.is_file():
             lines = kit.output(program, "--version").splitlines()
-            version = next((line for line in lines if "release" in line), str(program))
-            found[version.split(",")[-1].strip()] = program
+            version = next((line for line in lines if "release" in line), None)
+            if version is not None:  # Triton would take its own in place of one that does not run
+                found[version.split(",")[-1].strip()] = program
     return found
 
 
@@ -52,7 +53,7 @@ def failures(files: Iterable[Path], rehearse: bool) -> list[Point]:
     }
     found: dict[str, Point] = {}
     for file in files:
-        for record in parsed(file.read_text()) if file.is_file() else ():
+        for record in _records(file):
             name = record["point"]
             if not failed([record]) or name.startswith(("cuda", "hopper")):
                 continue
@@ -61,6 +62,15 @@ def failures(files: Iterable[Path], rehearse: bool) -> list[Point]:
             elif name in known:
                 found[name] = known[name]
     return list(found.values())[:MOST]
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    """Of a file of lines, or of a script's JSON."""
+    if not file.is_file():
+        return []
+    if file.suffix == ".json":
+        return list(json.loads(file.read_text())["points"])
+    return parsed(file.read_text())
 
 
 def units(points: Sequence[Point], programs: dict[str, Path], state: Path) -> list[Unit]:

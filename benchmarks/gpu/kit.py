@@ -103,10 +103,17 @@ def use() -> None:
         _pin(wanted)
 
 
-def _pin(version: str) -> None:
-    from triton.runtime import cache
+TRITON_KEY: list[str] = []  # Triton's own, once another is pinned
 
+
+def _pin(version: str) -> None:
+    from triton.runtime import build, cache
+
+    if not TRITON_KEY:
+        TRITON_KEY.append(cache.triton_key())
     cache.triton_key = lambda: f"ral-kit-{version}"
+    # of launchers; Triton's own asks the program `file`, which a machine may lack
+    build.platform_key = lambda: "ral-kit"
 
 
 def triton_sources() -> str:
@@ -124,10 +131,13 @@ def triton_sources() -> str:
 def facts() -> dict[str, Any]:
     """What decides whether a kit fits: both sides record it."""
     found: dict[str, Any] = {"versions": machine.versions(), "triton_sources": triton_sources()}
+    found["variables"] = {name: x for name, x in os.environ.items() if name.startswith("TRITON_")}
     if importlib.util.find_spec("triton") is not None:
         from triton.runtime import cache
 
-        found["triton_key"] = hashlib.sha256(cache.triton_key().encode()).hexdigest()[:16]
+        key = TRITON_KEY[0] if TRITON_KEY else cache.triton_key()
+        found["triton_key"] = hashlib.sha256(key.encode()).hexdigest()[:16]
+        found["pinned"] = bool(TRITON_KEY)
         found["ptxas"] = output(_bundled_ptxas(), "--version").splitlines()[-1:]
     return found
 

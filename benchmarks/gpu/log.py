@@ -80,14 +80,15 @@ class Watch:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.has_failed |= report.outcome == "failed"
+        faulthandler.dump_traceback_later(TEST_SECONDS, exit=True)  # pytest cancels it on failure
 
     def pytest_runtest_logfinish(self) -> None:
         from . import process
 
-        faulthandler.cancel_dump_traceback_later()
         # the report is on its way by now; without xdist nothing takes over, and nothing ends
         if self.is_worker and self.has_failed:
-            process.leave_if_broken()
+            process.leave_if_broken()  # it waits for the GPU, which may hang
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(trylast=True)
@@ -136,7 +137,11 @@ def _mock_copies() -> None:
 def summary(path: Path) -> dict[str, Any]:
     """How many passed and failed of each test function, and what the failures say."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    tests = [line for line in lines if "test" in line]
+    tests: list[dict[str, Any]] = []
+    for line in (line for line in lines if "test" in line):
+        # xdist reports a worker that leaves after a failed test as a second failure of the test
+        if not any(line["test"] == other["test"] for other in tests[-100:]):
+            tests.append(line)
     counts: dict[str, Counter[str]] = {}
     for line in tests:
         name = line["test"].split("[")[0]

@@ -21,8 +21,8 @@ def begin() -> torch.device:
     torch.library imports torch._dynamo in the first call of an op: here, before anything is timed.
     """
     importlib.import_module("torch._dynamo")
-    mock.begin(kit.launcher() if (mock.settings() or {}).get("launchers") else None)
     kit.use()
+    mock.begin(kit.launcher() if (mock.settings() or {}).get("launchers") else None)
     _count_compilations()
     return torch.device("cpu" if mock.device is not None else "cuda")
 

@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -72,25 +73,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="the worker alone, without ncu")
     options = parser.parse_args(arguments)
     found: dict[str, Any] = {}
-    for name, point, environment in points.profiles(options.rehearse):
+    given = list(points.profiles(options.rehearse))
+    for index, (name, point, environment) in enumerate(given):
+        left = (options.until - time.monotonic()) / (len(given) - index)
         with tempfile.TemporaryDirectory() as folder:
             unit = Path(folder) / "unit.json"
             unit.write_text(json.dumps(asdict(Unit(name, (point,)))))
             full = command(unit, Path(folder) / "lines")
-            given = full[full.index(sys.executable) :] if options.rehearse else full
-            found[name] = _run(given, environment, options.until, options.out / f"{name}.csv")
+            words = full[full.index(sys.executable) :] if options.rehearse else full
+            found[name] = _run(words, environment, left, options.out / f"{name}.csv")
         (options.out / "profiles.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
     return int(any("error" in result for result in found.values()))
 
 
 def _run(
-    command: Sequence[str], environment: dict[str, str], deadline: float, file: Path
+    command: Sequence[str], environment: dict[str, str], seconds: float, file: Path
 ) -> dict[str, Any]:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, **environment},
-            timeout=max(deadline - time.monotonic(), 1.0),
+            timeout=None if math.isinf(seconds) else max(seconds, 1.0),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"error": "no time left"}

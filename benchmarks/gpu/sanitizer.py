@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -53,8 +54,10 @@ def run_share(share: tuple[int, int], wanted: Sequence[str], file: Path) -> None
         file.write_text(json.dumps({"ran": ended}))
 
 
-def run_watched(tool: Sequence[str], processes: int, wanted: Sequence[str], file: Path) -> int:
-    """All calls under `tool`, shared out: one process would take minutes."""
+def run_watched(
+    tool: Sequence[str], processes: int, wanted: Sequence[str], file: Path, until: float = math.inf
+) -> int:
+    """All calls under `tool`, shared out: one process would take minutes. Ends at `until`."""
     folder = file.parent
     running = []
     for index in range(processes):
@@ -64,14 +67,17 @@ def run_watched(tool: Sequence[str], processes: int, wanted: Sequence[str], file
         command += ["--json", str(folder / f"small-{index}.json")]
         running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
     found: dict[str, Any] = {"tool": list(tool), "wanted": len(wanted), "ran": {}, "failed": []}
+    found["unfinished"] = []  # shares whose time was over
     for index, worker in enumerate(running):
-        code = worker.wait()
+        code = _wait(worker, until)
         try:
             record = json.loads((folder / f"small-{index}.json").read_text())
             found["ran"].update(record["ran"])
         except (OSError, ValueError):
             pass  # it ended before its first call did
-        if code != 0:
+        if code is None:
+            found["unfinished"].append(index)
+        elif code != 0:
             text = (folder / f"small-{index}.txt").read_text(errors="replace")
             lines = [line for line in text.splitlines() if line.strip(" =")]
             found["failed"].append({"share": index, "exit": code, "output": lines[-40:]})
@@ -82,16 +88,28 @@ def run_watched(tool: Sequence[str], processes: int, wanted: Sequence[str], file
     return int(bool(found["failed"]))
 
 
+def _wait(worker: subprocess.Popen[bytes], until: float) -> int | None:
+    """The exit status; None of a process that has to be ended."""
+    try:
+        return worker.wait(None if math.isinf(until) else max(until - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+        return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--processes", type=int, help="this many, each with a share, under TOOL")
+    parser.add_argument("--until", type=float, default=math.inf, help="on the monotonic clock")
     parser.add_argument("--calls", nargs="+", default=names(), help="default: all")
     parser.add_argument("tool", nargs="*", help="a command to run them under")
     options = parser.parse_args()
     if options.processes is not None:
-        return run_watched(options.tool, options.processes, options.calls, options.json)
+        shared = (options.tool, options.processes, options.calls, options.json)
+        return run_watched(*shared, options.until)
     run_share(tuple(options.share), options.calls, options.json)
     return 0
 

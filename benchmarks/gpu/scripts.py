@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from . import mock, sanitizer
+from .kit import DESCRIPTION
 from .lines import append, parsed
 from .stages import ROOT, Setting, Stage, python, read
 
 SECONDS = {"first": 210.0, "second": 380.0, "third": 150.0}
 LIBRARY = ROOT / "ral_kernels" / "lib" / "libral_cuda.so"
 # Tracing and fake tensors do not depend on the device; tests/test_gpu.py compiles on it.
-TRITON_TESTS = "triton and not (opcheck or compile or fake)"
+TRITON_TESTS = "(triton and not (opcheck or compile or fake))"
 # One test a kernel, of dtypes that are quick without a GPU.
 REHEARSED = {
-    "triton": "triton and (gqa_2 or length_2) and (test_attention or test_policy) and float",
-    "cuda": "gpu and gqa_2",
+    "first": "gqa_2 and (gpu or triton and (test_attention or test_policy) and float)",
     "hopper": "gpu and gqa_2",
     "on device": "repeats and float16 and (divergence or policy)",
 }
@@ -50,7 +50,11 @@ def _unpack(setting: Setting) -> list[str]:
     )  # fmt: skip
 
 
-def _library_loads() -> str | None:
+def _is_unpacked(setting: Setting) -> str | None:
+    return "it is unpacked" if (setting.state / DESCRIPTION).exists() else None
+
+
+def _library_loads(setting: Setting) -> str | None:
     """Why the library need not be built: it is there. A process tries, as a broken one kills it."""
     code = f"import ctypes; ctypes.CDLL({str(LIBRARY)!r}).ral_cuda_error_string"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
@@ -94,10 +98,14 @@ def _counted(plan: str) -> Callable[[Setting], Any]:
     return collect
 
 
-def _tests(what: str, *files: str, expression: str) -> Callable[[Setting], list[str]]:
+def _tests(
+    what: str, *files: str, expression: str, workers: int = 15
+) -> Callable[[Setting], list[str]]:
     def command(setting: Setting) -> list[str]:
         command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
-        command += ["-p", "benchmarks.gpu.log", "-n", str(min(_cores(), 15)), "--dist", "load"]
+        command += ["-p", "benchmarks.gpu.log", "-n", str(min(_cores(), workers))]
+        # few tests ahead for a worker, or it would hold valuable ones back
+        command += ["--dist", "load", "--maxschedchunk", "4", "--max-worker-restart", "1000"]
         if not setting.rehearse:
             return [*command, "-k", expression]
         # tests with this mark make tensors of a GPU
@@ -113,6 +121,7 @@ def _tests_environment(required: str, hopper: bool = False) -> Callable[[Setting
             "RAL_GPU_TEST_UNTIL": str(setting.until),
             "RAL_REQUIRE": required,
             "RAL_CUDA_HOPPER": str(int(hopper)),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
 
     return environment
@@ -136,6 +145,7 @@ def _sanitizer(tool: str) -> Callable[[Setting], list[str]]:
     def command(setting: Setting) -> list[str]:
         command = python("-m", "benchmarks.gpu.sanitizer")
         command += ["--json", str(setting.scratch / "small.json"), "--processes"]
+        command[3:3] = ["--until", str(setting.until)]
         if setting.rehearse:  # `env` stands for a tool that finds nothing
             calls = sanitizer.names()[:: 9 if tool == "memcheck" else 11]
             return [*command, "2", "--calls", *calls, "--", "env"]
@@ -151,8 +161,8 @@ def _tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=places)
 
 
-def _without(name: str) -> Callable[[], str | None]:
-    def missing() -> str | None:
+def _without(name: str) -> Callable[[Setting], str | None]:
+    def missing(setting: Setting) -> str | None:
         mocked = mock.settings() is not None
         return None if mocked or _tool(name) else f"{name} is not on the PATH"
 
@@ -175,8 +185,9 @@ def _failures(setting: Setting) -> list[str]:
     command += ["--json", str(setting.scratch / "compilers.json")]
     command += ["--until", str(setting.until), "--workers", str(min(_cores(), 8))]
     command += ["--rehearse"] * setting.rehearse
-    records = sorted(setting.state.glob("records-*.jsonl"))
-    return [*command, "--records", *map(str, records), str(setting.lines)]
+    # of this machine, or of another one, carried here
+    records = [*setting.state.glob("records-*.jsonl"), *setting.kit.glob("gpu-*.json")]
+    return [*command, "--records", *map(str, sorted(records)), str(setting.lines)]
 
 
 @dataclass(frozen=True)
@@ -217,23 +228,23 @@ SWEEPS = (
 )
 
 HOST = "tests/cuda_host"
-FIRST = (
-    Stage("kit", 15, _unpack, read("kit.json")),
+# Each script begins so: the machine may be another than the one before it had.
+BEGIN = (
+    Stage("kit", 15, _unpack, read("kit.json"), missing=_is_unpacked),
     Stage("library", 45, _build, environment=_build_alone, missing=_library_loads),
+)
+FIRST = (
+    *BEGIN,
     Stage("facts", 20, _facts, read("facts.json")),
-    Stage("each op", 50, _points("each_op", 12, False), _counted("each_op")),
-    Stage("times", 120, _points("attention_times", 3, True), _counted("attention_times")),
+    Stage("each op", 40, _points("each_op", 12, False), _counted("each_op")),
+    Stage("times", 130, _points("attention_times", 6, True), _counted("attention_times")),
 )
 SECOND = (
+    *BEGIN,
     Stage(
-        "correctness", 115,
-        _tests("triton", "tests/ops", expression=TRITON_TESTS),
-        _tests_result, _tests_environment("triton"),
-    ),
-    Stage(
-        "correctness cuda", 40,
-        _tests("cuda", f"{HOST}/test_attention.py", f"{HOST}/test_policy_divergence.py",
-               expression="gpu"),
+        "correctness", 140,
+        _tests("first", "tests/ops", f"{HOST}/test_attention.py",
+               f"{HOST}/test_policy_divergence.py", expression=f"{TRITON_TESTS} or gpu"),
         _tests_result, _tests_environment("triton,cuda"),
     ),
     Stage(
@@ -242,29 +253,30 @@ SECOND = (
                expression="gpu"),
         _tests_result, _tests_environment("triton,cuda", hopper=True),
     ),
-    Stage("times of the loss", 45, _points("ral_times", 3, True), _counted("ral_times")),
+    Stage("times of the loss", 45, _points("ral_times", 6, True), _counted("ral_times")),
     *(
         Stage(tool, 38, _sanitizer(tool), read("small.json"), _uncached,
               _without("compute-sanitizer"))
         for tool in ("memcheck", "racecheck")
     ),
-    Stage("profile", 25, _profiles, read("profiles.json"), missing=_without("ncu")),
+    Stage("profile", 40, _profiles, read("profiles.json"), missing=_without("ncu")),
     Stage(
         "on device", 30,
-        _tests("on device", "tests/test_gpu.py", expression=""),
+        _tests("on device", "tests/test_gpu.py", expression="", workers=6),
         _tests_result, _tests_environment("triton"),
     ),
 )  # fmt: skip
 THIRD = (
+    *BEGIN,
     Stage("failures", 80, _failures, read("compilers.json")),
-    Stage("tiles", 60, _points("tiles", 2, True), _counted("tiles")),
+    Stage("tiles", 60, _points("tiles", 4, True), _counted("tiles")),
 )
 SCRIPTS: dict[str, tuple[Stage, ...]] = {"first": FIRST, "second": SECOND, "third": THIRD}
 SCRIPTS["all"] = (
     *FIRST,
-    *SECOND,
+    *SECOND[len(BEGIN) :],
     *(Stage(f"sweep {plan.objective}", 120, plan.command, plan.collect) for plan in SWEEPS),
-    *THIRD,
+    *THIRD[len(BEGIN) :],
 )
 
 

@@ -22,6 +22,11 @@ from . import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL_LINES = 60  # of a stage's output that go into the JSON when it fails
+# Variables that are none of a stage's: another compiler would miss the kit's cache, and without
+# bytecode each process would compile torch's Python.
+LEFT_OUT = (
+    "TRITON_INTERPRET", "TRITON_PTXAS_PATH", "TRITON_ALWAYS_COMPILE", "PYTHONDONTWRITEBYTECODE"
+)  # fmt: skip
 TO_END = 4.0  # seconds of a stage's budget to write results in
 GRACE = 5.0  # seconds to end in, before a stage is killed
 
@@ -61,7 +66,8 @@ class Stage:
     command: Callable[[Setting], Sequence[str]]
     collect: Callable[[Setting], Any] = lambda setting: None
     environment: Callable[[Setting], Mapping[str, str]] = lambda setting: {}
-    missing: Callable[[], str | None] = lambda: None  # why it need not or cannot run here
+    # why it need not or cannot run here
+    missing: Callable[[Setting], str | None] = lambda setting: None
 
 
 def python(*arguments: str) -> list[str]:
@@ -79,7 +85,7 @@ def read(name: str) -> Callable[[Setting], Any]:
 
 def run(stage: Stage, setting: Setting, log: Path) -> dict[str, Any]:
     """Run one stage to its end or its budget's: status, seconds, result, and the output's end."""
-    reason = stage.missing()
+    reason = stage.missing(setting)
     if reason is not None:
         return {"stage": stage.name, "status": "skipped", "reason": reason}
     setting.scratch.mkdir(parents=True, exist_ok=True)
@@ -116,7 +122,7 @@ def _run(stage: Stage, setting: Setting, output: Path) -> tuple[str, int | None]
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )
-    for name in ("TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE"):  # each process would compile torch
+    for name in LEFT_OUT:
         environment.pop(name, None)
     with output.open("w") as file:
         process = subprocess.Popen(

@@ -29,7 +29,6 @@ GRACE = 20.0  # seconds beyond a point's limit, after which its process is kille
 START = 90.0  # to import torch and make a CUDA context in, twelve at a time
 TAIL = 12  # lines of what a dead worker printed
 WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
-DEATHS = 2  # of a unit's processes, after which its other points are given up
 UNTRIED = ("ok", "skipped", "no time", "given up")  # what is no failure of its own
 PLANS = {
     "each_op": points.each_op,
@@ -115,8 +114,9 @@ class Supervisor:
                     if run.worker.returncode != 0:
                         # a kernel that hangs would cost its limit at every size
                         waiting.sort(key=lambda entry: entry[0].group == run.unit.group != "")
-                elif over or self._is_late(run):
-                    self._kill(run)
+                elif (over or self._is_late(run)) and not self._kill(run):
+                    self._ended(running.pop(name))
+                    self._renew_lock()
             while waiting and len(running) < self.workers:
                 unit, deaths = waiting.pop(0)
                 running[unit.name] = self._start(unit, deaths)
@@ -164,7 +164,8 @@ class Supervisor:
         waits = bool(self.lock) and run.begun is None
         return not waits and time.monotonic() - run.since > limit + GRACE
 
-    def _kill(self, run: Run) -> None:
+    def _kill(self, run: Run) -> bool:
+        """Whether it is gone. A process that waits in the driver hears no signal."""
         try:
             os.killpg(run.worker.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -172,7 +173,14 @@ class Supervisor:
         try:
             run.worker.wait(GRACE)
         except subprocess.TimeoutExpired:
-            pass  # in the driver, where no signal reaches it: init gets it
+            return False
+        return True
+
+    def _renew_lock(self) -> None:
+        """A lock is held as long as its process is there."""
+        if self.lock:
+            self.count += 1
+            self.lock = str(self.folder / f"lock-{self.count}")
 
     def _ended(self, run: Run) -> tuple[Unit, int] | None:
         """Record what a process has left undone; what another one is to take over."""
@@ -186,7 +194,7 @@ class Supervisor:
             return None
         if run.begun is not None:
             status, reason = "crashed", f"the process ended by {_ending(code)}"
-            if "Timeout (" in text or code == -signal.SIGKILL:
+            if "Timeout (" in text or code in (None, -signal.SIGKILL):
                 status, reason = "hung", f"no answer for {rest[0].limit:.0f} s"
             self._fail(run.unit, rest[0], status, reason, tail)
             rest = rest[1:]
@@ -196,7 +204,7 @@ class Supervisor:
             return None
         deaths = run.deaths + 1
         unit = replace(run.unit, points=rest)
-        if deaths < DEATHS:
+        if deaths < run.unit.deaths:
             return (unit, deaths) if rest else None
         self._all(unit, 0, "given up", f"{deaths} processes were lost before")
         return None

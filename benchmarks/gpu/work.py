@@ -7,9 +7,11 @@ does wrong raises here; worker.py turns that into a record.
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock as unittest_mock
 
@@ -29,6 +31,7 @@ from .small import Small
 
 REPEATS, FEWEST = 7, 3
 SECONDS = 4.0  # for the timed repeats of one point
+SLOW = 0.05  # seconds of a call whose host time is no matter
 STEP = 0.05  # of the reference policy from the policy, as in the sweeps' ral objective
 
 
@@ -38,8 +41,9 @@ def check(
     """One call of small.py, forward and every gradient, against the reference in float64."""
     kind = getattr(torch, dtype)
     run = small.calls(backend)[call]
-    with no_other_kernels(backend):
-        got = small.run(run, Small(device, kind, seqlen, backend, head_dim))
+    inputs = Small(device, kind, seqlen, backend, head_dim)
+    with kernels_of(backend):
+        got = small.run(run, inputs)
     if not computes():
         return {"status": "ok"}
     exact = Small(device, torch.float64, seqlen, "reference", head_dim, rounded=kind)
@@ -65,10 +69,21 @@ def computes() -> bool:
     return mock.device is None or mock.device.computes
 
 
-def no_other_kernels(backend: str) -> Any:
-    """The kernels for Hopper leave nothing to those for sm_80: a call that they refuse raises."""
-    taken = None if backend == "hopper" else cuda_library.NOT_TAKEN
-    return unittest_mock.patch.object(cuda_library, "NOT_TAKEN", taken)
+@contextmanager
+def kernels_of(backend: str) -> Iterator[None]:
+    """The kernels for Hopper leave nothing to those for sm_80: a call that they refuse raises.
+
+    Raises:
+        RuntimeError: they are asked for and not there.
+    """
+    if backend != "hopper":
+        yield
+        return
+    reason = cuda_library.hopper()
+    if reason is not None:
+        raise RuntimeError(f"no kernels for Hopper: {reason}")
+    with unittest_mock.patch.object(cuda_library, "NOT_TAKEN", None):
+        yield
 
 
 def time(
@@ -84,33 +99,49 @@ def time(
 ) -> dict[str, Any]:
     """A contestant of the sweeps at one size: gate, memory, time interleaved with a peer's."""
     which, backward = OBJECTIVES[objective], MODES[mode]
-    problem = _problem(device, objective, Heads(*heads), seqlen, layout, rows)
-    backend = "hopper" if cuda_library.hopper() is None else ""
-    with no_other_kernels(backend):
+    size = (device, objective, Heads(*heads), seqlen, layout, rows)
+    problem = _problem(*size)
+    backend = "hopper" if os.environ.get("RAL_CUDA_HOPPER") == "1" else ""
+    with kernels_of(backend):
+        run = _runner(which, contestant, problem, backward)
         if not computes():
-            _runner(which, contestant, problem, backward)()
+            run()
             return {"status": "ok"}
-        size = (device, objective, Heads(*heads), seqlen, layout, rows)
         competitor = which.registry[_here(contestant, device)]
-        exact = functools.partial(_exact, *size)
-        record = examine.examine(which, competitor, problem, backward, exact)
+        record = examine.examine(
+            which, competitor, problem, backward, functools.partial(_exact, *size)
+        )
         if record["status"] != "ok":
             return record
-        runs = {"": _runner(which, contestant, problem, backward)}
+        runs = {"": run}
         if peer is not None:
-            runs["peer"] = _runner(which, peer, problem, backward)
+            runs |= _peer(which, peer, problem, backward, record)
         seconds = _interleaved(runs, device)
-        record["host_ms"] = 1e3 * machine.host_seconds(runs[""], device)
+        slow = seconds[""][0] > SLOW
+        record["host_ms"] = 1e3 * machine.host_seconds(run, device, 1 if slow else REPEATS)
     record.pop("seconds")
     milliseconds = [1e3 * s for s in seconds[""]]
     flops = which.flops_per_pair[mode] * problem.heads.head_dim * problem.pairs
     record["ms"] = {**quantiles(milliseconds), "all": [round(ms, 4) for ms in milliseconds]}
     record["tflops"] = flops / record["ms"]["median"] / 1e9
-    if peer is not None:
+    if "peer" in seconds:
         record["peer_ms"] = quantiles([1e3 * s for s in seconds["peer"]])
         ratios = [a / b for a, b in zip(seconds[""], seconds["peer"], strict=True)]
         record["ratio"] = quantiles(ratios)
     return record
+
+
+def _peer(
+    which: Objective, name: str, problem: Problem, backward: bool, record: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """The peer, once it has run; a peer that cannot run costs the ratio alone."""
+    try:
+        run = _runner(which, name, problem, backward)
+        run()  # cuDNN makes its plan in the first call
+    except Exception as error:
+        record["peer_error"] = examine.failure(error)["reason"]
+        return {}
+    return {"peer": run}
 
 
 def _here(contestant: str, device: torch.device) -> str:
@@ -136,7 +167,7 @@ def _interleaved(runs: Mapping[str, Callable[[], Any]], device: torch.device) ->
     return seconds
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(5)  # the layouts of a size; both modes ask for each
 def _problem(
     device: torch.device,
     objective: str,
@@ -180,7 +211,7 @@ def _problem(
     )  # fmt: skip
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(5)  # the layouts of a size; both modes ask for each
 def _exact(device: torch.device, objective: str, *rest: Any) -> dict[str, Tensor]:
     """An answer, on the device, for both modes: `rest` is the problem's size and its name."""
     *size, answer = rest
