@@ -378,7 +378,7 @@ def test_kernels_for_hopper_are_never_others(monkeypatch: pytest.MonkeyPatch) ->
         pass
     monkeypatch.setattr(cuda_library, "hopper", lambda: None)
     with work.kernels_of("hopper"):
-        assert cuda_library.NOT_TAKEN is None, "what they refuse is an error"
+        assert cuda_library.NOT_TAKEN != -2, "what they refuse is an error"
     assert cuda_library.NOT_TAKEN == -2
 
 

@@ -156,7 +156,17 @@ def compile_all(work_folder: Path, seconds: float) -> dict[str, Any]:
     }
     expression = "triton and not (opcheck or compile or fake)"
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "-k"]
-    tests += [expression, "-p", "benchmarks.gpu.log", "-n", str(jobs), "--dist", "load"]
+    tests += [
+        expression,
+        "-p",
+        "benchmarks.gpu.log",
+        "-n",
+        str(jobs),
+        "--dist",
+        "load",
+        "--maxschedchunk",
+        "2",
+    ]
     subprocess.run(tests, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
     from .log import summary
 
