@@ -112,13 +112,15 @@ def _span_table(args: AttentionArgs, block_k: int, wanted: bool) -> dict[str, An
     }
 
 
-def _tile(kernel: str, args: AttentionArgs, run: Callable[[Tile], None]) -> Tile:
+def _tile(
+    kernel: str, args: AttentionArgs, run: Callable[[Tile], None], is_pipelined: bool = True
+) -> Tile:
     """The tile of a kernel: the table's, or with RAL_AUTOTUNE=1 the fastest."""
     architecture = triton_runtime.architecture(args.q.device)
     size = triton_tiles.head_dim_class(args.head_dim, args.head_dim_v)
     is_biased = args.span_bias is not None or args.attn_mask is not None
     key = (architecture, args.q.dtype, size, is_biased)
-    best = triton_tiles.tile(kernel, *key)
+    best = triton_tiles.tile(kernel, *key, is_pipelined)
     has_spans = args.num_spans > 0
     return triton_runtime.tuned(
         f"attention_{kernel}",
@@ -281,10 +283,11 @@ def launch_bwd(
     if dout is None:
         dv.zero_()  # (8): a loss on marginals alone does not touch the values
 
+    # Triton 3.6 fails to pipeline a loop with matrix products in a branch (sm_90).
+    is_pipelined = not (needs_spans and triton.__version__.startswith("3.6."))
+
     def stages(tile: Tile) -> int:
-        # Triton 3.6 fails to pipeline a loop with matrix products in a branch (sm_90).
-        is_old = triton.__version__.startswith("3.6.")
-        return 1 if is_old and needs_spans else tile.num_stages
+        return tile.num_stages if is_pipelined else 1
 
     def run_dkdv(tile: Tile) -> None:
         k_blocks = num_blocks(args.seqlen_k, tile.block_k, sequences)
@@ -321,5 +324,5 @@ def launch_bwd(
         kernel = attention_bwd_dq_kernel
         triton_runtime.launch(kernel, grid, arguments, tile.num_warps, stages(tile))
 
-    run_dkdv(_tile("bwd_dkdv", args, run_dkdv))
-    run_dq(_tile("bwd_dq", args, run_dq))
+    run_dkdv(_tile("bwd_dkdv", args, run_dkdv, is_pipelined))
+    run_dq(_tile("bwd_dq", args, run_dq, is_pipelined))

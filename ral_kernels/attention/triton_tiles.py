@@ -23,10 +23,10 @@ _INTERPRETED = {
     "bwd_dkdv": Tile(32, 64, 4, 1),
     "bwd_dq": Tile(64, 64, 4, 1),
 }
-# Tiles of this list of sizes that do not spill (triton 3.7.1, ahead of time), with the registers a
-# thread (of 255) and the shared memory that they take: registers limit them all. Where "mma"
-# stands, no tile with the rows that the architecture's own instruction takes did without spilling.
-# Nothing has been measured on a GPU.
+# Tiles that do not spill ahead of time, with triton 3.7.1 and on sm_90 with 3.6.0 too. With them
+# stand the registers a thread (of 255) and the shared memory that they take, by 3.7.1 where no
+# version is named: registers limit them all. Where "mma" stands, no tile with the rows that the
+# architecture's own instruction takes did without spilling. Nothing has been measured on a GPU.
 # fmt: off
 _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("fwd", "sm_80", HALF, 64, PLAIN): Tile(128, 64, 8, 3),  # 248 registers, 56 KiB
@@ -45,6 +45,7 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("fwd", "sm_90", HALF, 64, BIASED): Tile(128, 64, 8, 3),  # 252 registers, 57 KiB
     ("fwd", "sm_90", HALF, 128, PLAIN): Tile(128, 64, 8, 3),  # 242 registers, 136 KiB
     ("fwd", "sm_90", HALF, 128, BIASED): Tile(128, 64, 8, 3),  # 254 registers, 105 KiB
+    # With spans 3.6.0's ptxas serialises wgmma (C7515), with each tile for it that does not spill.
     ("fwd", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 2),  # 255 registers, 101 KiB
     ("fwd", "sm_90", HALF, 256, BIASED): Tile(64, 16, 8, 2),  # 255 registers, 69 KiB
     ("fwd", "sm_90", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 2),  # 252 registers, 20 KiB
@@ -72,7 +73,9 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("decode", "sm_80", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 247 registers, 16 KiB
     ("decode", "sm_80", FLOAT32, 256, BIASED): Tile(16, 32, 8, 2),  # 255 registers, 32 KiB
     ("decode", "sm_90", HALF, 64, BIASED): Tile(64, 64, 4, 2),  # 247 registers, 45 KiB
-    ("decode", "sm_90", HALF, 128, BIASED): Tile(64, 32, 4, 2),  # 242 registers, 52 KiB
+    # 3.6.0: 254 registers. Its ptxas serialises the wgmma of (64, 32, 4), and 3.7.1 spills with
+    # (64, 64, 4).
+    ("decode", "sm_90", HALF, 128, BIASED): Tile(64, 64, 8, 2),  # 252 registers, 103 KiB
     ("decode", "sm_90", HALF, 256, BIASED): Tile(64, 16, 8, 2),  # 255 registers, 69 KiB
     ("decode", "sm_90", FLOAT32, 64, BIASED): Tile(64, 32, 4, 2),  # 255 registers, 20 KiB
     ("decode", "sm_90", FLOAT32, 128, BIASED): Tile(16, 32, 8, 2),  # 233 registers, 16 KiB; mma
@@ -156,16 +159,34 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("bwd_dq", "sm_100", FLOAT32, 256, PLAIN): Tile(32, 16, 8, 2),  # 233 registers, 16 KiB; mma
     ("bwd_dq", "sm_100", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 222 registers, 16 KiB; mma
 }
+# In place of rows that spill where triton 3.6 cannot pipeline the loop (triton_launch.py), with
+# what 3.6.0 needs. No tile of the 64 rows that wgmma takes did without spilling.
+_UNPIPELINED: dict[tuple[str, str, bool, int, bool], Tile] = {
+    ("bwd_dkdv", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 1),  # 182 registers, 128 KiB; mma
+    ("bwd_dkdv", "sm_90", HALF, 256, BIASED): Tile(64, 32, 8, 1),  # 250 registers, 128 KiB; mma
+    ("bwd_dkdv", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # 205 registers, 16 KiB; mma
+    ("bwd_dq", "sm_90", HALF, 256, PLAIN): Tile(32, 64, 8, 1),  # 180 registers, 96 KiB; mma
+}
 # fmt: on
 
 
-def tile(kernel: str, architecture: str, dtype: torch.dtype, size: int, is_biased: bool) -> Tile:
+def tile(
+    kernel: str,
+    architecture: str,
+    dtype: torch.dtype,
+    size: int,
+    is_biased: bool,
+    is_pipelined: bool = True,
+) -> Tile:
     """The tile of one of KERNELS for head dims of class `size`."""
     if architecture == INTERPRETER:
         return _INTERPRETED[kernel]
     # Decoding is bound by memory, not registers: one row serves both.
     is_biased = is_biased or kernel == "decode"
-    return _TABLE[kernel, architecture, dtype == torch.float32, size, is_biased]
+    key = (kernel, architecture, dtype == torch.float32, size, is_biased)
+    if not is_pipelined and key in _UNPIPELINED:
+        return _UNPIPELINED[key]
+    return _TABLE[key]
 
 
 def candidates(best: Tile) -> list[Tile]:
