@@ -2,11 +2,13 @@
 
 A launch is specialised exactly as Triton specialises it at run time (integers equal to 1 and None
 become constants, divisibility by 16 is noted), by Triton's own code. Registers, stack and local
-memory are read from the cubin with the cuobjdump of Triton's wheel, instructions from the PTX.
+memory are read from the cubin with the cuobjdump of Triton's wheel, instructions from the PTX, and
+what ptxas remarks on wgmma from its log.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -41,6 +43,7 @@ class Facts:
     shared: int  # bytes of a block
     multiplies: bool  # whether the kernel has a matrix product
     instructions: tuple[str, ...]  # of the two lists above, those in the PTX
+    remarks: tuple[str, ...]  # codes of what ptxas says of wgmma: REMARKS in table.py
     seconds: float
     error: str = ""  # why there is no cubin; the numbers are 0 then
 
@@ -67,7 +70,7 @@ def failure(kernel: str, architecture: str, error: Exception) -> Facts:
     """What stands for a kernel that did not compile."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip(" ^")]
     text = f"{type(error).__name__}: {' / '.join(lines[-2:])}"
-    return Facts(kernel, architecture, {}, 0, 0, 0, 0, 0, 0, False, (), 0.0, text)
+    return Facts(kernel, architecture, {}, 0, 0, 0, 0, 0, 0, False, (), (), 0.0, text)
 
 
 def _target(architecture: str) -> Any:
@@ -111,8 +114,24 @@ def _compile(launch: Launch, source: Any, architecture: str) -> Facts:
         instructions=tuple(
             name for name in (*MATRIX_INSTRUCTIONS, *COPY_INSTRUCTIONS) if name in ptx
         ),
+        remarks=_remarks(ptx) if "wgmma" in ptx else (),
         seconds=time.perf_counter() - start,
     )
+
+
+@functools.cache
+def _remarks(ptx: str) -> tuple[str, ...]:
+    """Codes in the log of ptxas. Triton throws it away, so ptxas is run once more."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [knobs.nvidia.ptxas.path, "-lineinfo", "-v", "--gpu-name=sm_90a", file.name]
+        log = subprocess.run(
+            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
+    return tuple(sorted(set(re.findall(r"\((C\d+)\)", log))))
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

@@ -11,6 +11,12 @@ from ral_kernels.triton_runtime import ARCHITECTURES
 from .compiler import COPY_INSTRUCTIONS, MATRIX_INSTRUCTIONS, SHARED_LIMIT, Facts
 
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# What ptxas says of wgmma, by the code of its message.
+REMARKS = {
+    "C7515": "it serialises them",
+    "C7517": "it adds a wait",
+    "C7519": "it adds an arrive",
+}
 SIZES = ("BLOCK_Q", "BLOCK_R", "BLOCK_K", "BLOCK_N")  # rows, keys; others follow by name
 
 
@@ -32,7 +38,8 @@ class Row:
     def from_json(cls, record: dict[str, Any]) -> Row:
         record = dict(record)
         own = {name: record.pop(name) for name in ("op", "variant", "dtype", "head_dim")}
-        record["instructions"] = tuple(record["instructions"])
+        for name in ("instructions", "remarks"):
+            record[name] = tuple(record[name])
         return cls(**own, facts=Facts(**record))
 
 
@@ -75,23 +82,24 @@ def _cell(facts: Facts | None) -> str:
         f"{facts.shared / 1024:.0f} KiB",
         *(name.split(".")[0] for name in names),
         *copies,
+        *facts.remarks,
         *spilled,
     ]
     return " · ".join(part for part in parts if part)
 
 
-def _lines(rows: Sequence[Row]) -> list[str]:
+def _lines(rows: Sequence[Row], architectures: Sequence[str]) -> list[str]:
     """Table lines of one op; variants with the same kernels on all architectures share a line."""
     cells: dict[tuple[str, str, int, str], dict[str, list[str]]] = {}
     for row in rows:
         key = (row.facts.kernel, row.dtype, row.head_dim, row.variant)
-        places = cells.setdefault(key, {name: [] for name in ARCHITECTURES})
+        places = cells.setdefault(key, {name: [] for name in architectures})
         cell = _cell(row.facts)
         if cell not in places[row.facts.architecture]:
             places[row.facts.architecture].append(cell)
     merged: dict[tuple[str, str, int, str], list[str]] = {}
     for (kernel, dtype, head_dim, variant), places in cells.items():
-        text = " | ".join("<br>".join(places[name]) for name in ARCHITECTURES)
+        text = " | ".join("<br>".join(places[name]) for name in architectures)
         merged.setdefault((kernel, dtype, head_dim, text), []).append(variant)
     lines, before = [], ""
     for (kernel, dtype, head_dim, text), variants in sorted(
@@ -105,21 +113,20 @@ def _lines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _summary(rows: Sequence[Row]) -> list[str]:
+def _summary(rows: Sequence[Row], architectures: Sequence[str]) -> list[str]:
     lines = [
         "| architecture | kernels compiled | most registers | most shared memory | spills | "
-        "without a matrix product |",
-        "|---|---|---|---|---|---|",
+        "serialised | without a matrix product |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in ARCHITECTURES:
+    for name in architectures:
         facts = [row.facts for row in rows if row.facts.architecture == name]
-        if not facts:
-            continue
         shared = max(f.shared for f in facts) / 1024
         lines.append(
             f"| {name} | {len(facts)} | {max(f.registers for f in facts)} | "
             f"{shared:.0f} of {SHARED_LIMIT[name] // 1024} KiB | "
             f"{sum(f.spills > 0 for f in facts) or 'none'} | "
+            f"{sum('C7515' in f.remarks for f in facts) or 'none'} | "
             f"{sum(not f.multiplies for f in facts)} |"
         )
     return lines
@@ -128,26 +135,30 @@ def _summary(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row], versions: dict[str, str]) -> str:
     """The whole file."""
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    compiled = {row.facts.architecture for row in rows}
+    architectures = [name for name in ARCHITECTURES if name in compiled]
+    remarks = ", ".join(f"{code}: {meaning}" for code, meaning in REMARKS.items())
     text = [
         "# What the Triton kernels compile to",
         "",
-        f"Written by `make codegen` with {made}.",
+        f"Written by `python -m benchmarks.codegen` with {made}.",
         "",
         "These are facts of the compiler, read from the cubins and the PTX of kernels compiled "
         "ahead of time for GPUs that need not be there, with the tile sizes of the tables in "
         "`triton_tiles.py`. They are no measurement on a GPU: nothing here says how fast a kernel "
         "is.",
         "",
-        *_summary(rows),
+        *_summary(rows, architectures),
         "",
         "A cell: tile (rows x keys, then features and spans) · warps · pipeline stages · registers "
         "a thread · shared memory a block · matrix instruction (`mma` = mma.sync, "
         "`wgmma` = wgmma.mma_async, `tcgen05` = "
-        "tcgen05.mma) · TMA where the PTX has tensor copies. Two lines in a cell: the call "
+        "tcgen05.mma) · TMA where the PTX has tensor copies · what ptxas says of its wgmma "
+        f"instructions ({remarks}). Two lines in a cell: the call "
         "launches the kernel in two forms. Variants that compile to the same share a line.",
     ]
     for op in dict.fromkeys(row.op for row in rows):
-        head = ["kernel", "dtype", "head dim", "variants", *ARCHITECTURES]
+        head = ["kernel", "dtype", "head dim", "variants", *architectures]
         text += ["", f"## {op}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        text += _lines([row for row in rows if row.op == op])
+        text += _lines([row for row in rows if row.op == op], architectures)
     return "\n".join(text) + "\n"
