@@ -3,6 +3,7 @@
 # make bench   the CPU figures       make bench-regress    the pytest-benchmark suite
 #
 # make codegen what the Triton kernels compile to, for GPUs that need not be here: benchmarks/results/codegen.md
+# make codegen36, make test-triton36    the same, and its test, on sm_90 with triton 3.6.0, in .venv-triton36
 # make gpu     all that needs a GPU, with the machine's own $(PYTHON), into the folder OUT
 # make gpu-kit what to carry to a GPU machine whose minutes count: benchmarks/gpu/README.md
 #
@@ -12,6 +13,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV36 ?= .venv-triton36
 OUT ?= benchmarks/results/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 KIT_SECONDS ?= 600
@@ -20,11 +22,13 @@ TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
 LIBRARY := ral_kernels/lib/libral_cpu.so
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := $(BIN)/python $(PIP) -c constraints.txt
+PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench bench-regress codegen gpu build library-and-packages clean ruff-format ruff-check mypy clang-format
+.PHONY: run test lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format
 
 run: build
 	$(BIN)/python benchmarks/frames_sweep.py
@@ -44,15 +48,24 @@ codegen: build
 	$(BIN)/python -m benchmarks.codegen
 	if [ -f $(dir $(LIBRARY))libral_cuda.so ]; then $(BIN)/python -m benchmarks.codegen.cuda; fi
 
+codegen36: triton36
+	$(VENV36)/bin/python -m benchmarks.codegen --architectures sm_90 --out benchmarks/results/codegen-triton-3.6.0.md
+
+test-triton36: triton36
+	RAL_REQUIRE=triton $(VENV36)/bin/python -m pytest -q tests/test_triton_codegen.py
+
+triton36: $(VENV36)/installed.stamp
+	@:
+
 # No venv, no pip, no network: torch and triton are those of the machine.
 gpu:
 	$(PYTHON) -m benchmarks.gpu all --out $(OUT)
 
 # Kernels by the Triton 3.6.0 that such a machine has; the newer ptxas is that of the release in .venv.
-gpu-kit: build $(TRITON36_INSTALLED)
-	RAL_GPU_PYTHON=$(GPU_PYTHON) $(TRITON36)/bin/python -m benchmarks.gpu.kit make --seconds $(KIT_SECONDS) --ptxas \
+gpu-kit: build triton36
+	RAL_GPU_PYTHON=$(GPU_PYTHON) $(VENV36)/bin/python -m benchmarks.gpu.kit make --seconds $(KIT_SECONDS) --ptxas \
 	  "$$($(BIN)/python -c 'import triton; print(triton.__path__[0])')/backends/nvidia/bin/ptxas-blackwell"
-	$(TRITON36)/bin/python -m benchmarks.gpu.kit check
+	$(VENV36)/bin/python -m benchmarks.gpu.kit check
 
 # The library needs the build tools alone: it is compiled while pip fetches the packages.
 build:
@@ -79,6 +92,14 @@ $(TOOLS): constraints.txt
 	@echo "== $(VENV): build tools"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) setuptools cmake ninja
+	@touch $@
+
+# Last and without dependencies: triton, since torch may ask for another, and a numpy that its interpreter works with.
+$(VENV36)/installed.stamp: constraints.txt
+	@echo "== $(VENV36)"
+	@[ -x $(VENV36)/bin/python ] || $(PYTHON) -m venv $(VENV36)
+	$(PIP_INSTALL36) -c constraints.txt torch pytest pytest-xdist
+	$(PIP_INSTALL36) --no-deps triton==3.6.0 numpy==2.2.6
 	@touch $@
 
 # pre-commit's hooks call the four targets below, so a commit is held to exactly what CI is. A tree without git, as

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     tasks = [(name, a) for name in options.only or known for a in options.architectures]
     if options.tested:
-        tasks = [(call.name, architecture) for call, architecture in compiled_in_tests()]
+        tasks = [(call.name, a) for call, a in compiled_in_tests() if a in options.architectures]
     rows = compile_all(tasks, options.jobs)
     if options.json is not None:
         options.json.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
