@@ -98,7 +98,7 @@ $(TOOLS): constraints.txt
 $(VENV36)/installed.stamp: constraints.txt
 	@echo "== $(VENV36)"
 	@[ -x $(VENV36)/bin/python ] || $(PYTHON) -m venv $(VENV36)
-	$(PIP_INSTALL36) -c constraints.txt torch pytest pytest-xdist
+	$(PIP_INSTALL36) -c constraints.txt torch pytest pytest-xdist hypothesis pillow tqdm
 	$(PIP_INSTALL36) --no-deps triton==3.6.0 numpy==2.2.6
 	@touch $@
 
