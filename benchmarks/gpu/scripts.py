@@ -79,7 +79,8 @@ def _facts(setting: Setting) -> list[str]:
 def _points(plan: str, workers: int, alone: bool) -> Callable[[Setting], list[str]]:
     def command(setting: Setting) -> list[str]:
         command = python("-m", "benchmarks.gpu.supervise", plan, "--lines", str(setting.lines))
-        command += ["--until", str(setting.until), "--workers", str(workers)]
+        at_once = min(workers, _cores() + 1)
+        command += ["--until", str(setting.until), "--workers", str(at_once)]
         return command + ["--alone"] * alone + ["--rehearse"] * setting.rehearse
 
     return command
