@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock as unittest_mock
 
+import torch
+
+from benchmarks.sweeps import machine
+
 from . import kit, mock, points, process, work
 from .points import Point
 from .scripts import LIBRARY, SECONDS
@@ -237,9 +241,17 @@ def main() -> int:
     if options.share is not None:
         return int(bool(run_share(tuple(options.share))))
     options.out.mkdir(parents=True, exist_ok=True)
-    found = {}
+    scenarios: dict[str, Any] = {}
+    found = {
+        "benchmark": "gpu rehearsal",
+        "machine": machine.describe(torch.device("cpu")),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "faults": {name: SCENARIOS[name] for name in options.scenarios},
+        "scenarios": scenarios,
+    }
     for scenario in options.scenarios:
-        found[scenario] = rehearse(scenario, options.out, options.kit, options.scripts)
+        scenarios[scenario] = rehearse(scenario, options.out, options.kit, options.scripts)
         (options.out / "rehearsal.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
