@@ -20,7 +20,7 @@ import torch
 
 FAILURES_SHOWN = 40
 STOPPED = "the stage's time is over"
-TEST_SECONDS = 60.0  # a cold cache: a test compiles up to ten kernels
+TEST_SECONDS = 30.0  # a cold cache: a test compiles up to ten kernels
 # What is looked at first, a word of the test's name each, and how many cases for one of others.
 FIRST = {
     "test_attention": 6,

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,51 +42,68 @@ def call(name: str, device: torch.device, seqlen: int) -> small.Results:
     return small.run(small.calls(backend)[" ".join(words)], inputs)
 
 
-def run_share(share: tuple[int, int], wanted: Sequence[str], file: Path) -> None:
-    """Every n-th call, starting with call i, for share (i, n); `file` tells which ended."""
+def run_calls(wanted: Sequence[str], file: Path) -> None:
+    """One call after the other; `file` tells which ended."""
     device = process.begin()
     ended: dict[str, float] = {}
-    for name in wanted[share[0] :: share[1]]:
+    for name in wanted:
         print(f"{name} ...", flush=True)
         start = time.perf_counter()
         call(name, device, SEQLEN if device.type == "cuda" else SHORT)
         if device.type == "cuda":
             torch.cuda.synchronize()
         ended[name] = round(time.perf_counter() - start, 2)
-        file.write_text(json.dumps({"ran": ended}))
+        file.write_text(json.dumps(ended))
+
+
+@dataclass
+class Share:
+    """Calls of one process at a time: a call that ends its process costs itself."""
+
+    index: int
+    wanted: Sequence[str]
+    ran: dict[str, float] = field(default_factory=dict)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, tool: Sequence[str], folder: Path, until: float) -> Share:
+        rest, file = list(self.wanted), folder / f"small-{self.index}.json"
+        while rest and time.monotonic() < until:
+            file.write_text("{}")
+            output = folder / f"small-{self.index}-{len(self.failed)}.txt"
+            command = [*tool, sys.executable, "-m", "benchmarks.gpu.sanitizer"]
+            with output.open("w") as log:
+                worker = subprocess.Popen(
+                    [*command, "--json", str(file), "--calls", *rest],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+                code = _wait(worker, until)
+            ran = json.loads(file.read_text())
+            self.ran.update(ran)
+            if code is None or code == 0:
+                break
+            rest = [name for name in rest if name not in ran]
+            text = output.read_text(errors="replace")
+            lines = [line for line in text.splitlines() if line.strip(" =")]
+            failure = {"exit": code, "output": lines[-40:]}
+            # A tool's own verdict comes after the last call, and is of all of them.
+            self.failed.append({"call": rest.pop(0) if rest else "any of them", **failure})
+            print(f"share {self.index} ended with {code}:\n{text}", flush=True)
+        return self
 
 
 def run_watched(
     tool: Sequence[str], processes: int, wanted: Sequence[str], file: Path, until: float = math.inf
 ) -> int:
     """All calls under `tool`, shared out: one process would take minutes. Ends at `until`."""
-    folder = file.parent
-    running = []
-    for index in range(processes):
-        command = [*tool, sys.executable, "-m", "benchmarks.gpu.sanitizer"]
-        command += ["--share", str(index), str(processes), "--calls", *wanted]
-        output = (folder / f"small-{index}.txt").open("w")
-        command += ["--json", str(folder / f"small-{index}.json")]
-        running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+    shares = [Share(index, wanted[index::processes]) for index in range(processes)]
     found: dict[str, Any] = {"tool": list(tool), "wanted": len(wanted), "ran": {}, "failed": []}
-    found["unfinished"] = []  # shares whose time was over
-    for index, worker in enumerate(running):
-        code = _wait(worker, until)
-        try:
-            record = json.loads((folder / f"small-{index}.json").read_text())
-            found["ran"].update(record["ran"])
-        except (OSError, ValueError):
-            pass  # it ended before its first call did
-        if code is None:
-            found["unfinished"].append(index)
-        elif code != 0:
-            text = (folder / f"small-{index}.txt").read_text(errors="replace")
-            lines = [line for line in text.splitlines() if line.strip(" =")]
-            found["failed"].append({"share": index, "exit": code, "output": lines[-40:]})
-            print(f"share {index} ended with {code}:\n{text}", flush=True)
-        file.write_text(json.dumps(found, indent=1))
-    ran, failed = len(found["ran"]), len(found["failed"])
-    print(f"{ran} of {len(wanted)} calls ran, {failed} of {processes} shares failed")
+    with ThreadPoolExecutor(processes) as pool:
+        for share in pool.map(lambda share: share.run(tool, file.parent, until), shares):
+            found["ran"].update(share.ran)
+            found["failed"] += share.failed
+            file.write_text(json.dumps(found, indent=1))
+    print(f"{len(found['ran'])} of {len(wanted)} calls ran, {len(found['failed'])} failed")
     return int(bool(found["failed"]))
 
 
@@ -101,7 +120,6 @@ def _wait(worker: subprocess.Popen[bytes], until: float) -> int | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--processes", type=int, help="this many, each with a share, under TOOL")
     parser.add_argument("--until", type=float, default=math.inf, help="on the monotonic clock")
     parser.add_argument("--calls", nargs="+", default=names(), help="default: all")
@@ -110,7 +128,7 @@ def main() -> int:
     if options.processes is not None:
         shared = (options.tool, options.processes, options.calls, options.json)
         return run_watched(*shared, options.until)
-    run_share(tuple(options.share), options.calls, options.json)
+    run_calls(options.calls, options.json)
     return 0
 
 

@@ -99,7 +99,8 @@ def examine(
 
     wanted = exact(contestant.answer)  # now: its memory is not the contestant's
     errors = errors_of(objective, problem, results, wanted)
-    reason = verdict(errors, problem.q.dtype, wanted)
+    has_slack = objective.slack_for_ours or not contestant.ours
+    reason = verdict(errors, problem.q.dtype, wanted if has_slack else None)
     status = "ok" if reason is None else "wrong"
     return {
         "status": status,

@@ -126,6 +126,8 @@ class Objective:
     summary: Callable[[Mapping[str, Any]], tuple[str, ...]]  # of these facts, for the table
     cuda_peers: tuple[str, ...] = ()  # and there of these too
     default_rows: int | None = None  # None: the objective is over all rows
+    # whether the slack of the exact answer is ours as well, or that of roundings that ours avoid
+    slack_for_ours: bool = True
     # ours with spans -> the same without; `<ours>_<layout>` is a contestant, too
     layout_pairs: Mapping[str, str] = field(default_factory=dict)
 

@@ -37,4 +37,5 @@ RAL = Objective(
     facts=_facts,
     summary=_summary,
     default_rows=DEFAULT_ROWS,
+    slack_for_ours=False,
 )
