@@ -164,6 +164,7 @@ def add_key_gradients(
     delta_ptr,
     q_stride_t,
     dout_stride_t,
+    q_start,
     length_q,
     k_positions,
     k_tokens,
@@ -205,60 +206,58 @@ def add_key_gradients(
     TERMS: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):
-    """Query blocks of one head, as in triton_fwd.py. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ.
-
-    Pointers to rows of queries, row_start and row_stop are relative to the sequence.
-    """
+    """Query blocks of one head, as in triton_fwd.py. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
     HAS_BIAS: tl.constexpr = span_bias_ptr is not None
     for i in range(0, num_blocks):
         block = block_number(i, first, num_left, gap, IS_EDGE)
         q_positions = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        q_tokens = q_start + q_positions
         mask_q = exist(q_positions, length_q, IS_EDGE)
         # [BLOCK_Q, BLOCK_D]
-        q = load_rows(q_ptr, q_positions, q_stride_t, mask_q, HEAD_DIM, PART_D)
+        q = load_rows(q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, PART_D)
         # [BLOCK_Q]
-        lse = tl.load(lse_ptr + q_positions, mask=mask_q, other=float("-inf"))
-        delta = tl.load(delta_ptr + q_positions, mask=mask_q, other=0.0)
+        lse = tl.load(lse_ptr + q_tokens, mask=mask_q, other=float("-inf"))
+        delta = tl.load(delta_ptr + q_tokens, mask=mask_q, other=0.0)
         dp = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
         if dmarginals_ptr is not None:  # (9)
-            mask_rows = mask_q & (q_positions >= row_start) & (q_positions < row_stop)
+            mask_rows = mask_q & (q_tokens >= row_start) & (q_tokens < row_stop)
             dp = shares(
-                kind, dmarginals_ptr, q_positions.to(tl.int64) * num_spans, 1, mask_rows,
-                local_ptr, ids_ptr, count_ptr, mask_k, BLOCK_Q, BLOCK_K, TERMS, True, False,
+                kind, dmarginals_ptr, q_tokens.to(tl.int64) * num_spans, 1, mask_rows, local_ptr,
+                ids_ptr, count_ptr, mask_k, BLOCK_Q, BLOCK_K, TERMS, True, False,
             )  # fmt: skip
         bias = 0.0
         if HAS_BIAS:
             bias = shares(
-                kind, span_bias_ptr, q_positions.to(tl.int64) * span_bias_stride_t,
+                kind, span_bias_ptr, q_tokens.to(tl.int64) * span_bias_stride_t,
                 span_bias_stride_s, mask_q, local_ptr, ids_ptr, count_ptr, mask_k, BLOCK_Q,
                 BLOCK_K, 3, True, True,
             )  # fmt: skip
         dot = dot_rows(
             tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), k, k_ptr, k_tokens, k_stride_n, mask_k, q,
-            q_ptr, q_positions, q_stride_t, mask_q, HEAD_DIM, PART_D, INPUT_PRECISION,
+            q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, PART_D, INPUT_PRECISION,
         )  # fmt: skip
         if dout_ptr is not None:
             # [BLOCK_Q, BLOCK_DV]
-            dout = load_rows(dout_ptr, q_positions, dout_stride_t, mask_q, HEAD_DIM_V, PART_DV)
+            dout = load_rows(dout_ptr, q_tokens, dout_stride_t, mask_q, HEAD_DIM_V, PART_DV)
             dp = dot_rows(  # (9)
-                dp, v, v_ptr, k_tokens, v_stride_n, mask_k, dout, dout_ptr, q_positions,
+                dp, v, v_ptr, k_tokens, v_stride_n, mask_k, dout, dout_ptr, q_tokens,
                 dout_stride_t, mask_q, HEAD_DIM_V, PART_DV, INPUT_PRECISION,
             )  # fmt: skip
         p, ds, dcap = score_gradient(
             dot, dp, bias, backward_lse_log2(lse)[None, :], delta[None, :], q_positions,
             k_positions, k_tokens, mask_q, mask_k, attn_mask_ptr,
-            q_positions.to(tl.int64) * attn_mask_stride_t, attn_mask_stride_n,
-            key_padding_mask_ptr, key_padding_mask_stride_n, diagonal, window_left, window_right,
-            scale, cap, HAS_BIAS, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, IS_EDGE, True,
+            q_tokens.to(tl.int64) * attn_mask_stride_t, attn_mask_stride_n, key_padding_mask_ptr,
+            key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap, HAS_BIAS,
+            HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, IS_EDGE, True,
         )  # fmt: skip
         if dout_ptr is not None:
             dv = add_product(  # (8)
-                dv, p, dout, dout_ptr, q_positions, dout_stride_t, mask_q, HEAD_DIM_V, BLOCK_DV,
+                dv, p, dout, dout_ptr, q_tokens, dout_stride_t, mask_q, HEAD_DIM_V, BLOCK_DV,
                 PART_DV, INPUT_PRECISION,
             )  # fmt: skip
         dx = ds * dcap  # (13)
         dk = add_product(  # (15)
-            dk, dx, q, q_ptr, q_positions, q_stride_t, mask_q, HEAD_DIM, BLOCK_D, PART_D,
+            dk, dx, q, q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, BLOCK_D, PART_D,
             INPUT_PRECISION,
         )  # fmt: skip
     return dk, dv
@@ -392,38 +391,33 @@ def attention_bwd_dkdv_kernel(
     dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     group = num_heads // num_kv_heads
     num_full = last_full - first_full
-    start = q_start.to(tl.int64)
     for member in range(0, group):
         h = kv_head * group + member
-        # The first token of the sequence goes into the pointers: in the loop it takes registers.
-        rows = (b * num_heads + h) * seqlen_q + q_start
-        head_q_ptr = q_ptr + b * q_stride_b + h * q_stride_h + start * q_stride_t
+        rows = (b * num_heads + h) * seqlen_q
+        head_q_ptr = q_ptr + b * q_stride_b + h * q_stride_h
         head_dout_ptr = dout_ptr
         if dout_ptr is not None:
             head_dout_ptr = dout_ptr + b * dout_stride_b + h * dout_stride_h
-            head_dout_ptr += start * dout_stride_t
         head_dmarginals_ptr = dmarginals_ptr
         if dmarginals_ptr is not None:
-            first_row = (b * num_heads + h) * (row_stop - row_start) + q_start - row_start
+            first_row = (b * num_heads + h) * (row_stop - row_start) - row_start
             head_dmarginals_ptr = dmarginals_ptr + first_row * num_spans
         head_bias_ptr = span_bias_ptr
         if span_bias_ptr is not None:
             head_bias_ptr = span_bias_ptr + b * span_bias_stride_b + h * span_bias_stride_h
-            head_bias_ptr += start * span_bias_stride_t
         head_mask_ptr = attn_mask_ptr
         if attn_mask_ptr is not None:
             head_mask_ptr = attn_mask_ptr + b * attn_mask_stride_b + h * attn_mask_stride_h
-            head_mask_ptr += start * attn_mask_stride_t
         for IS_EDGE in tl.static_range(2):
             dk, dv = add_key_gradients(
                 dk, dv, k, k_ptr, k_stride_n, v, v_ptr, v_stride_n,
                 first if IS_EDGE else first_full,
                 last - first - num_full if IS_EDGE else num_full, first_full - first, num_full,
                 head_q_ptr, head_dout_ptr, lse_ptr + rows, delta_ptr + rows, q_stride_t,
-                dout_stride_t, length_q, k_positions, k_tokens, mask_k, kind, local_ptr, ids_ptr,
-                counts_ptr, head_dmarginals_ptr, num_spans, row_start - q_start,
-                row_stop - q_start, head_bias_ptr, span_bias_stride_t, span_bias_stride_s,
-                head_mask_ptr, attn_mask_stride_t, attn_mask_stride_n, key_padding_mask_ptr,
+                dout_stride_t, q_start, length_q, k_positions, k_tokens, mask_k, kind, local_ptr,
+                ids_ptr, counts_ptr, head_dmarginals_ptr, num_spans, row_start, row_stop,
+                head_bias_ptr, span_bias_stride_t, span_bias_stride_s, head_mask_ptr,
+                attn_mask_stride_t, attn_mask_stride_n, key_padding_mask_ptr,
                 key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PART_D, PART_DV, BLOCK_Q, BLOCK_K, HAS_CAP,
                 HAS_LEFT, HAS_RIGHT, BOOL_MASK, INPUT_PRECISION, TERMS, IS_EDGE,

@@ -120,7 +120,8 @@ def _tile(
     size = triton_tiles.head_dim_class(args.head_dim, args.head_dim_v)
     is_biased = args.span_bias is not None or args.attn_mask is not None
     key = (architecture, args.q.dtype, size, is_biased)
-    best = triton_tiles.tile(kernel, *key, is_pipelined)
+    is_packed = args.cu_seqlens_q is not None
+    best = triton_tiles.tile(kernel, *key, is_pipelined, is_packed)
     has_spans = args.num_spans > 0
     return triton_runtime.tuned(
         f"attention_{kernel}",

@@ -164,8 +164,12 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
 _UNPIPELINED: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("bwd_dkdv", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 1),  # 182 registers, 128 KiB; mma
     ("bwd_dkdv", "sm_90", HALF, 256, BIASED): Tile(64, 32, 8, 1),  # 250 registers, 128 KiB; mma
-    ("bwd_dkdv", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # 205 registers, 16 KiB; mma
     ("bwd_dq", "sm_90", HALF, 256, PLAIN): Tile(32, 64, 8, 1),  # 180 registers, 96 KiB; mma
+}
+# And rows that spill there for packed sequences alone, whose offsets take registers.
+_UNPIPELINED_PACKED: dict[tuple[str, str, bool, int, bool], Tile] = {
+    ("bwd_dkdv", "sm_90", HALF, 128, PLAIN): Tile(16, 64, 8, 1),  # 226 registers, 42 KiB
+    ("bwd_dkdv", "sm_90", FLOAT32, 256, PLAIN): Tile(16, 16, 8, 1),  # 205 registers, 16 KiB; mma
 }
 # fmt: on
 
@@ -177,6 +181,7 @@ def tile(
     size: int,
     is_biased: bool,
     is_pipelined: bool = True,
+    is_packed: bool = False,
 ) -> Tile:
     """The tile of one of KERNELS for head dims of class `size`."""
     if architecture == INTERPRETER:
@@ -184,6 +189,8 @@ def tile(
     # Decoding is bound by memory, not registers: one row serves both.
     is_biased = is_biased or kernel == "decode"
     key = (kernel, architecture, dtype == torch.float32, size, is_biased)
+    if not is_pipelined and is_packed and key in _UNPIPELINED_PACKED:
+        return _UNPIPELINED_PACKED[key]
     if not is_pipelined and key in _UNPIPELINED:
         return _UNPIPELINED[key]
     return _TABLE[key]
