@@ -45,7 +45,7 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("fwd", "sm_90", HALF, 64, BIASED): Tile(128, 64, 8, 3),  # 252 registers, 57 KiB
     ("fwd", "sm_90", HALF, 128, PLAIN): Tile(128, 64, 8, 3),  # 242 registers, 136 KiB
     ("fwd", "sm_90", HALF, 128, BIASED): Tile(128, 64, 8, 3),  # 254 registers, 105 KiB
-    # With spans 3.6.0's ptxas serialises wgmma (C7515), with each tile for it that does not spill.
+    # With spans ptxas serialises wgmma (C7515); in 3.6.0 with each such tile that does not spill.
     ("fwd", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 2),  # 255 registers, 101 KiB
     ("fwd", "sm_90", HALF, 256, BIASED): Tile(64, 16, 8, 2),  # 255 registers, 69 KiB
     ("fwd", "sm_90", FLOAT32, 64, PLAIN): Tile(64, 32, 4, 2),  # 252 registers, 20 KiB
