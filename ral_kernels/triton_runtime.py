@@ -190,7 +190,7 @@ def record_launches(architecture: str) -> Iterator[list[Launch]]:
 def _pretending(pretence: _Pretence) -> Iterator[None]:
     global _pretence
     if interpreted():
-        raise RuntimeError("record_launches: kernels are not compiled under TRITON_INTERPRET=1")
+        raise RuntimeError("kernels are not compiled under TRITON_INTERPRET=1")
     before, _pretence = _pretence, pretence
     try:
         yield
@@ -208,10 +208,10 @@ def tuned(
 ) -> Tile:
     """The tile of a kernel: `default` from the table, or with RAL_AUTOTUNE=1 the fastest candidate.
 
-    `candidates` is called with RAL_AUTOTUNE=1 alone: a list of tiles takes as long to make as a
-    launch. `key` is what the choice depends on (dtype, head dims, ...). `run` launches the kernel
-    with a tile on `device`; it may be called often. A choice is kept in a file per GPU and triton
-    release, in RAL_CACHE_DIR or ~/.cache/ral_kernels, and holds from then on whenever
+    `candidates` is called with RAL_AUTOTUNE=1 alone: a launch should not pay for a list that nobody
+    asked for. `key` is what the choice depends on (dtype, head dims, ...). `run` launches the
+    kernel with a tile on `device`; it may be called often. A choice is kept in a file per GPU and
+    triton release, in RAL_CACHE_DIR or ~/.cache/ral_kernels, and holds from then on whenever
     RAL_AUTOTUNE=1.
     """
     if _pretence is not None or interpreted() or os.environ.get("RAL_AUTOTUNE", "0") != "1":

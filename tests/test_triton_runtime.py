@@ -300,7 +300,7 @@ def test_the_table_decides_unless_asked(search: Search, monkeypatch: pytest.Monk
 
 
 def test_candidates_are_made_for_a_search_alone(compiled: None) -> None:
-    """A list of tiles in every launch took longer than the launch."""
+    """A launch does not pay for a list of tiles."""
 
     def candidates() -> tuple[Tile, ...]:
         raise AssertionError("nobody asked for a search")

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ class Device:
     faults: Sequence[dict[str, str]] = ()
     computes: bool = True  # False: nothing writes results, as large shapes would take hours
     broken: bool = False
-    called: list[str] = field(default_factory=list)
 
     def fault_of(self, kernel: str) -> str:
         if self.broken:
@@ -118,7 +117,6 @@ def _mocked(op: str, backend: str, real: Any, reference: Any) -> Any:
         hopper = backend == "cuda" and op == "attention" and _hopper() is None
         kernel = f"{'hopper' if hopper else backend} {op} {reference.__name__}"
         device.before(kernel)
-        device.called.append(kernel)
         if backend == "triton":
             real(*arguments)
         if device.computes:
