@@ -58,17 +58,17 @@ def hashes() -> Iterator[tuple[str, str]]:
                 f"attention {case.name} {name}",
                 with_gradients(outputs, list(x.differentiable().values())),
             )
-        for case in policy_cases.CASES:
-            y = case.inputs(dtype).requires_grad_()
+        for policy in policy_cases.CASES:
+            y = policy.inputs(dtype).requires_grad_()
             p = rk.attention_policy(y.q, y.k, **y.options, backend="cpu")
             yield (
-                f"attention_policy {case.name} {name}",
+                f"attention_policy {policy.name} {name}",
                 with_gradients([p], list(y.differentiable().values())),
             )
-        for case in policy_cases.TOKEN_CASES:
+        for policy in policy_cases.TOKEN_CASES:
             for kind in KINDS:
-                y = case.inputs(dtype).requires_grad_()
-                old = case.inputs(dtype, seed=1)
+                y = policy.inputs(dtype).requires_grad_()
+                old = policy.inputs(dtype, seed=1)
                 shared = {"is_causal", "scale", "window", "softcap", "rows"}
                 options = {key: value for key, value in old.options.items() if key in shared}
                 snapshot = rk.AttentionSnapshot(old.q, old.k, **options)
@@ -76,7 +76,7 @@ def hashes() -> Iterator[tuple[str, str]]:
                     y.q, y.k, snapshot, kind, **y.options, backend="cpu"
                 )
                 yield (
-                    f"attention_divergence {case.name} {kind} {name}",
+                    f"attention_divergence {policy.name} {kind} {name}",
                     with_gradients([value], [y.q, y.k]),
                 )
                 z = y.to(dtype).requires_grad_()
@@ -84,7 +84,7 @@ def hashes() -> Iterator[tuple[str, str]]:
                 loss = rk.ral_loss(
                     z.q, z.k, snapshot, advantages, kind=kind, **z.options, backend="cpu"
                 )
-                yield f"ral_loss {case.name} {kind} {name}", with_gradients([loss], [z.q, z.k])
+                yield f"ral_loss {policy.name} {kind} {name}", with_gradients([loss], [z.q, z.k])
     for kind in KINDS:
         for shape in ((3, 1), (5, 37), (2, 4, 1000)):
             generator = torch.Generator().manual_seed(0)

@@ -95,7 +95,9 @@ def cycles(package: Path) -> list[list[str]]:
     groups: list[list[str]] = []
     for name in edges:
         if name in reached[name] and not any(name in group for group in groups):
-            groups.append([name, *(x for x in reached[name] if name in reached[x] and x != name)])
+            groups.append(
+                [name, *(x for x in reached[name] if name in reached.get(x, ()) and x != name)]
+            )
     return [sorted(group) for group in groups]
 
 
