@@ -3,7 +3,7 @@
 The libraries know neither torch nor Python, so a wheel that carries them is tagged
 `py3-none-<platform>`. Where they cannot be built the installation goes on without them: what is
 missing is printed, and also left in `ral_kernels/lib/<library>.missing.txt`, where
-`ral_kernels.native` finds it at run time (pip hides what a build prints). `RAL_REQUIRE_NATIVE=1`
+`ral_kernels.runtime.native` finds it at run time (pip hides what a build prints). `RAL_REQUIRE_NATIVE=1`
 makes it an error instead; a machine without nvcc goes without `ral_cuda` even then.
 `RAL_BUILD_LATER=1` lets an editable installation leave them as they are, for the command below.
 `RAL_LIBRARIES=ral_cuda` builds that one alone and leaves the other as it is, and
@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 BUILD_DIR = ROOT / "build" / "cmake"
 LIBRARIES = ("ral_cpu", "ral_cuda")  # targets of CMakeLists.txt
-LIBRARY_FILE, NOTE_FILE = "lib{}.so", "{}.missing.txt"  # as ral_kernels.native finds them
+LIBRARY_FILE, NOTE_FILE = "lib{}.so", "{}.missing.txt"  # as ral_kernels.runtime.native finds them
 CMAKE_MINIMUM = (3, 18)  # as in CMakeLists.txt
 
 

@@ -40,7 +40,7 @@ from benchmarks.sweeps.gate import verdict
 from benchmarks.sweeps.inputs import QUESTION_TEXT, SYSTEM_TEXT, Heads
 from benchmarks.sweeps.layouts import frames_in_prompt
 from benchmarks.sweeps.measure import quantiles
-from ral_kernels import cpu_library
+from ral_kernels.runtime import cpu_library
 
 TARGETS = {  # DESIGN: ours with marginals / SDPA without
     ("bfloat16", "forward"): 0.22,

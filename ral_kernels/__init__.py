@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .attention import (
+from .divergence import divergence
+from .integrations import _autoregister
+from .ops.attention import (
     AttentionOutput,
     attention,
     flash_attn_func,
     flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
-from .backends import available_backends
-from .divergence import divergence
-from .integrations import _autoregister
 from .policy import attention_policy
 from .policy_divergence import attention_divergence, ral_loss
+from .runtime.backends import available_backends
 from .snapshot import AttentionSnapshot
 from .spans import Spans
 

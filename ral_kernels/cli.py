@@ -82,7 +82,8 @@ def info_lines() -> Iterator[str]:
 
     import torch
 
-    from . import __version__, backends, cuda_library, native
+    from . import __version__
+    from .runtime import backends, cuda_library, native
 
     yield f"ral_kernels {__version__}"
     yield f"Python {platform.python_version()}, torch {torch.__version__}"

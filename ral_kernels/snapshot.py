@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks, qkv
+from .ops import qkv
+from .runtime import checks
 
 if TYPE_CHECKING:
     from .policy.arguments import PolicyArgs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import dtype_name, has_values, is_int
+from .runtime.checks import dtype_name, has_values, is_int
 
 GRANULARITIES = ("frame", "image", "tile", "token")
 

@@ -20,7 +20,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import ral_kernels as rk
-from ral_kernels import allocation, triton_runtime
+from ral_kernels.ops import allocation
+from ral_kernels.runtime import triton_runtime
 from tests import interpreter
 from tests.ops.on_gpu import kernels_on
 

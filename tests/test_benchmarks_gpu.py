@@ -27,7 +27,7 @@ from benchmarks.gpu.scripts import BEGIN, SCRIPTS, SECONDS, SWEEPS
 from benchmarks.gpu.stages import Setting, Stage
 from benchmarks.gpu.supervise import PLANS, Supervisor
 from benchmarks.sweeps.attention import ATTENTION
-from ral_kernels import cuda_library, native, triton_runtime
+from ral_kernels.runtime import cuda_library, native, triton_runtime
 from tests.conftest import skip_or_fail
 
 ROOT = Path(__file__).resolve().parents[1]

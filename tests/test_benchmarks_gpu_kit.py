@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import kit
-from ral_kernels import triton_runtime
+from ral_kernels.runtime import triton_runtime
 from tests.conftest import skip_or_fail
 
 

@@ -26,7 +26,7 @@ from benchmarks.codegen.cuda import (
     markdown,
     problems,
 )
-from ral_kernels import native
+from ral_kernels.runtime import native
 from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.xdist_group("cuda_codegen")  # disassemble once

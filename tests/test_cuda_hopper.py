@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from benchmarks.codegen.cuda import find_cuobjdump
-from ral_kernels import cuda_library, native
-from ral_kernels.c_interface import TensorStruct, tensor_struct
+from ral_kernels.runtime import cuda_library, native
+from ral_kernels.runtime.c_interface import TensorStruct, tensor_struct
 from tests.conftest import skip_or_fail
 from tests.cuda_host.build import COMPILER, CUDA, INCLUDE, has_compiler
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ral_kernels as rk
-from ral_kernels import backends, cuda_library, native
+from ral_kernels.runtime import backends, cuda_library, native
 from tests.conftest import skip_or_fail
 
 GPU = torch.cuda.is_available()

@@ -21,7 +21,7 @@ from benchmarks.sweeps.inputs import Heads
 from benchmarks.sweeps.objective import Contestant, Objective, Problem
 from benchmarks.sweeps.ral import RAL
 from benchmarks.sweeps.ral.problem import random_problem as ral_problem
-from ral_kernels import triton_runtime
+from ral_kernels.runtime import triton_runtime
 from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ral_kernels as rk
-from ral_kernels import cpu_library, native
+from ral_kernels.runtime import cpu_library, native
 
 linux_only = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the loader's names and scopes are Linux's"

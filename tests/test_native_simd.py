@@ -26,7 +26,7 @@ FLAGS = {  # CMakeLists.txt's
 def test_vectors(isa: str, tmp_path: Path) -> None:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no compiler {COMPILER}")
-    from ral_kernels.cpu_library import supported_isas
+    from ral_kernels.runtime.cpu_library import supported_isas
 
     if isa not in supported_isas():
         pytest.skip(f"this machine does not run {isa}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import ral_kernels
-from ral_kernels import native
+from ral_kernels.runtime import native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,7 +117,7 @@ def test_without_compiler_the_wheel_is_pure_and_says_why(tree, tmp_path, monkeyp
         files = [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.yaml")]
         assert files and {str(path.relative_to(ROOT)) for path in files} <= names
     assert f"the native libraries were NOT built: {reason}" in printed
-    assert "ral_kernels/attention/reference.py" in names
+    assert "ral_kernels/ops/attention/reference.py" in names
     assert not any(name.endswith(".so") for name in names)
 
     with zipfile.ZipFile(wheel) as archive:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import policy_divergence_accuracy
-from ral_kernels import triton_runtime
+from ral_kernels.runtime import triton_runtime
 
 SMALL = ["--batch", "1", "--rows", "9", "--seqlen", "80", "--heads", "4", "--kv-heads", "2",
     "--head-dim", "16"]  # fmt: skip

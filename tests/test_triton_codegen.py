@@ -22,8 +22,8 @@ import pytest
 from benchmarks.codegen.calls import Call, calls, compiled_in_tests
 from benchmarks.codegen.compiler import MATRIX_INSTRUCTIONS, SHARED_LIMIT
 from benchmarks.codegen.table import Row, markdown, problems
-from ral_kernels import triton_runtime
-from ral_kernels.triton_runtime import ARCHITECTURES
+from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_runtime import ARCHITECTURES
 from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.xdist_group("codegen")  # compile once

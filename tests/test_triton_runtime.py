@@ -15,8 +15,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import ral_kernels as rk
-from ral_kernels import backends, triton_runtime
-from ral_kernels.triton_runtime import Tile
+from ral_kernels.runtime import backends, triton_runtime
+from ral_kernels.runtime.triton_runtime import Tile
 from tests.conftest import skip_or_fail
 
 if triton_runtime._installed():

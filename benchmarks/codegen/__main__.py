@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.sweeps import machine
-from ral_kernels import triton_runtime
+from ral_kernels.runtime import triton_runtime
 
 from .calls import calls, compiled_in_tests
 from .table import markdown, problems

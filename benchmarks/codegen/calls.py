@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ral_kernels as rk
 from ral_kernels.divergence.arguments import KINDS
-from ral_kernels.triton_runtime import ARCHITECTURES
+from ral_kernels.runtime.triton_runtime import ARCHITECTURES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_DIMS = (64, 128, 256)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ral_kernels.triton_runtime import Launch
+from ral_kernels.runtime.triton_runtime import Launch
 
 # Bytes of shared memory that one block may have (CUDA C++ Programming Guide, table of technical
 # specifications): 163 KiB on 8.0, 227 KiB on 9.0 and 10.0.

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ral_kernels import cuda_library
+from ral_kernels.runtime import cuda_library
 
 from .compiler import SHARED_LIMIT
 

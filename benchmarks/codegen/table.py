@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ral_kernels.triton_runtime import ARCHITECTURES
+from ral_kernels.runtime.triton_runtime import ARCHITECTURES
 
 from .compiler import COPY_INSTRUCTIONS, MATRIX_INSTRUCTIONS, SHARED_LIMIT, Facts
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from ral_kernels import triton_runtime
+from ral_kernels.runtime import triton_runtime
 
 from .calls import Call, calls
 from .compiler import compile_launches, failure

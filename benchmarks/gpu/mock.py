@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels import backends, cuda_library, native, triton_runtime
+from ral_kernels.runtime import backends, cuda_library, native, triton_runtime
 
 VARIABLE = "RAL_GPU_MOCK"
 ARCHITECTURE = "sm_90"

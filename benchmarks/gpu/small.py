@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels import cuda_library
 from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.runtime import cuda_library
 
 BATCH, HEADS, KV_HEADS = 2, 4, 2
 BACKENDS = ("triton", "cuda", "hopper")  # hopper: backend="cuda" with RAL_CUDA_HOPPER=1

@@ -24,7 +24,7 @@ from benchmarks.sweeps.inputs import Heads
 from benchmarks.sweeps.measure import MODES, quantiles
 from benchmarks.sweeps.objective import Objective, Problem
 from benchmarks.sweeps.objectives import OBJECTIVES
-from ral_kernels import cuda_library
+from ral_kernels.runtime import cuda_library
 
 from . import mock, small
 from .small import Small
@@ -228,10 +228,10 @@ def tile(
     layout: str,
 ) -> dict[str, Any]:
     """One kernel of Triton's attention with one tile: the whole call's time, gated."""
-    from ral_kernels.attention import triton_tiles
-    from ral_kernels.triton_runtime import Tile
+    from ral_kernels.ops.attention.triton import tiles
+    from ral_kernels.runtime.triton_runtime import Tile
 
-    choose, (block_q, block_k, num_warps, num_stages) = triton_tiles.tile, tile
+    choose, (block_q, block_k, num_warps, num_stages) = tiles.tile, tile
     wanted = Tile(block_q, block_k, num_warps, num_stages)
 
     def chosen(name: str, *rest: Any) -> Tile:
@@ -239,7 +239,7 @@ def tile(
 
     contestant = "ral_plain" if layout == "none" else "ral"
     mode = "forward" if kernel == "fwd" else "forward+backward"
-    with unittest_mock.patch.object(triton_tiles, "tile", chosen):
+    with unittest_mock.patch.object(tiles, "tile", chosen):
         return time(device, "attention", contestant, None, heads, seqlen, layout, mode)
 
 

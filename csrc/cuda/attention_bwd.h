@@ -1,5 +1,5 @@
 // What the backward kernels of `attention` share: equations (8) to (15) of
-// ral_kernels/attention/README.md. dx = ds here: these kernels have no soft cap.
+// ral_kernels/ops/attention/README.md. dx = ds here: these kernels have no soft cap.
 #pragma once
 
 #include "keys.h"

@@ -1,5 +1,5 @@
 // dk and dv of `attention` for Hopper: equations (8), (9), (11) and (15) of
-// ral_kernels/attention/README.md. Ordering: attention_bwd_sm90.h.
+// ral_kernels/ops/attention/README.md. Ordering: attention_bwd_sm90.h.
 #pragma once
 
 #include "attention_bwd_sm90.h"

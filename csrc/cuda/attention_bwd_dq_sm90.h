@@ -1,4 +1,4 @@
-// dq of `attention` for Hopper: equations (9), (11) and (14) of ral_kernels/attention/README.md.
+// dq of `attention` for Hopper: equations (9), (11) and (14) of ral_kernels/ops/attention/README.md.
 // Ordering: attention_bwd_sm90.h.
 #pragma once
 

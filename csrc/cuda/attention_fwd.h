@@ -1,4 +1,4 @@
-// Forward of `attention`: equations (1) to (7) of ral_kernels/attention/README.md.
+// Forward of `attention`: equations (1) to (7) of ral_kernels/ops/attention/README.md.
 #pragma once
 
 #include "attention_fwd_rows.h"

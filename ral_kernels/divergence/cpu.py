@@ -7,8 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .. import cpu_library
-from ..c_interface import pointer
+from ral_kernels.runtime import cpu_library
+from ral_kernels.runtime.c_interface import pointer
+
 from ..policy import cpu as policy_cpu
 from ..policy.c_structs import ElementParams
 from .arguments import KINDS, DivergenceArgs

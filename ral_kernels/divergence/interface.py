@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import allocation, backends, checks
+from ral_kernels.ops import allocation
+from ral_kernels.runtime import backends, checks
+
 from . import cpu, reference, triton_backend
 from .arguments import KINDS, DivergenceArgs
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import triton_runtime
+from ral_kernels.runtime import triton_runtime
+
 from .arguments import DivergenceArgs
 
 available = triton_runtime.available

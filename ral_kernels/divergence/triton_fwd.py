@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import triton_runtime
+from ral_kernels.runtime import triton_runtime
+
 from . import triton_tiles
 from .arguments import KINDS
 from .triton_terms import JSD, KL, REVERSE_KL, divergence_gradient, divergence_terms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import triton_runtime
+from ral_kernels.runtime import triton_runtime
 
 
 @dataclass(frozen=True)

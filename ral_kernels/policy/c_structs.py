@@ -7,7 +7,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 
 from torch import Tensor
 
-from ..c_interface import (
+from ral_kernels.runtime.c_interface import (
     DTYPES,
     BroadcastStruct,
     TensorStruct,
@@ -15,6 +15,7 @@ from ..c_interface import (
     pointer,
     tensor_struct,
 )
+
 from .arguments import PolicyArgs
 
 

@@ -8,8 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import cpu_library
-from ..c_interface import pointer, tensor_struct
+from ral_kernels.runtime import cpu_library
+from ral_kernels.runtime.c_interface import pointer, tensor_struct
+
 from .arguments import PolicyArgs
 from .c_structs import Bundle, DivergenceParams, ElementParams, Params
 

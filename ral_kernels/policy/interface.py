@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import allocation, backends, checks, qkv
+from ral_kernels.ops import allocation, qkv
+from ral_kernels.runtime import backends, checks
+
 from ..spans import Spans
 from . import cpu, reference, triton_backend
 from .arguments import PolicyArgs

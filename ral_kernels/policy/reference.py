@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..attention.reference import full_precision
+from ral_kernels.ops.attention.reference import full_precision
+
 from .arguments import PolicyArgs
 
 ROWS_PER_CHUNK = 64

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import triton_runtime
-from ..triton_runtime import Tile
+from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_runtime import Tile
+
 from . import triton_tiles
 from .arguments import PolicyArgs
 from .triton_bwd import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import triton_runtime
-from ..triton_runtime import Tile
+from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_runtime import Tile
+
 from . import triton_tiles
 from .arguments import PolicyArgs
 from .triton_fwd import policy_fwd_kernel, policy_fwd_spans_kernel

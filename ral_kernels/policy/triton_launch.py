@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import triton_runtime
-from ..triton_runtime import Tile
+from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_runtime import Tile
+
 from . import triton_tiles
 from .arguments import PolicyArgs
 

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from ..triton_softmax import in_base_2, tanh
+from ral_kernels.runtime.triton_softmax import in_base_2, tanh
 
 # Weights below are 0, so that p is 0 exactly where every head's weight is: the mean of up to 256
 # heads stays a normal number. The backward's bound is higher: a weight that it counts, though its

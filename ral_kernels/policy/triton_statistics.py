@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from ..triton_softmax import stabiliser
+from ral_kernels.runtime.triton_softmax import stabiliser
+
 from .triton_side import (
     SMALLEST_WEIGHT,
     flagged,

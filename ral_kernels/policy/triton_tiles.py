@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..triton_runtime import INTERPRETER, Tile
+from ral_kernels.runtime.triton_runtime import INTERPRETER, Tile
 
 # Kernels, by what fills their registers and shared memory:
 #   statistics    a tile of scores; K streams through

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..c_interface import DTYPES, pointer, tensor_struct
+from ral_kernels.runtime.c_interface import DTYPES, pointer, tensor_struct
+
 from ..divergence.arguments import KINDS
 from ..policy.c_structs import Bundle, DivergenceParams, SideStruct
 from .arguments import PolicyDivergenceArgs

@@ -6,8 +6,9 @@ import ctypes
 
 from torch import Tensor
 
-from .. import cpu_library
-from ..c_interface import pointer, tensor_struct
+from ral_kernels.runtime import cpu_library
+from ral_kernels.runtime.c_interface import pointer, tensor_struct
+
 from ..policy import cpu as policy_cpu
 from . import c_structs
 from .arguments import PolicyDivergenceArgs

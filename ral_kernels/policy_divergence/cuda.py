@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .. import cuda_library
-from ..c_interface import pointer, tensor_struct
+from ral_kernels.runtime import cuda_library
+from ral_kernels.runtime.c_interface import pointer, tensor_struct
+
 from ..policy.arguments import PolicyArgs
 from ..policy.c_structs import Bundle, DivergenceParams, SideStruct
 from . import c_structs

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import allocation, backends, checks
+from ral_kernels.ops import allocation
+from ral_kernels.runtime import backends, checks
+
 from ..divergence.interface import call_divergence, check_kind
 from ..policy.arguments import PolicyArgs
 from ..policy.interface import call_policy, resolve_call

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import allocation, backends, checks
+from ral_kernels.ops import allocation
+from ral_kernels.runtime import backends, checks
+
 from ..divergence.interface import check_kind, scaled_gradient
 from ..policy.arguments import PolicyArgs
 from ..policy.interface import resolve_call

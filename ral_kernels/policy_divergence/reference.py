@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.reference import full_precision
+from ral_kernels.ops.attention.reference import full_precision
+
 from ..divergence.reference import generalised
 from ..policy.reference import (
     as_computed,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import triton_runtime
+from ral_kernels.runtime import triton_runtime
+
 from ..policy import triton_backend as policy_backend
 from .arguments import PolicyDivergenceArgs
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ral_kernels as rk
-from ral_kernels import cuda_library
+from ral_kernels.runtime import cuda_library
 from tests.conftest import REQUIRED, skip_or_fail
 from tests.cuda_host.backend import Kernels, host_library, on_host
 from tests.cuda_host.build import has_compiler

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import ral_kernels as rk
-from ral_kernels import backends, cli, cuda_library
+from ral_kernels import cli
+from ral_kernels.runtime import backends, cuda_library
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 import ral_kernels as rk
-from ral_kernels import triton_runtime
+from ral_kernels.runtime import triton_runtime
 from tests.conftest import skip_or_fail
 
 
@@ -35,7 +35,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     reason = rk.available_backends()["cpu"]
     if reason != "yes":
         skip_or_fail("cpu", reason)
-    from ral_kernels.cpu_library import supported_isas
+    from ral_kernels.runtime.cpu_library import supported_isas
 
     if request.param not in supported_isas():
         pytest.skip(f"this CPU has no {request.param}")

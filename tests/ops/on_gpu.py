@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_kernels import backends
+from ral_kernels.runtime import backends
 
 KERNELS = ("fwd", "bwd", "loss")
 ALIGNMENT = 64  # elements; what lies off it in its own memory does so in the copy as well

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ral_kernels as rk
-from ral_kernels.attention import cuda, interface
+from ral_kernels.ops.attention import cuda, interface
 
 B, H, HK, T, N, D, S = 2, 4, 2, 5, 7, 8, 3
 NAN, INF = float("nan"), float("inf")
@@ -428,7 +428,7 @@ def test_incapable_backends_give_their_reasons(
             return f"head_dim {args.head_dim} is no prime"
 
     monkeypatch.setitem(interface.BACKENDS, "cpu", Incapable)
-    with caplog.at_level("DEBUG", logger="ral_kernels.backends"):
+    with caplog.at_level("DEBUG", logger="ral_kernels.runtime.backends"):
         call()
     assert "attention: backend cpu passed over: head_dim 8 is no prime" in caplog.text
     with pytest.raises(

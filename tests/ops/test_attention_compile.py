@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ral_kernels as rk
-from ral_kernels.attention import interface
+from ral_kernels.ops.attention import interface
 from tests.ops.attention_cases import BY_NAME, AttentionCase
 
 # fmt: off

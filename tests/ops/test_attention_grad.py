@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.attention import reference
+from ral_kernels.ops.attention import reference
 from tests.ops.attention_cases import BY_NAME, AttentionCase, AttentionInputs
 
 # Small enough for finite differences (every input element costs two forwards).

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels import triton_runtime
-from ral_kernels.attention.interface import call_attention
+from ral_kernels.ops.attention.interface import call_attention
+from ral_kernels.runtime import triton_runtime
 from tests.conftest import skip_or_fail
 
 PACKED: tuple[tuple[str, list[int], list[int], dict[str, Any]], ...] = (
@@ -38,7 +38,7 @@ def _triton() -> None:
 @pytest.fixture
 def splits(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the number of blocks of keys that a split has at least."""
-    from ral_kernels.attention import triton_launch
+    from ral_kernels.ops.attention.triton import launch as triton_launch
 
     return lambda blocks: monkeypatch.setattr(triton_launch, "BLOCKS_PER_SPLIT", blocks)
 

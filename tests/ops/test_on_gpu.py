@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels import backends
-from ral_kernels.attention.arguments import AttentionArgs
+from ral_kernels.ops.attention.arguments import AttentionArgs
+from ral_kernels.runtime import backends
 from tests.ops.attention_cases import BY_NAME
 from tests.ops.on_gpu import copy_to, kernels_on
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ral_kernels as rk
-from ral_kernels import triton_runtime
 from ral_kernels.policy import attention_policy, triton_tiles
 from ral_kernels.policy_divergence import attention_divergence, ral_loss
+from ral_kernels.runtime import triton_runtime
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.conftest import skip_or_fail
 from tests.ops.policy_cases import BY_NAME

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import ral_kernels as rk
-from ral_kernels import cuda_library
+from ral_kernels.runtime import cuda_library
 
 from ..layouts import FRAME_TOKENS, LABELS, spans_of
 from ..objective import Contestant

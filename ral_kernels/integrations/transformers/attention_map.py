@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import is_int
+from ral_kernels.runtime.checks import is_int
+
 from .processors import token_texts
 from .registration import check_transformers
 from .spans import VisionRegion, VisionSpans, spans_for

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 import ral_kernels as rk
+from ral_kernels.runtime import checks
 
-from ... import checks
 from .captured import CapturedLayer
 from .decoder import find_layers
 from .tap import Call, Sink, Tap, tapped

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
+from ral_kernels.runtime import checks
 
-from ... import checks
 from .tap import Call
 from .visibility import Visibility, allowed, read_dense_mask, read_simple_mask
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ... import checks
+from ral_kernels.runtime import checks
 
 # An attention module that looks at the name of its own implementation takes another path under
 # another name; `get_interface(self.config._attn_implementation, ...)` and `!= "eager"` do not.

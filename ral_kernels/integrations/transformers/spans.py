@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import dtype_name, is_int
-from ...spans import Spans, _check_granularity, _number_tokens
+from ral_kernels.runtime.checks import dtype_name, is_int
+from ral_kernels.spans import Spans, _check_granularity, _number_tokens
+
 from .layouts import NAME, Item, Items, Size, View, read_items, source_of
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 import ral_kernels as rk
+from ral_kernels.runtime import checks
 
-from ... import checks
 from .attention import refuse_unsupported
 from .decoder import find_layers
 from .tap import Tap, tapped

@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_softmax import LOG2E, in_base_2, tanh
-from ..triton_spans import sequence_of_block
-from .triton_marginals import here
+from ral_kernels.runtime.triton_softmax import LOG2E, in_base_2, tanh
+from ral_kernels.runtime.triton_spans import sequence_of_block
+
+from .marginals import here
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_softmax import stabiliser
-from ..triton_spans import MIXED, NO_SPAN
-from .triton_marginals import (
+from ral_kernels.runtime.triton_softmax import stabiliser
+from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
+
+from .marginals import (
     add_mixed_block,
     add_to_span,
     raised_reference,
@@ -20,7 +21,7 @@ from .triton_marginals import (
     scale_rows,
     shares,
 )
-from .triton_scores import (
+from .scores import (
     LN2,
     add_product,
     block_number,

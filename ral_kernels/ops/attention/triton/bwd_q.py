@@ -7,10 +7,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_spans import MIXED, NO_SPAN
-from .triton_bwd import score_gradient
-from .triton_marginals import add_mixed_block, add_to_span, shares
-from .triton_scores import (
+from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
+
+from .bwd_kv import score_gradient
+from .marginals import add_mixed_block, add_to_span, shares
+from .scores import (
     add_product,
     backward_lse_log2,
     block_number,

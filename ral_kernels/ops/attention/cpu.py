@@ -8,7 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import cpu_library
+from ral_kernels.runtime import cpu_library
+
 from . import c_structs
 from .arguments import AttentionArgs
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..c_interface import (
+from ral_kernels.runtime.c_interface import (
     DTYPES,
     BroadcastStruct,
     TensorStruct,
@@ -16,6 +16,7 @@ from ..c_interface import (
     pointer,
     tensor_struct,
 )
+
 from .arguments import AttentionArgs
 
 

@@ -11,14 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import triton_runtime
-from ..triton_runtime import Tile
-from ..triton_spans import num_blocks, span_blocks
-from . import triton_tiles
-from .arguments import AttentionArgs
-from .triton_bwd import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel
-from .triton_bwd_dq import attention_bwd_dq_kernel
-from .triton_fwd import attention_fwd_combine_kernel, attention_fwd_kernel
+from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_runtime import Tile
+from ral_kernels.runtime.triton_spans import num_blocks, span_blocks
+
+from ..arguments import AttentionArgs
+from . import tiles
+from .bwd_kv import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel
+from .bwd_q import attention_bwd_dq_kernel
+from .fwd import attention_fwd_combine_kernel, attention_fwd_kernel
 
 LOG2E = math.log2(math.e)
 DECODED_TOKENS = 16  # up to so many queries a sequence, one program takes all heads of a kv head
@@ -117,17 +118,17 @@ def _tile(
 ) -> Tile:
     """The tile of a kernel: the table's, or with RAL_AUTOTUNE=1 the fastest."""
     architecture = triton_runtime.architecture(args.q.device)
-    size = triton_tiles.head_dim_class(args.head_dim, args.head_dim_v)
+    size = tiles.head_dim_class(args.head_dim, args.head_dim_v)
     is_biased = args.span_bias is not None or args.attn_mask is not None
     key = (architecture, args.q.dtype, size, is_biased)
     is_packed = args.cu_seqlens_q is not None
-    best = triton_tiles.tile(kernel, *key, is_pipelined, is_packed)
+    best = tiles.tile(kernel, *key, is_pipelined, is_packed)
     has_spans = args.num_spans > 0
     return triton_runtime.tuned(
         f"attention_{kernel}",
         (*key, has_spans),
         best,
-        functools.partial(triton_tiles.candidates, best),
+        functools.partial(tiles.candidates, best),
         run,
         args.q.device,
     )

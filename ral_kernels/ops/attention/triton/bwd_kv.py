@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_spans import NO_SPAN
-from .triton_marginals import shares
-from .triton_scores import (
+from ral_kernels.runtime.triton_spans import NO_SPAN
+
+from .marginals import shares
+from .scores import (
     add_product,
     backward_lse_log2,
     block_number,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARY_DIR = Path(__file__).resolve().parent / "lib"
+LIBRARY_DIR = Path(__file__).resolve().parents[1] / "lib"
 
 _HOW_TO_BUILD = (
     "to build it, install a C++17 compiler (g++ or clang++) and reinstall the package, "

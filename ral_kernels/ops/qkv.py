@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from ral_kernels.runtime import checks
+from ral_kernels.spans import Spans
+
 from .allocation import accumulation_dtype
-from .spans import Spans
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

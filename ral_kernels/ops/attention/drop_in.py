@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, qkv
-from ..spans import Spans
+from ral_kernels.ops import qkv
+from ral_kernels.runtime import checks
+from ral_kernels.spans import Spans
+
 from .interface import call_attention
 
 

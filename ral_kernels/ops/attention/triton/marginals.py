@@ -20,9 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import triton_runtime
-from ..triton_softmax import LOG2E
-from ..triton_spans import MIXED
+from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_softmax import LOG2E
+from ral_kernels.runtime.triton_spans import MIXED
 
 # A stored sum is relative to 2^reference. A running maximum may outgrow it by this much before the
 # stored sums have to be scaled down: far from float32's 2^128, far above rounding.

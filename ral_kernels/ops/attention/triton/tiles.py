@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..triton_runtime import INTERPRETER, Tile
+from ral_kernels.runtime.triton_runtime import INTERPRETER, Tile
 
 KERNELS = ("fwd", "decode", "bwd_dkdv", "bwd_dq")
 HALF, FLOAT32 = False, True

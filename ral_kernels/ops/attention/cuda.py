@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .. import cuda_library
+from ral_kernels.runtime import cuda_library
+
 from . import c_structs
 from .arguments import AttentionArgs
 

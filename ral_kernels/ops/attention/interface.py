@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import allocation, backends, checks, qkv
-from ..spans import Spans
-from . import cpu, cuda, reference, triton_backend
+from ral_kernels.ops import allocation, qkv
+from ral_kernels.runtime import backends, checks
+from ral_kernels.spans import Spans
+
+from . import cpu, cuda, reference, triton
 from .arguments import AttentionArgs
 
 BACKENDS: dict[str, Any] = {
     "cuda": cuda,
-    "triton": triton_backend,
+    "triton": triton,
     "cpu": cpu,
     "reference": reference,
 }

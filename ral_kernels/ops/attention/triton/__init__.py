@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import triton_runtime
-from .arguments import AttentionArgs
+from ral_kernels.runtime import triton_runtime
+
+from ..arguments import AttentionArgs
 
 available = triton_runtime.available
 only_on_request = triton_runtime.only_on_request
@@ -23,7 +24,7 @@ def can_run(args: AttentionArgs) -> str | None:
 
 def fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
     """Write out, marginals and lse."""
-    from .triton_launch import launch_fwd
+    from .launch import launch_fwd
 
     launch_fwd(args, out, marginals, lse)
 
@@ -42,6 +43,6 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write dq, dk, dv and, where asked for, dspan_bias."""
-    from .triton_launch import launch_bwd
+    from .launch import launch_bwd
 
     launch_bwd(args, out, marginals, lse, dout, dmarginals, dlse, dq, dk, dv, dspan_bias)
