@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.sweeps import machine
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.policy import attention_policy
 from ral_kernels.policy_divergence import ral_loss
 from ral_kernels.snapshot import AttentionSnapshot

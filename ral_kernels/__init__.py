@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .divergence import divergence
 from .integrations import _autoregister
 from .ops.attention import (
     AttentionOutput,
@@ -11,6 +10,7 @@ from .ops.attention import (
     flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
+from .ops.divergence import divergence
 from .policy import attention_policy
 from .policy_divergence import attention_divergence, ral_loss
 from .runtime.backends import available_backends

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.runtime.triton_runtime import ARCHITECTURES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

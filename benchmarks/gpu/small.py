@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.runtime import cuda_library
 
 BATCH, HEADS, KV_HEADS = 2, 4, 2

@@ -1,4 +1,4 @@
-// `divergence`: value and gradients in one sweep over each row; ral_kernels/divergence/README.md.
+// `divergence`: value and gradients in one sweep over each row; ral_kernels/ops/divergence/README.md.
 #pragma once
 
 #include "divergence_terms.h"

@@ -1,5 +1,5 @@
 // Terms of the divergences between two probabilities, free of cancellation where they nearly agree.
-// Equation numbers: ral_kernels/divergence/README.md.
+// Equation numbers: ral_kernels/ops/divergence/README.md.
 #pragma once
 
 #include "ral/policy.h"

@@ -1,5 +1,5 @@
 // Terms of the divergences between two probabilities, free of cancellation where they nearly agree:
-// equations (4) to (10) of ral_kernels/divergence/README.md. csrc/cpu/divergence_terms.h does the
+// equations (4) to (10) of ral_kernels/ops/divergence/README.md. csrc/cpu/divergence_terms.h does the
 // same a vector at a time.
 #pragma once
 

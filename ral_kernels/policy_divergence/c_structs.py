@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.runtime.c_interface import DTYPES, pointer, tensor_struct
 
-from ..divergence.arguments import KINDS
 from ..policy.c_structs import Bundle, DivergenceParams, SideStruct
 from .arguments import PolicyDivergenceArgs
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ral_kernels.ops import allocation
+from ral_kernels.ops.divergence.interface import call_divergence, check_kind
 from ral_kernels.runtime import backends, checks
 
-from ..divergence.interface import call_divergence, check_kind
 from ..policy.arguments import PolicyArgs
 from ..policy.interface import call_policy, resolve_call
 from ..snapshot import AttentionSnapshot

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ral_kernels.ops import allocation
+from ral_kernels.ops.divergence.interface import check_kind, scaled_gradient
 from ral_kernels.runtime import backends, checks
 
-from ..divergence.interface import check_kind, scaled_gradient
 from ..policy.arguments import PolicyArgs
 from ..policy.interface import resolve_call
 from ..snapshot import AttentionSnapshot

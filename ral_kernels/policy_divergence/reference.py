@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ral_kernels.ops.attention.reference import full_precision
+from ral_kernels.ops.divergence.reference import generalised
 
-from ..divergence.reference import generalised
 from ..policy.reference import (
     as_computed,
     attend,

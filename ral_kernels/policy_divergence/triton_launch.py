@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..divergence.triton_fwd import sweep
+from ral_kernels.ops.divergence.triton.fwd import sweep
+
 from ..policy.triton_bwd_launch import (
     Compared,
     Gradient,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.policy_divergence import attention_divergence, cuda, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.cuda_host.backend import DIVERGENCE, Kernels, Violation, host_library, on_host

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ral_kernels.divergence import divergence, interface, reference
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence import divergence, interface, reference
+from ral_kernels.ops.divergence.arguments import KINDS
 from tests.ops.accuracy import FLOAT32_EPS, assert_accurate, assert_gradient_accurate
 
 INF = float("inf")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import ral_kernels as rk
-from ral_kernels.divergence import divergence
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence import divergence
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.policy import attention_policy
 from ral_kernels.policy_divergence import attention_divergence, interface, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot

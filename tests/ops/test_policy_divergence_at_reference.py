@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.policy_divergence import attention_divergence, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.ops.attention_cases import AttentionCase

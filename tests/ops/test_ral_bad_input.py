@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ral_kernels as rk
-from ral_kernels.divergence import divergence
+from ral_kernels.ops.divergence import divergence
 from ral_kernels.policy import attention_policy
 from ral_kernels.policy_divergence import attention_divergence, cuda, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot

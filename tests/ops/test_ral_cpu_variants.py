@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS
 from tests.ops import test_divergence as of_divergence
 from tests.ops import test_policy as of_policy
 from tests.ops import test_policy_divergence as of_policy_divergence

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.divergence import divergence
-from ral_kernels.divergence.arguments import KINDS
+from ral_kernels.ops.divergence import divergence
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.policy import attention_policy
 from ral_kernels.policy_divergence import attention_divergence, ral_loss
 from ral_kernels.runtime import triton_runtime

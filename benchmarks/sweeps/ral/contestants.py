@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ral_kernels.divergence import divergence
+from ral_kernels.ops.divergence import divergence
 from ral_kernels.policy import attention_policy
 from ral_kernels.policy_divergence import ral_loss
 from ral_kernels.snapshot import AttentionSnapshot

@@ -7,11 +7,11 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ral_kernels.policy import cpu as policy_cpu
+from ral_kernels.policy.c_structs import ElementParams
 from ral_kernels.runtime import cpu_library
 from ral_kernels.runtime.c_interface import pointer
 
-from ..policy import cpu as policy_cpu
-from ..policy.c_structs import ElementParams
 from .arguments import KINDS, DivergenceArgs
 
 supported_isas = cpu_library.supported_isas

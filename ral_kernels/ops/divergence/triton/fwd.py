@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
 
-from . import triton_tiles
-from .arguments import KINDS
-from .triton_terms import JSD, KL, REVERSE_KL, divergence_gradient, divergence_terms
+from ..arguments import KINDS
+from . import tiles
+from .terms import JSD, KL, REVERSE_KL, divergence_gradient, divergence_terms
 
 
 @triton.jit(do_not_specialize=["num_rows", "length_per_split"])
@@ -116,7 +116,7 @@ def sweep(
     num_rows, length = p.shape
     tile = _tile(p)
     multiprocessors = triton_runtime.num_multiprocessors(p.device)
-    splits = triton_tiles.num_splits(tile, num_rows, length, multiprocessors)
+    splits = tiles.num_splits(tile, num_rows, length, multiprocessors)
     per_split = triton.cdiv(triton.cdiv(length, tile.block_n), splits) * tile.block_n
     splits = triton.cdiv(length, per_split)
     partial = p.new_empty((splits, num_rows))
@@ -173,5 +173,5 @@ def fwd(
     )
 
 
-def _tile(p: Tensor) -> triton_tiles.RowTile:
-    return triton_tiles.tile(triton_runtime.architecture(p.device), p.shape[1])
+def _tile(p: Tensor) -> tiles.RowTile:
+    return tiles.tile(triton_runtime.architecture(p.device), p.shape[1])

@@ -10,10 +10,10 @@ from torch import Tensor
 from ral_kernels.ops import allocation
 from ral_kernels.runtime import backends, checks
 
-from . import cpu, reference, triton_backend
+from . import cpu, reference, triton
 from .arguments import KINDS, DivergenceArgs
 
-BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Any] = {"triton": triton, "cpu": cpu, "reference": reference}
 backends.register("divergence", BACKENDS)
 
 

@@ -1,4 +1,4 @@
-"""Triton backend of `divergence`: the kernels of triton_fwd.py."""
+"""Triton backend of `divergence`: the kernels of fwd.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
 
-from .arguments import DivergenceArgs
+from ..arguments import DivergenceArgs
 
 available = triton_runtime.available
 only_on_request = triton_runtime.only_on_request
@@ -25,6 +25,6 @@ def fwd(
     p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
 ) -> None:
     """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
-    from . import triton_fwd
+    from . import fwd as kernels
 
-    triton_fwd.fwd(p, r, kind, value, dp, dr)
+    kernels.fwd(p, r, kind, value, dp, dr)
