@@ -30,8 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.sweeps import machine
 from ral_kernels.ops.divergence.arguments import KINDS
-from ral_kernels.policy import attention_policy
-from ral_kernels.policy_divergence import ral_loss
+from ral_kernels.ops.policy import attention_policy, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -11,8 +11,7 @@ from .ops.attention import (
     scaled_dot_product_attention,
 )
 from .ops.divergence import divergence
-from .policy import attention_policy
-from .policy_divergence import attention_divergence, ral_loss
+from .ops.policy import attention_divergence, attention_policy, ral_loss
 from .runtime.backends import available_backends
 from .snapshot import AttentionSnapshot
 from .spans import Spans

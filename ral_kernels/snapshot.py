@@ -14,7 +14,7 @@ from .ops import qkv
 from .runtime import checks
 
 if TYPE_CHECKING:
-    from .policy.arguments import PolicyArgs
+    from .ops.policy.arguments import PolicyArgs
 
 _OP = "AttentionSnapshot"
 _OPTIONS = ("query_start", "scale", "window_left", "window_right", "softcap")

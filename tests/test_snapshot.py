@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.policy import attention_policy
-from ral_kernels.policy_divergence import attention_divergence
+from ral_kernels.ops.policy import attention_divergence, attention_policy
 from ral_kernels.snapshot import AttentionSnapshot
 
 B, H, HK, T, N, D, PREFIX = 6, 4, 2, 5, 9, 8, 4

@@ -145,7 +145,7 @@ def markdown(rows: Sequence[Row], versions: dict[str, str]) -> str:
         "",
         "These are facts of the compiler, read from the cubins and the PTX of kernels compiled "
         "ahead of time for GPUs that need not be there, with the tile sizes of the tables in "
-        "`triton_tiles.py`. They are no measurement on a GPU: nothing here says how fast a kernel "
+        "`triton/tiles.py`. They are no measurement on a GPU: nothing here says how fast a kernel "
         "is.",
         "",
         *_summary(rows, architectures),

@@ -1,5 +1,5 @@
-// Forward of `policy` and of `policy_divergence`: ral_kernels/policy/README.md and
-// ral_kernels/policy_divergence/README.md. A task is one token block of one sample; it streams over
+// Forward of `policy` and of `policy_divergence`: ral_kernels/ops/policy/README.md and
+// ral_kernels/ops/policy/divergence.md. A task is one token block of one sample; it streams over
 // the keys twice, for the normalisers and for the averaged weights, and stores no T x N tensor but
 // the policy itself where that is the result.
 #pragma once

@@ -1,5 +1,5 @@
 // A loss on `policy_divergence` with its gradient in one go: sum over rows of weight * divergence,
-// for weights that are known before the divergence is. ral_kernels/policy_divergence/README.md.
+// for weights that are known before the divergence is. ral_kernels/ops/policy/divergence.md.
 //
 // A task is one token block of one sample. It streams over the keys for the normalisers, again for
 // both policies and the moments, and a third time for dS, which needs the moments. Where the heads'

@@ -1,5 +1,5 @@
 // What dq and dk share: dS of an element, and how a tile of it is rounded. Equations (5) to (7) of
-// ral_kernels/policy_divergence/README.md; dx = dS here: these kernels have no soft cap.
+// ral_kernels/ops/policy/divergence.md; dx = dS here: these kernels have no soft cap.
 #pragma once
 
 #include <string.h>

@@ -1,4 +1,4 @@
-// dk of `policy_divergence`: equations (7) and (10) of ral_kernels/policy_divergence/README.md.
+// dk of `policy_divergence`: equations (7) and (10) of ral_kernels/ops/policy/divergence.md.
 #pragma once
 
 #include "policy_bwd.h"

@@ -1,4 +1,4 @@
-// dq of `policy_divergence`: equations (7) and (9) of ral_kernels/policy_divergence/README.md.
+// dq of `policy_divergence`: equations (7) and (9) of ral_kernels/ops/policy/divergence.md.
 #pragma once
 
 #include "policy_bwd.h"

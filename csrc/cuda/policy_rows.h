@@ -1,5 +1,5 @@
 // What a row's sums over keys come to: D, and what its gradient needs. Equations (1), (3), (4) and
-// (6) of ral_kernels/policy_divergence/README.md.
+// (6) of ral_kernels/ops/policy/divergence.md.
 #pragma once
 
 #include "policy_side.h"

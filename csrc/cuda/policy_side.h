@@ -1,6 +1,6 @@
 // The queries and keys of one policy, and which keys count for its rows.
 //
-// The conditions are those of ral_kernels/policy/README.md: a row *sees* keys of its window that
+// The conditions are those of ral_kernels/ops/policy/README.md: a row *sees* keys of its window that
 // are no padding; of these, those in the scope are *valid*, without the row's own if
 // `exclude_self`.
 #pragma once

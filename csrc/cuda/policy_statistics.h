@@ -1,5 +1,5 @@
 // What turns scores into a policy: each row's normaliser, head by head, and Z.
-// Equations (3), (5) and (6) of ral_kernels/policy/README.md.
+// Equations (3), (5) and (6) of ral_kernels/ops/policy/README.md.
 #pragma once
 
 #include "marginals.h"

@@ -1,5 +1,5 @@
 // p of a policy, or the divergence of p from r and its moments: equations (5) and (7) of
-// ral_kernels/policy/README.md, (1) to (3) of ral_kernels/policy_divergence/README.md.
+// ral_kernels/ops/policy/README.md, (1) to (3) of ral_kernels/ops/policy/divergence.md.
 #pragma once
 
 #include "divergence_terms.h"

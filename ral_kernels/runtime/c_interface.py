@@ -43,12 +43,19 @@ def shapes(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_struct_sizes(
-    library: ctypes.CDLL, symbol: str, structs: Sequence[type[ctypes.Structure]]
+    library: ctypes.CDLL, symbol: str, structs: Sequence[type[ctypes.Structure] | None]
 ) -> None:
-    """Refuse a library whose structs are not the ones that this package fills."""
+    """Refuse a library whose structs are not the ones that this package fills.
+
+    Args:
+        structs: in the order in which `symbol` writes their sizes; None for one of another op.
+    """
     sizes = (c_int64 * len(structs))()
     getattr(library, symbol)(sizes)
-    expected = [ctypes.sizeof(struct) for struct in structs]
+    expected = [
+        size if struct is None else ctypes.sizeof(struct)
+        for size, struct in zip(sizes, structs, strict=True)
+    ]
     if list(sizes) != expected:
         raise RuntimeError(
             f"{library._name} was built from other sources than this package ({symbol}: "

@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def check_struct_sizes(symbol: str, structs: Sequence[type[ctypes.Structure]]) -> None:
+def check_struct_sizes(symbol: str, structs: Sequence[type[ctypes.Structure] | None]) -> None:
     """Refuse a library whose structs are not the ones that this package fills."""
     c_interface.check_struct_sizes(library(), symbol, structs)
 

@@ -17,8 +17,8 @@ import torch
 
 from ral_kernels.ops.attention import cuda as attention_cuda
 from ral_kernels.ops.attention import interface as attention_interface
-from ral_kernels.policy_divergence import cuda as divergence_cuda
-from ral_kernels.policy_divergence import interface as divergence_interface
+from ral_kernels.ops.policy import cuda as divergence_cuda
+from ral_kernels.ops.policy import divergence as divergence_interface
 from ral_kernels.runtime import cuda_library
 from tests.cuda_host.build import Patch, build, sources_of
 from tests.cuda_host.library import HostLibrary

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ral_kernels.ops.divergence.arguments import KINDS
-from ral_kernels.policy_divergence import attention_divergence, cuda, ral_loss
+from ral_kernels.ops.policy import attention_divergence, cuda, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.cuda_host.backend import DIVERGENCE, Kernels, Violation, host_library, on_host
 from tests.cuda_host.build import Patch

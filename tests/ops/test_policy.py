@@ -11,8 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ral_kernels as rk
-from ral_kernels.policy import attention_policy, interface
-from ral_kernels.policy_divergence import attention_divergence
+from ral_kernels.ops.policy import attention_divergence, attention_policy, interface
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.ops.accuracy import (
     FLOAT32_EPS,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import ral_kernels as rk
 from ral_kernels.ops.divergence import divergence
 from ral_kernels.ops.divergence.arguments import KINDS
-from ral_kernels.policy import attention_policy
-from ral_kernels.policy_divergence import attention_divergence, interface, ral_loss
+from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
+from ral_kernels.ops.policy import divergence as interface
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.ops.accuracy import assert_accurate, assert_gradient_accurate
 from tests.ops.attention_cases import AttentionCase

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ral_kernels.ops.divergence.arguments import KINDS
-from ral_kernels.policy_divergence import attention_divergence, ral_loss
+from ral_kernels.ops.policy import attention_divergence, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.ops.attention_cases import AttentionCase
 from tests.ops.policy_cases import BY_NAME, FEW, PolicyCase, PolicyInputs, snapshot_inputs

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ral_kernels as rk
-from ral_kernels.policy import attention_policy, triton_tiles
-from ral_kernels.policy_divergence import attention_divergence, ral_loss
+from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
+from ral_kernels.ops.policy.triton import tiles as triton_tiles
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.conftest import skip_or_fail

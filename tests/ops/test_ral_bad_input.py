@@ -10,8 +10,7 @@ import torch
 
 import ral_kernels as rk
 from ral_kernels.ops.divergence import divergence
-from ral_kernels.policy import attention_policy
-from ral_kernels.policy_divergence import attention_divergence, cuda, ral_loss
+from ral_kernels.ops.policy import attention_divergence, attention_policy, cuda, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 
 B, H, HK, T, N, D, S = 2, 4, 2, 5, 7, 8, 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_kernels.policy_divergence import attention_divergence, ral_loss
+from ral_kernels.ops.policy import attention_divergence, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 
 

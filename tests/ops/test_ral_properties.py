@@ -16,8 +16,7 @@ from torch import Tensor
 import ral_kernels as rk
 from ral_kernels.ops.divergence import divergence
 from ral_kernels.ops.divergence.arguments import KINDS
-from ral_kernels.policy import attention_policy
-from ral_kernels.policy_divergence import attention_divergence, ral_loss
+from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.examples import REPRODUCIBLE

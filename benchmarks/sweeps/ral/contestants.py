@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ral_kernels.ops.divergence import divergence
-from ral_kernels.policy import attention_policy
-from ral_kernels.policy_divergence import ral_loss
+from ral_kernels.ops.policy import attention_policy, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 
 from ..attention.contestants import no_cuda_kernels

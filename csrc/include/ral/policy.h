@@ -1,7 +1,7 @@
 // C interface of the `policy` and `policy_divergence` ops, shared by every compiled backend.
 //
 // A policy is the head average of attention, for some query rows, renormalised over the valid keys
-// (ral_kernels/policy/README.md). Conventions as in attention.h.
+// (ral_kernels/ops/policy/README.md). Conventions as in attention.h.
 #pragma once
 
 #include "ral/attention.h"

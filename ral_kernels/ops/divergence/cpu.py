@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
 
-from ral_kernels.policy import cpu as policy_cpu
-from ral_kernels.policy.c_structs import ElementParams
 from ral_kernels.runtime import cpu_library
 from ral_kernels.runtime.c_interface import pointer
 
 from .arguments import KINDS, DivergenceArgs
+from .c_structs import Params
 
 supported_isas = cpu_library.supported_isas
-available = policy_cpu.available
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    cpu_library.check_struct_sizes("ral_cpu_policy_struct_sizes", (None, None, Params))
+    return cpu_library.library()
+
+
+def available() -> str | None:
+    """None if the compiled library is there, else the reason why not."""
+    try:
+        _library()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def can_run(args: DivergenceArgs) -> str | None:
@@ -32,7 +46,7 @@ def fwd(
 ) -> None:
     """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
     cpu_library.expect_writes(dp, dr)
-    params = ElementParams(
+    params = Params(
         num_rows=p.shape[0],
         length=p.shape[1],
         p=pointer(p),
@@ -44,5 +58,5 @@ def fwd(
         isa=cpu_library.chosen_isa(),
         num_threads=torch.get_num_threads(),
     )
-    status = policy_cpu.library().ral_cpu_divergence_fwd(ctypes.byref(params))
+    status = _library().ral_cpu_divergence_fwd(ctypes.byref(params))
     cpu_library.raise_for_status("divergence", status, p=p)

@@ -87,7 +87,7 @@ def add_query_gradients(
     TERMS: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):
-    """Key blocks, as in triton_fwd.py."""
+    """Key blocks, as in fwd.py."""
     HAS_BIAS: tl.constexpr = span_bias_ptr is not None
     dq, run, run_kind = state
     for i in range(0, num_blocks):

@@ -159,7 +159,7 @@ _TABLE: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("bwd_dq", "sm_100", FLOAT32, 256, PLAIN): Tile(32, 16, 8, 2),  # 233 registers, 16 KiB; mma
     ("bwd_dq", "sm_100", FLOAT32, 256, BIASED): Tile(32, 16, 8, 2),  # 222 registers, 16 KiB; mma
 }
-# In place of rows that spill where triton 3.6 cannot pipeline the loop (triton_launch.py), with
+# In place of rows that spill where triton 3.6 cannot pipeline the loop (launch.py), with
 # what 3.6.0 needs. No tile of the 64 rows that wgmma takes did without spilling.
 _UNPIPELINED: dict[tuple[str, str, bool, int, bool], Tile] = {
     ("bwd_dkdv", "sm_90", HALF, 256, PLAIN): Tile(64, 32, 8, 1),  # 182 registers, 128 KiB; mma

@@ -14,8 +14,8 @@ from torch import Tensor
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.runtime.triton_runtime import Tile
 
-from . import triton_tiles
-from .arguments import PolicyArgs
+from ..arguments import PolicyArgs
+from . import tiles
 
 LOG2_E = math.log2(math.e)
 
@@ -136,7 +136,7 @@ class Side:
         return max(16, 1 << (self.q.shape[3] - 1).bit_length())
 
     def tile(self, kernel: str) -> Tile:
-        return triton_tiles.tile(kernel, *self._tile_key())
+        return tiles.tile(kernel, *self._tile_key())
 
     def tuned(self, kernel: str, keys: Keys, run: Callable[[Tile], None]) -> Tile:
         """The tile to `run` a kernel with: the table's, or what RAL_AUTOTUNE=1 finds.
@@ -149,8 +149,8 @@ class Side:
         return triton_runtime.tuned(
             f"policy_{kernel}",
             shape,
-            triton_tiles.tile(kernel, *key),
-            functools.partial(triton_tiles.candidates, kernel, *key),
+            tiles.tile(kernel, *key),
+            functools.partial(tiles.candidates, kernel, *key),
             run,
             self.q.device,
         )
@@ -216,7 +216,7 @@ def splits_of(programs: int, seqlen_k: int, block_k: int, device: torch.device) 
     """(number of pieces of the keys, keys of a piece), for so many programs a piece."""
     key_blocks = cdiv(seqlen_k, block_k)
     multiprocessors = triton_runtime.num_multiprocessors(device)
-    splits = triton_tiles.num_splits(programs, key_blocks, multiprocessors)
+    splits = tiles.num_splits(programs, key_blocks, multiprocessors)
     per_split = cdiv(key_blocks, splits) * block_k
     return cdiv(seqlen_k, per_split), per_split
 
@@ -228,7 +228,7 @@ def row_chunks(
 
     Whole samples where several fit, else blocks of rows of one sample.
     """
-    fitting = triton_tiles.scratch_elements(triton_runtime.architecture(device)) // seqlen_k
+    fitting = tiles.scratch_elements(triton_runtime.architecture(device)) // seqlen_k
     if fitting >= num_rows:
         samples = fitting // num_rows
         for b in range(0, batch_size, samples):

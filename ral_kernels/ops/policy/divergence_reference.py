@@ -13,7 +13,8 @@ from torch import Tensor
 from ral_kernels.ops.attention.reference import full_precision
 from ral_kernels.ops.divergence.reference import generalised
 
-from ..policy.reference import (
+from .divergence_arguments import PolicyDivergenceArgs
+from .reference import (
     as_computed,
     attend,
     compute_dtype,
@@ -25,7 +26,6 @@ from ..policy.reference import (
     valid_keys,
     visible_keys,
 )
-from .arguments import PolicyDivergenceArgs
 
 
 def available() -> str | None:

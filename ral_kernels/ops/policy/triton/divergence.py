@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
 
-from ..policy import triton_backend as policy_backend
-from .arguments import PolicyDivergenceArgs
+from .. import triton as policy_backend
+from ..divergence_arguments import PolicyDivergenceArgs
 
 available = triton_runtime.available
 only_on_request = triton_runtime.only_on_request
@@ -35,9 +35,9 @@ def fwd(
     w: Tensor,
 ) -> None:
     """Write the divergence of each row and the statistics that the backward starts from."""
-    from . import triton_launch
+    from . import divergence_launch
 
-    triton_launch.fwd(args, value, norm, z, ref_norm, ref_z, u, w)
+    divergence_launch.fwd(args, value, norm, z, ref_norm, ref_z, u, w)
 
 
 def bwd(
@@ -54,10 +54,10 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write the gradients of q and k. `dspan_bias` is None: there are no spans here."""
-    from . import triton_launch
+    from . import divergence_launch
 
     assert dspan_bias is None
-    triton_launch.bwd(args, norm, z, ref_norm, ref_z, u, w, dvalue, dq, dk)
+    divergence_launch.bwd(args, norm, z, ref_norm, ref_z, u, w, dvalue, dq, dk)
 
 
 def loss(
@@ -74,6 +74,6 @@ def loss(
 
     `ref_norm` and `ref_z` are read if `normalised`, and written otherwise.
     """
-    from . import triton_launch
+    from . import divergence_launch
 
-    triton_launch.loss(args, weights, ref_norm, ref_z, normalised, value, dq, dk)
+    divergence_launch.loss(args, weights, ref_norm, ref_z, normalised, value, dq, dk)

@@ -8,8 +8,8 @@
 import triton
 import triton.language as tl
 
-from .triton_gradient import add_product, load_outcomes, score_gradient, softcap_slope
-from .triton_side import (
+from .gradient import add_product, load_outcomes, score_gradient, softcap_slope
+from .side import (
     SMALLEST_HEAD_WEIGHT_BWD,
     flagged,
     key_masks,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..policy.arguments import PolicyArgs
+from .arguments import PolicyArgs
 
 
 @dataclass(frozen=True)

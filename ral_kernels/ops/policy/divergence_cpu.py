@@ -9,9 +9,9 @@ from torch import Tensor
 from ral_kernels.runtime import cpu_library
 from ral_kernels.runtime.c_interface import pointer, tensor_struct
 
-from ..policy import cpu as policy_cpu
-from . import c_structs
-from .arguments import PolicyDivergenceArgs
+from . import cpu as policy_cpu
+from . import divergence_c_structs as c_structs
+from .divergence_arguments import PolicyDivergenceArgs
 
 supported_isas = cpu_library.supported_isas
 available = policy_cpu.available

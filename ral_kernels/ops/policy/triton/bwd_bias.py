@@ -5,8 +5,8 @@
 import triton
 import triton.language as tl
 
-from .triton_gradient import add_per_span, load_outcomes, score_gradient
-from .triton_side import (
+from .gradient import add_per_span, load_outcomes, score_gradient
+from .side import (
     SMALLEST_HEAD_WEIGHT_BWD,
     flagged,
     key_masks,

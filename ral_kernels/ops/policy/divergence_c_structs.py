@@ -7,8 +7,8 @@ from torch import Tensor
 from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.runtime.c_interface import DTYPES, pointer, tensor_struct
 
-from ..policy.c_structs import Bundle, DivergenceParams, SideStruct
-from .arguments import PolicyDivergenceArgs
+from .c_structs import Bundle, DivergenceParams, SideStruct
+from .divergence_arguments import PolicyDivergenceArgs
 
 
 def params(

@@ -12,16 +12,14 @@ from ral_kernels.runtime import cpu_library
 from ral_kernels.runtime.c_interface import pointer, tensor_struct
 
 from .arguments import PolicyArgs
-from .c_structs import Bundle, DivergenceParams, ElementParams, Params
+from .c_structs import Bundle, DivergenceParams, Params
 
 supported_isas = cpu_library.supported_isas
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    cpu_library.check_struct_sizes(
-        "ral_cpu_policy_struct_sizes", (Params, DivergenceParams, ElementParams)
-    )
+    cpu_library.check_struct_sizes("ral_cpu_policy_struct_sizes", (Params, DivergenceParams, None))
     return cpu_library.library()
 
 

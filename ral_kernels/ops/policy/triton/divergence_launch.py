@@ -14,17 +14,10 @@ from torch import Tensor
 
 from ral_kernels.ops.divergence.triton.fwd import sweep
 
-from ..policy.triton_bwd_launch import (
-    Compared,
-    Gradient,
-    key_gradient,
-    query_gradient,
-    rows_of,
-    sums,
-)
-from ..policy.triton_fwd_launch import over_keys, statistics
-from ..policy.triton_launch import Keys, Side, row_chunks
-from .arguments import PolicyDivergenceArgs
+from ..divergence_arguments import PolicyDivergenceArgs
+from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums
+from .fwd_launch import over_keys, statistics
+from .launch import Keys, Side, row_chunks
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,11 @@ from torch import Tensor
 from ral_kernels.ops import allocation
 from ral_kernels.ops.divergence.interface import check_kind, scaled_gradient
 from ral_kernels.runtime import backends, checks
+from ral_kernels.snapshot import AttentionSnapshot
+from ral_kernels.spans import Spans
 
-from ..policy.arguments import PolicyArgs
-from ..policy.interface import resolve_call
-from ..snapshot import AttentionSnapshot
-from ..spans import Spans
-from .arguments import PolicyDivergenceArgs
-from .interface import (
+from .arguments import PolicyArgs
+from .divergence import (
     BACKENDS,
     INPUTS,
     NUM_INPUTS,
@@ -27,6 +25,8 @@ from .interface import (
     divergence_of,
     streaming_inputs,
 )
+from .divergence_arguments import PolicyDivergenceArgs
+from .interface import resolve_call
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 

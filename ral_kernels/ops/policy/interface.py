@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ral_kernels.ops import allocation, qkv
 from ral_kernels.runtime import backends, checks
+from ral_kernels.spans import Spans
 
-from ..spans import Spans
-from . import cpu, reference, triton_backend
+from . import cpu, reference, triton
 from .arguments import PolicyArgs
 
-BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Any] = {"triton": triton, "cpu": cpu, "reference": reference}
 backends.register("policy", BACKENDS)
 
 

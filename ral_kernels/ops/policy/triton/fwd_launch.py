@@ -8,19 +8,11 @@ from torch import Tensor
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.runtime.triton_runtime import Tile
 
-from . import triton_tiles
-from .arguments import PolicyArgs
-from .triton_fwd import policy_fwd_kernel, policy_fwd_spans_kernel
-from .triton_launch import (
-    Keys,
-    Side,
-    blocks,
-    cdiv,
-    row_chunks,
-    splits_of,
-    tensor_arguments,
-)
-from .triton_statistics import policy_normaliser_kernel, policy_statistics_kernel
+from ..arguments import PolicyArgs
+from . import tiles
+from .fwd import policy_fwd_kernel, policy_fwd_spans_kernel
+from .launch import Keys, Side, blocks, cdiv, row_chunks, splits_of, tensor_arguments
+from .statistics import policy_normaliser_kernel, policy_statistics_kernel
 
 
 def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
@@ -56,7 +48,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
     run(side.tuned("statistics", keys, run))
     triton_runtime.launch(
         policy_normaliser_kernel,
-        (side.batch_size * cdiv(keys.num_rows, triton_tiles.ROWS),),
+        (side.batch_size * cdiv(keys.num_rows, tiles.ROWS),),
         {
             "partial_ptr": partial,
             "norm_ptr": norm,
@@ -65,7 +57,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
             "num_heads": side.num_heads,
             "num_rows": keys.num_rows,
             "num_splits": partial.shape[1],
-            "BLOCK_R": triton_tiles.ROWS,
+            "BLOCK_R": tiles.ROWS,
         },
         num_warps=2,
         num_stages=1,
@@ -125,7 +117,7 @@ def _over_spans(side: Side, p_keys: Tensor, p: Tensor) -> None:
     num_spans = p.shape[2]
     triton_runtime.launch(
         policy_fwd_spans_kernel,
-        (cdiv(num_rows, tile.block_q) * cdiv(num_spans, triton_tiles.SPANS) * batch_size,),
+        (cdiv(num_rows, tile.block_q) * cdiv(num_spans, tiles.SPANS) * batch_size,),
         {
             **tensor_arguments("p_keys", p_keys, "bt"),
             **side.ids(),
@@ -135,7 +127,7 @@ def _over_spans(side: Side, p_keys: Tensor, p: Tensor) -> None:
             "num_spans": num_spans,
             "BLOCK_Q": tile.block_q,
             "BLOCK_K": tile.block_k,
-            "BLOCK_S": triton_tiles.SPANS,
+            "BLOCK_S": tiles.SPANS,
         },
         tile.num_warps,
         tile.num_stages,

@@ -11,12 +11,12 @@ from torch import Tensor
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.runtime.triton_runtime import Tile
 
-from . import triton_tiles
-from .arguments import PolicyArgs
-from .triton_bwd import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
-from .triton_bwd_bias import policy_bwd_dspan_bias_kernel
-from .triton_bwd_rows import policy_bwd_rows_kernel, policy_bwd_sums_kernel
-from .triton_launch import Keys, Side, blocks, cdiv, splits_of, tensor_arguments
+from ..arguments import PolicyArgs
+from . import tiles
+from .bwd import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
+from .bwd_bias import policy_bwd_dspan_bias_kernel
+from .bwd_rows import policy_bwd_rows_kernel, policy_bwd_sums_kernel
+from .launch import Keys, Side, blocks, cdiv, splits_of, tensor_arguments
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def rows_of(
         del arguments["total_ptr"]
     triton_runtime.launch(
         policy_bwd_rows_kernel,
-        (batch_size * cdiv(num_rows, triton_tiles.ROWS),),
+        (batch_size * cdiv(num_rows, tiles.ROWS),),
         {
             "u_ptr": u_parts,
             "w_ptr": w_parts,
@@ -161,7 +161,7 @@ def rows_of(
             "num_heads": num_heads,
             "num_rows": num_rows,
             "num_parts": num_parts,
-            "BLOCK_R": triton_tiles.ROWS,
+            "BLOCK_R": tiles.ROWS,
         },
         num_warps=2,
         num_stages=1,
@@ -201,7 +201,7 @@ def query_gradient(given: Gradient, rows: Rows, dq: Tensor) -> None:
     run(side.tuned("dq", keys, run))
     if parts.shape[0] == 1:
         return
-    block_r = triton_tiles.JOINED_ROWS
+    block_r = tiles.JOINED_ROWS
     triton_runtime.launch(
         policy_bwd_dq_join_kernel,
         (cdiv(keys.num_rows, block_r) * side.num_heads * side.batch_size,),
@@ -250,7 +250,7 @@ def key_gradient(given: Gradient, rows: Rows, before: Tensor | None, dk: Tensor)
 def _bias_gradient(given: Gradient, rows: Rows, dspan_bias: Tensor) -> None:
     side, keys = given.side, given.keys
     tile = side.tile("bias")
-    span_blocks = cdiv(dspan_bias.shape[3], triton_tiles.SPANS)
+    span_blocks = cdiv(dspan_bias.shape[3], tiles.SPANS)
     row_blocks = cdiv(keys.num_rows, tile.block_q)
     triton_runtime.launch(
         policy_bwd_dspan_bias_kernel,
@@ -261,7 +261,7 @@ def _bias_gradient(given: Gradient, rows: Rows, dspan_bias: Tensor) -> None:
             "dspan_bias_ptr": dspan_bias,
             "num_spans": dspan_bias.shape[3],
             **blocks(side, tile),
-            "BLOCK_S": triton_tiles.SPANS,
+            "BLOCK_S": tiles.SPANS,
         },
         tile.num_warps,
         tile.num_stages,

@@ -95,23 +95,6 @@ class DivergenceParams(ctypes.Structure):
     ]
 
 
-class ElementParams(ctypes.Structure):
-    """`ral_divergence_params`."""
-
-    _fields_ = [
-        ("num_rows", c_int64),
-        ("length", c_int64),
-        ("p", c_void_p),
-        ("r", c_void_p),
-        ("value", c_void_p),
-        ("dp", c_void_p),
-        ("dr", c_void_p),
-        ("kind", c_int32),
-        ("isa", c_int32),
-        ("num_threads", c_int32),
-    ]
-
-
 class Bundle:
     """The structs of one call, and the copies of tensors that they point into.
 

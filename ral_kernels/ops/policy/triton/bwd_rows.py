@@ -5,8 +5,8 @@
 import triton
 import triton.language as tl
 
-from .triton_gradient import load_outcomes
-from .triton_side import (
+from .gradient import load_outcomes
+from .side import (
     SMALLEST_HEAD_WEIGHT_BWD,
     flagged,
     key_masks,

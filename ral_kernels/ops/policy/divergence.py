@@ -10,14 +10,16 @@ from torch import Tensor
 from ral_kernels.ops import allocation
 from ral_kernels.ops.divergence.interface import call_divergence, check_kind
 from ral_kernels.runtime import backends, checks
+from ral_kernels.snapshot import AttentionSnapshot
+from ral_kernels.spans import Spans
 
-from ..policy.arguments import PolicyArgs
-from ..policy.interface import call_policy, resolve_call
-from ..snapshot import AttentionSnapshot
-from ..spans import Spans
-from . import cpu, cuda, triton_backend
-from . import reference as reference_backend
-from .arguments import PolicyDivergenceArgs, ReferenceArgs
+from . import cuda
+from . import divergence_cpu as cpu
+from . import divergence_reference as reference_backend
+from .arguments import PolicyArgs
+from .divergence_arguments import PolicyDivergenceArgs, ReferenceArgs
+from .interface import call_policy, resolve_call
+from .triton import divergence as triton_backend
 
 BACKENDS: dict[str, Any] = {
     "cuda": cuda,

@@ -5,8 +5,8 @@
 import triton
 import triton.language as tl
 
-from .triton_gradient import add_per_span
-from .triton_side import flagged, key_masks, sum_of_weights
+from .gradient import add_per_span
+from .side import flagged, key_masks, sum_of_weights
 
 
 @triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])

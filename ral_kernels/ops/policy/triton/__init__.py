@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
 
-from .arguments import PolicyArgs
+from ..arguments import PolicyArgs
 
 MAX_HEAD_DIM = 256
 
@@ -23,9 +23,9 @@ def can_run(args: PolicyArgs) -> str | None:
 
 def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
     """Write the policy, norm and z."""
-    from . import triton_fwd_launch
+    from . import fwd_launch
 
-    triton_fwd_launch.fwd(args, p, norm, z)
+    fwd_launch.fwd(args, p, norm, z)
 
 
 def bwd(
@@ -39,6 +39,6 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write dq, dk and, where asked for, dspan_bias. p is not read: P_h shows where it is 0."""
-    from . import triton_bwd_launch
+    from . import bwd_launch
 
-    triton_bwd_launch.bwd(args, norm, z, dp, dq, dk, dspan_bias)
+    bwd_launch.bwd(args, norm, z, dp, dq, dk, dspan_bias)

@@ -11,10 +11,10 @@ from torch import Tensor
 from ral_kernels.runtime import cuda_library
 from ral_kernels.runtime.c_interface import pointer, tensor_struct
 
-from ..policy.arguments import PolicyArgs
-from ..policy.c_structs import Bundle, DivergenceParams, SideStruct
-from . import c_structs
-from .arguments import PolicyDivergenceArgs
+from . import divergence_c_structs as c_structs
+from .arguments import PolicyArgs
+from .c_structs import Bundle, DivergenceParams, SideStruct
+from .divergence_arguments import PolicyDivergenceArgs
 
 # Floats that ∂D/∂p of a chunk of rows, with the parts of U, may take; 64 rows are a chunk even if
 # they take more.

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ral_kernels.runtime.triton_softmax import stabiliser
 
-from .triton_side import (
+from .side import (
     SMALLEST_WEIGHT,
     flagged,
     key_masks,
