@@ -103,13 +103,13 @@ def test_build_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """Only what nvcc compiles, by CMake's own command, and the build's objects stay."""
     code = "import sys; s = sum(range(int(sys.argv[1]))); open(sys.argv[3], 'w')"
     entries = [
-        {"file": f"/csrc/{name}", "command": shlex.join([sys.executable, "-c", code, n, "-o", "o"])}
+        {"file": f"/csrc/cuda/attention/{name}", "command": shlex.join([sys.executable, "-c", code, n, "-o", "o"])}
         for name, n in (("fast.cu", "1"), ("slow.cu", "10000000"), ("cpu.cpp", "1"))
     ]
     (tmp_path / "compile_commands.json").write_text(json.dumps(entries))
     build_steps.main(["--build-dir", str(tmp_path), "--json", str(tmp_path / "steps.json")])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["slow.cu", "fast.cu", "all,"]
+    assert [line.split()[1] for line in lines] == ["attention/slow.cu", "attention/fast.cu", "all,"]
     seconds = json.loads((tmp_path / "steps.json").read_text())["cpu_seconds"]
-    assert seconds["slow.cu"] > seconds["fast.cu"] > 0
+    assert seconds["attention/slow.cu"] > seconds["attention/fast.cu"] > 0
     assert not (tmp_path / "o").exists()

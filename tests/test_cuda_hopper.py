@@ -28,7 +28,7 @@ PANEL_BYTES = 64 * 128
 SHIM = Path(__file__).parent / "native" / "hopper_layout_check.cpp"
 
 
-# ---- Arithmetic of csrc/cuda/hopper_layout.h -----------------------------------------------------
+# ---- Arithmetic of csrc/cuda/hopper/layout.h -----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ class Barrier:
 def test_rings_neither_overtake_nor_deadlock(
     num_blocks: int, consumers: int, layout: ctypes.CDLL
 ) -> None:
-    """Producer and consumers of attention_fwd_sm90.h, in any order that their waits allow."""
+    """Producer and consumers of attention/fwd_sm90.h, in any order that their waits allow."""
     stages = 4
     rng = random.Random(num_blocks)
     full = {x: [Barrier(1) for _ in range(stages)] for x in "kv"}

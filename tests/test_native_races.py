@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "c++")
-SOURCES = tuple(f"csrc/cpu/{name}.cpp" for name in ("kernels", "entry", "variants", "threads"))
+SOURCES = tuple(f"csrc/cpu/core/{name}.cpp" for name in ("kernels", "entry", "variants", "threads"))
 
 
 @pytest.fixture(scope="module")

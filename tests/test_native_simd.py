@@ -67,7 +67,7 @@ def test_clang_takes_the_sources(source: str) -> None:
         [
             *(clang, "-fsyntax-only", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
             *(*flags, f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"),
-            str(ROOT / "csrc/cpu" / name),
+            str(ROOT / "csrc/cpu/core" / name),
         ],
         capture_output=True,
         text=True,

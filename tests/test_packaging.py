@@ -219,7 +219,7 @@ def test_a_library_asked_for_by_name_is_missed(tree):
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_cuda_library_is_built_where_nvcc_is_and_its_failure_spares_the_other(tree):
-    source = tree.path / "csrc" / "cuda" / "entry.cu"
+    source = tree.path / "csrc" / "cuda" / "core" / "entry.cu"
     source.parent.mkdir()
     source.write_text(f"__global__ void kernel() {{}}\n{ENTRY_POINT}")
     nvcc = str(shutil.which("nvcc"))

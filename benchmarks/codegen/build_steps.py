@@ -23,10 +23,14 @@ BUILD_DIR = Path(__file__).resolve().parents[2] / "build" / "cmake"
 
 
 def commands(build_dir: Path) -> dict[str, list[str]]:
-    """How CMake compiles each `.cu` file from `build_dir`, by name."""
+    """How CMake compiles each `.cu` file from `build_dir`, by folder and name."""
     entries = json.loads((build_dir / "compile_commands.json").read_text())
     files = {Path(entry["file"]): shlex.split(entry["command"]) for entry in entries}
-    return {file.name: command for file, command in files.items() if file.suffix == ".cu"}
+    return {
+        f"{file.parent.name}/{file.name}": command
+        for file, command in files.items()
+        if file.suffix == ".cu"
+    }
 
 
 def cpu_seconds(command: Sequence[str], build_dir: Path, output: Path) -> float:

@@ -20,7 +20,7 @@ COMPUTED = (torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes: what one copy to shared memory moves
 # Whether kernels have run on a GPU decides what `backend=None` does; see only_on_request.
 MEASURED = False
-NOT_TAKEN = -2  # kNotTaken of csrc/cuda/launch.h
+NOT_TAKEN = -2  # kNotTaken of csrc/cuda/core/launch.h
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from tests.cuda_host.build import Patch, build, sources_of
 from tests.cuda_host.library import HostLibrary
 
 DIVERGENCE = sources_of("policy_*")
-SOURCES = sources_of("*")
+SOURCES = sources_of("*/*")
 
 
 class Violation(AssertionError):

@@ -40,9 +40,10 @@ def has_compiler() -> bool:
 
 
 def sources_of(pattern: str) -> tuple[str, ...]:
-    """entry.cu and the `.cu` files of csrc/cuda of such names, without those for Hopper."""
-    found = {CUDA / "entry.cu", *CUDA.glob(f"{pattern}.cu")}
-    return tuple(sorted(path.name for path in found if not path.stem.endswith("_sm90")))
+    """core/entry.cu and the `.cu` files of csrc/cuda of such paths, without those for Hopper."""
+    found = {CUDA / "core" / "entry.cu", *CUDA.glob(f"{pattern}.cu")}
+    kept = (path for path in found if not path.stem.endswith("_sm90"))
+    return tuple(sorted(str(path.relative_to(CUDA)) for path in kept))
 
 
 def build(

@@ -1,3 +1,3 @@
 // The launch for Hopper, whose instructions host_hopper.h imitates.
 #define RAL_CUDA_SM90
-#include "attention_fwd_sm90.cu"
+#include "attention/fwd_sm90.cu"

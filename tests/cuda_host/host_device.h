@@ -1,4 +1,5 @@
-// The names of csrc/cuda/device.h for the host compiler: see README.md. Included by device.h alone.
+// The names of csrc/cuda/core/device.h for the host compiler: see README.md. Included by device.h
+// alone.
 #pragma once
 
 #include <math.h>
@@ -7,9 +8,9 @@
 
 #include <type_traits>
 
+#include "core/types.h"
 #include "harness.h"
 #include "numbers.h"
-#include "types.h"
 
 #define RAL_DEVICE inline
 #define RAL_UNROLL

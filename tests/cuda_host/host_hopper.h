@@ -1,4 +1,5 @@
-// The names of csrc/cuda/hopper.h for the host compiler: see README.md. Included by hopper.h alone.
+// The names of csrc/cuda/hopper/instructions.h for the host compiler: see README.md. Included by
+// hopper/instructions.h alone.
 //
 // What runs beside the threads on a GPU runs here as badly timed as it may. A copy spoils its panel
 // with NaN when it is issued, and arrives at once or at some later time; a product is computed, and

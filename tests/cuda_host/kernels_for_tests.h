@@ -1,7 +1,7 @@
 // What the kernels of test_harness.py share: their arguments and the list of their bugs.
 #pragma once
 
-#include "device.h"
+#include "core/device.h"
 
 namespace ral {
 namespace cuda {

@@ -292,7 +292,7 @@ def test_nothing_is_allowed_unasked(small_kernels: SmallKernels) -> None:
 
 # ---- Building ------------------------------------------------------------------------------------
 
-KERNEL = """#include "device.h"
+KERNEL = """#include "core/device.h"
 #include "answer.h"
 extern "C" __attribute__((visibility("default"))) int answer() { return kAnswer; }
 """
@@ -303,7 +303,8 @@ def test_patches_change_a_copy(
 ) -> None:
     cuda = tmp_path / "cuda"
     cuda.mkdir()
-    for name in ("device.h", "types.h"):
+    (cuda / "core").mkdir()
+    for name in ("core/device.h", "core/types.h"):
         (cuda / name).write_text((CUDA / name).read_text())
     (cuda / "answer.cu").write_text(KERNEL)
     (cuda / "answer.h").write_text("constexpr int kAnswer = 42, kOther = 42;\n")

@@ -24,7 +24,7 @@ from tests.ops import test_attention as common
 from tests.ops.attention_cases import CASES, AttentionCase
 from tests.ops.on_gpu import kernels_on
 
-SOURCES = ("attention_fwd.cu", "entry.cu", str(HARNESS / "hopper_for_tests.cu"))
+SOURCES = ("attention/fwd.cu", "core/entry.cu", str(HARNESS / "hopper_for_tests.cu"))
 FWD, FWD_SM90 = "ral_cuda_attention_fwd", "ral_cuda_attention_fwd_sm90"
 
 # A consumer has 64 queries, a block of threads 128 or 192; buffers are used anew after 256 keys.
@@ -155,10 +155,10 @@ def test_what_a_map_cannot_say_is_left_to_the_other_kernel(hopper: Kernels) -> N
 
 # One dtype and head dim of four: each bug is a build of its own.
 FEWER: tuple[Patch, ...] = tuple(
-    ("launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
+    ("core/launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
     for kernel in ("Bf16, 64", "Bf16, 128", "Fp16, 64")
 )
-KERNEL, LAYOUT = "attention_fwd_sm90.h", "hopper_layout.h"
+KERNEL, LAYOUT = "attention/fwd_sm90.h", "hopper/layout.h"
 # What is wrong, the patch, and what must be reported; "" if other bits will do.
 BUGS: list[tuple[str, Patch, str]] = [
     ("values_not_waited_for", (KERNEL, "wait(&barriers.full_v[", "// ["), ""),

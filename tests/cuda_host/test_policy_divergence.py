@@ -324,12 +324,12 @@ def test_refusals(cuda_on_host: Kernels) -> None:
 BUGS: list[tuple[str, Patch, str | None]] = [
     (
         "no_barrier_before_the_stage",
-        ("policy_terms.h", "sync_block();  // nobody needs queries or keys", ""),
+        ("policy/terms.h", "sync_block();  // nobody needs queries or keys", ""),
         "race: policy_terms_kernel",
     ),
     (
         "own_key_of_the_next_row",
-        ("policy_side.h", "row + visibility.offset - first", "row + 1 + visibility.offset - first"),
+        ("policy/side.h", "row + visibility.offset - first", "row + 1 + visibility.offset - first"),
         None,
     ),
 ]

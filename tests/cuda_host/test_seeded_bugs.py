@@ -16,10 +16,10 @@ from tests.ops.attention_cases import AttentionCase
 
 # One dtype and head dim of four: each bug is a build of its own.
 FEWER: tuple[Patch, ...] = tuple(
-    ("launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
+    ("core/launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
     for kernel in ("Bf16, 64", "Bf16, 128", "Fp16, 128")
 )
-SOURCES = sources_of("attention_*")
+SOURCES = sources_of("attention/*")
 CASE = AttentionCase("seeded", 140, 200, spans="ragged", num_spans=6, options={"is_causal": True})
 WRONG_NUMBERS = r"error|cosine|bias"
 
@@ -27,18 +27,18 @@ WRONG_NUMBERS = r"error|cosine|bias"
 BUGS: list[tuple[str, Patch, str | None]] = [
     (
         "missing_barrier_before_v",
-        ("attention_fwd.h", "sync_block();  // V is here, and all have formed their scores", ""),
+        ("attention/fwd.h", "sync_block();  // V is here, and all have formed their scores", ""),
         r"race: attention_fwd_kernel, block \d+: thread \d+ \(tiles\.h:\d+\)",
     ),
     (
         "missing_barrier_between_heads",
-        ("attention_bwd_dkdv.h", "sync_block();  // all are done with the queries before", ""),
+        ("attention/bwd_dkdv.h", "sync_block();  // all are done with the queries before", ""),
         r"race: attention_bwd_dkdv_kernel",
     ),
     (
         "missing_wait_for_copies",
         (
-            "attention_fwd.h",
+            "attention/fwd.h",
             "wait_for_copies<0>();\n      sync_block();  // K is here",
             "sync_block();  // K is here",
         ),
@@ -46,13 +46,13 @@ BUGS: list[tuple[str, Patch, str | None]] = [
     ),
     (
         "missing_warp_barrier_in_the_stage",
-        ("tiles.h", "  sync_warp();\n  constexpr int kChunks", "  constexpr int kChunks"),
+        ("core/tiles.h", "  sync_warp();\n  constexpr int kChunks", "  constexpr int kChunks"),
         r"race: attention_\w+_kernel.*without a sync_warp",
     ),
     (
         "key_beyond_the_end",
         (
-            "attention_fwd.h",
+            "attention/fwd.h",
             "first + row >= visibility.length_k",
             "first + row > visibility.length_k",
         ),
@@ -60,23 +60,23 @@ BUGS: list[tuple[str, Patch, str | None]] = [
     ),
     (
         "row_beyond_the_end",
-        ("tiles.h", "if (at_row < num_rows)", "if (at_row <= num_rows)"),
+        ("core/tiles.h", "if (at_row < num_rows)", "if (at_row <= num_rows)"),
         r"(out of range|race between blocks): attention_\w+_kernel",
     ),
     (
         "span_border_off_by_one",
-        ("marginals.h", "column >= end) continue", "column > end) continue"),
+        ("attention/marginals.h", "column >= end) continue", "column > end) continue"),
         None,
     ),
     (
         "span_of_the_next_key",
-        ("marginals.h", "keys.span_of(begin)", "keys.span_of(begin == 0 ? 0 : begin - 1)"),
+        ("attention/marginals.h", "keys.span_of(begin)", "keys.span_of(begin == 0 ? 0 : begin - 1)"),
         None,
     ),
     (
         "wrong_lane_mapping",
         (
-            "tiles.h",
+            "core/tiles.h",
             "offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)",
             "offset(lane % 16, lane / 16)",
         ),
@@ -84,12 +84,12 @@ BUGS: list[tuple[str, Patch, str | None]] = [
     ),
     (
         "causal_diagonal_off_by_one",
-        ("keys.h", "minimum(query + offset + right,", "minimum(query + offset + right + 1,"),
+        ("core/keys.h", "minimum(query + offset + right,", "minimum(query + offset + right + 1,"),
         None,
     ),
     (
         "run_not_rescaled",
-        ("marginals.h", "run[i] = run[i] * alpha +", "run[i] = run[i] +"),
+        ("attention/marginals.h", "run[i] = run[i] * alpha +", "run[i] = run[i] +"),
         None,
     ),
 ]

@@ -1,5 +1,5 @@
-// csrc/cuda/hopper_layout.h behind C names, for tests/test_cuda_hopper.py.
-#include "hopper_layout.h"
+// csrc/cuda/hopper/layout.h behind C names, for tests/test_cuda_hopper.py.
+#include "hopper/layout.h"
 
 using namespace ral::cuda;
 

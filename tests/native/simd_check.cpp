@@ -5,7 +5,7 @@
 
 #include <initializer_list>
 
-#include "compute.h"
+#include "core/compute.h"
 
 using namespace ral::RAL_ISA;
 

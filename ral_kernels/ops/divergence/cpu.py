@@ -1,4 +1,4 @@
-"""CPU backend of `divergence`: one sweep over each row in C++ (csrc/cpu/divergence_fwd.h)."""
+"""CPU backend of `divergence`: one sweep over each row in C++ (csrc/cpu/policy/divergence_fwd.h)."""
 
 from __future__ import annotations
 

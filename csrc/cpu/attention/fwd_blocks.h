@@ -1,0 +1,301 @@
+// What the forwards of the `attention` op share: packing, and of each column block the running
+// softmax and its end, equations (1)-(7) of the op's README.
+//
+// The stabiliser of a query is a whole power of two near, not at, its running maximum: it moves
+// only when a score exceeds it by kSlack octaves, and then everything is rescaled exactly.
+#pragma once
+
+#include <math.h>
+
+#include "attention/block.h"
+
+namespace ral {
+namespace RAL_ISA {
+
+constexpr float kSlack = 8.f;  // P reaches at most 2^8, far from overflow in any sum
+
+// Scores of some keys and queries, before `factor` and the exponential.
+template <int V>
+struct Tile {
+  Vec scores[kTileRows][V];
+  float factor;
+};
+
+// A task is one column block. `Forward`, the class derived from this, takes it through the keys in
+// walk(), which leaves O^T and the sums; it keeps P^T of kKeptBlocks blocks of keys. Without
+// kPacks, K and V stay as they lie, and queries are rows of float32.
+template <class Forward, class Compute, int V, int64_t kPanels, int kKeptBlocks, bool kPacks = true>
+class ForwardBlocks {
+ public:
+  static constexpr int64_t kWidth = V * kLanes;
+  static constexpr int64_t kColumns = kWidth * kPanels;
+  static constexpr int64_t kGroupsPerBlock = Compute::kForwardKeys / kTileRows;
+  static constexpr int64_t kStepsPerGroup = kTileRows / Compute::kPair;
+  using Block = ColumnBlock<kColumns, kWidth>;
+
+  ForwardBlocks(const ral_attention_params& params, const ral_attention_outputs& outputs)
+      : problem_(params, kColumns, kGroupsPerBlock), params_(params), outputs_(outputs) {}
+
+  int run() {
+    if (!problem_.split()) return RAL_OUT_OF_MEMORY;
+    if (problem_.total_blocks == 0 || params_.num_heads == 0) return RAL_OK;
+    qk_steps_ = steps_of<Compute>(params_.head_dim);
+    padded_qk_steps_ = round_up(qk_steps_, kLanes);
+    v_groups_ = round_up(params_.head_dim_v, kTileRows) / kTileRows;
+    padded_v_ = round_up(params_.head_dim_v, kFeaturePadding);
+    padded_spans_ = round_up(params_.num_spans, kLanes);
+    const int64_t groups = kPacks ? problem_.total_groups * params_.num_kv_heads : 0;
+    const int threads = params_.num_threads;
+
+    Arena arena;
+    const size_t packed_k = arena.reserve(groups * kTileRows * qk_steps_, 4);
+    const size_t packed_v = arena.reserve(groups * kStepsPerGroup * v_groups_ * kTileRows, 4);
+    const int64_t row =
+        params_.head_dim > params_.head_dim_v ? params_.head_dim : params_.head_dim_v;
+    const int64_t stage_rows = kWidth > kTileRows ? kWidth : kTileRows;
+    ScratchLayout layout{};
+    layout.stage = layout.add(stage_rows * round_up(row + kTileRows, kLanes) + kColumns * kLanes);
+    layout.queries = layout.add(kPanels * padded_qk_steps_ * kWidth);
+    layout.probs = layout.add(kKeptBlocks * kGroupsPerBlock * kStepsPerGroup * kColumns);
+    layout.out = layout.add(padded_v_ * kColumns);
+    layout.sums = layout.add((outputs_.marginals ? padded_spans_ + 1 : 1) * kColumns);
+    layout.bias = layout.add(params_.span_bias.data ? padded_spans_ * kColumns : 0);
+    const size_t scratch = arena.reserve(layout.size * threads, 4);
+    if (!arena.allocate()) return RAL_OUT_OF_MEMORY;
+    layout_ = layout;
+    packed_k_ = arena.at<uint32_t>(packed_k);
+    packed_v_ = arena.at<uint32_t>(packed_v);
+    scratch_ = arena.at<uint32_t>(scratch);
+
+    const int64_t pack_tasks = (groups + kGroupsPerBlock - 1) / kGroupsPerBlock;
+    parallel_for(threads, pack_tasks, pack_task, this);
+    parallel_for(threads, problem_.total_blocks * params_.num_kv_heads, block_task, this);
+    return RAL_OK;
+  }
+
+ protected:
+  Forward& self() { return static_cast<Forward&>(*this); }
+
+  // The running softmax of one column block.
+  struct State {
+    alignas(64) float stabiliser[kColumns];  // base 2, a whole number
+    // Row sum of P as it meets V. Dividing O by it keeps the weights' sum at 1 where they are
+    // rounded: a query with one dominant key gets that key's value exactly, as its dO.O in the
+    // backward needs.
+    alignas(64) float rounded_sum[kColumns];
+    alignas(64) float part[kWidth];  // row sum of a tile since the span last changed
+    bool started[kPanels];           // whether the panel has met a tile of scores
+    int64_t out_rows[kPanels];       // of O^T that hold something
+    const int32_t* run_ends;         // null when nobody asked for marginals of this block
+    // Sums of P over the keys of each span: row s + 1 belongs to span s, row 0 to the keys of no
+    // span; the only row where nobody asked for marginals. A row sum is the sum of all, equation
+    // (7).
+    float* sums;
+    int64_t sum_rows;
+    uint32_t* queries;
+    uint32_t* probs;
+    float* out;
+    float* bias;
+    float* rows;  // room for a row of V a query, of float32
+  };
+
+  const uint32_t* keys_of(const Sequence& s, int64_t kv_head) const {
+    return packed_k_ + problem_.groups_before(s, kv_head) * kTileRows * qk_steps_;
+  }
+  struct ScratchLayout : Layout {
+    int64_t stage, queries, probs, out, sums, bias;
+  };
+
+  static void pack_task(void* self, int64_t task, int worker) {
+    static_cast<ForwardBlocks*>(self)->pack(task, worker);
+  }
+  static void block_task(void* self, int64_t task, int worker) {
+    static_cast<ForwardBlocks*>(self)->attend(task, worker);
+  }
+
+  // Packs K and V of some key groups, counted over all sequences and kv heads.
+  void pack(int64_t task, int worker) {
+    uint32_t* stage = scratch_ + worker * layout_.size + layout_.stage;
+    const int64_t end = problem_.total_groups * params_.num_kv_heads;
+    for (int64_t i = task * kGroupsPerBlock; i < end && i < (task + 1) * kGroupsPerBlock; ++i) {
+      const Sequence& s = problem_.find(i, &Sequence::first_group, &Sequence::num_groups);
+      const int64_t kv_head = (i - s.first_group * params_.num_kv_heads) / s.num_groups;
+      const int64_t before = problem_.groups_before(s, kv_head);
+      const int64_t group = i - before;
+      pack_a_rows<Compute>(problem_.key_rows(params_.k, s, kv_head), group, params_.head_dim, stage,
+                           packed_k_ + i * kTileRows * qk_steps_);
+      const Rows values = problem_.key_rows(params_.v, s, kv_head);
+      uint32_t* packed_v = values_of(s, kv_head);
+      const FeatureRows layout = value_layout(s);
+      pack_a_columns<Compute>(values, group, params_.head_dim_v, layout, stage, packed_v);
+    }
+  }
+
+  FeatureRows value_layout(const Sequence& s) const {
+    return FeatureRows::of<Compute>(params_.head_dim_v, s.num_groups, kGroupsPerBlock);
+  }
+  uint32_t* values_of(const Sequence& s, int64_t kv_head) const {
+    return packed_v_ + problem_.groups_before(s, kv_head) * kStepsPerGroup * v_groups_ * kTileRows;
+  }
+
+  void attend(int64_t task, int worker) {
+    const Sequence& s = problem_.find(task, &Sequence::first_block, &Sequence::num_blocks);
+    const int64_t kv_head = (task - s.first_block * params_.num_kv_heads) / s.num_blocks;
+    // Last queries first: under a causal mask they see most keys, and the tail of the loop stays
+    // short.
+    const int64_t index = s.num_blocks - 1 - (task - problem_.blocks_before(s, kv_head));
+    Block block;
+    block.build(problem_, s, kv_head, index);
+
+    uint32_t* scratch = scratch_ + worker * layout_.size;
+    uint32_t* stage = scratch + layout_.stage;
+    State state;
+    state.queries = scratch + layout_.queries;
+    state.probs = scratch + layout_.probs;
+    state.out = reinterpret_cast<float*>(scratch + layout_.out);
+    state.sums = reinterpret_cast<float*>(scratch + layout_.sums);
+    state.bias =
+        params_.span_bias.data ? reinterpret_cast<float*>(scratch + layout_.bias) : nullptr;
+    state.rows = reinterpret_cast<float*>(stage);
+    state.run_ends =
+        outputs_.marginals && has_marginal_rows(block) ? problem_.run_ends(s) : nullptr;
+    if constexpr (kPacks) {
+      pack_b_columns<Compute, Block, kWidth>(problem_, s, params_.q, block, nullptr,
+                                             params_.head_dim, stage, state.queries);
+    } else {
+      const int64_t ld = round_up(params_.head_dim, kLanes);
+      memset(state.queries, 0, round_up(block.count, kLanes / 2) * ld * sizeof(float));
+      for (int64_t c = 0; c < block.count; ++c) {
+        convert_to_float(params_.dtype, column_row(problem_, s, params_.q, block, c),
+                         params_.head_dim, reinterpret_cast<float*>(state.queries) + c * ld);
+      }
+    }
+    if (state.bias) {
+      load_span_rows<Block, kColumns>(problem_, s, block, params_.span_bias,
+                                      reinterpret_cast<float*>(stage), state.bias);
+    }
+    state.sum_rows = state.run_ends ? params_.num_spans + 1 : 1;
+    memset(state.sums, 0, state.sum_rows * kColumns * sizeof(float));
+    for (int64_t c = 0; c < kColumns; ++c) {
+      state.stabiliser[c] = kEmptyRow;
+      state.rounded_sum[c] = 0.f;
+    }
+    for (int64_t panel = 0; panel < kPanels; ++panel) {
+      state.started[panel] = false;
+      state.out_rows[panel] = 0;
+    }
+    memset(state.part, 0, sizeof state.part);
+
+    const ScoreTransform<V> transform(problem_, s);
+    const GroupRange visible =
+        groups_of_keys(block.block_first, block.block_last, GroupRange{0, s.num_groups});
+    const typename Compute::Scope scope;
+    self().walk(s, kv_head, block, transform, visible, state);
+    finish(s, block, state);
+  }
+
+  bool has_marginal_rows(const Block& block) const {
+    return block.column[0].token < params_.row_stop &&
+           block.column[block.count - 1].token >= params_.row_start;
+  }
+
+  // Moves the stabiliser to the power of two above `top` where that is higher, and rescales all
+  // that was summed under the old one. Powers of two: exact, for bfloat16 P too.
+  // Returns in `factors` by how much.
+  RAL_NOINLINE void raise_stabiliser(const Vec (&top)[V], int64_t panel, int64_t groups_done,
+                                     State& state, Vec (&factors)[V]) const {
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = panel * kWidth + v * kLanes;
+      const Vec old = load(state.stabiliser + c);
+      const Vec raised = max(old, -floor(-top[v]));
+      const Vec factor = exp2(old - raised);
+      factors[v] = factor;
+      store(state.stabiliser + c, raised);
+      store(state.rounded_sum + c, load(state.rounded_sum + c) * factor);
+      for (int64_t row = 0; state.started[panel] && row < state.sum_rows; ++row) {
+        float* x = state.sums + row * kColumns + c;
+        store(x, load(x) * factor);
+      }
+      for (int64_t d = 0; d < state.out_rows[panel]; ++d) {
+        float* x = state.out + d * kColumns + c;
+        store(x, load(x) * factor);
+      }
+      for (int64_t step = 0; step < groups_done * kStepsPerGroup; ++step) {
+        Compute::rescale(state.probs + step * kColumns + c, factor);
+      }
+    }
+  }
+
+  // Normalises and writes out, lse and marginals of the block.
+  void finish(const Sequence& s, const Block& block, const State& state) const {
+    alignas(64) float sum[kColumns];
+    alignas(64) float inverse[kColumns];      // of the row sum, for marginals
+    alignas(64) float inverse_out[kColumns];  // of the sum of the weights that O was made with
+    for (int64_t c = 0; c < kColumns; c += kLanes) {
+      Vec total = load(state.sums + c);
+      for (int64_t row = 1; row < state.sum_rows; ++row) {
+        total += load(state.sums + row * kColumns + c);
+      }
+      store(sum + c, total);
+    }
+    for (int64_t panel = 0; panel < kPanels; ++panel) {
+      for (int64_t d = state.out_rows[panel]; d < params_.head_dim_v; ++d) {
+        memset(state.out + d * kColumns + panel * kWidth, 0, kWidth * sizeof(float));
+      }
+    }
+    for (int64_t c = 0; c < kColumns; ++c) {
+      const bool empty = sum[c] == 0.f;
+      inverse[c] = empty ? 0.f : 1.f / sum[c];
+      inverse_out[c] = empty                     ? 0.f
+                       : Compute::kRoundsWeights ? 1.f / state.rounded_sum[c]
+                                                 : inverse[c];
+    }
+    for (int64_t c = 0; c < block.count; ++c) {
+      const typename Block::Column& column = block.column[c];
+      outputs_.lse[(s.batch * params_.num_heads + column.head) * params_.seqlen_q + column.token] =
+          sum[c] == 0.f ? -__builtin_inff() : (state.stabiliser[c] + log2f(sum[c])) * kLn2;
+    }
+    write_columns<kColumns>(
+        state.out, params_.head_dim_v, inverse_out, block.count, params_.dtype,
+        [&](int64_t c) { return column_row(problem_, s, outputs_.out, block, c); });
+    if (!state.run_ends) return;
+    write_columns<kColumns>(state.sums + kColumns, params_.num_spans, inverse, block.count,
+                            RAL_FLOAT32, [&](int64_t c) { return marginals_row(s, block, c); });
+  }
+
+  // Row of the marginals that belongs to column `c`; null if it has none.
+  float* marginals_row(const Sequence& s, const Block& block, int64_t c) const {
+    const int64_t num_rows = params_.row_stop - params_.row_start;
+    const int64_t row = block.column[c].token - params_.row_start;
+    if (row < 0 || row >= num_rows) return nullptr;
+    const int64_t head_row = s.batch * params_.num_heads + block.column[c].head;
+    return outputs_.marginals + (head_row * num_rows + row) * params_.num_spans;
+  }
+
+  // Asks for what finish() will write of some columns. Their rows are short and far from each
+  // other, and were last used long ago: all at once, at the end, they would wait for memory.
+  void prefetch_outputs(const Sequence& s, const Block& block, bool marginals, int64_t first,
+                        int64_t last) const {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = params_.head_dim_v * element_size(params_.dtype);
+    const int64_t spans = params_.num_spans < 128 ? params_.num_spans : 128;
+    for (int64_t c = first; c < last && c < block.count; ++c) {
+      const char* out = column_row(problem_, s, outputs_.out, block, c);
+      for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(out + i, 1, 2);
+      const float* row = marginals ? marginals_row(s, block, c) : nullptr;
+      for (int64_t i = 0; row && i < spans; i += 16) __builtin_prefetch(row + i, 1, 2);
+    }
+  }
+
+  Problem problem_;
+  const ral_attention_params& params_;
+  const ral_attention_outputs& outputs_;
+  int64_t qk_steps_ = 0, padded_qk_steps_ = 0, v_groups_ = 0, padded_v_ = 0, padded_spans_ = 0;
+  ScratchLayout layout_{};
+  uint32_t* packed_k_ = nullptr;
+  uint32_t* packed_v_ = nullptr;
+  uint32_t* scratch_ = nullptr;
+};
+
+}  // namespace RAL_ISA
+}  // namespace ral

@@ -1,0 +1,58 @@
+// The ops of a policy for two compute types and V vectors of query columns a tile, as kernels.h
+// lists them.
+#pragma once
+
+#include "policy/bwd.h"
+#include "policy/loss.h"
+
+namespace ral {
+namespace RAL_ISA {
+
+template <class Compute, class Reference, int V>
+struct PolicyKernels {
+  static int fwd(const ral_policy_params& x, int64_t sub_blocks) {
+    PolicyForward<Compute, Reference, V> forward(x.common, x.policy, nullptr, sub_blocks);
+    forward.p = x.p;
+    return forward.run();
+  }
+
+  static int bwd(const ral_policy_params& x, int64_t sub_blocks) {
+    PolicyGradientSource source;
+    source.dp = x.dp;
+    return PolicyBackward<Compute, Reference, V>(x.common, x.policy, nullptr, source, x.dq, x.dk,
+                                                 x.dspan_bias, sub_blocks)
+        .run();
+  }
+
+  static int divergence_fwd(const ral_policy_divergence_params& x, int64_t sub_blocks) {
+    PolicyForward<Compute, Reference, V> forward(x.common, x.policy, &x.reference, sub_blocks);
+    forward.kind = x.kind;
+    forward.value = x.value;
+    forward.u = x.u;
+    forward.w = x.w;
+    return forward.run();
+  }
+
+  static int divergence_bwd(const ral_policy_divergence_params& x, int64_t sub_blocks) {
+    PolicyGradientSource source;
+    source.kind = x.kind;
+    source.dvalue = x.dvalue;
+    source.u = x.u;
+    source.w = x.w;
+    return PolicyBackward<Compute, Reference, V>(x.common, x.policy, &x.reference, source, x.dq,
+                                                 x.dk, nullptr, sub_blocks)
+        .run();
+  }
+
+  static int loss(const ral_policy_divergence_params& x, int64_t sub_blocks) {
+    PolicyGradientSource source;
+    source.kind = x.kind;
+    source.dvalue = x.dvalue;
+    return PolicyLoss<Compute, Reference, V>(x.common, x.policy, x.reference, source, x.value, x.dq,
+                                             x.dk, x.reference_normalised != 0, sub_blocks)
+        .run();
+  }
+};
+
+}  // namespace RAL_ISA
+}  // namespace ral

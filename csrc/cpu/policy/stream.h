@@ -1,0 +1,398 @@
+// Streams over the keys that one token block sees, a chunk of key groups at a time: normalisers,
+// head-averaged weights, and what is summed from them. Shared by the forward and the backward of
+// the policy and of its divergence from a reference.
+#pragma once
+
+#include "policy/divergence_terms.h"
+#include "policy/side.h"
+
+namespace ral {
+namespace RAL_ISA {
+
+// 48 keys, or 128: whole vectors for transposes, weights stay in L2.
+constexpr int64_t kChunkGroups = kTileRows > 16 ? 4 : 8;
+constexpr int64_t kChunkKeys = kChunkGroups * kTileRows;
+
+// One side of a token block, ready for its products. A weight is
+// exp2(score * log2 e - stabiliser) * inverse in every stream: through a float32 lse it would be
+// rounded once more, by as much as lse is large.
+struct SideBlock {
+  const uint32_t* keys;     // packed rows of the sample
+  const uint32_t* queries;  // [total_panels][padded_steps][kWidth]
+  const float* bias;        // [padded_spans][total_panels][kWidth], or null
+  const float* stabiliser;  // [total_panels][kWidth], in powers of two; 0 where no key is seen
+  const float* inverse;     // likewise, of the sum of the weights; 0 where no key is seen
+};
+
+// Weights of all heads on all keys, as the stream for the normalisers leaves them: not normalised,
+// relative to the stabiliser that the row had at that chunk.
+struct WeightCache {
+  float* weights;      // [chunks][total_panels][kChunkKeys][kWidth], or null: nothing is kept
+  float* stabilisers;  // [chunks][total_panels][kWidth]
+
+  template <class Side>
+  float* chunk(const Side& side, int64_t i) const {
+    return weights + i * side.total_panels * kChunkKeys * Side::kWidth;
+  }
+};
+
+// Which rows of a key group count, for the lanes of a token block.
+class GroupValidity {
+ public:
+  GroupValidity(const ral_policy_common& common, const TokenBlock& block)
+      : common_(common), block_(block), validity_(common) {}
+
+  void move_to(int64_t group) {
+    key_ = group * kTileRows;
+    scope_ = 0;
+    for (int r = 0; r < kTileRows; ++r) {
+      if (validity_.in_scope(block_.batch, key_ + r)) scope_ |= uint64_t{1} << r;
+    }
+    const int64_t first = common_.query_start + block_.first_row;
+    has_self_ = common_.exclude_self && first < key_ + kTileRows && first + block_.count > key_;
+  }
+  bool all() const { return scope_ == (uint64_t{1} << kTileRows) - 1 && !has_self_; }
+  bool none() const { return scope_ == 0; }
+  // All ones in the lanes of sub-block `sub` for which row `r` of the group is valid.
+  RAL_INLINE IntVec lanes(int r, int64_t sub) const {
+    if (!(scope_ >> r & 1)) return IntVec{};
+    return load(block_.self_key + sub * kLanes) != static_cast<int32_t>(key_ + r);
+  }
+
+ private:
+  const ral_policy_common& common_;
+  const TokenBlock& block_;
+  const KeyValidity validity_;
+  int64_t key_ = 0;
+  uint64_t scope_ = 0;  // bit r: row r counts
+  bool has_self_ = false;
+};
+
+inline GroupRange visible_groups(const TokenBlock& block, GroupRange within) {
+  return groups_of_keys(block.some_first, block.some_last, within);
+}
+
+// Rows of V vectors that lie one after the other, as a tile.
+template <int V>
+RAL_INLINE Vec (&tile_at(float* rows))
+    [kTileRows][V] { return *reinterpret_cast<Vec(*)[kTileRows][V]>(rows); }
+
+// Raw products of one panel with the keys of a chunk, tile[key][kWidth]; what turns each group's
+// into scores, in powers of two; and in `top` [kWidth] the largest of those where it exceeds what
+// is there.
+//
+// A function of its own, with its maxima in memory: what its caller would keep in registers across
+// the products pushes their accumulators out (1.25 of the time of sum_weights, Zen 5, GCC 12).
+template <class Compute, int V>
+RAL_NOINLINE void score_chunk(const PolicySide<Compute, V>& side, const TokenBlock& block,
+                              const SideBlock& in, int64_t panel, GroupRange chunk, float* tile,
+                              float* factor, float* top) {
+  constexpr int64_t kWidth = V * kLanes;
+  for (int64_t group = chunk.begin; group < chunk.end; ++group) {
+    float* to = tile + (group - chunk.begin) * kTileRows * kWidth;
+    // A cache of weights is too large to be at hand: fetched while the products are formed.
+    if constexpr (!Compute::kTilesInMemory) {
+      RAL_UNROLL for (int i = 0; i < kTileRows * V; ++i)
+        __builtin_prefetch(to + i * kLanes, 1);
+    }
+    Vec registers[kTileRows][V];
+    Vec(&x)[kTileRows][V] = Compute::kTilesInMemory ? tile_at<V>(to) : registers;
+    const float f = side.scores(block, in.keys, in.queries, in.bias, panel, group, x, nullptr);
+    factor[group - chunk.begin] = f;
+    Vec largest[V];
+    RAL_UNROLL for (int v = 0; v < V; ++v)
+      largest[v] = max(x[0][v], x[1][v]);
+    RAL_UNROLL for (int r = 2; r < kTileRows; r += 2) {
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        largest[v] = max(largest[v], max(x[r][v], x[r + 1][v]));
+    }
+    RAL_UNROLL for (int v = 0; v < V; ++v) {
+      store(top + v * kLanes, max(load(top + v * kLanes), largest[v] * f));
+      if constexpr (!Compute::kTilesInMemory) {
+        RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
+          store(to + r * kWidth + v * kLanes, x[r][v]);
+      }
+    }
+  }
+}
+
+// Row sums of exp(score), split into valid and other keys, by an online softmax over whole chunks.
+// stabiliser, valid, other: [total_panels][kWidth], all written.
+template <class Compute, int V>
+void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, const SideBlock& in,
+                 float* stabiliser, float* valid, float* other, const WeightCache& cache) {
+  constexpr int64_t kWidth = V * kLanes;
+  alignas(64) float scores[kChunkKeys * kWidth];  // of one panel
+  for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
+    stabiliser[i] = kEmptyRow;
+    valid[i] = other[i] = 0.f;
+  }
+  GroupValidity validity(side.common, block);
+  const GroupRange visible = visible_groups(block, GroupRange{0, side.groups});
+  for (int64_t i = visible.begin / kChunkGroups; i * kChunkGroups < visible.end; ++i) {
+    const int64_t begin = i * kChunkGroups;
+    const int64_t end = begin + kChunkGroups < side.groups ? begin + kChunkGroups : side.groups;
+    for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+      float* tile = cache.weights ? cache.chunk(side, i) + panel * kChunkKeys * kWidth : scores;
+      float factor[kChunkGroups];
+      alignas(64) float top[kWidth];
+      memcpy(top, stabiliser + panel * kWidth, sizeof top);
+      score_chunk(side, block, in, panel, GroupRange{begin, end}, tile, factor, top);
+      Vec m[V], sum[V], left_out[V];
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
+        const int64_t c = panel * kWidth + v * kLanes;
+        m[v] = load(top + v * kLanes);
+        const Vec rescale = exp2(load(stabiliser + c) - m[v]);
+        store(stabiliser + c, m[v]);
+        if (cache.weights) store(cache.stabilisers + i * side.columns_size() + c, m[v]);
+        store(valid + c, load(valid + c) * rescale);
+        store(other + c, load(other + c) * rescale);
+        sum[v] = left_out[v] = Vec{};
+      }
+      for (int64_t group = begin; group < end; ++group) {
+        validity.move_to(group);
+        const bool all = validity.all();
+        const float f = factor[group - begin];
+        for (int first = 0; first < kTileRows; first += kFewRows) {
+          float* from = tile + ((group - begin) * kTileRows + first) * kWidth;
+          RAL_UNROLL for (int v = 0; v < V; ++v) {
+            Vec p[kFewRows], total{};
+            RAL_UNROLL for (int r = 0; r < kFewRows; ++r) {
+              p[r] = exp2_bounded(load(from + r * kWidth + v * kLanes) * f - m[v]);
+              total += p[r];
+            }
+            if (cache.weights) {
+              RAL_UNROLL for (int r = 0; r < kFewRows; ++r)
+                store(from + r * kWidth + v * kLanes, p[r]);
+            }
+            if (__builtin_expect(all, 1)) {
+              sum[v] += total;
+              continue;
+            }
+            Vec inside{}, outside{};
+            const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
+            for (int r = 0; r < kFewRows; ++r) {
+              const IntVec counts = validity.lanes(first + r, sub);
+              inside += select(counts, p[r], Vec{});
+              outside += select(counts, Vec{}, p[r]);
+            }
+            // A NaN must reach the sums whichever side of the selection it falls on.
+            sum[v] += select(total == total, inside, total);
+            left_out[v] += outside;
+          }
+        }
+      }
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
+        // A chunk is summed by itself: added one by one, 8k keys would round the sum 1,400 times.
+        const int64_t c = panel * kWidth + v * kLanes;
+        store(valid + c, load(valid + c) + sum[v]);
+        store(other + c, load(other + c) + left_out[v]);
+      }
+    }
+  }
+}
+
+// The normaliser of every column and the valid share z of every row of the block: in place over
+// what sum_weights left, where `other` becomes the inverse of the sum and `valid` the valid share
+// W_h.
+template <class Compute, int V>
+void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* valid, float* other,
+                 float* z) {
+  constexpr int64_t kWidth = V * kLanes;
+  for (int64_t i = 0; i < side.rows; ++i) z[i] = 0.f;
+  for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
+    const int64_t panel = i / kWidth;
+    const int64_t vector = panel % side.panels * V + i % kWidth / kLanes;
+    const float sum = valid[i] + other[i];
+    const bool empty = sum == 0.f || vector >= side.vectors;
+    valid[i] = empty ? 0.f : valid[i] / sum;
+    other[i] = empty ? 0.f : 1.f / sum;
+    if (empty) stabiliser[i] = 0.f;
+    z[vector % side.sub_blocks * kLanes + i % kLanes] += valid[i];
+  }
+  const float heads = static_cast<float>(side.side.num_heads);
+  for (int64_t i = 0; i < side.rows; ++i) z[i] /= heads;
+}
+
+// Adds a panel's weights on one key to the sums over heads, [rows].
+template <int V>
+class HeadSums {
+ public:
+  template <class Side>
+  HeadSums(const Side& side, int64_t panel) : one_sub_block_(side.sub_blocks == 1) {
+    for (int v = 0; v < V; ++v) {
+      row_[v] = (panel % side.panels * V + v) % side.sub_blocks * kLanes;
+    }
+  }
+  RAL_INLINE void add(const Vec (&p)[V], float* total) const {
+    if (one_sub_block_) {
+      Vec sum = p[0];
+      RAL_UNROLL for (int v = 1; v < V; ++v)
+        sum += p[v];
+      store(total, load(total) + sum);
+    } else {
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        store(total + row_[v], load(total + row_[v]) + p[v]);
+    }
+  }
+
+ private:
+  int64_t row_[V];  // of each vector
+  const bool one_sub_block_;
+};
+
+// Sum over heads of the weights on the keys of one chunk: mean[key][rows], unscaled. `weights`
+// receives every head's, [total_panels][kChunkKeys][kWidth], and `slope` d score / d (scaled
+// product) where softcap is on; either may be null.
+template <class Compute, int V>
+void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, const SideBlock& in,
+                   GroupRange chunk, float* mean, float* weights, float* slope) {
+  constexpr int64_t kWidth = V * kLanes;
+  memset(mean, 0, kChunkKeys * side.rows * sizeof(float));
+  for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+    const HeadSums<V> heads(side, panel);
+    for (int64_t group = chunk.begin; group < chunk.end; ++group) {
+      const int64_t first_key = (group - chunk.begin) * kTileRows;
+      float* to = weights ? weights + (panel * kChunkKeys + first_key) * kWidth : nullptr;
+      Vec local[kTileRows][V], tile_slope[kTileRows * V];
+      Vec(&p)[kTileRows][V] = Compute::kTilesInMemory && weights ? tile_at<V>(to) : local;
+      const float factor =
+          side.scores(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope);
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
+        const Vec m = load(in.stabiliser + panel * kWidth + v * kLanes);
+        const Vec inverse = load(in.inverse + panel * kWidth + v * kLanes);
+        RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
+          p[r][v] = rounded(exp2_bounded(p[r][v] * factor - m) * inverse);
+      }
+      if (weights && !Compute::kTilesInMemory) {
+        RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+          RAL_UNROLL for (int v = 0; v < V; ++v)
+            store(to + r * kWidth + v * kLanes, p[r][v]);
+        }
+      }
+      if (slope && side.side.softcap > 0) {
+        memcpy(slope + (panel * kChunkKeys + first_key) * kWidth, tile_slope, sizeof tile_slope);
+      }
+      RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+        heads.add(p[r], mean + (first_key + r) * side.rows);
+      }
+    }
+  }
+}
+
+// chunk_weights of chunk `i` from what sum_weights kept. `keeps` leaves the normalised weights in
+// the cache.
+template <class Compute, int V>
+void recall_weights(const PolicySide<Compute, V>& side, const TokenBlock& block,
+                    const SideBlock& in, GroupRange chunk, int64_t i, const WeightCache& cache,
+                    bool keeps, float* mean) {
+  constexpr int64_t kWidth = V * kLanes;
+  float* weights = cache.chunk(side, i);
+  memset(mean, 0, kChunkKeys * side.rows * sizeof(float));
+  const GroupRange seen = visible_groups(block, chunk);
+  if (seen.begin == seen.end) {
+    if (keeps) memset(weights, 0, side.total_panels * kChunkKeys * kWidth * sizeof(float));
+    return;
+  }
+  const int64_t keys = (chunk.end - chunk.begin) * kTileRows;
+  for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+    const HeadSums<V> heads(side, panel);
+    Vec factor[V];
+    RAL_UNROLL for (int v = 0; v < V; ++v) {
+      const int64_t c = panel * kWidth + v * kLanes;
+      factor[v] =
+          exp2(load(cache.stabilisers + i * side.columns_size() + c) - load(in.stabiliser + c)) *
+          load(in.inverse + c);
+    }
+    for (int64_t key = 0; key < keys; ++key) {
+      float* from = weights + (panel * kChunkKeys + key) * kWidth;
+      Vec p[V];
+      RAL_UNROLL for (int v = 0; v < V; ++v)
+        p[v] = rounded(load(from + v * kLanes) * factor[v]);
+      if (keeps) {
+        RAL_UNROLL for (int v = 0; v < V; ++v)
+          store(from + v * kLanes, p[v]);
+      }
+      heads.add(p, mean + key * side.rows);
+    }
+  }
+}
+
+// mean -> the policy itself: divided by its sum, 0 on keys that do not count.
+inline void renormalise(const TokenBlock& block, const ral_policy_common& common, GroupRange chunk,
+                        int64_t rows, const float* inverse, float* mean) {
+  GroupValidity validity(common, block);
+  for (int64_t group = chunk.begin; group < chunk.end; ++group) {
+    validity.move_to(group);
+    for (int r = 0; r < kTileRows; ++r) {
+      float* row = mean + ((group - chunk.begin) * kTileRows + r) * rows;
+      for (int64_t i = 0; i < rows; i += kLanes) {
+        const Vec p = load(row + i) * load(inverse + i);
+        store(row + i, select(validity.lanes(r, i / kLanes), p, Vec{}));
+      }
+    }
+  }
+}
+
+// u[c] += sum over the chunk's keys of weights * l; w[c] likewise of the weights on valid keys.
+// l is 0 on keys that do not count. w may be null.
+template <class Compute, int V>
+void add_moments(const PolicySide<Compute, V>& side, const TokenBlock& block, GroupRange chunk,
+                 const float* weights, const float* l, float* u, float* w) {
+  constexpr int64_t kWidth = V * kLanes;
+  GroupValidity validity(side.common, block);
+  const int64_t keys = (chunk.end - chunk.begin) * kTileRows;
+  for (int64_t panel = 0; panel < side.total_panels; ++panel) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
+      const float* from = weights + panel * kChunkKeys * kWidth + v * kLanes;
+      Vec moment{}, share{};
+      for (int64_t key = 0; key < keys; ++key) {
+        moment += load(from + key * kWidth) * load(l + key * side.rows + sub * kLanes);
+      }
+      float* to = u + panel * kWidth + v * kLanes;
+      store(to, load(to) + moment);
+      if (!w) continue;
+      for (int64_t key = 0; key < keys; ++key) {
+        const int r = static_cast<int>(key % kTileRows);
+        if (r == 0) validity.move_to(chunk.begin + key / kTileRows);
+        share += select(validity.lanes(r, sub), load(from + key * kWidth), Vec{});
+      }
+      float* share_to = w + panel * kWidth + v * kLanes;
+      store(share_to, load(share_to) + share);
+    }
+  }
+}
+
+// p and r of a chunk -> l in place of r, and `value` += the divergence's terms. Rows of an infinite
+// divergence keep their infinity in `value`.
+inline void divergence_terms(int32_t kind, int64_t count, int64_t rows, const float* p, float* r,
+                             float* value) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    Vec sum{};
+    for (int64_t key = 0; key < count; ++key) {
+      const int64_t at = key * rows + i;
+      const DivergenceTerm term = divergence_term(kind, load(p + at), load(r + at));
+      sum += term.value;
+      store(r + at, term.gradient);
+    }
+    if (value) store(value + i, load(value + i) + sum);
+  }
+}
+
+// Settles the rows that have no gradient: nothing to compare where one side has no valid key
+// (inverse 0), and a moment of +inf, which tells the backward, where the divergence is infinite.
+template <class Side>
+void finish_divergence(const Side& side, const float* inverse, const float* reference_inverse,
+                       float* total, float* moment) {
+  for (int64_t i = 0; i < side.rows; ++i) {
+    if (inverse[i] == 0.f || reference_inverse[i] == 0.f) total[i] = 0.f;
+  }
+  for (int64_t c = 0; c < side.columns_size(); ++c) {
+    const float row_total = total[side.row_of_column(c)];
+    if (row_total == __builtin_inff()) moment[c] = row_total;
+  }
+}
+
+}  // namespace RAL_ISA
+}  // namespace ral

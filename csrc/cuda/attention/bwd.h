@@ -1,0 +1,58 @@
+// What the backward kernels of `attention` share: equations (8) to (15) of
+// ral_kernels/ops/attention/README.md. dx = ds here: these kernels have no soft cap.
+#pragma once
+
+#include "core/keys.h"
+#include "core/tiles.h"
+
+namespace ral {
+namespace cuda {
+
+struct AttentionBwdParams {
+  ral_attention_params call;
+  ral_attention_outputs outputs;
+  ral_attention_gradients gradients;
+  float* delta;        // [B, H, T], written by attention_bwd_delta_kernel
+  float* lse_log2;     // [B, H, T], likewise; 0 where a row sees no key
+  int32_t num_blocks;  // of queries or of keys
+};
+
+// Launches of the kernels, each in the .cu file of its name: nvcc compiles them side by side. All
+// return as `run` does. The others need what attention_bwd_delta writes, and set num_blocks.
+int attention_bwd_delta(const AttentionBwdParams& params, void* stream);
+int attention_bwd_dq(const AttentionBwdParams& params, void* stream);
+int attention_bwd_dkdv(const AttentionBwdParams& params, void* stream);
+
+// Where the gradient of the marginals is, row by row. Rows without one have none of it.
+struct MarginalGradient {
+  const float* rows;  // of query 0 of the sequence; null: there is no gradient
+  int64_t num_spans;
+  int32_t first, stop;  // queries of the sequence that have one
+
+  RAL_DEVICE MarginalGradient(const AttentionBwdParams& params, const Sequence& sequence, int64_t b,
+                              int64_t h)
+      : rows(nullptr), num_spans(params.call.num_spans), first(0), stop(0) {
+    const ral_attention_params& call = params.call;
+    if (params.gradients.dmarginals == nullptr || call.span_ids == nullptr) return;
+    const int64_t num_rows = call.row_stop - call.row_start;
+    const int64_t shift = sequence.q_start - call.row_start;
+    rows = params.gradients.dmarginals + ((b * call.num_heads + h) * num_rows + shift) * num_spans;
+    first = shift < 0 ? int32_t(-shift) : 0;
+    const int64_t end = num_rows - shift;
+    stop = int32_t(end < sequence.length_q ? end : sequence.length_q);
+  }
+
+  RAL_DEVICE float at(int32_t query, int32_t span) const {
+    const bool there = span >= 0 && query >= first && query < stop;
+    return there ? load_global(rows + query * num_spans + span) : 0.0f;
+  }
+};
+
+// (11) of one element. A weight of 0 has no gradient, whatever arrives: also inf or NaN, which a
+// loss of log m or of lse sends to rows that see no key.
+RAL_DEVICE float gradient_of_score(float p, float dp, float delta) {
+  return p == 0.0f ? 0.0f : p * (dp - delta);
+}
+
+}  // namespace cuda
+}  // namespace ral

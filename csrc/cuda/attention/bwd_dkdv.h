@@ -1,0 +1,107 @@
+// dk and dv of `attention`: a block of threads has kBlockK keys of a kv head and walks over the
+// queries that see them, head by head, so that the sum over a group is one sum, in one order.
+#pragma once
+
+#include "attention/bwd_scores.h"
+
+namespace ral {
+namespace cuda {
+
+template <typename T, int kHeadDim>
+struct attention_bwd_dkdv_kernel {
+  using Params = AttentionBwdParams;
+  static constexpr int kBlockQ = 64;
+  static constexpr int kWarps = kBlockK / 16;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kMinBlocks = 2;
+  using TileT = Tile<T, kHeadDim>;
+  static constexpr int kSharedBytes =
+      2 * TileT::bytes(kBlockK) + 2 * TileT::bytes(kBlockQ) + 2 * kBlockQ * int(sizeof(float));
+  static const char* name() { return "attention_bwd_dkdv_kernel"; }
+
+  RAL_DEVICE static void run(const Params& params, char* shared) {
+    const ral_attention_params& call = params.call;
+    const KeysOfBlock block = keys_of_block(params, kBlockK);
+    if (block.num_keys <= 0) return;
+    const Sequence& sequence = block.sequence;
+
+    const TileT k{reinterpret_cast<T*>(shared)};
+    const TileT v{k.data + kBlockK * kHeadDim};
+    const TileT q{v.data + kBlockK * kHeadDim};
+    const TileT dout{q.data + kBlockQ * kHeadDim};
+    float* const statistics = reinterpret_cast<float*>(dout.data + kBlockQ * kHeadDim);
+
+    copy_rows<kBlockK, kThreads>(
+        k, rows_of<const T>(call.k, block.b, block.kv_head, block.first_token), call.k.stride_t,
+        [&](int row) { return row < block.num_keys; });
+    copy_rows<kBlockK, kThreads>(
+        v, rows_of<const T>(call.v, block.b, block.kv_head, block.first_token), call.v.stride_t,
+        [&](int row) {
+          return row < block.num_keys && (block.padding == nullptr ||
+                                          load_global(block.padding + block.first_key + row) != 0);
+        });
+    commit_copies();
+    const int warp_key = warp_index() * 16;
+    const WarpKeys keys(block, block.first_key, warp_key);
+
+    float dk[1][kHeadDim / 8][4], dv[1][kHeadDim / 8][4];
+    clear(dk);
+    clear(dv);
+    const float scale = call.scale * kLog2e;
+    const QueryRange range(block, block.first_key, block.num_keys);
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    const ral_tensor& dout_tensor = params.gradients.dout;
+    const bool has_dout = dout_tensor.data != nullptr;
+
+    for (int64_t h = block.kv_head * group; h < (block.kv_head + 1) * group; ++h) {
+      const MarginalGradient dm(params, sequence, block.b, h);
+      const int64_t statistics_row =
+          (block.b * call.num_heads + h) * call.seqlen_q + sequence.q_start;
+      const T* q_rows = rows_of<const T>(call.q, block.b, h, sequence.q_start);
+      const T* dout_rows =
+          has_dout ? rows_of<const T>(dout_tensor, block.b, h, sequence.q_start) : nullptr;
+      for (int32_t first = range.low / kBlockQ * kBlockQ; first <= range.high; first += kBlockQ) {
+        sync_block();  // all are done with the queries before
+        copy_rows<kBlockQ, kThreads>(q, q_rows + first * call.q.stride_t, call.q.stride_t,
+                                     [&](int row) { return first + row < sequence.length_q; });
+        commit_copies();
+        copy_rows<kBlockQ, kThreads>(
+            dout, dout_rows + first * dout_tensor.stride_t, dout_tensor.stride_t,
+            [&](int row) { return has_dout && first + row < sequence.length_q; });
+        commit_copies();
+        if (thread_index() < kBlockQ) {
+          const int32_t query = first + thread_index();
+          const bool there = query < sequence.length_q;
+          const float lse = there ? load_global(params.lse_log2 + statistics_row + query) : 0.0f;
+          const float delta = there ? load_global(params.delta + statistics_row + query) : 0.0f;
+          store_shared(statistics + thread_index(), lse);
+          store_shared(statistics + kBlockQ + thread_index(), keys.delta_of(delta, dm, query));
+        }
+        wait_for_copies<1>();
+        sync_block();                // k, v, q and the statistics are here
+        float p[1][kBlockQ / 8][4];  // transposed: keys down, queries across
+        multiply_transposed(p, k, warp_key, q);
+        keys.weigh(p, statistics, scale, block.visibility, first);
+        wait_for_copies<0>();
+        sync_block();              // dout is here
+        add_product(dv, p, dout);  // (8)
+        float ds[1][kBlockQ / 8][4];
+        multiply_transposed(ds, v, warp_key, dout);
+        keys.differentiate(ds, p, statistics + kBlockQ, dm, first);
+        add_product(dk, ds, q);  // (15), without the scale
+      }
+    }
+    wait_for_copies<0>();  // of keys that no query sees
+    sync_block();          // k and v become the stage of the results
+    store_rows<1>(
+        rows_of<T>(params.gradients.dk, block.b, block.kv_head, block.first_token),
+        params.gradients.dk.stride_t, warp_key, block.num_keys, dk, [&](int) { return call.scale; },
+        k);
+    store_rows<1>(
+        rows_of<T>(params.gradients.dv, block.b, block.kv_head, block.first_token),
+        params.gradients.dv.stride_t, warp_key, block.num_keys, dv, [](int) { return 1.0f; }, v);
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

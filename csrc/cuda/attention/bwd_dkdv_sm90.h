@@ -1,0 +1,168 @@
+// dk and dv of `attention` for Hopper: equations (8), (9), (11) and (15) of
+// ral_kernels/ops/attention/README.md. Ordering: attention/bwd_sm90.h.
+#pragma once
+
+#include "attention/bwd_sm90.h"
+
+namespace ral {
+namespace cuda {
+
+// One block of threads: 64 keys of a kv head for each consumer warpgroup, and over the queries that
+// see them, head by head, so that the sum over a group is one sum, in one order. Scores are
+// transposed, keys down: their accumulators are the left factors of pᵀ dout and dsᵀ q.
+template <typename T, int kHeadDim>
+struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
+  using Params = AttentionBwdSm90Params;
+  using Base = AttentionBwdSm90<kHeadDim, 2>;
+  using Base::kConsumers, Base::kPanels, Base::kStages, Base::kTileBytes;
+  using typename Base::Barriers;
+  static constexpr int kGroupK = kPanelRows, kBlockKeys = kGroupK * kConsumers;
+  static constexpr int kBlockQ = kPanelRows, kLaneQueries = kBlockQ / kWarpSize;
+  static constexpr int kMinBlocks = 1;
+  static constexpr int kStatisticsBytes = 2 * kBlockQ * int(sizeof(float));  // of a warp
+  static constexpr int kUsedBytes = Base::kStatisticsAt + 4 * kConsumers * kStatisticsBytes;
+  static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // to move to such a multiple
+  static_assert(kGroupK == kBlockK, "a warp knows of 64 keys");
+
+  static const char* name() { return "attention_bwd_dkdv_sm90_kernel"; }
+
+  RAL_DEVICE static void run(const Params& params, char* shared) {
+    const KeysOfBlock block = keys_of_block(params.backward, kBlockKeys);
+    if (block.num_keys <= 0) return;
+    shared = Base::aligned(shared);
+    Barriers& barriers = Base::begin(shared);
+    const QueryRange range(block, block.first_key, block.num_keys);
+    const int32_t begin = range.low / kBlockQ * kBlockQ;
+    const int group = warp_index() / 4;
+    if (group == 0) {
+      give_registers<Base::kProducerRegisters>();
+      if (warp_index() == 0) produce(params, block, begin, range.high, shared, barriers);
+    } else {
+      take_registers<Base::kConsumerRegisters>();
+      consume(params, block, begin, range.high, shared, barriers, group - 1);
+    }
+  }
+
+ private:
+  RAL_DEVICE static void produce(const Params& params, const KeysOfBlock& block, int32_t begin,
+                                 int32_t high, char* shared, Barriers& barriers) {
+    const int32_t key_token = int32_t(block.first_token);
+    Base::bring_own(shared, barriers, params.k, params.v, key_token, key_token, block.kv_head,
+                    block.b);
+    const ral_attention_params& call = params.backward.call;
+    const int64_t num_sharing = call.num_heads / call.num_kv_heads;
+    Ring<kStages> ring;
+    for (int64_t h = block.kv_head * num_sharing; h < (block.kv_head + 1) * num_sharing; ++h) {
+      for (int32_t first = begin; first <= high; first += kBlockQ, ring.advance()) {
+        const int32_t token = block.sequence.q_start + first;
+        Base::bring(shared, barriers, ring, 0, params.q, token, h, block.b);
+        Base::bring(shared, barriers, ring, 1, params.dout, params.dout_token(token), h, block.b);
+      }
+    }
+  }
+
+  RAL_DEVICE static void consume(const Params& params, const KeysOfBlock& block, int32_t begin,
+                                 int32_t high, char* shared, Barriers& barriers, int group) {
+    const AttentionBwdParams& backward = params.backward;
+    const ral_attention_params& call = backward.call;
+    const int warp_key = warp_index() % 4 * 16;  // the warp's first, within the group
+    const int32_t first_key = block.first_key + group * kGroupK;
+    const int32_t num_keys = block.num_keys - group * kGroupK;  // none, if that is negative
+    const WarpKeys keys(block, first_key, warp_key);
+    // The group's own queries: of the others, none is worth its products.
+    const QueryRange range(block, first_key, minimum(num_keys, kGroupK));
+    const int32_t own_begin = range.low / kBlockQ * kBlockQ;
+    float* const lse_log2 = reinterpret_cast<float*>(
+        shared + Base::kStatisticsAt + (group * 4 + warp_index() % 4) * kStatisticsBytes);
+    float* const delta = lse_log2 + kBlockQ;
+    char* const k_tile = shared + Base::own_at(0) + group * kTileBytes;
+    char* const v_tile = shared + Base::own_at(1) + group * kTileBytes;
+    const uint32_t k = shared_address(k_tile), v = shared_address(v_tile);
+
+    float dk[1][kHeadDim / 8][4], dv[1][kHeadDim / 8][4];
+    clear(dk);
+    clear(dv);
+    float p[1][kBlockQ / 8][4], ds[1][kBlockQ / 8][4];
+    uint32_t left_p[4][4], left_ds[4][4];
+    const float scale = call.scale * kLog2e;
+    const int64_t num_sharing = call.num_heads / call.num_kv_heads;
+    Ring<kStages> ring;
+
+    wait(&barriers.full_own, 0);
+    for (int64_t h = block.kv_head * num_sharing; h < (block.kv_head + 1) * num_sharing; ++h) {
+      const MarginalGradient dm(backward, block.sequence, block.b, h);
+      const int64_t statistics =
+          (block.b * call.num_heads + h) * call.seqlen_q + block.sequence.q_start;
+      for (int32_t first = begin; first <= high; first += kBlockQ, ring.advance()) {
+        if (first < own_begin || first > range.high) {
+          Base::pass_over(barriers, ring);
+          continue;
+        }
+        char* const q_tile = Base::tile(shared, ring, 0);
+        char* const dout_tile = Base::tile(shared, ring, 1);
+        const uint32_t q = shared_address(q_tile), dout = shared_address(dout_tile);
+        const int32_t num_queries = block.sequence.length_q - first;
+        float own_lse[kLaneQueries], own_delta[kLaneQueries];  // on their way during the products
+        RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
+          const int32_t row = i * kWarpSize + lane_index();
+          const bool there = row < num_queries;
+          const int64_t at = statistics + first + row;
+          own_lse[i] = there ? load_global(backward.lse_log2 + at) : 0.0f;
+          own_delta[i] = there ? load_global(backward.delta + at) : 0.0f;
+          own_delta[i] = keys.delta_of(own_delta[i], dm, first + row);
+        }
+        Base::wait_for(barriers, ring, 0);
+        // What the copy engine does not give as zeros: queries of the sequence behind.
+        if (call.cu_seqlens_q != nullptr && num_queries < kBlockQ) {
+          Base::wait_for(barriers, ring, 1);
+          clear_rows<kPanels>(q_tile, ~uint64_t(0) << num_queries);
+          clear_rows<kPanels>(dout_tile, ~uint64_t(0) << num_queries);
+          publish_to_async();
+          sync_group(1 + group);
+        }
+        start_all_scores<T, kHeadDim>(p[0], k, q);
+        Base::wait_for(barriers, ring, 1);
+        start_all_scores<T, kHeadDim>(ds[0], v, dout);  // (9), without dm
+
+        sync_warp();  // all lanes are done with the statistics before
+        RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
+          store_shared(lse_log2 + i * kWarpSize + lane_index(), own_lse[i]);
+          store_shared(delta + i * kWarpSize + lane_index(), own_delta[i]);
+        }
+        sync_warp();
+
+        wait_for_products<1>();
+        pin(p[0]);
+        keys.weigh(p, lse_log2, scale, block.visibility, first);
+        round_left<T>(left_p, p[0]);
+        start_all_products<T>(dv[0], left_p, dout);  // (8)
+        wait_for_products<1>();
+        pin(ds[0]);
+        keys.differentiate(ds, p, delta, dm, first);
+        round_left<T>(left_ds, ds[0]);
+        start_all_products<T>(dk[0], left_ds, q);  // (15), without the scale
+        wait_for_products<1>();
+        pin(dv[0]);
+        pin(left_p);
+        Base::give_up(barriers, ring, 1);
+        wait_for_products<0>();
+        pin(dk[0]);
+        pin(left_ds);
+        Base::give_up(barriers, ring, 0);
+      }
+    }
+    sync_group(1 + group);
+    const int64_t token = block.first_token + group * kGroupK;
+    const ral_tensor &dk_tensor = backward.gradients.dk, &dv_tensor = backward.gradients.dv;
+    store_rows<1>(
+        rows_of<T>(dk_tensor, block.b, block.kv_head, token), dk_tensor.stride_t, warp_key,
+        num_keys, dk, [&](int) { return call.scale; },
+        Tile<T, kHeadDim>{reinterpret_cast<T*>(k_tile)});
+    store_rows<1>(
+        rows_of<T>(dv_tensor, block.b, block.kv_head, token), dv_tensor.stride_t, warp_key,
+        num_keys, dv, [](int) { return 1.0f; }, Tile<T, kHeadDim>{reinterpret_cast<T*>(v_tile)});
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

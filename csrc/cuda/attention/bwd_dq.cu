@@ -1,0 +1,23 @@
+// Launch of attention_bwd_dq_kernel.
+#include "attention/bwd_dq.h"
+#include "core/launch.h"
+
+namespace ral {
+namespace cuda {
+
+template <typename T, int kHeadDim>
+static int launch_dq(AttentionBwdParams params, void* stream) {
+  using Dq = attention_bwd_dq_kernel<T, kHeadDim>;
+  const ral_attention_params& call = params.call;
+  const int64_t blocks =
+      count_blocks(call.seqlen_q, call.num_sequences, Dq::kBlockQ, call.cu_seqlens_q != nullptr);
+  params.num_blocks = int32_t(blocks);
+  return run<Dq>(blocks * call.num_heads * call.batch_size, params, stream);
+}
+
+int attention_bwd_dq(const AttentionBwdParams& params, void* stream) {
+  RAL_DISPATCH(params.call.dtype, params.call.head_dim, launch_dq, params, stream);
+}
+
+}  // namespace cuda
+}  // namespace ral

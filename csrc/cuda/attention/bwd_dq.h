@@ -1,0 +1,84 @@
+// dq of `attention`: a block of threads has kBlockQ queries of a head and walks over their keys.
+#pragma once
+
+#include "attention/bwd_scores.h"
+
+namespace ral {
+namespace cuda {
+
+template <typename T, int kHeadDim>
+struct attention_bwd_dq_kernel {
+  using Params = AttentionBwdParams;
+  static constexpr int kWarps = 4;
+  static constexpr int kBlockQ = 16 * kWarps;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kMinBlocks = 2;
+  using TileT = Tile<T, kHeadDim>;
+  static constexpr int kSharedBytes = 2 * TileT::bytes(kBlockQ) + 2 * TileT::bytes(kBlockK);
+  static const char* name() { return "attention_bwd_dq_kernel"; }
+
+  RAL_DEVICE static void run(const Params& params, char* shared) {
+    const ral_attention_params& call = params.call;
+    const QueriesWithGradient block(params, kBlockQ);
+    if (block.num_queries <= 0) return;
+    const int64_t b = block.b, h = block.h, first_token = block.first_token;
+
+    const TileT q{reinterpret_cast<T*>(shared)};
+    const TileT dout{q.data + kBlockQ * kHeadDim};
+    const TileT k{dout.data + kBlockQ * kHeadDim};
+    const TileT v{k.data + kBlockK * kHeadDim};
+    const T* k_rows = rows_of<const T>(call.k, b, block.kv_head, block.sequence.k_start);
+    const T* v_rows = rows_of<const T>(call.v, b, block.kv_head, block.sequence.k_start);
+    const auto has_query = [&](int row) { return row < block.num_queries; };
+    copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(call.q, b, h, first_token), call.q.stride_t,
+                                 has_query);
+    const ral_tensor& dout_tensor = params.gradients.dout;
+    const bool has_dout = dout_tensor.data != nullptr;
+    copy_rows<kBlockQ, kThreads>(
+        dout, has_dout ? rows_of<const T>(dout_tensor, b, h, first_token) : nullptr,
+        dout_tensor.stride_t, [&](int row) { return has_dout && row < block.num_queries; });
+    commit_copies();
+
+    const int warp_row = warp_index() * 16;
+    const WarpQueries rows(params, block, warp_row);
+
+    float dq[1][kHeadDim / 8][4];
+    clear(dq);
+    const float scale = call.scale * kLog2e;
+    const KeyRange range(block.visibility, block.first_query, block.num_queries);
+
+    for (int32_t first = range.low / kBlockK * kBlockK; first <= range.high; first += kBlockK) {
+      // 0 · NaN is NaN: neither keys nor values behind padding are read.
+      const auto is_real = [&](int row) {
+        return first + row < block.visibility.length_k &&
+               (block.padding == nullptr || load_global(block.padding + first + row) != 0);
+      };
+      copy_rows<kBlockK, kThreads>(k, k_rows + first * call.k.stride_t, call.k.stride_t, is_real);
+      commit_copies();
+      copy_rows<kBlockK, kThreads>(v, v_rows + first * call.v.stride_t, call.v.stride_t, is_real);
+      commit_copies();
+      const KeyBlock keys =
+          load_key_block(block.ids, block.padding, first, block.visibility.length_k);
+      wait_for_copies<1>();
+      sync_block();  // q, dout and k are here
+      float p[1][kBlockK / 8][4];
+      multiply_transposed(p, q, warp_row, k);
+      rows.weigh(p, keys, first, range, scale, block.visibility);
+      wait_for_copies<0>();
+      sync_block();  // v is here
+      float ds[1][kBlockK / 8][4];
+      multiply_transposed(ds, dout, warp_row, v);  // (9), without dm
+      rows.differentiate(ds, p, keys, block);
+      add_product(dq, ds, k);  // (14), without the scale
+      sync_block();            // all are done with k and v
+    }
+    wait_for_copies<0>();  // of queries that see no key, in a block without any
+    sync_block();
+    store_rows<1>(
+        rows_of<T>(params.gradients.dq, b, h, first_token), params.gradients.dq.stride_t, warp_row,
+        block.num_queries, dq, [&](int) { return call.scale; }, q);
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

@@ -1,0 +1,28 @@
+// Launch of attention_bwd_dq_sm90_kernel.
+#ifdef RAL_CUDA_SM90
+
+#include "attention/bwd_dq_sm90.h"
+#include "core/launch.h"
+
+namespace ral {
+namespace cuda {
+
+template <typename T, int kHeadDim>
+static int launch_dq_sm90(AttentionBwdSm90Params params, void* stream) {
+  using Dq = attention_bwd_dq_sm90_kernel<T, kHeadDim>;
+  const ral_attention_params& call = params.backward.call;
+  const int64_t blocks =
+      count_blocks(call.seqlen_q, call.num_sequences, Dq::kBlockQ, call.cu_seqlens_q != nullptr);
+  params.backward.num_blocks = int32_t(blocks);
+  return run<Dq>(blocks * call.num_heads * call.batch_size, params, stream);
+}
+
+int attention_bwd_dq_sm90(const AttentionBwdSm90Params& params, void* stream) {
+  const ral_attention_params& call = params.backward.call;
+  RAL_DISPATCH(call.dtype, call.head_dim, launch_dq_sm90, params, stream);
+}
+
+}  // namespace cuda
+}  // namespace ral
+
+#endif

@@ -1,0 +1,202 @@
+// What the backward kernels of `attention` do between their products, for a warp's 16 rows of
+// scores against a block: weights (5), their gradients (9) without the product, and (11). The order
+// of their sums is one for all kernels.
+#pragma once
+
+#include "attention/bwd.h"
+#include "core/blocks.h"
+#include "core/softmax.h"
+
+namespace ral {
+namespace cuda {
+
+// ---- A block of threads with keys: dk, dv -------------------------------------------------------
+
+RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t block_k) {
+  return {params.call, params.num_blocks, block_k, params.gradients.dmarginals != nullptr};
+}
+
+// Queries [low, high] that may see one of the keys [first_key, first_key + num_keys).
+struct QueryRange {
+  int32_t low, high;
+
+  RAL_DEVICE QueryRange(const KeysOfBlock& block, int32_t first_key, int32_t num_keys)
+      : low(block.visibility.first_query(first_key)),
+        high(num_keys <= 0 ? -1
+                           : minimum(block.visibility.last_query(first_key + num_keys - 1),
+                                     block.sequence.length_q - 1)) {}
+};
+
+// A warp's 16 keys of a block of kBlockK; scores are transposed: keys down, queries across.
+struct WarpKeys {
+  static constexpr int kRows = 2;
+  KeyBlock keys;
+  int32_t first_key, warp_key;  // of the block; the warp's first, within the block
+  bool has_dm;
+  int32_t span[kRows], only_span;  // of the lane's keys; of the block, if it has but one
+  bool real[kRows];
+
+  RAL_DEVICE WarpKeys(const KeysOfBlock& block, int32_t first_key, int warp_key)
+      : keys(load_key_block(block.ids, block.padding, first_key, block.visibility.length_k)),
+        first_key(first_key),
+        warp_key(warp_key),
+        has_dm(block.ids != nullptr),
+        only_span(keys.span_of(0)) {
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const int key = warp_key + row_in_warp(i);
+      real[i] = (keys.real >> key & 1) != 0;
+      const int32_t from_low = shuffle(keys.low, key % 32),
+                    from_high = shuffle(keys.high, key % 32);
+      span[i] = key < 32 ? from_low : from_high;
+    }
+  }
+
+  // What to take off the gradients of a query's weights. In a block within one span dm is the same
+  // for all keys: part of it.
+  RAL_DEVICE float delta_of(float delta, const MarginalGradient& dm, int32_t query) const {
+    return has_dm && keys.is_one_span() ? delta - dm.at(query, only_span) : delta;
+  }
+
+  // Scores become weights (5). lse_log2: of the queries, in shared memory.
+  template <int kTiles>
+  RAL_DEVICE void weigh(float (&p)[1][kTiles][4], const float* lse_log2, float scale,
+                        const Visibility& visibility, int32_t first_query) const {
+    RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+      const Float2 lse = load_shared(reinterpret_cast<const Float2*>(lse_log2 + 8 * c + mine()));
+      RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+        float& low = p[0][c][2 * i];
+        float& high = p[0][c][2 * i + 1];
+        low = exp2(low * scale - lse.x);
+        high = exp2(high * scale - lse.y);
+      }
+    }
+    // Queries beyond the last are zeros, and so is all that they add.
+    const bool all_visible = ~keys.real == 0 &&
+                             visibility.first_key(first_query + 8 * kTiles - 1) <= first_key &&
+                             visibility.last_key(first_query) >= first_key + kBlockK - 1;
+    if (!all_visible) hide(p, visibility, first_query);
+  }
+
+  // Gradients of weights become those of scores: (9), of which `ds` has the product, and (11).
+  template <int kTiles>
+  RAL_DEVICE void differentiate(float (&ds)[1][kTiles][4], const float (&p)[1][kTiles][4],
+                                const float* delta, const MarginalGradient& dm,
+                                int32_t first_query) const {
+    if (has_dm && !keys.is_one_span()) add_dm(ds, dm, first_query);
+    RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+      const Float2 both = load_shared(reinterpret_cast<const Float2*>(delta + 8 * c + mine()));
+      RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+        float& low = ds[0][c][2 * i];
+        float& high = ds[0][c][2 * i + 1];
+        low = gradient_of_score(p[0][c][2 * i], low, both.x);
+        high = gradient_of_score(p[0][c][2 * i + 1], high, both.y);
+      }
+    }
+  }
+
+ private:
+  RAL_DEVICE static int mine() { return 2 * (lane_index() % 4); }
+
+  // 0 where the query does not see the lane's key.
+  template <int kTiles>
+  RAL_DEVICE void hide(float (&p)[1][kTiles][4], const Visibility& visibility,
+                       int32_t first_query) const {
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const int32_t key = first_key + warp_key + row_in_warp(i);
+      const int32_t shift = first_query + mine();
+      const int32_t low = visibility.first_query(key) - shift;
+      const int32_t high = real[i] ? visibility.last_query(key) - shift : -1;
+      RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+        if (8 * c < low || 8 * c > high) p[0][c][2 * i] = 0.0f;
+        if (8 * c + 1 < low || 8 * c + 1 > high) p[0][c][2 * i + 1] = 0.0f;
+      }
+    }
+  }
+
+  // Adds the gradient of the marginals, of each key's own span.
+  template <int kTiles>
+  RAL_DEVICE void add_dm(float (&dp)[1][kTiles][4], const MarginalGradient& dm,
+                         int32_t first_query) const {
+    RAL_UNROLL for (int c = 0; c < kTiles; ++c) RAL_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        dp[0][c][2 * i] += dm.at(first_query + mine() + 8 * c, span[i]);
+        dp[0][c][2 * i + 1] += dm.at(first_query + mine() + 8 * c + 1, span[i]);
+      }
+  }
+};
+
+// ---- A block of threads with queries: dq --------------------------------------------------------
+
+struct QueriesWithGradient : QueriesOfBlock {
+  MarginalGradient dm;
+
+  RAL_DEVICE QueriesWithGradient(const AttentionBwdParams& params, int32_t block_q)
+      : QueriesOfBlock(params.call, params.num_blocks, block_q,
+                       params.gradients.dmarginals != nullptr),
+        dm(params, sequence, b, h) {}
+};
+
+// Keys [low, high] that one of the queries [first_query, first_query + num_queries) may see, and
+// those that all of them see, before padding.
+struct KeyRange {
+  int32_t low, high, full_low, full_high;
+
+  RAL_DEVICE KeyRange(const Visibility& visibility, int32_t first_query, int32_t num_queries)
+      : low(visibility.first_key(first_query)),
+        high(num_queries <= 0 ? -1 : visibility.last_key(first_query + num_queries - 1)),
+        full_low(visibility.first_key(first_query + num_queries - 1)),
+        full_high(visibility.last_key(first_query)) {}
+};
+
+// A warp's 16 queries: queries down, keys across.
+struct WarpQueries {
+  static constexpr int kRows = 2;
+  int32_t warp_query;  // the warp's first, in the sequence
+  float lse_log2[kRows], delta[kRows];
+
+  // The warp's rows begin `warp_row` behind those of the block, which has num_queries from
+  // first_query on.
+  RAL_DEVICE WarpQueries(const AttentionBwdParams& params, const QueriesWithGradient& block,
+                         int warp_row)
+      : warp_query(block.first_query + warp_row) {
+    const ral_attention_params& call = params.call;
+    const int64_t statistics =
+        (block.b * call.num_heads + block.h) * call.seqlen_q + block.first_token;
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const int row = warp_row + row_in_warp(i);
+      const bool there = row < block.num_queries;
+      lse_log2[i] = there ? load_global(params.lse_log2 + statistics + row) : 0.0f;
+      delta[i] = there ? load_global(params.delta + statistics + row) : 0.0f;
+    }
+  }
+
+  // Scores become weights (5), of keys from `first` on.
+  RAL_DEVICE void weigh(float (&p)[1][kBlockK / 8][4], const KeyBlock& keys, int32_t first,
+                        const KeyRange& range, float scale, const Visibility& visibility) const {
+    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+      for (int e = 0; e < 4; ++e) p[0][c][e] = exp2(p[0][c][e] * scale - lse_log2[e / 2]);
+    const bool all_visible = first >= range.full_low && first + kBlockK - 1 <= range.full_high;
+    if (!all_visible || ~keys.real != 0) hide(p, visibility, keys.real, first, warp_query, 0.0f);
+  }
+
+  // Gradients of weights become those of scores: (9), of which `ds` has the product, and (11).
+  RAL_DEVICE void differentiate(float (&ds)[1][kBlockK / 8][4], const float (&p)[1][kBlockK / 8][4],
+                                const KeyBlock& keys, const QueriesWithGradient& block) const {
+    const bool has_dm = block.ids != nullptr;
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const int32_t query = warp_query + row_in_warp(i);
+      // In a block within one span dm is the same for all of the row's keys: part of delta.
+      float row_delta = delta[i];
+      if (has_dm && keys.is_one_span()) row_delta -= block.dm.at(query, keys.span_of(0));
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& dp = ds[0][c][2 * i + e];
+          if (has_dm && !keys.is_one_span()) dp += block.dm.at(query, keys.span_of_column(c, e));
+          dp = gradient_of_score(p[0][c][2 * i + e], dp, row_delta);
+        }
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

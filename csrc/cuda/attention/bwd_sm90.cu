@@ -1,0 +1,51 @@
+// The backward of `attention` for Hopper, kernel by kernel; see attention/fwd_sm90.cu, also for
+// what is left to ral_cuda_attention_bwd.
+#include "core/launch.h"
+
+#ifdef RAL_CUDA_SM90
+
+#include "attention/bwd_sm90.h"
+
+namespace ral {
+namespace cuda {
+
+template <typename T, int kHeadDim>
+int attention_bwd_sm90(const AttentionBwdParams& backward, void* stream) {
+  if (!is_hopper()) return failed("a GPU that is not of compute capability 9.0", kNotTaken);
+  const ral_attention_params& call = backward.call;
+  AttentionBwdSm90Params params{{}, {}, {}, {}, backward};
+  const ral_tensor& dout = backward.gradients.dout;
+  const char* reason = encode_tensor<kHeadDim>(params.q, call, call.q, false);
+  if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.k, call, call.k, true);
+  if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.v, call, call.v, true);
+  if (reason == nullptr)
+    reason =
+        encode_tensor<kHeadDim>(params.dout, call, dout.data == nullptr ? call.q : dout, false);
+  if (reason != nullptr) return failed(reason, kNotTaken);
+  int error = attention_bwd_delta(backward, stream);
+  if (error == 0) error = attention_bwd_dq_sm90(params, stream);
+  if (error == 0) error = attention_bwd_dkdv_sm90(params, stream);
+  return error;
+}
+
+}  // namespace cuda
+}  // namespace ral
+
+#endif
+
+// As ral_cuda_attention_bwd. kNotTaken: nothing was launched, and ral_cuda_failed_kernel says why.
+extern "C" RAL_EXPORT int32_t ral_cuda_attention_bwd_sm90(const ral_attention_params* call,
+                                                          const ral_attention_outputs* outputs,
+                                                          const ral_attention_gradients* gradients,
+                                                          float* scratch, void* stream) {
+#ifdef RAL_CUDA_SM90
+  const int64_t num_rows = call->batch_size * call->num_heads * call->seqlen_q;
+  const ral::cuda::AttentionBwdParams params{*call,   *outputs,           *gradients,
+                                             scratch, scratch + num_rows, 0};
+  RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_bwd_sm90, params, stream);
+#else
+  static_cast<void>(call), static_cast<void>(outputs), static_cast<void>(gradients);
+  static_cast<void>(scratch), static_cast<void>(stream);
+  return ral::cuda::failed("a library without kernels for Hopper", ral::cuda::kNotTaken);
+#endif
+}

@@ -1,0 +1,58 @@
+// Launch of the forward of `attention` for Hopper. Compiled for sm_90a alone, with RAL_CUDA_SM90;
+// by an nvcc that does not know sm_90a without it, and then it only says so.
+//
+// It takes all that ral_cuda_attention_fwd takes, key padding and packed sequences too, but for
+// tensors that a tensor map cannot describe (map_shape in hopper/layout.h): without elements, with
+// a stride of 0 or rows that overlap, not aligned to 16 bytes. Those it leaves to the caller, who
+// has ral_cuda_attention_fwd.
+#include "core/launch.h"
+
+#ifdef RAL_CUDA_SM90
+
+#include "attention/fwd_sm90.h"
+
+namespace ral {
+namespace cuda {
+
+template <typename T, int kHeadDim>
+int attention_fwd_sm90(const ral_attention_params& call, const ral_attention_outputs& outputs,
+                       void* stream) {
+  using Kernel = attention_fwd_sm90_kernel<T, kHeadDim>;
+  if (!is_hopper()) return failed("a GPU that is not of compute capability 9.0", kNotTaken);
+  const int64_t num_q_blocks = count_blocks(call.seqlen_q, call.num_sequences, Kernel::kBlockQ,
+                                            call.cu_seqlens_q != nullptr);
+  AttentionFwdSm90Params params{{}, {}, {}, {call, outputs, int32_t(num_q_blocks)}};
+  const char* reason = encode_tensor<kHeadDim>(params.q, call, call.q, false);
+  if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.k, call, call.k, true);
+  if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.v, call, call.v, true);
+  if (reason != nullptr) return failed(reason, kNotTaken);
+  return run<Kernel>(num_q_blocks * call.num_heads * call.batch_size, params, stream);
+}
+
+}  // namespace cuda
+}  // namespace ral
+
+// kNotTaken: nothing was launched, and ral_cuda_failed_kernel says why.
+extern "C" RAL_EXPORT int32_t ral_cuda_attention_fwd_sm90(const ral_attention_params* call,
+                                                          const ral_attention_outputs* outputs,
+                                                          void* stream) {
+  RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_fwd_sm90, *call, *outputs, stream);
+}
+
+// Null, or why the library has no kernels for Hopper.
+extern "C" RAL_EXPORT const char* ral_cuda_hopper_missing() {
+  return nullptr;
+}
+
+#else
+
+extern "C" RAL_EXPORT const char* ral_cuda_hopper_missing() {
+  return "the library was built by an nvcc older than 12.0, which does not know sm_90a";
+}
+
+extern "C" RAL_EXPORT int32_t ral_cuda_attention_fwd_sm90(const ral_attention_params*,
+                                                          const ral_attention_outputs*, void*) {
+  return ral::cuda::failed(ral_cuda_hopper_missing(), ral::cuda::kNotTaken);
+}
+
+#endif

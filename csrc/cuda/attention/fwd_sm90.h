@@ -1,0 +1,241 @@
+// Forward of `attention` for Hopper: equations (1) to (7) of ral_kernels/ops/attention/README.md.
+#pragma once
+
+#include "attention/fwd_rows.h"
+#include "hopper/tiles.h"
+
+namespace ral {
+namespace cuda {
+
+struct AttentionFwdSm90Params {
+  TensorMap q, k, v;
+  AttentionFwdParams forward;
+};
+
+// One block of threads: kBlockQ queries of a head over all keys that they see, 64 for each of
+// kConsumers warpgroups. One more warpgroup, the producer, has the copy engine bring the queries,
+// then K and V in blocks of 64 keys through a ring of kStages buffers each; it has few registers,
+// the consumers many. A consumer starts the scores of a block, then the product of the weights
+// before with their V, and forms weights while that product runs.
+//
+// Why nothing is read too early or overwritten too early:
+//  1. Full: the producer arrives at `full` with the bytes to come, and the copy engine completes
+//     them, so a phase ends when all are there. Every consumer waits for every phase of every
+//     buffer, in order: none is skipped, so that a parity never stands for a phase two turns off.
+//  2. Empty: a lane of each consumer warp arrives when the warp's part of the products that read
+//     the buffer is done (wait_for_products returns once it is), 4 kConsumers arrivals in all.
+//     The producer waits for them before it has the buffer filled again; reads by tensor cores and
+//     writes by the copy engine are of one proxy, ordered by that barrier.
+//  3. Deadlock: a consumer waits for K0 K1 V0 K2 V1 .. in this order and gives K(n) up once it has
+//     V(n - 1), V(n) once it has K(n + 1). The producer fills K0 V0 K1 V1 ..; before K(n) or V(n)
+//     it waits until the one kStages >= 2 before is given up: all that takes has been filled by
+//     then.
+//  4. Registers: begin_products (wgmma.fence) stands between the last access to accumulators or
+//     left factors and the products that start; products of a group on the same accumulators are
+//     in order. While products run, nothing touches their registers: `s` is left alone until
+//     wait_for_products<1>, which leaves only the newest group running, the one of `out` and `p`;
+//     those until wait_for_products<0>. pin() keeps the compiler to it.
+//  5. Rows of V that are padding, or of another sequence, would reach the product as 0 · NaN. Each
+//     consumer overwrites them with zeros by ordinary stores, publishes these to the async proxy
+//     and meets its other warps before its product reads them. Two consumers may both do so: they
+//     write the same zeros, and both before they give the buffer up. The copy that fills it next
+//     comes behind the same fence and the arrival at `empty`.
+//  6. The output passes through the consumer's own queries in shared memory: its four warps meet
+//     after their last products, each having waited for its own, before the first store.
+template <typename T, int kHeadDim>
+struct attention_fwd_sm90_kernel {
+  using Params = AttentionFwdSm90Params;
+  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kGroupQ = kPanelRows;
+  static constexpr int kBlockQ = kGroupQ * kConsumers;
+  static constexpr int kThreads = kGroupThreads * (kConsumers + 1);
+  static constexpr int kMinBlocks = 1;
+  // An SM has 64 Ki registers: what the producer leaves goes to the consumers.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  static_assert(kGroupThreads * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536,
+                "the registers of an SM");
+
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kTileBytes = kPanels * kPanelBytes;  // 64 rows of q, k or v
+  static constexpr int kStages = 4;
+  static_assert(kBlockK == kPanelRows, "a block of keys is a tile");
+
+  struct Barriers {
+    Barrier full_q, full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages];
+  };
+  // In this order; the first three begin at multiples of 1024 bytes.
+  static constexpr int kKeysAt = kConsumers * kTileBytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
+  static constexpr int kMarginalsAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kBarriersAt = kMarginalsAt + 4 * kConsumers * int(sizeof(MarginalRows));
+  static constexpr int kUsedBytes = kBarriersAt + int(sizeof(Barriers));
+  static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // to move to such a multiple
+
+  static const char* name() { return "attention_fwd_sm90_kernel"; }
+  using Scores = float[1][kBlockK / 8][4];
+
+  RAL_DEVICE static void run(const Params& params, char* shared) {
+    const QueriesOfBlock block = queries_of_block(params.forward, kBlockQ);
+    if (block.num_queries <= 0) return;
+    shared += -shared_address(shared) & (kSwizzledBytes - 1);
+    auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriersAt);
+    if (thread_index() == 0) {
+      begin_barrier(&barriers->full_q, 1);
+      for (int stage = 0; stage < kStages; ++stage) {
+        begin_barrier(&barriers->full_k[stage], 1);
+        begin_barrier(&barriers->full_v[stage], 1);
+        begin_barrier(&barriers->empty_k[stage], 4 * kConsumers);
+        begin_barrier(&barriers->empty_v[stage], 4 * kConsumers);
+      }
+      publish_barriers();
+    }
+    sync_block();
+    const int32_t low = block.visibility.first_key(block.first_query);
+    const int32_t high = block.visibility.last_key(block.first_query + block.num_queries - 1);
+    const int32_t begin = low / kBlockK * kBlockK;
+    const int32_t num_blocks = low <= high ? (high - begin) / kBlockK + 1 : 0;
+    const int group = warp_index() / 4;
+    if (group == 0) {
+      give_registers<kProducerRegisters>();
+      if (warp_index() == 0) produce(params, block, begin, num_blocks, shared, *barriers);
+    } else {
+      take_registers<kConsumerRegisters>();
+      consume(params, block, begin, num_blocks, shared, *barriers, group - 1);
+    }
+  }
+
+ private:
+  // A warp, in step; one lane of it speaks to the copy engine.
+  RAL_DEVICE static void produce(const Params& params, const QueriesOfBlock& block, int32_t begin,
+                                 int32_t num_blocks, char* shared, Barriers& barriers) {
+    const bool leads = lane_index() == 0;
+    if (leads) {
+      arrive_expecting(&barriers.full_q, kConsumers * kTileBytes);
+      for (int group = 0; group < kConsumers; ++group)
+        copy_tile<kPanels>(shared + group * kTileBytes, params.q,
+                           int32_t(block.first_token) + group * kGroupQ, int32_t(block.h),
+                           int32_t(block.b), &barriers.full_q);
+    }
+    Ring<kStages> ring;
+    for (int32_t n = 0; n < num_blocks; ++n, ring.advance()) {
+      const int32_t token = block.sequence.k_start + begin + n * kBlockK;
+      const auto refill = [&](int at, const TensorMap& map, Barrier* full, Barrier* empty) {
+        wait(&empty[ring.stage], ring.parity_before());
+        if (!leads) return;
+        arrive_expecting(&full[ring.stage], kTileBytes);
+        copy_tile<kPanels>(shared + at + ring.stage * kTileBytes, map, token,
+                           int32_t(block.kv_head), int32_t(block.b), &full[ring.stage]);
+      };
+      refill(kKeysAt, params.k, barriers.full_k, barriers.empty_k);
+      refill(kValuesAt, params.v, barriers.full_v, barriers.empty_v);
+    }
+  }
+
+  RAL_DEVICE static void consume(const Params& params, const QueriesOfBlock& block, int32_t begin,
+                                 int32_t num_blocks, char* shared, Barriers& barriers, int group) {
+    const ral_attention_params& call = params.forward.call;
+    const int warp_row = warp_index() % 4 * 16;  // the warp's first, within the group
+    const int64_t first_token = block.first_token + group * kGroupQ;
+    const int32_t num_queries = block.num_queries - group * kGroupQ;  // none, if that is negative
+    const int32_t warp_query = block.first_query + group * kGroupQ + warp_row;
+    auto* marginal_rows = reinterpret_cast<MarginalRows*>(shared + kMarginalsAt);
+    Marginals<1> marginals =
+        begin_marginals<1>(params.forward, block, first_token, num_queries, warp_row,
+                           marginal_rows + group * 4 + warp_index() % 4);
+    float out[1][kHeadDim / 8][4];
+    clear(out);
+    float m[2] = {minus_infinity(), minus_infinity()};
+    float normaliser[2] = {0.0f, 0.0f};  // each lane's part
+    const float scale = call.scale * kLog2e;
+    // Keys that all rows of the warp see, before padding.
+    const int32_t full_low = block.visibility.first_key(warp_query + 15);
+    const int32_t full_high = block.visibility.last_key(warp_query);
+    // What the copy engine does not give as zeros: keys behind padding, and of other sequences.
+    const bool is_ragged = block.padding != nullptr || call.cu_seqlens_q != nullptr;
+
+    char* q_tile = shared + group * kTileBytes;
+    const uint32_t q = shared_address(q_tile), k = shared_address(shared + kKeysAt),
+                   v = shared_address(shared + kValuesAt);
+    Scores s;
+    uint32_t p[kBlockK / 16][4];  // weights, rounded, as left factors
+    float alpha[2];
+    uint64_t real = 0;  // of the block that p is of
+    Ring<kStages> ring_k, ring_v;
+
+    const auto start_q_k = [&] {
+      wait(&barriers.full_k[ring_k.stage], ring_k.parity());
+      start_all_scores<T, kHeadDim>(s[0], q, k + ring_k.stage * kTileBytes);
+    };
+    const auto start_p_v = [&] {
+      wait(&barriers.full_v[ring_v.stage], ring_v.parity());
+      if (is_ragged && ~real != 0) {
+        clear_rows<kPanels>(shared + kValuesAt + ring_v.stage * kTileBytes, ~real);
+        publish_to_async();
+        sync_group(1 + group);
+      }
+      start_all_products<T>(out[0], p, v + ring_v.stage * kTileBytes);
+    };
+    const auto give_up = [&](Barrier* empty, Ring<kStages>& ring) {
+      if (lane_index() == 0) arrive(&empty[ring.stage]);
+      ring.advance();
+    };
+    // Scores become weights; alpha scales what was relative to the maxima before.
+    const auto weigh_all = [&](const KeyBlock& keys, int32_t first) {
+      const bool all_visible = first >= full_low && first + kBlockK - 1 <= full_high;
+      if (!all_visible || ~keys.real != 0)
+        hide(s, block.visibility, keys.real, first, warp_query, minus_infinity());
+      if (marginals.num_spans != 0) marginals.enter(keys, m);
+      RAL_UNROLL for (int i = 0; i < 2; ++i) {
+        float sum;
+        alpha[i] = weigh(s, i, m[i], scale, sum);
+        normaliser[i] = normaliser[i] * alpha[i] + sum;
+        marginals.scale_and_add(i, alpha[i], sum, keys);
+      }
+      if (marginals.num_spans != 0 && !keys.is_one_span()) marginals.add_spans(s, keys, m);
+      real = keys.real;
+    };
+
+    wait(&barriers.full_q, 0);
+    if (num_blocks > 0) {
+      const KeyBlock keys =
+          load_key_block(block.ids, block.padding, begin, block.visibility.length_k);
+      start_q_k();
+      wait_for_products<0>();
+      pin(s[0]);
+      give_up(barriers.empty_k, ring_k);
+      weigh_all(keys, begin);  // alpha is of no use: `out` is 0
+      round_left<T>(p, s[0]);
+    }
+    for (int32_t n = 1; n < num_blocks; ++n) {
+      const int32_t first = begin + n * kBlockK;
+      const KeyBlock keys =
+          load_key_block(block.ids, block.padding, first, block.visibility.length_k);
+      start_q_k();
+      start_p_v();
+      wait_for_products<1>();
+      pin(s[0]);
+      give_up(barriers.empty_k, ring_k);
+      weigh_all(keys, first);
+      wait_for_products<0>();
+      pin(out[0]);
+      pin(p);
+      give_up(barriers.empty_v, ring_v);
+      RAL_UNROLL for (int c = 0; c < kHeadDim / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 4; ++e) out[0][c][e] *= alpha[e / 2];
+      round_left<T>(p, s[0]);
+    }
+    if (num_blocks > 0) {
+      start_p_v();
+      wait_for_products<0>();
+      pin(out[0]);
+    }
+    sync_group(1 + group);
+    const Tile<T, kHeadDim> stage{reinterpret_cast<T*>(q_tile)};
+    finish<1>(params.forward, block, first_token, num_queries, warp_row, stage, out, m, normaliser,
+              marginals);
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

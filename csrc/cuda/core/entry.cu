@@ -1,0 +1,50 @@
+// What the library says of itself, and of a launch that failed.
+#include "core/launch.h"
+
+namespace ral {
+namespace cuda {
+
+static thread_local const char* failed_kernel = "";
+
+int failed(const char* kernel, int error) {
+  failed_kernel = kernel;
+  return error;
+}
+
+static const ListedKernel* newest_kernel = nullptr;
+
+ListedKernel::ListedKernel(const KernelFacts& facts) : facts(facts), next(newest_kernel) {
+  newest_kernel = this;
+}
+
+}  // namespace cuda
+}  // namespace ral
+
+// The index-th kernel of the library; null behind the last.
+extern "C" RAL_EXPORT const ral::cuda::KernelFacts* ral_cuda_kernel(int32_t index) {
+  const ral::cuda::ListedKernel* kernel = ral::cuda::newest_kernel;
+  for (; index > 0 && kernel != nullptr; --index) kernel = kernel->next;
+  return kernel == nullptr ? nullptr : &kernel->facts;
+}
+
+// sizeof of each parameter struct, for the caller to compare with its own.
+extern "C" RAL_EXPORT void ral_cuda_attention_struct_sizes(int64_t sizes[3]) {
+  sizes[0] = sizeof(ral_attention_params);
+  sizes[1] = sizeof(ral_attention_outputs);
+  sizes[2] = sizeof(ral_attention_gradients);
+}
+
+// The kernel whose launch failed last in this thread, and what an entry point's status means.
+extern "C" RAL_EXPORT const char* ral_cuda_failed_kernel() {
+  return ral::cuda::failed_kernel;
+}
+
+extern "C" RAL_EXPORT const char* ral_cuda_error_string(int32_t error) {
+  if (error == ral::cuda::kNoKernel) return "there is no kernel for this dtype and head dim";
+  if (error == ral::cuda::kNotTaken) return "this kernel leaves the call to another one";
+#ifdef RAL_CUDA_ON_HOST
+  return "the host harness reports a violation";
+#else
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+#endif
+}

@@ -1,0 +1,142 @@
+// The keys of a block: which a row may see, and in which spans they are.
+#pragma once
+
+#include "core/device.h"
+#include "ral/attention.h"
+
+namespace ral {
+namespace cuda {
+
+constexpr int kBlockK = 64;  // keys of a block: a bit each in a 64-bit number
+
+RAL_DEVICE int32_t minimum(int32_t x, int32_t y) {
+  return x < y ? x : y;
+}
+RAL_DEVICE int32_t maximum(int32_t x, int32_t y) {
+  return x > y ? x : y;
+}
+
+// Where a tensor has token `token` of a head.
+template <typename V>
+RAL_DEVICE V* rows_of(const ral_tensor& x, int64_t b, int64_t h, int64_t token) {
+  return static_cast<V*>(x.data) + b * x.stride_b + h * x.stride_h + token * x.stride_t;
+}
+
+// A sequence of a call, and a block of its queries or keys. Without packing a batch entry is one.
+struct Sequence {
+  int32_t index;
+  int32_t q_start, length_q;  // in tokens of the packed tensors
+  int32_t k_start, length_k;
+  int32_t block;  // number of the block within the sequence
+};
+
+// Packed sequences are cut into blocks that start anew with each sequence. Sequence n gets the
+// numbers from cu_seqlens[n] / block_size + n on, which leaves enough for its blocks.
+RAL_DEVICE int32_t sequence_of_block(const int32_t* cu_seqlens, int64_t num_sequences,
+                                     int32_t block_size, int32_t block) {
+  int32_t low = 0, high = int32_t(num_sequences) - 1;
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (load_global(cu_seqlens + middle) / block_size + middle <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+// The sequence that the block-th block of `block_size` queries (or keys, with by_keys) is in.
+RAL_DEVICE Sequence locate(const ral_attention_params& call, int32_t block_size, int32_t block,
+                           bool by_keys) {
+  Sequence found{0, 0, int32_t(call.seqlen_q), 0, int32_t(call.seqlen_k), block};
+  if (call.cu_seqlens_q == nullptr) return found;
+  const int32_t* cut = by_keys ? call.cu_seqlens_k : call.cu_seqlens_q;
+  const int32_t n = sequence_of_block(cut, call.num_sequences, block_size, block);
+  found.index = n;
+  found.block = block - (load_global(cut + n) / block_size + n);
+  found.q_start = load_global(call.cu_seqlens_q + n);
+  found.length_q = load_global(call.cu_seqlens_q + n + 1) - found.q_start;
+  found.k_start = load_global(call.cu_seqlens_k + n);
+  found.length_k = load_global(call.cu_seqlens_k + n + 1) - found.k_start;
+  return found;
+}
+
+// Blocks that the rows of a sequence may need at most.
+inline int64_t count_blocks(int64_t num_rows, int64_t num_sequences, int64_t block_size,
+                            bool packed) {
+  return packed ? num_rows / block_size + num_sequences : (num_rows + block_size - 1) / block_size;
+}
+
+// Which keys rows see by position. Windows are at most kWidest, which positions cannot overflow.
+struct Visibility {
+  static constexpr int64_t kWidest = 1 << 30;
+  int32_t offset;  // key position of query 0
+  int32_t left, right;
+  int32_t length_k;
+
+  RAL_DEVICE Visibility(int32_t offset, int64_t window_left, int64_t window_right, int32_t length_k)
+      : offset(offset),
+        left(int32_t(window_left < kWidest ? window_left : kWidest)),
+        right(int32_t(window_right < kWidest ? window_right : kWidest)),
+        length_k(length_k) {}
+
+  RAL_DEVICE Visibility(const ral_attention_params& call, const Sequence& sequence)
+      : Visibility(call.top_left ? 0 : sequence.length_k - sequence.length_q, call.window_left,
+                   call.window_right, sequence.length_k) {}
+
+  RAL_DEVICE int32_t first_key(int32_t query) const {
+    return left < 0 ? 0 : maximum(query + offset - left, 0);
+  }
+  RAL_DEVICE int32_t last_key(int32_t query) const {
+    return right < 0 ? length_k - 1 : minimum(query + offset + right, length_k - 1);
+  }
+  RAL_DEVICE int32_t first_query(int32_t key) const {
+    return right < 0 ? 0 : maximum(key - offset - right, 0);
+  }
+  // Not bounded by the number of queries.
+  RAL_DEVICE int32_t last_query(int32_t key) const {
+    return left < 0 ? INT32_MAX : key - offset + left;
+  }
+};
+
+// What a warp knows of a block of keys.
+struct KeyBlock {
+  uint64_t real;      // bit i: key i is within the sequence and no padding
+  uint64_t starts;    // bit i: key i is in another span than key i - 1; bit 0 is set
+  int32_t low, high;  // spans of keys `lane` and `lane` + 32 of the block; -1 for none
+
+  // The span of a key whose number is the same in all lanes.
+  RAL_DEVICE int32_t span_of(int key) const { return shuffle(key < 32 ? low : high, key % 32); }
+  // Spans of keys 8 tile + 2 (lane % 4) + e, one a lane, where accumulators have their columns.
+  RAL_DEVICE int32_t span_of_column(int tile, int e) const {
+    return shuffle(tile < 4 ? low : high, tile % 4 * 8 + 2 * (lane_index() % 4) + e);
+  }
+  RAL_DEVICE bool is_one_span() const { return starts == 1; }
+};
+
+// `ids` and `padding` point to the sequence's first key, or are null.
+RAL_DEVICE KeyBlock load_key_block(const int32_t* ids, const uint8_t* padding, int32_t first,
+                                   int32_t length_k) {
+  const int lane = lane_index();
+  const bool has_low = first + lane < length_k, has_high = first + lane + 32 < length_k;
+  KeyBlock keys{0, 1, -1, -1};
+  bool real_low = has_low, real_high = has_high;
+  if (padding != nullptr) {
+    if (has_low) real_low = load_global(padding + first + lane) != 0;
+    if (has_high) real_high = load_global(padding + first + lane + 32) != 0;
+  }
+  keys.real = uint64_t(ballot(real_low)) | uint64_t(ballot(real_high)) << 32;
+  if (ids != nullptr) {
+    if (has_low) keys.low = load_global(ids + first + lane);
+    if (has_high) keys.high = load_global(ids + first + lane + 32);
+    const int32_t before_low = shuffle_up(keys.low, 1), last_low = shuffle(keys.low, 31);
+    const int32_t within_high = shuffle_up(keys.high, 1);
+    const int32_t before_high = lane == 0 ? last_low : within_high;
+    keys.starts = uint64_t(ballot(lane == 0 || before_low != keys.low)) |
+                  uint64_t(ballot(before_high != keys.high)) << 32;
+  }
+  return keys;
+}
+
+}  // namespace cuda
+}  // namespace ral

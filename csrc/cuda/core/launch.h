@@ -1,0 +1,69 @@
+// From what a call has at run time to what a kernel was compiled for, and what became of a launch.
+#pragma once
+
+#include <typeinfo>
+
+#include "core/device.h"
+#include "ral/attention.h"
+
+#define RAL_EXPORT __attribute__((visibility("default")))
+
+// Calls function<T, kHeadDim>, or says that there is none; Python refuses such calls before.
+#define RAL_DISPATCH(dtype, head_dim, function, ...)           \
+  do {                                                         \
+    if ((dtype) == RAL_BFLOAT16 && (head_dim) == 64)           \
+      return function<ral::cuda::Bf16, 64>(__VA_ARGS__);       \
+    if ((dtype) == RAL_BFLOAT16 && (head_dim) == 128)          \
+      return function<ral::cuda::Bf16, 128>(__VA_ARGS__);      \
+    if ((dtype) == RAL_FLOAT16 && (head_dim) == 64)            \
+      return function<ral::cuda::Fp16, 64>(__VA_ARGS__);       \
+    if ((dtype) == RAL_FLOAT16 && (head_dim) == 128)           \
+      return function<ral::cuda::Fp16, 128>(__VA_ARGS__);      \
+    return ral::cuda::failed(#function, ral::cuda::kNoKernel); \
+  } while (false)
+
+namespace ral {
+namespace cuda {
+
+// Beside the numbers of cudaError_t, which are positive.
+constexpr int kNoKernel = -1;
+constexpr int kNotTaken = -2;  // by this kernel, but another takes the call; nothing was launched
+
+// Notes what failed in this thread, for ral_cuda_failed_kernel; returns `error`.
+int failed(const char* kernel, int error);
+
+// What one kernel takes, for whoever looks at the machine code; see ral_cuda_kernel.
+struct KernelFacts {
+  const char* type;  // mangled: the end of the kernel's symbol
+  int32_t threads, shared_bytes;
+};
+
+// A list of all kernels of the library, filled as it is loaded.
+struct ListedKernel {
+  KernelFacts facts;
+  const ListedKernel* next;
+  explicit ListedKernel(const KernelFacts& facts);
+};
+
+template <typename Kernel>
+struct Listed {
+  static const ListedKernel kernel;
+};
+template <typename Kernel>
+const ListedKernel Listed<Kernel>::kernel{
+    {typeid(Kernel).name(), Kernel::kThreads, int32_t(Kernel::kSharedBytes)}};
+
+inline int64_t cdiv(int64_t x, int64_t y) {
+  return (x + y - 1) / y;
+}
+
+// Launches a kernel; 0, or the error that it is noted with.
+template <typename Kernel>
+int run(int64_t num_blocks, const typename Kernel::Params& params, void* stream) {
+  static_cast<void>(&Listed<Kernel>::kernel);
+  const int error = launch<Kernel>(num_blocks, params, stream);
+  return error == 0 ? 0 : failed(Kernel::name(), error);
+}
+
+}  // namespace cuda
+}  // namespace ral

@@ -1,0 +1,51 @@
+// Scores of a warp's rows against a block of keys: masks, and the weights of an online softmax.
+#pragma once
+
+#include "attention/marginals.h"
+#include "core/keys.h"
+#include "core/tiles.h"
+
+namespace ral {
+namespace cuda {
+
+// `hidden` where a row does not see a key. first: the block's; warp_query: of the warp's first row.
+template <int kRowTiles>
+RAL_DEVICE void hide(float (&s)[kRowTiles][kBlockK / 8][4], const Visibility& visibility,
+                     uint64_t real, int32_t first, int32_t warp_query, float hidden) {
+  const int mine = 2 * (lane_index() % 4);
+  RAL_UNROLL for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int32_t query = warp_query + row_in_warp(i);
+    const int32_t low = visibility.first_key(query) - first - mine;
+    const int32_t high = visibility.last_key(query) - first - mine;
+    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * c + e;
+        const bool visible = column >= low && column <= high && (real >> mine >> column & 1) != 0;
+        if (!visible) s[i / 2][c][i % 2 * 2 + e] = hidden;
+      }
+  }
+}
+
+// The lane's i-th row: scores become weights relative to 2^m, their part of the row sum is `sum`.
+// Returns what scales all that was relative to the maximum before.
+template <int kRowTiles>
+RAL_DEVICE float weigh(float (&s)[kRowTiles][kBlockK / 8][4], int i, float& m, float scale,
+                       float& sum) {
+  float highest = minus_infinity();
+  RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+    for (int e = 0; e < 2; ++e) highest = maximum(highest, s[i / 2][c][i % 2 * 2 + e]);
+  const float before = m;
+  m = maximum(before, quad_maximum(highest) * scale);
+  const float stable = stabiliser(m);
+  sum = 0.0f;
+  RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      float& weight = s[i / 2][c][i % 2 * 2 + e];
+      weight = exp2(weight * scale - stable);
+      sum += weight;
+    }
+  return exp2(before - stable);
+}
+
+}  // namespace cuda
+}  // namespace ral

@@ -1,0 +1,156 @@
+// Tiles of 16-bit numbers in shared memory, and their products on the tensor cores.
+//
+// Accumulators: a warp holds 16 kRowTiles rows. Lane l has, of row tile r and column tile c,
+// [r][c][0..3]: row l / 4 with columns 2 (l % 4) and + 1, then row l / 4 + 8 with the same columns.
+#pragma once
+
+#include "core/device.h"
+
+namespace ral {
+namespace cuda {
+
+constexpr int kChunk = 8;  // numbers in 16 bytes, the unit of copies and of ldmatrix's rows
+
+// Rows of kColumns numbers. Chunks of a row are permuted by the row's number, so that the 8 rows of
+// a chunk, which ldmatrix reads at once, lie in different banks.
+template <typename T, int kColumns>
+struct Tile {
+  static constexpr int kChunks = kColumns / kChunk;
+  static_assert(kChunks % 8 == 0, "a row holds whole 128-byte lines");
+  T* data;  // aligned to 128 bytes
+
+  RAL_DEVICE T* at(int row, int chunk) const { return data + offset(row, chunk); }
+  static constexpr int bytes(int rows) { return rows * kColumns * int(sizeof(T)); }
+
+  // Where the chunk is, in numbers. offset(row, c ^ d) = offset(row, c) ^ 8 d, and rows 8 apart are
+  // 8 kColumns apart: one number a lane and constants give all that a product reads.
+  RAL_DEVICE static int offset(int row, int chunk) {
+    return row * kColumns + (chunk ^ (row & 7)) * kChunk;
+  }
+};
+
+// Starts copying kRows rows from `rows`, `stride` numbers apart; where `exists(row)` is false the
+// tile gets zeros and nothing is read.
+template <int kRows, int kThreads, typename T, int kColumns, typename Exists>
+RAL_DEVICE void copy_rows(Tile<T, kColumns> tile, const T* rows, int64_t stride, Exists exists) {
+  constexpr int kChunks = Tile<T, kColumns>::kChunks;
+  constexpr int kStep = kThreads / kChunks;  // rows that the threads copy at once
+  static_assert(kStep % 8 == 0 && kRows % kStep == 0, "a thread's rows differ by a multiple of 8");
+  const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
+  T* to = tile.at(row, chunk);
+  const T* from = rows + row * stride + chunk * kChunk;
+  RAL_UNROLL for (int i = 0; i < kRows; i += kStep)
+    copy_async(to + i * kColumns, from + i * stride, exists(row + i));
+}
+
+// The lane's part of the left factor's address: rows [row, row + 16), columns 0 to 15.
+template <typename T, int kColumns>
+RAL_DEVICE int left_offset(Tile<T, kColumns>, int row) {
+  const int lane = lane_index();
+  return Tile<T, kColumns>::offset(row + lane % 16, lane / 16);
+}
+
+template <int kRowTiles, int kColumnTiles>
+RAL_DEVICE void clear(float (&sum)[kRowTiles][kColumnTiles][4]) {
+  RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) RAL_UNROLL
+    for (int c = 0; c < kColumnTiles; ++c) RAL_UNROLL
+      for (int e = 0; e < 4; ++e) sum[r][c][e] = 0.0f;
+}
+
+// product = a bᵀ: a's rows from `a_row` on, and all 8 kColumnTiles rows of b.
+template <int kRowTiles, int kColumnTiles, typename T, int kColumns>
+RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4],
+                                    Tile<T, kColumns> a, int a_row, Tile<T, kColumns> b) {
+  const int lane = lane_index();
+  const int a_offset = left_offset(a, a_row);
+  const int b_offset = Tile<T, kColumns>::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  clear(product);
+  RAL_UNROLL for (int step = 0; step < kColumns / 16; ++step) {
+    uint32_t left[kRowTiles][4];
+    RAL_UNROLL for (int r = 0; r < kRowTiles; ++r)
+      load_matrices(left[r], a.data + (a_offset ^ 2 * step * kChunk) + 16 * r * kColumns);
+    RAL_UNROLL for (int c = 0; c < kColumnTiles; c += 2) {
+      uint32_t right[4];  // of column tile c, then of c + 1
+      load_matrices(right, b.data + (b_offset ^ 2 * step * kChunk) + 8 * c * kColumns);
+      RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+        multiply_add<T>(product[r][c], left[r], right[0], right[1]);
+        multiply_add<T>(product[r][c + 1], left[r], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// sum += weights b, weights [16 kRowTiles, 8 kInnerTiles] in registers and rounded to T, b of
+// 8 kInnerTiles rows.
+template <int kRowTiles, int kInnerTiles, typename T, int kColumns>
+RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumns / 8][4],
+                            const float (&weights)[kRowTiles][kInnerTiles][4],
+                            Tile<T, kColumns> b) {
+  const int b_offset = left_offset(b, 0);
+  RAL_UNROLL for (int step = 0; step < kInnerTiles / 2; ++step) {
+    uint32_t left[kRowTiles][4];
+    RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) RAL_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float (&pair)[4] = weights[r][2 * step + i / 2];
+        left[r][i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+      }
+    RAL_UNROLL for (int c = 0; c < kColumns / 8; c += 2) {
+      uint32_t right[4];
+      load_matrices_transposed(right, b.data + (b_offset ^ c * kChunk) + 16 * step * kColumns);
+      RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) {
+        multiply_add<T>(sum[r][c], left[r], right[0], right[1]);
+        multiply_add<T>(sum[r][c + 1], left[r], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// Writes a warp's rows [row, row + 16 kRowTiles) of a matrix, factor(i) times what they hold, where
+// i counts the lane's rows. They pass through `stage`, whose rows of that number are this warp's
+// own by now, because a lane holds but 4 bytes of a row in one place.
+template <int kRowTiles, typename T, int kColumns, typename Factor>
+RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
+                           const float (&values)[kRowTiles][kColumns / 8][4], Factor factor,
+                           Tile<T, kColumns> stage) {
+  const int lane = lane_index();
+  sync_warp();
+  RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) RAL_UNROLL
+    for (int c = 0; c < kColumns / 8; ++c) RAL_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float scale = factor(2 * r + half);
+        const int at_row = row + 16 * r + 8 * half + lane / 4;
+        T* at = stage.at(at_row, c) + 2 * (lane % 4);
+        store_shared(reinterpret_cast<uint32_t*>(at),
+                     pack<T>(values[r][c][2 * half] * scale, values[r][c][2 * half + 1] * scale));
+      }
+  sync_warp();
+  constexpr int kChunks = Tile<T, kColumns>::kChunks;
+  RAL_UNROLL for (int i = 0; i < 16 * kRowTiles * kChunks / kWarpSize; ++i) {
+    const int n = i * kWarpSize + lane;
+    const int at_row = row + n / kChunks, chunk = n % kChunks;
+    if (at_row < num_rows)
+      store_global(reinterpret_cast<Vector16*>(rows + at_row * stride + chunk * kChunk),
+                   load_shared(reinterpret_cast<const Vector16*>(stage.at(at_row, chunk))));
+  }
+}
+
+// ---- Rows of accumulators
+// ------------------------------------------------------------------------
+
+// The four lanes with the same rows.
+RAL_DEVICE float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+RAL_DEVICE float quad_maximum(float x) {
+  x = maximum(x, shuffle_xor(x, 1));
+  return maximum(x, shuffle_xor(x, 2));
+}
+
+// Number of the lane's i-th row, of 2 kRowTiles, among its warp's.
+RAL_DEVICE int row_in_warp(int i) {
+  return 8 * i + lane_index() / 4;
+}
+
+}  // namespace cuda
+}  // namespace ral

@@ -1,0 +1,75 @@
+// What the kernels for Hopper do with tiles: 64 rows of q, k, v or dout in shared memory, in panels
+// of 64 columns (hopper/layout.h), and 64 rows of accumulators in a warpgroup.
+#pragma once
+
+#include "hopper/instructions.h"
+
+namespace ral {
+namespace cuda {
+
+constexpr int kGroupThreads = 4 * kWarpSize;  // of a warpgroup
+
+// Starts copying a tile. By one thread; `full` must expect kPanels kPanelBytes.
+template <int kPanels>
+RAL_DEVICE void copy_tile(char* tile, const TensorMap& map, int32_t token, int32_t head,
+                          int32_t batch, Barrier* full) {
+  for (int panel = 0; panel < kPanels; ++panel)
+    copy_panel(tile + panel * kPanelBytes, map, panel * kPanelColumns, token, head, batch, full);
+}
+
+// Writes zeros to rows of a tile, by the threads of a group; swizzling keeps to a row.
+template <int kPanels>
+RAL_DEVICE void clear_rows(char* tile, uint64_t rows) {
+  const int thread = thread_index() % kGroupThreads;
+  const int row = thread / 2, half = thread % 2;
+  if ((rows >> row & 1) == 0) return;
+  RAL_UNROLL for (int panel = 0; panel < kPanels; ++panel) RAL_UNROLL
+    for (int chunk = 0; chunk < 4; ++chunk)
+      clear_shared(tile + panel * kPanelBytes + row * kPanelRowBytes + (half * 4 + chunk) * 16);
+}
+
+// Starts s = a bᵀ as a group of products. a, b: addresses of tiles of kColumns columns.
+template <typename T, int kColumns>
+RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t a, uint32_t b) {
+  pin(s);
+  begin_products();
+  RAL_UNROLL for (int step = 0; step < kColumns / 16; ++step)
+    start_scores<T>(s, columns_descriptor(a, step), columns_descriptor(b, step), step != 0);
+  commit_products();
+}
+
+// Starts sum += left b as a group of products, `left` [64, 64] in registers, b the address of a
+// tile of 8 kTiles columns.
+template <typename T, int kTiles>
+RAL_DEVICE void start_all_products(float (&sum)[kTiles][4], uint32_t (&left)[4][4], uint32_t b) {
+  pin(sum);
+  pin(left);
+  begin_products();
+  RAL_UNROLL for (int step = 0; step < 4; ++step)
+    start_product<T>(sum, left[step], rows_descriptor(b, step));
+  commit_products();
+}
+
+// Accumulators [64, 64], rounded, as the left factor of a product: a lane has the same elements.
+template <typename T>
+RAL_DEVICE void round_left(uint32_t (&left)[4][4], const float (&x)[8][4]) {
+  RAL_UNROLL for (int step = 0; step < 4; ++step) RAL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float (&pair)[4] = x[2 * step + i / 2];
+      left[step][i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+    }
+}
+
+// Encodes the map of q, k, v or the like of a call; returns null, or why there is none.
+template <int kHeadDim>
+const char* encode_tensor(TensorMap& map, const ral_attention_params& call, const ral_tensor& x,
+                          bool is_of_keys) {
+  MapShape shape;
+  const char* reason =
+      map_shape(x, kHeadDim, is_of_keys ? call.seqlen_k : call.seqlen_q,
+                is_of_keys ? call.num_kv_heads : call.num_heads, call.batch_size, shape);
+  return reason == nullptr ? encode_map(map, call.dtype, x.data, shape) : reason;
+}
+
+}  // namespace cuda
+}  // namespace ral

@@ -1,0 +1,153 @@
+// What dq and dk share: dS of an element, and how a tile of it is rounded. Equations (5) to (7) of
+// ral_kernels/ops/policy/divergence.md; dx = dS here: these kernels have no soft cap.
+#pragma once
+
+#include <string.h>
+
+#include "policy/side.h"
+
+namespace ral {
+namespace cuda {
+
+struct PolicyBwdParams {
+  ral_policy_common common;
+  ral_policy_side side;
+  RowChunk chunk;
+  int32_t num_blocks;         // of rows or of keys
+  int32_t pieces;             // that a row's keys are cut into
+  int32_t keys_per_piece;     // a multiple of kBlockK
+  const float* l;             // [samples, rows, chunk.stride]
+  const float* c;             // [samples, rows] (4)
+  const float* factor;        // [samples, H, rows] dD / (Z H) times the row's 1 / sum, or 0
+  const float* delta;         // [samples, H, rows] (6), with dD, times the row's 1 / sum
+  ral_tensor dq, dk;          // of the side's type
+  float* dq_parts;            // [pieces, samples, H, rows, D]; null: dq itself is written
+  float* dk_so_far;           // [Hk, N, D] of earlier rows, and for those that follow; or null
+  int32_t is_first, is_last;  // of the chunks of a sample
+};
+
+// Rows of a head of a chunk, and a piece of the keys that they see: what a block of threads has.
+struct RowsOfHead {
+  int64_t b, h, kv_head, piece;
+  int32_t first_row, num_rows;
+  int32_t begin, end;  // the piece's keys in blocks of kBlockK, from `begin` to below `end`
+
+  RAL_DEVICE RowsOfHead(const PolicyBwdParams& params, int32_t block_q) {
+    const RowChunk& chunk = params.chunk;
+    const int64_t num_heads = params.side.num_heads;
+    // Causal rows at the end have the most keys: they start first.
+    const int64_t program = block_index();
+    const int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
+    h = program / params.num_blocks % num_heads;
+    const int64_t rest = program / params.num_blocks / num_heads;
+    b = chunk.first_sample + rest % chunk.num_samples;
+    piece = rest / chunk.num_samples;
+    kv_head = h / (num_heads / params.side.num_kv_heads);
+    first_row = chunk.first_row + block * block_q;
+    num_rows = minimum(block_q, chunk.stop() - first_row);
+    const KeysOfRows seen(visibility_of(params.common, params.side), first_row, num_rows);
+    const int32_t start = int32_t(piece) * params.keys_per_piece;
+    begin = maximum(seen.low / kBlockK * kBlockK, start);
+    end = minimum(seen.high + 1, start + params.keys_per_piece);
+  }
+
+  // Where the block's first row is in [pieces, samples, H, rows].
+  RAL_DEVICE int64_t in_parts(const PolicyBwdParams& params) const {
+    const RowChunk& chunk = params.chunk;
+    const int64_t per_piece = chunk.num_samples * params.side.num_heads * chunk.num_rows;
+    return piece * per_piece + chunk.at(int32_t(b), params.side.num_heads, h, first_row);
+  }
+
+  // l of a warp's rows and keys [first, first + 64), where accumulators have them.
+  RAL_DEVICE void load_l(const PolicyBwdParams& params, int warp_row, int32_t first,
+                         float (&l)[1][kBlockK / 8][4]) const {
+    const RowChunk& chunk = params.chunk;
+    const float* const lines =
+        params.l + chunk.at(int32_t(b), first_row) * chunk.stride + first + 2 * (lane_index() % 4);
+    RAL_UNROLL for (int i = 0; i < 2; ++i) {
+      const int row = warp_row + row_in_warp(i);
+      const float* const line = lines + row * chunk.stride;
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) {
+        Float2 pair{0.0f, 0.0f};
+        if (row < num_rows) pair = load_global(reinterpret_cast<const Float2*>(line + 8 * c));
+        l[0][c][2 * i] = pair.x;
+        l[0][c][2 * i + 1] = pair.y;
+      }
+    }
+  }
+};
+
+// (5) and (7) of an element, from its weight relative to the row's stabiliser; the row's 1 / sum is
+// in `factor` and `delta`. A weight of 0 has no gradient, whatever l is.
+RAL_DEVICE float gradient_of_score(float weight, float l, float c, float factor, float delta) {
+  return weight == 0.0f ? 0.0f : weight * ((l - c) * factor - delta);
+}
+
+// Makes keys that a row does not see weigh nothing, and G of those that do not count 0, before
+// dS is formed. Of element e of column tile c.
+RAL_DEVICE void hide(const Mask& mask, int c, int e, float mean, float& score, float& l) {
+  if (!mask.sees(c, e)) score = minus_infinity();
+  if (!mask.counts(c, e)) l = mean;
+}
+
+// What rows of dS are multiplied by before they are rounded to T: bfloat16 has float32's range.
+template <typename T, int kRows>
+struct Units {
+  template <int kInnerTiles, int kSumTiles>
+  RAL_DEVICE void apply(float (&)[1][kInnerTiles][4], float (&)[1][kSumTiles][4]) {}
+  RAL_DEVICE float inverse(int) const { return 1.0f; }
+};
+
+// dS is some 1e-6 near the reference, where float16 has few digits left. So each row gets a power
+// of two that takes its largest element so far near 2^13; when it shrinks, so does the sum.
+template <int kRows>
+struct Units<Fp16, kRows> {
+  float unit[kRows];
+
+  RAL_DEVICE Units() {
+    RAL_UNROLL for (int i = 0; i < kRows; ++i)
+      unit[i] = power_of_two(kLargest);
+  }
+
+  template <int kInnerTiles, int kSumTiles>
+  RAL_DEVICE void apply(float (&ds)[1][kInnerTiles][4], float (&sum)[1][kSumTiles][4]) {
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      float highest = 0.0f;
+      RAL_UNROLL for (int c = 0; c < kInnerTiles; ++c) RAL_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const float x = ds[0][c][2 * i + e];
+          highest = maximum(highest, maximum(x, -x));
+        }
+      const float wanted = power_of_two(minimum(13 - exponent(quad_maximum(highest)), kLargest));
+      if (wanted < unit[i]) {
+        const float alpha = wanted / unit[i];
+        unit[i] = wanted;
+        RAL_UNROLL for (int c = 0; c < kSumTiles; ++c) RAL_UNROLL
+          for (int e = 0; e < 2; ++e) sum[0][c][2 * i + e] *= alpha;
+      }
+      RAL_UNROLL for (int c = 0; c < kInnerTiles; ++c) RAL_UNROLL
+        for (int e = 0; e < 2; ++e) ds[0][c][2 * i + e] *= unit[i];
+    }
+  }
+  RAL_DEVICE float inverse(int i) const { return 1.0f / unit[i]; }
+
+ private:
+  static constexpr int32_t kLargest = 100;  // its inverse is a normal number
+
+  // Of x >= 0, -127 for 0; 128 for inf and NaN.
+  RAL_DEVICE static int32_t exponent(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return int32_t(bits >> 23 & 0xff) - 127;
+  }
+  // 2^n for a normal result.
+  RAL_DEVICE static float power_of_two(int32_t n) {
+    const uint32_t bits = uint32_t(n + 127) << 23;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

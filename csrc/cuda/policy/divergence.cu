@@ -1,0 +1,237 @@
+// The order of launches of `policy_divergence`, and how its scratch memory is laid out.
+//
+// Statistics of both sides come first. Then rows are taken in chunks, whose l fits the scratch:
+// r by policy_terms_kernel, l with D and U by the same kernel in its place, what a row's gradient
+// needs, dq and dk. Nothing depends on the device: the same call gives the same bits everywhere.
+#include "policy/launches.h"
+#include "policy/rows.h"
+
+namespace ral {
+namespace cuda {
+
+// Which of the entry points a layout is for.
+struct Pass {
+  bool wants_statistics, wants_sums, wants_gradient;
+};
+constexpr Pass kFwd{true, true, false}, kBwd{false, false, true}, kLoss{true, true, true};
+
+// Hands out scratch memory, or counts what is needed where there is none yet.
+class Scratch {
+ public:
+  explicit Scratch(float* data) : data_(data) {}
+  // Aligned to 16 bytes; null where nothing is there, or wanted.
+  float* take(int64_t numbers, bool wanted = true) {
+    if (!wanted) return nullptr;
+    float* const taken = data_ == nullptr ? nullptr : data_ + used_;
+    used_ += cdiv(numbers, 4) * 4;
+    return taken;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* data_;
+  int64_t used_ = 0;
+};
+
+// Keys of a row in pieces, where rows and heads alone do not fill a GPU.
+struct Pieces {
+  static constexpr int64_t kWantedBlocks = 512, kFewestKeys = 512;
+  int32_t count, keys;
+
+  Pieces(int64_t num_blocks, int64_t seqlen_k) {
+    const int64_t wanted = kWantedBlocks / num_blocks, most = cdiv(seqlen_k, kFewestKeys);
+    const int64_t pieces = wanted < 1 ? 1 : wanted < most ? wanted : most;
+    keys = int32_t(cdiv(cdiv(seqlen_k, pieces), kBlockK) * kBlockK);
+    count = int32_t(cdiv(seqlen_k, keys));
+  }
+};
+
+class PolicyDivergence {
+ public:
+  // `limit`: numbers that l of a chunk and parts of its U may take, if kChunkBlockQ rows fit that.
+  PolicyDivergence(const ral_policy_divergence_params& call, const Pass& pass, int64_t limit,
+                   float* memory, void* stream)
+      : call_(call), pass_(pass), stream_(stream) {
+    const ral_policy_common& common = call.common;
+    const int64_t num_heads = call.policy.num_heads;
+    stride_ = cdiv(common.seqlen_k, kTermKeys) * kTermKeys;
+    const int64_t u_parts = pass.wants_sums ? num_heads * (stride_ / kBlockK) : 0;  // of a row
+    int64_t blocks = limit / ((stride_ + u_parts) * kChunkBlockQ);
+    if (blocks < 1) blocks = 1;
+    const int64_t of_sample = cdiv(common.num_rows, kChunkBlockQ);
+    rows_ = blocks < of_sample ? blocks * kChunkBlockQ : common.num_rows;
+    samples_ = blocks < of_sample ? 1 : blocks / of_sample;
+    if (samples_ > common.batch_size) samples_ = common.batch_size;
+    // A chunk may have fewer rows or samples than the others, never more blocks.
+    pieces_ = Pieces(cdiv(rows_, kChunkBlockQ) * num_heads * samples_, common.seqlen_k);
+
+    Scratch scratch(memory);
+    const int64_t rows = samples_ * rows_, all_rows = common.batch_size * common.num_rows;
+    l_ = scratch.take(rows * stride_);
+    value_parts_ = scratch.take(rows * (stride_ / kTermKeys));
+    u_parts_ = scratch.take(rows * u_parts, pass.wants_sums);
+    c_ = scratch.take(rows, pass.wants_gradient);
+    factor_ = scratch.take(rows * num_heads, pass.wants_gradient);
+    delta_ = scratch.take(rows * num_heads, pass.wants_gradient);
+    dq_parts_ = scratch.take(pieces_.count * rows * num_heads * call.policy.head_dim,
+                             pass.wants_gradient && pieces_.count > 1);
+    dk_so_far_ = scratch.take(call.policy.num_kv_heads * common.seqlen_k * call.policy.head_dim,
+                              pass.wants_gradient && rows_ < common.num_rows);
+    ref_w_ = scratch.take(call.reference.num_heads * all_rows,
+                          pass.wants_statistics && call.reference_normalised == 0);
+    // The loss keeps none of these, the forward gives them to the backward.
+    const bool own = pass.wants_statistics && pass.wants_gradient;
+    float* const norm = scratch.take(2 * num_heads * all_rows, own);
+    float* const z = scratch.take(all_rows, own);
+    float* const u = scratch.take(num_heads * all_rows, own);
+    float* const w = scratch.take(num_heads * all_rows, own);
+    if (own) {
+      call_.policy.norm = norm;
+      call_.policy.z = z;
+      call_.u = u;
+      call_.w = w;
+    }
+    scratch_used_ = scratch.used();
+  }
+
+  int64_t scratch_used() const { return scratch_used_; }
+
+  int run_all() const {
+    if (pass_.wants_statistics) {
+      int error = policy_statistics(call_.common, call_.policy, call_.w, stream_);
+      if (error == 0 && call_.reference_normalised == 0)
+        error = policy_statistics(call_.common, call_.reference, ref_w_, stream_);
+      if (error != 0) return error;
+    }
+    for (int64_t b = 0; b < call_.common.batch_size; b += samples_)
+      for (int64_t t = 0; t < call_.common.num_rows; t += rows_) {
+        const int error = run_chunk(b, t);
+        if (error != 0) return error;
+      }
+    return 0;
+  }
+
+ private:
+  int terms(const RowChunk& chunk, const ral_policy_side& side, const ral_policy_side& other,
+            float* value_parts, float* u_parts) const {
+    PolicyTermsParams params{};
+    params.common = call_.common;
+    params.side = side;
+    params.chunk = chunk;
+    params.num_row_blocks = int32_t(cdiv(chunk.num_rows, kChunkBlockQ));
+    params.num_key_blocks = int32_t(stride_ / kTermKeys);
+    params.other_left = other.window_left;
+    params.other_right = other.window_right;
+    params.p = l_;
+    params.value_parts = value_parts;
+    params.u_parts = u_parts;
+    params.kind = call_.kind;
+    RAL_DISPATCH(side.dtype, side.head_dim, policy_terms, params, stream_);
+  }
+
+  int rows(const RowChunk& chunk) const {
+    PolicyRowsParams params{};
+    params.common = call_.common;
+    params.policy = call_.policy;
+    params.reference = call_.reference;
+    params.chunk = chunk;
+    params.value_parts = value_parts_;
+    params.u_parts = u_parts_;
+    params.u = call_.u;
+    params.w = call_.w;
+    params.value = call_.value;
+    params.weight = call_.dvalue;
+    params.c = c_;
+    params.factor = factor_;
+    params.delta = delta_;
+    const int64_t num_rows = int64_t(chunk.num_samples) * chunk.num_rows;
+    return run<policy_rows_kernel>(cdiv(num_rows, policy_rows_kernel::kRowsPerBlock), params,
+                                   stream_);
+  }
+
+  PolicyBwdParams bwd_params(const RowChunk& chunk) const {
+    PolicyBwdParams params{};
+    params.common = call_.common;
+    params.side = call_.policy;
+    params.chunk = chunk;
+    params.pieces = pieces_.count;
+    params.keys_per_piece = pieces_.keys;
+    params.l = l_;
+    params.c = c_;
+    params.factor = factor_;
+    params.delta = delta_;
+    params.dq = call_.dq;
+    params.dk = call_.dk;
+    params.dq_parts = dq_parts_;
+    params.dk_so_far = dk_so_far_;
+    params.is_first = chunk.first_row == 0;
+    params.is_last = chunk.first_row + chunk.num_rows == call_.common.num_rows;
+    return params;
+  }
+
+  int run_chunk(int64_t b, int64_t t) const {
+    const int64_t samples = call_.common.batch_size - b, num_rows = call_.common.num_rows - t;
+    const RowChunk chunk{int32_t(b), int32_t(samples < samples_ ? samples : samples_), int32_t(t),
+                         int32_t(num_rows < rows_ ? num_rows : rows_), stride_};
+    int error = terms(chunk, call_.reference, call_.policy, nullptr, nullptr);
+    if (error == 0) error = terms(chunk, call_.policy, call_.reference, value_parts_, u_parts_);
+    if (error == 0) error = rows(chunk);
+    if (error != 0 || !pass_.wants_gradient) return error;
+    const PolicyBwdParams params = bwd_params(chunk);
+    error = policy_bwd_dq(params, stream_);
+    return error == 0 ? policy_bwd_dk(params, stream_) : error;
+  }
+
+  ral_policy_divergence_params call_;
+  Pass pass_;
+  void* stream_;
+  int64_t rows_, samples_, stride_;  // of a chunk
+  Pieces pieces_{1, 1};
+  int64_t scratch_used_;
+  float *l_, *value_parts_, *u_parts_, *c_, *factor_, *delta_, *dq_parts_, *dk_so_far_;
+  float* ref_w_;
+};
+
+}  // namespace cuda
+}  // namespace ral
+
+// sizeof of each parameter struct, for the caller to compare with its own.
+extern "C" RAL_EXPORT void ral_cuda_policy_struct_sizes(int64_t sizes[2]) {
+  sizes[0] = sizeof(ral_policy_side);
+  sizes[1] = sizeof(ral_policy_divergence_params);
+}
+
+// Floats of scratch memory that the entry point of that name needs.
+extern "C" RAL_EXPORT int64_t
+ral_cuda_policy_divergence_fwd_scratch(const ral_policy_divergence_params* call, int64_t limit) {
+  using namespace ral::cuda;
+  return PolicyDivergence(*call, kFwd, limit, nullptr, nullptr).scratch_used();
+}
+extern "C" RAL_EXPORT int64_t
+ral_cuda_policy_divergence_bwd_scratch(const ral_policy_divergence_params* call, int64_t limit) {
+  using namespace ral::cuda;
+  return PolicyDivergence(*call, kBwd, limit, nullptr, nullptr).scratch_used();
+}
+extern "C" RAL_EXPORT int64_t
+ral_cuda_policy_divergence_loss_scratch(const ral_policy_divergence_params* call, int64_t limit) {
+  using namespace ral::cuda;
+  return PolicyDivergence(*call, kLoss, limit, nullptr, nullptr).scratch_used();
+}
+
+// `limit`: floats that l of a chunk of rows and parts of its U may take, if 64 rows fit that; as
+// for the scratch.
+extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_fwd(
+    const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
+  using namespace ral::cuda;
+  return PolicyDivergence(*call, kFwd, limit, scratch, stream).run_all();
+}
+extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_bwd(
+    const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
+  using namespace ral::cuda;
+  return PolicyDivergence(*call, kBwd, limit, scratch, stream).run_all();
+}
+extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_loss(
+    const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
+  using namespace ral::cuda;
+  return PolicyDivergence(*call, kLoss, limit, scratch, stream).run_all();
+}

@@ -1,0 +1,24 @@
+// Launches of the kernels of `policy_divergence`, each in the .cu file of its name: nvcc compiles
+// them side by side. All return as `run` does.
+#pragma once
+
+#include "core/launch.h"
+#include "policy/bwd.h"
+#include "policy/statistics.h"
+#include "policy/terms.h"
+
+namespace ral {
+namespace cuda {
+
+// Writes side.norm, side.z and w [B, H, T].
+int policy_statistics(const ral_policy_common& common, const ral_policy_side& side, float* w,
+                      void* stream);
+// In policy/terms_bf16.cu and policy/terms_fp16.cu.
+template <typename T, int kHeadDim>
+int policy_terms(const PolicyTermsParams& params, void* stream);
+// Both set params.num_blocks.
+int policy_bwd_dq(const PolicyBwdParams& params, void* stream);
+int policy_bwd_dk(const PolicyBwdParams& params, void* stream);
+
+}  // namespace cuda
+}  // namespace ral

@@ -1,0 +1,111 @@
+// What a row's sums over keys come to: D, and what its gradient needs. Equations (1), (3), (4) and
+// (6) of ral_kernels/ops/policy/divergence.md.
+#pragma once
+
+#include "policy/side.h"
+
+namespace ral {
+namespace cuda {
+
+struct PolicyRowsParams {
+  ral_policy_common common;
+  ral_policy_side policy, reference;
+  RowChunk chunk;
+  const float* value_parts;  // [samples, rows, chunk.stride / kTermKeys]
+  const float* u_parts;      // [samples, rows, H, chunk.stride / 64]; null: u is given
+  float* u;                  // [B, H, T]
+  const float* w;            // [B, H, T]
+  float* value;              // [B, T], or null
+  // For the gradient, as in PolicyBwdParams; c null: none is wanted
+  const float* weight;  // [B, T]
+  float* c;
+  float* factor;
+  float* delta;
+};
+
+// A warp a row. Rows of infinite value, and such as have no policy on one side, have no gradient.
+struct policy_rows_kernel {
+  using Params = PolicyRowsParams;
+  static constexpr int kThreads = 128, kMinBlocks = 8, kSharedBytes = 0;
+  static constexpr int kRowsPerBlock = kThreads / kWarpSize;
+  static const char* name() { return "policy_rows_kernel"; }
+
+  RAL_DEVICE static void run(const Params& params, char*) {
+    const RowChunk& chunk = params.chunk;
+    const int64_t index = block_index() * kRowsPerBlock + warp_index();
+    if (index >= int64_t(chunk.num_samples) * chunk.num_rows) return;
+    const int lane = lane_index();
+    const int32_t b = chunk.first_sample + int32_t(index / chunk.num_rows);
+    const int32_t t = chunk.first_row + int32_t(index % chunk.num_rows);
+    const int64_t num_rows = params.common.num_rows, num_heads = params.policy.num_heads;
+    const int64_t row = b * num_rows + t;
+    const float z = load_global(params.policy.z + row);
+    bool constant = z == 0.0f || load_global(params.reference.z + row) == 0.0f;
+    // Blocks of keys that the row sees on neither side need not have been formed.
+    const KeysOfRows mine(visibility_of(params.common, params.policy), t, 1);
+    const KeysOfRows others(visibility_of(params.common, params.reference), t, 1);
+
+    float value = 0.0f;
+    const int32_t num_parts = int32_t(chunk.stride / kTermKeys);
+    for (int32_t part = lane; part < num_parts; part += kWarpSize)
+      if (mine.meet(part * kTermKeys, kTermKeys) || others.meet(part * kTermKeys, kTermKeys))
+        value += load_global(params.value_parts + index * num_parts + part);
+    value = constant ? 0.0f : warp_sum(value);
+    constant = constant || value == -minus_infinity();
+    if (params.value != nullptr && lane == 0) store_global(params.value + row, value);
+
+    // A lane has every kWarpSize-th head.
+    float* const u = params.u + b * num_heads * num_rows + t;
+    float all_u = 0.0f;
+    if (params.u_parts != nullptr) {
+      for (int64_t h = 0; h < num_heads; ++h) {
+        const float sum = sum_of_parts(params, index * num_heads + h, mine);  // (3)
+        if (lane != h % kWarpSize) continue;
+        store_global(u + h * num_rows, constant ? 0.0f : sum);
+        all_u += constant ? 0.0f : sum;
+      }
+    } else {
+      for (int64_t h = lane; h < num_heads; h += kWarpSize) all_u += load_global(u + h * num_rows);
+    }
+    if (params.c == nullptr) return;
+    const float share = constant ? 0.0f : 1.0f / (z * float(num_heads));
+    const float c = constant ? 0.0f : warp_sum(all_u) * share;  // (4)
+    const float factor = constant ? 0.0f : share * load_global(params.weight + row);
+    if (lane == 0) store_global(params.c + index, c);
+    const float* const inverses =
+        params.policy.norm + params.common.batch_size * num_heads * num_rows;
+    for (int64_t h = lane; h < num_heads; h += kWarpSize) {
+      const int64_t per_head = (b * num_heads + h) * num_rows + t;
+      float scaled = 0.0f, delta = 0.0f;
+      if (!constant) {
+        // dS is a multiple of P_h, whose normaliser comes in here, once a row.
+        scaled = factor * load_global(inverses + per_head);
+        delta = load_global(u + h * num_rows) - c * load_global(params.w + per_head);
+      }
+      const int64_t at = chunk.at(b, num_heads, h, t);
+      store_global(params.factor + at, scaled);
+      store_global(params.delta + at, delta * scaled);  // (6)
+    }
+  }
+
+ private:
+  RAL_DEVICE static float warp_sum(float x) {
+    RAL_UNROLL for (int mask = 16; mask > 0; mask /= 2)
+      x += shuffle_xor(x, mask);
+    return x;
+  }
+
+  // U of line `line`: the parts of the keys that the row sees.
+  RAL_DEVICE static float sum_of_parts(const Params& params, int64_t line, const KeysOfRows& seen) {
+    const float* const parts = params.u_parts + line * (params.chunk.stride / kBlockK);
+    const int32_t first = seen.low / kBlockK;
+    const int32_t stop = seen.low <= seen.high ? seen.high / kBlockK + 1 : first;
+    float sum = 0.0f;
+    for (int32_t part = first + lane_index(); part < stop; part += kWarpSize)
+      sum += load_global(parts + part);
+    return warp_sum(sum);
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

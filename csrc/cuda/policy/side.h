@@ -1,0 +1,168 @@
+// The queries and keys of one policy, and which keys count for its rows.
+//
+// The conditions are those of ral_kernels/ops/policy/README.md: a row *sees* keys of its window
+// that are no padding; of these, those in the scope are *valid*, without the row's own if
+// `exclude_self`.
+#pragma once
+
+#include "core/keys.h"
+#include "core/tiles.h"
+#include "ral/policy.h"
+
+namespace ral {
+namespace cuda {
+
+RAL_DEVICE Visibility visibility_of(const ral_policy_common& common, const ral_policy_side& side) {
+  return Visibility(int32_t(common.query_start), side.window_left, side.window_right,
+                    int32_t(common.seqlen_k));
+}
+
+// Which keys rows [row, row + num_rows) see by position, all of them together: [low, high].
+struct KeysOfRows {
+  int32_t low, high;
+
+  RAL_DEVICE KeysOfRows(const Visibility& visibility, int32_t row, int32_t num_rows)
+      : low(visibility.first_key(row)), high(visibility.last_key(row + num_rows - 1)) {}
+  RAL_DEVICE bool meet(int32_t first, int32_t num_keys) const {
+    return low <= high && first <= high && first + num_keys > low;
+  }
+};
+
+// 64 keys as bits: those that are there and no padding, and of these those in the scope.
+struct KeyBits {
+  uint64_t real, in_scope;
+
+  RAL_DEVICE KeyBits(const ral_policy_common& common, int64_t b, int32_t first) {
+    const int32_t length = int32_t(common.seqlen_k);
+    const uint8_t* padding = nullptr;
+    if (common.key_padding_mask != nullptr)
+      padding = common.key_padding_mask + b * common.key_padding_mask_stride_b;
+    in_scope = real = load_key_block(nullptr, padding, first, length).real;
+    if (common.scope != nullptr) {
+      const uint8_t* scope = common.scope + b * common.scope_stride_b;
+      in_scope &= load_key_block(nullptr, scope, first, length).real;
+    }
+  }
+};
+
+// The keys of one kv head of a sample: the first `prefix_length` in a prefix that samples share.
+template <typename T>
+struct HeadKeys {
+  const T* own;
+  const T* prefix;
+  int64_t stride, prefix_stride;
+  int32_t prefix_length;
+
+  RAL_DEVICE HeadKeys(const ral_policy_side& side, int64_t b, int64_t kv_head)
+      : own(rows_of<const T>(side.k, b, kv_head, 0)),
+        prefix(nullptr),
+        stride(side.k.stride_t),
+        prefix_stride(side.k_prefix.stride_t),
+        prefix_length(0) {
+    if (side.k_prefix.data == nullptr) return;
+    prefix_length = int32_t(side.shared_prefix);
+    prefix = rows_of<const T>(side.k_prefix, load_global(side.prefix_index + b), kv_head, 0);
+  }
+
+  // Starts copying keys [first, first + kRows). Where `exists(row)` is false they become 0: behind
+  // padding they may hold anything, and 0 times NaN is NaN.
+  template <int kRows, int kThreads, int kColumns, typename Exists>
+  RAL_DEVICE void copy(Tile<T, kColumns> tile, int32_t first, Exists exists) const {
+    const bool is_own = first >= prefix_length;
+    if (is_own || first + kRows <= prefix_length) {
+      const int64_t step = is_own ? stride : prefix_stride;
+      const T* from = is_own ? own + (first - prefix_length) * stride : prefix + first * step;
+      copy_rows<kRows, kThreads>(tile, from, step, exists);
+      return;
+    }
+    constexpr int kChunks = Tile<T, kColumns>::kChunks;
+    const int chunk = thread_index() % kChunks;
+    for (int row = thread_index() / kChunks; row < kRows; row += kThreads / kChunks) {
+      const int32_t key = first + row;
+      const T* from =
+          key < prefix_length ? prefix + key * prefix_stride : own + (key - prefix_length) * stride;
+      copy_async(tile.at(row, chunk), from + chunk * kChunk, exists(row));
+    }
+  }
+  template <int kThreads, int kColumns>
+  RAL_DEVICE void copy_block(Tile<T, kColumns> tile, int32_t first, const KeyBits& bits) const {
+    copy<kBlockK, kThreads>(tile, first, [&](int row) { return (bits.real >> row & 1) != 0; });
+  }
+};
+
+// Bits `low` to `high` of 64, both within or without.
+RAL_DEVICE uint64_t bits_between(int32_t low, int32_t high) {
+  low = maximum(low, 0);
+  high = minimum(high, 63);
+  if (low > high) return 0;
+  return ~uint64_t(0) << low & ~uint64_t(0) >> (63 - high);
+}
+RAL_DEVICE uint64_t without_bit(uint64_t bits, int32_t bit) {
+  return bit < 0 || bit > 63 ? bits : bits & ~(uint64_t(1) << bit);
+}
+
+// What of 64 keys a row sees and what is valid for it; or of 64 rows, for a key.
+struct Mask {
+  uint64_t visible, valid;
+
+  // Of keys [first, first + 64).
+  RAL_DEVICE static Mask of_row(const ral_policy_common& common, const Visibility& visibility,
+                                const KeyBits& keys, int32_t row, int32_t first) {
+    const uint64_t near =
+        bits_between(visibility.first_key(row) - first, visibility.last_key(row) - first);
+    Mask mask{near & keys.real, near & keys.in_scope};
+    if (common.exclude_self) mask.valid = without_bit(mask.valid, row + visibility.offset - first);
+    return mask;
+  }
+  // Of rows [first, first + 64), which end before `stop`; `bit` is the key's in `keys`.
+  RAL_DEVICE static Mask of_key(const ral_policy_common& common, const Visibility& visibility,
+                                const KeyBits& keys, int bit, int32_t key, int32_t first,
+                                int32_t stop) {
+    const uint64_t near = bits_between(visibility.first_query(key) - first,
+                                       minimum(visibility.last_query(key), stop - 1) - first);
+    Mask mask{(keys.real >> bit & 1) != 0 ? near : 0, (keys.in_scope >> bit & 1) != 0 ? near : 0};
+    if (common.exclude_self) mask.valid = without_bit(mask.valid, key - visibility.offset - first);
+    return mask;
+  }
+
+  RAL_DEVICE bool is_full() const { return (visible & valid) == ~uint64_t(0); }
+  // Column tile c, element e of the lane.
+  RAL_DEVICE bool sees(int c, int e) const { return has(visible, c, e); }
+  RAL_DEVICE bool counts(int c, int e) const { return has(valid, c, e); }
+
+ private:
+  RAL_DEVICE static bool has(uint64_t bits, int c, int e) {
+    return (bits >> (2 * (lane_index() % 4)) >> (8 * c + e) & 1) != 0;
+  }
+};
+
+// Whether all of a warp's rows see all 64 keys, all valid; the same in all lanes.
+template <int kRows>
+RAL_DEVICE bool all_full(const Mask (&masks)[kRows]) {
+  bool full = true;
+  RAL_UNROLL for (int i = 0; i < kRows; ++i)
+    full = full && masks[i].is_full();
+  return ballot(!full) == 0;
+}
+
+// Rows of some samples, which one sweep takes together: a piece of one sample's, or all of several.
+struct RowChunk {
+  int32_t first_sample, num_samples;
+  int32_t first_row, num_rows;
+  int64_t stride;  // of rows over keys: the number of keys, rounded up to kTermKeys
+
+  // Of tensors [samples, rows] and [samples, heads, rows] that hold a chunk.
+  RAL_DEVICE int64_t at(int32_t sample, int32_t row) const {
+    return int64_t(sample - first_sample) * num_rows + (row - first_row);
+  }
+  RAL_DEVICE int64_t at(int32_t sample, int64_t num_heads, int64_t h, int32_t row) const {
+    return ((sample - first_sample) * num_heads + h) * num_rows + (row - first_row);
+  }
+  RAL_DEVICE int32_t stop() const { return first_row + num_rows; }
+};
+
+constexpr int kTermKeys = 128;    // keys of a block of policy_terms_kernel
+constexpr int kChunkBlockQ = 64;  // rows of a block, of all kernels that take a chunk's rows
+
+}  // namespace cuda
+}  // namespace ral

@@ -1,0 +1,27 @@
+// Launches of policy_statistics_kernel, and of policy_share_kernel on what it wrote.
+#include "policy/launches.h"
+
+namespace ral {
+namespace cuda {
+
+template <typename T, int kHeadDim>
+static int launch_statistics(const ral_policy_common& common, const ral_policy_side& side, float* w,
+                             void* stream) {
+  using Statistics = policy_statistics_kernel<T, kHeadDim>;
+  const int64_t blocks = cdiv(common.num_rows, Statistics::kBlockQ);
+  const int error =
+      run<Statistics>(blocks * side.num_heads * common.batch_size,
+                      PolicyStatisticsParams{common, side, w, int32_t(blocks)}, stream);
+  if (error != 0) return error;
+  return run<policy_share_kernel>(
+      cdiv(common.batch_size * common.num_rows, policy_share_kernel::kThreads),
+      PolicyShareParams{common, side, w}, stream);
+}
+
+int policy_statistics(const ral_policy_common& common, const ral_policy_side& side, float* w,
+                      void* stream) {
+  RAL_DISPATCH(side.dtype, side.head_dim, launch_statistics, common, side, w, stream);
+}
+
+}  // namespace cuda
+}  // namespace ral

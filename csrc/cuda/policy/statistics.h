@@ -1,0 +1,165 @@
+// What turns scores into a policy: each row's normaliser, head by head, and Z.
+// Equations (3), (5) and (6) of ral_kernels/ops/policy/README.md.
+#pragma once
+
+#include "attention/marginals.h"
+#include "policy/side.h"
+
+namespace ral {
+namespace cuda {
+
+struct PolicyStatisticsParams {
+  ral_policy_common common;
+  ral_policy_side side;
+  float* w;  // [B, H, T] the share of the valid keys, head by head
+  int32_t num_blocks;
+};
+
+// A block of threads: kBlockQ rows of a head over all keys that they see. Sums over valid keys and
+// over the others give the normaliser and W in one walk. K passes through shared memory, the next
+// block of it arrives while scores are formed.
+template <typename T, int kHeadDim>
+struct policy_statistics_kernel {
+  using Params = PolicyStatisticsParams;
+  static constexpr int kRowTiles = 2, kWarps = 4;
+  static constexpr int kRows = 2 * kRowTiles;  // of a lane
+  static constexpr int kWarpQ = 16 * kRowTiles;
+  static constexpr int kBlockQ = kWarpQ * kWarps;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kMinBlocks = 3;
+  using TileT = Tile<T, kHeadDim>;
+  static constexpr int kSharedBytes = TileT::bytes(kBlockQ) + 2 * TileT::bytes(kBlockK);
+  using Scores = float[kRowTiles][kBlockK / 8][4];
+  static const char* name() { return "policy_statistics_kernel"; }
+
+  // Of a row: the maximum of its scores in base 2, and what the lane has of sums relative to it.
+  struct Row {
+    float m, valid, others;
+  };
+
+  RAL_DEVICE static void run(const Params& params, char* shared) {
+    const ral_policy_common& common = params.common;
+    const ral_policy_side& side = params.side;
+    // Causal rows at the end have the most keys: they start first.
+    const int64_t program = block_index();
+    const int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
+    const int64_t h = program / params.num_blocks % side.num_heads;
+    const int64_t b = program / params.num_blocks / side.num_heads;
+    const int32_t first_row = block * kBlockQ;
+    const int32_t num_rows = minimum(kBlockQ, int32_t(common.num_rows) - first_row);
+    const Visibility visibility = visibility_of(common, side);
+    const HeadKeys<T> keys(side, b, h / (side.num_heads / side.num_kv_heads));
+
+    const TileT q{reinterpret_cast<T*>(shared)};
+    const TileT k{q.data + kBlockQ * kHeadDim};  // two of them
+    copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(side.q, b, h, first_row), side.q.stride_t,
+                                 [&](int row) { return row < num_rows; });
+    const KeysOfRows seen(visibility, first_row, num_rows);
+    const int32_t begin = seen.low / kBlockK * kBlockK;
+    KeyBits next(common, b, begin);
+    if (begin <= seen.high) keys.template copy_block<kThreads>(k, begin, next);
+    commit_copies();
+
+    Row rows[kRows];
+    RAL_UNROLL for (int i = 0; i < kRows; ++i)
+      rows[i] = Row{minus_infinity(), 0.0f, 0.0f};
+    const float scale = side.scale * kLog2e;
+    const int warp_row = warp_index() * kWarpQ;
+    int offset = 0;  // of the tile in use
+    for (int32_t first = begin; first <= seen.high; first += kBlockK) {
+      const KeyBits bits = next;
+      next = KeyBits(common, b, first + kBlockK);
+      wait_for_copies<0>();
+      sync_block();  // the tile is here, and nobody needs the one before
+      const TileT now{k.data + offset};
+      offset = kBlockK * kHeadDim - offset;
+      if (first + kBlockK <= seen.high)
+        keys.template copy_block<kThreads>(TileT{k.data + offset}, first + kBlockK, next);
+      commit_copies();
+      if (warp_row >= num_rows) continue;
+      Scores s;
+      multiply_transposed(s, q, warp_row, now);
+      Mask masks[kRows];
+      RAL_UNROLL for (int i = 0; i < kRows; ++i)
+        masks[i] =
+            Mask::of_row(common, visibility, bits, first_row + warp_row + row_in_warp(i), first);
+      const bool full = all_full(masks);
+      RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+        if (full)
+          add<true>(rows[i], s, i, scale, masks[i]);
+        else
+          add<false>(rows[i], s, i, scale, masks[i]);
+      }
+    }
+    wait_for_copies<0>();  // of rows that see no key
+
+    float* const norm = side.norm + (b * side.num_heads + h) * common.num_rows + first_row;
+    float* const w = params.w + (b * side.num_heads + h) * common.num_rows + first_row;
+    const int64_t inverses = common.batch_size * side.num_heads * common.num_rows;
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const float valid = quad_sum(rows[i].valid), others = quad_sum(rows[i].others);
+      // A row that sees no key gives 0.
+      const float sum = valid + others, inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      const int row = warp_row + row_in_warp(i);
+      if (lane_index() % 4 != 0 || row >= num_rows) continue;
+      store_global(norm + row, stabiliser(rows[i].m));
+      store_global(norm + inverses + row, inverse);
+      store_global(w + row, valid * inverse);
+    }
+  }
+
+ private:
+  // The lane's i-th row; kFull: all keys count.
+  template <bool kFull>
+  RAL_DEVICE static void add(Row& row, const Scores& s, int i, float scale, const Mask& mask) {
+    float highest = minus_infinity();
+    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+      for (int e = 0; e < 2; ++e)
+        if (kFull || mask.sees(c, e)) highest = maximum(highest, s[i / 2][c][i % 2 * 2 + e]);
+    const float before = row.m;
+    row.m = maximum(before, quad_maximum(highest) * scale);
+    const float stable = stabiliser(row.m);
+    const float alpha = exp2(before - stable);
+    float valid = 0.0f, others = 0.0f;  // of this block: short sums round less
+    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float weight = exp2(s[i / 2][c][i % 2 * 2 + e] * scale - stable);
+        if (kFull || mask.counts(c, e))
+          valid += weight;
+        else if (mask.sees(c, e))
+          others += weight;
+      }
+    row.valid = row.valid * alpha + valid;
+    row.others = row.others * alpha + others;
+  }
+};
+
+struct PolicyShareParams {
+  ral_policy_common common;
+  ral_policy_side side;
+  const float* w;  // [B, H, T]
+};
+
+// Z, a thread a row: heads are summed in their order.
+struct policy_share_kernel {
+  using Params = PolicyShareParams;
+  static constexpr int kThreads = 128, kMinBlocks = 8, kSharedBytes = 0;
+  static const char* name() { return "policy_share_kernel"; }
+
+  // Of all heads on the valid keys; less counts as none, so that 1 / (Z H) is finite.
+  static constexpr float kSmallestWeight = 7.8886090522101181e-31f;  // 2^-100
+
+  RAL_DEVICE static void run(const Params& params, char*) {
+    const int64_t num_rows = params.common.num_rows, num_heads = params.side.num_heads;
+    const int64_t index = block_index() * kThreads + thread_index();
+    if (index >= params.common.batch_size * num_rows) return;
+    const int64_t b = index / num_rows, t = index % num_rows;
+    float sum = 0.0f;
+    for (int64_t h = 0; h < num_heads; ++h)
+      sum += load_global(params.w + (b * num_heads + h) * num_rows + t);
+    store_global(params.side.z + index, sum < kSmallestWeight ? 0.0f : sum / float(num_heads));
+  }
+};
+
+}  // namespace cuda
+}  // namespace ral

@@ -1,5 +1,0 @@
-// policy_terms_kernel for bfloat16.
-#include "policy_terms_launch.h"
-
-template int ral::cuda::policy_terms<ral::cuda::Bf16, 64>(const PolicyTermsParams&, void*);
-template int ral::cuda::policy_terms<ral::cuda::Bf16, 128>(const PolicyTermsParams&, void*);
