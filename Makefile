@@ -52,7 +52,7 @@ codegen36: triton36
 	$(VENV36)/bin/python -m benchmarks.codegen --architectures sm_90 --out benchmarks/results/codegen-triton-3.6.0.md
 
 test-triton36: triton36
-	RAL_REQUIRE=triton $(VENV36)/bin/python -m pytest -q tests/test_triton_codegen.py
+	RAL_REQUIRE=triton $(VENV36)/bin/python -m pytest -q tests/codegen/test_triton.py
 
 triton36: $(VENV36)/installed.stamp
 	@:

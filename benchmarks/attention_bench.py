@@ -31,15 +31,15 @@ import torch
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps import bench, examine, machine
-from benchmarks.sweeps.attention import ATTENTION
-from benchmarks.sweeps.attention.exact import exact
-from benchmarks.sweeps.attention.problem import AttentionProblem, random_problem, with_spans
-from benchmarks.sweeps.bench import CPU, DTYPES
-from benchmarks.sweeps.gate import verdict
-from benchmarks.sweeps.inputs import QUESTION_TEXT, SYSTEM_TEXT, Heads
-from benchmarks.sweeps.layouts import frames_in_prompt
-from benchmarks.sweeps.measure import quantiles
+from benchmarks.harness import cpu_bench, examine, machine
+from benchmarks.harness.cpu_bench import CPU, DTYPES
+from benchmarks.harness.gate import verdict
+from benchmarks.harness.inputs import QUESTION_TEXT, SYSTEM_TEXT, Heads
+from benchmarks.harness.layouts import frames_in_prompt
+from benchmarks.harness.measure import quantiles
+from benchmarks.problems.attention import ATTENTION
+from benchmarks.problems.attention.exact import exact
+from benchmarks.problems.attention.problem import AttentionProblem, random_problem, with_spans
 from ral_kernels.runtime import cpu_library
 
 TARGETS = {  # DESIGN: ours with marginals / SDPA without
@@ -93,10 +93,10 @@ def measure_speed(dtype: str, seqlen: int, quick: bool) -> list[dict[str, Any]]:
         if row["wrong"]:
             continue
         runs = {
-            name: bench.runner(ATTENTION, name, problem, backward)
+            name: cpu_bench.runner(ATTENTION, name, problem, backward)
             for name in ("sdpa", "ral", "ral_plain")
         }
-        seconds = bench.interleave(runs, repeats_for(seqlen, quick))
+        seconds = cpu_bench.interleave(runs, repeats_for(seqlen, quick))
         gemm, tile = machine.gemm_gflops(DTYPES[dtype], CPU), tile_gflops(DTYPES[dtype])
         row["ms"] = {name: quantiles([1e3 * s for s in times]) for name, times in seconds.items()}
         row["ratio"] = quantiles(
@@ -132,11 +132,14 @@ def measure_marginals(problem: AttentionProblem, layout: str, quick: bool) -> li
         if wrong:
             continue
         runs = {
-            name: bench.runner(ATTENTION, name, problem, backward) for name in ("ral", "ral_plain")
+            name: cpu_bench.runner(ATTENTION, name, problem, backward)
+            for name in ("ral", "ral_plain")
         }
         target = torch.empty_like(problem.dmarginals)
         runs["copy"] = functools.partial(target.copy_, problem.dmarginals)
-        seconds = bench.interleave(runs, (2 if seqlen <= 2048 else 1) * repeats_for(seqlen, quick))
+        seconds = cpu_bench.interleave(
+            runs, (2 if seqlen <= 2048 else 1) * repeats_for(seqlen, quick)
+        )
         plain = seconds["ral_plain"]
         row["ratio"] = quantiles([a / b for a, b in zip(seconds["ral"], plain, strict=True)])
         # reading and writing tensors of the marginals' size once
@@ -229,14 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="two lengths and fewer repeats")
     parser.add_argument("--seqlens", type=int, nargs="+", help="default: 1024 2048 4096 8192")
-    bench.add_arguments(parser)
-    bench.add_keep_memory(parser)
+    cpu_bench.add_arguments(parser)
+    cpu_bench.add_keep_memory(parser)
     options = parser.parse_args(arguments)
-    bench.settle(options)
+    cpu_bench.settle(options)
     seqlens = options.seqlens or ([1024, 2048] if options.quick else [1024, 2048, 4096, 8192])
     settings = {"heads": "16:2 of 128", "causal": True, "num_spans": 32}
     settings |= {"quick": options.quick, "keep_memory": options.keep_memory}
-    run = bench.begin("attention_bench", settings)
+    run = cpu_bench.begin("attention_bench", settings)
     print("attention with 32 span marginals / SDPA without (causal, 16:2 heads of 128)")
     run["speed"] = []
     for dtype in DTYPES:
@@ -268,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{per_token:5.1f} KiB a token  (outputs {row['outputs_mib']:.0f} MiB; "
             f"one H x N x N matrix {row['one_score_matrix_mib']:.0f} MiB)"
         )
-    bench.write(run, options.out)
+    cpu_bench.write(run, options.out)
     rows = run["speed"] + run["marginals"] + run["memory"]
     return int(any(row.get("wrong") for row in rows))
 

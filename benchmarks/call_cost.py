@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import ral_kernels as rk
-from benchmarks.sweeps import machine
+from benchmarks.harness import machine
 
 ROUNDS, CALLS = 40, 50  # a round times so many calls of each kind together
 

@@ -26,10 +26,10 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import ral_kernels as rk
-from benchmarks.sweeps import bench
-from benchmarks.sweeps.bench import DTYPES
-from benchmarks.sweeps.gate import relative_errors, verdict
-from benchmarks.sweeps.measure import quantiles
+from benchmarks.harness import cpu_bench
+from benchmarks.harness.cpu_bench import DTYPES
+from benchmarks.harness.gate import relative_errors, verdict
+from benchmarks.harness.measure import quantiles
 from tests.ops.attention_cases import AttentionCase, AttentionInputs
 from tests.ops.attention_eager import eager_attention
 
@@ -92,7 +92,7 @@ def measure(case: AttentionCase, dtype: str, repeats: int) -> dict[str, Any]:
         row["wrong"] = why_wrong(runs, inputs)
         if row["wrong"]:
             return row
-        seconds = bench.interleave(runs, repeats)
+        seconds = cpu_bench.interleave(runs, repeats)
     row["ms"] = {name: quantiles([1e3 * s for s in times]) for name, times in seconds.items()}
     row["peer"] = min(PEERS, key=lambda name: row["ms"][name]["median"])
     row["ratio"] = quantiles(
@@ -121,11 +121,11 @@ def show(row: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
-    bench.add_arguments(parser)
+    cpu_bench.add_arguments(parser)
     options = parser.parse_args(arguments)
-    bench.settle(options)
+    cpu_bench.settle(options)
     settings = {"head_dim": 128, "num_spans": NUM_SPANS, "quick": options.quick}
-    run = bench.begin("decode_bench", settings)
+    run = cpu_bench.begin("decode_bench", settings)
     print("one query with span marginals / the faster of two calls of SDPA without")
     run["rows"] = []
     for dtype in DTYPES:
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = measure(case, dtype, 9 if options.quick else 41)
             run["rows"].append(row)
             show(row)
-    bench.write(run, options.out)
+    cpu_bench.write(run, options.out)
     return int(any(row["wrong"] for row in run["rows"]))
 
 

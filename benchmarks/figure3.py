@@ -33,12 +33,12 @@ import torch
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.harness import cpu_bench, machine
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BY_NAME, QUICK
 from benchmarks.study.plot import draw
 from benchmarks.study.report import comparisons, curves, plain, table
 from benchmarks.study.tasks import TASKS
-from benchmarks.sweeps import bench, machine
 
 
 def _begin_worker() -> None:
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     began = time.perf_counter()
     tag = options.tag or ("quick" if quick else None)
-    run = bench.begin("figure3" if tag is None else f"figure3-{tag}", settings)
+    run = cpu_bench.begin("figure3" if tag is None else f"figure3-{tag}", settings)
     commit = run["commit"]["hash"] or "none"
     default = Path(os.environ.get("RAL_CACHE_DIR", Path.home() / ".cache" / "ral_kernels"))
     length = settings["batches"] or "full"

@@ -3,7 +3,7 @@
 A camera pans over the pictures of the scikit-image wheel; each frame is an image of a prompt, as
 TRL-style trainers pass videos on; the real Qwen2-VL image processor and a randomly initialised
 Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame; on the same q, k, v it
-measures what marginals cost in four span layouts, too (sweeps/layouts.py). With `--objective ral`,
+measures what marginals cost in four span layouts, too (harness/layouts.py). With `--objective ral`,
 the token-level RAL loss of the last rows instead.
 
     python benchmarks/frames_sweep.py
@@ -23,8 +23,8 @@ from pathlib import Path
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
-from benchmarks.sweeps.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep
+from benchmarks.harness.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
+from benchmarks.harness.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep
 
 FRAMES = (4, 8, 16, 32, 64)
 FULL_FRAMES = (*FRAMES, 128, 256)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def make(count: int) -> LayerInputs:
         if model is None:
             return random_layer([rows * columns] * count, heads, dtype, options.device)
-        from benchmarks.sweeps.pictures import pan
+        from benchmarks.harness.photographs import pan
 
         pictures = list(pan(count, rows * TOKEN_PIXELS, columns * TOKEN_PIXELS))
         return model.layer(pictures, "frame", None)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from benchmarks.sweeps import machine
+from benchmarks.harness import machine
 from tests.ops import attention_cases, policy_cases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,8 +11,8 @@ from pathlib import Path
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps.measure import MODES
-from benchmarks.sweeps.plot import draw
+from benchmarks.harness.measure import MODES
+from benchmarks.harness.plot import draw
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps import machine
+from benchmarks.harness import machine
 from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_policy, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot

@@ -28,14 +28,14 @@ import torch
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps import bench, machine
-from benchmarks.sweeps.bench import CPU, DTYPES
-from benchmarks.sweeps.examine import FreshProcesses
-from benchmarks.sweeps.inputs import Heads
-from benchmarks.sweeps.measure import MEMORY_SHARE, quantiles
-from benchmarks.sweeps.ral import RAL
-from benchmarks.sweeps.ral.exact import exact
-from benchmarks.sweeps.ral.problem import DEFAULT_ROWS, RalProblem, random_problem
+from benchmarks.harness import cpu_bench, machine
+from benchmarks.harness.cpu_bench import CPU, DTYPES
+from benchmarks.harness.examine import FreshProcesses
+from benchmarks.harness.inputs import Heads
+from benchmarks.harness.measure import MEMORY_SHARE, quantiles
+from benchmarks.problems.ral import RAL
+from benchmarks.problems.ral.exact import exact
+from benchmarks.problems.ral.problem import DEFAULT_ROWS, RalProblem, random_problem
 
 OURS = ("ral", "ral_again", "ral_dense")
 CHUNKED = ("chunked_16", "chunked_64", "chunked_256")
@@ -85,9 +85,9 @@ def measure(dtype: str, seqlen: int, rows: int, repeats: int, examiner: Examiner
     timed = [n for n in (*OURS, *CHUNKED) if records[n]["status"] == "ok"]
     if "ral" not in timed:
         return row
-    runs = {name: bench.runner(RAL, name, problem, True) for name in timed}
+    runs = {name: cpu_bench.runner(RAL, name, problem, True) for name in timed}
     gemm = machine.gemm_gflops(DTYPES[dtype], CPU)
-    seconds = bench.interleave(runs, repeats)
+    seconds = cpu_bench.interleave(runs, repeats)
     gemm = max(gemm, machine.gemm_gflops(DTYPES[dtype], CPU))
     row["repeats"] = repeats
     row["ms"] = {name: quantiles([1e3 * s for s in times]) for name, times in seconds.items()}
@@ -174,14 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="N=2048 and fewer repeats")
     parser.add_argument("--seqlen", type=int, help="N; default 8192")
     parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help="T; default %(default)s")
-    bench.add_arguments(parser)
-    bench.add_keep_memory(parser)
+    cpu_bench.add_arguments(parser)
+    cpu_bench.add_keep_memory(parser)
     options = parser.parse_args(arguments)
-    bench.settle(options)
+    cpu_bench.settle(options)
     seqlen = options.seqlen or (2048 if options.quick else 8192)
     settings = {"heads": "16:2 of 128", "causal": True, "quick": options.quick}
     settings["keep_memory"] = options.keep_memory
-    run = bench.begin("policy_divergence_bench", settings)
+    run = cpu_bench.begin("policy_divergence_bench", settings)
     print("token-level RAL loss against a snapshot, forward and backward to q and k, 16:2 of 128")
     print("(MiB: peak beyond the inputs; eager runs once, cold, in the process of its memory)\n")
     examiner = Examiner()
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_growth(run["growth"], Heads().num_heads)
     finally:
         examiner.close()
-    bench.write(run, options.out)
+    cpu_bench.write(run, options.out)
     return int(any(_failed(row) for row in run["speed"]) or "wrong" in run["growth"])
 
 

@@ -5,7 +5,7 @@ processor and a randomly initialised Qwen2.5-VL into q, k, v of its last layer. 
 the picture: its keys are scattered, a few in each row of tokens, which is the hard case for
 kernels. With several pictures a prompt, `--spans image` makes one contiguous span of each.
 On the same q, k, v it measures what marginals cost in four layouts of contiguous spans, too
-(sweeps/layouts.py). `--objective ral` is the token-level RAL loss of the last rows instead, which
+(harness/layouts.py). `--objective ral` is the token-level RAL loss of the last rows instead, which
 knows no spans.
 
     python benchmarks/resolution_sweep.py
@@ -26,8 +26,8 @@ from pathlib import Path
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
-from benchmarks.sweeps.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep
+from benchmarks.harness.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
+from benchmarks.harness.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep
 
 TOKENS = (256, 512, 1024, 2048, 4096)
 FULL_TOKENS = (*TOKENS, 8192, 16384)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             full, rest = divmod(rows * columns * options.images, length)
             lengths = [length] * full + ([rest] if rest else [])
             return random_layer(lengths, heads, dtype, options.device)
-        from benchmarks.sweeps.pictures import STILLS, still
+        from benchmarks.harness.photographs import STILLS, still
 
         height, width = rows * TOKEN_PIXELS, columns * TOKEN_PIXELS
         names = [STILLS[index % len(STILLS)] for index in range(options.images)]

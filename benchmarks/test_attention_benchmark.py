@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from benchmarks.sweeps.gate import TOLERANCE, relative_errors, verdict
+from benchmarks.harness.gate import TOLERANCE, relative_errors, verdict
 from tests.ops.attention_cases import AttentionCase, AttentionInputs
 from tests.ops.attention_eager import eager_attention
 

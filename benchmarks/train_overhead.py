@@ -32,9 +32,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import ral_kernels as rk
-from benchmarks.sweeps import bench, machine
-from benchmarks.sweeps.bench import CPU
-from benchmarks.sweeps.measure import quantiles
+from benchmarks.harness import cpu_bench, machine
+from benchmarks.harness.cpu_bench import CPU
+from benchmarks.harness.measure import quantiles
 
 FRAMES = (4, 8, 16, 32)
 GRID = (6, 10)  # visual tokens of a frame
@@ -112,8 +112,8 @@ def _reward(completions: list[Any], **columns: Any) -> list[float]:
 def _dataset(frames: int) -> Any:
     from datasets import Dataset
 
-    from benchmarks.sweeps.inputs import TOKEN_PIXELS
-    from benchmarks.sweeps.pictures import pan
+    from benchmarks.harness.inputs import TOKEN_PIXELS
+    from benchmarks.harness.photographs import pan
 
     pictures = list(pan(frames, GRID[0] * TOKEN_PIXELS, GRID[1] * TOKEN_PIXELS))
     prompt = [{"role": "user", "content": "Which digit is in the red cell?"}]
@@ -253,17 +253,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--worked-out", action="store_true", help="also for 7B at 32k tokens")
     parser.add_argument("--measured-at", type=int, default=4096, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    bench.add_arguments(parser)
+    cpu_bench.add_arguments(parser)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    bench.settle(options)
+    cpu_bench.settle(options)
     if options.child is not None:
         with tempfile.TemporaryDirectory(prefix="ral-bench-") as folder:
             peak = peak_of(options.child[0], int(options.child[1]), options, Path(folder))
         print(json.dumps({"peak": peak}))
         return 0
     names = ("frames", "layers", "width", "response", "repeats", "checkpointing")
-    run = bench.begin("train_overhead", {name: getattr(options, name) for name in names})
+    run = cpu_bench.begin("train_overhead", {name: getattr(options, name) for name in names})
     print(
         f"{ROLLOUTS} rollouts of {options.response} tokens, two updates; {options.layers} layers, "
         f"{options.width} wide; seconds are medians, ratios RAL / GRPO of the same turn\n"
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.worked_out:
         run["worked_out"] = worked_out(options)
-    bench.write(run, options.out)
+    cpu_bench.write(run, options.out)
     return 0
 
 

@@ -27,8 +27,8 @@ import torch
 # stays the one in use.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.sweeps import bench, machine
-from benchmarks.sweeps.bench import CPU, DTYPES
+from benchmarks.harness import cpu_bench, machine
+from benchmarks.harness.cpu_bench import CPU, DTYPES
 
 IMPLEMENTATIONS = ("ral", "sdpa")
 VOCABULARY = 256
@@ -107,10 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--padded", action="store_true", help=argparse.SUPPRESS)
-    bench.add_arguments(parser)
+    cpu_bench.add_arguments(parser)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    bench.settle(options)
+    cpu_bench.settle(options)
     if options.child is not None:
         implementation, file = options.child
         torch.save(measure(implementation, options.padded, options), file)
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     names = ("seqlen", "batch", "heads", "kv_heads", "head_dim", "dtype")
     settings = {name: getattr(options, name) for name in names}
-    run = bench.begin("transformers_memory", settings)
+    run = cpu_bench.begin("transformers_memory", settings)
     mask_bytes = options.batch * options.seqlen**2
     print(
         f"{options.batch} x {options.seqlen} tokens, {options.heads}:{options.kv_heads} heads of "
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{f'  WRONG, off by {off:.1e}' if wrong else ''}",
                     flush=True,
                 )
-    bench.write(run, options.out)
+    cpu_bench.write(run, options.out)
     return int(wrong)
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 import ral_kernels as rk
 
-from . import losses, measures, schedule
+from . import attention_statistics, losses, schedule
 from .config import RALConfig
 from .resuming import ResumableTrainer
 
@@ -66,7 +66,7 @@ class MeasuringTrainer(ResumableTrainer):
         self, captured: Any, inputs: dict[str, Any], mask: Tensor, view: losses.PolicyView
     ) -> None:
         sums = sum(
-            measures.attention_statistics(captured, layer, mask, inputs["visual"], view)
+            attention_statistics.attention_statistics(captured, layer, mask, inputs["visual"], view)
             for layer in self._layers
         )
         share, entropy, count = self.accelerator.reduce(sums, reduction="sum").tolist()
@@ -76,7 +76,7 @@ class MeasuringTrainer(ResumableTrainer):
     def _log_gradient_share(
         self, rl_loss: Tensor, terms: dict[str, tuple[float, Tensor]], inner: int
     ) -> None:
-        reason = measures.can_measure_gradients(self)
+        reason = attention_statistics.can_measure_gradients(self)
         if reason is not None:
             if self._generations == 1 and inner == 0:
                 logger.info("RALTrainer: attn/grad_share is not measured: %s", reason)
@@ -88,8 +88,8 @@ class MeasuringTrainer(ResumableTrainer):
         if not attention:
             return
         parameters = [x for x in self.model.parameters() if x.requires_grad]
-        ours = measures.gradient_norm(torch.stack(attention).sum(), parameters)
-        theirs = measures.gradient_norm(rl_loss, parameters)
+        ours = attention_statistics.gradient_norm(torch.stack(attention).sum(), parameters)
+        theirs = attention_statistics.gradient_norm(rl_loss, parameters)
         norms = self.accelerator.gather(torch.stack([ours, theirs])[None]).square().mean(0).sqrt()
         if norms[1] == 0:  # no rollout was better than another
             return
@@ -108,7 +108,7 @@ class MeasuringTrainer(ResumableTrainer):
             self.accelerator.gather(self.accelerator.pad_across_processes(output[name], dim=1))
             for name in ("completion_ids", "completion_mask")
         )
-        differing, counted = measures.differing_prefixes(
+        differing, counted = attention_statistics.differing_prefixes(
             ids, mask, self.num_generations, own_token=self.args.attn_rows == "token"
         ).tolist()
         self._metrics["train"]["attn/differing_prefixes"].append(differing / max(counted, 1.0))

@@ -23,7 +23,7 @@ import ral_kernels as rk
 from ral_kernels.ops import allocation
 from ral_kernels.runtime import triton_runtime
 from tests import interpreter
-from tests.ops.on_gpu import kernels_on
+from tests.gpu.on_gpu import kernels_on
 
 REQUIRED = [name for name in os.environ.get("RAL_REQUIRE", "").split(",") if name]
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.sweeps import machine
+from benchmarks.harness import machine
 from ral_kernels.runtime import triton_runtime
 
 from .calls import calls, compiled_in_tests

@@ -203,7 +203,7 @@ TESTED_ON_SM_90 = (
 
 
 def compiled_in_tests() -> list[tuple[Call, str]]:
-    """(call, architecture) of what tests/test_triton_codegen.py compiles."""
+    """(call, architecture) of what tests/codegen/test_triton.py compiles."""
     table = {(call.dtype, call.head_dim, call.op, call.variant): call for call in calls()}
     pairs = [(table[key], architecture) for key in TESTED for architecture in ARCHITECTURES]
     return pairs + [(table[key], "sm_90") for key in TESTED_ON_SM_90]

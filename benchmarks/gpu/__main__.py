@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweeps import machine
+from benchmarks.harness import machine
 
 from . import mock
 from .kit import DESCRIPTION

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import ral_kernels as rk
-from benchmarks.sweeps import machine
+from benchmarks.harness import machine
 
 from . import kit, process, sanitizer
 

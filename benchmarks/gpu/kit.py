@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.sweeps import machine
+from benchmarks.harness import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = "RAL_GPU_KIT"  # the folder that `unpack` made

@@ -124,7 +124,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _mock_copies() -> None:
     """Where tests copy tensors to a GPU they stay on the CPU, under its other name."""
-    from tests.ops import on_gpu
+    from tests.gpu import on_gpu
 
     begin = on_gpu.Copies.__init__
 

@@ -24,7 +24,7 @@ from unittest import mock as unittest_mock
 
 import torch
 
-from benchmarks.sweeps import machine
+from benchmarks.harness import machine
 
 from . import kit, mock, points, process, work
 from .points import Point

@@ -28,7 +28,7 @@ from .stages import ROOT, Setting, Stage, python, read
 
 SECONDS = {"first": 210.0, "second": 380.0, "third": 150.0}
 LIBRARY = ROOT / "ral_kernels" / "lib" / "libral_cuda.so"
-# Tracing and fake tensors do not depend on the device; tests/test_gpu.py compiles on it.
+# Tracing and fake tensors do not depend on the device; tests/gpu/test_gpu.py compiles on it.
 TRITON_TESTS = "(triton and not (opcheck or compile or fake))"
 # One test a kernel, of dtypes that are quick without a GPU.
 REHEARSED = {
@@ -216,7 +216,7 @@ class SweepPlan:
         file = max(files, key=lambda file: file.stat().st_mtime)
         run = json.loads(file.read_text())
         if not file.with_suffix(".png").exists():
-            from benchmarks.sweeps import plot
+            from benchmarks.harness import plot
 
             plot.draw(file)
         return {"file": file.name, "sizes": len(run["sizes"])}
@@ -263,7 +263,7 @@ SECOND = (
     Stage("profile", 40, _profiles, read("profiles.json"), missing=_without("ncu")),
     Stage(
         "on device", 30,
-        _tests("on device", "tests/test_gpu.py", expression="", workers=6),
+        _tests("on device", "tests/gpu/test_gpu.py", expression="", workers=6),
         _tests_result, _tests_environment("triton"),
     ),
 )  # fmt: skip

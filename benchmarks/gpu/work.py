@@ -18,12 +18,12 @@ from unittest import mock as unittest_mock
 import torch
 from torch import Tensor
 
-from benchmarks.sweeps import examine, machine
-from benchmarks.sweeps.gate import TOLERANCE, relative_errors
-from benchmarks.sweeps.inputs import Heads
-from benchmarks.sweeps.measure import MODES, quantiles
-from benchmarks.sweeps.objective import Objective, Problem
-from benchmarks.sweeps.objectives import OBJECTIVES
+from benchmarks.harness import examine, machine
+from benchmarks.harness.gate import TOLERANCE, relative_errors
+from benchmarks.harness.inputs import Heads
+from benchmarks.harness.measure import MODES, quantiles
+from benchmarks.harness.objective import Objective, Problem
+from benchmarks.problems import OBJECTIVES
 from ral_kernels.runtime import cuda_library
 
 from . import mock, small
@@ -177,9 +177,9 @@ def _problem(
     rows: int,
 ) -> Problem:
     """Drawn on the device: 64k tokens take the CPU's generator seconds."""
-    from benchmarks.sweeps.attention.problem import AttentionProblem, rows_of_gate
-    from benchmarks.sweeps.layouts import spans_of
-    from benchmarks.sweeps.ral.problem import RalProblem
+    from benchmarks.harness.layouts import spans_of
+    from benchmarks.problems.attention.problem import AttentionProblem, rows_of_gate
+    from benchmarks.problems.ral.problem import RalProblem
 
     generator = torch.Generator(device).manual_seed(10)
 

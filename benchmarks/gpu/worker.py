@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.sweeps import examine
+from benchmarks.harness import examine
 
 from . import process, work
 from .lines import append

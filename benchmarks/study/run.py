@@ -14,7 +14,7 @@ import torch
 
 from . import evaluate
 from .arms import BUDGET, BY_NAME, SHARPENING, Arm
-from .pictures import Pictures
+from .picture_cache import Pictures
 from .tasks import TASKS, StudyTask
 
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them

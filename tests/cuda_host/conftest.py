@@ -14,7 +14,7 @@ from tests.conftest import REQUIRED, skip_or_fail
 from tests.cuda_host.backend import Kernels, host_library, on_host
 from tests.cuda_host.build import has_compiler
 from tests.cuda_host.small_kernels import SmallKernels, small_kernels_in
-from tests.ops.on_gpu import kernels_on
+from tests.gpu.on_gpu import kernels_on
 
 
 @pytest.fixture(scope="session")

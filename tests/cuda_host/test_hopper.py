@@ -20,9 +20,9 @@ import ral_kernels as rk
 from tests.cuda_host.backend import Kernels, host_library, on_host
 from tests.cuda_host.build import HARNESS, Patch
 from tests.cuda_host.test_attention import HALF, TILES, has_kernel, packed
+from tests.gpu.on_gpu import kernels_on
 from tests.ops import test_attention as common
 from tests.ops.attention_cases import CASES, AttentionCase
-from tests.ops.on_gpu import kernels_on
 
 SOURCES = ("attention/fwd.cu", "core/entry.cu", str(HARNESS / "hopper_for_tests.cu"))
 FWD, FWD_SM90 = "ral_cuda_attention_fwd", "ral_cuda_attention_fwd_sm90"

@@ -70,7 +70,11 @@ BUGS: list[tuple[str, Patch, str | None]] = [
     ),
     (
         "span_of_the_next_key",
-        ("attention/marginals.h", "keys.span_of(begin)", "keys.span_of(begin == 0 ? 0 : begin - 1)"),
+        (
+            "attention/marginals.h",
+            "keys.span_of(begin)",
+            "keys.span_of(begin == 0 ? 0 : begin - 1)",
+        ),
         None,
     ),
     (

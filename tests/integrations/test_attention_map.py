@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks.sweeps.pictures import load
+from benchmarks.harness.photographs import load
 from ral_kernels import viz
 from ral_kernels.integrations.transformers.attention_map import (
     AttentionMap,

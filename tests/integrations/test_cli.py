@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 from PIL import Image
 
-from benchmarks.sweeps.pictures import load, pan
+from benchmarks.harness.photographs import load, pan
 
 from . import tiny_checkpoint
 

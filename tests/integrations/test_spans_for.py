@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ral_kernels as rk
-from benchmarks.sweeps.pictures import load
+from benchmarks.harness.photographs import load
 
 pytest.importorskip("transformers")
 from PIL import Image

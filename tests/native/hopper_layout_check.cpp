@@ -1,4 +1,4 @@
-// csrc/cuda/hopper/layout.h behind C names, for tests/test_cuda_hopper.py.
+// csrc/cuda/hopper/layout.h behind C names, for tests/native/test_hopper_layout.py.
 #include "hopper/layout.h"
 
 using namespace ral::cuda;

@@ -19,7 +19,7 @@ from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.snapshot import AttentionSnapshot
-from tests.examples import REPRODUCIBLE
+from tests.hypothesis_settings import REPRODUCIBLE
 
 # The backend's fixture and those of conftest.py hold for all examples of a test.
 EXAMPLES = settings(

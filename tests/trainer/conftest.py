@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-WITHOUT_TRL = ("test_data.py", "test_memory_per_gpu.py", "test_rewards.py")
+WITHOUT_TRL = ("test_data.py", "test_rewards.py")
 
 # By version, and not by what is installed: where TRL should be and is not, these tests fail.
 collect_ignore = [

@@ -15,13 +15,21 @@ import torch
 
 from ral import RALTrainer, checkpoints
 from ral.checkpoints import SEAL, last_checkpoint, read_state, rotate, seal, why_incomplete
-from tests.trainer import dying, tiny
+from tests.trainer import killed_processes as dying
+from tests.trainer import tiny
 from tests.trainer.test_resuming import after, same_weights
 
 
 def run_dying(model: Path, folder: Path, names: Any) -> Path:
-    """The processes of `tests.trainer.dying`, one after the other."""
-    command = [sys.executable, "-m", "tests.trainer.dying", str(model), str(folder), *names]
+    """The processes of `tests.trainer.killed_processes`, one after the other."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.trainer.killed_processes",
+        str(model),
+        str(folder),
+        *names,
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,

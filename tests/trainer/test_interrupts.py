@@ -12,7 +12,8 @@ import pytest
 
 from ral.checkpoints import last_checkpoint
 from ral.interrupts import interruptible
-from tests.trainer import dying, tiny
+from tests.trainer import killed_processes as dying
+from tests.trainer import tiny
 from tests.trainer.test_checkpoints import run_dying, straight
 from tests.trainer.test_resuming import after, same_weights
 

@@ -21,7 +21,7 @@ from ral.rewards import (
     rouge,
     word_error_rate,
 )
-from tests.examples import REPRODUCIBLE
+from tests.hypothesis_settings import REPRODUCIBLE
 
 MEGABYTE = 1_000_000
 EXAMPLES = settings(REPRODUCIBLE, max_examples=500)

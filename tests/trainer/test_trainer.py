@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ral import RALTrainer, measures
+from ral import RALTrainer, attention_statistics
 
 from . import by_hand, tiny
 
@@ -194,14 +194,14 @@ def test_differing_prefixes() -> None:
     )
     # group 1: prefixes of positions 0-2 are shared, that of 3 is not (two rollouts reach it);
     # group 2: position 0 is shared, 1 is not (three rollouts)
-    assert measures.differing_prefixes(ids, mask, 3).tolist() == [5.0, 17.0]
+    assert attention_statistics.differing_prefixes(ids, mask, 3).tolist() == [5.0, 17.0]
 
 
 def test_differing_prefixes_see_an_end() -> None:
     """A rollout that has ended is no longer where the others are."""
     ids = torch.tensor([[4, 0, 0], [4, 4, 4]])
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
-    assert measures.differing_prefixes(ids, mask, 2).tolist() == [1.0, 4.0]
+    assert attention_statistics.differing_prefixes(ids, mask, 2).tolist() == [1.0, 4.0]
 
 
 def test_statistics_from_eager_maps(paths, tmp_path) -> None:
@@ -216,7 +216,7 @@ def test_statistics_from_eager_maps(paths, tmp_path) -> None:
         with rk.capture(trainer.model) as captured:
             trainer.model(**by_hand.model_inputs(inputs))
         view = PolicyView((prompt - 1, prompt - 1 + length))
-        got = measures.attention_statistics(captured, -1, mask, visual, view)
+        got = attention_statistics.attention_statistics(captured, -1, mask, visual, view)
         with by_hand.weights(trainer.model, None):
             p = by_hand.policies(trainer.model, inputs, [-1])[0]
     assert visual.sum() == (inputs["mm_token_type_ids"] == 1).sum()

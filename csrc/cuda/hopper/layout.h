@@ -1,6 +1,6 @@
 // What the Hopper kernels say to the hardware in numbers: tiles in shared memory, their descriptors
 // for wgmma, the shapes of tensor maps, the turns of a ring of buffers. Arithmetic alone, for nvcc
-// and any C++ compiler; tests/test_cuda_hopper.py checks it against the layouts that PTX defines.
+// and any C++ compiler; tests/native/test_hopper_layout.py checks it against the layouts that PTX defines.
 #pragma once
 
 #include <stdint.h>

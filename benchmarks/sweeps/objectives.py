@@ -1,9 +1,0 @@
-"""The objectives that the sweeps know, by the name of `--objective`."""
-
-from __future__ import annotations
-
-from .attention import ATTENTION
-from .objective import Objective
-from .ral import RAL
-
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (ATTENTION, RAL)}

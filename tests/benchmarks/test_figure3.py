@@ -1,0 +1,323 @@
+"""The study behind figure3.py: its arms, its controls, its statistics, and a run of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import figure3
+from benchmarks.study import plot, report, task_pictures
+from benchmarks.study import run as one
+from benchmarks.study.arms import ARMS, BUDGET, QUICK
+from benchmarks.study.evaluate import TEST_SEED, HeldOut, TargetAttention, sharpened
+from benchmarks.study.picture_cache import Pictures
+from benchmarks.study.statistics import deviation, estimate, holm, paired
+from benchmarks.study.tasks import TASKS
+from ral import RALConfig
+from ral.digits.evaluate import evaluate
+from ral.digits.model import make_model, make_processor, save_start
+
+pytestmark = pytest.mark.xdist_group("study")  # one worker prepares what is evaluated
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory) -> one.Plan:
+    """A study whose start and teacher are random models."""
+    plan = one.Plan(tmp_path_factory.mktemp("study"), 1, 2)
+    for task in TASKS.values():
+        for style in ("think", "direct"):
+            save_start(plan.start(task, style))
+        save_start(plan.teacher(task), make_model(seed=1))
+    return plan
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_arms(arm) -> None:
+    """Each is a configuration that is not refused, and differs from what it is compared with."""
+    others = {other.name: other for other in ARMS}
+    for task in arm.tasks:
+        settings = one.settings_of(arm, TASKS[task])
+        config = RALConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **settings)
+        assert config.needs_teacher == arm.teacher
+        assert config.generation_batch_size == one.ROLLOUTS
+        assert all(settings[k] == v for k, v in BUDGET.items() if k not in arm.settings)
+        for name in arm.against:
+            against = others[name]
+            assert task in against.tasks and against.style == arm.style
+            assert (arm.settings, arm.control) != (against.settings, against.control)
+
+
+def test_controls_change_what_attention_learns_from_and_nothing_else(plan) -> None:
+    losses = {}
+    for name in ("ral", "ral_flipped", "ral_shuffled"):
+        arm = next(arm for arm in ARMS if arm.name == name)
+        trainer = one._trainer(one.Bench.of(plan, TASKS["frames"], "think"), arm, 0, batches=1)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        generator = torch.Generator().manual_seed(0)  # a random start is never right
+        inputs["advantages"] = torch.randn(inputs["advantages"].shape, generator=generator)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1.05)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            whole = float(trainer._compute_loss(trainer.model, inputs))
+        metrics = trainer._metrics["train"]
+        attention_loss = metrics["attn/loss"][0]
+        rest = whole - trainer.args.attn_coef * attention_loss
+        losses[name] = (attention_loss, metrics["entropy"][0], rest)
+    attention, *others = zip(*losses.values(), strict=True)
+    assert attention[1] == pytest.approx(-attention[0], rel=1e-4) != 0.0
+    assert attention[2] != pytest.approx(attention[0], rel=1e-3)
+    for values in others:
+        assert values == pytest.approx([values[0]] * 3)
+
+
+def test_target_attention_and_sharpening() -> None:
+    """Against the model's own attention maps: the share on the frame that is asked about."""
+    import ral_kernels as rk
+
+    model, processor = make_model(attn_implementation="eager"), make_processor()
+    watch = TargetAttention(processor, TASKS["frames"], "think", 4, 6)
+    shares = watch(model)
+    maps = model(**watch.inputs, output_attentions=True, use_cache=False).attentions
+    ids = rk.spans_for(model.config, watch.inputs, "frame").spans.ids
+    for share, attention in zip(shares, maps, strict=True):
+        row = attention.mean(1)[:, watch.row]
+        visual = (row * (ids >= 0)).sum(-1)
+        target = (row * (ids == watch.targets[:, None])).sum(-1)
+        assert share == pytest.approx(float((target / visual).mean().detach()), rel=1e-4)
+    with sharpened(model, 3.0):
+        assert watch(model) != pytest.approx(shares, rel=1e-3)
+    assert watch(model) == pytest.approx(shares)
+
+
+def test_pictures_are_what_the_tower_makes_of_them(plan) -> None:
+    """Numbers in the place of pixels change neither what is written nor where it attends."""
+    task = TASKS["frames"]
+    model, processor = make_model(seed=2), make_processor()
+    scores = evaluate(
+        model, "timestamp", extents=(2, 4), size=6, processor=processor,
+        seed=TEST_SEED - 1_000,
+    )  # fmt: skip
+    target = TargetAttention(processor, task, "think", 4, 6)
+    shares, logits = target(model), model(**target.inputs).logits
+    pictures = Pictures(model.model.visual)
+    numbered = pictures.processor_of(processor)
+    tower = model.model.visual
+    model.model.visual = pictures
+    again = TargetAttention(numbered, task, "think", 4, 6)
+    assert again(model) == pytest.approx(shares)
+    torch.testing.assert_close(model(**again.inputs).logits, logits)
+    assert {n: HeldOut(numbered, task, "think", n, 6)(model) for n in (2, 4)} == scores
+    assert again.inputs["pixel_values"].shape[1] == 1
+    seen = len(pictures)
+    HeldOut(numbered, task, "think", 4, 6)
+    assert len(pictures) == seen == 6 * (4 + 2 + 4)  # no picture is looked at again
+    with pictures.left_out(model):
+        for mine, theirs in zip(model.model.visual.parameters(), tower.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    assert model.model.visual is pictures
+
+
+def test_a_frozen_tower_trains_the_rest(plan) -> None:
+    bench = one.Bench.of(plan, TASKS["resolution"], "think")
+    model = bench.model(bench.start)
+    assert not [name for name, _ in model.named_parameters() if "visual" in name]
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_statistics() -> None:
+    # Student's t for 4 degrees of freedom: 2.776; the standard error of 1..5 is sqrt(0.5)
+    found = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.mean, found.seeds) == (3.0, 5)
+    assert found.half_width == pytest.approx(2.7764 * math.sqrt(0.5), rel=1e-4)
+    assert math.isnan(estimate([0.5]).half_width)
+    difference = paired({0: 0.5, 1: 0.7, 2: 0.1}, {1: 0.6, 2: 0.2, 9: 1.0})
+    assert difference is not None and difference.seeds == 2
+    assert difference.mean == pytest.approx(0.0)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert estimate([0.1, 0.1]).p == 0.0 and estimate([0.0, 0.0]).p == 1.0
+    # one sample of 5 against 0: t = 3 / sqrt(0.5) = 4.243, two-sided p = 0.0132
+    assert found.p == pytest.approx(0.0132, abs=1e-4)
+    assert deviation([1.0, 3.0]) == pytest.approx(math.sqrt(2)) and math.isnan(deviation([1.0]))
+    assert estimate([0.02, 0.04]).signed.startswith("+3.0 ± ")
+    assert estimate([-0.02, -0.04]).signed.startswith("−3.0 ± ")
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    left_alone = holm([math.nan, 0.02])
+    assert math.isnan(left_alone[0]) and left_alone[1] == 0.02
+
+
+_SETTINGS = {"start_seed": 0, "first_seed": 0, "seeds": 2, "batches": None, "test_rows": 8}
+
+
+def _made_up(arm: str, seed: int, right: float, sharp: float = 0.5, of: str = "frames") -> dict:
+    task = TASKS[of]
+    sizes = {str(n): right for n in task.evaluated}
+    return {
+        "task": of, "arm": arm, "seed": seed, "accuracy": {**sizes, "1": 1.0},
+        "sharpened": dict.fromkeys(map(str, task.endpoint), sharp),
+        "target": {size: [0.1, right] for size in sizes}, "curve": [[5, right - 0.1]],
+        "thought": dict.fromkeys(sizes, 0.25), "target_curve": [[0, [0.1, 0.2]], [5, [0.1, right]]],
+        "reward_curve": [0.0, 0.1, 0.2, right], "attn/differing_prefixes": [0.5, 0.7],
+        "attn/grad_share": [0.0, 2 * right] if "ral" in arm else [],
+    }  # fmt: skip
+
+
+def test_the_endpoint_is_a_mean_over_sizes_beyond_training() -> None:
+    for task in TASKS.values():
+        assert min(task.endpoint) > max(task.trained)
+        assert set(task.endpoint) <= set(task.evaluated)
+    of_extent = {"1": 1.0, "16": 0.9, "32": 0.6, "64": 0.3}
+    assert TASKS["frames"].at_endpoint(of_extent) == pytest.approx(0.6)
+
+
+def test_tables() -> None:
+    runs = [_made_up("start", 0, 0.3)]
+    runs += [_made_up("grpo", seed, right) for seed, right in enumerate((0.7, 0.8, 0.75))]
+    runs += [_made_up("ral", seed, right) for seed, right in enumerate((0.72, 0.84, 0.78))]
+    runs += [_made_up("logits", seed, 0.8) for seed in range(2)]
+    runs += [_made_up("opad", seed, right) for seed, right in enumerate((0.82, 0.84))]
+    heads, *lines = report.table("frames", runs)
+    cells = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
+    assert list(cells) == [report.label_of(a) for a in ("start", "grpo", "ral", "logits", "opad")]
+    assert cells["GRPO"]["endpoint"].startswith("75.0 ± 12.4") and cells["GRPO"]["SD"] == "5.0"
+    assert cells["GRPO"]["1"] == "100.0" and cells["GRPO"]["scores × 1.4"].startswith("50.0")
+    assert cells["start (SFT)"]["endpoint"] == "30.0" and cells["start (SFT)"]["SD"] == ""
+    _, ral, opad = report.comparisons("frames", runs)
+    assert ral[:4] == ["RAL λ = 5, all layers", "GRPO", "3", "+3.0 ± 2.5"]
+    # p of t = 3 / (1 / sqrt 3) with 2 degrees of freedom is 0.035; two comparisons
+    assert (ral[4], ral[5]) == ("0.035", "0.070")
+    assert opad[1] == "distillation of tokens"
+    _, early, late = report.curves("frames", runs)
+    assert early[0] == "5" and early[3].startswith("+3.0") and late[0] == "the end"
+    assert "| 3 | +3.0 ± 2.5 |" in report.markdown([ral])
+    _, start, grpo, ral, *_ = report.training("frames", runs)
+    assert start == ["start (SFT)", "", "", "25", "", ""]
+    assert grpo[1:5] == ["60", "", "25", "0.75"] and grpo[5].startswith("75.0 ± 12.4")
+    assert ral[2] == "0.72 to 0.84"  # of each run the mean, the lowest and the highest
+
+
+def test_tables_go_to_their_place_in_a_document(tmp_path) -> None:
+    study = {
+        "settings": _SETTINGS,
+        "commit": {"hash": "0123456789", "dirty": False},
+        "runs": [_made_up(arm, seed, 0.5) for arm in ("grpo", "ral") for seed in range(2)],
+    }
+    file, document = tmp_path / "study.json", tmp_path / "document.md"
+    file.write_text(json.dumps(study))
+    place = "<!-- tables: python -m benchmarks.study.report x -->"
+    document.write_text(f"before\n\n{place}\nold\n<!-- end of tables -->\nafter\n")
+    for _ in range(2):  # twice the same
+        assert report.main(["--into", str(document), str(file)]) == 0
+        text = document.read_text()
+        assert text.startswith(f"before\n\n{place}\n\n### frames, seeds 0 to 1\n")
+        assert text.endswith("<!-- end of tables -->\nafter\n") and "old" not in text
+        assert text.count("\n| GRPO | 2 |") == 1 and "20 rollout batches" in text
+    document.write_text("no place")
+    with pytest.raises(ValueError, match="must have lines"):
+        report.insert(document, [file])
+
+
+def test_seeds_of_two_studies_are_pooled(tmp_path) -> None:
+    study = {
+        "settings": _SETTINGS,
+        "commit": {"hash": "0123456789", "dirty": False},
+    }
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for number, (file, other) in enumerate(zip(files, ("noise", "ral_ref"), strict=True)):
+        seeds = range(100 * number, 100 * number + 2)
+        runs = [_made_up("grpo", seed, 0.5) for seed in seeds]
+        runs += [_made_up("ral", seed, 0.6) for seed in seeds]
+        runs += [_made_up(other, seed, 0.7) for seed in seeds]
+        file.write_text(json.dumps({**study, "runs": runs}))
+    head, body = report.pooled("frames", files)
+    assert (
+        "all seeds" in head
+        and head.endswith("commit 0123456789\n")
+        and "| GRPO | 4 | +10.0 ± 0.0 |" in body
+    )
+    assert "noise" not in body and "from the start" not in body  # in one study alone
+    (table,) = report.difference("ral", "grpo", files)
+    assert "| endpoint | +10.0 ± 0.0 | 4 |" in table and "| 64 | +10.0" in table
+    for setting in ("test_rows", "start_seed"):
+        changed = {**study, "settings": {**_SETTINGS, setting: 16}, "runs": runs}
+        files[1].write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="one start and size"):
+            list(report.pooled("frames", files))
+    text = "\n".join(report._all(files))  # from two starts: not one sample
+    assert "from start 16" in text and "all seeds" not in text
+
+
+def test_a_study_of_another_task_is_not_pooled(tmp_path) -> None:
+    files = []
+    for number, task in enumerate(("frames", "frames", "resolution")):
+        seed = 10 * number
+        runs = [_made_up(arm, seed, 0.5, of=task) for arm in ("grpo", "ral")]
+        settings = {**_SETTINGS, "first_seed": seed, "seeds": 1}
+        files.append(tmp_path / f"{number}.json")
+        commit = {"hash": f"012345678{number}", "dirty": False}
+        files[-1].write_text(json.dumps({"settings": settings, "commit": commit, "runs": runs}))
+    text = "\n".join(report._all(files))
+    assert text.count("all seeds") == 1 and "### frames, all seeds" in text
+    assert "in 2 studies, commits 0123456780 and 0123456781\n" in text
+
+
+def test_a_panel_without_its_own_arms_shows_those_there_are() -> None:
+    own = {arm: {0: _made_up(arm, 0, 0.5)} for arm in ("start", "grpo", "ral", "noise", "ral_ref")}
+    assert plot._shown(plot._GAIN, own) == ["ral", "noise"]
+    others = {arm: own[arm] for arm in ("start", "grpo", "ral_ref")}
+    assert plot._shown(plot._GAIN, others) == ["grpo", "ral_ref"]
+    assert plot._shown(plot._ACCURACY, others) == ["start", "grpo", "ral_ref"]
+    assert plot._style_of("ral_ref") != plot._style_of("ral_frame")
+
+
+def test_a_picture_of_the_tasks(tmp_path) -> None:
+    assert 10_000 < task_pictures.draw(tmp_path / "tasks.png").stat().st_size < 200_000
+
+
+def test_a_study(plan, tmp_path: Path, capsys) -> None:
+    arms = ["grpo", "ral"]
+    for arm in arms:
+        result = one.run(plan, "frames", arm, 0)
+        assert set(result["accuracy"]) == {str(size) for size in TASKS["frames"].evaluated}
+        assert set(result["sharpened"]) == {str(size) for size in TASKS["frames"].endpoint}
+        assert all(
+            0 <= x <= 1 for x in [*result["accuracy"].values(), *result["grounded"].values()]
+        )
+        assert [done for done, _ in result["target_curve"]] == [0, 1]
+    before = plan.result("frames", "ral", 0).stat().st_mtime_ns
+    arguments = ["--tasks", "frames", "--arms", *arms, "--seeds", "1", "--batches", "1"]
+    arguments += ["--test-rows", "2", "--workers", "1", "--runs", str(plan.folder)]
+    assert figure3.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert plan.result("frames", "ral", 0).stat().st_mtime_ns == before  # runs are not repeated
+    (file,) = tmp_path.glob("*.json")
+    study = json.loads(file.read_text())
+    assert [run["arm"] for run in study["runs"]] == ["start", *arms]
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.name == f"{file.stem}-frames.png" and picture.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "RAL λ = 5, all layers" in printed and "mean of 16, 32 and 64 frames" in printed
+    assert report.main([str(file)]) == 0
+    assert "| GRPO | 1 |" in capsys.readouterr().out
+
+
+def test_distillation_is_watched_while_it_trains(plan) -> None:
+    result = one.run(plan, "resolution", "opad", 0)
+    assert [done for done, _ in result["curve"]] == [1]
+    assert len(result["target_curve"][0][1]) == 2  # layers
+
+
+def test_quick_arms_have_what_they_are_compared_with() -> None:
+    by_name = {arm.name: arm for arm in ARMS}
+    for name in QUICK:
+        assert set(by_name[name].against) <= set(QUICK)
