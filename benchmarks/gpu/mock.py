@@ -10,6 +10,7 @@ RAL_GPU_MOCK switches it on: `{"faults": [{"kernel": "triton attention bwd", "ki
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -65,11 +66,13 @@ class Device:
             self.broken = True
             raise IllegalAccess(f"CUDA error: an illegal memory access was encountered ({kernel})")
 
-    def after(self, kernel: str, tensors: Sequence[Any]) -> None:
+    def after(self, kernel: str, results: Any) -> None:
+        """Spoil the last tensor of the dataclass that the kernel wrote to, if a fault says so."""
         kind = self.fault_of(kernel)
         bundled = "TRITON_PTXAS_PATH" not in os.environ
         if kind == "wrong" or (kind == "compiler" and bundled):
-            written = [x for x in tensors if isinstance(x, Tensor)]
+            values = (getattr(results, field.name) for field in dataclasses.fields(results))
+            written = [x for x in values if isinstance(x, Tensor)]
             written[-1].mul_(1.25)
 
 
@@ -101,14 +104,14 @@ def begin(launcher: Callable[..., Any] | None = None) -> None:
     cuda_library.hopper = _hopper
 
 
-def _wrap(op: str, backend: str, module: Any, reference: Any) -> None:
+def _wrap(op: str, name: str, backend: Any, reference: Any) -> None:
     for kernel in KERNELS:
-        if hasattr(module, kernel):
-            run = _mocked(op, backend, getattr(module, kernel), getattr(reference, kernel))
-            setattr(module, kernel, run)
-    if backend == "cuda":
-        module.available = lambda: native.why_missing("ral_cuda")
-        module.can_run = module.has_no_kernel
+        if hasattr(backend, kernel):
+            run = _mocked(op, name, getattr(backend, kernel), getattr(reference, kernel))
+            setattr(backend, kernel, run)
+    if name == "cuda":
+        backend.available = lambda: native.why_missing("ral_cuda")
+        backend.can_run = backend.has_no_kernel
 
 
 def _mocked(op: str, backend: str, real: Any, reference: Any) -> Any:
@@ -121,7 +124,7 @@ def _mocked(op: str, backend: str, real: Any, reference: Any) -> Any:
             real(*arguments)
         if device.computes:
             reference(*arguments)
-            device.after(kernel, arguments)
+            device.after(kernel, arguments[-1])
 
     return run
 

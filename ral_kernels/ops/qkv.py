@@ -25,6 +25,11 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def full_precision(q: Tensor) -> torch.autocast:
+    """Inside, a caller's autocast does not round float32 matrix products to its dtype."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
 def check_qkv(
     op: str, q: Any, k: Any, v: Any, spans: Any, names: tuple[str, str, str] = ("q", "k", "v")
 ) -> None:

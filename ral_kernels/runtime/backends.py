@@ -1,38 +1,64 @@
-"""One ordered list of backends: how an op picks the one that runs, and what a machine has."""
+"""The seam between an op and its backends: what a backend offers, and which one runs a call."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
 ORDER = ("cuda", "triton", "cpu", "reference")  # fastest first; the reference runs everything
 
+Args = TypeVar("Args", contravariant=True)
+Outputs = TypeVar("Outputs", contravariant=True)
+Gradients = TypeVar("Gradients", contravariant=True)
 
-class Backend(Protocol):
-    """What a backend module of an op offers: its `fwd` and `bwd` fill preallocated outputs.
 
-    A module may also have `only_on_request()`: why the automatic choice passes it over, or None.
-    """
-
-    fwd: Any
-    bwd: Any
-
-    def can_run(self, args: Any, /) -> str | None:
-        """None if this backend can run `args`, otherwise the reason why not."""
-        ...
+class Choice(Protocol[Args]):
+    """What the choice of a backend asks of it. Each answer is a reason, or None for "go ahead"."""
 
     def available(self) -> str | None:
-        """None if this backend works on this machine, otherwise the reason why not."""
+        """Why this backend does not work on this machine."""
+        return None
+
+    def only_on_request(self) -> str | None:
+        """Why the automatic choice skips this backend."""
+        return None
+
+    def can_run(self, args: Args, /) -> str | None:
+        """Why this backend cannot run `args`."""
+        return None
+
+
+class Backend(Choice[Args], Protocol[Args, Outputs]):
+    """A backend of one op. Backends subclass it and write `fwd`.
+
+    The type parameters are dataclasses of the op: its arguments, and the tensors of its results.
+    """
+
+    def fwd(self, args: Args, outputs: Outputs, /) -> None:
+        """Write every element of every tensor in `outputs`."""
         ...
 
 
-_tables: dict[str, Mapping[str, Any]] = {}  # op -> {backend: module}
+class DifferentiableBackend(Backend[Args, Outputs], Protocol[Args, Outputs, Gradients]):
+    """A backend of an op that has a backward pass.
+
+    `Gradients` holds those that arrive (None counts as zero) and those to write (None: not wanted).
+    """
+
+    def bwd(self, args: Args, outputs: Outputs, gradients: Gradients, /) -> None:
+        """Write the gradients of the inputs. `outputs` holds what `fwd` wrote."""
+        ...
 
 
-def register(op: str, table: Mapping[str, Any]) -> None:
+Chosen = TypeVar("Chosen", bound=Choice[Any])
+
+_tables: dict[str, Mapping[str, Choice[Any]]] = {}  # op -> {name: backend}
+
+
+def register(op: str, table: Mapping[str, Choice[Any]]) -> None:
     """Make the backends of `op` known to `available_backends`."""
     _tables[op] = table
 
@@ -50,72 +76,71 @@ def check_backend(op: str, backend: Any) -> str:
     return backend
 
 
-def choose(op: str, table: Mapping[str, Any], args: Any, requested: str) -> Any:
+def choose(op: str, table: Mapping[str, Chosen], args: Any, requested: str) -> Chosen:
     """The backend that runs `args`: the requested one, else the first of `ORDER` that can.
 
     Raises:
         RuntimeError: the requested backend is missing on this machine.
-        NotImplementedError: the requested backend, or with no request every backend, cannot run
-            this case.
+        NotImplementedError: the requested backend, or without a request every backend, cannot run
+            this call.
     """
     if requested:
-        module = table.get(requested)
-        if module is None:
-            raise NotImplementedError(
-                f"{op}: backend {requested!r} has no kernels for this op in this version; "
-                f"there are {', '.join(name for name in ORDER if name in table)}"
-            )
-        missing = module.available()
-        if missing is not None:
-            raise RuntimeError(f"{op}: backend {requested!r} is not available: {missing}")
-        reason = module.can_run(args)
-        if reason is not None:
-            raise NotImplementedError(f"{op}: backend {requested!r} cannot run this call: {reason}")
-        return module
+        return _requested(op, table, args, requested)
     reasons = []
     for name in ORDER:
-        module = table.get(name)
-        if module is None:
+        backend = table.get(name)
+        if backend is None:
             continue
-        reason = module.can_run(args)  # first: where the tensors are is said at once
+        # can_run goes first: it knows the device of the tensors, which rules out most backends.
+        reason = backend.can_run(args) or _skipped(backend)
         if reason is None:
-            reason = _passed_over(module)
-        if reason is None:
-            return module
-        logger.debug("%s: backend %s passed over: %s", op, name, reason)
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(f"{op}: no backend can run this call ({'; '.join(reasons)})")
+            return backend
+        reasons.append((name, reason))
+        logger.debug("%s: backend %s skipped: %s", op, name, reason)
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    raise NotImplementedError(f"{op}: no backend can run this call ({listed})")
 
 
-def _passed_over(module: Any) -> str | None:
-    """Why the automatic choice does not even ask whether a backend can run a call, or None."""
-    reason: str | None = module.available()
-    if reason is None and hasattr(module, "only_on_request"):
-        reason = module.only_on_request()
-    return reason
+def _requested(op: str, table: Mapping[str, Chosen], args: Any, name: str) -> Chosen:
+    backend = table.get(name)
+    if backend is None:
+        raise NotImplementedError(
+            f"{op}: backend {name!r} has no kernels for this op in this version; "
+            f"there are {', '.join(name for name in ORDER if name in table)}"
+        )
+    missing = backend.available()
+    if missing is not None:
+        raise RuntimeError(f"{op}: backend {name!r} is not available: {missing}")
+    reason = backend.can_run(args)
+    if reason is not None:
+        raise NotImplementedError(f"{op}: backend {name!r} cannot run this call: {reason}")
+    return backend
+
+
+def _skipped(backend: Choice[Any]) -> str | None:
+    """Why the automatic choice skips a backend whatever the call is, or None."""
+    return backend.available() or backend.only_on_request()
 
 
 def automatic_order() -> dict[str, dict[str, str | None]]:
-    """What `backend=None` walks through on this machine: op -> {backend: why it is passed over}.
+    """What `backend=None` goes through on this machine: op -> {backend: why it is skipped}.
 
     None stands for a backend that takes every call that its `can_run` allows.
     """
-    found: dict[str, dict[str, str | None]] = {}
-    for op, table in _tables.items():
-        found[op] = {}
-        for name in (name for name in ORDER if name in table):
-            found[op][name] = _passed_over(table[name])
-    return found
+    return {
+        op: {name: _skipped(table[name]) for name in ORDER if name in table}
+        for op, table in _tables.items()
+    }
 
 
 def available_backends() -> dict[str, str]:
     """Which backends work on this machine: name -> "yes" or the reason why not."""
     found = {}
     for name in ORDER:
-        modules = [table[name] for table in _tables.values() if name in table]
-        if not modules:
+        backends = [table[name] for table in _tables.values() if name in table]
+        if not backends:
             found[name] = "this version has no kernels for it"
             continue
-        reasons = [reason for module in modules if (reason := module.available()) is not None]
+        reasons = [reason for backend in backends if (reason := backend.available()) is not None]
         found[name] = reasons[0] if reasons else "yes"
     return found

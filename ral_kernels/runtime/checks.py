@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, cast
 
@@ -15,6 +16,12 @@ HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 def has_values(tensor: Tensor) -> bool:
     """Whether the elements can be read: not under tracing, not fake, not on the meta device."""
     return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+@functools.cache  # the choice of a backend asks at every call
+def wrong_device(wanted: str, device: torch.device) -> str:
+    """The reason of a backend for tensors of another kind of device."""
+    return f"it needs {wanted} tensors; got {device}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from . import c_interface, native
+from . import c_interface, checks, native
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of q, k and v
 _WORTH_ADVICE = 4 << 20  # bytes of an output
@@ -40,9 +40,28 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def check_struct_sizes(symbol: str, structs: Sequence[type[ctypes.Structure] | None]) -> None:
-    """Refuse a library whose structs are not the ones that this package fills."""
+def checked(symbol: str, structs: Sequence[type[ctypes.Structure] | None]) -> ctypes.CDLL:
+    """The library, if its structs are the ones that this package fills."""
     c_interface.check_struct_sizes(library(), symbol, structs)
+    return library()
+
+
+def available(load: Callable[[], object]) -> str | None:
+    """None if the library loads by `load`, else the reason why not."""
+    try:
+        load()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def cannot_run(x: Tensor) -> str | None:
+    """Why kernels cannot take a tensor of this device and dtype; None if they can."""
+    if not x.is_cpu:
+        return checks.wrong_device("CPU", x.device)
+    if x.dtype not in COMPUTED:
+        return f"it computes float32, bfloat16 and float16; got {x.dtype}"
+    return None
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import c_interface, native
+from . import c_interface, checks, native
 
 HEAD_DIMS = (64, 128)
 COMPUTED = (torch.bfloat16, torch.float16)
@@ -96,8 +96,8 @@ def hopper_missing() -> str | None:
 
 def cannot_run(x: Tensor, *others: Tensor) -> str | None:
     """Why kernels cannot take these queries, keys and values; None if they can."""
-    if x.device.type != "cuda":
-        return f"it needs CUDA tensors; got {x.device}"
+    if not x.is_cuda:
+        return checks.wrong_device("CUDA", x.device)
     return cannot_compute(x, *others)
 
 

@@ -23,7 +23,7 @@ from ral_kernels.runtime import cuda_library
 from tests.cuda_host.build import Patch, build, sources_of
 from tests.cuda_host.library import HostLibrary
 
-DIVERGENCE = sources_of("policy_*")
+DIVERGENCE = sources_of("policy/*")
 SOURCES = sources_of("*/*")
 
 
@@ -51,10 +51,13 @@ def host_library(
 
 
 class _Watched:
-    """A backend module whose calls see a library and the tensors of the call, nothing else."""
+    """A backend whose calls see a library and the tensors of the call, nothing else.
 
-    def __init__(self, module: Any, library: Kernels) -> None:
-        self._module, self._library = module, library
+    `module` is where it finds `cuda_library` and `_library`.
+    """
+
+    def __init__(self, backend: Any, module: Any, library: Kernels) -> None:
+        self._backend, self._module, self._library = backend, module, library
 
     def available(self) -> str | None:
         return None
@@ -63,13 +66,13 @@ class _Watched:
         return None
 
     def can_run(self, args: Any) -> str | None:
-        reason: str | None = self._module.has_no_kernel(args)
+        reason: str | None = self._backend.has_no_kernel(args)
         return reason
 
     def __getattr__(self, name: str) -> Any:
         return functools.partial(self._call, name)
 
-    def _call(self, name: str, args: Any, *tensors: torch.Tensor | None) -> None:
+    def _call(self, name: str, args: Any, *others: Any) -> None:
         library = self._library
         alive: list[torch.Tensor] = []
 
@@ -79,7 +82,7 @@ class _Watched:
                 alive.append(x)
             elif dataclasses.is_dataclass(x):
                 for field in dataclasses.fields(x):
-                    allow(getattr(x, field.name), False)
+                    allow(getattr(x, field.name), writable)
 
         def scratch(like: torch.Tensor, *shape: int) -> torch.Tensor:
             made = torch.full(shape, float("nan"), dtype=torch.float32)
@@ -95,7 +98,7 @@ class _Watched:
         library.calls[name] += 1
         library.clear()
         allow(args, False)
-        for x in tensors:
+        for x in others:
             allow(x, True)
         seam = SimpleNamespace(**vars(cuda_library))
         seam.library = lambda: library.functions
@@ -108,7 +111,7 @@ class _Watched:
                 mock.patch.object(self._module, "cuda_library", seam),
                 mock.patch.object(self._module, "_library", lambda: library.functions),
             ):
-                getattr(self._module, name)(args, *tensors)
+                getattr(self._backend, name)(args, *others)
         finally:
             library.forget()
         report = library.report()
@@ -120,8 +123,10 @@ class _Watched:
 def on_host(library: Kernels) -> Iterator[None]:
     """Inside, `backend="cuda"` runs the kernels of `library`, on CPU tensors."""
     library.calls.clear()
-    attention = {"cuda": _Watched(attention_cuda, library)}
-    divergence = {"cuda": _Watched(divergence_cuda, library)}
+    attention = {"cuda": _Watched(attention_cuda.CudaAttention(), attention_cuda, library)}
+    divergence = {
+        "cuda": _Watched(divergence_cuda.CudaPolicyDivergence(), divergence_cuda, library)
+    }
     with (
         mock.patch.dict(attention_interface.BACKENDS, attention),
         mock.patch.dict(divergence_interface.BACKENDS, divergence),

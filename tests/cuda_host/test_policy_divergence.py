@@ -307,8 +307,8 @@ def test_refusals(cuda_on_host: Kernels) -> None:
     q, k = torch.randn(1, 2, 5, 64).bfloat16(), torch.randn(1, 1, 7, 64).bfloat16()
     snapshot = AttentionSnapshot(q, k)
     for wrong, options, reason in (
-        ((q, k, AttentionSnapshot(q, k, softcap=2.0)), {}, "goes without softcap"),
-        ((q, k, snapshot), {"softcap": 2.0}, "goes without softcap"),
+        ((q, k, AttentionSnapshot(q, k, softcap=2.0)), {}, "softcap is not supported"),
+        ((q, k, snapshot), {"softcap": 2.0}, "softcap is not supported"),
         ((q.float(), k.float(), snapshot), {}, "computes bfloat16 and float16"),
         ((q[..., :32], k[..., :32], snapshot), {}, "head dims are 64 and 128; got 32"),
         (

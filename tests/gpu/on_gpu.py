@@ -59,9 +59,12 @@ class Copies:
         return value
 
     def bring_back(self, outputs: Any) -> None:
-        """Copy what a kernel may have written, the tensors among its own arguments."""
+        """Copy what a kernel may have written: the tensors among its arguments, and in them."""
         for value in outputs:
-            if isinstance(value, Tensor) and id(value) in self.made and 0 not in value.stride():
+            if dataclasses.is_dataclass(value):
+                fields = dataclasses.fields(value)
+                self.bring_back([getattr(value, field.name) for field in fields])
+            elif isinstance(value, Tensor) and id(value) in self.made and 0 not in value.stride():
                 # .data: autograd must not take an input that comes back unchanged for a new one
                 value.data.copy_(self.made[id(value)][1])
 
@@ -80,13 +83,13 @@ def kernels_on(device: torch.device, backend: str) -> Iterator[None]:
     """Inside, `backend` computes CPU tensors too, on `device`; on request only."""
     with pytest.MonkeyPatch.context() as patch:
         for table in backends._tables.values():
-            module = table.get(backend)
-            if module is None:
+            found = table.get(backend)
+            if found is None:
                 continue
-            can_run = module.can_run
-            patch.setattr(module, "can_run", lambda args, f=can_run: f(Copies(device).of(args)))
-            patch.setattr(module, "only_on_request", lambda: "tests ask for it", raising=False)
+            can_run = found.can_run
+            patch.setattr(found, "can_run", lambda args, f=can_run: f(Copies(device).of(args)))
+            patch.setattr(found, "only_on_request", lambda: "tests ask for it")
             for name in KERNELS:
-                if hasattr(module, name):
-                    patch.setattr(module, name, _wrapped(getattr(module, name), device))
+                if hasattr(found, name):
+                    patch.setattr(found, name, _wrapped(getattr(found, name), device))
         yield

@@ -58,7 +58,10 @@ def test_kernels_get_tensors_of_the_device(monkeypatch: pytest.MonkeyPatch) -> N
         assert missing is None
 
     module = SimpleNamespace(
-        fwd=fwd, can_run=lambda args: str(args.q.device), available=lambda: None
+        fwd=fwd,
+        can_run=lambda args: str(args.q.device),
+        available=lambda: None,
+        only_on_request=lambda: None,
     )
     monkeypatch.setitem(backends._tables, "a test", {"triton": module})
     inputs = BY_NAME["mha"].inputs(torch.float32)

@@ -1,6 +1,6 @@
 """`attention` in eager PyTorch: the float64 truth of the tests, and a same-dtype baseline.
 
-Written independently of `ral_kernels.ops.attention.reference`: no code is shared and the backward is
+Written independently of the reference backend: no code is shared and the backward is
 autograd's.
 """
 

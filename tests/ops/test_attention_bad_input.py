@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import ral_kernels as rk
-from ral_kernels.ops.attention import cuda, interface
+from ral_kernels.ops.attention import interface
+from ral_kernels.ops.attention.reference import TorchAttention
 
 B, H, HK, T, N, D, S = 2, 4, 2, 5, 7, 8, 3
 NAN, INF = float("nan"), float("inf")
@@ -349,12 +350,12 @@ def test_bad_input(bad: Callable[[], Any], exception: type[Exception], message: 
 
 
 def test_backend_that_is_missing_or_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "available", lambda: "no such device")
+    monkeypatch.setattr(interface.BACKENDS["cuda"], "available", lambda: "no such device")
     with pytest.raises(RuntimeError) as caught:
         call(backend="cuda")
     assert str(caught.value) == "attention: backend 'cuda' is not available: no such device"
     assert caught.type is RuntimeError
-    monkeypatch.setattr(cuda, "available", lambda: None)
+    monkeypatch.setattr(interface.BACKENDS["cuda"], "available", lambda: None)
     with pytest.raises(NotImplementedError, match="cannot run this call: it needs CUDA tensors"):
         call(backend="cuda")
 
@@ -384,16 +385,11 @@ def test_zero_sizes_are_valid(batch: int, queries: int, keys: int, backend: str)
 def test_missing_build_is_a_runtime_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """An explicit backend runs or raises; the automatic choice goes on to the next."""
 
-    class Missing:
-        @staticmethod
-        def available() -> str:
+    class Missing(TorchAttention):
+        def available(self) -> str:
             return "the library is not built"
 
-        @staticmethod
-        def can_run(args: Any) -> None:
-            return None
-
-    monkeypatch.setitem(interface.BACKENDS, "cpu", Missing)
+    monkeypatch.setitem(interface.BACKENDS, "cpu", Missing())
     with pytest.raises(
         RuntimeError, match=r"^attention: backend 'cpu' is not available: the library is not built"
     ) as e:
@@ -418,24 +414,19 @@ def test_a_backend_that_cannot_take_the_tensors_is_not_looked_for(
 def test_incapable_backends_give_their_reasons(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Incapable:
-        @staticmethod
-        def available() -> None:
-            return None
-
-        @staticmethod
-        def can_run(args: Any) -> str:
+    class Incapable(TorchAttention):
+        def can_run(self, args: Any) -> str:
             return f"head_dim {args.head_dim} is no prime"
 
-    monkeypatch.setitem(interface.BACKENDS, "cpu", Incapable)
+    monkeypatch.setitem(interface.BACKENDS, "cpu", Incapable())
     with caplog.at_level("DEBUG", logger="ral_kernels.runtime.backends"):
         call()
-    assert "attention: backend cpu passed over: head_dim 8 is no prime" in caplog.text
+    assert "attention: backend cpu skipped: head_dim 8 is no prime" in caplog.text
     with pytest.raises(
         NotImplementedError, match=r"^attention: backend 'cpu' cannot run this call: head_dim 8"
     ):
         call(backend="cpu")
-    monkeypatch.setitem(interface.BACKENDS, "reference", Incapable)
+    monkeypatch.setitem(interface.BACKENDS, "reference", Incapable())
     with pytest.raises(
         NotImplementedError,
         match=r"no backend can run this call .*cpu: head_dim 8.*reference: head_dim 8",

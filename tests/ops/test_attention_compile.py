@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ral_kernels as rk
-from ral_kernels.ops.attention import interface
 from tests.ops.attention_cases import BY_NAME, AttentionCase
 
 # fmt: off
@@ -58,7 +57,7 @@ def test_opcheck_forward(
     case: AttentionCase, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args, _ = op_inputs(case, monkeypatch, backend)
-    torch.library.opcheck(interface.attention_fwd, args)
+    torch.library.opcheck(torch.ops.ral.attention_fwd.default, args)
 
 
 @pytest.mark.parametrize("present", ["out", "marginals", "lse", "all"])
@@ -78,7 +77,7 @@ def test_opcheck_backward(
     ]
     detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
     torch.library.opcheck(
-        interface.attention_bwd, (*detached, *outputs, *douts, args[4] is not None)
+        torch.ops.ral.attention_bwd.default, (*detached, *outputs, *douts, args[4] is not None)
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.ops.attention import reference
+from ral_kernels.ops.attention import interface
 from tests.ops.attention_cases import BY_NAME, AttentionCase, AttentionInputs
 
 # Small enough for finite differences (every input element costs two forwards).
@@ -133,13 +134,14 @@ def test_unused_outputs_reach_the_backward_as_none(
 ) -> None:
     """None, not zeros: the backend then skips their work."""
     seen: dict[str, Tensor | None] = {}
-    reference_bwd = reference.bwd
+    backend = interface.BACKENDS["reference"]
+    reference_bwd = backend.bwd
 
-    def bwd(args, out, marginals, lse, dout, dmarginals, dlse, *gradients):  # type: ignore[no-untyped-def]
-        seen.update(out=dout, marginals=dmarginals, lse=dlse)
-        reference_bwd(args, out, marginals, lse, dout, dmarginals, dlse, *gradients)
+    def bwd(args: Any, outputs: Any, gradients: Any) -> None:
+        seen.update(out=gradients.dout, marginals=gradients.dmarginals, lse=gradients.dlse)
+        reference_bwd(args, outputs, gradients)
 
-    monkeypatch.setattr(reference, "bwd", bwd)
+    monkeypatch.setattr(backend, "bwd", bwd)
     _, result = leaves(BY_NAME["off_blocks"], torch.float32, "reference")
     used = [getattr(result, name).sum() for name in OUTPUTS if name != unused]
     sum(used).backward()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ral_kernels as rk
-from ral_kernels.ops.policy import attention_divergence, attention_policy, interface
+from ral_kernels.ops.policy import attention_divergence, attention_policy
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.ops.accuracy import (
     FLOAT32_EPS,
@@ -333,12 +333,14 @@ def op_inputs(name: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> tuple
 @pytest.mark.in_interpreter(when=lambda name: name != "together")
 def test_opcheck(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = op_inputs(name, monkeypatch, backend)
-    torch.library.opcheck(interface.policy_fwd, args)
+    torch.library.opcheck(torch.ops.ral.policy_fwd.default, args)
     with torch.no_grad():
         outputs = torch.ops.ral.policy_fwd(*args)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
     dp = random_like(outputs[0], 1)
-    torch.library.opcheck(interface.policy_bwd, (*detached, *outputs, dp, args[3] is not None))
+    torch.library.opcheck(
+        torch.ops.ral.policy_bwd.default, (*detached, *outputs, dp, args[3] is not None)
+    )
 
 
 def value_and_gradients(f: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The arguments of the `attention` op, bundled once for every backend."""
+"""What every backend of `attention` receives: arguments, outputs, gradients."""
 
 from __future__ import annotations
 
@@ -73,3 +73,25 @@ class AttentionArgs:
     @property
     def num_rows(self) -> int:
         return self.row_stop - self.row_start
+
+
+@dataclass(frozen=True)
+class AttentionOutputs:
+    """What the forward writes."""
+
+    out: Tensor  # [B, H, T, Dv], q's dtype, unit last stride
+    marginals: Tensor  # float32 (float64 with float64 q) [B, H, R, S] contiguous
+    lse: Tensor  # the same dtype, [B, H, T] contiguous
+
+
+@dataclass(frozen=True)
+class AttentionGradients:
+    """What arrives at the backward (None counts as zero), and what it writes."""
+
+    dout: Tensor | None  # as out
+    dmarginals: Tensor | None  # as marginals; None without spans
+    dlse: Tensor | None  # as lse
+    dq: Tensor  # as q
+    dk: Tensor  # as k
+    dv: Tensor  # as v
+    dspan_bias: Tensor | None  # as span_bias, contiguous; None where it is not wanted

@@ -6,8 +6,6 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import replace
 
-from torch import Tensor
-
 from ral_kernels.runtime.c_interface import (
     DTYPES,
     BroadcastStruct,
@@ -17,7 +15,7 @@ from ral_kernels.runtime.c_interface import (
     tensor_struct,
 )
 
-from .arguments import AttentionArgs
+from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 
 class Params(ctypes.Structure):
@@ -122,27 +120,19 @@ def params(args: AttentionArgs, isa: int = 0, num_threads: int = 0) -> Params:
     )
 
 
-def outputs(out: Tensor, marginals: Tensor, lse: Tensor) -> Outputs:
-    return Outputs(tensor_struct(out), pointer(marginals), pointer(lse))
+def outputs(x: AttentionOutputs) -> Outputs:
+    return Outputs(tensor_struct(x.out), pointer(x.marginals), pointer(x.lse))
 
 
-def gradients(
-    dout: Tensor | None,
-    dmarginals: Tensor | None,
-    dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dspan_bias: Tensor | None,
-) -> Gradients:
+def gradients(x: AttentionGradients) -> Gradients:
     return Gradients(
-        tensor_struct(dout),
-        pointer(dmarginals),
-        pointer(dlse),
-        tensor_struct(dq),
-        tensor_struct(dk),
-        tensor_struct(dv),
-        pointer(dspan_bias),
+        tensor_struct(x.dout),
+        pointer(x.dmarginals),
+        pointer(x.dlse),
+        tensor_struct(x.dq),
+        tensor_struct(x.dk),
+        tensor_struct(x.dv),
+        pointer(x.dspan_bias),
     )
 
 

@@ -7,18 +7,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation, qkv
+from ral_kernels.ops import allocation, qkv, schema
 from ral_kernels.runtime import backends, checks
+from ral_kernels.runtime.backends import DifferentiableBackend
 from ral_kernels.spans import Spans
 
-from . import cpu, cuda, reference, triton
-from .arguments import AttentionArgs
+from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
+from .cpu import CpuAttention
+from .cuda import CudaAttention
+from .reference import TorchAttention
+from .triton import TritonAttention
 
-BACKENDS: dict[str, Any] = {
-    "cuda": cuda,
-    "triton": triton,
-    "cpu": cpu,
-    "reference": reference,
+BACKENDS: dict[str, DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients]] = {
+    "cuda": CudaAttention(),
+    "triton": TritonAttention(),
+    "cpu": CpuAttention(),
+    "reference": TorchAttention(),
 }
 backends.register("attention", BACKENDS)
 
@@ -176,38 +180,42 @@ def call_attention(
         qkv.check_key_padding_mask(op, key_padding_mask, k)
     row_start, row_stop = (0, q.shape[2]) if rows is None else rows
     has_spans = spans is not None and spans.num_spans > 0
-    out, marginals, lse = torch.ops.ral.attention_fwd(
-        q,
-        k,
-        v,
-        spans.ids if spans is not None and has_spans else None,
-        span_bias if has_spans else None,
-        attn_mask,
-        key_padding_mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        spans.num_spans if spans is not None else 0,
-        scale,
-        window[0],
-        window[1],
-        top_left,
-        softcap,
-        row_start,
-        row_stop,
-        backend,
+    args = AttentionArgs(
+        q=q,
+        k=k,
+        v=v,
+        span_ids=spans.ids if spans is not None and has_spans else None,
+        span_bias=span_bias if has_spans else None,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        num_spans=spans.num_spans if spans is not None else 0,
+        scale=scale,
+        window_left=window[0],
+        window_right=window[1],
+        top_left=top_left,
+        softcap=softcap,
+        row_start=row_start,
+        row_stop=row_stop,
     )
+    out, marginals, lse = torch.ops.ral.attention_fwd(*_SIGNATURE.flatten(args, backend))
     return out, None if spans is None else marginals, lse
 
 
-def _allocate_outputs(
-    q: Tensor, v: Tensor, num_rows: int, num_spans: int
-) -> tuple[Tensor, Tensor, Tensor]:
+_SIGNATURE = schema.Signature(AttentionArgs)
+
+
+def _allocate_outputs(args: AttentionArgs) -> AttentionOutputs:
+    q = args.q
     batch_size, num_heads, seqlen_q, _ = q.shape
     dtype = allocation.accumulation_dtype(q)
-    return (
-        allocation.empty_like_layout(q, v.shape[3]),
-        allocation.new_empty(q, (batch_size, num_heads, num_rows, num_spans), dtype),
-        allocation.new_empty(q, (batch_size, num_heads, seqlen_q), dtype),
+    return AttentionOutputs(
+        out=allocation.empty_like_layout(q, args.head_dim_v),
+        marginals=allocation.new_empty(
+            q, (batch_size, num_heads, args.num_rows, args.num_spans), dtype
+        ),
+        lse=allocation.new_empty(q, (batch_size, num_heads, seqlen_q), dtype),
     )
 
 
@@ -215,74 +223,49 @@ def _allocate_gradients(
     args: AttentionArgs, wants_dspan_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, span_bias = args.q, args.span_bias
-    dtype = allocation.accumulation_dtype(q)
     assert span_bias is not None or not wants_dspan_bias
+    shape = span_bias.shape if span_bias is not None and wants_dspan_bias else (0,)
     return (
         allocation.empty_like_layout(q, args.head_dim),
         allocation.empty_like_layout(args.k, args.head_dim),
         allocation.empty_like_layout(args.v, args.head_dim_v),
-        allocation.new_empty(
-            q, span_bias.shape if span_bias is not None and wants_dspan_bias else (0,), dtype
-        ),
+        allocation.new_empty(q, shape, allocation.accumulation_dtype(q)),
     )
 
 
-# The fields of AttentionArgs, in order, and the backend's name ("" = automatic).
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? span_ids, Tensor? span_bias, Tensor? attn_mask, "
-    "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt num_spans, "
-    "float scale, SymInt window_left, SymInt window_right, bool top_left, float softcap, "
-    "SymInt row_start, SymInt row_stop, str backend"
-)
-_NUM_INPUTS = 18
-_NUM_TENSORS = 9  # how many of them, from the first, are tensors or None
-
-
-@torch.library.custom_op(
-    "ral::attention_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
-)
-def attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """-> (out, marginals, lse)."""
-    args = AttentionArgs(*inputs[:-1])
-    out, marginals, lse = _allocate_outputs(args.q, args.v, args.num_rows, args.num_spans)
-    chosen = backends.choose("attention", BACKENDS, args, inputs[-1])
-    if out.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
-        out.zero_()
-        marginals.zero_()
-        lse.fill_(float("-inf"))
+    args, backend, _ = _SIGNATURE.build(inputs)
+    outputs = _allocate_outputs(args)
+    chosen = backends.choose("attention", BACKENDS, args, backend)
+    if outputs.out.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
+        outputs.out.zero_()
+        outputs.marginals.zero_()
+        outputs.lse.fill_(float("-inf"))
     else:
-        chosen.fwd(args, out, marginals, lse)
-    return out, marginals, lse
+        chosen.fwd(args, outputs)
+    return outputs.out, outputs.marginals, outputs.lse
 
 
-@attention_fwd.register_fake
 def _attention_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    args = AttentionArgs(*inputs[:-1])
-    return _allocate_outputs(args.q, args.v, args.num_rows, args.num_spans)
+    outputs = _allocate_outputs(_SIGNATURE.build(inputs)[0])
+    return outputs.out, outputs.marginals, outputs.lse
 
 
-@torch.library.custom_op(
-    "ral::attention_bwd",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor out, Tensor marginals, Tensor lse, Tensor? dout, "
-    "Tensor? dmarginals, Tensor? dlse, bool wants_dspan_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def attention_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _attention_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> (dq, dk, dv, dspan_bias), the last of shape [0] if it is not wanted.
 
     A gradient of None counts as zero and spares its share of the work.
     """
-    args = AttentionArgs(*inputs[: _NUM_INPUTS - 1])
-    backend = inputs[_NUM_INPUTS - 1]
-    out, marginals, lse, dout, dmarginals, dlse, wants_dspan_bias = inputs[_NUM_INPUTS:]
+    args, backend, rest = _SIGNATURE.build(inputs)
+    out, marginals, lse, dout, dmarginals, dlse, wants_dspan_bias = rest
     gradients = _allocate_gradients(args, wants_dspan_bias)
     chosen = backends.choose("attention", BACKENDS, args, backend)
     if out.numel() == 0 or args.seqlen_k == 0:
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    # Autograd hands over whatever strides it has, e.g. all zero from `out.sum()`; backends get a
-    # unit last stride.
+    # Autograd passes any strides, e.g. all zero from `out.sum()`. Backends get a unit last stride.
     if dout is not None and dout.shape[3] > 1 and dout.stride(3) != 1:
         dout = dout.contiguous()
     if dmarginals is not None:
@@ -292,48 +275,44 @@ def attention_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dspan_bias = gradients
     chosen.bwd(
         args,
-        out,
-        marginals,
-        lse,
-        dout,
-        dmarginals,
-        dlse,
-        dq,
-        dk,
-        dv,
-        dspan_bias if wants_dspan_bias else None,
+        AttentionOutputs(out, marginals, lse),
+        AttentionGradients(
+            dout, dmarginals, dlse, dq, dk, dv, dspan_bias if wants_dspan_bias else None
+        ),
     )
     return gradients
 
 
-@attention_bwd.register_fake
 def _attention_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _allocate_gradients(AttentionArgs(*inputs[: _NUM_INPUTS - 1]), inputs[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Gradients of unused outputs must stay None: the backward then skips their work.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-    ctx.options = inputs[_NUM_TENSORS:]
+    return _allocate_gradients(_SIGNATURE.build(inputs)[0], inputs[-1])
 
 
 def _backward(
     ctx: Any, dout: Tensor | None, dmarginals: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    wants_dspan_bias = ctx.needs_input_grad[4]
+    inputs, outputs = _SIGNATURE.saved(ctx)
+    wants_dspan_bias = ctx.needs_input_grad[_SIGNATURE.index("span_bias")]
     dq, dk, dv, dspan_bias = torch.ops.ral.attention_bwd(
-        *tensors[:_NUM_TENSORS],
-        *ctx.options,
-        *tensors[_NUM_TENSORS:],
-        dout,
-        dmarginals,
-        dlse,
-        wants_dspan_bias,
+        *inputs, *outputs, dout, dmarginals, dlse, wants_dspan_bias
     )
-    rest = [None] * (_NUM_INPUTS - 5)
-    return dq, dk, dv, None, dspan_bias if wants_dspan_bias else None, *rest
+    return _SIGNATURE.gradients(
+        q=dq, k=dk, v=dv, span_bias=dspan_bias if wants_dspan_bias else None
+    )
 
 
-attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+schema.define(
+    "attention_fwd",
+    _SIGNATURE.inputs,
+    3,
+    _attention_fwd,
+    _attention_fwd_fake,
+    (_SIGNATURE.save, _backward),
+)
+schema.define(
+    "attention_bwd",
+    f"{_SIGNATURE.inputs}, Tensor out, Tensor marginals, Tensor lse, Tensor? dout, "
+    "Tensor? dmarginals, Tensor? dlse, bool wants_dspan_bias",
+    4,
+    _attention_bwd,
+    _attention_bwd_fake,
+)

@@ -13,19 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import AttentionArgs
+from ral_kernels.ops.qkv import full_precision
+from ral_kernels.runtime.backends import DifferentiableBackend
 
-
-def available() -> str | None:
-    return None
-
-
-def can_run(args: AttentionArgs) -> str | None:
-    if args.cu_seqlens_q is not None and (
-        args.attn_mask is not None or args.key_padding_mask is not None
-    ):
-        return "packed sequences go without attn_mask and key_padding_mask"
-    return None
+from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 
 @dataclass(frozen=True)
@@ -52,11 +43,6 @@ def _sequences(args: AttentionArgs) -> Iterator[_Sequence]:
             rows=slice(start - bounds_q[i], stop - bounds_q[i]),
             marginals=slice(start - args.row_start, stop - args.row_start),
         )
-
-
-def full_precision(q: Tensor) -> torch.autocast:
-    """Under a caller's autocast, the float32 matmuls in here would round to its dtype."""
-    return torch.autocast(q.device.type, enabled=False)
 
 
 def _compute(tensor: Tensor) -> Tensor:
@@ -152,83 +138,71 @@ def _attend(
     return p, lse, dcap
 
 
-def fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
-    """Write `out`, `marginals` and `lse`."""
-    with full_precision(args.q):
-        _fwd(args, out, marginals, lse)
+class TorchAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients]):
+    """PyTorch in float32, or float64 for float64 inputs."""
+
+    def can_run(self, args: AttentionArgs) -> str | None:
+        if args.cu_seqlens_q is not None and (
+            args.attn_mask is not None or args.key_padding_mask is not None
+        ):
+            return "attn_mask and key_padding_mask are not supported with packed sequences"
+        return None
+
+    def fwd(self, args: AttentionArgs, outputs: AttentionOutputs) -> None:
+        with full_precision(args.q):
+            for seq in _sequences(args):
+                _fwd(args, seq, outputs)
+
+    def bwd(
+        self, args: AttentionArgs, outputs: AttentionOutputs, gradients: AttentionGradients
+    ) -> None:
+        with full_precision(args.q):
+            for seq in _sequences(args):
+                _bwd(args, seq, outputs, gradients)
 
 
-def _fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
-    for seq in _sequences(args):
-        q = _compute(args.q[:, :, seq.q])
-        k = _per_query_head(args, _compute(args.k[:, :, seq.k]))
-        v = _per_query_head(args, _compute(args.v[:, :, seq.k]))
-        p, lse[:, :, seq.q], _ = _attend(args, seq, q, k)
-        out[:, :, seq.q] = p @ v  # (6)
-        if args.num_spans > 0:
-            marginals[:, :, seq.marginals] = _to_spans(args, seq, p[:, :, seq.rows])  # (7)
-
-
-def bwd(
-    args: AttentionArgs,
-    out: Tensor,
-    marginals: Tensor,
-    lse: Tensor,
-    dout: Tensor | None,
-    dmarginals: Tensor | None,
-    dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dspan_bias: Tensor | None,
-) -> None:
-    """Write the gradients of q, k, v and, if wanted, span_bias; one that is None counts as zero."""
-    with full_precision(args.q):
-        _bwd(args, out, marginals, lse, dout, dmarginals, dlse, dq, dk, dv, dspan_bias)
+def _fwd(args: AttentionArgs, seq: _Sequence, outputs: AttentionOutputs) -> None:
+    q = _compute(args.q[:, :, seq.q])
+    k = _per_query_head(args, _compute(args.k[:, :, seq.k]))
+    v = _per_query_head(args, _compute(args.v[:, :, seq.k]))
+    p, outputs.lse[:, :, seq.q], _ = _attend(args, seq, q, k)
+    outputs.out[:, :, seq.q] = p @ v  # (6)
+    if args.num_spans > 0:
+        outputs.marginals[:, :, seq.marginals] = _to_spans(args, seq, p[:, :, seq.rows])  # (7)
 
 
 def _bwd(
-    args: AttentionArgs,
-    out: Tensor,
-    marginals: Tensor,
-    lse: Tensor,
-    dout: Tensor | None,
-    dmarginals: Tensor | None,
-    dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dspan_bias: Tensor | None,
+    args: AttentionArgs, seq: _Sequence, outputs: AttentionOutputs, gradients: AttentionGradients
 ) -> None:
-    for seq in _sequences(args):
-        q = _compute(args.q[:, :, seq.q])
-        k = _per_query_head(args, _compute(args.k[:, :, seq.k]))
-        v = _per_query_head(args, _compute(args.v[:, :, seq.k]))
-        p, _, dcap = _attend(args, seq, q, k)
-        empty = (lse[:, :, seq.q] == float("-inf"))[..., None]  # its outputs are constants
+    q = _compute(args.q[:, :, seq.q])
+    k = _per_query_head(args, _compute(args.k[:, :, seq.k]))
+    v = _per_query_head(args, _compute(args.v[:, :, seq.k]))
+    p, _, dcap = _attend(args, seq, q, k)
+    empty = (outputs.lse[:, :, seq.q] == float("-inf"))[..., None]  # its outputs are constants
 
-        dp = torch.zeros_like(p)
-        delta = p.new_zeros(*p.shape[:-1], 1)
-        if dout is not None:
-            do = _compute(dout[:, :, seq.q]).masked_fill(empty, 0.0)
-            dv[:, :, seq.k] = _per_kv_head(args, p.transpose(-1, -2) @ do)  # (8)
-            dp = do @ v.transpose(-1, -2)  # (9)
-            delta = (do * _compute(out[:, :, seq.q])).sum(-1, keepdim=True)  # (10)
-        else:
-            dv[:, :, seq.k] = 0.0
-        if dmarginals is not None and args.num_spans > 0:
-            dm, m = dmarginals[:, :, seq.marginals], marginals[:, :, seq.marginals]
-            dp[:, :, seq.rows] += _to_keys(args, seq, dm)  # (9)
-            delta[:, :, seq.rows] += (dm * m).sum(-1, keepdim=True)  # (10)
-        if dlse is not None:
-            delta -= dlse[:, :, seq.q, None]  # (10)
+    dp = torch.zeros_like(p)
+    delta = p.new_zeros(*p.shape[:-1], 1)
+    if gradients.dout is not None:
+        do = _compute(gradients.dout[:, :, seq.q]).masked_fill(empty, 0.0)
+        gradients.dv[:, :, seq.k] = _per_kv_head(args, p.transpose(-1, -2) @ do)  # (8)
+        dp = do @ v.transpose(-1, -2)  # (9)
+        delta = (do * _compute(outputs.out[:, :, seq.q])).sum(-1, keepdim=True)  # (10)
+    else:
+        gradients.dv[:, :, seq.k] = 0.0
+    if gradients.dmarginals is not None and args.num_spans > 0:
+        dm = gradients.dmarginals[:, :, seq.marginals]
+        m = outputs.marginals[:, :, seq.marginals]
+        dp[:, :, seq.rows] += _to_keys(args, seq, dm)  # (9)
+        delta[:, :, seq.rows] += (dm * m).sum(-1, keepdim=True)  # (10)
+    if gradients.dlse is not None:
+        delta -= gradients.dlse[:, :, seq.q, None]  # (10)
 
-        # A weight of exactly 0 is a constant (masked, or underflowed): 0 * (inf or NaN) must not
-        # get through.
-        ds = torch.where(p == 0, 0.0, p * (dp - delta))  # (11)
-        if dspan_bias is not None:
-            dspan_bias[:, :, seq.q] = _to_spans(args, seq, ds)  # (12)
-        if dcap is not None:
-            ds = ds * dcap  # (13)
-        dq[:, :, seq.q] = ds @ k * args.scale  # (14)
-        dk[:, :, seq.k] = _per_kv_head(args, ds.transpose(-1, -2) @ q) * args.scale  # (15)
+    # A weight of exactly 0 is a constant (masked, or underflowed): 0 * (inf or NaN) must not get
+    # through.
+    ds = torch.where(p == 0, 0.0, p * (dp - delta))  # (11)
+    if gradients.dspan_bias is not None:
+        gradients.dspan_bias[:, :, seq.q] = _to_spans(args, seq, ds)  # (12)
+    if dcap is not None:
+        ds = ds * dcap  # (13)
+    gradients.dq[:, :, seq.q] = ds @ k * args.scale  # (14)
+    gradients.dk[:, :, seq.k] = _per_kv_head(args, ds.transpose(-1, -2) @ q) * args.scale  # (15)

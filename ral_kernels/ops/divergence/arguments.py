@@ -1,4 +1,4 @@
-"""The arguments of the `divergence` op, bundled for `can_run` of every backend."""
+"""What every backend of `divergence` receives: arguments and outputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,19 @@ KINDS = ("jsd", "kl", "reverse_kl")
 
 @dataclass(frozen=True)
 class DivergenceArgs:
-    """The inputs of one `divergence` call, as every backend receives them."""
+    """The inputs of one `divergence` call. Backends get `p` and `r` as contiguous rows."""
 
-    p: Tensor  # [rows, N] float32 (reference: also float64), contiguous, elements >= 0
-    r: Tensor  # the same shape and dtype, contiguous
+    p: Tensor  # [rows, N] float32 (reference: also float64), elements >= 0
+    r: Tensor  # as p
     kind: str  # one of KINDS
+    wants_dp: bool
+    wants_dr: bool
+
+
+@dataclass(frozen=True)
+class DivergenceOutputs:
+    """What the forward writes. The gradients are for a gradient of 1 that arrives."""
+
+    value: Tensor  # [rows], p's dtype
+    dp: Tensor | None  # as p, contiguous; None where it is not wanted
+    dr: Tensor | None

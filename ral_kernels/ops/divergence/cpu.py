@@ -1,4 +1,4 @@
-"""CPU backend of `divergence`: one sweep over each row in C++ (csrc/cpu/policy/divergence_fwd.h)."""
+"""CPU backend of `divergence`: calls ral_cpu."""
 
 from __future__ import annotations
 
@@ -6,57 +6,45 @@ import ctypes
 import functools
 
 import torch
-from torch import Tensor
 
 from ral_kernels.runtime import cpu_library
+from ral_kernels.runtime.backends import Backend
 from ral_kernels.runtime.c_interface import pointer
 
-from .arguments import KINDS, DivergenceArgs
+from .arguments import KINDS, DivergenceArgs, DivergenceOutputs
 from .c_structs import Params
-
-supported_isas = cpu_library.supported_isas
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    cpu_library.check_struct_sizes("ral_cpu_policy_struct_sizes", (None, None, Params))
-    return cpu_library.library()
+    return cpu_library.checked("ral_cpu_policy_struct_sizes", (None, None, Params))
 
 
-def available() -> str | None:
-    """None if the compiled library is there, else the reason why not."""
-    try:
-        _library()
-    except RuntimeError as error:
-        return str(error)
-    return None
+class CpuDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
+    """One sweep over each row in C++ (csrc/cpu/policy/divergence_fwd.h)."""
 
+    def available(self) -> str | None:
+        return cpu_library.available(_library)
 
-def can_run(args: DivergenceArgs) -> str | None:
-    """None if this backend can run `args`, else the reason why not."""
-    if args.p.device.type != "cpu":
-        return f"it needs CPU tensors; got {args.p.device}"
-    if args.p.dtype != torch.float32:
-        return f"it computes float32; got {args.p.dtype}"
-    return None
+    def can_run(self, args: DivergenceArgs) -> str | None:
+        reason = cpu_library.cannot_run(args.p)
+        if reason is None and args.p.dtype != torch.float32:
+            return f"it computes float32; got {args.p.dtype}"
+        return reason
 
-
-def fwd(
-    p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
-) -> None:
-    """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
-    cpu_library.expect_writes(dp, dr)
-    params = Params(
-        num_rows=p.shape[0],
-        length=p.shape[1],
-        p=pointer(p),
-        r=pointer(r),
-        value=pointer(value),
-        dp=pointer(dp),
-        dr=pointer(dr),
-        kind=KINDS.index(kind),
-        isa=cpu_library.chosen_isa(),
-        num_threads=torch.get_num_threads(),
-    )
-    status = _library().ral_cpu_divergence_fwd(ctypes.byref(params))
-    cpu_library.raise_for_status("divergence", status, p=p)
+    def fwd(self, args: DivergenceArgs, outputs: DivergenceOutputs) -> None:
+        cpu_library.expect_writes(outputs.dp, outputs.dr)
+        params = Params(
+            num_rows=args.p.shape[0],
+            length=args.p.shape[1],
+            p=pointer(args.p),
+            r=pointer(args.r),
+            value=pointer(outputs.value),
+            dp=pointer(outputs.dp),
+            dr=pointer(outputs.dr),
+            kind=KINDS.index(args.kind),
+            isa=cpu_library.chosen_isa(),
+            num_threads=torch.get_num_threads(),
+        )
+        status = _library().ral_cpu_divergence_fwd(ctypes.byref(params))
+        cpu_library.raise_for_status("divergence", status, p=args.p)

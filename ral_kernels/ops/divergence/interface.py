@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation
+from ral_kernels.ops import allocation, schema
 from ral_kernels.runtime import backends, checks
+from ral_kernels.runtime.backends import Backend
 
-from . import cpu, reference, triton
-from .arguments import KINDS, DivergenceArgs
+from .arguments import KINDS, DivergenceArgs, DivergenceOutputs
+from .cpu import CpuDivergence
+from .reference import TorchDivergence
+from .triton import TritonDivergence
 
-BACKENDS: dict[str, Any] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Backend[DivergenceArgs, DivergenceOutputs]] = {
+    "triton": TritonDivergence(),
+    "cpu": CpuDivergence(),
+    "reference": TorchDivergence(),
+}
 backends.register("divergence", BACKENDS)
 
 
@@ -79,90 +87,95 @@ def check_kind(op: str, kind: Any) -> None:
 def call_divergence(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
     """Call the op with checked arguments."""
     dtype = torch.float64 if torch.float64 in (p.dtype, r.dtype) else torch.float32
-    wants_dp = torch.is_grad_enabled() and p.requires_grad
-    wants_dr = torch.is_grad_enabled() and r.requires_grad
-    value, _, _ = torch.ops.ral.divergence_fwd(
-        p.to(dtype), r.to(dtype), kind, wants_dp, wants_dr, backend
+    args = DivergenceArgs(
+        p=p.to(dtype),
+        r=r.to(dtype),
+        kind=kind,
+        wants_dp=torch.is_grad_enabled() and p.requires_grad,
+        wants_dr=torch.is_grad_enabled() and r.requires_grad,
     )
+    value, _, _ = torch.ops.ral.divergence_fwd(*_SIGNATURE.flatten(args, backend))
     return value
 
 
-def _allocate_outputs(p: Tensor, wants_dp: bool, wants_dr: bool) -> tuple[Tensor, Tensor, Tensor]:
-    new_empty = allocation.new_empty
+_SIGNATURE = schema.Signature(DivergenceArgs)
+
+
+def _allocate_outputs(args: DivergenceArgs) -> tuple[Tensor, Tensor, Tensor]:
+    p, new_empty = args.p, allocation.new_empty
     return (
         new_empty(p, p.shape[:-1], p.dtype),
-        new_empty(p, p.shape if wants_dp else (0,), p.dtype),
-        new_empty(p, p.shape if wants_dr else (0,), p.dtype),
+        new_empty(p, p.shape if args.wants_dp else (0,), p.dtype),
+        new_empty(p, p.shape if args.wants_dr else (0,), p.dtype),
     )
 
 
-@torch.library.custom_op(
-    "ral::divergence_fwd",
-    mutates_args=(),
-    schema="(Tensor p, Tensor r, str kind, bool wants_dp, bool wants_dr, str backend) -> "
-    "(Tensor, Tensor, Tensor)",
-)
-def divergence_fwd(
-    p: Tensor, r: Tensor, kind: str, wants_dp: bool, wants_dr: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _divergence_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """-> (value, dp, dr), the gradients for a gradient of 1, of shape [0] where not wanted."""
-    outputs = _allocate_outputs(p, wants_dp, wants_dr)
+    args, backend, _ = _SIGNATURE.build(inputs)
+    value, dp, dr = _allocate_outputs(args)
     # Backends get contiguous rows, whatever the leading dimensions are.
-    rows = (-1, p.shape[-1]) if p.numel() > 0 else (outputs[0].numel(), p.shape[-1])
-    args = DivergenceArgs(p.contiguous().view(rows), r.contiguous().view(rows), kind)
+    length = args.p.shape[-1]
+    rows = (-1, length) if args.p.numel() > 0 else (value.numel(), length)
+    args = replace(args, p=args.p.contiguous().view(rows), r=args.r.contiguous().view(rows))
     chosen = backends.choose("divergence", BACKENDS, args, backend)
-    if p.numel() == 0:
-        for output in outputs:
+    if args.p.numel() == 0:
+        for output in (value, dp, dr):
             output.zero_()
-        return outputs
-    value, dp, dr = outputs
-    chosen.fwd(
-        args.p,
-        args.r,
-        kind,
-        value.view(-1),
-        dp.view(rows) if wants_dp else None,
-        dr.view(rows) if wants_dr else None,
-    )
-    return outputs
+    else:
+        outputs = DivergenceOutputs(
+            value.view(-1),
+            dp.view(rows) if args.wants_dp else None,
+            dr.view(rows) if args.wants_dr else None,
+        )
+        chosen.fwd(args, outputs)
+    return value, dp, dr
 
 
-@divergence_fwd.register_fake
-def _divergence_fwd_fake(
-    p: Tensor, r: Tensor, kind: str, wants_dp: bool, wants_dr: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_outputs(p, wants_dp, wants_dr)
+def _divergence_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_outputs(_SIGNATURE.build(inputs)[0])
 
 
-@torch.library.custom_op("ral::scaled_gradient", mutates_args=())
-def scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+def _scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor, 0 where the gradient is: a backward that has only that left to do.
 
-    An op without an autograd formula: a second derivative raises instead of missing a part.
+    An op without a derivative, so that a second derivative raises instead of missing a part.
     """
     # 0 also if inf or NaN arrives for a row of infinite value
     return torch.where(gradient == 0, 0.0, gradient * factor)
 
 
-@scaled_gradient.register_fake
 def _scaled_gradient_fake(gradient: Tensor, factor: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.wanted = inputs[3:5]
-    ctx.save_for_backward(*output[1:])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    ctx.wanted = (inputs[_SIGNATURE.index("wants_dp")], inputs[_SIGNATURE.index("wants_dr")])
+    ctx.save_for_backward(*outputs[1:])
 
 
 def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
     if dvalue is None:
-        return (None,) * 6
-    gradients = [
-        scaled_gradient(gradient, dvalue[..., None]) if wanted else None
+        return _SIGNATURE.gradients()
+    dp, dr = (
+        torch.ops.ral.scaled_gradient(gradient, dvalue[..., None]) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    ]
-    return (*gradients, None, None, None, None)
+    )
+    return _SIGNATURE.gradients(p=dp, r=dr)
 
 
-divergence_fwd.register_autograd(_backward, setup_context=_setup_context)
+schema.define(
+    "divergence_fwd",
+    _SIGNATURE.inputs,
+    3,
+    _divergence_fwd,
+    _divergence_fwd_fake,
+    (_setup_context, _backward),
+)
+schema.define(
+    "scaled_gradient",
+    "Tensor gradient, Tensor factor",
+    1,
+    _scaled_gradient,
+    _scaled_gradient_fake,
+)

@@ -1,7 +1,6 @@
 """Reference backend of `divergence`: plain PyTorch in the dtype of its inputs.
 
-Comments cite the equations of README.md. `generalised` is shared with the reference of
-`policy_divergence`.
+Comments cite the equations of README.md. The reference backend of `policy` uses `generalised` too.
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import DivergenceArgs
+from ral_kernels.runtime.backends import Backend
+
+from .arguments import DivergenceArgs, DivergenceOutputs
 
 # Below this |x| differences of logarithms cancel, and series or log1p take over.
 _NEAR = 0.5
@@ -18,14 +19,6 @@ _SERIES = 0.1
 _SERIES_TERMS = 8
 _SHIFT = {"jsd": 0.0, "kl": 1.0, "reverse_kl": -1.0}  # derivative of the sum less `generalised`'s
 _SWAPPED = {"jsd": "jsd", "kl": "reverse_kl", "reverse_kl": "kl"}  # the kind of (r, p)
-
-
-def available() -> str | None:
-    return None
-
-
-def can_run(args: DivergenceArgs) -> str | None:
-    return None
 
 
 def _relative_difference(p: Tensor, r: Tensor) -> Tensor:
@@ -88,23 +81,24 @@ def generalised(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     )  # (10)
 
 
-def fwd(
-    p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
-) -> None:
-    """Write the value of each row, and the gradients for a gradient of 1 where wanted."""
-    terms, dterms = generalised(p, r, kind)
-    if kind == "kl":
-        terms = terms + (p - r)  # (2)
-    elif kind == "reverse_kl":
-        terms = terms + (r - p)  # (3)
-    value[:] = terms.sum(-1)
-    infinite = value.isinf()[..., None]
-    if dp is not None:
-        shift = _SHIFT[kind]
-        dp[:] = torch.where((p == 0) | infinite, 0.0, dterms + shift)  # (8), (9), (10)
-    if dr is not None:
-        # By symmetry: jsd(p, r) = jsd(r, p), and reverse_kl(p, r) = kl(r, p).
-        swapped = _SWAPPED[kind]
-        _, dterms = generalised(r, p, swapped)
-        shift = _SHIFT[swapped]
-        dr[:] = torch.where((r == 0) | infinite, 0.0, dterms + shift)  # (11)
+class TorchDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
+    """PyTorch in the dtype of the inputs."""
+
+    def fwd(self, args: DivergenceArgs, outputs: DivergenceOutputs) -> None:
+        p, r, kind = args.p, args.r, args.kind
+        terms, dterms = generalised(p, r, kind)
+        if kind == "kl":
+            terms = terms + (p - r)  # (2)
+        elif kind == "reverse_kl":
+            terms = terms + (r - p)  # (3)
+        outputs.value[:] = terms.sum(-1)
+        infinite = outputs.value.isinf()[..., None]
+        if outputs.dp is not None:
+            shift = _SHIFT[kind]
+            outputs.dp[:] = torch.where((p == 0) | infinite, 0.0, dterms + shift)  # (8) to (10)
+        if outputs.dr is not None:
+            # By symmetry: jsd(p, r) = jsd(r, p), and reverse_kl(p, r) = kl(r, p).
+            swapped = _SWAPPED[kind]
+            _, dterms = generalised(r, p, swapped)
+            shift = _SHIFT[swapped]
+            outputs.dr[:] = torch.where((r == 0) | infinite, 0.0, dterms + shift)  # (11)

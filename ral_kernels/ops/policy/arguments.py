@@ -1,10 +1,12 @@
-"""The arguments of the `policy` op, bundled once for every backend."""
+"""What backends of `policy` and `policy_divergence` receive: arguments, outputs, gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from ral_kernels.ops.schema import part
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,104 @@ class PolicyArgs:
     def num_outcomes(self) -> int:
         """Length of a row of the policy: spans, or keys without spans."""
         return self.seqlen_k if self.span_ids is None else self.num_spans
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """What the forward of `policy` writes; float32 (float64 with float64 q), contiguous."""
+
+    p: Tensor  # [B, T, N], or [B, T, S] with spans
+    # [2, B, H, T], over all visible keys: m, in powers of two, and 1 / Σ 2^(s log₂e − m). Both are
+    # 0 for a row that sees no key.
+    norm: Tensor
+    z: Tensor  # [B, T], the mean over heads of the weight on valid keys
+
+
+@dataclass(frozen=True)
+class PolicyGradients:
+    """What arrives at the backward of `policy`, and what it writes."""
+
+    dp: Tensor  # as p
+    dq: Tensor  # as q
+    dk: Tensor  # as k
+    dspan_bias: Tensor | None  # as span_bias, contiguous; None where it is not wanted
+
+
+@dataclass(frozen=True)
+class ReferenceArgs:
+    """The reference side: what an `AttentionSnapshot` holds.
+
+    Heads, kv heads, head dim and dtype may differ from the policy's. The batch, rows and their key
+    positions, number of keys, scope, key padding and `exclude_self` are the policy's. Key j < N0 of
+    sample b is `k_prefix[prefix_index[b], :, j]`, key j >= N0 is `k[b, :, j - N0]`.
+    """
+
+    q: Tensor  # [B, Hr, T, Dr] contiguous
+    k: Tensor  # [B, Hkr, N - N0, Dr] contiguous; N0 = 0 without k_prefix
+    k_prefix: Tensor | None  # [P, Hkr, N0, Dr] contiguous, the keys that samples share
+    prefix_index: Tensor | None  # int64 [B] contiguous, into k_prefix; None without k_prefix
+    scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+
+    @property
+    def num_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.k_prefix is None else self.k_prefix.shape[2]
+
+
+@dataclass(frozen=True)
+class PolicyDivergenceArgs:
+    """Validated inputs of one streamed `attention_divergence`, as every backend receives them."""
+
+    # There are no spans here: each backend finds these fields empty.
+    policy: PolicyArgs = field(
+        metadata=part(absent={"span_ids": None, "span_bias": None, "num_spans": 0})
+    )
+    reference: ReferenceArgs = field(metadata=part(prefix="reference_"))
+    kind: str  # one of KINDS of ops/divergence/arguments.py
+
+
+@dataclass(frozen=True)
+class PolicyDivergenceOutputs:
+    """What the forward of `policy_divergence` writes; float32 (float64 with float64 q)."""
+
+    value: Tensor  # [B, T], the divergence of each row
+    norm: Tensor  # as in PolicyOutputs
+    z: Tensor
+    reference_norm: Tensor  # [2, B, Hr, T]
+    reference_z: Tensor  # [B, T]
+    u: Tensor  # [B, H, T], equation (3) of divergence.md
+    w: Tensor  # [B, H, T]
+
+
+@dataclass(frozen=True)
+class PolicyDivergenceGradients:
+    """What arrives at the backward of `policy_divergence`, and what it writes."""
+
+    dvalue: Tensor  # [B, T]
+    dq: Tensor  # as the policy's q
+    dk: Tensor  # as the policy's k
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """What the loss of `policy_divergence` writes."""
+
+    value: Tensor  # [B, T], the divergence of each row
+    reference_norm: Tensor  # [2, B, Hr, T], read instead of written if they are known
+    reference_z: Tensor  # [B, T]
+    dq: Tensor  # gradients of the sum over rows of weight times divergence
+    dk: Tensor

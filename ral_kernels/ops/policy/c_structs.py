@@ -1,4 +1,4 @@
-"""The structs of csrc/include/ral/policy.h, filled from `PolicyArgs`."""
+"""The structs of csrc/include/ral/policy.h, filled from the arguments of both ops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 
 from torch import Tensor
 
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.runtime.c_interface import (
     DTYPES,
     BroadcastStruct,
@@ -16,7 +17,7 @@ from ral_kernels.runtime.c_interface import (
     tensor_struct,
 )
 
-from .arguments import PolicyArgs
+from .arguments import PolicyArgs, PolicyDivergenceArgs
 
 
 class SideStruct(ctypes.Structure):
@@ -80,6 +81,8 @@ class Params(ctypes.Structure):
 class DivergenceParams(ctypes.Structure):
     """`ral_policy_divergence_params`."""
 
+    structs: CallStructs  # owns tensors that pointers lead to
+
     _fields_ = [
         ("common", CommonStruct),
         ("policy", SideStruct),
@@ -95,7 +98,7 @@ class DivergenceParams(ctypes.Structure):
     ]
 
 
-class Bundle:
+class CallStructs:
     """The structs of one call, and the copies of tensors that they point into.
 
     Args:
@@ -157,3 +160,42 @@ class Bundle:
             self._kept.append(x)
         shared = x.dim() == 1 or x.shape[0] == 1
         return pointer(x), 0 if shared else x.stride(0)
+
+
+def divergence_params(
+    structs: CallStructs,
+    args: PolicyDivergenceArgs,
+    reference_norm: Tensor | None,
+    reference_z: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+) -> DivergenceParams:
+    """The inputs and statistics of a call; the caller adds what its pass reads and writes."""
+    reference = args.reference
+    side = SideStruct(
+        num_heads=reference.num_heads,
+        num_kv_heads=reference.num_kv_heads,
+        head_dim=reference.head_dim,
+        shared_prefix=reference.prefix_length,
+        window_left=reference.window_left,
+        window_right=reference.window_right,
+        q=tensor_struct(reference.q),
+        k=tensor_struct(reference.k),
+        k_prefix=tensor_struct(reference.k_prefix),
+        prefix_index=pointer(reference.prefix_index),
+        norm=pointer(reference_norm),
+        z=pointer(reference_z),
+        scale=reference.scale,
+        softcap=reference.softcap,
+        dtype=DTYPES[reference.q.dtype],
+    )
+    params = DivergenceParams(
+        common=structs.common,
+        policy=structs.policy,
+        reference=side,
+        kind=KINDS.index(args.kind),
+        u=pointer(u),
+        w=pointer(w),
+    )
+    params.structs = structs
+    return params

@@ -1,4 +1,4 @@
-"""CPU backend of `policy`: fills the structs of csrc/include/ral/policy.h and calls ral_cpu."""
+"""CPU backend of `policy` and `policy_divergence`: calls ral_cpu."""
 
 from __future__ import annotations
 
@@ -9,72 +9,119 @@ import torch
 from torch import Tensor
 
 from ral_kernels.runtime import cpu_library
+from ral_kernels.runtime.backends import DifferentiableBackend
 from ral_kernels.runtime.c_interface import pointer, tensor_struct
 
-from .arguments import PolicyArgs
-from .c_structs import Bundle, DivergenceParams, Params
-
-supported_isas = cpu_library.supported_isas
+from .arguments import (
+    LossOutputs,
+    PolicyArgs,
+    PolicyDivergenceArgs,
+    PolicyDivergenceGradients,
+    PolicyDivergenceOutputs,
+    PolicyGradients,
+    PolicyOutputs,
+)
+from .c_structs import CallStructs, DivergenceParams, Params, divergence_params
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    cpu_library.check_struct_sizes("ral_cpu_policy_struct_sizes", (Params, DivergenceParams, None))
-    return cpu_library.library()
+def _library() -> ctypes.CDLL:
+    return cpu_library.checked("ral_cpu_policy_struct_sizes", (Params, DivergenceParams, None))
 
 
-def available() -> str | None:
-    """None if the compiled library is there, else the reason why not."""
-    try:
-        library()
-    except RuntimeError as error:
-        return str(error)
-    return None
-
-
-def can_run(args: PolicyArgs) -> str | None:
-    """None if this backend can run `args`, else the reason why not."""
-    if args.q.device.type != "cpu":
-        return f"it needs CPU tensors; got {args.q.device}"
-    if args.q.dtype not in cpu_library.COMPUTED:
-        return f"it computes float32, bfloat16 and float16; got {args.q.dtype}"
-    return None
-
-
-def bundle_of(args: PolicyArgs, norm: Tensor | None, z: Tensor | None) -> Bundle:
+def _structs_of(args: PolicyArgs, norm: Tensor | None, z: Tensor | None) -> CallStructs:
     """The structs of a call, with the variant and the threads to run it on."""
-    return Bundle(args, norm, z, cpu_library.chosen_isa(), torch.get_num_threads())
+    return CallStructs(args, norm, z, cpu_library.chosen_isa(), torch.get_num_threads())
 
 
-def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
-    """Write the policy, norm and z."""
-    cpu_library.expect_writes(p)
-    bundle = bundle_of(args, norm, z)
-    params = Params(common=bundle.common, policy=bundle.policy, p=pointer(p))
-    status = library().ral_cpu_policy_fwd(ctypes.byref(params))
-    cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)
+class CpuPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients]):
+    """C++ kernels of csrc/cpu/policy."""
+
+    def available(self) -> str | None:
+        return cpu_library.available(_library)
+
+    def can_run(self, args: PolicyArgs) -> str | None:
+        return cpu_library.cannot_run(args.q)
+
+    def fwd(self, args: PolicyArgs, outputs: PolicyOutputs) -> None:
+        cpu_library.expect_writes(outputs.p)
+        structs = _structs_of(args, outputs.norm, outputs.z)
+        params = Params(common=structs.common, policy=structs.policy, p=pointer(outputs.p))
+        status = _library().ral_cpu_policy_fwd(ctypes.byref(params))
+        cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)
+
+    def bwd(self, args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradients) -> None:
+        cpu_library.expect_writes(gradients.dq, gradients.dk, gradients.dspan_bias)
+        structs = _structs_of(args, outputs.norm, outputs.z)
+        params = Params(
+            common=structs.common,
+            policy=structs.policy,
+            dp=pointer(gradients.dp),
+            dq=tensor_struct(gradients.dq),
+            dk=tensor_struct(gradients.dk),
+            dspan_bias=pointer(gradients.dspan_bias),
+        )
+        status = _library().ral_cpu_policy_bwd(ctypes.byref(params))
+        cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)
 
 
-def bwd(
-    args: PolicyArgs,
-    p: Tensor,
-    norm: Tensor,
-    z: Tensor,
-    dp: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dspan_bias: Tensor | None,
-) -> None:
-    """Write dq, dk and, where asked for, dspan_bias."""
-    cpu_library.expect_writes(dq, dk, dspan_bias)
-    bundle = bundle_of(args, norm, z)
-    params = Params(
-        common=bundle.common,
-        policy=bundle.policy,
-        dp=pointer(dp),
-        dq=tensor_struct(dq),
-        dk=tensor_struct(dk),
-        dspan_bias=pointer(dspan_bias),
+class CpuPolicyDivergence(
+    DifferentiableBackend[PolicyDivergenceArgs, PolicyDivergenceOutputs, PolicyDivergenceGradients]
+):
+    """The same kernels over both policies. They stream both and store neither."""
+
+    def available(self) -> str | None:
+        return cpu_library.available(_library)
+
+    def can_run(self, args: PolicyDivergenceArgs) -> str | None:
+        reason = cpu_library.cannot_run(args.policy.q)
+        dtype = args.reference.q.dtype
+        if reason is None and dtype not in cpu_library.COMPUTED:
+            return f"it computes float32, bfloat16 and float16; got a reference in {dtype}"
+        return reason
+
+    def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
+        params = _params(args, outputs)
+        params.value = pointer(outputs.value)
+        self._call("ral_cpu_policy_divergence_fwd", "attention_divergence", params, args)
+
+    def bwd(
+        self,
+        args: PolicyDivergenceArgs,
+        outputs: PolicyDivergenceOutputs,
+        gradients: PolicyDivergenceGradients,
+    ) -> None:
+        cpu_library.expect_writes(gradients.dq, gradients.dk)
+        params = _params(args, outputs)
+        params.dvalue = pointer(gradients.dvalue)
+        params.dq = tensor_struct(gradients.dq)
+        params.dk = tensor_struct(gradients.dk)
+        self._call("ral_cpu_policy_divergence_bwd", "attention_divergence", params, args)
+
+    def loss(
+        self, args: PolicyDivergenceArgs, weights: Tensor, normalised: bool, outputs: LossOutputs
+    ) -> None:
+        cpu_library.expect_writes(outputs.dq, outputs.dk)
+        structs = _structs_of(args.policy, None, None)
+        params = divergence_params(
+            structs, args, outputs.reference_norm, outputs.reference_z, None, None
+        )
+        params.reference_normalised = normalised
+        params.value = pointer(outputs.value)
+        params.dvalue = pointer(weights)
+        params.dq = tensor_struct(outputs.dq)
+        params.dk = tensor_struct(outputs.dk)
+        self._call("ral_cpu_policy_loss", "ral_loss", params, args)
+
+    def _call(
+        self, entry: str, op: str, params: DivergenceParams, args: PolicyDivergenceArgs
+    ) -> None:
+        status = getattr(_library(), entry)(ctypes.byref(params))
+        cpu_library.raise_for_status(op, status, q=args.policy.q, k=args.policy.k)
+
+
+def _params(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> DivergenceParams:
+    structs = _structs_of(args.policy, outputs.norm, outputs.z)
+    return divergence_params(
+        structs, args, outputs.reference_norm, outputs.reference_z, outputs.u, outputs.w
     )
-    status = library().ral_cpu_policy_bwd(ctypes.byref(params))
-    cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)

@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation
+from ral_kernels.ops import allocation, schema
 from ral_kernels.ops.divergence.interface import call_divergence, check_kind
 from ral_kernels.runtime import backends, checks
+from ral_kernels.runtime.backends import DifferentiableBackend
 from ral_kernels.snapshot import AttentionSnapshot
 from ral_kernels.spans import Spans
 
-from . import cuda
-from . import divergence_cpu as cpu
-from . import divergence_reference as reference_backend
-from .arguments import PolicyArgs
-from .divergence_arguments import PolicyDivergenceArgs, ReferenceArgs
+from .arguments import (
+    LossOutputs,
+    PolicyArgs,
+    PolicyDivergenceArgs,
+    PolicyDivergenceGradients,
+    PolicyDivergenceOutputs,
+    ReferenceArgs,
+)
+from .cpu import CpuPolicyDivergence
+from .cuda import CudaPolicyDivergence
 from .interface import call_policy, resolve_call
-from .triton import divergence as triton_backend
+from .reference import TorchPolicyDivergence
+from .triton import TritonPolicyDivergence
 
-BACKENDS: dict[str, Any] = {
-    "cuda": cuda,
-    "triton": triton_backend,
-    "cpu": cpu,
-    "reference": reference_backend,
+
+class PolicyDivergenceBackend(
+    DifferentiableBackend[PolicyDivergenceArgs, PolicyDivergenceOutputs, PolicyDivergenceGradients],
+    Protocol,
+):
+    """A backend that also forms the loss in one go."""
+
+    def loss(
+        self,
+        args: PolicyDivergenceArgs,
+        weights: Tensor,
+        normalised: bool,
+        outputs: LossOutputs,
+        /,
+    ) -> None:
+        """Write the divergence of each row, and the gradients of its sum weighted by `weights`.
+
+        Args:
+            weights: [B, T] contiguous.
+            normalised: `reference_norm` and `reference_z` are known: read them, do not write them.
+        """
+        ...
+
+
+BACKENDS: dict[str, PolicyDivergenceBackend] = {
+    "cuda": CudaPolicyDivergence(),
+    "triton": TritonPolicyDivergence(),
+    "cpu": CpuPolicyDivergence(),
+    "reference": TorchPolicyDivergence(),
 }
 backends.register("policy_divergence", BACKENDS)
 
@@ -178,77 +210,32 @@ def _call_policy_divergence(
     args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str
 ) -> Tensor:
     value: Tensor = torch.ops.ral.policy_divergence_fwd(
-        *streaming_inputs(args, snapshot, kind, backend)
+        *SIGNATURE.flatten(streaming_args(args, snapshot, kind), backend)
     )[0]
     return value
 
 
-def streaming_inputs(
-    args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str
-) -> tuple[Any, ...]:
-    """The arguments of the streaming ops, in the order of `INPUTS`."""
-    return (
-        args.q,
-        args.k,
-        args.scope,
-        args.key_padding_mask,
-        snapshot.q,
-        snapshot.k,
-        snapshot.k_prefix,
-        snapshot.prefix_index,
-        args.query_start,
-        args.scale,
-        args.window_left,
-        args.window_right,
-        args.softcap,
-        args.exclude_self,
-        snapshot.scale,
-        snapshot.window_left,
-        snapshot.window_right,
-        snapshot.softcap,
-        kind,
-        backend,
+def streaming_args(
+    args: PolicyArgs, snapshot: AttentionSnapshot, kind: str
+) -> PolicyDivergenceArgs:
+    """The arguments of the streaming ops."""
+    reference = ReferenceArgs(
+        q=snapshot.q,
+        k=snapshot.k,
+        k_prefix=snapshot.k_prefix,
+        prefix_index=snapshot.prefix_index,
+        scale=snapshot.scale,
+        window_left=snapshot.window_left,
+        window_right=snapshot.window_right,
+        softcap=snapshot.softcap,
     )
+    return PolicyDivergenceArgs(args, reference, kind)
 
 
-INPUTS = (
-    "Tensor q, Tensor k, Tensor? scope, Tensor? key_padding_mask, Tensor reference_q, "
-    "Tensor reference_k, Tensor? reference_k_prefix, Tensor? reference_prefix_index, "
-    "SymInt query_start, float scale, SymInt window_left, SymInt window_right, float softcap, "
-    "bool exclude_self, float reference_scale, SymInt reference_window_left, "
-    "SymInt reference_window_right, float reference_softcap, str kind, str backend"
-)
-NUM_INPUTS = 20
-_NUM_TENSORS = 8  # how many of them, from the first, are tensors or None
-_NUM_OUTPUTS = 7
+SIGNATURE = schema.Signature(PolicyDivergenceArgs)
 
 
-def bundle(inputs: tuple[Any, ...]) -> PolicyDivergenceArgs:
-    """The op's arguments, without the backend's name, as backends receive them."""
-    q, k, scope, key_padding_mask, *reference_tensors = inputs[:_NUM_TENSORS]
-    query_start, scale, left, right, softcap, exclude_self, *reference_options, kind = inputs[
-        _NUM_TENSORS:
-    ]
-    policy = PolicyArgs(
-        q=q,
-        k=k,
-        span_ids=None,
-        span_bias=None,
-        scope=scope,
-        key_padding_mask=key_padding_mask,
-        num_spans=0,
-        query_start=query_start,
-        scale=scale,
-        window_left=left,
-        window_right=right,
-        softcap=softcap,
-        exclude_self=exclude_self,
-    )
-    reference = ReferenceArgs(*reference_tensors, *reference_options)
-    return PolicyDivergenceArgs(policy, reference, kind)
-
-
-def _allocate_outputs(args: PolicyDivergenceArgs) -> tuple[Tensor, ...]:
+def _allocate_outputs(args: PolicyDivergenceArgs) -> PolicyDivergenceOutputs:
     q = args.policy.q
     batch_size, num_heads, num_rows, _ = q.shape
     per_row = (batch_size, num_rows)
@@ -258,7 +245,11 @@ def _allocate_outputs(args: PolicyDivergenceArgs) -> tuple[Tensor, ...]:
     shapes = (
         per_row, (2, *per_head), per_row, (2, *per_reference_head), per_row, per_head, per_head
     )  # fmt: skip
-    return tuple(allocation.new_empty(q, shape, dtype) for shape in shapes)
+    return PolicyDivergenceOutputs(*(allocation.new_empty(q, shape, dtype) for shape in shapes))
+
+
+def _tensors_of(outputs: PolicyDivergenceOutputs) -> tuple[Tensor, ...]:
+    return tuple(getattr(outputs, field.name) for field in fields(outputs))
 
 
 def allocate_gradients(args: PolicyDivergenceArgs) -> tuple[Tensor, Tensor]:
@@ -269,69 +260,68 @@ def allocate_gradients(args: PolicyDivergenceArgs) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op(
-    "ral::policy_divergence_fwd",
-    mutates_args=(),
-    schema=f"({INPUTS}) -> ({', '.join(['Tensor'] * _NUM_OUTPUTS)})",
-)
-def policy_divergence_fwd(*inputs: Any) -> tuple[Tensor, ...]:
-    """-> (value, norm, z, reference_norm, reference_z, u, w)."""
-    args = bundle(inputs[:-1])
+def _policy_divergence_fwd(*inputs: Any) -> tuple[Tensor, ...]:
+    """-> the fields of PolicyDivergenceOutputs."""
+    args, backend, _ = SIGNATURE.build(inputs)
     outputs = _allocate_outputs(args)
-    chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[-1])
-    value, norm, z, ref_norm, ref_z, u, w = outputs
-    if value.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
-        for output in outputs:
-            output.zero_()
+    chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
+    results = _tensors_of(outputs)
+    if outputs.value.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
+        for result in results:
+            result.zero_()
     else:
-        chosen.fwd(args, value, norm, z, ref_norm, ref_z, u, w)
-    return outputs
+        chosen.fwd(args, outputs)
+    return results
 
 
-@policy_divergence_fwd.register_fake
 def _policy_divergence_fwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
-    return _allocate_outputs(bundle(inputs[:-1]))
+    return _tensors_of(_allocate_outputs(SIGNATURE.build(inputs)[0]))
 
 
-@torch.library.custom_op(
-    "ral::policy_divergence_bwd",
-    mutates_args=(),
-    schema=f"({INPUTS}, Tensor norm, Tensor z, Tensor reference_norm, Tensor reference_z, "
-    "Tensor u, Tensor w, Tensor dvalue) -> (Tensor, Tensor)",
-)
-def policy_divergence_bwd(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _policy_divergence_bwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     """-> (dq, dk). The reference gets no gradient."""
-    args = bundle(inputs[: NUM_INPUTS - 1])
-    norm, z, ref_norm, ref_z, u, w, dvalue = inputs[NUM_INPUTS:]
+    args, backend, (*statistics, dvalue) = SIGNATURE.build(inputs)
     dq, dk = allocate_gradients(args)
-    chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[NUM_INPUTS - 1])
+    chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
     if dvalue.numel() == 0 or args.policy.seqlen_k == 0:
         dq.zero_()
         dk.zero_()
     else:
-        chosen.bwd(args, norm, z, ref_norm, ref_z, u, w, dvalue.contiguous(), dq, dk, None)
+        # No backend needs the value: dvalue stands in its place.
+        outputs = PolicyDivergenceOutputs(dvalue, *statistics)
+        chosen.bwd(args, outputs, PolicyDivergenceGradients(dvalue.contiguous(), dq, dk))
     return dq, dk
 
 
-@policy_divergence_bwd.register_fake
 def _policy_divergence_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return allocate_gradients(bundle(inputs[: NUM_INPUTS - 1]))
+    return allocate_gradients(SIGNATURE.build(inputs)[0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
-    ctx.options = inputs[_NUM_TENSORS:]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    SIGNATURE.save(ctx, inputs, outputs[1:])
 
 
 def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dvalue is None:
-        return (None,) * NUM_INPUTS
-    tensors = ctx.saved_tensors
-    dq, dk = torch.ops.ral.policy_divergence_bwd(
-        *tensors[:_NUM_TENSORS], *ctx.options, *tensors[_NUM_TENSORS:], dvalue
-    )
-    return dq, dk, *[None] * (NUM_INPUTS - 2)
+        return SIGNATURE.gradients()
+    inputs, statistics = SIGNATURE.saved(ctx)
+    dq, dk = torch.ops.ral.policy_divergence_bwd(*inputs, *statistics, dvalue)
+    return SIGNATURE.gradients(q=dq, k=dk)
 
 
-policy_divergence_fwd.register_autograd(_backward, setup_context=_setup_context)
+schema.define(
+    "policy_divergence_fwd",
+    SIGNATURE.inputs,
+    7,
+    _policy_divergence_fwd,
+    _policy_divergence_fwd_fake,
+    (_setup_context, _backward),
+)
+schema.define(
+    "policy_divergence_bwd",
+    f"{SIGNATURE.inputs}, Tensor norm, Tensor z, Tensor reference_norm, Tensor reference_z, "
+    "Tensor u, Tensor w, Tensor dvalue",
+    2,
+    _policy_divergence_bwd,
+    _policy_divergence_bwd_fake,
+)

@@ -7,14 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation, qkv
+from ral_kernels.ops import allocation, qkv, schema
 from ral_kernels.runtime import backends, checks
+from ral_kernels.runtime.backends import DifferentiableBackend
 from ral_kernels.spans import Spans
 
-from . import cpu, reference, triton
-from .arguments import PolicyArgs
+from .arguments import PolicyArgs, PolicyGradients, PolicyOutputs
+from .cpu import CpuPolicy
+from .reference import TorchPolicy
+from .triton import TritonPolicy
 
-BACKENDS: dict[str, Any] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients]] = {
+    "triton": TritonPolicy(),
+    "cpu": CpuPolicy(),
+    "reference": TorchPolicy(),
+}
 backends.register("policy", BACKENDS)
 
 
@@ -170,33 +177,21 @@ def _resolve_scope(op: str, scope: Any, spans: Spans | None, k: Tensor) -> Tenso
 
 def call_policy(args: PolicyArgs, backend: str) -> Tensor:
     """Call the op with checked arguments."""
-    p, _, _ = torch.ops.ral.policy_fwd(
-        args.q,
-        args.k,
-        args.span_ids,
-        args.span_bias,
-        args.scope,
-        args.key_padding_mask,
-        args.num_spans,
-        args.query_start,
-        args.scale,
-        args.window_left,
-        args.window_right,
-        args.softcap,
-        args.exclude_self,
-        backend,
-    )
+    p, _, _ = torch.ops.ral.policy_fwd(*_SIGNATURE.flatten(args, backend))
     return p
 
 
-def _allocate_outputs(args: PolicyArgs) -> tuple[Tensor, Tensor, Tensor]:
+_SIGNATURE = schema.Signature(PolicyArgs)
+
+
+def _allocate_outputs(args: PolicyArgs) -> PolicyOutputs:
     batch_size, num_heads, num_rows, _ = args.q.shape
     dtype = allocation.accumulation_dtype(args.q)
     new_empty = allocation.new_empty
-    return (
-        new_empty(args.q, (batch_size, num_rows, args.num_outcomes), dtype),
-        new_empty(args.q, (2, batch_size, num_heads, num_rows), dtype),
-        new_empty(args.q, (batch_size, num_rows), dtype),
+    return PolicyOutputs(
+        p=new_empty(args.q, (batch_size, num_rows, args.num_outcomes), dtype),
+        norm=new_empty(args.q, (2, batch_size, num_heads, num_rows), dtype),
+        z=new_empty(args.q, (batch_size, num_rows), dtype),
     )
 
 
@@ -209,84 +204,71 @@ def _allocate_gradients(args: PolicyArgs, wants_dspan_bias: bool) -> tuple[Tenso
     )
 
 
-# The fields of PolicyArgs, in order, and the backend's name ("" = automatic).
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor? span_ids, Tensor? span_bias, Tensor? scope, "
-    "Tensor? key_padding_mask, SymInt num_spans, SymInt query_start, float scale, "
-    "SymInt window_left, SymInt window_right, float softcap, bool exclude_self, str backend"
-)
-_NUM_INPUTS = 14
-_NUM_TENSORS = 6  # how many of them, from the first, are tensors or None
+def _policy_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (p, norm, z), as in PolicyOutputs.
 
-
-@torch.library.custom_op(
-    "ral::policy_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
-)
-def policy_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (p, norm, z): the policy, each head's normaliser and Z, the weight on valid keys.
-
-    norm [2, B, H, T] is over all visible keys: m, in powers of two, and 1 / Σ 2^(s log₂e − m), both
-    0 for a row that sees no key. Weights formed with it are not rounded by the size of an lse.
+    Weights that are formed with `norm` are not rounded by the size of an lse.
     """
-    args = PolicyArgs(*inputs[:-1])
-    p, norm, z = _allocate_outputs(args)
-    chosen = backends.choose("policy", BACKENDS, args, inputs[-1])
-    if p.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
-        p.zero_()
-        norm.zero_()
-        z.zero_()
+    args, backend, _ = _SIGNATURE.build(inputs)
+    outputs = _allocate_outputs(args)
+    chosen = backends.choose("policy", BACKENDS, args, backend)
+    results = outputs.p, outputs.norm, outputs.z
+    if outputs.p.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
+        for result in results:
+            result.zero_()
     else:
-        chosen.fwd(args, p, norm, z)
-    return p, norm, z
+        chosen.fwd(args, outputs)
+    return results
 
 
-@policy_fwd.register_fake
 def _policy_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_outputs(PolicyArgs(*inputs[:-1]))
+    outputs = _allocate_outputs(_SIGNATURE.build(inputs)[0])
+    return outputs.p, outputs.norm, outputs.z
 
 
-@torch.library.custom_op(
-    "ral::policy_bwd",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor p, Tensor norm, Tensor z, Tensor dp, bool wants_dspan_bias) -> "
-    "(Tensor, Tensor, Tensor)",
-)
-def policy_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _policy_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """-> (dq, dk, dspan_bias), the last of shape [0] if it is not wanted."""
-    args = PolicyArgs(*inputs[: _NUM_INPUTS - 1])
-    p, norm, z, dp, wants_dspan_bias = inputs[_NUM_INPUTS:]
+    args, backend, (p, norm, z, dp, wants_dspan_bias) = _SIGNATURE.build(inputs)
     gradients = _allocate_gradients(args, wants_dspan_bias)
-    chosen = backends.choose("policy", BACKENDS, args, inputs[_NUM_INPUTS - 1])
+    chosen = backends.choose("policy", BACKENDS, args, backend)
     if p.numel() == 0 or args.seqlen_k == 0:
         for gradient in gradients:
             gradient.zero_()
         return gradients
     dq, dk, dspan_bias = gradients
-    chosen.bwd(args, p, norm, z, dp.contiguous(), dq, dk, dspan_bias if wants_dspan_bias else None)
+    chosen.bwd(
+        args,
+        PolicyOutputs(p, norm, z),
+        PolicyGradients(dp.contiguous(), dq, dk, dspan_bias if wants_dspan_bias else None),
+    )
     return gradients
 
 
-@policy_bwd.register_fake
 def _policy_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(PolicyArgs(*inputs[: _NUM_INPUTS - 1]), inputs[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-    ctx.options = inputs[_NUM_TENSORS:]
+    return _allocate_gradients(_SIGNATURE.build(inputs)[0], inputs[-1])
 
 
 def _backward(ctx: Any, dp: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dp is None:  # norm and z are not handed out
-        return (None,) * _NUM_INPUTS
-    tensors = ctx.saved_tensors
-    wants_dspan_bias = ctx.needs_input_grad[3]
-    dq, dk, dspan_bias = torch.ops.ral.policy_bwd(
-        *tensors[:_NUM_TENSORS], *ctx.options, *tensors[_NUM_TENSORS:], dp, wants_dspan_bias
-    )
-    rest = [None] * (_NUM_INPUTS - 4)
-    return dq, dk, None, dspan_bias if wants_dspan_bias else None, *rest
+        return _SIGNATURE.gradients()
+    inputs, outputs = _SIGNATURE.saved(ctx)
+    wants_dspan_bias = ctx.needs_input_grad[_SIGNATURE.index("span_bias")]
+    dq, dk, dspan_bias = torch.ops.ral.policy_bwd(*inputs, *outputs, dp, wants_dspan_bias)
+    return _SIGNATURE.gradients(q=dq, k=dk, span_bias=dspan_bias if wants_dspan_bias else None)
 
 
-policy_fwd.register_autograd(_backward, setup_context=_setup_context)
+schema.define(
+    "policy_fwd",
+    _SIGNATURE.inputs,
+    3,
+    _policy_fwd,
+    _policy_fwd_fake,
+    (_SIGNATURE.save, _backward),
+)
+schema.define(
+    "policy_bwd",
+    f"{_SIGNATURE.inputs}, Tensor p, Tensor norm, Tensor z, Tensor dp, bool wants_dspan_bias",
+    3,
+    _policy_bwd,
+    _policy_bwd_fake,
+)

@@ -8,24 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation
-from ral_kernels.ops.divergence.interface import check_kind, scaled_gradient
+from ral_kernels.ops import allocation, schema
+from ral_kernels.ops.divergence.interface import check_kind
 from ral_kernels.runtime import backends, checks
 from ral_kernels.snapshot import AttentionSnapshot
 from ral_kernels.spans import Spans
 
-from .arguments import PolicyArgs
+from .arguments import LossOutputs, PolicyArgs, PolicyDivergenceArgs
 from .divergence import (
     BACKENDS,
-    INPUTS,
-    NUM_INPUTS,
+    SIGNATURE,
     allocate_gradients,
-    bundle,
     check_snapshot,
     divergence_of,
-    streaming_inputs,
+    streaming_args,
 )
-from .divergence_arguments import PolicyDivergenceArgs
 from .interface import resolve_call
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
@@ -174,11 +171,12 @@ def _fused_loss(
     # A backend may compute the reference with the policy's dtype in mind.
     kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')} {args.q.dtype}"
     given = snapshot.find_normalisers(args, kernels) if eager else None
-    loss, _, _, ref_norm, ref_z = torch.ops.ral.policy_divergence_loss(
-        *streaming_inputs(args, snapshot, kind, backend), weights, *(given or (None, None))
+    inputs = SIGNATURE.flatten(streaming_args(args, snapshot, kind), backend)
+    loss, _, _, norm, z = torch.ops.ral.policy_divergence_loss(
+        *inputs, weights, *(given or (None, None))
     )
     if eager and given is None:
-        snapshot.keep_normalisers(args, kernels, ref_norm.detach(), ref_z.detach())
+        snapshot.keep_normalisers(args, kernels, norm.detach(), z.detach())
     result: Tensor = loss
     return result
 
@@ -188,57 +186,56 @@ def _allocate(args: PolicyDivergenceArgs, normalised: bool) -> tuple[Tensor, ...
     per_row = (0, 0) if normalised else (args.policy.batch_size, rows)
     per_head = (0, 0, 0, 0) if normalised else (2, per_row[0], args.reference.num_heads, rows)
     dtype = allocation.accumulation_dtype(q)
-    loss, ref_norm, ref_z = (
-        allocation.new_empty(q, shape, dtype) for shape in ((), per_head, per_row)
-    )
-    return loss, *allocate_gradients(args), ref_norm, ref_z
+    loss, norm, z = (allocation.new_empty(q, shape, dtype) for shape in ((), per_head, per_row))
+    return loss, *allocate_gradients(args), norm, z
 
 
-@torch.library.custom_op(
-    "ral::policy_divergence_loss",
-    mutates_args=(),
-    schema=f"({INPUTS}, Tensor weights, Tensor? reference_norm, Tensor? reference_z) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
+def _policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
     """-> (sum over rows of weight times divergence, dq, dk, reference_norm, reference_z).
 
-    The reference's normalisers are returned for a later call to give, and empty if they were given.
+    The reference's statistics are returned for a later call to give. They are empty if this call
+    was given them.
     """
-    args = bundle(inputs[: NUM_INPUTS - 1])
-    weights, given_norm, given_z = inputs[NUM_INPUTS:]
+    args, backend, (weights, given_norm, given_z) = SIGNATURE.build(inputs)
     weights = weights.contiguous()
     normalised = given_norm is not None
-    outputs = _allocate(args, normalised)
-    loss, dq, dk, ref_norm, ref_z = outputs
-    chosen = backends.choose("policy_divergence", BACKENDS, args, inputs[NUM_INPUTS - 1])
+    results = _allocate(args, normalised)
+    loss, dq, dk, norm, z = results
+    chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
     if weights.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
-        for output in outputs:
-            output.zero_()
-        return outputs
+        for result in results:
+            result.zero_()
+        return results
     value = allocation.new_empty(weights, weights.shape, weights.dtype)
-    norm_z = (given_norm, given_z) if normalised else (ref_norm, ref_z)
-    chosen.loss(args, weights, *norm_z, normalised, value, dq, dk)
+    if normalised:
+        norm, z = given_norm, given_z
+    chosen.loss(args, weights, normalised, LossOutputs(value, norm, z, dq, dk))
     loss.copy_(_weighted_sum(value, weights))
-    return outputs
+    return results
 
 
-@policy_divergence_loss.register_fake
 def _policy_divergence_loss_fake(*inputs: Any) -> tuple[Tensor, ...]:
-    return _allocate(bundle(inputs[: NUM_INPUTS - 1]), inputs[NUM_INPUTS + 1] is not None)
+    args, _, (_, given_norm, _) = SIGNATURE.build(inputs)
+    return _allocate(args, given_norm is not None)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:3])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*outputs[1:3])
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = [None] * (NUM_INPUTS + 1)
+    rest = (None, None, None)  # weights and the reference's statistics
     if dloss is None:
-        return None, None, *rest
-    dq, dk = ctx.saved_tensors
-    return scaled_gradient(dq, dloss), scaled_gradient(dk, dloss), *rest
+        return *SIGNATURE.gradients(), *rest
+    dq, dk = (torch.ops.ral.scaled_gradient(x, dloss) for x in ctx.saved_tensors)
+    return *SIGNATURE.gradients(q=dq, k=dk), *rest
 
 
-policy_divergence_loss.register_autograd(_backward, setup_context=_setup_context)
+schema.define(
+    "policy_divergence_loss",
+    f"{SIGNATURE.inputs}, Tensor weights, Tensor? reference_norm, Tensor? reference_z",
+    5,
+    _policy_divergence_loss,
+    _policy_divergence_loss_fake,
+    (_setup_context, _backward),
+)

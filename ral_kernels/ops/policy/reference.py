@@ -1,8 +1,8 @@
-"""Reference backend of `policy`: plain PyTorch, with the backward written out by hand.
+"""Reference backend of `policy` and `policy_divergence`, with backwards written out by hand.
 
-Variables carry the names of README.md, whose equations the comments cite. Rows are taken in chunks,
-so that only [B, H, chunk, N] is ever formed; everything is computed in float32 (float64 for float64
-inputs). It runs on every device.
+Variables carry the names of README.md and divergence.md, whose equations the comments cite. It
+works on chunks of rows, so the largest tensor is [B, H, chunk, N]. It computes in float32, or in
+float64 for float64 inputs, and runs on every device.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ral_kernels.ops.attention.reference import full_precision
+from ral_kernels.ops.divergence.reference import generalised
+from ral_kernels.ops.qkv import full_precision
+from ral_kernels.runtime.backends import DifferentiableBackend
 
-from .arguments import PolicyArgs
+from .arguments import (
+    LossOutputs,
+    PolicyArgs,
+    PolicyDivergenceArgs,
+    PolicyDivergenceGradients,
+    PolicyDivergenceOutputs,
+    PolicyGradients,
+    PolicyOutputs,
+)
 
 ROWS_PER_CHUNK = 64
 LOG2_E = 1.4426950408889634
 SMALLEST_WEIGHT = 2.0**-100  # of all heads on the valid keys; less counts as none
 
 
-def available() -> str | None:
-    return None
-
-
-def can_run(args: PolicyArgs) -> str | None:
-    return None
-
-
-def compute_dtype(q: Tensor) -> torch.dtype:
+def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def as_computed(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _as_computed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A fresh contiguous copy in `dtype`.
 
     Always a copy: how a BLAS rounds may depend on strides and on alignment, and two policies that
@@ -42,24 +44,24 @@ def as_computed(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def row_chunks(num_rows: int) -> Iterator[slice]:
+def _row_chunks(num_rows: int) -> Iterator[slice]:
     for start in range(0, num_rows, ROWS_PER_CHUNK):
         yield slice(start, min(start + ROWS_PER_CHUNK, num_rows))
 
 
-def per_query_head(k: Tensor, num_heads: int) -> Tensor:
+def _per_query_head(k: Tensor, num_heads: int) -> Tensor:
     """[B, Hk, ...] -> [B, H, ...]: query head h reads kv head h // (H / Hk)."""
     group = num_heads // k.shape[1]
     return k if group == 1 else k.repeat_interleave(group, dim=1)
 
 
-def per_kv_head(dk: Tensor, num_kv_heads: int) -> Tensor:
+def _per_kv_head(dk: Tensor, num_kv_heads: int) -> Tensor:
     """The adjoint: [B, H, ...] -> [B, Hk, ...], summing the heads that share a kv head."""
     group = dk.shape[1] // num_kv_heads
     return dk if group == 1 else dk.unflatten(1, (-1, group)).sum(2)
 
 
-def visible_keys(args: PolicyArgs, rows: slice, window_left: int, window_right: int) -> Tensor:
+def _visible_keys(args: PolicyArgs, rows: slice, window_left: int, window_right: int) -> Tensor:
     """True where a row of the chunk sees a key, [B or 1, R, N]."""
     device = args.q.device
     d = args.query_start + torch.arange(rows.start, rows.stop, device=device)[:, None]
@@ -75,7 +77,7 @@ def visible_keys(args: PolicyArgs, rows: slice, window_left: int, window_right: 
     return visible
 
 
-def valid_keys(args: PolicyArgs, rows: slice, visible: Tensor) -> Tensor:
+def _valid_keys(args: PolicyArgs, rows: slice, visible: Tensor) -> Tensor:
     """True on the keys that a row's policy is over, [B or 1, R, N]."""
     valid = visible
     if args.scope is not None:
@@ -87,12 +89,12 @@ def valid_keys(args: PolicyArgs, rows: slice, visible: Tensor) -> Tensor:
     return valid
 
 
-def attend(
+def _attend(
     q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Equations (1) to (4): P [B, H, R, N], norm [2, B, H, R], the soft cap's slope (None: 1).
 
-    `q` and `k` come from `as_computed`, k with one head per query head.
+    `q` and `k` come from `_as_computed`, k with one head per query head.
     """
     s = q @ k.transpose(-1, -2) * scale  # (1)
     dcap = None
@@ -114,7 +116,7 @@ def attend(
     return p_h, norm, dcap
 
 
-def mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Equations (5) to (7): p [B, R, N] and Z [B, R], with rows of 0 where Z = 0."""
     mean = torch.where(valid, p_h.mean(1), 0.0)  # (5)
     z = mean.sum(-1)  # (6)
@@ -123,7 +125,7 @@ def mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return mean / torch.where(z == 0, 1.0, z)[..., None], z  # (7)
 
 
-def score_gradient(p_h: Tensor, valid: Tensor, z: Tensor, centred: Tensor) -> Tensor:
+def _score_gradient(p_h: Tensor, valid: Tensor, z: Tensor, centred: Tensor) -> Tensor:
     """P G = P (dp - c) / (Z H) on valid keys and 0 elsewhere, (10), from `centred` = dp - c.
 
     A weight of exactly 0 is left out, whatever dp is there. z is as `fwd` wrote it, 0 where
@@ -157,73 +159,191 @@ def _to_keys(args: PolicyArgs, per_span: Tensor) -> Tensor:
     return padded.gather(-1, index.expand(*per_span.shape[:-1], index.shape[-1]))
 
 
-def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
-    """Write `p`, `norm` and `z`."""
-    with full_precision(args.q):
-        _fwd(args, p, norm, z)
+# ---- policy --------------------------------------------------------------------------------------
 
 
-def _fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
-    dtype = compute_dtype(args.q)
-    k = as_computed(per_query_head(args.k, args.num_heads), dtype)
+class TorchPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients]):
+    """PyTorch in float32, or float64 for float64 inputs."""
+
+    def fwd(self, args: PolicyArgs, outputs: PolicyOutputs) -> None:
+        with full_precision(args.q):
+            _policy_fwd(args, outputs)
+
+    def bwd(self, args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradients) -> None:
+        with full_precision(args.q):
+            _policy_bwd(args, outputs, gradients)
+
+
+def _policy_fwd(args: PolicyArgs, outputs: PolicyOutputs) -> None:
+    dtype = _compute_dtype(args.q)
+    k = _as_computed(_per_query_head(args.k, args.num_heads), dtype)
     one_hot = None if args.span_ids is None else _one_hot(args, dtype)
-    for rows in row_chunks(args.num_rows):
-        visible = visible_keys(args, rows, args.window_left, args.window_right)
+    for rows in _row_chunks(args.num_rows):
+        visible = _visible_keys(args, rows, args.window_left, args.window_right)
         bias = None if args.span_bias is None else _to_keys(args, args.span_bias[:, :, rows])
-        q = as_computed(args.q[:, :, rows], dtype)
-        p_h, norm[:, :, :, rows], _ = attend(q, k, visible, args.scale, args.softcap, bias)
-        p_keys, z[:, rows] = mean_over_valid(p_h, valid_keys(args, rows, visible))
-        p[:, rows] = p_keys if one_hot is None else p_keys @ one_hot  # (8)
+        q = _as_computed(args.q[:, :, rows], dtype)
+        p_h, norm, _ = _attend(q, k, visible, args.scale, args.softcap, bias)
+        p_keys, z = _mean_over_valid(p_h, _valid_keys(args, rows, visible))
+        outputs.norm[:, :, :, rows], outputs.z[:, rows] = norm, z
+        outputs.p[:, rows] = p_keys if one_hot is None else p_keys @ one_hot  # (8)
 
 
-def bwd(
-    args: PolicyArgs,
-    p: Tensor,
-    norm: Tensor,
-    z: Tensor,
-    dp: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dspan_bias: Tensor | None,
-) -> None:
-    """Write the gradients of q, k and, if wanted, span_bias."""
-    with full_precision(args.q):
-        _bwd(args, p, z, dp, dq, dk, dspan_bias)
-
-
-def _bwd(
-    args: PolicyArgs,
-    p: Tensor,
-    z: Tensor,
-    dp: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dspan_bias: Tensor | None,
-) -> None:
-    dtype = compute_dtype(args.q)
-    k = as_computed(per_query_head(args.k, args.num_heads), dtype)
+def _policy_bwd(args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradients) -> None:
+    dtype = _compute_dtype(args.q)
+    k = _as_computed(_per_query_head(args.k, args.num_heads), dtype)
     dk_h = torch.zeros_like(k)
     one_hot = None if args.span_ids is None else _one_hot(args, dtype)
-    for rows in row_chunks(args.num_rows):
-        visible = visible_keys(args, rows, args.window_left, args.window_right)
-        valid = valid_keys(args, rows, visible)
+    for rows in _row_chunks(args.num_rows):
+        visible = _visible_keys(args, rows, args.window_left, args.window_right)
+        valid = _valid_keys(args, rows, visible)
         bias = None if args.span_bias is None else _to_keys(args, args.span_bias[:, :, rows])
-        q = as_computed(args.q[:, :, rows], dtype)
-        p_h, _, dcap = attend(q, k, visible, args.scale, args.softcap, bias)
+        q = _as_computed(args.q[:, :, rows], dtype)
+        p_h, _, dcap = _attend(q, k, visible, args.scale, args.softcap, bias)
 
         # Outcomes of probability 0 are constants, and so is every outcome of a row with Z = 0.
-        dp_rows = torch.where(p[:, rows] == 0, 0.0, dp[:, rows])
-        c = (p[:, rows] * dp_rows).sum(-1, keepdim=True)  # (9)
+        p, z = outputs.p[:, rows], outputs.z[:, rows]
+        dp = torch.where(p == 0, 0.0, gradients.dp[:, rows])
+        c = (p * dp).sum(-1, keepdim=True)  # (9)
         if one_hot is not None:
-            dp_rows = _to_keys(args, dp_rows)
-        centred = torch.where(z[:, rows, None] == 0, 0.0, dp_rows - c)[:, None]
-        ds = score_gradient(p_h, valid, z[:, rows], centred)  # (10)
+            dp = _to_keys(args, dp)
+        centred = torch.where(z[..., None] == 0, 0.0, dp - c)[:, None]
+        ds = _score_gradient(p_h, valid, z, centred)  # (10)
         ds = ds - p_h * ds.sum(-1, keepdim=True)  # (11), (12)
-        if dspan_bias is not None:
+        if gradients.dspan_bias is not None:
             assert one_hot is not None
-            dspan_bias[:, :, rows] = ds @ one_hot[:, None]  # (13)
+            gradients.dspan_bias[:, :, rows] = ds @ one_hot[:, None]  # (13)
         if dcap is not None:
             ds = ds * dcap  # (14)
-        dq[:, :, rows] = ds @ k * args.scale  # (15)
+        gradients.dq[:, :, rows] = ds @ k * args.scale  # (15)
         dk_h += ds.transpose(-1, -2) @ q
-    dk[:] = per_kv_head(dk_h, args.num_kv_heads) * args.scale  # (16)
+    gradients.dk[:] = _per_kv_head(dk_h, args.num_kv_heads) * args.scale  # (16)
+
+
+# ---- policy_divergence: equations of divergence.md -----------------------------------------------
+
+
+class TorchPolicyDivergence(
+    DifferentiableBackend[PolicyDivergenceArgs, PolicyDivergenceOutputs, PolicyDivergenceGradients]
+):
+    """PyTorch in float32, or float64 for float64 inputs."""
+
+    def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
+        with full_precision(args.policy.q):
+            _divergence_fwd(args, outputs)
+
+    def bwd(
+        self,
+        args: PolicyDivergenceArgs,
+        outputs: PolicyDivergenceOutputs,
+        gradients: PolicyDivergenceGradients,
+    ) -> None:
+        with full_precision(args.policy.q):
+            _divergence_bwd(args, outputs, gradients)
+
+    def loss(
+        self, args: PolicyDivergenceArgs, weights: Tensor, normalised: bool, outputs: LossOutputs
+    ) -> None:
+        """Write the results. `normalised` changes nothing, because `fwd` forms all statistics."""
+        policy, value = args.policy, outputs.value
+        norm, z = outputs.reference_norm, outputs.reference_z
+        if normalised:  # they are inputs of the op, which it must not write to
+            norm, z = torch.empty_like(norm), torch.empty_like(z)
+        per_head = (policy.batch_size, policy.num_heads, policy.num_rows)
+        statistics = PolicyDivergenceOutputs(
+            value=value,
+            norm=value.new_empty((2, *per_head)),
+            z=torch.empty_like(value),
+            reference_norm=norm,
+            reference_z=z,
+            u=value.new_empty(per_head),
+            w=value.new_empty(per_head),
+        )
+        self.fwd(args, statistics)
+        self.bwd(args, statistics, PolicyDivergenceGradients(weights, outputs.dq, outputs.dk))
+
+
+def _policy_keys(args: PolicyDivergenceArgs) -> Tensor:
+    """The policy's keys as float, one head per query head."""
+    policy = args.policy
+    return _as_computed(_per_query_head(policy.k, policy.num_heads), _compute_dtype(policy.q))
+
+
+def _reference_keys(args: PolicyDivergenceArgs) -> Tensor:
+    """The snapshot's keys as float, one head per query head."""
+    reference = args.reference
+    k = reference.k
+    if reference.k_prefix is not None:
+        assert reference.prefix_index is not None
+        k = torch.cat([reference.k_prefix[reference.prefix_index], k], dim=2)
+    return _as_computed(_per_query_head(k, reference.num_heads), _compute_dtype(args.policy.q))
+
+
+def _reference_rows(
+    args: PolicyDivergenceArgs, k: Tensor, rows: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r [B, R, N], its norm [2, B, Hr, R] and Z [B, R]."""
+    reference = args.reference
+    visible = _visible_keys(args.policy, rows, reference.window_left, reference.window_right)
+    q = _as_computed(reference.q[:, :, rows], _compute_dtype(args.policy.q))
+    p_h, norm, _ = _attend(q, k, visible, reference.scale, reference.softcap, None)
+    r, z = _mean_over_valid(p_h, _valid_keys(args.policy, rows, visible))
+    return r, norm, z
+
+
+def _divergence_fwd(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
+    policy = args.policy
+    k, reference_k = _policy_keys(args), _reference_keys(args)
+    for rows in _row_chunks(policy.num_rows):
+        visible = _visible_keys(policy, rows, policy.window_left, policy.window_right)
+        valid = _valid_keys(policy, rows, visible)
+        q = _as_computed(policy.q[:, :, rows], _compute_dtype(policy.q))
+        p_h, norm, _ = _attend(q, k, visible, policy.scale, policy.softcap, None)
+        p, z = _mean_over_valid(p_h, valid)
+        r, reference_norm, reference_z = _reference_rows(args, reference_k, rows)
+
+        terms, dp = generalised(p, r, args.kind)  # (1), (2)
+        nowhere = (z == 0) | (reference_z == 0)
+        value = terms.sum(-1).masked_fill(nowhere, 0.0)
+        constant = nowhere | value.isinf()
+        dp = dp.masked_fill(constant[..., None], 0.0)
+        on_valid = torch.where(valid[:, None], p_h, 0.0)
+        outputs.value[:, rows] = value
+        outputs.norm[:, :, :, rows], outputs.z[:, rows] = norm, z
+        outputs.reference_norm[:, :, :, rows] = reference_norm
+        outputs.reference_z[:, rows] = reference_z
+        outputs.u[:, :, rows] = (on_valid * dp[:, None]).sum(-1)  # (3)
+        outputs.w[:, :, rows] = on_valid.sum(-1)  # (3)
+
+
+def _divergence_bwd(
+    args: PolicyDivergenceArgs,
+    outputs: PolicyDivergenceOutputs,
+    gradients: PolicyDivergenceGradients,
+) -> None:
+    policy = args.policy
+    k, reference_k = _policy_keys(args), _reference_keys(args)
+    dk_h = torch.zeros_like(k)
+    for rows in _row_chunks(policy.num_rows):
+        visible = _visible_keys(policy, rows, policy.window_left, policy.window_right)
+        valid = _valid_keys(policy, rows, visible)
+        q = _as_computed(policy.q[:, :, rows], _compute_dtype(policy.q))
+        p_h, _, dcap = _attend(q, k, visible, policy.scale, policy.softcap, None)
+        p, _ = _mean_over_valid(p_h, valid)
+        r, _, _ = _reference_rows(args, reference_k, rows)
+        terms, dp = generalised(p, r, args.kind)  # (2)
+        z, reference_z = outputs.z[:, rows], outputs.reference_z[:, rows]
+        constant = (z == 0) | (reference_z == 0) | terms.sum(-1).isinf()
+        weight = gradients.dvalue[:, rows].masked_fill(constant, 0.0)[:, None, :, None]
+        dp = dp.masked_fill(constant[..., None], 0.0)
+
+        u, w = outputs.u[:, :, rows], outputs.w[:, :, rows]
+        norm = torch.where(z == 0, 1.0, z)[:, None] * policy.num_heads
+        c = (u / norm).sum(1, keepdim=True)  # (4)
+        delta = (u - c * w) / norm  # (6)
+        g = _score_gradient(p_h, valid, z, dp[:, None] - c[..., None])  # (5)
+        ds = weight * (g - p_h * delta[..., None])  # (7)
+        if dcap is not None:
+            ds = ds * dcap  # (8)
+        gradients.dq[:, :, rows] = ds @ k * policy.scale  # (9)
+        dk_h += ds.transpose(-1, -2) @ q
+    gradients.dk[:] = _per_kv_head(dk_h, policy.num_kv_heads) * policy.scale  # (10)

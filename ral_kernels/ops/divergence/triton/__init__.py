@@ -1,30 +1,31 @@
-"""Triton backend of `divergence`: the kernels of fwd.py."""
+"""Triton backend of `divergence`: says what it can run, and imports the kernels when it runs."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.backends import Backend
 
-from ..arguments import DivergenceArgs
-
-available = triton_runtime.available
-only_on_request = triton_runtime.only_on_request
+from ..arguments import DivergenceArgs, DivergenceOutputs
 
 
-def can_run(args: DivergenceArgs) -> str | None:
-    """None if this backend can run `args`, else the reason why not."""
-    reason = triton_runtime.cannot_run(args.p)
-    if reason is None and args.p.dtype != torch.float32:
-        return f"it computes float32; got {args.p.dtype}"
-    return reason
+class TritonDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
+    """Triton kernels of this folder."""
 
+    def available(self) -> str | None:
+        return triton_runtime.available()
 
-def fwd(
-    p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
-) -> None:
-    """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
-    from . import fwd as kernels
+    def only_on_request(self) -> str | None:
+        return triton_runtime.only_on_request()
 
-    kernels.fwd(p, r, kind, value, dp, dr)
+    def can_run(self, args: DivergenceArgs) -> str | None:
+        reason = triton_runtime.cannot_run(args.p)
+        if reason is None and args.p.dtype != torch.float32:
+            return f"it computes float32; got {args.p.dtype}"
+        return reason
+
+    def fwd(self, args: DivergenceArgs, outputs: DivergenceOutputs) -> None:
+        from . import fwd as kernels
+
+        kernels.fwd(args.p, args.r, args.kind, outputs.value, outputs.dp, outputs.dr)

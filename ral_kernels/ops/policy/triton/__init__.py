@@ -1,44 +1,135 @@
-"""Triton backend of `policy`: launches of the kernels of triton_statistics, _fwd and _bwd."""
+"""Triton backend of `policy` and `policy_divergence`.
+
+It says what it can run, and imports the kernels when it runs.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.backends import DifferentiableBackend
 
-from ..arguments import PolicyArgs
+from ..arguments import (
+    LossOutputs,
+    PolicyArgs,
+    PolicyDivergenceArgs,
+    PolicyDivergenceGradients,
+    PolicyDivergenceOutputs,
+    PolicyGradients,
+    PolicyOutputs,
+)
 
 MAX_HEAD_DIM = 256
 
-available = triton_runtime.available
-only_on_request = triton_runtime.only_on_request
 
-
-def can_run(args: PolicyArgs) -> str | None:
-    """None if this backend can run `args`, else the reason why not."""
+def _cannot_run(args: PolicyArgs) -> str | None:
     if args.head_dim > MAX_HEAD_DIM:
-        return f"head dims go up to {MAX_HEAD_DIM}; got {args.head_dim}"
+        return f"head dims above {MAX_HEAD_DIM} are not supported; got {args.head_dim}"
     return triton_runtime.cannot_run(args.q, args.k, args.span_bias)
 
 
-def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
-    """Write the policy, norm and z."""
-    from . import fwd_launch
+class TritonPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients]):
+    """Triton kernels of this folder."""
 
-    fwd_launch.fwd(args, p, norm, z)
+    def available(self) -> str | None:
+        return triton_runtime.available()
+
+    def only_on_request(self) -> str | None:
+        return triton_runtime.only_on_request()
+
+    def can_run(self, args: PolicyArgs) -> str | None:
+        return _cannot_run(args)
+
+    def fwd(self, args: PolicyArgs, outputs: PolicyOutputs) -> None:
+        from . import fwd_launch
+
+        fwd_launch.fwd(args, outputs.p, outputs.norm, outputs.z)
+
+    def bwd(self, args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradients) -> None:
+        """Write the gradients. `p` is not read, because P_h shows where it is 0."""
+        from . import bwd_launch
+
+        bwd_launch.bwd(
+            args,
+            outputs.norm,
+            outputs.z,
+            gradients.dp,
+            gradients.dq,
+            gradients.dk,
+            gradients.dspan_bias,
+        )
 
 
-def bwd(
-    args: PolicyArgs,
-    p: Tensor,
-    norm: Tensor,
-    z: Tensor,
-    dp: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dspan_bias: Tensor | None,
-) -> None:
-    """Write dq, dk and, where asked for, dspan_bias. p is not read: P_h shows where it is 0."""
-    from . import bwd_launch
+class TritonPolicyDivergence(
+    DifferentiableBackend[PolicyDivergenceArgs, PolicyDivergenceOutputs, PolicyDivergenceGradients]
+):
+    """The same kernels over both policies, in chunks of rows."""
 
-    bwd_launch.bwd(args, norm, z, dp, dq, dk, dspan_bias)
+    def available(self) -> str | None:
+        return triton_runtime.available()
+
+    def only_on_request(self) -> str | None:
+        return triton_runtime.only_on_request()
+
+    def can_run(self, args: PolicyDivergenceArgs) -> str | None:
+        reason = _cannot_run(args.policy)
+        if reason is not None:
+            return reason
+        head_dim = args.reference.head_dim
+        if head_dim > MAX_HEAD_DIM:
+            return (
+                f"head dims above {MAX_HEAD_DIM} are not supported; got a reference with {head_dim}"
+            )
+        return triton_runtime.cannot_run(args.reference.q, args.reference.k)
+
+    def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
+        from . import divergence_launch
+
+        divergence_launch.fwd(
+            args,
+            outputs.value,
+            outputs.norm,
+            outputs.z,
+            outputs.reference_norm,
+            outputs.reference_z,
+            outputs.u,
+            outputs.w,
+        )
+
+    def bwd(
+        self,
+        args: PolicyDivergenceArgs,
+        outputs: PolicyDivergenceOutputs,
+        gradients: PolicyDivergenceGradients,
+    ) -> None:
+        from . import divergence_launch
+
+        divergence_launch.bwd(
+            args,
+            outputs.norm,
+            outputs.z,
+            outputs.reference_norm,
+            outputs.reference_z,
+            outputs.u,
+            outputs.w,
+            gradients.dvalue,
+            gradients.dq,
+            gradients.dk,
+        )
+
+    def loss(
+        self, args: PolicyDivergenceArgs, weights: Tensor, normalised: bool, outputs: LossOutputs
+    ) -> None:
+        from . import divergence_launch
+
+        divergence_launch.loss(
+            args,
+            weights,
+            outputs.reference_norm,
+            outputs.reference_z,
+            normalised,
+            outputs.value,
+            outputs.dq,
+            outputs.dk,
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ral_kernels.ops.divergence.triton.fwd import sweep
 
-from ..divergence_arguments import PolicyDivergenceArgs
+from ..arguments import PolicyDivergenceArgs
 from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums
 from .fwd_launch import over_keys, statistics
 from .launch import Keys, Side, row_chunks

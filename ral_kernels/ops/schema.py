@@ -1,0 +1,229 @@
+"""How an op is registered with torch: its schema and its flat inputs, from its arguments dataclass.
+
+torch's dispatcher takes flat lists of tensors and numbers. `Signature` derives that list from the
+dataclass that backends receive, so that the order of the fields stands once. `define` registers an
+op: its kernel, its fake kernel for `torch.compile`, and its derivative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Args = TypeVar("Args")
+Setup = Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+_LIBRARY = torch.library.Library("ral", "FRAGMENT")
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+}
+_PART = "ral_kernels.part"
+
+
+def part(prefix: str = "", absent: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The metadata of a field that is an arguments dataclass itself.
+
+    Args:
+        prefix: of the names of its fields in the schema.
+        absent: fields that the op does not have, with the values that backends see.
+    """
+    return {_PART: (prefix, absent or {})}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    path: str  # from the arguments to the value, "policy.q"
+    name: str
+    type: str
+
+
+def _inputs_of(args_type: type, path: str = "", prefix: str = "") -> list[_Input]:
+    found: list[_Input] = []
+    types = typing.get_type_hints(args_type)
+    for field in dataclasses.fields(args_type):
+        if _PART in field.metadata:
+            inner_prefix, absent = field.metadata[_PART]
+            inner = _inputs_of(types[field.name], f"{path}{field.name}.", prefix + inner_prefix)
+            found += [x for x in inner if x.path.rpartition(".")[2] not in absent]
+        else:
+            found.append(_Input(path + field.name, prefix + field.name, _TYPES[types[field.name]]))
+    return found
+
+
+class Signature(Generic[Args]):
+    """The inputs of an op: the tensors of an arguments dataclass, its options, and `str backend`.
+
+    Args:
+        args_type: a dataclass whose fields are Tensor, Tensor | None, int, float, bool or str, or
+            another such dataclass (`part`).
+
+    Attributes:
+        inputs: as in a schema, "Tensor q, Tensor? span_ids, ..., str backend".
+        num_tensors: how many inputs, from the first, are tensors or None.
+        num_inputs: with the backend's name.
+    """
+
+    def __init__(self, args_type: type[Args]) -> None:
+        found = _inputs_of(typing.cast(type, args_type))
+        tensors = [x for x in found if x.type.startswith("Tensor")]
+        options = [x for x in found if not x.type.startswith("Tensor")]
+        ordered = tensors + options
+        self.inputs = ", ".join([f"{x.type} {x.name}" for x in ordered] + ["str backend"])
+        self.num_tensors = len(tensors)
+        self.num_inputs = len(ordered) + 1
+        self._names = [x.name for x in ordered]
+        # Python source, which torch.compile can trace, unlike operator.attrgetter.
+        self._values = eval(f"lambda args: ({', '.join(f'args.{x.path}' for x in ordered)},)")
+        self._build = _builder(
+            typing.cast(type, args_type), {x.path: i for i, x in enumerate(ordered)}
+        )
+
+    def flatten(self, args: Args, backend: str) -> tuple[Any, ...]:
+        """The inputs of a call, in the order of the schema."""
+        return (*self._values(args), backend)
+
+    def build(self, inputs: Sequence[Any]) -> tuple[Args, str, Sequence[Any]]:
+        """(arguments, name of the backend, what follows them), from the inputs of an op."""
+        last = self.num_inputs - 1
+        return self._build(inputs[:last]), inputs[last], inputs[self.num_inputs :]
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        """Keep a call for its backward; `saved` gives it back."""
+        ctx.save_for_backward(*inputs[: self.num_tensors], *outputs)
+        ctx.options = inputs[self.num_tensors : self.num_inputs]
+
+    def saved(self, ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """(inputs, outputs)."""
+        tensors = ctx.saved_tensors
+        return (*tensors[: self.num_tensors], *ctx.options), tensors[self.num_tensors :]
+
+    def index(self, name: str) -> int:
+        """The position of an input."""
+        return self._names.index(name)
+
+    def gradients(self, **given: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What a backward returns: the given gradients in place, None for every other input."""
+        return (*(given.get(name) for name in self._names), None)
+
+
+def _builder(
+    args_type: type,
+    index: Mapping[str, int],
+    path: str = "",
+    absent: Mapping[str, Any] | None = None,
+) -> Callable[[Sequence[Any]], Any]:
+    """A function from the flat values to an instance of `args_type`."""
+    absent = absent or {}
+    types = typing.get_type_hints(args_type)
+    getters: list[Callable[[Sequence[Any]], Any]] = []
+    positions = []
+    for field in dataclasses.fields(args_type):
+        at = path + field.name
+        if field.name in absent:
+            getters.append(functools.partial(_constant, absent[field.name]))
+        elif _PART in field.metadata:
+            inner_absent = field.metadata[_PART][1]
+            getters.append(_builder(types[field.name], index, at + ".", inner_absent))
+        else:
+            positions.append(index[at])
+            getters.append(operator.itemgetter(index[at]))
+    if positions == list(range(len(getters))):  # the usual case, and the quicker way
+        return lambda values: args_type(*values)
+    return lambda values: args_type(*[get(values) for get in getters])
+
+
+def _constant(value: Any, values: Sequence[Any]) -> Any:
+    return value
+
+
+def define(
+    name: str,
+    inputs: str,
+    num_outputs: int,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    derivative: tuple[Setup, Backward] | None = None,
+) -> None:
+    """Register the functional op `ral::name`.
+
+    Args:
+        inputs: of the schema, without parentheses.
+        num_outputs: how many tensors it returns.
+        kernel: computes the outputs from the inputs, on every device.
+        fake: allocates the outputs, for tracing.
+        derivative: `setup_context` and `backward` as in `torch.autograd.Function`, with
+            `ctx.set_materialize_grads(False)`; without it, a backward through the op raises.
+    """
+    outputs = ", ".join(["Tensor"] * num_outputs)
+    schema = f"{name}({inputs}) -> {f'({outputs})' if num_outputs > 1 else outputs}"
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ral::{name}", fake, lib=_LIBRARY)
+    overload = getattr(torch.ops.ral, name).default
+    setup, backward = derivative or (_keep_nothing, functools.partial(_no_derivative, name))
+    tensors = [i for i, x in enumerate(overload._schema.arguments) if "Tensor" in str(x.type)]
+
+    def below_autograd(*inputs: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack() == 0 and all(
+            inputs[i] is None or _is_plain(inputs[i]) for i in tensors
+        ):
+            return kernel(*inputs)  # nothing is left for the dispatcher to do
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*inputs)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        ctx.set_materialize_grads(False)  # a gradient of None spares its share of the work
+        results = below_autograd(*inputs)
+        setup(ctx, inputs, results if num_outputs > 1 else (results,))
+        return results
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(f"ral_{name}", (torch.autograd.Function,), methods)
+
+    def autograd(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            inputs[i] is not None and inputs[i].requires_grad for i in tensors
+        ):
+            return function.apply(*inputs)
+        return below_autograd(*inputs)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+
+
+_CPU_KEYS = torch._C._dispatch_keys(torch.empty(0))
+
+
+@functools.cache
+def _cuda_keys() -> Any:
+    return torch._C._dispatch_keys(torch.empty(0, device="cuda"))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the dispatcher knows `x` for an ordinary tensor of the CPU or of a GPU.
+
+    It does not where `x` is of a subclass, a transform of torch.func holds it, or it is negated
+    lazily.
+    """
+    keys = torch._C._dispatch_keys(x)
+    return bool(keys == _CPU_KEYS or (x.is_cuda and keys == _cuda_keys()))
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _no_derivative(name: str, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(f"ral::{name} has no derivative: a gradient is not differentiable again")

@@ -1,0 +1,131 @@
+"""The ops as torch knows them: their schemas are a promise, whatever derives them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ral_kernels as rk
+from ral_kernels.ops import schema
+from ral_kernels.ops.policy.arguments import PolicyArgs, PolicyDivergenceArgs, ReferenceArgs
+
+ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, Tensor? span_ids, Tensor? span_bias, Tensor? attn_mask, "
+    "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt num_spans, "
+    "float scale, SymInt window_left, SymInt window_right, bool top_left, float softcap, "
+    "SymInt row_start, SymInt row_stop, str backend"
+)
+POLICY = (
+    "Tensor q, Tensor k, Tensor? span_ids, Tensor? span_bias, Tensor? scope, "
+    "Tensor? key_padding_mask, SymInt num_spans, SymInt query_start, float scale, "
+    "SymInt window_left, SymInt window_right, float softcap, bool exclude_self, str backend"
+)
+POLICY_DIVERGENCE = (
+    "Tensor q, Tensor k, Tensor? scope, Tensor? key_padding_mask, Tensor reference_q, "
+    "Tensor reference_k, Tensor? reference_k_prefix, Tensor? reference_prefix_index, "
+    "SymInt query_start, float scale, SymInt window_left, SymInt window_right, float softcap, "
+    "bool exclude_self, float reference_scale, SymInt reference_window_left, "
+    "SymInt reference_window_right, float reference_softcap, str kind, str backend"
+)
+SCHEMAS = {
+    "attention_fwd": f"({ATTENTION}) -> (Tensor, Tensor, Tensor)",
+    "attention_bwd": f"({ATTENTION}, Tensor out, Tensor marginals, Tensor lse, Tensor? dout, "
+    "Tensor? dmarginals, Tensor? dlse, bool wants_dspan_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    "policy_fwd": f"({POLICY}) -> (Tensor, Tensor, Tensor)",
+    "policy_bwd": f"({POLICY}, Tensor p, Tensor norm, Tensor z, Tensor dp, "
+    "bool wants_dspan_bias) -> (Tensor, Tensor, Tensor)",
+    "policy_divergence_fwd": f"({POLICY_DIVERGENCE}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "policy_divergence_bwd": f"({POLICY_DIVERGENCE}, Tensor norm, Tensor z, "
+    "Tensor reference_norm, Tensor reference_z, Tensor u, Tensor w, Tensor dvalue) -> "
+    "(Tensor, Tensor)",
+    "policy_divergence_loss": f"({POLICY_DIVERGENCE}, Tensor weights, Tensor? reference_norm, "
+    "Tensor? reference_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "divergence_fwd": "(Tensor p, Tensor r, str kind, bool wants_dp, bool wants_dr, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    "scaled_gradient": "(Tensor gradient, Tensor factor) -> Tensor",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas(name: str) -> None:
+    op = getattr(torch.ops.ral, name).default
+    assert str(op._schema) == f"ral::{name}{SCHEMAS[name]}"
+    assert torch.Tag.pt2_compliant_tag in op.tags
+
+
+def test_nested_arguments_survive_the_flat_form() -> None:
+    """Every input lands in its field, and a field that the op does not have holds its constant."""
+    q, k, scope, padding, other_q, other_k = (torch.zeros(n) for n in range(1, 7))
+    policy = PolicyArgs(
+        q, k, span_ids=None, span_bias=None, scope=scope, key_padding_mask=padding, num_spans=0,
+        query_start=1, scale=0.5, window_left=2, window_right=3, softcap=4.0, exclude_self=True,
+    )  # fmt: skip
+    reference = ReferenceArgs(other_q, other_k, None, None, 0.25, 5, 6, 7.0)
+    args = PolicyDivergenceArgs(policy, reference, "kl")
+    signature = schema.Signature(PolicyDivergenceArgs)
+    flat = signature.flatten(args, "cpu")
+    assert len(flat) == signature.num_inputs
+    assert all(x is None or isinstance(x, Tensor) for x in flat[: signature.num_tensors])
+    built, backend, rest = signature.build((*flat, "more"))
+    assert (backend, list(rest)) == ("cpu", ["more"])
+
+    def leaves(x: object) -> list[object]:
+        if not dataclasses.is_dataclass(x):
+            return [x]
+        return [y for f in dataclasses.fields(x) for y in leaves(getattr(x, f.name))]
+
+    assert all(a is b for a, b in zip(leaves(built), leaves(args), strict=True))
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 16, generator=generator) for n in (4, 8, 8))
+    return q, k, v
+
+
+class Seen(TorchDispatchMode):
+    """Writes down the ops that reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_see_the_ops() -> None:
+    """Selective checkpointing, FLOP counters and the like watch ops through such modes."""
+    q, k, v = inputs()
+    with Seen() as seen:
+        rk.attention(q, k, v)
+        rk.attention(q.requires_grad_(), k, v).out.sum().backward()
+    ours = [name for name in seen.names if name.startswith("ral.")]
+    assert ours == [f"ral.attention_{x}.default" for x in ("fwd", "fwd", "bwd")]
+
+
+def test_tensors_that_need_the_dispatcher_get_it() -> None:
+    """A lazily negated tensor, a transform of torch.func, and inference mode."""
+    q, k, v = inputs()
+    wanted = rk.attention(-q, k, v).out
+    assert torch.equal(rk.attention(torch._neg_view(q), k, v).out, wanted)
+    with torch.inference_mode():
+        assert torch.equal(rk.attention(-q, k, v).out, wanted)
+    batched = torch.func.vmap(lambda x: rk.attention(x, k, v).out)(torch.stack([-q, q]))
+    assert torch.equal(batched[0], wanted)
+    functional = torch.func.functionalize(lambda x: rk.attention(x, k, v).out)
+    assert torch.equal(functional(-q), wanted)
+
+
+def test_a_second_derivative_raises() -> None:
+    q, k, v = inputs()
+    out = rk.attention(q.requires_grad_(), k, v).out
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="ral::attention_bwd has no derivative"):
+        torch.autograd.grad(dq.sum(), q)
