@@ -14,7 +14,7 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
 
 def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Every tensor that a kernel writes is made here (the tests fill it with NaN first)."""
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def empty_like_layout(like: Tensor, last: int) -> Tensor:

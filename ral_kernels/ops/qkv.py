@@ -17,7 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in its dtype, as PyTorch does for its own attention."""
-    if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or q.is_meta:
+        return q, k, v
+    if not torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     if not all(isinstance(x, Tensor) and x.dtype in checks.HALF_OR_FLOAT for x in (q, k, v)):
@@ -40,10 +42,11 @@ def check_qkv(
     checks.check_tensor(op, name_v, v, "a [B, Hk, N, Dv] tensor")
     if q.dim() != 4:
         raise ValueError(f"{op}: {name_q} must be [B, H, T, D]; got {tuple(q.shape)}")
-    if q.dtype not in DTYPES:
+    dtype = q.dtype
+    if dtype not in DTYPES:
         raise TypeError(
             f"{op}: {name_q} must be float32, bfloat16, float16 (or float64, reference backend "
-            f"only); got {checks.dtype_name(q.dtype)}"
+            f"only); got {checks.dtype_name(dtype)}"
         )
     batch_size, num_heads, _, head_dim = q.shape
     if num_heads < 1 or head_dim < 1:
@@ -51,27 +54,28 @@ def check_qkv(
             f"{op}: {name_q} must be [B, H, T, D] with H >= 1 and D >= 1; got {tuple(q.shape)}"
         )
     for name, tensor in ((name_k, k), (name_v, v)):
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != dtype:
             raise TypeError(
-                f"{op}: {name} must have {name_q}'s dtype {checks.dtype_name(q.dtype)}; got "
+                f"{op}: {name} must have {name_q}'s dtype {checks.dtype_name(dtype)}; got "
                 f"{checks.dtype_name(tensor.dtype)}"
             )
         checks.check_same_device(op, name, tensor, q, name_q)
-    if k.dim() != 4 or k.shape[0] != batch_size or k.shape[3] != head_dim:
+    shape_k, shape_v = k.shape, v.shape
+    if len(shape_k) != 4 or shape_k[0] != batch_size or shape_k[3] != head_dim:
         raise ValueError(
             f"{op}: {name_k} must be [B, Hk, N, D] with B={batch_size}, D={head_dim}; got "
-            f"{tuple(k.shape)}"
+            f"{tuple(shape_k)}"
         )
-    num_kv_heads, seqlen_k = k.shape[1], k.shape[2]
+    _, num_kv_heads, seqlen_k, _ = shape_k
     if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
         raise ValueError(
             f"{op}: {name_k} must have a number of heads Hk that divides H={num_heads}; got "
             f"Hk={num_kv_heads}"
         )
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] < 1:
+    if len(shape_v) != 4 or shape_v[:3] != shape_k[:3] or shape_v[3] < 1:
         raise ValueError(
             f"{op}: {name_v} must be [B, Hk, N, Dv] with B={batch_size}, Hk={num_kv_heads}, "
-            f"N={seqlen_k}, Dv >= 1; got {tuple(v.shape)}"
+            f"N={seqlen_k}, Dv >= 1; got {tuple(shape_v)}"
         )
     for name, tensor in ((name_q, q), (name_k, k), (name_v, v)):
         checks.check_unit_last_stride(op, name, tensor)

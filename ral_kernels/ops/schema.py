@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import operator
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -156,7 +156,7 @@ def define(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     derivative: tuple[Setup, Backward] | None = None,
-) -> None:
+) -> Callable[..., Any]:
     """Register the functional op `ral::name`.
 
     Args:
@@ -166,6 +166,10 @@ def define(
         fake: allocates the outputs, for tracing.
         derivative: `setup_context` and `backward` as in `torch.autograd.Function`, with
             `ctx.set_materialize_grads(False)`; without it, a backward through the op raises.
+
+    Returns:
+        `torch.ops.ral.name`, or a quicker way to the same where nobody watches: the dispatcher's
+        way from Python to Python costs more than a small kernel.
     """
     outputs = ", ".join(["Tensor"] * num_outputs)
     schema = f"{name}({inputs}) -> {f'({outputs})' if num_outputs > 1 else outputs}"
@@ -173,13 +177,12 @@ def define(
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ral::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.ral, name).default
+    arguments = enumerate(overload._schema.arguments)
+    tensors_of = operator.itemgetter(*(i for i, x in arguments if "Tensor" in str(x.type)))
     setup, backward = derivative or (_keep_nothing, functools.partial(_no_derivative, name))
-    tensors = [i for i, x in enumerate(overload._schema.arguments) if "Tensor" in str(x.type)]
 
     def below_autograd(*inputs: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack() == 0 and all(
-            inputs[i] is None or _is_plain(inputs[i]) for i in tensors
-        ):
+        if torch._C._len_torch_dispatch_stack() == 0 and _are_plain(tensors_of(inputs)):
             return kernel(*inputs)  # nothing is left for the dispatcher to do
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*inputs)
@@ -190,17 +193,35 @@ def define(
         setup(ctx, inputs, results if num_outputs > 1 else (results,))
         return results
 
+    function: Any
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"ral_{name}", (torch.autograd.Function,), methods)
 
     def autograd(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            inputs[i] is not None and inputs[i].requires_grad for i in tensors
-        ):
-            return function.apply(*inputs)
+        if torch.is_grad_enabled():
+            for x in tensors_of(inputs):
+                if x is not None and x.requires_grad:
+                    return function.apply(*inputs)
         return below_autograd(*inputs)
 
     _LIBRARY.impl(name, autograd, "Autograd")
+
+    def call(*inputs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._autograd._profiler_enabled()
+            or torch._C._get_tracing_state() is not None
+            or torch._C._len_torch_dispatch_stack() > 0
+            or not _are_plain(tensors_of(inputs))
+        ):
+            return overload(*inputs)
+        if torch.is_grad_enabled():
+            for x in tensors_of(inputs):
+                if x is not None and x.requires_grad:
+                    return function.apply(*inputs)
+        return kernel(*inputs)
+
+    return call
 
 
 _CPU_KEYS = torch._C._dispatch_keys(torch.empty(0))
@@ -211,14 +232,19 @@ def _cuda_keys() -> Any:
     return torch._C._dispatch_keys(torch.empty(0, device="cuda"))
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether the dispatcher knows `x` for an ordinary tensor of the CPU or of a GPU.
+def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all are ordinary tensors of the CPU or of a GPU.
 
-    It does not where `x` is of a subclass, a transform of torch.func holds it, or it is negated
-    lazily.
+    Other dispatch keys than theirs say that a tensor is of a subclass, is held by a transform of
+    torch.func, or is negated lazily.
     """
-    keys = torch._C._dispatch_keys(x)
-    return bool(keys == _CPU_KEYS or (x.is_cuda and keys == _cuda_keys()))
+    keys_of = torch._C._dispatch_keys
+    for x in tensors:
+        if x is not None:
+            keys = keys_of(x)
+            if keys != _CPU_KEYS and not (x.is_cuda and keys == _cuda_keys()):
+                return False
+    return True
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

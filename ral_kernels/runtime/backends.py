@@ -87,17 +87,20 @@ def choose(op: str, table: Mapping[str, Chosen], args: Any, requested: str) -> C
     if requested:
         return _requested(op, table, args, requested)
     reasons = []
+    logged = logger.isEnabledFor(logging.DEBUG)
     for name in ORDER:
-        backend = table.get(name)
-        if backend is None:
+        if name not in table:
             continue
+        backend = table[name]
         # can_run goes first: it knows the device of the tensors, which rules out most backends.
         reason = backend.can_run(args) or _skipped(backend)
         if reason is None:
             return backend
-        reasons.append((name, reason))
-        logger.debug("%s: backend %s skipped: %s", op, name, reason)
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+        reasons.append(reason)
+        if logged:
+            logger.debug("%s: backend %s skipped: %s", op, name, reason)
+    names = (name for name in ORDER if name in table)
+    listed = "; ".join(f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True))
     raise NotImplementedError(f"{op}: no backend can run this call ({listed})")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from ctypes import c_int64, c_void_p
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from struct import Struct, calcsize
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +27,55 @@ class BroadcastStruct(ctypes.Structure):
     _fields_ = [("data", c_void_p), *((f"stride_{d}", c_int64) for d in "bhts")]
 
 
+_EMPTY_TENSOR, _EMPTY_BROADCAST = TensorStruct(), BroadcastStruct()
+
+
 def tensor_struct(x: Tensor | None) -> TensorStruct:
-    return TensorStruct() if x is None else TensorStruct(x.data_ptr(), *x.stride()[:3])
+    return _EMPTY_TENSOR if x is None else TensorStruct(x.data_ptr(), *x.stride()[:3])
 
 
 def broadcast_struct(x: Tensor | None) -> BroadcastStruct:
-    return BroadcastStruct() if x is None else BroadcastStruct(x.data_ptr(), *x.stride())
+    return _EMPTY_BROADCAST if x is None else BroadcastStruct(x.data_ptr(), *x.stride())
 
 
 def pointer(x: Tensor | None) -> int | None:
     return None if x is None or x.numel() == 0 else x.data_ptr()
+
+
+_FORMATS = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
+
+
+def packer(struct: type[ctypes.Structure]) -> Callable[..., bytes]:
+    """A function from the fields of `struct`, by keyword, to its bytes: quicker than ctypes.
+
+    A pointer is an integer, 0 for NULL. A nested struct is a tuple of its fields.
+    """
+    names, formats = [], ""
+    fields: Any = struct._fields_
+    for name, kind in fields:
+        nested = issubclass(kind, ctypes.Structure)
+        names.append((name, f"*{name}" if nested else name))
+        formats += "".join(_FORMATS[k] for _, k in kind._fields_) if nested else _FORMATS[kind]
+    padding = ctypes.sizeof(struct) - calcsize(formats)
+    pack = Struct(f"{formats}{padding}x").pack
+    parameters, values = (", ".join(part) for part in zip(*names, strict=True))
+    packed: Callable[..., bytes] = eval(f"lambda *, {parameters}: pack({values})", {"pack": pack})
+    return packed
+
+
+def tensor_fields(x: Tensor | None) -> tuple[int, ...]:
+    """The fields of a TensorStruct."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
+def broadcast_fields(x: Tensor | None) -> tuple[int, ...]:
+    """The fields of a BroadcastStruct."""
+    return (0, 0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride())
+
+
+def address(x: Tensor | None) -> int:
+    """Where the elements lie; 0 for no tensor and for one without elements."""
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> str:

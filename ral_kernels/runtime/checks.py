@@ -51,7 +51,7 @@ def check_same_device(op: str, name: str, tensor: Tensor, reference: Tensor, of:
 
 
 def check_unit_last_stride(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
             f"{op}: {name} must have a unit last stride; got strides {tuple(tensor.stride())}, "
             "call .contiguous() on it"

@@ -88,10 +88,10 @@ def supported_isas() -> list[str]:
 
 def chosen_isa() -> int:
     """Index of the variant to run: the best, or the one that `RAL_CPU_ISA` names."""
-    isas = _isas()
     forced = os.environ.get("RAL_CPU_ISA")
     if not forced:
         return _best_isa()
+    isas = _isas()
     if forced not in isas:
         raise RuntimeError(
             f"RAL_CPU_ISA must be one of {', '.join(isas)} on this machine; got {forced!r}"

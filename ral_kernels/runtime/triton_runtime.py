@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
+
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,15 +90,16 @@ def available() -> str | None:
 
 def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
     """Why kernels cannot take these tensors (device and dtype); None if they can."""
+    on_cpu = interpreted()
     if _pretence is None:
-        if interpreted() and x.device.type != "cpu":
+        if on_cpu and not x.is_cpu:
             return f"with TRITON_INTERPRET=1 it needs CPU tensors; got {x.device}"
-        if not interpreted() and x.device.type != "cuda":
-            return f"it needs CUDA tensors; got {x.device}"
+        if not on_cpu and not x.is_cuda:
+            return checks.wrong_device("CUDA", x.device)
     for tensor in (x, *others):
         if tensor is not None and tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"it computes float32, bfloat16 and float16; got {tensor.dtype}"
-        if interpreted() and tensor is not None and tensor.dtype == torch.bfloat16:
+        if on_cpu and tensor is not None and tensor.dtype == torch.bfloat16:
             return "Triton's interpreter multiplies bfloat16 wrongly"
     return None
 

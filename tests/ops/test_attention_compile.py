@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ral_kernels as rk
+from ral_kernels.ops.attention import interface
 from tests.ops.attention_cases import BY_NAME, AttentionCase
 
 # fmt: off
@@ -32,17 +33,17 @@ def op_inputs(
     """What the public function hands to `ral::attention_fwd`."""
     inputs = case.inputs(torch.float32).requires_grad_()
     handed: list[tuple[Any, ...]] = []
-    op = torch.ops.ral.attention_fwd
+    op = interface.attention_fwd
 
     def record(*args: Any) -> Any:
         handed.append(args)
         return op(*args)
 
-    monkeypatch.setattr(torch.ops.ral, "attention_fwd", record)
+    monkeypatch.setattr(interface, "attention_fwd", record)
     result = rk.attention(
         inputs.q, inputs.k, inputs.v, inputs.spans, backend=backend, **inputs.options
     )
-    monkeypatch.setattr(torch.ops.ral, "attention_fwd", op)
+    monkeypatch.setattr(interface, "attention_fwd", op)
     # Leaves, as opcheck wants them; the bias stays an expanded view.
     args = [
         x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x

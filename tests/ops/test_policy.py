@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ral_kernels as rk
-from ral_kernels.ops.policy import attention_divergence, attention_policy
+from ral_kernels.ops.policy import attention_divergence, attention_policy, interface
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.ops.accuracy import (
     FLOAT32_EPS,
@@ -313,15 +313,15 @@ def op_inputs(name: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> tuple
     """What the public function hands to `ral::policy_fwd`, as leaves."""
     inputs = BY_NAME[name].inputs(torch.float32).requires_grad_()
     handed: list[tuple[Any, ...]] = []
-    op = torch.ops.ral.policy_fwd
+    op = interface.policy_fwd
 
     def record(*args: Any) -> Any:
         handed.append(args)
         return op(*args)
 
-    monkeypatch.setattr(torch.ops.ral, "policy_fwd", record)
+    monkeypatch.setattr(interface, "policy_fwd", record)
     attention_policy(inputs.q, inputs.k, backend=backend, **inputs.options)
-    monkeypatch.setattr(torch.ops.ral, "policy_fwd", op)
+    monkeypatch.setattr(interface, "policy_fwd", op)
     return tuple(
         x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
         for x in handed[0]

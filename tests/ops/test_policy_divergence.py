@@ -13,6 +13,7 @@ import ral_kernels as rk
 from ral_kernels.ops.divergence import divergence
 from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
+from ral_kernels.ops.policy import divergence as divergence_module
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.ops.accuracy import assert_accurate, assert_gradient_accurate
 from tests.ops.attention_cases import AttentionCase
@@ -384,15 +385,15 @@ def op_inputs(monkeypatch: pytest.MonkeyPatch, backend: str, prefix: int) -> tup
     else:
         snapshot = snapshot_of(other)
     handed: list[tuple[Any, ...]] = []
-    op = torch.ops.ral.policy_divergence_fwd
+    op = divergence_module.policy_divergence_fwd
 
     def record(*args: Any) -> Any:
         handed.append(args)
         return op(*args)
 
-    monkeypatch.setattr(torch.ops.ral, "policy_divergence_fwd", record)
+    monkeypatch.setattr(divergence_module, "policy_divergence_fwd", record)
     attention_divergence(inputs.q, inputs.k, snapshot, backend=backend, **inputs.options)
-    monkeypatch.setattr(torch.ops.ral, "policy_divergence_fwd", op)
+    monkeypatch.setattr(divergence_module, "policy_divergence_fwd", op)
     return tuple(
         x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
         for x in handed[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttentionArgs:
     """Validated inputs and options of one `attention` call, as every backend receives them.
 
@@ -75,7 +75,7 @@ class AttentionArgs:
         return self.row_stop - self.row_start
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttentionOutputs:
     """What the forward writes."""
 
@@ -84,7 +84,7 @@ class AttentionOutputs:
     lse: Tensor  # the same dtype, [B, H, T] contiguous
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttentionGradients:
     """What arrives at the backward (None counts as zero), and what it writes."""
 

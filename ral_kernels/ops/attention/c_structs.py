@@ -10,9 +10,10 @@ from ral_kernels.runtime.c_interface import (
     DTYPES,
     BroadcastStruct,
     TensorStruct,
-    broadcast_struct,
-    pointer,
-    tensor_struct,
+    address,
+    broadcast_fields,
+    packer,
+    tensor_fields,
 )
 
 from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
@@ -76,7 +77,10 @@ class Gradients(ctypes.Structure):
     ]
 
 
-def params(args: AttentionArgs, isa: int = 0, num_threads: int = 0) -> Params:
+_pack_params, _pack_outputs, _pack_gradients = map(packer, (Params, Outputs, Gradients))
+
+
+def params(args: AttentionArgs, isa: int = 0, num_threads: int = 0) -> bytes:
     """The inputs of a call, by pointer alone: the caller's `args` keeps every tensor alive.
 
     Args:
@@ -85,31 +89,33 @@ def params(args: AttentionArgs, isa: int = 0, num_threads: int = 0) -> Params:
     """
     ids, padding, mask = args.span_ids, args.key_padding_mask, args.attn_mask
     cu_seqlens_q = args.cu_seqlens_q
-    return Params(
-        batch_size=args.batch_size,
-        num_sequences=args.batch_size if cu_seqlens_q is None else cu_seqlens_q.numel() - 1,
-        num_heads=args.num_heads,
-        num_kv_heads=args.num_kv_heads,
-        seqlen_q=args.seqlen_q,
-        seqlen_k=args.seqlen_k,
-        head_dim=args.head_dim,
-        head_dim_v=args.head_dim_v,
+    batch_size, num_heads, seqlen_q, head_dim = args.q.shape
+    _, num_kv_heads, seqlen_k, head_dim_v = args.v.shape
+    return _pack_params(
+        batch_size=batch_size,
+        num_sequences=batch_size if cu_seqlens_q is None else cu_seqlens_q.numel() - 1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
         num_spans=args.num_spans,
         row_start=args.row_start,
         row_stop=args.row_stop,
         window_left=args.window_left,
         window_right=args.window_right,
-        q=tensor_struct(args.q),
-        k=tensor_struct(args.k),
-        v=tensor_struct(args.v),
-        span_ids=pointer(ids),
+        q=tensor_fields(args.q),
+        k=tensor_fields(args.k),
+        v=tensor_fields(args.v),
+        span_ids=address(ids),
         span_ids_stride_b=ids.stride(0) if ids is not None and ids.dim() == 2 else 0,
-        span_bias=broadcast_struct(args.span_bias),
-        attn_mask=broadcast_struct(mask),
-        key_padding_mask=pointer(padding),
+        span_bias=broadcast_fields(args.span_bias),
+        attn_mask=broadcast_fields(mask),
+        key_padding_mask=address(padding),
         key_padding_mask_stride_b=padding.stride(0) if padding is not None else 0,
-        cu_seqlens_q=pointer(cu_seqlens_q),
-        cu_seqlens_k=pointer(args.cu_seqlens_k),
+        cu_seqlens_q=address(cu_seqlens_q),
+        cu_seqlens_k=address(args.cu_seqlens_k),
         scale=args.scale,
         softcap=args.softcap,
         dtype=DTYPES[args.q.dtype],
@@ -120,24 +126,28 @@ def params(args: AttentionArgs, isa: int = 0, num_threads: int = 0) -> Params:
     )
 
 
-def outputs(x: AttentionOutputs) -> Outputs:
-    return Outputs(tensor_struct(x.out), pointer(x.marginals), pointer(x.lse))
+def outputs(x: AttentionOutputs) -> bytes:
+    return _pack_outputs(
+        out=tensor_fields(x.out), marginals=address(x.marginals), lse=address(x.lse)
+    )
 
 
-def gradients(x: AttentionGradients) -> Gradients:
-    return Gradients(
-        tensor_struct(x.dout),
-        pointer(x.dmarginals),
-        pointer(x.dlse),
-        tensor_struct(x.dq),
-        tensor_struct(x.dk),
-        tensor_struct(x.dv),
-        pointer(x.dspan_bias),
+def gradients(x: AttentionGradients) -> bytes:
+    return _pack_gradients(
+        dout=tensor_fields(x.dout),
+        dmarginals=address(x.dmarginals),
+        dlse=address(x.dlse),
+        dq=tensor_fields(x.dq),
+        dk=tensor_fields(x.dk),
+        dv=tensor_fields(x.dv),
+        dspan_bias=address(x.dspan_bias),
     )
 
 
 def with_unit_stride(args: AttentionArgs) -> AttentionArgs:
     """The libraries walk ids and key padding with unit stride; others are rare and small."""
+    if args.span_ids is None and args.key_padding_mask is None and args.cu_seqlens_q is None:
+        return args
     changes = {
         name: x.contiguous()
         for name in ("span_ids", "key_padding_mask", "cu_seqlens_q", "cu_seqlens_k")

@@ -22,7 +22,7 @@ def _library() -> ctypes.CDLL:
     )
 
 
-def _params(args: AttentionArgs) -> c_structs.Params:
+def _params(args: AttentionArgs) -> bytes:
     return c_structs.params(args, cpu_library.chosen_isa(), torch.get_num_threads())
 
 
@@ -38,9 +38,7 @@ class CpuAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Attent
     def fwd(self, args: AttentionArgs, outputs: AttentionOutputs) -> None:
         cpu_library.expect_writes(outputs.out, outputs.marginals, outputs.lse)
         args = c_structs.with_unit_stride(args)
-        status = _library().ral_cpu_attention_fwd(
-            ctypes.byref(_params(args)), ctypes.byref(c_structs.outputs(outputs))
-        )
+        status = _library().ral_cpu_attention_fwd(_params(args), c_structs.outputs(outputs))
         cpu_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)
 
     def bwd(
@@ -49,8 +47,8 @@ class CpuAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Attent
         cpu_library.expect_writes(gradients.dq, gradients.dk, gradients.dv, gradients.dspan_bias)
         args = c_structs.with_unit_stride(args)
         status = _library().ral_cpu_attention_bwd(
-            ctypes.byref(_params(args)),
-            ctypes.byref(c_structs.outputs(outputs)),
-            ctypes.byref(c_structs.gradients(gradients)),
+            _params(args),
+            c_structs.outputs(outputs),
+            c_structs.gradients(gradients),
         )
         cpu_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)

@@ -31,7 +31,7 @@ def _prepared(args: AttentionArgs) -> AttentionArgs:
 def _launch(entry: str, args: AttentionArgs, *rest: object) -> int:
     """Run the kernels for Hopper if they are on and take the call, else those for sm_80."""
     given = (
-        ctypes.byref(c_structs.params(args)),
+        c_structs.params(args),
         *rest,
         ctypes.c_void_p(cuda_library.stream(args.q)),
     )
@@ -75,9 +75,7 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
     def fwd(self, args: AttentionArgs, outputs: AttentionOutputs) -> None:
         args = _prepared(args)
         with cuda_library.on_device_of(args.q):
-            status = _launch(
-                "ral_cuda_attention_fwd", args, ctypes.byref(c_structs.outputs(outputs))
-            )
+            status = _launch("ral_cuda_attention_fwd", args, c_structs.outputs(outputs))
         cuda_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)
 
     def bwd(
@@ -93,8 +91,8 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
             status = _launch(
                 "ral_cuda_attention_bwd",
                 args,
-                ctypes.byref(c_structs.outputs(outputs)),
-                ctypes.byref(c_structs.gradients(gradients)),
+                c_structs.outputs(outputs),
+                c_structs.gradients(gradients),
                 ctypes.c_void_p(scratch.data_ptr()),
             )
         cuda_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)

@@ -76,19 +76,24 @@ def scaled_dot_product_attention(
             f"{op}: value must be [..., S, Ev] with S={key.shape[-2]}; got {tuple(value.shape)}"
         )
 
-    if enable_gqa:
-        key, value = _share_kv_heads(op, query, key, value)
-    lead = _broadcast_lead(op, query, key, value, enable_gqa)
+    as_is = _are_bhtd(query, key, value)
+    lead: tuple[int, ...] = query.shape[:2]
+    if not as_is:
+        if enable_gqa:
+            key, value = _share_kv_heads(op, query, key, value)
+        lead = _broadcast_lead(op, query, key, value, enable_gqa)
     if attn_mask is not None:
         checks.check_tensor(op, "attn_mask", attn_mask, "None or a tensor")
         shape = (*lead, query.shape[-2], key.shape[-2])
         checks.check_broadcastable(op, "attn_mask", attn_mask, shape, "[..., L, S]")
         if attn_mask.dim() > 4:
             attn_mask = attn_mask.expand(shape).flatten(0, -4)
-    q = _as_bhtd(query, lead, same_heads=True)
-    kv_heads_of_one = not enable_gqa and lead and _heads(key) == 1 and _heads(value) == 1
-    same_heads = not (enable_gqa or kv_heads_of_one)
-    k, v = _as_bhtd(key, lead, same_heads), _as_bhtd(value, lead, same_heads)
+    q, k, v = query, key, value
+    if not as_is:
+        q = _as_bhtd(query, lead, same_heads=True)
+        kv_heads_of_one = not enable_gqa and lead and _heads(key) == 1 and _heads(value) == 1
+        same_heads = not (enable_gqa or kv_heads_of_one)
+        k, v = _as_bhtd(key, lead, same_heads), _as_bhtd(value, lead, same_heads)
     qkv.check_qkv(op, q, k, v, spans, names=("query", "key", "value"))
     out, marginals, _ = call_attention(
         op,
@@ -102,10 +107,21 @@ def scaled_dot_product_attention(
         softcap=0.0,
         top_left=True,
     )
-    out = out.reshape(*lead, *out.shape[2:])
+    if not as_is:
+        out = out.reshape(*lead, *out.shape[2:])
     if marginals is None:
         return out
     return out, marginals.reshape(*lead, *marginals.shape[2:])
+
+
+def _are_bhtd(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether all three are [B, H, ., .], of one B and one H, with unit last strides."""
+    shape = query.shape
+    return (
+        len(shape) == 4
+        and shape[:2] == key.shape[:-2] == value.shape[:-2]
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    )
 
 
 def _heads(tensor: Tensor) -> int:

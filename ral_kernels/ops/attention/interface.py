@@ -199,7 +199,7 @@ def call_attention(
         row_start=row_start,
         row_stop=row_stop,
     )
-    out, marginals, lse = torch.ops.ral.attention_fwd(*_SIGNATURE.flatten(args, backend))
+    out, marginals, lse = attention_fwd(*_SIGNATURE.flatten(args, backend))
     return out, None if spans is None else marginals, lse
 
 
@@ -213,7 +213,7 @@ def _allocate_outputs(args: AttentionArgs) -> AttentionOutputs:
     return AttentionOutputs(
         out=allocation.empty_like_layout(q, args.head_dim_v),
         marginals=allocation.new_empty(
-            q, (batch_size, num_heads, args.num_rows, args.num_spans), dtype
+            q, (batch_size, num_heads, args.row_stop - args.row_start, args.num_spans), dtype
         ),
         lse=allocation.new_empty(q, (batch_size, num_heads, seqlen_q), dtype),
     )
@@ -292,7 +292,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     inputs, outputs = _SIGNATURE.saved(ctx)
     wants_dspan_bias = ctx.needs_input_grad[_SIGNATURE.index("span_bias")]
-    dq, dk, dv, dspan_bias = torch.ops.ral.attention_bwd(
+    dq, dk, dv, dspan_bias = attention_bwd(
         *inputs, *outputs, dout, dmarginals, dlse, wants_dspan_bias
     )
     return _SIGNATURE.gradients(
@@ -300,7 +300,7 @@ def _backward(
     )
 
 
-schema.define(
+attention_fwd = schema.define(
     "attention_fwd",
     _SIGNATURE.inputs,
     3,
@@ -308,7 +308,7 @@ schema.define(
     _attention_fwd_fake,
     (_SIGNATURE.save, _backward),
 )
-schema.define(
+attention_bwd = schema.define(
     "attention_bwd",
     f"{_SIGNATURE.inputs}, Tensor out, Tensor marginals, Tensor lse, Tensor? dout, "
     "Tensor? dmarginals, Tensor? dlse, bool wants_dspan_bias",

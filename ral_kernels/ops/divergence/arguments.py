@@ -9,7 +9,7 @@ from torch import Tensor
 KINDS = ("jsd", "kl", "reverse_kl")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DivergenceArgs:
     """The inputs of one `divergence` call. Backends get `p` and `r` as contiguous rows."""
 
@@ -20,7 +20,7 @@ class DivergenceArgs:
     wants_dr: bool
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DivergenceOutputs:
     """What the forward writes. The gradients are for a gradient of 1 that arrives."""
 

@@ -94,7 +94,7 @@ def call_divergence(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
         wants_dp=torch.is_grad_enabled() and p.requires_grad,
         wants_dr=torch.is_grad_enabled() and r.requires_grad,
     )
-    value, _, _ = torch.ops.ral.divergence_fwd(*_SIGNATURE.flatten(args, backend))
+    value, _, _ = divergence_fwd(*_SIGNATURE.flatten(args, backend))
     return value
 
 
@@ -158,13 +158,13 @@ def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[
     if dvalue is None:
         return _SIGNATURE.gradients()
     dp, dr = (
-        torch.ops.ral.scaled_gradient(gradient, dvalue[..., None]) if wanted else None
+        scaled_gradient(gradient, dvalue[..., None]) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
     return _SIGNATURE.gradients(p=dp, r=dr)
 
 
-schema.define(
+divergence_fwd = schema.define(
     "divergence_fwd",
     _SIGNATURE.inputs,
     3,
@@ -172,7 +172,7 @@ schema.define(
     _divergence_fwd_fake,
     (_setup_context, _backward),
 )
-schema.define(
+scaled_gradient = schema.define(
     "scaled_gradient",
     "Tensor gradient, Tensor factor",
     1,

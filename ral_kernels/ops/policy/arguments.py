@@ -9,7 +9,7 @@ from torch import Tensor
 from ral_kernels.ops.schema import part
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PolicyArgs:
     """Validated inputs and options of one `attention_policy` call, as every backend receives them.
 
@@ -69,7 +69,7 @@ class PolicyArgs:
         return self.seqlen_k if self.span_ids is None else self.num_spans
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PolicyOutputs:
     """What the forward of `policy` writes; float32 (float64 with float64 q), contiguous."""
 
@@ -80,7 +80,7 @@ class PolicyOutputs:
     z: Tensor  # [B, T], the mean over heads of the weight on valid keys
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PolicyGradients:
     """What arrives at the backward of `policy`, and what it writes."""
 
@@ -90,7 +90,7 @@ class PolicyGradients:
     dspan_bias: Tensor | None  # as span_bias, contiguous; None where it is not wanted
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ReferenceArgs:
     """The reference side: what an `AttentionSnapshot` holds.
 
@@ -125,7 +125,7 @@ class ReferenceArgs:
         return 0 if self.k_prefix is None else self.k_prefix.shape[2]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PolicyDivergenceArgs:
     """Validated inputs of one streamed `attention_divergence`, as every backend receives them."""
 
@@ -137,7 +137,7 @@ class PolicyDivergenceArgs:
     kind: str  # one of KINDS of ops/divergence/arguments.py
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PolicyDivergenceOutputs:
     """What the forward of `policy_divergence` writes; float32 (float64 with float64 q)."""
 
@@ -150,7 +150,7 @@ class PolicyDivergenceOutputs:
     w: Tensor  # [B, H, T]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PolicyDivergenceGradients:
     """What arrives at the backward of `policy_divergence`, and what it writes."""
 
@@ -159,7 +159,7 @@ class PolicyDivergenceGradients:
     dk: Tensor  # as the policy's k
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LossOutputs:
     """What the loss of `policy_divergence` writes."""
 

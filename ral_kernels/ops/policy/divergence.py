@@ -209,7 +209,7 @@ def _span_policy_of(op: str, snapshot: AttentionSnapshot, args: PolicyArgs, back
 def _call_policy_divergence(
     args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str
 ) -> Tensor:
-    value: Tensor = torch.ops.ral.policy_divergence_fwd(
+    value: Tensor = policy_divergence_fwd(
         *SIGNATURE.flatten(streaming_args(args, snapshot, kind), backend)
     )[0]
     return value
@@ -305,11 +305,11 @@ def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[
     if dvalue is None:
         return SIGNATURE.gradients()
     inputs, statistics = SIGNATURE.saved(ctx)
-    dq, dk = torch.ops.ral.policy_divergence_bwd(*inputs, *statistics, dvalue)
+    dq, dk = policy_divergence_bwd(*inputs, *statistics, dvalue)
     return SIGNATURE.gradients(q=dq, k=dk)
 
 
-schema.define(
+policy_divergence_fwd = schema.define(
     "policy_divergence_fwd",
     SIGNATURE.inputs,
     7,
@@ -317,7 +317,7 @@ schema.define(
     _policy_divergence_fwd_fake,
     (_setup_context, _backward),
 )
-schema.define(
+policy_divergence_bwd = schema.define(
     "policy_divergence_bwd",
     f"{SIGNATURE.inputs}, Tensor norm, Tensor z, Tensor reference_norm, Tensor reference_z, "
     "Tensor u, Tensor w, Tensor dvalue",

@@ -177,7 +177,7 @@ def _resolve_scope(op: str, scope: Any, spans: Spans | None, k: Tensor) -> Tenso
 
 def call_policy(args: PolicyArgs, backend: str) -> Tensor:
     """Call the op with checked arguments."""
-    p, _, _ = torch.ops.ral.policy_fwd(*_SIGNATURE.flatten(args, backend))
+    p, _, _ = policy_fwd(*_SIGNATURE.flatten(args, backend))
     return p
 
 
@@ -253,11 +253,11 @@ def _backward(ctx: Any, dp: Tensor | None, *unused: Tensor | None) -> tuple[Tens
         return _SIGNATURE.gradients()
     inputs, outputs = _SIGNATURE.saved(ctx)
     wants_dspan_bias = ctx.needs_input_grad[_SIGNATURE.index("span_bias")]
-    dq, dk, dspan_bias = torch.ops.ral.policy_bwd(*inputs, *outputs, dp, wants_dspan_bias)
+    dq, dk, dspan_bias = policy_bwd(*inputs, *outputs, dp, wants_dspan_bias)
     return _SIGNATURE.gradients(q=dq, k=dk, span_bias=dspan_bias if wants_dspan_bias else None)
 
 
-schema.define(
+policy_fwd = schema.define(
     "policy_fwd",
     _SIGNATURE.inputs,
     3,
@@ -265,7 +265,7 @@ schema.define(
     _policy_fwd_fake,
     (_SIGNATURE.save, _backward),
 )
-schema.define(
+policy_bwd = schema.define(
     "policy_bwd",
     f"{_SIGNATURE.inputs}, Tensor p, Tensor norm, Tensor z, Tensor dp, bool wants_dspan_bias",
     3,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ral_kernels.ops import allocation, schema
-from ral_kernels.ops.divergence.interface import check_kind
+from ral_kernels.ops.divergence.interface import check_kind, scaled_gradient
 from ral_kernels.runtime import backends, checks
 from ral_kernels.snapshot import AttentionSnapshot
 from ral_kernels.spans import Spans
@@ -172,9 +172,7 @@ def _fused_loss(
     kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')} {args.q.dtype}"
     given = snapshot.find_normalisers(args, kernels) if eager else None
     inputs = SIGNATURE.flatten(streaming_args(args, snapshot, kind), backend)
-    loss, _, _, norm, z = torch.ops.ral.policy_divergence_loss(
-        *inputs, weights, *(given or (None, None))
-    )
+    loss, _, _, norm, z = policy_divergence_loss(*inputs, weights, *(given or (None, None)))
     if eager and given is None:
         snapshot.keep_normalisers(args, kernels, norm.detach(), z.detach())
     result: Tensor = loss
@@ -227,11 +225,11 @@ def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
     rest = (None, None, None)  # weights and the reference's statistics
     if dloss is None:
         return *SIGNATURE.gradients(), *rest
-    dq, dk = (torch.ops.ral.scaled_gradient(x, dloss) for x in ctx.saved_tensors)
+    dq, dk = (scaled_gradient(x, dloss) for x in ctx.saved_tensors)
     return *SIGNATURE.gradients(q=dq, k=dk), *rest
 
 
-schema.define(
+policy_divergence_loss = schema.define(
     "policy_divergence_loss",
     f"{SIGNATURE.inputs}, Tensor weights, Tensor? reference_norm, Tensor? reference_z",
     5,

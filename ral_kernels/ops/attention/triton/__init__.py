@@ -18,6 +18,9 @@ class TritonAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Att
         return triton_runtime.only_on_request()
 
     def can_run(self, args: AttentionArgs) -> str | None:
+        reason = triton_runtime.cannot_run(args.q, args.k, args.v, args.attn_mask)
+        if reason is not None:
+            return reason
         if max(args.head_dim, args.head_dim_v) > 256:
             return (
                 f"head dims above 256 are not supported; got {args.head_dim} and {args.head_dim_v}"
@@ -25,7 +28,7 @@ class TritonAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Att
         masked = args.attn_mask is not None or args.key_padding_mask is not None
         if args.cu_seqlens_q is not None and masked:
             return "attn_mask and key_padding_mask are not supported with packed sequences"
-        return triton_runtime.cannot_run(args.q, args.k, args.v, args.attn_mask)
+        return None
 
     def fwd(self, args: AttentionArgs, outputs: AttentionOutputs) -> None:
         from .launch import launch_fwd
