@@ -205,7 +205,7 @@ def test_what_a_map_cannot_say_is_left_to_the_other_kernels(hopper: Kernels) -> 
     assert hopper.functions.ral_cuda_failed_kernel() == b"a stride of 0"
 
 
-DKDV, DQ, SHARED = (f"attention_bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90", "sm90"))
+DKDV, DQ, SHARED = (f"attention/bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90", "sm90"))
 # What is wrong, the patch, and what must be reported; "" if other bits will do.
 BUGS: list[tuple[str, Patch, str]] = [
     ("never_given_up", (DKDV, "Base::give_up(barriers, ring, 1);", ""), "waits for ever"),

@@ -324,7 +324,7 @@ def test_refusals(cuda_on_host: Kernels) -> None:
 BUGS: list[tuple[str, Patch, str | None]] = [
     (
         "no_barrier_before_the_stage",
-        ("policy/terms.h", "sync_block();  // nobody needs queries or keys", ""),
+        ("policy/terms.h", "sync_block();  // queries and keys are no longer read", ""),
         "race: policy_terms_kernel",
     ),
     (
