@@ -23,7 +23,7 @@ from ral_kernels.runtime import cuda_library
 from tests.cuda_host.build import Patch, build, sources_of
 from tests.cuda_host.library import HostLibrary
 
-DIVERGENCE = sources_of("policy_*")
+DIVERGENCE = sources_of("policy/*")
 SOURCES = sources_of("*/*")
 
 

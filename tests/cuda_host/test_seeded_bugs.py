@@ -36,7 +36,7 @@ BUGS: list[tuple[str, Patch, str | None]] = [
     ),
     (
         "missing_barrier_between_heads",
-        ("attention/bwd_dkdv.h", "sync_block();  // the queries before are no longer read", ""),
+        ("attention/bwd_dkdv.h", "sync_block();  // the previous queries are no longer read", ""),
         r"race: attention_bwd_dkdv_kernel",
     ),
     (

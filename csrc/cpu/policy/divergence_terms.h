@@ -1,5 +1,5 @@
-// Terms of the divergences between two probabilities, free of cancellation where they nearly agree.
-// Equation numbers: ral_kernels/ops/divergence/README.md.
+// Terms of the divergences between two probabilities, without cancellation where they nearly agree.
+// Equations (4) to (10) of ral_kernels/ops/divergence/README.md, a vector at a time.
 #pragma once
 
 #include "core/simd.h"
@@ -8,7 +8,7 @@
 namespace ral {
 namespace RAL_ISA {
 
-// log(y) to a few ulp for normal y > 0, with t = y - 1 given apart, free of the rounding of y.
+// log(y) to a few ulp for normal y > 0. t = y - 1 comes apart, free of the rounding of y.
 RAL_INLINE Vec log_normal(Vec y, Vec t) {
   // y = 2^k f with f in [sqrt(1/2), sqrt(2)).
   const IntVec bits = (IntVec)y + (0x3f800000 - 0x3f3504f3);
@@ -30,9 +30,9 @@ RAL_INLINE Vec log(Vec x) {
   return log_normal(y, y - 1.f) - select(small, broadcast(24 * 0.69314718f), Vec{});
 }
 
-// log(a / b) for positive a and b: by their difference where they are close, by the quotient where
-// it is a normal number, by two logarithms beyond.
-// `t` is a / b - 1, from the unrounded difference.
+// log(a / b) for positive a and b. It uses their difference where they are close, the quotient
+// where that is a normal number, and two logarithms elsewhere. `t` is a / b - 1, from the unrounded
+// difference.
 RAL_INLINE Vec log_quotient(Vec a, Vec b, Vec t) {
   const Vec y = a / b;
   const Vec near = log_normal(y, t);
@@ -54,8 +54,8 @@ struct DivergenceTerm {
   Vec gradient;  // d value / d p, up to a constant where the caller renormalises
 };
 
-// (p log(p / m) + r log(r / m)) / 2 with m = (p + r) / 2, by a series in x = (p - r) / (p + r)
-// where the two logarithms would cancel.
+// (p log(p / m) + r log(r / m)) / 2 with m = (p + r) / 2. Where the two logarithms would cancel, it
+// is a series in x = (p - r) / (p + r).
 RAL_INLINE Vec jsd_term(Vec p, Vec r, Vec m, Vec x) {
   const Vec z = x * x;
   Vec series = z * (1.f / 132.f) + 1.f / 90.f;
@@ -67,7 +67,7 @@ RAL_INLINE Vec jsd_term(Vec p, Vec r, Vec m, Vec x) {
   return select(z < 0.0625f, m * series * z, direct);
 }
 
-// a log(a / b) - a + b, by a series in s = (a - b) / (a + b) where it would cancel:
+// a log(a / b) - a + b. Where it would cancel, it is a series in s = (a - b) / (a + b):
 // (a + b) s^2 (1 + s (1 + s) (1/3 + s^2/5 + s^4/7 + ...)).
 RAL_INLINE Vec kl_term(Vec a, Vec b, Vec s) {
   const Vec z = s * s;
@@ -81,9 +81,9 @@ RAL_INLINE Vec kl_term(Vec a, Vec b, Vec s) {
   return select(z < 0.1f, series, direct);
 }
 
-// Terms between p and r of two distributions that each sum to 1. Zero on both sides is exact; a
-// Kullback-Leibler divergence is +inf where its second argument is 0 and its first is not, with a
-// gradient of 0 there.
+// Terms between p and r of two distributions that each sum to 1. Two zeros give exactly 0. A
+// Kullback-Leibler divergence is +inf where its second argument is 0 and its first is not; its
+// gradient there is 0.
 template <ral_divergence_kind kKind>
 RAL_INLINE DivergenceTerm divergence_term(Vec p, Vec r) {
   const Vec zero{};
@@ -101,7 +101,7 @@ RAL_INLINE DivergenceTerm divergence_term(Vec p, Vec r) {
   const Vec term = kl_term(a, b, kKind == RAL_KL ? x : -x);
   const Vec one_sided = select(a > 0.f, infinite, b);  // one of them is 0
   const Vec value = select((a == 0.f) | (b == 0.f), one_sided, term);
-  // Bounded, so that a subnormal p does not turn the gradient's moments into infinities.
+  // Bounded, so that a subnormal p does not make the gradient's moments infinite.
   const Vec l = kKind == RAL_KL ? log_quotient(p, r) : max(broadcast(-1e34f), (p - r) / p);
   const Vec alone = kKind == RAL_REVERSE_KL ? broadcast(1.f) : zero;  // where r is 0
   return {value, select(both, l, select((p > 0.f) & (r == 0.f), alone, zero))};

@@ -1,9 +1,9 @@
-// One policy's side of a call: its keys, packed, and the weights of its heads on one tile of keys.
+// One policy's side of a call: its packed keys, and the weights of its heads on one tile of keys.
 //
 // The unit of work is a token block: `sub_blocks` vectors of kLanes query rows, with all heads. A
-// vector holds one head's weights on one key for kLanes rows, so the head average is a sum of whole
-// vectors, taken inside one worker in a fixed order. Two sides of equal shape do the same
-// operations in the same order: equal inputs give equal bits.
+// vector holds one head's weights on one key for kLanes rows. So the head average is a sum of whole
+// vectors, which one worker takes in a fixed order. Two sides of equal shape do the same operations
+// in the same order: equal inputs give equal bits.
 #pragma once
 
 #include "attention/block.h"
@@ -20,7 +20,7 @@ struct TokenBlock {
   static constexpr int64_t kMaxRows = kMaxSubBlocks * kLanes;
   alignas(64) int32_t first_key[kMaxRows];
   alignas(64) int32_t last_key[kMaxRows];
-  alignas(64) int32_t self_key[kMaxRows];              // -1 where no key is to be excluded
+  alignas(64) int32_t self_key[kMaxRows];              // -1 = no key is excluded
   int64_t batch, first_row, count;                     // rows [first_row, first_row + count) exist
   int64_t some_first, some_last, all_first, all_last;  // as in ColumnBlock
 
@@ -57,7 +57,7 @@ struct TokenBlock {
   }
 };
 
-// Which keys count, whatever the query: padding and scope. A row's own key is GroupValidity's.
+// Which keys count for every query: padding and scope. GroupValidity excludes a row's own key.
 class KeyValidity {
  public:
   explicit KeyValidity(const ral_policy_common& common) : c_(common) {}
@@ -94,7 +94,7 @@ class PolicySide {
         feature_groups(round_up(side.head_dim, kTileRows) / kTileRows),
         padded_spans(round_up(common.num_spans, kLanes)) {}
 
-  // Token sub-blocks that fill a tile for heads that come `group` to a kv head.
+  // Sub-blocks that fill a tile if a kv head has `group` heads.
   static int64_t sub_blocks_for(int64_t group) {
     int64_t sub = 1;
     while (sub < V && group * sub < V) sub *= 2;
@@ -145,15 +145,15 @@ class PolicySide {
                             columns);
   }
 
-  // Query head and row of lane `lane` of vector `vector` of one kv head; false where it is padding.
+  // Query head and row of lane `lane` of vector `vector` of one kv head. Returns false for padding.
   bool locate(const TokenBlock& block, int64_t kv_head, int64_t vector, int64_t lane, int64_t* head,
               int64_t* row) const {
     *row = vector % sub_blocks * kLanes + lane;
     *head = kv_head * (side.num_heads / side.num_kv_heads) + vector / sub_blocks;
     return vector < vectors && *row < block.count;
   }
-  // 1 / (Z H), or 0 where the valid keys have no weight to speak of: beyond kSmallestWeight the
-  // inverse, or its product with a row's weight, could overflow.
+  // 1 / (Z H), or 0 where the valid keys weigh less than kSmallestWeight. There the inverse, or its
+  // product with a row's weight, could overflow.
   float inverse_of(float z) const {
     const float total = z * static_cast<float>(side.num_heads);
     return total < kSmallestWeight ? 0.f : 1.f / total;
@@ -192,7 +192,7 @@ class PolicySide {
     }
   }
 
-  // One number a head and row, spread over [total_panels][kWidth]; `fill` where there is no row.
+  // Spreads one number per head and row over [total_panels][kWidth]; `fill` where there is no row.
   void load_columns(const TokenBlock& block, const float* src, float fill, float* dst) const {
     for (int64_t i = 0; i < total_panels * kWidth; ++i) {
       int64_t head, row;
@@ -213,7 +213,8 @@ class PolicySide {
     }
   }
 
-  // The normalisers of the block's columns, [2][total_panels][kWidth], from and to the ops' tensor.
+  // Copies the normalisers of the block's columns, [2][total_panels][kWidth], from and to the op's
+  // tensor.
   void load_norm(const TokenBlock& block, const float* src, float* dst) const {
     load_columns(block, src, 0.f, dst);
     load_columns(block, src + norm_stride(), 0.f, dst + columns_size());
@@ -240,9 +241,9 @@ class PolicySide {
     }
   }
 
-  // Raw products of one key group with one panel of queries, and what turns them into scores in
-  // powers of two: score log2 e = acc * factor. Hidden keys come out as -inf. `slope`: as in
-  // ScoreTransform.
+  // Forms raw products of one key group with one panel of queries. Returns the factor that turns
+  // them into scores in powers of two: score log2 e = acc * factor. Hidden keys come out as -inf.
+  // `slope`: as in ScoreTransform.
   RAL_INLINE float scores(const TokenBlock& block, const uint32_t* packed_rows,
                           const uint32_t* queries, const float* bias, int64_t panel, int64_t group,
                           Vec (&acc)[kTileRows][V], Vec* slope) const {
@@ -283,11 +284,10 @@ class PolicySide {
           if (slope) slope[r * V + v] = 1.f - t * t;
         }
         if (span >= 0) x = x + load(bias + (span * total_panels + panel) * kWidth + v * kLanes);
-        // finfo.min is a score like others, and stays finite.
+        // finfo.min is a score like others and stays finite.
         x = select((x > hidden) & (x < kLowestScore), broadcast(kLowestScore), x);
         const IntVec seen = (load(block.first_key + row) <= k) & (load(block.last_key + row) >= k);
-        // Rounded here: a multiply-add would leave up to half an ulp of a huge score in the
-        // exponent.
+        // Rounded here: an FMA would leave up to half an ulp of a huge score in the exponent.
         acc[r][v] = real ? select(seen, x * kLog2e, hidden) : hidden;
       }
     }

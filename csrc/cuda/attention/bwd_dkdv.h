@@ -62,7 +62,7 @@ struct attention_bwd_dkdv_kernel {
       const T* dout_rows =
           has_dout ? rows_of<const T>(dout_tensor, block.b, h, sequence.q_start) : nullptr;
       for (int32_t first = range.low / kBlockQ * kBlockQ; first <= range.high; first += kBlockQ) {
-        sync_block();  // the queries before are no longer read
+        sync_block();  // the previous queries are no longer read
         copy_rows<kBlockQ, kThreads>(q, q_rows + first * call.q.stride_t, call.q.stride_t,
                                      [&](int row) { return first + row < sequence.length_q; });
         commit_copies();

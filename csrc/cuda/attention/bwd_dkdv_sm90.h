@@ -124,7 +124,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
         Base::wait_for(barriers, ring, 1);
         start_all_scores<T, kHeadDim>(ds[0], v, dout);  // (9), without dm
 
-        sync_warp();  // all lanes have read the statistics before
+        sync_warp();  // all lanes have read the previous statistics
         RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
           store_shared(lse_log2 + i * kWarpSize + lane_index(), own_lse[i]);
           store_shared(delta + i * kWarpSize + lane_index(), own_delta[i]);

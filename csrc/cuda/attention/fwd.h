@@ -77,7 +77,7 @@ struct attention_fwd_kernel {
     for (int32_t first = begin; first <= high; first += kBlockK) {
       const KeyBlock keys = load_key_block(block.ids, block.padding, first, visibility.length_k);
       wait_for_copies<0>();
-      sync_block();  // K has arrived; V of the block before is no longer read
+      sync_block();  // K has arrived; the previous block's V is no longer read
       // 0 · NaN is NaN, so values of padding are not read.
       copy_keys(v, v_rows, call.v.stride_t, first, block.padding);
       Scores s;

@@ -8,8 +8,8 @@ namespace cuda {
 
 // One CTA has kBlockK keys of a kv head. It walks over the chunk's rows that see them, and for
 // these rows over the heads of the group. So l is read once for all heads, and the sum over a group
-// has one fixed order. Where a sample's rows come in several chunks, each continues the sum of the
-// chunk before.
+// has one fixed order. Where a sample's rows come in several chunks, each continues the previous
+// chunk's sum.
 template <typename T, int kHeadDim>
 struct policy_bwd_dk_kernel {
   using Params = PolicyBwdParams;
@@ -72,7 +72,7 @@ struct policy_bwd_dk_kernel {
       Step next{step.h + 1, step.first_row};
       if (next.h == first_head + group) next = Step{first_head, step.first_row + kBlockQ};
       wait_for_copies<0>();
-      sync_block();  // the rows have arrived; those before are no longer read
+      sync_block();  // the rows have arrived; the previous ones are no longer read
       const TileT now{q.data + buffer * kBlockQ * kHeadDim};
       const float* const of_rows = statistics + buffer * kStatistics * kBlockQ;
       buffer = 1 - buffer;

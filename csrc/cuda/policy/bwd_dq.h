@@ -50,7 +50,7 @@ struct policy_bwd_dq_kernel {
       const KeyBits bits = next;
       next = KeyBits(common, at.b, first + kBlockK);
       wait_for_copies<0>();
-      sync_block();  // the tile has arrived; the one before is no longer read
+      sync_block();  // the tile has arrived; the previous one is no longer read
       const TileT now{k.data + offset};
       offset = kBlockK * kHeadDim - offset;
       if (first + kBlockK < at.end)

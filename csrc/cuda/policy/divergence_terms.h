@@ -1,6 +1,6 @@
-// Terms of the divergences between two probabilities, free of cancellation where they nearly agree:
-// equations (4) to (10) of ral_kernels/ops/divergence/README.md. csrc/cpu/policy/divergence_terms.h
-// does the same a vector at a time.
+// Terms of the divergences between two probabilities, without cancellation where they nearly agree.
+// Equations (4) to (10) of ral_kernels/ops/divergence/README.md, one element at a time.
+// csrc/cpu/policy/divergence_terms.h takes a vector at a time.
 #pragma once
 
 #include "core/device.h"
@@ -14,7 +14,7 @@ struct DivergenceTerm {
   float gradient;  // d value / d p, up to a constant where the caller renormalises
 };
 
-// atanh(s) for |s| <= 0.18, to a rounding.
+// atanh(s) for |s| <= 0.18, to one rounding.
 RAL_DEVICE float atanh_series(float s) {
   const float z = s * s;
   float series = z * (1.0f / 11.0f) + 1.0f / 9.0f;
@@ -24,7 +24,7 @@ RAL_DEVICE float atanh_series(float s) {
   return s + s * z * series;
 }
 
-// log x for x > 0, subnormal too: log2 takes those for 0.
+// log x for x > 0, subnormal too. log2 takes subnormal numbers for 0.
 RAL_DEVICE float natural_log(float x) {
   const bool small = x < 1.17549435e-38f;
   return (log2(small ? x * 16777216.0f : x) - (small ? 24.0f : 0.0f)) * kLn2;
@@ -70,7 +70,7 @@ RAL_DEVICE float kl_term(float a, float b, float x) {
   return a * log_quotient(a, b, x) - a + b;
 }
 
-// Where p is 0 its gradient is 0; so it is where r = 0 < p makes the row infinite.
+// The gradient is 0 where p is 0, and where r = 0 < p makes the row infinite.
 RAL_DEVICE DivergenceTerm divergence_term(int32_t kind, float p, float r) {
   const float total = p + r;
   if (total == 0.0f) return {0.0f, 0.0f};
@@ -81,7 +81,7 @@ RAL_DEVICE DivergenceTerm divergence_term(int32_t kind, float p, float r) {
   }
   if (kind == RAL_KL)
     return {kl_term(p, r, x), p == 0.0f || r == 0.0f ? 0.0f : log_quotient(p, r, x)};  // (9)
-  // Bounded, so that a subnormal p does not turn sums over the row into infinities.
+  // Bounded, so that a subnormal p does not make sums over the row infinite.
   const float l = p == 0.0f ? 0.0f : maximum(-1e34f, (p - r) / p);  // (10)
   return {kl_term(r, p, -x), l};
 }

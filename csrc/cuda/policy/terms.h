@@ -131,7 +131,7 @@ struct policy_terms_kernel {
         norm.inverse[i] = row < num_rows ? load_global(at + inverses + row) : 0.0f;
       }
       wait_for_copies<0>();
-      sync_block();  // queries and keys have arrived; the queries before are no longer read
+      sync_block();  // queries and keys have arrived; the previous queries are no longer read
       const TileT now{q.data + offset};
       offset = kBlockQ * kHeadDim - offset;
       if (h + 1 < num_heads) copy_queries(TileT{q.data + offset}, h + 1);
