@@ -7,13 +7,13 @@
 #pragma once
 
 #include "attention/block.h"
+#include "ral/divergence_math.h"
 #include "ral/policy.h"
 
 namespace ral {
 namespace RAL_ISA {
 
-constexpr float kSmallestWeight = 7.8886091e-31f;  // 2^-100
-constexpr int64_t kMaxSubBlocks = kTileVectors;    // so that even one head fills a tile
+constexpr int64_t kMaxSubBlocks = kTileVectors;  // so that even one head fills a tile
 
 // The query rows of one token block and the keys that they see.
 struct TokenBlock {

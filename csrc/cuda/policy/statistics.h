@@ -4,6 +4,7 @@
 
 #include "attention/marginals.h"
 #include "policy/side.h"
+#include "ral/divergence_math.h"
 
 namespace ral {
 namespace cuda {
@@ -145,9 +146,6 @@ struct policy_share_kernel {
   using Params = PolicyShareParams;
   static constexpr int kThreads = 128, kMinBlocks = 8, kSharedBytes = 0;
   static const char* name() { return "policy_share_kernel"; }
-
-  // Bound of the sum over heads. Below it Z is 0, so that 1 / (Z H) stays finite.
-  static constexpr float kSmallestWeight = 7.8886090522101181e-31f;  // 2^-100
 
   RAL_DEVICE static void run(const Params& params, char*) {
     const int64_t num_rows = params.common.num_rows, num_heads = params.side.num_heads;
