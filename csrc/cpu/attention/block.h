@@ -5,10 +5,10 @@
 // scores for kLanes queries. So row maxima, row sums, span sums, span biases and visible ranges are
 // plain vertical operations. A span boundary between two keys costs nothing.
 //
-// The queries of all heads that share one kv head form one list, token by token and head by head
-// (index = token * heads_per_group + head). A column block is a run of that list. Its queries sit
-// at nearly the same position, so little work is wasted on a causal diagonal. One pass over K and V
-// serves every head of the group.
+// The queries of all heads that share one kv head form one list. It goes token by token and head by
+// head (index = token * heads_per_group + head). A column block is a run of that list. Its queries
+// sit at nearly the same position, so little work is wasted on a causal diagonal. One pass over K
+// and V serves every head of the group.
 #pragma once
 
 #include <stdlib.h>

@@ -63,7 +63,7 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
         }
         multiply(view, problem_.groups_before(s, kv_head) + group, panel, tile);
         settle_scores(transform, view, panel, group, tile);
-        locate(s, view, panel, group, group - seen.begin, scratch, tile);
+        set_targets(s, view, panel, group, group - seen.begin, scratch, tile);
         differentiate_tile(tile);
       }
     }
@@ -101,8 +101,8 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
     }
   }
 
-  RAL_INLINE void locate(const Sequence& s, const View& view, int64_t panel, int64_t group,
-                         int64_t row_group, uint32_t* scratch, Products& tile) const {
+  RAL_INLINE void set_targets(const Sequence& s, const View& view, int64_t panel, int64_t group,
+                              int64_t row_group, uint32_t* scratch, Products& tile) const {
     const int64_t column = panel * kWidth;
     float* dbias = reinterpret_cast<float*>(scratch + scratch_layout_.dbias);
     tile.capped = params_.softcap > 0;

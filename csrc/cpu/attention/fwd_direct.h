@@ -170,17 +170,17 @@ RAL_INLINE void accumulate_part(const Rows& values, int64_t first, int64_t last,
 
 // The same for all features, kVectors at a time while there are as many.
 template <int32_t kDtype, int kQueries, int kVectors>
-RAL_INLINE void accumulate_queries(const Rows& values, int64_t first, int64_t last,
-                                   int64_t features, const float* weights, float* out, int64_t ld,
-                                   bool prefetches, int64_t d = 0) {
+RAL_INLINE void accumulate_features(const Rows& values, int64_t first, int64_t last,
+                                    int64_t features, const float* weights, float* out, int64_t ld,
+                                    bool prefetches, int64_t d = 0) {
   for (; d + kVectors * kLanes <= features; d += kVectors * kLanes) {
     accumulate_part<kDtype, kQueries, kVectors>(values, first, last, d, features, weights, out, ld,
                                                 prefetches);
   }
   if constexpr (kVectors > 1) {
     constexpr int kFewer = kVectors == 3 ? 2 : 1;
-    accumulate_queries<kDtype, kQueries, kFewer>(values, first, last, features, weights, out, ld,
-                                                 prefetches, d);
+    accumulate_features<kDtype, kQueries, kFewer>(values, first, last, features, weights, out, ld,
+                                                  prefetches, d);
   } else if (d < features) {
     accumulate_part<kDtype, kQueries, 1>(values, first, last, d, features, weights, out, ld,
                                          prefetches);
@@ -194,7 +194,7 @@ RAL_NOINLINE void accumulate_values(const Rows& values, int64_t first, int64_t l
                                     int64_t features, const float* weights, int64_t num_queries,
                                     float* out, int64_t ld) {
   const auto add = [&](auto queries, auto vectors, int64_t query) {
-    accumulate_queries<kDtype, decltype(queries)::value, decltype(vectors)::value>(
+    accumulate_features<kDtype, decltype(queries)::value, decltype(vectors)::value>(
         values, first, last, features, weights + query, out + query * ld, ld, query == 0);
   };
   if constexpr (kLanes == 16) {

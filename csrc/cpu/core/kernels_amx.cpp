@@ -36,9 +36,9 @@ int attention_bwd(const ral_attention_params& params, const ral_attention_output
 
 using Policy = PolicyKernels<AmxCompute, AmxCompute, 2>;
 
-// 32 rows per token block halve the traffic of keys and of dK. 64 rows are 4 % to 20 % slower: the
-// weights of all heads on all keys, which PolicyLoss keeps, are twice as far away (Emerald Rapids,
-// 2026-11).
+// 32 rows per token block halve the traffic of keys and of dK. Blocks of 64 rows are 4 % to 20 %
+// slower (Emerald Rapids, 2026-11). The weights of all heads on all keys, which PolicyLoss keeps,
+// are then twice as far away.
 int64_t sub_blocks_of(const ral_policy_common& common) {
   return common.num_rows > kLanes ? 2 : 1;
 }

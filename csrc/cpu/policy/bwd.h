@@ -92,7 +92,7 @@ class PolicyBackward : private PolicyProducts<Compute, Reference, V> {
                   scratch.weights, scratch.slope);
     blocks_.chunk_gradient(slot, index, chunk, nullptr, scratch, WeightCache{});
     blocks_.scale_gradient(block, index, chunk, scratch.gradient);
-    this->score_tiles(index, chunk, first_group, scratch, worker);
+    this->form_ds_tiles(index, chunk, first_group, scratch, worker);
   }
 
   // Adds to the token block's sums in this key block's turn. The last one writes dq and dspan_bias.

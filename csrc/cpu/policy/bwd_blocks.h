@@ -275,8 +275,9 @@ class PolicyGradientBlocks {
       transpose_block(dq + panel * padded_d * kWidth, kWidth, stage, padded_d, padded_d, kWidth);
       for (int64_t i = 0; i < kWidth; ++i) {
         int64_t head, row;
-        if (!policy.locate(block, panel / policy.panels, panel % policy.panels * V + i / kLanes,
-                           i % kLanes, &head, &row)) {
+        if (!policy.find_head_and_row(block, panel / policy.panels,
+                                      panel % policy.panels * V + i / kLanes, i % kLanes, &head,
+                                      &row)) {
           continue;
         }
         float* from = stage + i * padded_d;
@@ -290,9 +291,9 @@ class PolicyGradientBlocks {
     for (int64_t c = 0; c < policy.columns_size(); ++c) {
       int64_t head, row;
       const int64_t panel = c / kWidth;
-      if (!policy.locate(block, panel / policy.panels,
-                         panel % policy.panels * V + c % kWidth / kLanes, c % kLanes, &head,
-                         &row)) {
+      if (!policy.find_head_and_row(block, panel / policy.panels,
+                                    panel % policy.panels * V + c % kWidth / kLanes, c % kLanes,
+                                    &head, &row)) {
         continue;
       }
       float* to = dspan_bias_ + policy.column_index(block, head, row) * common_.num_spans;
@@ -401,7 +402,8 @@ class PolicyGradientBlocks {
     for (int64_t h = 0; h < policy.side.num_kv_heads; ++h) {
       const auto row_of = [&](int64_t column) {
         int64_t head, row;
-        const bool exists = policy.locate(block, h, column / kLanes, column % kLanes, &head, &row);
+        const bool exists =
+            policy.find_head_and_row(block, h, column / kLanes, column % kLanes, &head, &row);
         return exists ? policy.query(block, policy.side.q, head, row)
                       : reinterpret_cast<const char*>(zero);
       };

@@ -184,7 +184,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
       memset(scratch.weights, 0, chunk_weights_size_ * sizeof(float));
       memset(scratch.gradient, 0, kChunkKeys * policy_.rows * sizeof(float));
       if (scratch.slope) memset(scratch.slope, 0, chunk_weights_size_ * sizeof(float));
-      this->score_tiles(index, chunk, first_group, scratch, worker);
+      this->form_ds_tiles(index, chunk, first_group, scratch, worker);
       return;
     }
     if (!caches_) {
@@ -194,7 +194,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     memcpy(scratch.gradient, extra(worker, extra_.l) + i * kChunkKeys * policy_.rows,
            kChunkKeys * policy_.rows * sizeof(float));
     blocks_.scale_gradient(block, index, chunk, scratch.gradient);
-    this->score_tiles(index, chunk, first_group, weights_at(i, scratch, worker), worker);
+    this->form_ds_tiles(index, chunk, first_group, weights_at(i, scratch, worker), worker);
   }
 
   // Adds to dK of one key block in this token block's turn. The last one writes dk.

@@ -96,8 +96,8 @@ class PolicyProducts {
 
   // dS of one chunk for all heads, from weights and G in scratch, as operands of both products.
   // `first_group` counts from the first group that the operands hold.
-  void score_tiles(int64_t index, GroupRange chunk, int64_t first_group,
-                   const StreamScratch& scratch, int worker) const {
+  void form_ds_tiles(int64_t index, GroupRange chunk, int64_t first_group,
+                     const StreamScratch& scratch, int worker) const {
     const TokenBlock& block = blocks_.own_tokens(index);
     const float* g = scratch.gradient;
     const float* delta = blocks_.delta(index);

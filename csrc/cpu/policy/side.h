@@ -146,8 +146,8 @@ class PolicySide {
   }
 
   // Query head and row of lane `lane` of vector `vector` of one kv head. Returns false for padding.
-  bool locate(const TokenBlock& block, int64_t kv_head, int64_t vector, int64_t lane, int64_t* head,
-              int64_t* row) const {
+  bool find_head_and_row(const TokenBlock& block, int64_t kv_head, int64_t vector, int64_t lane,
+                         int64_t* head, int64_t* row) const {
     *row = vector % sub_blocks * kLanes + lane;
     *head = kv_head * (side.num_heads / side.num_kv_heads) + vector / sub_blocks;
     return vector < vectors && *row < block.count;
@@ -179,8 +179,8 @@ class PolicySide {
       for (int64_t i = 0; i < kWidth; ++i) {
         int64_t head, row;
         uint32_t* to = stage + i * padded_steps;
-        if (locate(block, panel / panels, panel % panels * V + i / kLanes, i % kLanes, &head,
-                   &row)) {
+        if (find_head_and_row(block, panel / panels, panel % panels * V + i / kLanes, i % kLanes,
+                              &head, &row)) {
           Compute::load_row(side.dtype, query(block, side.q, head, row), side.head_dim, to);
           memset(to + steps, 0, (padded_steps - steps) * sizeof(uint32_t));
         } else {
@@ -197,8 +197,8 @@ class PolicySide {
     for (int64_t i = 0; i < total_panels * kWidth; ++i) {
       int64_t head, row;
       const int64_t panel = i / kWidth;
-      const bool exists = locate(block, panel / panels, panel % panels * V + i % kWidth / kLanes,
-                                 i % kLanes, &head, &row);
+      const bool exists = find_head_and_row(
+          block, panel / panels, panel % panels * V + i % kWidth / kLanes, i % kLanes, &head, &row);
       dst[i] = exists ? src[column_index(block, head, row)] : fill;
     }
   }
@@ -206,8 +206,8 @@ class PolicySide {
     for (int64_t i = 0; i < total_panels * kWidth; ++i) {
       int64_t head, row;
       const int64_t panel = i / kWidth;
-      if (locate(block, panel / panels, panel % panels * V + i % kWidth / kLanes, i % kLanes, &head,
-                 &row)) {
+      if (find_head_and_row(block, panel / panels, panel % panels * V + i % kWidth / kLanes,
+                            i % kLanes, &head, &row)) {
         dst[column_index(block, head, row)] = src[i];
       }
     }
@@ -231,8 +231,8 @@ class PolicySide {
     for (int64_t i = 0; i < total_panels * kWidth; ++i) {
       int64_t head, row;
       const int64_t panel = i / kWidth;
-      const bool exists = locate(block, panel / panels, panel % panels * V + i % kWidth / kLanes,
-                                 i % kLanes, &head, &row);
+      const bool exists = find_head_and_row(
+          block, panel / panels, panel % panels * V + i % kWidth / kLanes, i % kLanes, &head, &row);
       const float* from = static_cast<const float*>(b.data) + block.batch * b.stride_b;
       if (exists) from += head * b.stride_h + (block.first_row + row) * b.stride_t;
       for (int64_t s = 0; s < common.num_spans; ++s) {
@@ -244,9 +244,9 @@ class PolicySide {
   // Forms raw products of one key group with one panel of queries. Returns the factor that turns
   // them into scores in powers of two: score log2 e = acc * factor. Hidden keys come out as -inf.
   // `slope`: as in ScoreTransform.
-  RAL_INLINE float scores(const TokenBlock& block, const uint32_t* packed_rows,
-                          const uint32_t* queries, const float* bias, int64_t panel, int64_t group,
-                          Vec (&acc)[kTileRows][V], Vec* slope) const {
+  RAL_INLINE float score_group(const TokenBlock& block, const uint32_t* packed_rows,
+                               const uint32_t* queries, const float* bias, int64_t panel,
+                               int64_t group, Vec (&acc)[kTileRows][V], Vec* slope) const {
     multiply_group<Compute>(acc,
                             packed_rows + (panel / panels * groups + group) * kTileRows * steps,
                             queries + panel * padded_steps * kWidth, kWidth, steps);

@@ -98,7 +98,7 @@ RAL_NOINLINE void score_chunk(const PolicySide<Compute, V>& side, const TokenBlo
     }
     Vec registers[kTileRows][V];
     Vec(&x)[kTileRows][V] = Compute::kTilesInMemory ? tile_at<V>(to) : registers;
-    const float f = side.scores(block, in.keys, in.queries, in.bias, panel, group, x, nullptr);
+    const float f = side.score_group(block, in.keys, in.queries, in.bias, panel, group, x, nullptr);
     factor[group - chunk.begin] = f;
     Vec largest[V];
     RAL_UNROLL for (int v = 0; v < V; ++v)
@@ -257,7 +257,7 @@ void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, 
       Vec local[kTileRows][V], tile_slope[kTileRows * V];
       Vec(&p)[kTileRows][V] = Compute::kTilesInMemory && weights ? tile_at<V>(to) : local;
       const float factor =
-          side.scores(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope);
+          side.score_group(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope);
       RAL_UNROLL for (int v = 0; v < V; ++v) {
         const Vec m = load(in.stabiliser + panel * kWidth + v * kLanes);
         const Vec inverse = load(in.inverse + panel * kWidth + v * kLanes);

@@ -30,7 +30,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     const KeysOfBlock block = keys_of_block(params.backward, kBlockKeys);
     if (block.num_keys <= 0) return;
     shared = Base::aligned(shared);
-    Barriers& barriers = Base::begin(shared);
+    Barriers& barriers = Base::set_up_barriers(shared);
     const QueryRange range(block, block.first_key, block.num_keys);
     const int32_t begin = range.low / kBlockQ * kBlockQ;
     const int group = warp_index() / 4;

@@ -26,7 +26,7 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     const QueriesWithGradient block(params.backward, kBlockQ);
     if (block.num_queries <= 0) return;
     shared = Base::aligned(shared);
-    Barriers& barriers = Base::begin(shared);
+    Barriers& barriers = Base::set_up_barriers(shared);
     const KeyRange range(block.visibility, block.first_query, block.num_queries);
     const int32_t begin = range.low / kBlockK * kBlockK;
     const int group = warp_index() / 4;

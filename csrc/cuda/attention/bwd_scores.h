@@ -1,6 +1,6 @@
-// What the backward kernels of `attention` do between products, for a warp's 16 rows of scores
-// against a block: weights (5), the part of (9) that is no product, and (11). All kernels sum in
-// the same order.
+// What the backward kernels of `attention` do between products, for a warp's 16 rows of scores.
+// They form weights (5), the part of (9) that is no product, and (11). All kernels sum in the same
+// order.
 #pragma once
 
 #include "attention/bwd.h"

@@ -1,5 +1,5 @@
-// What the backward kernels of `attention` for Hopper share: parameters, roles of warpgroups, the
-// ring of stages, and why accesses to shared memory are in order.
+// What the backward kernels of `attention` for Hopper share: parameters, roles of warpgroups and
+// the ring of stages. The list below argues that accesses to shared memory are in order.
 #pragma once
 
 #include "attention/bwd_scores.h"
@@ -87,7 +87,7 @@ struct AttentionBwdSm90 {
     return shared + (-shared_address(shared) & (kSwizzledBytes - 1));
   }
 
-  RAL_DEVICE static Barriers& begin(char* shared) {
+  RAL_DEVICE static Barriers& set_up_barriers(char* shared) {
     auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriersAt);
     if (thread_index() == 0) {
       begin_barrier(&barriers->full_own, 1);

@@ -3,9 +3,9 @@
 // only say so.
 //
 // It takes all calls that ral_cuda_attention_fwd takes, with key padding and packed sequences too.
-// Exceptions are tensors that no tensor map can describe (map_shape in hopper/layout.h): without
-// elements, with a stride of 0, with rows that overlap, or not aligned to 16 bytes. The caller
-// passes those to ral_cuda_attention_fwd.
+// Exceptions are tensors that no tensor map can describe (map_shape in hopper/layout.h). They have
+// no elements, a stride of 0, rows that overlap, or no alignment to 16 bytes. The caller passes
+// those to ral_cuda_attention_fwd.
 #include "core/launch.h"
 
 #ifdef RAL_CUDA_SM90

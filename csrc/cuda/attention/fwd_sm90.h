@@ -13,10 +13,11 @@ struct AttentionFwdSm90Params {
 };
 
 // One CTA has kBlockQ queries of a head and walks over all keys that they see. Each of kConsumers
-// consumer warpgroups owns 64 queries. One producer warpgroup issues TMA copies: first the queries,
-// then blocks of 64 keys of K and of V, each through a ring of kStages buffers. The producer keeps
-// few registers and the consumers take many. A consumer starts the scores of a block, then the
-// product of the previous block's weights with their V. It forms weights while that product runs.
+// consumer warpgroups owns 64 queries. One producer warpgroup issues TMA copies, first of the
+// queries. Blocks of 64 keys of K and of V follow, each through a ring of kStages buffers. The
+// producer keeps few registers and the consumers take many. A consumer starts the scores of a
+// block, then the product of the previous block's weights with their V. It forms weights while that
+// product runs.
 //
 // Why no buffer is read or overwritten too early:
 //  1. Full. The producer arrives at `full` with the expected bytes, and TMA completes them. So a

@@ -160,8 +160,8 @@ RAL_DEVICE void start_product(float (&out)[8][4], const uint32_t (&a)[4], uint64
 template <typename T>
 RAL_DEVICE void start_product(float (&out)[16][4], const uint32_t (&a)[4], uint64_t b);
 
-// The last operands, in order: p (keep the accumulators), the signs of a and b, and for each
-// operand in shared memory whether it is MN-major.
+// The last operands, in order: p (keep the accumulators), the signs of a and b. Then, for each
+// operand in shared memory, whether it is MN-major.
 #define RAL_PRODUCTS(T, type)                                                                  \
   template <>                                                                                  \
   RAL_DEVICE void start_scores<T>(float (&s)[8][4], uint64_t a, uint64_t b, bool accumulate) { \

@@ -79,13 +79,14 @@ struct RowsOfHead {
 
 // (5) and (7) of one element. `weight` is relative to the row's stabiliser; `factor` and `delta`
 // contain the row's 1 / sum. A weight of 0 has gradient 0, whatever l is.
-RAL_DEVICE float gradient_of_score(float weight, float l, float c, float factor, float delta) {
+RAL_DEVICE float gradient_of_policy_score(float weight, float l, float c, float factor,
+                                          float delta) {
   return weight == 0.0f ? 0.0f : weight * ((l - c) * factor - delta);
 }
 
 // Prepares element e of column tile c for dS. A key that the row does not see gets weight 0. A key
 // that does not count gets l = `mean`, so that its G is 0.
-RAL_DEVICE void hide(const Mask& mask, int c, int e, float mean, float& score, float& l) {
+RAL_DEVICE void hide_element(const Mask& mask, int c, int e, float mean, float& score, float& l) {
   if (!mask.sees(c, e)) score = minus_infinity();
   if (!mask.counts(c, e)) l = mean;
 }

@@ -85,7 +85,7 @@ struct policy_bwd_dk_kernel {
         continue;
       }
       if (step.h == first_head) {
-        load_l(params, b, step.first_row, first_key + warp_key, l);
+        load_l_transposed(params, b, step.first_row, first_key + warp_key, l);
         RAL_UNROLL for (int i = 0; i < kRows; ++i) {
           const int key = warp_key + row_in_warp(i);
           masks[i] = Mask::of_key(common, visibility, bits, key, first_key + key, step.first_row,
@@ -137,8 +137,8 @@ struct policy_bwd_dk_kernel {
   }
 
   // Loads l of rows [first_row, first_row + 64) for the lane's keys of a warp's 16.
-  RAL_DEVICE static void load_l(const Params& params, int32_t b, int32_t first_row,
-                                int32_t warp_key, float (&l)[1][kBlockQ / 8][4]) {
+  RAL_DEVICE static void load_l_transposed(const Params& params, int32_t b, int32_t first_row,
+                                           int32_t warp_key, float (&l)[1][kBlockQ / 8][4]) {
     const RowChunk& chunk = params.chunk;
     const int mine = 2 * (lane_index() % 4);
     const float* const lines =
@@ -165,8 +165,8 @@ struct policy_bwd_dk_kernel {
         const Float2 c = pair(1, tile);
         RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
           for (int e = 0; e < 2; ++e)
-            hide(masks[i], tile, e, e == 0 ? c.x : c.y, ds[0][tile][2 * i + e],
-                 l[0][tile][2 * i + e]);
+            hide_element(masks[i], tile, e, e == 0 ? c.x : c.y, ds[0][tile][2 * i + e],
+                         l[0][tile][2 * i + e]);
       }
     }
     RAL_UNROLL for (int tile = 0; tile < kBlockQ / 8; ++tile) {
@@ -175,9 +175,10 @@ struct policy_bwd_dk_kernel {
       RAL_UNROLL for (int i = 0; i < kRows; ++i) {
         float& low = ds[0][tile][2 * i];
         float& high = ds[0][tile][2 * i + 1];
-        low = gradient_of_score(exp2(low * scale - m.x), l[0][tile][2 * i], c.x, factor.x, delta.x);
-        high = gradient_of_score(exp2(high * scale - m.y), l[0][tile][2 * i + 1], c.y, factor.y,
-                                 delta.y);
+        low = gradient_of_policy_score(exp2(low * scale - m.x), l[0][tile][2 * i], c.x, factor.x,
+                                       delta.x);
+        high = gradient_of_policy_score(exp2(high * scale - m.y), l[0][tile][2 * i + 1], c.y,
+                                        factor.y, delta.y);
       }
     }
   }

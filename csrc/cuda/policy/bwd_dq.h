@@ -41,7 +41,7 @@ struct policy_bwd_dq_kernel {
     const float scale = side.scale * kLog2e;
     Row rows[kRows];
     RAL_UNROLL for (int i = 0; i < kRows; ++i)
-      rows[i] = load_row(params, at, warp_row + row_in_warp(i));
+      rows[i] = load_statistics(params, at, warp_row + row_in_warp(i));
     float dq[1][kHeadDim / 8][4];
     clear(dq);
     Units<T, kRows> units;
@@ -68,15 +68,15 @@ struct policy_bwd_dq_kernel {
         RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
           for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
             for (int e = 0; e < 2; ++e)
-              hide(masks[i], c, e, rows[i].c, ds[0][c][2 * i + e], l[0][c][2 * i + e]);
+              hide_element(masks[i], c, e, rows[i].c, ds[0][c][2 * i + e], l[0][c][2 * i + e]);
       }
       RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
         for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
           for (int e = 0; e < 2; ++e) {
             float& x = ds[0][c][2 * i + e];
             const Row& row = rows[i];
-            x = gradient_of_score(exp2(x * scale - row.m), l[0][c][2 * i + e], row.c, row.factor,
-                                  row.delta);
+            x = gradient_of_policy_score(exp2(x * scale - row.m), l[0][c][2 * i + e], row.c,
+                                         row.factor, row.delta);
           }
       units.apply(ds, dq);
       add_product(dq, ds, now);  // (9), without the scale
@@ -93,7 +93,7 @@ struct policy_bwd_dq_kernel {
   }
 
  private:
-  RAL_DEVICE static Row load_row(const Params& params, const RowsOfHead& at, int row) {
+  RAL_DEVICE static Row load_statistics(const Params& params, const RowsOfHead& at, int row) {
     if (row >= at.num_rows) return Row{};
     const ral_policy_side& side = params.side;
     const RowChunk& chunk = params.chunk;
