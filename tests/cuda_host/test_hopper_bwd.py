@@ -157,7 +157,7 @@ PADDED = AttentionCase("padded", 130, 300, batch_size=2, key_padding="left", spa
 
 
 def hide_nan(inputs) -> None:
-    """NaN in keys and values behind padding."""
+    """NaN in padded keys and values."""
     hidden = ~inputs.options["key_padding_mask"][:, None, :, None]
     assert hidden.any()
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_long_gradients_repeat_bit_for_bit_on_gpu(head_dim: int, hopper_gpu: Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", HEAD_DIMS_ON_GPU)
 def test_gradients_of_rows_that_are_not_seen_on_gpu(head_dim: int, hopper_gpu: None) -> None:
-    """NaN in keys and values behind padding, and in another of the packed sequences."""
+    """NaN in padded keys and values, and in another of the packed sequences."""
     case = AttentionCase("padded", 200, 700, 2, head_dim=head_dim, key_padding="left")
     inputs = case.inputs(torch.bfloat16)
     hide_nan(inputs)

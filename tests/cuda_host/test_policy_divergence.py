@@ -216,7 +216,7 @@ def test_rows_without_a_policy_are_zero(kind: str, cuda_on_host: Kernels) -> Non
 
 
 def test_padding_may_hold_anything(cuda_on_host: Kernels) -> None:
-    """Keys behind padding are not read, so that NaN there does no harm."""
+    """Padded keys are not read, so that NaN there does no harm."""
     inputs = of_dim(BY_NAME["padding_left"], 64).inputs(torch.bfloat16)
     other = snapshot_inputs(of_dim(BY_NAME["padding_left"], 64), inputs, False)
     results = []
