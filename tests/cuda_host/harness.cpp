@@ -221,7 +221,7 @@ void run_thread() {
   here.info->run(here.params, here.shared);
   end_copies(here.thread(), current_thread);
   stop(Stop::kEnd, {nullptr, 0});
-  abort();  // nobody resumes an ended thread
+  abort();  // an ended thread is never resumed
 }
 
 // ---- Launch -------------------------------------------------------------------------------------

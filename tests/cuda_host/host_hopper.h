@@ -253,7 +253,7 @@ inline void sync_group(int number, Site site = Site::here()) {
   }
 }
 
-// ---- Copy engine --------------------------------------------------------------------------------
+// ---- TMA ----------------------------------------------------------------------------------------
 
 inline void copy_panel(void* panel, const TensorMap& map, int32_t column, int32_t token,
                        int32_t head, int32_t batch, Barrier* barrier, Site site = Site::here()) {

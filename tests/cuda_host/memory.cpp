@@ -239,7 +239,7 @@ void read_matrix_row(const void* row, uint16_t (&numbers)[8], int thread, Site s
 
 uint32_t shared_offset(const void* pointer, Site site) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  // One behind the end is an address, too.
+  // One past the end is an address, too.
   if (!is_shared(address, 0))
     report().add({"out of range", number_of(site), 0, 0}, [&] {
       return who(current_thread, site) + "takes the address in shared memory of what is not there";

@@ -1,4 +1,4 @@
-// Who touched which bytes when: the memory behind the race checks.
+// Which thread touched which bytes when: the memory of the race checks.
 //
 // A cell remembers, for some neighbouring bytes that were always touched together, the last write
 // and as many of the reads since as tell whether any later write is in order with all of them.
@@ -44,7 +44,7 @@ struct Cell {
 struct Chunk {
   static constexpr int kBytes = 16;
 
-  // Zeroed memory is a chunk that nobody has touched.
+  // Zeroed memory is a chunk that no thread has touched.
   Cell whole;
   Cell* parts;
   uint8_t log2_parts, log2_capacity;

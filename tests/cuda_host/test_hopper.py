@@ -252,7 +252,7 @@ def test_long_sequences_repeat_bit_for_bit_on_gpu(head_dim: int, hopper_gpu: Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", HEAD_DIMS_ON_GPU)
 def test_rows_that_are_not_seen_on_gpu(head_dim: int, hopper_gpu: None) -> None:
-    """NaN in keys and values behind padding, and in another of the packed sequences."""
+    """NaN in padded keys and values, and in another of the packed sequences."""
     case = AttentionCase("padded", 200, 700, 2, head_dim=head_dim, key_padding="left")
     inputs = case.inputs(torch.bfloat16)
     padding = inputs.options["key_padding_mask"].to(DEVICE)

@@ -157,7 +157,7 @@ PADDED = AttentionCase("padded", 130, 300, batch_size=2, key_padding="left", spa
 
 
 def hide_nan(inputs) -> None:
-    """NaN in keys and values behind padding."""
+    """NaN in padded keys and values."""
     hidden = ~inputs.options["key_padding_mask"][:, None, :, None]
     assert hidden.any()
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_what_a_map_cannot_say_is_left_to_the_other_kernels(hopper: Kernels) -> 
     assert hopper.functions.ral_cuda_failed_kernel() == b"a stride of 0"
 
 
-DKDV, DQ, SHARED = (f"attention_bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90", "sm90"))
+DKDV, DQ, SHARED = (f"attention/bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90", "sm90"))
 # What is wrong, the patch, and what must be reported; "" if other bits will do.
 BUGS: list[tuple[str, Patch, str]] = [
     ("never_given_up", (DKDV, "Base::give_up(barriers, ring, 1);", ""), "waits for ever"),
@@ -269,7 +269,7 @@ def test_long_gradients_repeat_bit_for_bit_on_gpu(head_dim: int, hopper_gpu: Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", HEAD_DIMS_ON_GPU)
 def test_gradients_of_rows_that_are_not_seen_on_gpu(head_dim: int, hopper_gpu: None) -> None:
-    """NaN in keys and values behind padding, and in another of the packed sequences."""
+    """NaN in padded keys and values, and in another of the packed sequences."""
     case = AttentionCase("padded", 200, 700, 2, head_dim=head_dim, key_padding="left")
     inputs = case.inputs(torch.bfloat16)
     hide_nan(inputs)

@@ -216,7 +216,7 @@ def test_rows_without_a_policy_are_zero(kind: str, cuda_on_host: Kernels) -> Non
 
 
 def test_padding_may_hold_anything(cuda_on_host: Kernels) -> None:
-    """Keys behind padding are not read, so that NaN there does no harm."""
+    """Padded keys are not read, so that NaN there does no harm."""
     inputs = of_dim(BY_NAME["padding_left"], 64).inputs(torch.bfloat16)
     other = snapshot_inputs(of_dim(BY_NAME["padding_left"], 64), inputs, False)
     results = []
@@ -324,7 +324,7 @@ def test_refusals(cuda_on_host: Kernels) -> None:
 BUGS: list[tuple[str, Patch, str | None]] = [
     (
         "no_barrier_before_the_stage",
-        ("policy/terms.h", "sync_block();  // nobody needs queries or keys", ""),
+        ("policy/terms.h", "sync_block();  // queries and keys are no longer read", ""),
         "race: policy_terms_kernel",
     ),
     (

@@ -27,20 +27,24 @@ WRONG_NUMBERS = r"error|cosine|bias"
 BUGS: list[tuple[str, Patch, str | None]] = [
     (
         "missing_barrier_before_v",
-        ("attention/fwd.h", "sync_block();  // V is here, and all have formed their scores", ""),
+        (
+            "attention/fwd.h",
+            "sync_block();  // V has arrived; all warps have formed their scores",
+            "",
+        ),
         r"race: attention_fwd_kernel, block \d+: thread \d+ \(tiles\.h:\d+\)",
     ),
     (
         "missing_barrier_between_heads",
-        ("attention/bwd_dkdv.h", "sync_block();  // all are done with the queries before", ""),
+        ("attention/bwd_dkdv.h", "sync_block();  // the previous queries are no longer read", ""),
         r"race: attention_bwd_dkdv_kernel",
     ),
     (
         "missing_wait_for_copies",
         (
             "attention/fwd.h",
-            "wait_for_copies<0>();\n      sync_block();  // K is here",
-            "sync_block();  // K is here",
+            "wait_for_copies<0>();\n      sync_block();  // K has arrived",
+            "sync_block();  // K has arrived",
         ),
         r"in flight: attention_fwd_kernel",
     ),

@@ -1,4 +1,4 @@
-// csrc/cuda/hopper/layout.h behind C names, for tests/native/test_hopper_layout.py.
+// C functions around csrc/cuda/hopper/layout.h, for tests/native/test_hopper_layout.py.
 #include "hopper/layout.h"
 
 using namespace ral::cuda;

@@ -284,7 +284,7 @@ class Expected:
 
 
 EXPECTED = {
-    # Twice each, ahead of the loop or behind it and in it: q kᵀ, p v.
+    # Twice each, in the loop and before or after it: q kᵀ, p v.
     "attention_fwd_sm90_kernel": Expected(2, 2, 4, (3, 1), {64: 3, 128: 2}),
     # k qᵀ, v doutᵀ, pᵀ dout, dsᵀ q.
     "attention_bwd_dkdv_sm90_kernel": Expected(2, 2, 4, (1, 3), {64: 2, 128: 2}),
@@ -343,7 +343,7 @@ def test_instructions(form: Form, codes: dict[Form, Code]) -> None:
     assert count(products) == expected.products * 4
     assert count("HGMMA") == count(scores) + count(products)
     # As many waits as the source has: had the compiler given up on running products beside other
-    # instructions, there would be a wait for all behind each group.
+    # instructions, there would be a wait for all after each group.
     assert count(r"WARPGROUP\.ARRIVE") == expected.groups
     assert count(r"HGMMA.*gsb0") == expected.groups
     for pending, waits in enumerate(expected.waits):
@@ -373,7 +373,7 @@ def reached(code: Code, start: int) -> Iterator[str]:
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: " ".join(map(str, form)))
 def test_roles_keep_to_their_registers(form: Form, codes: dict[Form, Code]) -> None:
-    """What runs behind a setmaxnreg uses no register beyond it."""
+    """What runs after a setmaxnreg uses no register beyond its limit."""
     code = codes[form]
     roles = [
         (index, int(match[2], 16), match[1])

@@ -1,13 +1,13 @@
-// Shared by the forward and the backward: how a call is cut into sequences, column blocks and key
-// groups, and how a tile of raw products becomes scores.
+// How a call is cut into sequences, column blocks and key groups, and how a tile of raw products
+// becomes scores. The forward and the backward share this.
 //
-// Scores are computed transposed, keys down and queries across: a vector holds one key's scores for
-// kLanes queries. Row maxima, row sums, span sums, span biases and the visible range of every query
-// are then plain vertical operations, and a span boundary between two keys costs nothing.
+// Scores are computed transposed: rows are keys, columns are queries. A vector holds one key's
+// scores for kLanes queries. So row maxima, row sums, span sums, span biases and visible ranges are
+// plain vertical operations. A span boundary between two keys costs nothing.
 //
-// The queries of all heads that share one kv head form one list, token by token and head by head
-// (index = token * heads_per_group + head). A column block is a run of that list: its queries sit
-// at nearly the same position, so little work is wasted on a causal diagonal, and one pass over K
+// The queries of all heads that share one kv head form one list. It goes token by token and head by
+// head (index = token * heads_per_group + head). A column block is a run of that list. Its queries
+// sit at nearly the same position, so little work is wasted on a causal diagonal. One pass over K
 // and V serves every head of the group.
 #pragma once
 
@@ -29,7 +29,8 @@ struct Sequence {
   int64_t num_groups, num_blocks, num_key_blocks;
 };
 
-// A call, cut up. Column blocks hold `block_columns` queries, key blocks `block_groups` key groups.
+// A call, cut into blocks. Column blocks hold `block_columns` queries, key blocks hold
+// `block_groups` key groups.
 class Problem {
  public:
   Problem(const ral_attention_params& params, int64_t block_columns, int64_t block_groups)
@@ -73,14 +74,15 @@ class Problem {
     return !params.span_ids || classify_groups();
   }
 
-  // The span that all keys of each group belong to, or kMixed where a boundary runs through it.
+  // The span of all keys of a group, or kMixed if a boundary runs through the group.
   const int32_t* group_spans(const Sequence& s) const { return group_spans_ + s.first_group; }
 
-  // Of each key, padding included: kContinues where the next key of its group is of the same span,
-  // else its span. Sums over a span are added to where that span's keys end.
+  // For each key, padding included: kContinues if the next key of its group has the same span, else
+  // its span. Span sums are updated where a span's keys end.
   const int32_t* run_ends(const Sequence& s) const { return run_ends_ + s.first_group * kTileRows; }
 
-  // The sequence that holds unit `index` of a running count kept in `first` (per kv head).
+  // The sequence that holds unit `index`. Units of the kind `first` and `count` are counted over
+  // all sequences and kv heads.
   const Sequence& find(int64_t index, int64_t Sequence::* first, int64_t Sequence::* count) const {
     int64_t low = 0, high = num_sequences - 1;
     while (low < high) {
@@ -168,14 +170,14 @@ struct ColumnBlock {
   static constexpr int64_t kPanels = kColumns / kPanelWidth;
 
   struct Column {
-    int64_t head,
-        token;  // token counts from the start of the batch entry (packed: of all sequences)
+    int64_t head;
+    int64_t token;  // from the start of the batch entry; packed: of all sequences
   };
   alignas(64) int32_t first_key[kColumns];  // inclusive range that each query sees
   alignas(64) int32_t last_key[kColumns];
   Column column[kColumns];
   int64_t count;  // queries; the columns after them are padding
-  // Over the panel: keys that some query sees, and keys that every query sees.
+  // Per panel: keys that some query sees, and keys that every query sees.
   int64_t some_first[kPanels], some_last[kPanels], all_first[kPanels], all_last[kPanels];
   int64_t block_first, block_last;  // keys that some query of the block sees
 
@@ -194,8 +196,8 @@ struct ColumnBlock {
       all_first[panel] = 0;
       all_last[panel] = s.seqlen_k - 1;
       for (int64_t c = panel * kPanelWidth; c < (panel + 1) * kPanelWidth; ++c) {
-        if (c >=
-            count) {  // padding sees every key, so that it never makes a tile take the masked path
+        // Padding sees every key, so that it never makes a tile take the masked path.
+        if (c >= count) {
           first_key[c] = 0;
           last_key[c] = static_cast<int32_t>(s.seqlen_k - 1);
           continue;
@@ -203,7 +205,7 @@ struct ColumnBlock {
         const KeyRange range = visible_keys(token, s.seqlen_q, s.seqlen_k, p.window_left,
                                             p.window_right, p.top_left != 0);
         column[c] = Column{kv_head * problem.heads_per_group + member, s.q_begin + token};
-        // Past the ends no comparison needs the exact value, and int32 must not overflow.
+        // Past the ends no comparison needs the exact value; the clipped one cannot overflow int32.
         first_key[c] = static_cast<int32_t>(range.first < s.seqlen_k ? range.first : s.seqlen_k);
         last_key[c] = static_cast<int32_t>(range.last > -1 ? range.last : -1);
         if (first_key[c] <= last_key[c]) {
@@ -280,7 +282,7 @@ void pack_b_columns(const Problem& problem, const Sequence& s, const ral_tensor&
   }
 }
 
-// dst[s][c] = bias[column c, span s]; spans padded to kLanes, padding columns 0.
+// dst[s][c] = bias[column c, span s]. Spans are padded to kLanes; padding columns are 0.
 template <class Block, int64_t kColumns>
 void load_span_rows(const Problem& problem, const Sequence& s, const Block& block,
                     const ral_broadcast& bias, float* stage, float* dst) {
@@ -298,8 +300,8 @@ void load_span_rows(const Problem& problem, const Sequence& s, const Block& bloc
   }
 }
 
-// The way back: row_of(c)[i] = x[i][c] * factor[c] for the columns c < count, rounded to `dtype`.
-// row_of(c) is null where nothing is to be written. Reads x and factor up to whole vectors.
+// The way back: row_of(c)[i] = x[i][c] * factor[c] for columns c < count, rounded to `dtype`.
+// row_of(c) is null where nothing is to be written. x and factor are read up to whole vectors.
 template <int64_t kColumns, class RowOf>
 void write_columns(const float* x, int64_t features, const float* factor, int64_t count,
                    int32_t dtype, const RowOf& row_of) {
@@ -321,9 +323,8 @@ void write_columns(const float* x, int64_t features, const float* factor, int64_
   }
 }
 
-// Turns tiles of raw products q.k into scores, in natural units, where something stands in the way
-// of the fast path: softcap, span bias, an attention mask, padding, the edge of a window or of the
-// sequence.
+// Turns tiles of raw products q.k into scores, in natural units. Tiles need this where they meet a
+// softcap, span bias, attention mask, padding, or the edge of a window or of the sequence.
 template <int V>
 class ScoreTransform {
  public:
@@ -348,9 +349,9 @@ class ScoreTransform {
     return true;
   }
 
-  // acc: raw products in, scores out, -inf where a query does not see a key.
-  // bias: span bias [S][kColumns] or null. slope: receives d score / d (scaled product),
-  // [6][V], when softcap is on; may be null.
+  // acc: raw products in, scores out; -inf where a query does not see a key. bias: span bias
+  // [S][kColumns] or null. slope: receives d score / d (scaled product), [6][V], if softcap is on;
+  // may be null.
   template <class Block>
   RAL_NOINLINE void apply(Vec (&acc)[kTileRows][V], const Block& block, int64_t panel,
                           int64_t group, const float* bias, int64_t bias_stride, Vec* slope) const {
@@ -372,7 +373,7 @@ class ScoreTransform {
         }
         if (span >= 0) x = x + load(bias + span * bias_stride + c);
         if (p.attn_mask.data) x = x + load(mask[r] + v * kLanes);
-        // -inf hides a key; finfo.min is a score like others, and stays finite.
+        // -inf hides a key. finfo.min is a score like others and stays finite.
         const IntVec finite = x > broadcast(-__builtin_inff());
         x = select(finite & (x < kLowestScore), broadcast(kLowestScore), x);
         const IntVec seen = (load(block.first_key + c) <= key) & (load(block.last_key + c) >= key);

@@ -82,7 +82,8 @@ class AttentionBackward
       if (__builtin_expect(!transform.is_plain(view.block, panel, group), 0)) {
         transform.apply(p, view.block, panel, group, view.bias, kColumns, slope);
         factor = 1.f;
-        // Where every score is about finfo.min, lse is too coarse to subtract: P must not exceed 1.
+        // If every score is about finfo.min, lse is too coarse to subtract. min() keeps P at 1 or
+        // below.
         for (int v = 0; v < V; ++v) {
           for (int r = 0; r < kTileRows; ++r)
             p[r][v] = min(p[r][v], load(view.lse + column + v * kLanes));
@@ -147,7 +148,7 @@ class AttentionBackward
     store_ds(ds, row_group, panel, scratch);
   }
 
-  // Span sums of dS^T on a tile through which a span boundary runs.
+  // Span sums of dS^T on a tile with a span boundary.
   RAL_NOINLINE void add_mixed_bias(const int32_t* ids, int64_t num_keys, int64_t column,
                                    const Vec (&ds)[kTileRows][V], uint32_t* scratch) const {
     for (int r = 0; r < kTileRows && r < num_keys; ++r) {

@@ -1,7 +1,7 @@
 // Backward of the `attention` op on AMX tiles.
 //
-// Unlike in the forward, nothing is gained by forming P^T and dS^T of a tile while the next one's
-// products run (Emerald Rapids, 2026-11).
+// Unlike in the forward, forming P^T and dS^T of a tile while the next one's products run gains
+// nothing (Emerald Rapids, 2026-11).
 #pragma once
 
 #include "attention/bwd_keys.h"
@@ -30,19 +30,19 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
   using Base::Base;
 
  private:
-  // One tile: its products, and where P^T and dS^T go that are made of them.
+  // One tile: its products, and where its P^T and dS^T go.
   struct Products {
     Vec scores[kTileRows][2];  // before `factor`
     Vec dp[kTileRows][2];
     Vec slope[kTileRows * 2];  // of the soft cap
     float factor;
-    bool capped;       // whether there is one
-    const float* lse;  // this one and the next three: of the panel's columns
+    bool capped;       // whether softcap is on
+    const float* lse;  // this and the next three point to the panel's columns
     const float* delta;
     const float* dmarginals;  // or null
     float* dbias;             // or null
-    const int32_t* span_ids;  // of the tile; null where no span matters
-    int64_t keys;             // of the tile, less padding
+    const int32_t* span_ids;  // of the tile; null if no span matters
+    int64_t keys;             // of the tile, without padding
     uint32_t* p_rows;         // or null
     uint32_t* ds_rows;
     uint32_t* ds_pairs;
@@ -63,7 +63,7 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
         }
         multiply(view, problem_.groups_before(s, kv_head) + group, panel, tile);
         settle_scores(transform, view, panel, group, tile);
-        locate(s, view, panel, group, group - seen.begin, scratch, tile);
+        set_targets(s, view, panel, group, group - seen.begin, scratch, tile);
         differentiate_tile(tile);
       }
     }
@@ -92,7 +92,8 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
     if (__builtin_expect(transform.is_plain(view.block, panel, group), 1)) return;
     transform.apply(tile.scores, view.block, panel, group, view.bias, kColumns, tile.slope);
     tile.factor = 1.f;
-    // Where every score is about finfo.min, lse is too coarse to subtract: P must not exceed 1.
+    // If every score is about finfo.min, lse is too coarse to subtract. min() keeps P at 1 or
+    // below.
     for (int r = 0; r < kTileRows; ++r) {
       for (int v = 0; v < 2; ++v) {
         tile.scores[r][v] = min(tile.scores[r][v], load(view.lse + panel * kWidth + v * kLanes));
@@ -100,8 +101,8 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
     }
   }
 
-  RAL_INLINE void locate(const Sequence& s, const View& view, int64_t panel, int64_t group,
-                         int64_t row_group, uint32_t* scratch, Products& tile) const {
+  RAL_INLINE void set_targets(const Sequence& s, const View& view, int64_t panel, int64_t group,
+                              int64_t row_group, uint32_t* scratch, Products& tile) const {
     const int64_t column = panel * kWidth;
     float* dbias = reinterpret_cast<float*>(scratch + scratch_layout_.dbias);
     tile.capped = params_.softcap > 0;
@@ -119,8 +120,8 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
         scratch + scratch_layout_.ds_pairs + row_group * kStepsPerGroup * kColumns + column;
   }
 
-  // P^T and dS^T, equations (5), (9) and (11). Not inlined: among the tiles' addresses the compiler
-  // would run out of registers.
+  // P^T and dS^T, equations (5), (9) and (11). Not inlined: among the tiles' addresses the
+  // compiler would run out of registers.
   static RAL_NOINLINE void differentiate_tile(const Products& x) {
     const Vec factor = broadcast(x.factor);
     const Vec lse[2] = {load(x.lse), load(x.lse + kLanes)};

@@ -1,12 +1,14 @@
-// What the backwards of the `attention` op share: the way through keys and queries to dq, dk, dv
-// and dspan_bias, equations (8)-(15) of the op's README.
+// What the backwards of the `attention` op share: the walk over keys and queries to dq, dk, dv and
+// dspan_bias. Equations (8) to (15) of ral_kernels/ops/attention/README.md.
 //
-// A task is one key block. It walks the column blocks that see it, last queries first; for each it
-// recomputes P^T, forms dS^T, and adds to its own dK and dV. dQ belongs to the column block and is
-// summed by all key blocks: each waits for its predecessor's turn, so that the order of the sum is
-// fixed and the result repeats bit for bit. Tasks are claimed in ascending order and wait only for
-// lower ones: no deadlock, whatever the number of threads. Five matrix products a tile, none
-// recomputed for want of order.
+// A task is one key block. It walks over the column blocks that see it, last queries first. For
+// each it recomputes P^T, forms dS^T, and adds to its own dK and dV. dQ belongs to the column
+// block, and all key blocks add to it. Each waits until its predecessor has added, so the order of
+// the sum is fixed and the result repeats bit for bit.
+//
+// Workers claim tasks in ascending order, and a task waits only for lower ones. So there is no
+// deadlock, whatever the number of threads. A tile takes five matrix products; the order costs no
+// recomputation.
 #pragma once
 
 #include "attention/bwd_queries.h"
@@ -14,8 +16,8 @@
 namespace ral {
 namespace RAL_ISA {
 
-// `Backward`, the class derived from this, forms the products: differentiate(), accumulate_keys()
-// and accumulate_queries().
+// The derived class `Backward` forms the products: differentiate(), accumulate_keys() and
+// accumulate_queries().
 template <class Backward, class Compute, int V, int64_t kPanels>
 class BackwardKeys {
  public:
@@ -66,7 +68,7 @@ class BackwardKeys {
     scratch_layout_.dv = scratch_layout_.add(kKeysPerBlock * padded_v_);
     scratch_layout_.p_rows = scratch_layout_.add(kKeysPerBlock * kColumnSteps);
     scratch_layout_.ds_rows = scratch_layout_.add(kKeysPerBlock * kColumnSteps);
-    // With one number an element both forms of dS are the same.
+    // With one number per element both forms of dS are the same.
     scratch_layout_.ds_pairs = Compute::kPair == 1
                                    ? scratch_layout_.ds_rows
                                    : scratch_layout_.add(kKeysPerBlock / Compute::kPair * kColumns);
@@ -160,7 +162,7 @@ class BackwardKeys {
     const typename Compute::Scope scope;
     const ScoreTransform<V> transform(problem_, s);
     const int64_t first_block = problem_.blocks_before(s, kv_head);
-    // Last queries first: all key blocks can start there at once under a causal mask.
+    // Last queries first: under a causal mask all key blocks can start there at once.
     for (int64_t i = s.num_blocks - 1; i >= 0; --i) {
       const View v = queries_.view(first_block + i);
       const GroupRange seen = groups_of_keys(v.block.block_first, v.block.block_last, keys);
@@ -182,7 +184,8 @@ class BackwardKeys {
     return scratch + base + row_group * kTileRows * kColumnSteps + panel * kWidth / Compute::kPair;
   }
 
-  // Asks for dM of a tile before its products are formed: it comes from beyond L2, and dS waits.
+  // Prefetches dM of a tile before its products are formed. It comes from beyond L2, and dS would
+  // wait for it.
   RAL_INLINE void prefetch_dmarginals(const Sequence& s, const View& view, int64_t group,
                                       int64_t column) const {
     const int64_t last =
@@ -197,7 +200,7 @@ class BackwardKeys {
     }
   }
 
-  // dQ^T += K^T dS^T, in this key block's turn; the last key block writes dq and dspan_bias.
+  // dQ^T += K^T dS^T, in this key block's turn. The last key block writes dq and dspan_bias.
   void add_to_queries(const Sequence& s, const View& v, int64_t kv_head, int64_t key_block,
                       GroupRange seen, int64_t* turn, uint32_t* scratch) {
     for (int64_t i = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != key_block; ++i) spin_pause(i);
@@ -212,7 +215,7 @@ class BackwardKeys {
     __atomic_store_n(turn, key_block + 1, __ATOMIC_RELEASE);
   }
 
-  // Moves this worker's span sums of dS to the block, leaving zeros behind.
+  // Adds this worker's span sums of dS to the block's, and clears them.
   void flush_dbias(const Sequence& s, const View& v, GroupRange seen, uint32_t* scratch) const {
     const int32_t* ids = problem_.span_ids(s);
     float* local = reinterpret_cast<float*>(scratch + scratch_layout_.dbias);

@@ -1,5 +1,5 @@
-// The column blocks of the attention backward: what arrives at their queries, packed once for all
-// key blocks, and the sums of dQ and dspan_bias that the key blocks add to in turn.
+// The column blocks of the attention backward. Queries and the gradients that arrive at them are
+// packed once for all key blocks. The key blocks add to the sums of dQ and dspan_bias in turn.
 #pragma once
 
 #include "attention/block.h"
@@ -15,7 +15,7 @@ class BackwardQueries {
   static constexpr int64_t kColumnSteps = kColumns / Compute::kPair;  // elements along the queries
   using Block = ColumnBlock<kColumns, kWidth>;
 
-  // One column block as a key block meets it.
+  // One column block, as a key block sees it.
   struct View {
     const Block& block;
     const uint32_t* q_columns;
@@ -25,7 +25,7 @@ class BackwardQueries {
     float* dq;   // [D][kColumns], unscaled
     float* lse;  // +inf where a query sees no key, so that its P is 0
     float* delta;
-    float* dmarginals;  // [S][kColumns] or null; likewise the next two
+    float* dmarginals;  // [S][kColumns] or null; so are the next two
     float* bias;
     float* dbias;
   };
@@ -74,7 +74,8 @@ class BackwardQueries {
     turns_ = arena.at<int64_t>(turns_offset_);
   }
 
-  // Packs the queries and the gradients that arrive at one column block, and computes its delta.
+  // Packs the queries of one column block and the gradients that arrive at them, and computes
+  // delta.
   void prepare(int64_t index, uint32_t* stage) {
     const Sequence& s = problem_.find(index, &Sequence::first_block, &Sequence::num_blocks);
     const int64_t kv_head = (index - s.first_block * params_.num_kv_heads) / s.num_blocks;
@@ -83,7 +84,7 @@ class BackwardQueries {
     const View v = view(index);
     float* float_stage = reinterpret_cast<float*>(stage);
 
-    bool live[kColumns];  // queries that see a key; nothing that arrives at the others counts
+    bool live[kColumns];  // queries that see a key; gradients that arrive at others do not count
     for (int64_t c = 0; c < kColumns; ++c) {
       float lse = -__builtin_inff();
       if (c < block.count) {
@@ -114,7 +115,7 @@ class BackwardQueries {
     const GroupRange visible =
         groups_of_keys(block.block_first, block.block_last, GroupRange{0, s.num_groups});
     turns_[index] = visible.begin / block_groups_;
-    if (visible.begin == visible.end) {  // no key block will come by
+    if (visible.begin == visible.end) {  // no key block visits it
       memset(v.dq, 0, params_.head_dim * kColumns * sizeof(float));
       finish(s, v);
     }
@@ -136,10 +137,10 @@ class BackwardQueries {
                 gradients_.dspan_bias ? floats(layout_.dbias) : nullptr};
   }
 
-  // The key block that may add to the block's sums now.
+  // The key block whose turn it is to add to the block's sums.
   int64_t* turn(int64_t index) const { return turns_ + index; }
 
-  // Writes dq, and dspan_bias where it is asked for.
+  // Writes dq, and dspan_bias if it is wanted.
   void finish(const Sequence& s, const View& v) const {
     alignas(64) float factor[kColumns];
     for (int64_t c = 0; c < kColumns; ++c) factor[c] = params_.scale;
@@ -177,7 +178,7 @@ class BackwardQueries {
     }
   }
 
-  // dO.O of one column, not yet summed over the lanes.
+  // dO.O of one column, before the sum over lanes.
   Vec dot(const Sequence& s, const Block& block, int64_t c, float* stage) const {
     float* other = stage + padded_v_;
     convert_to_float(params_.dtype, column_row(problem_, s, gradients_.dout, block, c),
@@ -192,7 +193,7 @@ class BackwardQueries {
     return sum;
   }
 
-  // x[i] summed over its lanes, for every i.
+  // Sums each x[i] over its lanes.
   static Vec sum_of_each(Vec (&x)[kLanes]) {
     transpose(x);
     Vec sum = x[0];
@@ -222,7 +223,7 @@ class BackwardQueries {
     }
   }
 
-  // Where the marginals of column `c` start; -1 if it has none.
+  // Offset of the marginals of column `c`; -1 if it has none.
   int64_t marginals_offset(const Sequence& s, const Block& block, int64_t c) const {
     const int64_t num_rows = params_.row_stop - params_.row_start;
     const int64_t row = block.column[c].token - params_.row_start;
@@ -231,8 +232,8 @@ class BackwardQueries {
     return (head_row * num_rows + row) * params_.num_spans;
   }
 
-  // Rows of m and dM are short and far from each other: their first lines are asked for while O and
-  // dO are read.
+  // Rows of m and dM are short and far apart, so their first lines are prefetched while O and dO
+  // are read.
   void prefetch_marginals(const Sequence& s, const Block& block, int64_t c) const {
     const int64_t offset = marginals_offset(s, block, c);
     const int64_t spans = params_.num_spans < 128 ? params_.num_spans : 128;
@@ -247,7 +248,7 @@ class BackwardQueries {
                        const View& v) const {
     const int64_t spans = params_.num_spans;
     for (int64_t first = 0; first < kColumns; first += kLanes) {
-      int64_t offset[kLanes];  // of the columns' rows; -1 for those without one
+      int64_t offset[kLanes];  // of the columns' rows; -1 = none
       for (int64_t i = 0; i < kLanes; ++i) {
         offset[i] = live[first + i] ? marginals_offset(s, block, first + i) : -1;
       }

@@ -1,8 +1,8 @@
 // Forward of the `attention` op on register tiles.
 //
-// The keys are walked in blocks of Compute::kForwardKeys: first P^T for the whole block, tile by
-// tile, each tile exponentiated while the next one's scores are formed; then O^T += V^T P^T.
-// Where there are few queries, K and V are not packed, and O is formed instead of its transpose.
+// It walks the keys in blocks of Compute::kForwardKeys. First it forms P^T for the whole block,
+// tile by tile. Each tile is exponentiated while the next one's scores are formed. Then O^T += V^T
+// P^T. With few queries it does not pack K and V, and forms O instead of its transpose.
 #pragma once
 
 #include "attention/fwd_blocks.h"
@@ -25,7 +25,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
   using Base::qk_steps_;
   using typename Base::Block;
   using typename Base::State;
-  // With vectors of four it takes 1.17 of the time (float32, Zen 5, 2026-11).
+  // With vectors of four, interleaving takes 1.17x the time (float32, Zen 5, 2026-11).
   static constexpr bool kInterleaved = kPacks && kLanes >= 8;
 
  public:
@@ -37,7 +37,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     if constexpr (!kPacks) return walk_directly(s, kv_head, block, transform, visible, state);
     const uint32_t* keys = this->keys_of(s, kv_head);
     const uint32_t* values = this->values_of(s, kv_head);
-    Tile<V> tile;  // the last one
+    Tile<V> tile;  // the latest one
     for (int64_t begin = visible.begin / kGroupsPerBlock * kGroupsPerBlock; begin < visible.end;
          begin += kGroupsPerBlock) {
       const int64_t end =
@@ -59,8 +59,8 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     }
   }
 
-  // The same for one panel of few queries. The rows of O lie in state.rows, out of reach of
-  // raise_stabiliser, whose factors they get here.
+  // The same for one panel of few queries. The rows of O lie in state.rows, which raise_stabiliser
+  // does not rescale, so this does.
   void walk_directly(const Sequence& s, int64_t kv_head, const Block& block,
                      const ScoreTransform<V>& transform, GroupRange visible, State& state) const {
     static_assert(kPacks || (V == 1 && kPanels == 1), "one vector of queries");
@@ -117,16 +117,15 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     }
   }
 
-  // From products to scores, and room for them below the stabiliser. Returns whether that was
-  // raised, and by what all sums were multiplied.
+  // Turns products into scores and makes room for them below the stabiliser. Returns whether it was
+  // raised; `factors` is then what all sums were multiplied by.
   RAL_INLINE bool finish_scores(const ScoreTransform<V>& transform, const Block& block,
                                 int64_t panel, int64_t group, int64_t first_group, Vec (&top)[V],
                                 Tile<V>& tile, State& state, Vec (&factors)[V]) const {
     tile.factor = params_.scale * kLog2e;
     if (__builtin_expect(!transform.is_plain(block, panel, group), 0)) {
       transform.apply(tile.scores, block, panel, group, state.bias, kColumns, nullptr);
-      // Rounded here: with a fused multiply the stabiliser of a row of finfo.min would be far from
-      // it.
+      // Rounded here: an FMA would take the stabiliser of a row of finfo.min far from it.
       for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < V; ++v) tile.scores[r][v] = tile.scores[r][v] * kLog2e;
       }
@@ -150,10 +149,10 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     return max(max(max(x[0][v], x[1][v]), max(x[2][v], x[3][v])), max(x[4][v], x[5][v]));
   }
 
-  // K Q^T of one tile, and its maxima. The tile before is exponentiated meanwhile, a vector after a
-  // share of the products: on its own, the chain from its last product over maxima and
-  // exponentials to the next tile's first product left the multipliers idle for a tenth of the
-  // time of the product (float32, Zen 5, 2026-11).
+  // K Q^T of one tile, and its maxima. Meanwhile it exponentiates the previous tile, one vector
+  // after each share of the products. Otherwise maxima and exponentials separate one tile's last
+  // product from the next tile's first. The multipliers then idled for a tenth of the product's
+  // time (float32, Zen 5, 2026-11).
   RAL_NOINLINE void multiply_scores(int64_t panel, int64_t group, int64_t first_group,
                                     const uint32_t* a, Vec (&top)[V], Tile<V>& tile,
                                     State& state) const {
@@ -164,7 +163,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     if constexpr (kInterleaved) {
       constexpr int64_t kShares = kStepsPerGroup * V;
       int64_t share = qk_steps_ / kShares + 1;
-      int64_t larger = qk_steps_ % kShares;  // so many shares have one step more
+      int64_t larger = qk_steps_ % kShares;  // this many shares have one step more
       for (int64_t step = 0; step < kStepsPerGroup; ++step) {
         float* target[Compute::kPair] = {};
         if (pending) find_sums(panel, group - 1, step, state, target);
@@ -201,8 +200,8 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     }
   }
 
-  // P^T of kPair keys of a tile of scores and one vector of queries: written as the B operand of
-  // O^T += V^T P^T, and added to the sums.
+  // P^T of kPair keys of a tile and one vector of queries. It is stored as the B operand of O^T +=
+  // V^T P^T, and added to the sums.
   RAL_INLINE void exponentiate(const Tile<V>& tile, int64_t panel, int64_t row_group, int64_t step,
                                int64_t v, float* const (&target)[Compute::kPair],
                                State& state) const {
@@ -223,8 +222,8 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
                         state.rounded_sum + column);
   }
 
-  // The sums that the tile's part is added to after each key of `step`; null while the next key
-  // belongs to the same.
+  // The sums to which the tile's part is added after each key of `step`. Null if the next key
+  // belongs to the same sum.
   RAL_INLINE void find_sums(int64_t panel, int64_t group, int64_t step, const State& state,
                             float* (&target)[Compute::kPair]) const {
     float* sums = state.sums + panel * kWidth;
@@ -236,7 +235,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     }
   }
 
-  // O^T += V^T P^T for the keys of `range`. The last time, the outputs are fetched meanwhile.
+  // O^T += V^T P^T for the keys of `range`. With `last` it also prefetches the outputs.
   void accumulate_out(const Sequence& s, const Block& block, int64_t panel, GroupRange range,
                       bool last, const uint32_t* values, State& state) const {
     const int64_t v_groups = this->v_groups_;

@@ -1,10 +1,9 @@
 // Forward of the `attention` op on AMX tiles.
 //
-// The scores of a tile are exponentiated while the next tile's are multiplied and while O^T += V^T
-// P^T is formed for the block of keys before, so P^T of two blocks is kept. That hides latencies, 7
-// % of the time, and not more: products take one of the two ports of 512-bit arithmetic (four of
-// them and 128 multiply-adds, 62 and 58 cycles alone, are 120 to 134 together; Emerald Rapids,
-// 2026-11).
+// A tile is exponentiated while the next tile's scores are multiplied, and while O^T += V^T P^T is
+// formed for the previous block of keys. So P^T of two blocks is kept. That hides latencies, 7 % of
+// the time, and no more: products take one of the two ports of 512-bit arithmetic. Four products
+// alone take 62 cycles and 128 FMAs 58; together they take 120 to 134 (Emerald Rapids, 2026-11).
 #pragma once
 
 #include "attention/fwd_blocks.h"
@@ -30,7 +29,7 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
   using Base::Base;
 
  private:
-  // A block of keys: what each panel sees of it, and P^T from the first group that it sees on.
+  // A block of keys: what each panel sees of it, and P^T from the first group seen on.
   struct Keys {
     GroupRange range[kPanels];
     uint32_t* probs = nullptr;
@@ -40,23 +39,23 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
   struct Pending {
     alignas(64) Vec part[2];  // row sums since the span last changed
     const Tile<2>* tile;
-    const float* stabiliser;  // this one and the next three: of the panel's columns
+    const float* stabiliser;  // this and the next three point to the panel's columns
     float* rounded_sum;
     float* sums;
     uint32_t* probs;          // of the next keys
     const int32_t* run_ends;  // of the tile, or null
-    uint32_t ends;            // bit 0: whether a run ends with the next key, and so on
-    int64_t key = kTileRows;  // the next one
+    uint32_t ends;  // bit 0: a run ends with the next key; bit 1: with the one after; and so on
+    int64_t key = kTileRows;  // the next key
   };
   static constexpr int64_t kFew = 4;
 
-  // The products of V^T P^T of a block of keys, in order.
+  // The products V^T P^T of a block of keys, in order.
   struct Values {
     Keys keys;
-    int64_t panel = kPanels, feature_group = 0;  // of the next one
+    int64_t panel = kPanels, feature_group = 0;  // of the next product
   };
 
-  // One column block on its way.
+  // The walk of one column block.
   struct Walk {
     const Sequence& s;
     const Block& block;
@@ -65,7 +64,7 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
     const uint32_t* values;
     State& state;
     Pending pending{};
-    Values before{};  // of the block of keys before
+    Values before{};  // of the previous block of keys
   };
 
   void walk(const Sequence& s, int64_t kv_head, const Block& block,
@@ -95,7 +94,7 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
           if (group < range.begin || group >= range.end) continue;
           Tile<2>& tile = tiles[count++ % 2];
           multiply_scores(w, panel, group, tile);
-          // What is left of the block before must be P^T before it meets V.
+          // The rest of the previous block must become P^T before it is multiplied with V.
           if (state.probs != now.probs) exponentiate_rest(w);
           for (int64_t i = 0; i < share; ++i) multiply_values(w, false);
           exponentiate_rest(w);
@@ -124,8 +123,8 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
     amx_store_sums(reinterpret_cast<float*>(tile.scores), kWidth);
   }
 
-  // The next product of V^T P^T; false if there is none. The last time, the outputs are fetched
-  // meanwhile.
+  // Forms the next product of V^T P^T; false if there is none. With `last` it also prefetches the
+  // outputs.
   RAL_INLINE bool multiply_values(Walk& w, bool last) const {
     Values& before = w.before;
     while (before.panel < kPanels &&
@@ -156,13 +155,13 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
     return true;
   }
 
-  // Brings one tile's scores to base 2 and makes room for them below the stabiliser.
+  // Brings one tile's scores to base 2, and makes room for them below the stabiliser.
   RAL_INLINE void settle_scores(Walk& w, int64_t panel, int64_t group, int64_t groups_done,
                                 Tile<2>& tile) const {
     tile.factor = params_.scale * kLog2e;
     if (__builtin_expect(!w.transform.is_plain(w.block, panel, group), 0)) {
       w.transform.apply(tile.scores, w.block, panel, group, w.state.bias, kColumns, nullptr);
-      // Rounded here, for the sake of rows of finfo.min: see AttentionForward.
+      // Rounded here because of rows of finfo.min: see AttentionForward.
       for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < 2; ++v) tile.scores[r][v] = tile.scores[r][v] * kLog2e;
       }
@@ -189,7 +188,7 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
   RAL_NOINLINE void raise(Walk& w, const Vec (&top)[2], int64_t panel, int64_t groups_done) const {
     Vec factors[2];
     this->raise_stabiliser(top, panel, groups_done, w.state, factors);
-    // P^T of the block before, as far as it has not met V.
+    // P^T of the previous block, as far as it has not been multiplied with V.
     const Values& before = w.before;
     if (before.panel > panel) return;
     const GroupRange range = before.keys.range[panel];
@@ -229,8 +228,8 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
     while (w.pending.key < kTileRows) exponentiate_few(w.pending);
   }
 
-  // P^T of the next keys: written as the B operand of O^T += V^T P^T, and added to the sums. Not
-  // inlined: among the tiles' addresses the compiler would run out of registers.
+  // P^T of the next keys. It is stored as the B operand of O^T += V^T P^T, and added to the sums.
+  // Not inlined: among the tiles' addresses the compiler would run out of registers.
   static RAL_NOINLINE void exponentiate_few(Pending& x) {
     const Vec factor = broadcast(x.tile->factor);
     const Vec(&scores)[kTileRows][2] = x.tile->scores;
@@ -258,7 +257,7 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
     x.key += kFew;
   }
 
-  // Where a span ends among the keys.
+  // Adds up the runs that end among the keys.
   static RAL_INLINE void add_runs(Pending& x, int v, const Vec (&p)[kFew]) {
     Vec part = x.part[v];
     for (int i = 0; i < kFew; ++i) {

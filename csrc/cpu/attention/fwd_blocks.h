@@ -1,8 +1,8 @@
-// What the forwards of the `attention` op share: packing, and of each column block the running
-// softmax and its end, equations (1)-(7) of the op's README.
+// What the forwards of the `attention` op share: packing, the running softmax of each column block,
+// and its end. Equations (1) to (7) of ral_kernels/ops/attention/README.md.
 //
-// The stabiliser of a query is a whole power of two near, not at, its running maximum: it moves
-// only when a score exceeds it by kSlack octaves, and then everything is rescaled exactly.
+// The stabiliser of a query is a whole power of two near its running maximum. It moves only when a
+// score exceeds it by kSlack octaves. Everything is then rescaled exactly.
 #pragma once
 
 #include <math.h>
@@ -12,7 +12,7 @@
 namespace ral {
 namespace RAL_ISA {
 
-constexpr float kSlack = 8.f;  // P reaches at most 2^8, far from overflow in any sum
+constexpr float kSlack = 8.f;  // P is at most 2^8, far from overflow in any sum
 
 // Scores of some keys and queries, before `factor` and the exponential.
 template <int V>
@@ -21,9 +21,9 @@ struct Tile {
   float factor;
 };
 
-// A task is one column block. `Forward`, the class derived from this, takes it through the keys in
-// walk(), which leaves O^T and the sums; it keeps P^T of kKeptBlocks blocks of keys. Without
-// kPacks, K and V stay as they lie, and queries are rows of float32.
+// A task is one column block. The derived class `Forward` takes it through the keys in walk(),
+// which leaves O^T and the sums. It keeps P^T of kKeptBlocks blocks of keys. Without kPacks it
+// reads K and V in place, and queries are rows of float32.
 template <class Forward, class Compute, int V, int64_t kPanels, int kKeptBlocks, bool kPacks = true>
 class ForwardBlocks {
  public:
@@ -79,24 +79,23 @@ class ForwardBlocks {
   // The running softmax of one column block.
   struct State {
     alignas(64) float stabiliser[kColumns];  // base 2, a whole number
-    // Row sum of P as it meets V. Dividing O by it keeps the weights' sum at 1 where they are
-    // rounded: a query with one dominant key gets that key's value exactly, as its dO.O in the
-    // backward needs.
+    // Row sum of the rounded P that is multiplied with V. Dividing O by it keeps the sum of the
+    // weights at 1. A query with one dominant key then gets that key's value exactly, as dO.O in
+    // the backward needs.
     alignas(64) float rounded_sum[kColumns];
     alignas(64) float part[kWidth];  // row sum of a tile since the span last changed
     bool started[kPanels];           // whether the panel has met a tile of scores
-    int64_t out_rows[kPanels];       // of O^T that hold something
-    const int32_t* run_ends;         // null when nobody asked for marginals of this block
-    // Sums of P over the keys of each span: row s + 1 belongs to span s, row 0 to the keys of no
-    // span; the only row where nobody asked for marginals. A row sum is the sum of all, equation
-    // (7).
+    int64_t out_rows[kPanels];       // rows of O^T that hold something
+    const int32_t* run_ends;         // null if no marginals of this block are wanted
+    // Sums of P over the keys of each span. Row s + 1 belongs to span s, row 0 to keys in no span.
+    // Without marginals row 0 is the only one. A row sum is the sum of all rows, equation (7).
     float* sums;
     int64_t sum_rows;
     uint32_t* queries;
     uint32_t* probs;
     float* out;
     float* bias;
-    float* rows;  // room for a row of V a query, of float32
+    float* rows;  // room for a float32 row of V per query
   };
 
   const uint32_t* keys_of(const Sequence& s, int64_t kv_head) const {
@@ -141,7 +140,7 @@ class ForwardBlocks {
   void attend(int64_t task, int worker) {
     const Sequence& s = problem_.find(task, &Sequence::first_block, &Sequence::num_blocks);
     const int64_t kv_head = (task - s.first_block * params_.num_kv_heads) / s.num_blocks;
-    // Last queries first: under a causal mask they see most keys, and the tail of the loop stays
+    // Last queries first: under a causal mask they see the most keys, so the tail of the loop stays
     // short.
     const int64_t index = s.num_blocks - 1 - (task - problem_.blocks_before(s, kv_head));
     Block block;
@@ -199,9 +198,9 @@ class ForwardBlocks {
            block.column[block.count - 1].token >= params_.row_start;
   }
 
-  // Moves the stabiliser to the power of two above `top` where that is higher, and rescales all
-  // that was summed under the old one. Powers of two: exact, for bfloat16 P too.
-  // Returns in `factors` by how much.
+  // Raises the stabiliser to the power of two above `top` where that is higher, and rescales all
+  // sums under the old one. `factors` receives by how much. Powers of two are exact, for bfloat16 P
+  // too.
   RAL_NOINLINE void raise_stabiliser(const Vec (&top)[V], int64_t panel, int64_t groups_done,
                                      State& state, Vec (&factors)[V]) const {
     for (int v = 0; v < V; ++v) {
@@ -230,7 +229,7 @@ class ForwardBlocks {
   void finish(const Sequence& s, const Block& block, const State& state) const {
     alignas(64) float sum[kColumns];
     alignas(64) float inverse[kColumns];      // of the row sum, for marginals
-    alignas(64) float inverse_out[kColumns];  // of the sum of the weights that O was made with
+    alignas(64) float inverse_out[kColumns];  // of the sum of the weights that O was formed with
     for (int64_t c = 0; c < kColumns; c += kLanes) {
       Vec total = load(state.sums + c);
       for (int64_t row = 1; row < state.sum_rows; ++row) {
@@ -272,8 +271,8 @@ class ForwardBlocks {
     return outputs_.marginals + (head_row * num_rows + row) * params_.num_spans;
   }
 
-  // Asks for what finish() will write of some columns. Their rows are short and far from each
-  // other, and were last used long ago: all at once, at the end, they would wait for memory.
+  // Prefetches what finish() will write of some columns. Their rows are short, far apart and last
+  // used long ago. If they were fetched all at once at the end, they would wait for memory.
   void prefetch_outputs(const Sequence& s, const Block& block, bool marginals, int64_t first,
                         int64_t last) const {
     constexpr int64_t kLine = 64;

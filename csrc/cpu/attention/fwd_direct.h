@@ -1,5 +1,5 @@
-// Products of the `attention` forward with K and V as they lie, for so few queries that packing
-// would take longer than the products. Vectors hold features, not queries.
+// Products of the `attention` forward with K and V in place, for so few queries that packing would
+// take longer than the products. Vectors hold features, not queries.
 #pragma once
 
 #include "attention/block.h"
@@ -7,7 +7,7 @@
 namespace ral {
 namespace RAL_ISA {
 
-// The first `count` numbers of a row as float32, 0 beyond; all of them where count >= kLanes.
+// The first `count` numbers of a row as float32, then 0; all of them if count >= kLanes.
 template <int32_t kDtype>
 RAL_INLINE Vec load_row_part(const char* from, int64_t count) {
   if constexpr (kDtype == RAL_FLOAT32) {
@@ -25,15 +25,15 @@ RAL_INLINE Vec load_row_part(const char* from, int64_t count) {
   }
 }
 
-// How many tiles of keys ahead rows are fetched, while those that are here are multiplied: .75 to
-// .9 of the time without (8,192 keys, Emerald Rapids, 2026-11).
+// Rows are prefetched this many tiles of keys ahead. That takes 0.75x to 0.9x the time without
+// (8,192 keys, Emerald Rapids, 2026-11).
 constexpr int64_t kTilesAhead = 3;
 
-// sums[i] = sum of the lanes of x[i], of eight vectors.
+// sums[i] = sum of the lanes of x[i], for eight vectors.
 RAL_INLINE void sum_lanes(Vec (&x)[8], float (&sums)[8]) {
   alignas(64) float lanes[2 * kLanes];
   if constexpr (kLanes >= 8) {
-    // Each step adds neighbours, and lets two vectors share one.
+    // Each step adds neighbours and packs two vectors into one.
     RAL_UNROLL for (int i = 0; i < 8; i += 2) {
       exchange<1>(x[i], x[i + 1]);
       x[i] += x[i + 1];
@@ -55,8 +55,8 @@ RAL_INLINE void sum_lanes(Vec (&x)[8], float (&sums)[8]) {
   }
 }
 
-// Takes queries together that share what is loaded, as many as the registers allow: calls
-// fn(1, 2 or 4, first query).
+// Takes queries together that share loads, as many as the registers allow. Calls fn(1, 2 or 4,
+// first query).
 template <class Fn>
 RAL_INLINE void for_some_queries(int64_t num_queries, const Fn& fn) {
   int64_t query = 0;
@@ -67,7 +67,7 @@ RAL_INLINE void for_some_queries(int64_t num_queries, const Fn& fn) {
   for (; query < num_queries; ++query) fn(std::integral_constant<int, 1>(), query);
 }
 
-// scores[r][query] = k_r . q, of kKeys keys and eight queries: what is loaded of a key serves all.
+// scores[r][query] = k_r . q for kKeys keys and eight queries, which share the loads of a key.
 template <int32_t kDtype, int kKeys>
 RAL_INLINE void multiply_keys_by_eight(const char* const* row, int64_t ahead, int64_t features,
                                        const float* q, int64_t ld, float (*scores)[kLanes]) {
@@ -92,9 +92,9 @@ RAL_INLINE void multiply_keys_by_eight(const char* const* row, int64_t ahead, in
   }
 }
 
-// scores[r][query] = k_r . q, of kTileRows keys from `first` on; past the last key those of the
-// last one. Of up to eight queries; rows of q are `ld` apart, 0 from `features` to a multiple of
-// kLanes, and followed by rows of 0 up to a multiple of kLanes / 2.
+// scores[r][query] = k_r . q for kTileRows keys from `first` on and up to eight queries. Past the
+// last key its scores are repeated. Rows of q are `ld` apart, and 0 from `features` to a multiple
+// of kLanes. Rows of 0 follow them up to a multiple of kLanes / 2.
 template <int32_t kDtype>
 RAL_NOINLINE void multiply_keys(const Rows& keys, int64_t first, int64_t features, const float* q,
                                 int64_t ld, int64_t num_queries,
@@ -135,7 +135,8 @@ RAL_NOINLINE void multiply_keys(const Rows& keys, int64_t first, int64_t feature
   });
 }
 
-// out += sum of weight * v over some keys, of kQueries queries and kVectors vectors of features.
+// out += sum of weight * v over keys [first, last), for kQueries queries and kVectors vectors of
+// features.
 template <int32_t kDtype, int kQueries, int kVectors>
 RAL_INLINE void accumulate_part(const Rows& values, int64_t first, int64_t last, int64_t d,
                                 int64_t features, const float* weights, float* out, int64_t ld,
@@ -151,7 +152,7 @@ RAL_INLINE void accumulate_part(const Rows& values, int64_t first, int64_t last,
     memcpy(bits, weights, sizeof bits);
     RAL_UNROLL for (int i = 0; i < kQueries; ++i)
       seen |= bits[i];
-    if (!seen) continue;  // whatever its value is
+    if (!seen) continue;  // its value may be NaN
     const char* from = values.row(key) + d * element_size(kDtype);
     RAL_UNROLL for (int v = 0; v < kVectors; ++v) {
       const char* part = from + v * kLanes * element_size(kDtype);
@@ -167,19 +168,19 @@ RAL_INLINE void accumulate_part(const Rows& values, int64_t first, int64_t last,
   }
 }
 
-// The same of all features, kVectors at a time while there are as many.
+// The same for all features, kVectors at a time while there are as many.
 template <int32_t kDtype, int kQueries, int kVectors>
-RAL_INLINE void accumulate_queries(const Rows& values, int64_t first, int64_t last,
-                                   int64_t features, const float* weights, float* out, int64_t ld,
-                                   bool prefetches, int64_t d = 0) {
+RAL_INLINE void accumulate_features(const Rows& values, int64_t first, int64_t last,
+                                    int64_t features, const float* weights, float* out, int64_t ld,
+                                    bool prefetches, int64_t d = 0) {
   for (; d + kVectors * kLanes <= features; d += kVectors * kLanes) {
     accumulate_part<kDtype, kQueries, kVectors>(values, first, last, d, features, weights, out, ld,
                                                 prefetches);
   }
   if constexpr (kVectors > 1) {
     constexpr int kFewer = kVectors == 3 ? 2 : 1;
-    accumulate_queries<kDtype, kQueries, kFewer>(values, first, last, features, weights, out, ld,
-                                                 prefetches, d);
+    accumulate_features<kDtype, kQueries, kFewer>(values, first, last, features, weights, out, ld,
+                                                  prefetches, d);
   } else if (d < features) {
     accumulate_part<kDtype, kQueries, 1>(values, first, last, d, features, weights, out, ld,
                                          prefetches);
@@ -187,13 +188,13 @@ RAL_INLINE void accumulate_queries(const Rows& values, int64_t first, int64_t la
 }
 
 // out[query] += sum over the keys [first, last) of weights[key - first][query] * v_key. Rows of
-// `weights` are kLanes apart, those of out `ld`, a multiple of kLanes.
+// `weights` are kLanes apart, rows of out `ld`, a multiple of kLanes.
 template <int32_t kDtype>
 RAL_NOINLINE void accumulate_values(const Rows& values, int64_t first, int64_t last,
                                     int64_t features, const float* weights, int64_t num_queries,
                                     float* out, int64_t ld) {
   const auto add = [&](auto queries, auto vectors, int64_t query) {
-    accumulate_queries<kDtype, decltype(queries)::value, decltype(vectors)::value>(
+    accumulate_features<kDtype, decltype(queries)::value, decltype(vectors)::value>(
         values, first, last, features, weights + query, out + query * ld, ld, query == 0);
   };
   if constexpr (kLanes == 16) {

@@ -1,14 +1,15 @@
-// Intel's AMX: eight registers ("tiles") of 16 rows of 64 bytes each, and one instruction that adds
-// the product of two to a third,
+// Intel AMX: eight registers ("tiles") of 16 rows of 64 bytes, and one instruction that adds the
+// product of two to a third,
 //
 //   c[m][n] += sum_k a[m][k] * b[k][n],   m, n, k < 16, a and b pairs of bfloat16, c float32.
 //
-// 2 * 16 * 16 * 32 operations in 16 cycles. Products go through four sums at once, 32 x 32, so that
-// each operand that is read serves twice; those are the register tiles of microkernel.h, with
+// It does 2 * 16 * 16 * 32 operations in 16 cycles. Products go through four sums at once, 32 x 32,
+// so that each operand read serves twice. Those are the register tiles of microkernel.h, with
 // kTileRows of 32. B lies as there; A lies tile by tile: [step of 16 elements][2][16 rows][16].
 //
-// Written in assembler: the intrinsics of GCC 12 take no template argument for the number of a tile
-// and do not say what memory they read, so that what was to be read may be stored after them.
+// The code is assembler for two reasons. The intrinsics of GCC 12 take no template argument for a
+// tile's number. They also do not declare what they read, so the compiler may move a store past the
+// read of its data.
 #pragma once
 
 #include "core/compute.h"
@@ -18,10 +19,10 @@ namespace ral {
 namespace RAL_ISA {
 
 constexpr int64_t kAmxRows = 16;
-constexpr int64_t kAmxElements = kAmxRows * 16;  // of one tile
+constexpr int64_t kAmxElements = kAmxRows * 16;  // per tile
 static_assert(kTileRows == 2 * kAmxRows && kLanes == 16, "two tiles of rows, one of a vector");
 
-// Tiles may be used while one of these exists. Nothing of them is left to the thread afterwards:
+// Tiles may be used while an AmxScope exists. It leaves no tile state in the thread, because
 // oneDNN's kernels bring their own configuration.
 class AmxScope {
  public:
@@ -50,7 +51,7 @@ template <int kTile>
 RAL_INLINE void amx_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
-// `ld` counts 32-bit elements from row to row.
+// `ld`: distance of rows, in 32-bit elements.
 template <int kTile>
 RAL_INLINE void amx_load(const void* from, int64_t ld) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(ld * 4), "i"(kTile) : "memory");
@@ -64,9 +65,9 @@ RAL_INLINE void amx_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
-// The operands of a product of 32 rows and 32 columns, and how far it is contracted.
+// The operands of a product of 32 rows and 32 columns, and the length of its contraction.
 struct AmxProduct {
-  const uint32_t* a;  // rows 0 to 15, with `lda` from row to row
+  const uint32_t* a;  // rows 0 to 15, `lda` apart
   int64_t lda;
   int64_t a_half;  // from there to rows 16 to 31
   int64_t a_step;  // and to the next 16 elements
@@ -74,14 +75,14 @@ struct AmxProduct {
   int64_t ldb;
   int64_t steps;  // of 16 elements
 };
-// A as pack_a_rows and pack_a_columns leave it.
+// A as pack_a_rows and pack_a_columns pack it.
 RAL_INLINE AmxProduct packed_product(const uint32_t* a, const uint32_t* b, int64_t ldb,
                                      int64_t steps) {
   return AmxProduct{a, kAmxRows, kAmxElements, 2 * kAmxElements, b, ldb, steps};
 }
 
-// Tiles 0 to 3, row by row, += A B. `meanwhile` is called after each step: tiles are multiplied
-// beside what the vector units do, as far as the processor looks ahead.
+// Tiles 0 to 3, row by row, += A B. `meanwhile` is called after each step. The vector units then
+// work while tiles are multiplied, as far as the processor looks ahead.
 template <class Meanwhile>
 RAL_INLINE void amx_accumulate(const AmxProduct& product, const Meanwhile& meanwhile) {
   const uint32_t* a = product.a;
@@ -134,14 +135,14 @@ RAL_INLINE void amx_accumulate_to(float* c, int64_t ldc, bool add, const AmxProd
   amx_store_sums(c, ldc);
 }
 
-// Pairs of bfloat16 in tiles. Rows of features are padded to whole tiles with zeros.
+// Pairs of bfloat16 in tiles. Zeros pad rows of features to whole tiles.
 struct AmxCompute : BFloat16Compute {
   using Scope = AmxScope;
   static constexpr bool kTilesInMemory = true;
   static constexpr int kStepMultiple = kAmxRows;
   static constexpr int kForwardKeys = 512;  // P^T of two blocks is 256 KiB, a part of L2
-  static constexpr int kBackwardKeys =
-      192;  // larger blocks gained little, and are fewer for the threads
+  // larger blocks gained little, and leave fewer for the threads
+  static constexpr int kBackwardKeys = 192;
 
   static void load_row(int32_t dtype, const void* src, int64_t features, uint32_t* dst) {
     BFloat16Compute::load_row(dtype, src, features, dst);

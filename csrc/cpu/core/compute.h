@@ -1,7 +1,7 @@
-// Compute types: what a 32-bit element of a packed operand holds and how it is multiplied.
+// Compute types: what a 32-bit element of a packed operand holds, and how it is multiplied.
 //
-// Both contract 32-bit elements: one float32, or a pair of bfloat16 that the processor multiplies
-// and adds into float32 at once. Packing, loops and register tiles are therefore the same for both.
+// An element is one float32, or a pair of bfloat16 that the processor multiplies and adds into
+// float32 at once. So packing, loops and register tiles are the same for both.
 #pragma once
 
 #include "core/simd.h"
@@ -17,7 +17,7 @@ RAL_INLINE float bfloat16_to_float(uint16_t x) {
   return y;
 }
 
-// Round to nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 RAL_INLINE uint16_t float_to_bfloat16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -33,7 +33,7 @@ RAL_INLINE float float16_to_float(uint16_t x) {
     bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
   } else if (magnitude >= 0x400) {
     bits = (magnitude << 13) + (112u << 23);
-  } else {  // subnormal: the integer part of a float32 near 2^-24 steps
+  } else {  // subnormal: a multiple of 2^-24
     const float y = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
     memcpy(&bits, &y, sizeof bits);
   }
@@ -50,7 +50,7 @@ RAL_INLINE uint16_t float_to_float16(float x) {
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return sign | 0x7e00;
   if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
-  if (magnitude < 0x38800000) {  // below 2^-14: let the adder round to 2^-24 steps
+  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 rounds to steps of 2^-24
     float y;
     memcpy(&y, &magnitude, sizeof y);
     y += 0.5f;
@@ -106,7 +106,7 @@ inline void convert_from_float(int32_t dtype, const float* src, int64_t count, v
   for (; i < count; ++i) half[i] = float_to_float16(src[i]);
 }
 
-// The same of one vector.
+// The same for one vector.
 RAL_INLINE void store_bfloat16(void* to, Vec x) {
   typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
   typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
@@ -118,7 +118,7 @@ RAL_INLINE void store_bfloat16(void* to, Vec x) {
   memcpy(to, &halves, sizeof halves);
 }
 
-// The first `count` elements of a vector; all of them where count >= kLanes.
+// The first `count` elements of a vector; all of them if count >= kLanes.
 RAL_INLINE void store_first(int32_t dtype, char* to, Vec x, int64_t count) {
   if (dtype == RAL_FLOAT32) return store_first(reinterpret_cast<float*>(to), x, count);
   if (dtype == RAL_BFLOAT16 && count >= kLanes) return store_bfloat16(to, x);
@@ -128,16 +128,17 @@ RAL_INLINE void store_first(int32_t dtype, char* to, Vec x, int64_t count) {
 }
 
 struct Float32Compute {
-  static constexpr bool kRoundsWeights = false;  // whether P is rounded before it meets V
-  struct Scope {                                 // of the processor's state that products need
+  // whether P is rounded before it is multiplied with V
+  static constexpr bool kRoundsWeights = false;
+  struct Scope {  // processor state that products need
     Scope() {}
   };
-  static constexpr bool kTilesInMemory = false;  // whether a product leaves its sums there
-  static constexpr int kPair = 1;          // numbers of the contracted dimension in one element
-  static constexpr int kStepMultiple = 1;  // a row of features has a multiple of so many elements
-  static constexpr int kForwardKeys =
-      120;  // keys a block: P^T, 120 x 64 floats = 30 KiB, stays in L1
-  static constexpr int kBackwardKeys = 96;  // dK, dV, three packed operands and P, dS stay in L2
+  static constexpr bool kTilesInMemory = false;  // whether a product leaves its sums in memory
+  static constexpr int kPair = 1;                // numbers of the contracted dimension per element
+  static constexpr int kStepMultiple = 1;  // a row of features has a multiple of this many elements
+  // keys per block: P^T, 120 x 64 floats = 30 KiB, stays in L1
+  static constexpr int kForwardKeys = 120;
+  static constexpr int kBackwardKeys = 96;  // dK, dV, three packed operands, P and dS stay in L2
 
   static RAL_INLINE void multiply_add(Vec& acc, uint32_t a, Vec b) {
     float scalar;
@@ -147,13 +148,13 @@ struct Float32Compute {
   static void load_row(int32_t dtype, const void* src, int64_t features, uint32_t* dst) {
     convert_to_float(dtype, src, features, reinterpret_cast<float*>(dst));
   }
-  // Elements that hold rows 2j and 2j+1 of a source side by side; here simply one row.
+  // Elements that hold rows 2j and 2j + 1 of a source as pairs; here just one row.
   static void load_row_pair(int32_t dtype, const void* src, const void*, int64_t features,
                             uint32_t* dst) {
     convert_to_float(dtype, src, features, reinterpret_cast<float*>(dst));
   }
-  // Stores one vector of kPair rows, contracted over the rows. Where that rounds, adds the columns
-  // of what was stored to `total`.
+  // Stores one vector of kPair rows, contracted over the rows. If storing rounds, it adds the
+  // columns of what it stored to `total`.
   static RAL_INLINE void store_pair(const Vec (&x)[kPair], uint32_t* dst, float*) {
     store(dst, x[0]);
   }
@@ -168,7 +169,7 @@ struct Float32Compute {
   template <int R, int V>
   static RAL_INLINE void store_rows_and_pairs(const Vec (&x)[R][V], uint32_t* rows, int64_t ld_rows,
                                               uint32_t*, int64_t) {
-    store_rows(x, rows, ld_rows);  // one and the same
+    store_rows(x, rows, ld_rows);  // both forms are the same
   }
   static RAL_INLINE void rescale(uint32_t* element, Vec factor) {
     store(element, bits_to_float(load(reinterpret_cast<int32_t*>(element))) * factor);
@@ -182,9 +183,9 @@ struct BFloat16Compute {
   static constexpr bool kTilesInMemory = false;
   static constexpr int kPair = 2;
   static constexpr int kStepMultiple = 1;
-  static constexpr int kForwardKeys =
-      240;  // keys a block: P^T, 120 x 64 pairs = 30 KiB, stays in L1
-  static constexpr int kBackwardKeys = 192;  // dK, dV, three packed operands and P, dS stay in L2
+  // keys per block: P^T, 120 x 64 pairs = 30 KiB, stays in L1
+  static constexpr int kForwardKeys = 240;
+  static constexpr int kBackwardKeys = 192;  // dK, dV, three packed operands, P and dS stay in L2
 
   static RAL_INLINE void multiply_add(Vec& acc, uint32_t a, Vec b) {
     const __m512i pair = _mm512_set1_epi32(static_cast<int32_t>(a));
@@ -224,7 +225,7 @@ struct BFloat16Compute {
       }
     }
   }
-  // Both of the above for an even V, converting once.
+  // Both of the above for an even V; it converts once.
   template <int R, int V>
   static RAL_INLINE void store_rows_and_pairs(const Vec (&x)[R][V], uint32_t* rows, int64_t ld_rows,
                                               uint32_t* pairs, int64_t ld_pairs) {

@@ -1,4 +1,4 @@
-// C entry points of the CPU backend, one pair an op.
+// C entry points of the CPU backend. Each looks up the call's variant and calls its kernel.
 #include "core/kernels.h"
 #include "core/threads.h"
 
@@ -53,7 +53,7 @@ RAL_EXPORT int32_t ral_cpu_policy_divergence_bwd(const ral_policy_divergence_par
   return kernels ? kernels->policy_divergence_bwd(*params) : RAL_ISA_NOT_AVAILABLE;
 }
 
-// value, dq and dk for row weights `dvalue`, without what a separate backward needs.
+// value, dq and dk for row weights `dvalue`. It stores nothing for a separate backward.
 RAL_EXPORT int32_t ral_cpu_policy_loss(const ral_policy_divergence_params* params) {
   const Kernels* kernels = kernels_of(params->common.isa);
   return kernels ? kernels->policy_loss(*params) : RAL_ISA_NOT_AVAILABLE;
@@ -68,8 +68,8 @@ RAL_EXPORT void ral_cpu_expect_writes(void* memory, int64_t bytes) {
   ral::expect_writes(memory, static_cast<size_t>(bytes));
 }
 
-// Runs `repeats` register tiles a thread in L1 and returns how many floating-point operations that
-// were, for the caller to time; 0 where the variant is not available.
+// Runs `repeats` register tiles per thread in L1. Returns their floating-point operations, for the
+// caller to time, or 0 if the variant is not available.
 RAL_EXPORT int64_t ral_cpu_tile_flops(int32_t isa, int32_t dtype, int32_t num_threads,
                                       int64_t repeats) {
   const Kernels* kernels = kernels_of(isa);

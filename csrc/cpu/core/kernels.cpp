@@ -1,7 +1,7 @@
-// One CPU variant: compiled several times, each with its own instruction set and RAL_ISA namespace.
+// One CPU variant. This file is compiled once per instruction set, each in its RAL_ISA namespace.
 //
-// Only this project's code may be instantiated here. A standard library template compiled with
-// AVX-512 could be the copy that the linker keeps for the whole library.
+// It may instantiate only this project's code. The linker could keep a standard library template
+// compiled with AVX-512 for the whole library.
 #include "core/kernels.h"
 #include "attention/bwd.h"
 #include "attention/fwd.h"
@@ -14,7 +14,7 @@ namespace RAL_ISA {
 namespace {
 
 // Query columns of a forward block: one full-width panel where vectors are long, several where they
-// are short, so that K and V are read once per 64 queries either way.
+// are short. Either way K and V are read once per 64 queries.
 constexpr int64_t kForwardPanels = 64 / kPanel > 0 ? 64 / kPanel : 1;
 
 template <class Compute>

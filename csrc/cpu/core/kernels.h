@@ -1,4 +1,4 @@
-// What the entry points and the CPU variants agree on.
+// The table of ops that every CPU variant fills and the entry points call.
 #pragma once
 
 #include "ral/attention.h"
@@ -6,9 +6,10 @@
 
 namespace ral {
 
-// Whether a forward has so few queries to each key, as a step of decoding has, that packing K and V
-// would take longer than the products: without it, eight queries a kv head take .8 of the time in
-// bfloat16, packed for AMX, and less than half in float32 (8,192 keys, Emerald Rapids, 2026-11).
+// Whether a forward has so few queries per key, like a step of decoding, that packing K and V would
+// take longer than the products. Without packing, eight queries per kv head take 0.8x the time of
+// bfloat16 packed for AMX. In float32 they take less than 0.5x (8,192 keys, Emerald Rapids,
+// 2026-11).
 static inline bool has_few_queries(const ral_attention_params& params) {
   constexpr int64_t kFew = 8;
   if (params.cu_seqlens_q || params.num_kv_heads == 0) return false;
@@ -41,12 +42,12 @@ namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
 
-// For bfloat16 alone, and without divergence_fwd, which knows no other type than float32.
+// For bfloat16 alone, and without divergence_fwd, which takes only float32.
 namespace amx_bf16 {
 extern const Kernels kKernels;
 }
 
-// The kernels of variant `isa`; null where it was not built or this processor cannot run it.
+// The kernels of variant `isa`. Null if it was not built or this processor cannot run it.
 const Kernels* kernels_of(int32_t isa);
 
 }  // namespace ral

@@ -1,4 +1,4 @@
-// The ops on bfloat16 on AMX. What else this variant runs, those without AMX do (variants.cpp).
+// The bfloat16 ops on AMX. The variant runs everything else on AVX-512 (variants.cpp).
 #include "attention/bwd_amx.h"
 #include "attention/fwd_amx.h"
 #include "core/kernels.h"
@@ -36,9 +36,9 @@ int attention_bwd(const ral_attention_params& params, const ral_attention_output
 
 using Policy = PolicyKernels<AmxCompute, AmxCompute, 2>;
 
-// 32 rows a token block halve the traffic of keys and of dK; with 64 the weights of all heads on
-// all keys, which PolicyLoss keeps, are twice as far away (4 % slower to 20 %; Emerald Rapids,
-// 2026-11).
+// 32 rows per token block halve the traffic of keys and of dK. Blocks of 64 rows are 4 % to 20 %
+// slower (Emerald Rapids, 2026-11). The weights of all heads on all keys, which PolicyLoss keeps,
+// are then twice as far away.
 int64_t sub_blocks_of(const ral_policy_common& common) {
   return common.num_rows > kLanes ? 2 : 1;
 }
@@ -60,7 +60,7 @@ int policy_loss(const ral_policy_divergence_params& x) {
 }
 
 int64_t tile_flops(int32_t, int num_threads, int64_t repeats) {
-  static AmxRate rate;  // zeros: the processor takes the same time for any finite number
+  static AmxRate rate;  // zeros: any finite number takes the same time
   rate.repeats = repeats;
   parallel_for(num_threads, num_threads, AmxRate::task, &rate);
   return 2 * 2 * kAmxRows * kTileRows * 2 * kAmxRows * AmxRate::kSteps * repeats * num_threads;

@@ -1,11 +1,11 @@
-// The register tile that every matrix product of the CPU backend goes through, and its operands.
+// The microkernel: the register tile of every matrix product of the CPU backend, and its operands.
 //
 //   acc[m][n] += sum_k a[m][k] * b[k][n],   m < 6, n < V * kLanes, k over 32-bit elements
 //
-// A is read by broadcasts, either packed ([group of 6 rows][k][6]) or row-major with a stride; B is
-// read by whole vectors ([k][n]). 6 x 4 vectors: 24 independent sums hide the latency of two
-// multiply-adds a cycle, and 10 loads feed 24 of them (Zen 5: 12 cycles of arithmetic against 5 of
-// loads).
+// A is read by broadcasts, either packed ([group of 6 rows][k][6]) or row-major with a stride. B is
+// read by whole vectors ([k][n]). A tile of 6 x 4 vectors has 24 independent sums, which hide the
+// latency of two FMAs per cycle. 10 loads feed 24 FMAs: on Zen 5, 12 cycles of arithmetic against 5
+// of loads.
 #pragma once
 
 #include "core/compute.h"
@@ -42,7 +42,7 @@ RAL_INLINE void clear(Vec (&acc)[M][V]) {
   }
 }
 
-// acc = a b, of one packed group of rows.
+// acc = a b, for one packed group of rows.
 template <class Compute, int V>
 RAL_INLINE void multiply_group(Vec (&acc)[kTileRows][V], const uint32_t* a, const uint32_t* b,
                                int64_t ldb, int64_t steps) {
@@ -50,7 +50,7 @@ RAL_INLINE void multiply_group(Vec (&acc)[kTileRows][V], const uint32_t* a, cons
   multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(acc, a, 0, b, ldb, steps);
 }
 
-// The operands of a matrix product, and how far it is contracted.
+// The operands of a matrix product, and the length of its contraction.
 struct Product {
   const uint32_t* a;
   int64_t lda;
@@ -59,15 +59,15 @@ struct Product {
   int64_t steps;
 };
 
-// The same pointer, from here on unrelated to what was computed from it before: the compiler would
-// keep the addresses of all rows through a loop that needs the registers, and spill them.
+// Hides from the compiler how p was computed. It would keep the addresses of all rows through a
+// loop that needs the registers, and spill them.
 RAL_INLINE float* forget_origin(float* p) {
   __asm__("" : "+r"(p));
   return p;
 }
 
-// c (+)= a b. The old c is fetched ahead and added last: sums that start from it would wait for
-// memory.
+// c (+)= a b. The old c is prefetched and added last, because sums that start from it would wait
+// for memory.
 template <class Compute, AOperand kA, int M, int V>
 RAL_NOINLINE void accumulate_tile(float* c, int64_t ldc, bool add, const Product& product) {
   Vec acc[M][V];
@@ -112,7 +112,7 @@ RAL_INLINE void accumulate_rows(int64_t rows, float* c, int64_t ldc, bool add,
   }
 }
 
-// One panel of at most kPanel columns, without multiplying the vectors that lie past `columns`.
+// One panel of at most kPanel columns. Vectors past `columns` are not multiplied.
 template <class Compute, AOperand kA>
 RAL_INLINE void accumulate_panel(int64_t rows, int64_t columns, float* c, int64_t ldc, bool add,
                                  const Product& product) {
@@ -127,13 +127,13 @@ RAL_INLINE void accumulate_panel(int64_t rows, int64_t columns, float* c, int64_
   }
 }
 
-// Fetches the packed A operand of a product to come. One of few steps, at a place of its own, ends
-// before the processor's own prefetching has begun.
+// Prefetches the packed A operand of the next product. A product of few steps at a new address ends
+// before the hardware prefetcher has begun.
 inline void prefetch_packed(const uint32_t* a, int64_t steps) {
   for (int64_t i = 0; i < steps * kTileRows; i += 16) __builtin_prefetch(a + i);
 }
 
-// Rows of a source tensor: `prefix_count` of them from `prefix`, then `count` from `data`.
+// Rows of a source tensor: `prefix_count` from `prefix`, then `count` from `data`.
 struct Rows {
   int32_t dtype;
   const char* data;
@@ -153,13 +153,13 @@ struct Rows {
 constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
-// Elements along one row of `features` numbers.
+// Elements in one row of `features` numbers.
 template <class Compute>
 constexpr int64_t steps_of(int64_t features) {
   return round_up((features + Compute::kPair - 1) / Compute::kPair, Compute::kStepMultiple);
 }
 
-// A operand whose rows are the source's rows 6g ... 6g+5, contracted over features: [steps][6].
+// A operand with the source's rows 6g ... 6g+5, contracted over features: [steps][6].
 template <class Compute>
 void pack_a_rows(const Rows& source, int64_t group, int64_t features, uint32_t* stage,
                  uint32_t* dst) {
@@ -177,9 +177,10 @@ void pack_a_rows(const Rows& source, int64_t group, int64_t features, uint32_t* 
   }
 }
 
-// Where an A operand lies whose rows are features, contracted over a sequence's keys. Blocks of
-// `block_steps` steps follow one another, each [feature groups][its steps][6]: the product with a
-// block of keys reads one run of memory (1 % of the forward's P V at 8k keys; Zen 5, 2026-11).
+// Layout of an A operand whose rows are features, contracted over a sequence's keys. Blocks of
+// `block_steps` steps follow one another, each [feature groups][its steps][6]. So the product with
+// a block of keys reads one run of memory, which saves 1 % of the forward's P V (8k keys, Zen 5,
+// 2026-11).
 struct FeatureRows {
   int64_t groups;
   int64_t total_steps;
@@ -191,7 +192,7 @@ struct FeatureRows {
     return FeatureRows{round_up(features, kTileRows) / kTileRows, key_groups * kSteps,
                        block_key_groups * kSteps};
   }
-  // Offset of group 0 at one step, and how far it is from there to the next group.
+  // Offset of group 0 at one step, and the distance from there to the next group.
   struct Place {
     int64_t offset, group_stride;
   };

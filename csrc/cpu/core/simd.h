@@ -1,7 +1,7 @@
-// The vector type of one CPU variant and the few operations that the kernels need.
+// The vector type of one CPU variant, and the few operations that the kernels need.
 //
-// Everything is written with compiler vector extensions; intrinsics appear only where an
-// instruction has no operator. Compiled once per variant (RAL_ISA), in a namespace of that name.
+// The code uses the compiler's vector extensions, and intrinsics only where an instruction has no
+// operator. It is compiled once per variant, in a namespace of that name (RAL_ISA).
 #pragma once
 
 #include <stdint.h>
@@ -31,13 +31,13 @@ constexpr int kLanes = 4;
 constexpr int kTileVectors = 2;
 #endif
 #if defined(RAL_AMX)
-constexpr int kTileRows = 32;  // two of the processor's tiles, see amx.h
-constexpr int kFewRows = 8;    // of them, with which vector code works at a time
+constexpr int kTileRows = 32;  // two AMX tiles, see amx.h
+constexpr int kFewRows = 8;    // rows of a tile that vector code takes at a time
 constexpr int kFeaturePadding = 32;
 #else
 constexpr int kTileRows = 6;
 constexpr int kFewRows = kTileRows;
-constexpr int kFeaturePadding = kLanes;  // of rows that write_columns reads
+constexpr int kFeaturePadding = kLanes;  // write_columns reads features in multiples of this
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
@@ -72,8 +72,8 @@ RAL_INLINE IntVec float_to_bits(Vec x) {
   return (IntVec)x;
 }
 
-// x, of which the compiler forgets how it came about: a product is rounded before it is added, in
-// every copy of the code. Fused in one and not in the other, equal inputs give unequal sums.
+// Blocks FMA contraction: x is rounded before it is added, so equal inputs give equal sums. One
+// copy of the code could otherwise be fused where another is not.
 RAL_INLINE Vec rounded(Vec x) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(x));
@@ -91,7 +91,7 @@ RAL_INLINE Vec select(IntVec condition, Vec yes, Vec no) {
   return bits_to_float((condition & float_to_bits(yes)) | (~condition & float_to_bits(no)));
 }
 
-// The larger of two numbers; b where either is NaN, as the hardware's maximum does.
+// The larger of two numbers; b if either is NaN, as the hardware's maximum does.
 RAL_INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -122,7 +122,7 @@ RAL_INLINE Vec floor(Vec x) {
 #elif defined(__AVX2__)
   return _mm256_floor_ps(x);
 #else
-  // Past 2^23 every float is an integer; the conversion below would overflow there.
+  // From 2^23 on every float is an integer, and the conversion below would overflow.
   const IntVec small = (x < 8388608.f) & (x > -8388608.f);
   const Vec bounded = select(small, x, Vec{});
   const Vec truncated = __builtin_convertvector(__builtin_convertvector(bounded, IntVec), Vec);
@@ -131,8 +131,8 @@ RAL_INLINE Vec floor(Vec x) {
 #endif
 }
 
-// 2^f on [0, 1): minimax in relative error with p(0) = 1 exactly; 8e-8, 1.4e-7 with float32
-// rounding.
+// 2^f on [0, 1): minimax in relative error, with p(0) = 1 exactly. The error is 8e-8, with float32
+// rounding 1.4e-7.
 RAL_INLINE Vec exp2_polynomial(Vec f) {
   Vec p = f * 0.00186713f + 0.009017031f;
   p = p * f + 0.055799913f;
@@ -141,7 +141,7 @@ RAL_INLINE Vec exp2_polynomial(Vec f) {
   return p * f + 1.f;
 }
 
-// 2^x with 2^-inf = 0 and NaN kept; results below 2^-126 may be flushed to zero.
+// 2^x with 2^-inf = 0 and NaN kept. Results below 2^-126 may be flushed to zero.
 RAL_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -159,7 +159,7 @@ RAL_INLINE Vec exp2(Vec x) {
 }
 
 #if defined(__AVX512F__)
-// Bits of 2^(j/32), less j << 18.
+// Bits of 2^(j/32), minus j << 18.
 alignas(64) constexpr uint32_t kExp2Table[32] = {
     0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
     0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
@@ -168,10 +168,10 @@ alignas(64) constexpr uint32_t kExp2Table[32] = {
 };
 #endif
 
-// exp2 for x <= 127, in three multiplications, not five: 2^x = 2^(i/32) 2^r, i = round(32 x), |r|
-// <= 1/64. Adding 1.5 * 2^18 leaves i in the last bits of the sum, of which the last five choose
-// from the table and the others, moved to the exponent's place, add to it. 2^r - 1 is r times a
-// minimax line: 5e-8, 1.7e-7 with float32 rounding.
+// exp2 for x <= 127 in three multiplications instead of five: 2^x = 2^(i/32) 2^r with i = round(32
+// x) and |r| <= 1/64. Adding 1.5 * 2^18 leaves i in the last bits of the sum. Its last five bits
+// choose an entry of the table. The other bits move to the exponent and are added to the entry. 2^r
+// - 1 is r times a minimax line. The error is 5e-8, with float32 rounding 1.7e-7.
 RAL_INLINE Vec exp2_bounded(Vec x) {
 #if defined(__AVX512F__)
   const Vec shifted = x + 393216.f;
@@ -188,8 +188,8 @@ RAL_INLINE Vec exp2_bounded(Vec x) {
 #endif
 }
 
-// tanh to 2 ulp: an odd polynomial near 0, where 1 - 2/(e^2x + 1) would cancel (coefficients:
-// Cephes).
+// tanh to 2 ulp. Near 0, where 1 - 2/(e^2x + 1) would cancel, it is an odd polynomial
+// (coefficients: Cephes).
 RAL_INLINE Vec tanh(Vec x) {
   const Vec a = max(x, -x);
   const Vec z = x * x;
@@ -203,7 +203,7 @@ RAL_INLINE Vec tanh(Vec x) {
   return select(x == x, select(a < 0.625f, near, signed_far), x);
 }
 
-// The first `count` elements, 0 beyond; all of them where count >= kLanes.
+// The first `count` elements, then 0; all of them if count >= kLanes.
 RAL_INLINE Vec load_first(const float* from, int64_t count) {
   if (__builtin_expect(count >= kLanes, 1)) return load(from);
   alignas(64) float x[kLanes] = {};
@@ -217,8 +217,8 @@ RAL_INLINE void store_first(float* to, Vec x, int64_t count) {
   memcpy(to, staged, count * sizeof(float));
 }
 
-// One step of a transpose, of rows kStep apart: their blocks of kStep lanes, the even ones of both
-// in `a`, the odd ones in `b`.
+// One step of a transpose, on rows kStep apart. `a` gets the even blocks of kStep lanes of both,
+// `b` the odd ones.
 #if defined(__clang__)
 template <int kStep, class V, int... kLane>
 RAL_INLINE void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
@@ -259,7 +259,7 @@ RAL_INLINE void transpose(V (&x)[kLanes]) {
   if constexpr (kLanes >= 16) transpose_stage<8>(x);
 }
 
-// dst[j][i] = src[i][j] for 32-bit elements; rows and columns must be multiples of kLanes.
+// dst[j][i] = src[i][j] for 32-bit elements; rows and columns are multiples of kLanes.
 RAL_INLINE void transpose_block(const void* src, int64_t src_stride, void* dst, int64_t dst_stride,
                                 int64_t rows, int64_t columns) {
   const int32_t* from = static_cast<const int32_t*>(src);

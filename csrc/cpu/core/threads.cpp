@@ -1,3 +1,4 @@
+// Parallel loops by OpenMP where a caller set it, else by std::thread; the kept scratch allocation.
 #include "core/threads.h"
 
 #include <sched.h>
@@ -15,7 +16,7 @@
 namespace ral {
 namespace {
 
-// Signature of GOMP_parallel, the entry that compilers call for `#pragma omp parallel`.
+// Signature of GOMP_parallel, which compilers call for `#pragma omp parallel`.
 using OpenmpParallel = void (*)(void (*fn)(void*), void* data, unsigned num_threads,
                                 unsigned flags);
 std::atomic<OpenmpParallel> openmp_parallel{nullptr};
@@ -57,7 +58,7 @@ void parallel_for(int num_threads, int64_t num_tasks, void (*fn)(void*, int64_t,
 }
 
 void spin_pause(int64_t iteration) {
-  // A worker whose predecessor was descheduled must not burn the core it needs.
+  // A spinning worker must not burn the core that a descheduled predecessor needs.
   if (iteration % 256 == 255) {
     sched_yield();
     return;
@@ -89,7 +90,7 @@ size_t Arena::reserve(int64_t count, size_t size) {
 
 namespace {
 
-// The block that the last call left behind.
+// The allocation that the last call left behind.
 std::mutex kept_mutex;
 char* kept_data = nullptr;
 size_t kept_capacity = 0;

@@ -1,5 +1,5 @@
-// What the register tile alone can do: products whose operands stay in L1, no memory, no
-// exponentials. The ceiling that benchmarks hold the ops against.
+// The rate of the register tile alone: products whose operands stay in L1, without memory traffic
+// or exponentials. Benchmarks compare the ops with this ceiling.
 #pragma once
 
 #include "core/microkernel.h"
@@ -15,9 +15,9 @@ struct TileRate {
   alignas(64) uint32_t b[kSteps * kPanel];
   int64_t repeats;
 
-  // Floating-point operations of `repeats` tiles a thread.
+  // Returns the floating-point operations of `repeats` tiles per thread.
   static int64_t run(int num_threads, int64_t repeats) {
-    static TileRate rate;  // zeros: the processor takes the same time for any finite number
+    static TileRate rate;  // zeros: any finite number takes the same time
     rate.repeats = repeats;
     parallel_for(num_threads, num_threads, task, &rate);
     return 2 * Compute::kPair * kTileRows * kPanel * kSteps * repeats * num_threads;
@@ -36,7 +36,7 @@ struct TileRate {
     for (int r = 0; r < kTileRows; ++r) {
       for (int v = 0; v < kTileVectors; ++v) total += acc[r][v][0];
     }
-    volatile float sink = total;  // so that the products are not dead code
+    volatile float sink = total;  // or the products would be dead code
     (void)sink;
   }
 };

@@ -1,4 +1,4 @@
-// Choice of the CPU variant at run time.
+// Chooses the CPU variant at run time.
 #include "core/kernels.h"
 
 #include <string.h>
@@ -23,7 +23,7 @@ struct Isa {
 };
 
 #ifdef RAL_HAVE_AVX2
-bool has_f16c() {  // which clang's builtin does not know
+bool has_f16c() {  // clang's builtin does not know it
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 29);
 }
@@ -46,7 +46,8 @@ bool supports_avx512_bf16() {
 #endif
 
 #ifdef RAL_HAVE_AMX_BF16
-// Whether the processor has AMX and the system lets this process use it, which it must be asked.
+// Whether the processor has AMX and the system grants it to this process. A process must ask for
+// it.
 bool request_amx_bf16() {
   unsigned eax, ebx, ecx, edx = 0;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
@@ -60,8 +61,8 @@ bool supports_amx_bf16() {
   return granted;
 }
 
-// AMX where all is bfloat16, float32 elsewhere: without AMX a multiply-add of bfloat16 pairs takes
-// these processors twice the time of two of float32 (Emerald Rapids, 2026-11).
+// AMX if all is bfloat16, else float32. Without AMX an FMA of bfloat16 pairs takes these processors
+// twice the time of two float32 FMAs (Emerald Rapids, 2026-11).
 const Kernels& amx_or_not(bool bfloat16) {
   return bfloat16 ? amx_bf16::kKernels : avx512::kKernels;
 }
@@ -132,9 +133,8 @@ RAL_EXPORT int32_t ral_cpu_isa_supported(int32_t isa) {
   return ral::kernels_of(isa) != nullptr;
 }
 
-// Whether a variant is worth choosing where nobody names one. Intel's multiply-adds of bfloat16
-// pairs run at a quarter of the rate of AMD's (Emerald Rapids against Zen 5, 2026-11): float32 is
-// faster.
+// Whether a variant is worth choosing by default. FMAs of bfloat16 pairs run at 0.25x the rate on
+// Intel that they have on AMD (Emerald Rapids against Zen 5, 2026-11). There float32 is faster.
 RAL_EXPORT int32_t ral_cpu_isa_advisable(int32_t isa) {
   if (!ral_cpu_isa_supported(isa)) return 0;
 #ifdef RAL_HAVE_AVX512_BF16

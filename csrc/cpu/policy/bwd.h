@@ -1,6 +1,6 @@
-// Backward of `policy` and of `policy_divergence`: dq, dk (and dspan_bias) by recomputing both
-// policies chunk by chunk (policy/bwd_blocks.h). A task is one key block of one sample; dQ is
-// summed by the key blocks in turn, as in attention/bwd.h.
+// Backward of `policy` and of `policy_divergence`: dq, dk and dspan_bias. It recomputes both
+// policies chunk by chunk (policy/bwd_blocks.h). A task is one key block of one sample. The key
+// blocks add to dQ in turn, as in attention/bwd_keys.h.
 #pragma once
 
 #include "policy/products.h"
@@ -68,7 +68,8 @@ class PolicyBackward : private PolicyProducts<Compute, Reference, V> {
     const int64_t head_stride = kBlockKeys * blocks_.padded_k;
     float* dk = floats(worker, scratch_layout_.dk);
     memset(dk, 0, policy_.side.num_kv_heads * head_stride * sizeof(float));
-    for (int64_t i = blocks_.blocks - 1; i >= 0; --i) {  // last rows first, as in attention/bwd.h
+    // last rows first, as in attention/bwd_keys.h
+    for (int64_t i = blocks_.blocks - 1; i >= 0; --i) {
       const int64_t index = slot * blocks_.blocks + i;
       const GroupRange seen = visible_groups(blocks_.own_tokens(index), keys);
       if (seen.begin == seen.end) continue;
@@ -91,10 +92,10 @@ class PolicyBackward : private PolicyProducts<Compute, Reference, V> {
                   scratch.weights, scratch.slope);
     blocks_.chunk_gradient(slot, index, chunk, nullptr, scratch, WeightCache{});
     blocks_.scale_gradient(block, index, chunk, scratch.gradient);
-    this->score_tiles(index, chunk, first_group, scratch, worker);
+    this->form_ds_tiles(index, chunk, first_group, scratch, worker);
   }
 
-  // The token block's own sums, in this key block's turn; the last one writes dq and dspan_bias.
+  // Adds to the token block's sums in this key block's turn. The last one writes dq and dspan_bias.
   void add_in_turn(int64_t slot, int64_t index, int64_t key_block, GroupRange seen,
                    int worker) const {
     int64_t* turn = blocks_.turn(index);

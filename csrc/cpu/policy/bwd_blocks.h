@@ -1,10 +1,10 @@
-// The token blocks of a policy's backward: what arrives at their rows, prepared once for all key
-// blocks, and the sums of dQ and dspan_bias that the key blocks add to in turn. The gradient
-// reaches every head of a row alike,
+// The token blocks of a policy's backward. What arrives at their rows is prepared once for all key
+// blocks. The key blocks add to the sums of dQ and dspan_bias in turn. Every head of a row gets the
+// same gradient,
 //
-//   dP_h = G = w (l - c) / (Z H) on valid keys, else 0,     dS_h = P_h (G - delta_h),
+//   dP_h = G = w (l - c) / (Z H) on valid keys, else 0,     dS_h = P_h (G - delta_h).
 //
-// with l the gradient of a policy's element, from a table (policy) or from p and r (divergence).
+// l is the gradient of a policy's element, from a table (policy) or from p and r (divergence).
 #pragma once
 
 #include "policy/fwd.h"
@@ -12,7 +12,7 @@
 namespace ral {
 namespace RAL_ISA {
 
-// What arrives at the policy's elements: one of the two.
+// What arrives at the policy's elements: `dp`, or the fields after it.
 struct PolicyGradientSource {
   const float* dp = nullptr;      // [B, T, N] or [B, T, S]
   int32_t kind = RAL_JSD;         // or, with a reference:
@@ -21,7 +21,7 @@ struct PolicyGradientSource {
   const float* w = nullptr;
 };
 
-// One worker's room for a chunk of keys.
+// One worker's scratch for a chunk of keys.
 struct StreamScratch {
   uint32_t* stage;
   float* mean;      // [kChunkKeys][rows]
@@ -62,7 +62,7 @@ class PolicyGradientBlocks {
     reserve_block();
   }
 
-  // Room that StreamScratch::stage needs, in 32-bit elements.
+  // Size of StreamScratch::stage, in 32-bit elements.
   int64_t stage_size() const {
     int64_t stage = policy.stage_size();
     const int64_t needs[] = {reference.stage_size(), kLanes * kChunkKeys, 2 * padded_k,
@@ -74,7 +74,8 @@ class PolicyGradientBlocks {
   }
   int64_t block_size() const { return block_layout_.size; }
 
-  // Takes room for `samples` samples; bind() follows the arena's allocation, begin() each round.
+  // Reserves room for `samples` samples. bind() follows the arena's allocation; begin() opens each
+  // round.
   void reserve(Arena& arena, int64_t samples) {
     packed_offset_ = arena.reserve(samples * sample_size, 4);
     data_offset_ = arena.reserve(samples * blocks * block_layout_.size, 4);
@@ -90,7 +91,7 @@ class PolicyGradientBlocks {
   void begin(int64_t first_sample) { first_sample_ = first_sample; }
 
   uint32_t* packed_of(int64_t slot) const { return packed_ + slot * sample_size; }
-  // The key block that may add to the block's sums now.
+  // The key block whose turn it is to add to the block's sums.
   int64_t* turn(int64_t index) const { return turns_ + index; }
   float* dq_sum(int64_t index) const { return block_floats(index, block_layout_.dq); }
   float* dbias_sum(int64_t index) const { return block_floats(index, block_layout_.dbias); }
@@ -99,7 +100,7 @@ class PolicyGradientBlocks {
     return data_of(index, block_layout_.query_rows);
   }
 
-  // Tokens and packed queries of one token block.
+  // Builds the tokens of one token block and packs its queries.
   void load_block(int64_t index, const StreamScratch& scratch) {
     const int64_t sample = first_sample_ + index / blocks, block_number = index % blocks;
     TokenBlock& block = tokens_[2 * index];
@@ -115,8 +116,7 @@ class PolicyGradientBlocks {
     reference.load_queries(other, scratch.stage, data_of(index, block_layout_.reference_queries));
   }
 
-  // Everything about one token block that does not depend on the key block, from what the forward
-  // kept.
+  // Prepares what does not depend on the key block, from what the forward kept.
   void prepare(int64_t index, const StreamScratch& scratch) {
     load_block(index, scratch);
     const TokenBlock& block = own_tokens(index);
@@ -142,12 +142,12 @@ class PolicyGradientBlocks {
 
     const GroupRange visible = visible_groups(block, GroupRange{0, policy.groups});
     turns_[index] = visible.begin / block_groups_;
-    if (visible.begin == visible.end) finish_unseen(index, scratch);  // no key block will come by
+    if (visible.begin == visible.end) finish_unseen(index, scratch);  // no key block visits it
   }
 
-  // The normalisers of both sides of a loaded block. `share` receives W_h; `valid` is room for the
-  // larger side's columns, `z` for its rows. With caches, given normalisers are formed again: both
-  // sides' weights must come from the same stream.
+  // Forms the normalisers of both sides of a loaded block. `share` receives W_h; `valid` is room
+  // for the larger side's columns, `z` for its rows. With caches it forms given normalisers again,
+  // because both sides' weights must come from the same stream.
   void normalise(int64_t index, bool reference_given, float* share, float* valid, float* z,
                  const WeightCache& cache, const WeightCache& reference_cache) {
     const int64_t slot = index / blocks;
@@ -179,15 +179,14 @@ class PolicyGradientBlocks {
     return own.begin < own.end || other.begin < other.end;
   }
 
-  // dq of a block without any visible key.
+  // dq of a block that sees no key.
   void finish_unseen(int64_t index, const StreamScratch& scratch) const {
     memset(dq_sum(index), 0, policy.total_panels * padded_d * kWidth * sizeof(float));
     finish_queries(index, scratch);
   }
 
-  // l of a chunk, 0 on keys that do not count: [keys][rows].
-  // `value`, where it is not null, receives the terms of a divergence. Weights of the reference
-  // come from its cache, if there is one.
+  // l of a chunk, 0 on keys that do not count: [keys][rows]. `value`, unless it is null, receives
+  // the terms of a divergence. Weights of the reference come from its cache, if there is one.
   void chunk_gradient(int64_t slot, int64_t index, GroupRange chunk, float* value,
                       const StreamScratch& scratch, const WeightCache& reference_cache) const {
     const TokenBlock& block = own_tokens(index);
@@ -249,7 +248,7 @@ class PolicyGradientBlocks {
     }
   }
 
-  // l -> G = scale (l - c) on valid keys.
+  // Turns l into G = scale (l - c) on valid keys, 0 elsewhere.
   void scale_gradient(const TokenBlock& block, int64_t index, GroupRange chunk, float* g) const {
     const float* scale = block_floats(index, block_layout_.scale);
     const float* center = block_floats(index, block_layout_.center);
@@ -267,7 +266,7 @@ class PolicyGradientBlocks {
     }
   }
 
-  // Writes dq, and dspan_bias where it is asked for.
+  // Writes dq, and dspan_bias if it is wanted.
   void finish_queries(int64_t index, const StreamScratch& scratch) const {
     const TokenBlock& block = own_tokens(index);
     float* stage = reinterpret_cast<float*>(scratch.stage);
@@ -276,8 +275,9 @@ class PolicyGradientBlocks {
       transpose_block(dq + panel * padded_d * kWidth, kWidth, stage, padded_d, padded_d, kWidth);
       for (int64_t i = 0; i < kWidth; ++i) {
         int64_t head, row;
-        if (!policy.locate(block, panel / policy.panels, panel % policy.panels * V + i / kLanes,
-                           i % kLanes, &head, &row)) {
+        if (!policy.find_head_and_row(block, panel / policy.panels,
+                                      panel % policy.panels * V + i / kLanes, i % kLanes, &head,
+                                      &row)) {
           continue;
         }
         float* from = stage + i * padded_d;
@@ -291,9 +291,9 @@ class PolicyGradientBlocks {
     for (int64_t c = 0; c < policy.columns_size(); ++c) {
       int64_t head, row;
       const int64_t panel = c / kWidth;
-      if (!policy.locate(block, panel / policy.panels,
-                         panel % policy.panels * V + c % kWidth / kLanes, c % kLanes, &head,
-                         &row)) {
+      if (!policy.find_head_and_row(block, panel / policy.panels,
+                                    panel % policy.panels * V + c % kWidth / kLanes, c % kLanes,
+                                    &head, &row)) {
         continue;
       }
       float* to = dspan_bias_ + policy.column_index(block, head, row) * common_.num_spans;
@@ -303,7 +303,7 @@ class PolicyGradientBlocks {
     }
   }
 
-  // scale = w / (Z H), center = c, delta_h of every column.
+  // Forms scale = w / (Z H), center = c, and delta_h of every column.
   void finish_moments(int64_t index, const float* moment, const float* share) const {
     const TokenBlock& block = own_tokens(index);
     float* scale = block_floats(index, block_layout_.scale);
@@ -324,7 +324,7 @@ class PolicyGradientBlocks {
       center[policy.row_of_column(c)] += moment[c];
     for (int64_t i = 0; i < policy.rows; ++i) {
       center[i] *= inverse[i];
-      // An infinite divergence has no gradient, nor has a row without weight, whatever is in it.
+      // An infinite divergence has no gradient. Nor has a row without weight, whatever is in it.
       if (scale[i] == 0.f || center[i] == __builtin_inff()) scale[i] = center[i] = 0.f;
     }
     for (int64_t c = 0; c < policy.columns_size(); ++c) {
@@ -402,7 +402,8 @@ class PolicyGradientBlocks {
     for (int64_t h = 0; h < policy.side.num_kv_heads; ++h) {
       const auto row_of = [&](int64_t column) {
         int64_t head, row;
-        const bool exists = policy.locate(block, h, column / kLanes, column % kLanes, &head, &row);
+        const bool exists =
+            policy.find_head_and_row(block, h, column / kLanes, column % kLanes, &head, &row);
         return exists ? policy.query(block, policy.side.q, head, row)
                       : reinterpret_cast<const char*>(zero);
       };
@@ -429,7 +430,7 @@ class PolicyGradientBlocks {
     }
   }
 
-  // U_h and W_h of a table's gradient: one more pass over the keys.
+  // U_h and W_h of a gradient that comes as a table: one more pass over the keys.
   void sum_moments(int64_t slot, int64_t index, const StreamScratch& scratch, float* moment,
                    float* share) const {
     const TokenBlock& block = own_tokens(index);

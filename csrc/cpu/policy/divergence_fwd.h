@@ -1,4 +1,4 @@
-// `divergence`: value and gradients in one sweep over each row;
+// `divergence`: value and gradients in one sweep over each row. Equations:
 // ral_kernels/ops/divergence/README.md.
 #pragma once
 
@@ -14,7 +14,7 @@ class DivergenceForward {
 
   int run() {
     if (params_.num_rows == 0) return RAL_OK;
-    // Enough elements a task to be worth waking a thread.
+    // Enough elements per task to be worth waking a thread.
     rows_per_task_ = 1 + 16384 / (params_.length + 1);
     parallel_for(params_.num_threads, (params_.num_rows + rows_per_task_ - 1) / rows_per_task_,
                  rows_task, this);
@@ -33,7 +33,7 @@ class DivergenceForward {
     }
   }
 
-  // Elements [i, i + kLanes) of a row; 0, which no divergence notices, past its end.
+  // The first `count` elements of a vector, then 0, which adds nothing to any divergence.
   static Vec load_some(const float* x, int64_t count) {
     if (count >= kLanes) return load(x);
     alignas(64) float padded[kLanes] = {};
@@ -50,7 +50,7 @@ class DivergenceForward {
     const float* r = params_.r + row * params_.length;
     float* dp = params_.dp ? params_.dp + row * params_.length : nullptr;
     float* dr = params_.dr ? params_.dr + row * params_.length : nullptr;
-    double total = 0.0;  // of partial sums: the shares of a long row are small
+    double total = 0.0;  // of partial sums, because the shares of a long row are small
     constexpr int64_t kPart = 64 * kLanes;
     for (int64_t part = 0; part < params_.length; part += kPart) {
       Vec sum{};
@@ -59,7 +59,7 @@ class DivergenceForward {
         const Vec a = load_some(p + i, count), b = load_some(r + i, count);
         const DivergenceTerm term = divergence_term(params_.kind, a, b);
         sum += term.value;
-        // The terms are those of distributions of equal sum; the definition has no such condition.
+        // The terms are for distributions of equal sum; the op's definition does not ask for that.
         if (params_.kind == RAL_KL) sum += a - b;
         if (params_.kind == RAL_REVERSE_KL) sum += b - a;
         if (dp) store_some(dp + i, count, gradient_p(a, b, term.gradient));

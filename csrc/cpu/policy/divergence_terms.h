@@ -1,14 +1,15 @@
-// Terms of the divergences between two probabilities, free of cancellation where they nearly agree.
-// Equation numbers: ral_kernels/ops/divergence/README.md.
+// Terms of the divergences between two probabilities, without cancellation where they nearly agree.
+// Equations (4) to (10) of ral_kernels/ops/divergence/README.md, a vector at a time.
 #pragma once
 
 #include "core/simd.h"
+#include "ral/divergence_math.h"
 #include "ral/policy.h"
 
 namespace ral {
 namespace RAL_ISA {
 
-// log(y) to a few ulp for normal y > 0, with t = y - 1 given apart, free of the rounding of y.
+// log(y) to a few ulp for normal y > 0. t = y - 1 comes apart, free of the rounding of y.
 RAL_INLINE Vec log_normal(Vec y, Vec t) {
   // y = 2^k f with f in [sqrt(1/2), sqrt(2)).
   const IntVec bits = (IntVec)y + (0x3f800000 - 0x3f3504f3);
@@ -20,23 +21,23 @@ RAL_INLINE Vec log_normal(Vec y, Vec t) {
   Vec p = z * 0.22222222f + 0.28571430f;
   p = p * z + 0.4f;
   p = p * z + 0.66666668f;
-  return __builtin_convertvector(k, Vec) * 0.69314718f + (s + s + s * z * p);
+  return __builtin_convertvector(k, Vec) * kLn2 + (s + s + s * z * p);
 }
 
 // log(x) for x > 0, subnormal too.
 RAL_INLINE Vec log(Vec x) {
-  const IntVec small = x < 1.17549435e-38f;
-  const Vec y = select(small, x * 16777216.f, x);
-  return log_normal(y, y - 1.f) - select(small, broadcast(24 * 0.69314718f), Vec{});
+  const IntVec small = x < kSmallestNormal;
+  const Vec y = select(small, x * kSubnormalScale, x);
+  return log_normal(y, y - 1.f) - select(small, broadcast(kSubnormalScaleLog2 * kLn2), Vec{});
 }
 
-// log(a / b) for positive a and b: by their difference where they are close, by the quotient where
-// it is a normal number, by two logarithms beyond.
-// `t` is a / b - 1, from the unrounded difference.
+// log(a / b) for positive a and b. It uses their difference where they are close, the quotient
+// where that is a normal number, and two logarithms elsewhere. `t` is a / b - 1, from the unrounded
+// difference.
 RAL_INLINE Vec log_quotient(Vec a, Vec b, Vec t) {
   const Vec y = a / b;
   const Vec near = log_normal(y, t);
-  const IntVec normal = (y > 1.17549435e-38f) & (y < 3.4e38f);
+  const IntVec normal = (y > kSmallestNormal) & (y < kLargestQuotient);
   return select(normal, near, log(a) - log(b));
 }
 
@@ -54,36 +55,26 @@ struct DivergenceTerm {
   Vec gradient;  // d value / d p, up to a constant where the caller renormalises
 };
 
-// (p log(p / m) + r log(r / m)) / 2 with m = (p + r) / 2, by a series in x = (p - r) / (p + r)
-// where the two logarithms would cancel.
+// (p log(p / m) + r log(r / m)) / 2 with m = (p + r) / 2. Where the two logarithms would cancel, it
+// is a series in x = (p - r) / (p + r).
 RAL_INLINE Vec jsd_term(Vec p, Vec r, Vec m, Vec x) {
   const Vec z = x * x;
-  Vec series = z * (1.f / 132.f) + 1.f / 90.f;
-  series = series * z + 1.f / 56.f;
-  series = series * z + 1.f / 30.f;
-  series = series * z + 1.f / 12.f;
-  series = series * z + 0.5f;
   const Vec direct = 0.5f * (times_log_quotient(p, m) + times_log_quotient(r, m));
-  return select(z < 0.0625f, m * series * z, direct);
+  return select(z < kJsdSeriesBelow, m * jsd_series(z) * z, direct);
 }
 
-// a log(a / b) - a + b, by a series in s = (a - b) / (a + b) where it would cancel:
+// a log(a / b) - a + b. Where it would cancel, it is a series in s = (a - b) / (a + b):
 // (a + b) s^2 (1 + s (1 + s) (1/3 + s^2/5 + s^4/7 + ...)).
 RAL_INLINE Vec kl_term(Vec a, Vec b, Vec s) {
   const Vec z = s * s;
-  Vec q = z * (1.f / 13.f) + 1.f / 11.f;
-  q = q * z + 1.f / 9.f;
-  q = q * z + 1.f / 7.f;
-  q = q * z + 1.f / 5.f;
-  q = q * z + 1.f / 3.f;
-  const Vec series = (a + b) * z * (s * (1.f + s) * q + 1.f);
+  const Vec series = (a + b) * z * (s * (1.f + s) * kl_series(z) + 1.f);
   const Vec direct = times_log_quotient(a, b) - a + b;
-  return select(z < 0.1f, series, direct);
+  return select(z < kKlSeriesBelow, series, direct);
 }
 
-// Terms between p and r of two distributions that each sum to 1. Zero on both sides is exact; a
-// Kullback-Leibler divergence is +inf where its second argument is 0 and its first is not, with a
-// gradient of 0 there.
+// Terms between p and r of two distributions that each sum to 1. Two zeros give exactly 0. A
+// Kullback-Leibler divergence is +inf where its second argument is 0 and its first is not; its
+// gradient there is 0.
 template <ral_divergence_kind kKind>
 RAL_INLINE DivergenceTerm divergence_term(Vec p, Vec r) {
   const Vec zero{};
@@ -101,8 +92,8 @@ RAL_INLINE DivergenceTerm divergence_term(Vec p, Vec r) {
   const Vec term = kl_term(a, b, kKind == RAL_KL ? x : -x);
   const Vec one_sided = select(a > 0.f, infinite, b);  // one of them is 0
   const Vec value = select((a == 0.f) | (b == 0.f), one_sided, term);
-  // Bounded, so that a subnormal p does not turn the gradient's moments into infinities.
-  const Vec l = kKind == RAL_KL ? log_quotient(p, r) : max(broadcast(-1e34f), (p - r) / p);
+  const Vec l =
+      kKind == RAL_KL ? log_quotient(p, r) : max(broadcast(kLowestReverseKlGradient), (p - r) / p);
   const Vec alone = kKind == RAL_REVERSE_KL ? broadcast(1.f) : zero;  // where r is 0
   return {value, select(both, l, select((p > 0.f) & (r == 0.f), alone, zero))};
 }

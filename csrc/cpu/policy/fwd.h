@@ -1,7 +1,9 @@
 // Forward of `policy` and of `policy_divergence`: ral_kernels/ops/policy/README.md and
-// ral_kernels/ops/policy/divergence.md. A task is one token block of one sample; it streams over
-// the keys twice, for the normalisers and for the averaged weights, and stores no T x N tensor but
-// the policy itself where that is the result.
+// ral_kernels/ops/policy/divergence.md.
+//
+// A task is one token block of one sample. It streams over the keys twice, for the normalisers and
+// for the averaged weights. It stores no T x N tensor except the policy itself, where that is the
+// result.
 #pragma once
 
 #include "policy/stream.h"
@@ -9,14 +11,14 @@
 namespace ral {
 namespace RAL_ISA {
 
-// Samples that are packed at once: as many as fit the budget, so that scratch stays bounded.
+// Samples that are packed at once: as many as fit the budget, which bounds scratch.
 inline int64_t samples_per_round(int64_t batch_size, int64_t bytes_per_sample) {
   constexpr int64_t kBudget = int64_t{256} << 20;
   const int64_t fit = bytes_per_sample > 0 ? kBudget / bytes_per_sample : batch_size;
   return fit < 1 ? 1 : fit < batch_size ? fit : batch_size;
 }
 
-// Reference is the compute type of the other side; `reference` is null for the policy alone.
+// Reference is the compute type of the other side. `reference` is null for the policy alone.
 template <class Compute, class Reference, int V>
 class PolicyForward {
  public:
@@ -30,7 +32,7 @@ class PolicyForward {
         compares_(reference != nullptr),
         blocks_((common.num_rows + policy_.rows - 1) / policy_.rows) {}
 
-  float* p = nullptr;  // results, where they are wanted
+  float* p = nullptr;  // results; null = not wanted
   int32_t kind = RAL_JSD;
   float* value = nullptr;
   float* u = nullptr;
@@ -111,7 +113,7 @@ class PolicyForward {
     }
   }
 
-  // Normalisers and z of one side: `norm` [2][columns] is filled, `valid` holds W_h, z its head
+  // Normalisers and z of one side. Fills `norm` [2][columns]; `valid` holds W_h, z its head
   // average.
   template <class Side>
   SideBlock normalise(const Side& side, const TokenBlock& block, const uint32_t* keys,
@@ -164,7 +166,7 @@ class PolicyForward {
     }
 
     GroupRange visible = visible_groups(block, GroupRange{0, policy_.groups});
-    if (compares_) {  // where either policy may put weight
+    if (compares_) {  // keys on which either policy may put weight
       const GroupRange seen = visible_groups(reference_block, GroupRange{0, policy_.groups});
       if (visible.begin == visible.end) {
         visible = seen;

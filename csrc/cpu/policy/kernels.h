@@ -1,5 +1,5 @@
-// The ops of a policy for two compute types and V vectors of query columns a tile, as kernels.h
-// lists them.
+// The ops of a policy that core/kernels.h lists, for two compute types and tiles of V vectors of
+// query columns.
 #pragma once
 
 #include "policy/bwd.h"

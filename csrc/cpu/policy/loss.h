@@ -1,11 +1,12 @@
-// A loss on `policy_divergence` with its gradient in one go: sum over rows of weight * divergence,
-// for weights that are known before the divergence is. ral_kernels/ops/policy/divergence.md.
+// A loss on `policy_divergence` together with its gradient: the sum over rows of weight *
+// divergence, for weights that are known before the divergence.
+// ral_kernels/ops/policy/divergence.md.
 //
 // A task is one token block of one sample. It streams over the keys for the normalisers, again for
-// both policies and the moments, and a third time for dS, which needs the moments. Where the heads'
-// weights fit kCacheBytes the first stream keeps them and the others read them, which is faster;
-// beyond, they are formed again. l is kept between the last two. dK is summed by the token blocks
-// in turn.
+// both policies and the moments, and a third time for dS, which needs the moments. If the heads'
+// weights fit kCacheBytes, the first stream keeps them and the others read them, which is faster.
+// Otherwise they are formed again. l is kept between the last two streams. The token blocks add to
+// dK in turn.
 #pragma once
 
 #include "policy/products.h"
@@ -75,7 +76,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
   }
 
  private:
-  // Whose turn it is to add to dK of one key block, and whether anybody has.
+  // Whose turn it is to add to dK of one key block, and whether any token block has.
   struct Turn {
     int64_t order;
     bool started;
@@ -101,7 +102,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
   }
 
   void run_block(int64_t task, int worker) {
-    // Last rows first: under a causal mask they see most keys.
+    // Last rows first: under a causal mask they see the most keys.
     const int64_t slot = task / blocks_.blocks, order = task % blocks_.blocks;
     const int64_t index = slot * blocks_.blocks + blocks_.blocks - 1 - order;
     const StreamScratch scratch = this->stream_scratch(worker);
@@ -131,7 +132,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     }
   }
 
-  // The divergence of the block's rows; keeps l, and the weights where they fit.
+  // The divergence of the block's rows. It keeps l, and the weights if they fit.
   void compare(int64_t slot, int64_t index, const StreamScratch& scratch, int worker) {
     const TokenBlock& block = blocks_.own_tokens(index);
     float* total = extra(worker, extra_.total);
@@ -169,7 +170,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     return WeightCache{extra(worker, extra_.reference_weights),
                        extra(worker, extra_.reference_stabilisers)};
   }
-  // The worker's scratch, with the weights of chunk `i` where they are.
+  // The worker's scratch, with the kept weights of chunk `i` if there are any.
   StreamScratch weights_at(int64_t i, StreamScratch scratch, int worker) const {
     if (caches_) scratch.weights = cache(worker).chunk(policy_, i);
     return scratch;
@@ -183,7 +184,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
       memset(scratch.weights, 0, chunk_weights_size_ * sizeof(float));
       memset(scratch.gradient, 0, kChunkKeys * policy_.rows * sizeof(float));
       if (scratch.slope) memset(scratch.slope, 0, chunk_weights_size_ * sizeof(float));
-      this->score_tiles(index, chunk, first_group, scratch, worker);
+      this->form_ds_tiles(index, chunk, first_group, scratch, worker);
       return;
     }
     if (!caches_) {
@@ -193,10 +194,10 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     memcpy(scratch.gradient, extra(worker, extra_.l) + i * kChunkKeys * policy_.rows,
            kChunkKeys * policy_.rows * sizeof(float));
     blocks_.scale_gradient(block, index, chunk, scratch.gradient);
-    this->score_tiles(index, chunk, first_group, weights_at(i, scratch, worker), worker);
+    this->form_ds_tiles(index, chunk, first_group, weights_at(i, scratch, worker), worker);
   }
 
-  // dK of one key block, in this token block's turn; the last one writes dk.
+  // Adds to dK of one key block in this token block's turn. The last one writes dk.
   void add_in_turn(int64_t slot, int64_t index, int64_t order, int64_t key_block, GroupRange keys,
                    bool sees, int worker) const {
     Turn& turn = turns_[slot * key_blocks_ + key_block];

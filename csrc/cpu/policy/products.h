@@ -1,6 +1,6 @@
-// The two matrix products of a policy's gradient, dK += dS^T Q and dQ^T += K^T dS^T, on one key
-// block and one token block, and the tiles of dS that go into them. Shared by policy/bwd.h, which
-// walks the key blocks first, and policy/loss.h, which walks the token blocks first.
+// The two matrix products of a policy's gradient, dK += dS^T Q and dQ^T += K^T dS^T, for one key
+// block and one token block. It also forms the tiles of dS that go into them. policy/bwd.h walks
+// over key blocks first, policy/loss.h over token blocks; both use this.
 #pragma once
 
 #include "policy/bwd_blocks.h"
@@ -13,7 +13,7 @@ class PolicyProducts {
  public:
   static constexpr int64_t kWidth = V * kLanes;
   static constexpr int64_t kStepsPerGroup = kTileRows / Compute::kPair;
-  static constexpr int64_t kBlockGroups = 2 * kChunkGroups;  // of a key block
+  static constexpr int64_t kBlockGroups = 2 * kChunkGroups;  // per key block
   static constexpr int64_t kBlockKeys = kBlockGroups * kTileRows;
 
   PolicyProducts(const PolicyProducts&) = delete;
@@ -47,7 +47,7 @@ class PolicyProducts {
     s.moment = s.add(policy_.columns_size());
     s.share = s.add(policy_.columns_size());
     s.ds_rows = s.add(kv_heads * kBlockKeys * blocks_.column_steps);
-    // With one number an element both forms of dS are the same.
+    // With one number per element both forms of dS are the same.
     s.ds_pairs = Compute::kPair == 1
                      ? s.ds_rows
                      : s.add(kv_heads * kBlockKeys / Compute::kPair * blocks_.columns);
@@ -94,10 +94,10 @@ class PolicyProducts {
     }
   }
 
-  // dS of one chunk, every head's, from weights and G in scratch: both operands of the two
-  // products. `first_group` counts from the first group that the operands hold.
-  void score_tiles(int64_t index, GroupRange chunk, int64_t first_group,
-                   const StreamScratch& scratch, int worker) const {
+  // dS of one chunk for all heads, from weights and G in scratch, as operands of both products.
+  // `first_group` counts from the first group that the operands hold.
+  void form_ds_tiles(int64_t index, GroupRange chunk, int64_t first_group,
+                     const StreamScratch& scratch, int worker) const {
     const TokenBlock& block = blocks_.own_tokens(index);
     const float* g = scratch.gradient;
     const float* delta = blocks_.delta(index);
@@ -153,9 +153,8 @@ class PolicyProducts {
     }
   }
 
-  // dK += dS^T Q.
-  // `dk` holds the rows of key group `first_group` and following, `head_stride` apart from head to
-  // head.
+  // dK += dS^T Q. `dk` holds the rows from key group `first_group` on; heads are `head_stride`
+  // apart.
   void add_to_keys(int64_t index, GroupRange seen, int64_t first_group, bool add, int worker,
                    float* dk, int64_t head_stride) const {
     const int64_t head_dim = policy_.side.head_dim;
@@ -194,8 +193,8 @@ class PolicyProducts {
         const int64_t d = g * kTileRows;
         const Product product{keys + (g * total_steps + seen.begin * kStepsPerGroup) * kTileRows, 0,
                               ds, blocks_.columns, (seen.end - seen.begin) * kStepsPerGroup};
-        // 0.77 of this product's time at 8k keys. In those of `attention`, whose operands are
-        // nearer, the same costs 2 to 4 %.
+        // With this prefetch the product takes 0.77x the time at 8k keys. In `attention`, whose
+        // operands are nearer, the same prefetch costs 2 to 4 %.
         if (g + 1 < policy_.feature_groups) {
           prefetch_packed(product.a + total_steps * kTileRows, product.steps);
         }

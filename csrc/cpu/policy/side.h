@@ -1,26 +1,26 @@
-// One policy's side of a call: its keys, packed, and the weights of its heads on one tile of keys.
+// One policy's side of a call: its packed keys, and the weights of its heads on one tile of keys.
 //
 // The unit of work is a token block: `sub_blocks` vectors of kLanes query rows, with all heads. A
-// vector holds one head's weights on one key for kLanes rows, so the head average is a sum of whole
-// vectors, taken inside one worker in a fixed order. Two sides of equal shape do the same
-// operations in the same order: equal inputs give equal bits.
+// vector holds one head's weights on one key for kLanes rows. So the head average is a sum of whole
+// vectors, which one worker takes in a fixed order. Two sides of equal shape do the same operations
+// in the same order: equal inputs give equal bits.
 #pragma once
 
 #include "attention/block.h"
+#include "ral/divergence_math.h"
 #include "ral/policy.h"
 
 namespace ral {
 namespace RAL_ISA {
 
-constexpr float kSmallestWeight = 7.8886091e-31f;  // 2^-100
-constexpr int64_t kMaxSubBlocks = kTileVectors;    // so that even one head fills a tile
+constexpr int64_t kMaxSubBlocks = kTileVectors;  // so that even one head fills a tile
 
 // The query rows of one token block and the keys that they see.
 struct TokenBlock {
   static constexpr int64_t kMaxRows = kMaxSubBlocks * kLanes;
   alignas(64) int32_t first_key[kMaxRows];
   alignas(64) int32_t last_key[kMaxRows];
-  alignas(64) int32_t self_key[kMaxRows];              // -1 where no key is to be excluded
+  alignas(64) int32_t self_key[kMaxRows];              // -1 = no key is excluded
   int64_t batch, first_row, count;                     // rows [first_row, first_row + count) exist
   int64_t some_first, some_last, all_first, all_last;  // as in ColumnBlock
 
@@ -57,7 +57,7 @@ struct TokenBlock {
   }
 };
 
-// Which keys count, whatever the query: padding and scope. A row's own key is GroupValidity's.
+// Which keys count for every query: padding and scope. GroupValidity excludes a row's own key.
 class KeyValidity {
  public:
   explicit KeyValidity(const ral_policy_common& common) : c_(common) {}
@@ -94,7 +94,7 @@ class PolicySide {
         feature_groups(round_up(side.head_dim, kTileRows) / kTileRows),
         padded_spans(round_up(common.num_spans, kLanes)) {}
 
-  // Token sub-blocks that fill a tile for heads that come `group` to a kv head.
+  // Sub-blocks that fill a tile if a kv head has `group` heads.
   static int64_t sub_blocks_for(int64_t group) {
     int64_t sub = 1;
     while (sub < V && group * sub < V) sub *= 2;
@@ -145,15 +145,15 @@ class PolicySide {
                             columns);
   }
 
-  // Query head and row of lane `lane` of vector `vector` of one kv head; false where it is padding.
-  bool locate(const TokenBlock& block, int64_t kv_head, int64_t vector, int64_t lane, int64_t* head,
-              int64_t* row) const {
+  // Query head and row of lane `lane` of vector `vector` of one kv head. Returns false for padding.
+  bool find_head_and_row(const TokenBlock& block, int64_t kv_head, int64_t vector, int64_t lane,
+                         int64_t* head, int64_t* row) const {
     *row = vector % sub_blocks * kLanes + lane;
     *head = kv_head * (side.num_heads / side.num_kv_heads) + vector / sub_blocks;
     return vector < vectors && *row < block.count;
   }
-  // 1 / (Z H), or 0 where the valid keys have no weight to speak of: beyond kSmallestWeight the
-  // inverse, or its product with a row's weight, could overflow.
+  // 1 / (Z H), or 0 where the valid keys weigh less than kSmallestWeight. There the inverse, or its
+  // product with a row's weight, could overflow.
   float inverse_of(float z) const {
     const float total = z * static_cast<float>(side.num_heads);
     return total < kSmallestWeight ? 0.f : 1.f / total;
@@ -179,8 +179,8 @@ class PolicySide {
       for (int64_t i = 0; i < kWidth; ++i) {
         int64_t head, row;
         uint32_t* to = stage + i * padded_steps;
-        if (locate(block, panel / panels, panel % panels * V + i / kLanes, i % kLanes, &head,
-                   &row)) {
+        if (find_head_and_row(block, panel / panels, panel % panels * V + i / kLanes, i % kLanes,
+                              &head, &row)) {
           Compute::load_row(side.dtype, query(block, side.q, head, row), side.head_dim, to);
           memset(to + steps, 0, (padded_steps - steps) * sizeof(uint32_t));
         } else {
@@ -192,13 +192,13 @@ class PolicySide {
     }
   }
 
-  // One number a head and row, spread over [total_panels][kWidth]; `fill` where there is no row.
+  // Spreads one number per head and row over [total_panels][kWidth]; `fill` where there is no row.
   void load_columns(const TokenBlock& block, const float* src, float fill, float* dst) const {
     for (int64_t i = 0; i < total_panels * kWidth; ++i) {
       int64_t head, row;
       const int64_t panel = i / kWidth;
-      const bool exists = locate(block, panel / panels, panel % panels * V + i % kWidth / kLanes,
-                                 i % kLanes, &head, &row);
+      const bool exists = find_head_and_row(
+          block, panel / panels, panel % panels * V + i % kWidth / kLanes, i % kLanes, &head, &row);
       dst[i] = exists ? src[column_index(block, head, row)] : fill;
     }
   }
@@ -206,14 +206,15 @@ class PolicySide {
     for (int64_t i = 0; i < total_panels * kWidth; ++i) {
       int64_t head, row;
       const int64_t panel = i / kWidth;
-      if (locate(block, panel / panels, panel % panels * V + i % kWidth / kLanes, i % kLanes, &head,
-                 &row)) {
+      if (find_head_and_row(block, panel / panels, panel % panels * V + i % kWidth / kLanes,
+                            i % kLanes, &head, &row)) {
         dst[column_index(block, head, row)] = src[i];
       }
     }
   }
 
-  // The normalisers of the block's columns, [2][total_panels][kWidth], from and to the ops' tensor.
+  // Copies the normalisers of the block's columns, [2][total_panels][kWidth], from and to the op's
+  // tensor.
   void load_norm(const TokenBlock& block, const float* src, float* dst) const {
     load_columns(block, src, 0.f, dst);
     load_columns(block, src + norm_stride(), 0.f, dst + columns_size());
@@ -230,8 +231,8 @@ class PolicySide {
     for (int64_t i = 0; i < total_panels * kWidth; ++i) {
       int64_t head, row;
       const int64_t panel = i / kWidth;
-      const bool exists = locate(block, panel / panels, panel % panels * V + i % kWidth / kLanes,
-                                 i % kLanes, &head, &row);
+      const bool exists = find_head_and_row(
+          block, panel / panels, panel % panels * V + i % kWidth / kLanes, i % kLanes, &head, &row);
       const float* from = static_cast<const float*>(b.data) + block.batch * b.stride_b;
       if (exists) from += head * b.stride_h + (block.first_row + row) * b.stride_t;
       for (int64_t s = 0; s < common.num_spans; ++s) {
@@ -240,12 +241,12 @@ class PolicySide {
     }
   }
 
-  // Raw products of one key group with one panel of queries, and what turns them into scores in
-  // powers of two: score log2 e = acc * factor. Hidden keys come out as -inf. `slope`: as in
-  // ScoreTransform.
-  RAL_INLINE float scores(const TokenBlock& block, const uint32_t* packed_rows,
-                          const uint32_t* queries, const float* bias, int64_t panel, int64_t group,
-                          Vec (&acc)[kTileRows][V], Vec* slope) const {
+  // Forms raw products of one key group with one panel of queries. Returns the factor that turns
+  // them into scores in powers of two: score log2 e = acc * factor. Hidden keys come out as -inf.
+  // `slope`: as in ScoreTransform.
+  RAL_INLINE float score_group(const TokenBlock& block, const uint32_t* packed_rows,
+                               const uint32_t* queries, const float* bias, int64_t panel,
+                               int64_t group, Vec (&acc)[kTileRows][V], Vec* slope) const {
     multiply_group<Compute>(acc,
                             packed_rows + (panel / panels * groups + group) * kTileRows * steps,
                             queries + panel * padded_steps * kWidth, kWidth, steps);
@@ -283,11 +284,10 @@ class PolicySide {
           if (slope) slope[r * V + v] = 1.f - t * t;
         }
         if (span >= 0) x = x + load(bias + (span * total_panels + panel) * kWidth + v * kLanes);
-        // finfo.min is a score like others, and stays finite.
+        // finfo.min is a score like others and stays finite.
         x = select((x > hidden) & (x < kLowestScore), broadcast(kLowestScore), x);
         const IntVec seen = (load(block.first_key + row) <= k) & (load(block.last_key + row) >= k);
-        // Rounded here: a multiply-add would leave up to half an ulp of a huge score in the
-        // exponent.
+        // Rounded here: an FMA would leave up to half an ulp of a huge score in the exponent.
         acc[r][v] = real ? select(seen, x * kLog2e, hidden) : hidden;
       }
     }

@@ -1,6 +1,6 @@
-// Streams over the keys that one token block sees, a chunk of key groups at a time: normalisers,
-// head-averaged weights, and what is summed from them. Shared by the forward and the backward of
-// the policy and of its divergence from a reference.
+// Streams over the keys that one token block sees, one chunk of key groups at a time. They form
+// normalisers, head-averaged weights, and sums of these. The forward and the backward of the policy
+// and of its divergence share them.
 #pragma once
 
 #include "policy/divergence_terms.h"
@@ -9,25 +9,25 @@
 namespace ral {
 namespace RAL_ISA {
 
-// 48 keys, or 128: whole vectors for transposes, weights stay in L2.
+// 48 keys, or 128 on AMX: whole vectors for transposes, and weights stay in L2.
 constexpr int64_t kChunkGroups = kTileRows > 16 ? 4 : 8;
 constexpr int64_t kChunkKeys = kChunkGroups * kTileRows;
 
-// One side of a token block, ready for its products. A weight is
-// exp2(score * log2 e - stabiliser) * inverse in every stream: through a float32 lse it would be
-// rounded once more, by as much as lse is large.
+// One side of a token block, ready for its products. Every stream forms a weight as exp2(score *
+// log2 e - stabiliser) * inverse. A float32 lse would round it once more, by as much as lse is
+// large.
 struct SideBlock {
   const uint32_t* keys;     // packed rows of the sample
   const uint32_t* queries;  // [total_panels][padded_steps][kWidth]
   const float* bias;        // [padded_spans][total_panels][kWidth], or null
   const float* stabiliser;  // [total_panels][kWidth], in powers of two; 0 where no key is seen
-  const float* inverse;     // likewise, of the sum of the weights; 0 where no key is seen
+  const float* inverse;     // likewise, 1 / sum of the weights; 0 where no key is seen
 };
 
-// Weights of all heads on all keys, as the stream for the normalisers leaves them: not normalised,
-// relative to the stabiliser that the row had at that chunk.
+// Weights of all heads on all keys, as the stream for the normalisers leaves them. They are not
+// normalised, and relative to the row's stabiliser at that chunk.
 struct WeightCache {
-  float* weights;      // [chunks][total_panels][kChunkKeys][kWidth], or null: nothing is kept
+  float* weights;      // [chunks][total_panels][kChunkKeys][kWidth]; null = nothing is kept
   float* stabilisers;  // [chunks][total_panels][kWidth]
 
   template <class Side>
@@ -36,7 +36,7 @@ struct WeightCache {
   }
 };
 
-// Which rows of a key group count, for the lanes of a token block.
+// Which keys of a group are valid, for the lanes of a token block.
 class GroupValidity {
  public:
   GroupValidity(const ral_policy_common& common, const TokenBlock& block)
@@ -53,7 +53,7 @@ class GroupValidity {
   }
   bool all() const { return scope_ == (uint64_t{1} << kTileRows) - 1 && !has_self_; }
   bool none() const { return scope_ == 0; }
-  // All ones in the lanes of sub-block `sub` for which row `r` of the group is valid.
+  // All ones in the lanes of sub-block `sub` for which key `r` of the group is valid.
   RAL_INLINE IntVec lanes(int r, int64_t sub) const {
     if (!(scope_ >> r & 1)) return IntVec{};
     return load(block_.self_key + sub * kLanes) != static_cast<int32_t>(key_ + r);
@@ -64,7 +64,7 @@ class GroupValidity {
   const TokenBlock& block_;
   const KeyValidity validity_;
   int64_t key_ = 0;
-  uint64_t scope_ = 0;  // bit r: row r counts
+  uint64_t scope_ = 0;  // bit r: key r is in the scope
   bool has_self_ = false;
 };
 
@@ -72,17 +72,17 @@ inline GroupRange visible_groups(const TokenBlock& block, GroupRange within) {
   return groups_of_keys(block.some_first, block.some_last, within);
 }
 
-// Rows of V vectors that lie one after the other, as a tile.
+// Views successive rows of V vectors as a tile.
 template <int V>
 RAL_INLINE Vec (&tile_at(float* rows))
     [kTileRows][V] { return *reinterpret_cast<Vec(*)[kTileRows][V]>(rows); }
 
-// Raw products of one panel with the keys of a chunk, tile[key][kWidth]; what turns each group's
-// into scores, in powers of two; and in `top` [kWidth] the largest of those where it exceeds what
-// is there.
+// Raw products of one panel with the keys of a chunk, tile[key][kWidth]. `factor` turns each
+// group's products into scores in powers of two. `top` [kWidth] rises to the largest of these
+// scores.
 //
-// A function of its own, with its maxima in memory: what its caller would keep in registers across
-// the products pushes their accumulators out (1.25 of the time of sum_weights, Zen 5, GCC 12).
+// It is a function of its own, with its maxima in memory. What the caller keeps in registers across
+// the products would push out their accumulators: sum_weights took 1.25x the time (Zen 5, GCC 12).
 template <class Compute, int V>
 RAL_NOINLINE void score_chunk(const PolicySide<Compute, V>& side, const TokenBlock& block,
                               const SideBlock& in, int64_t panel, GroupRange chunk, float* tile,
@@ -90,14 +90,15 @@ RAL_NOINLINE void score_chunk(const PolicySide<Compute, V>& side, const TokenBlo
   constexpr int64_t kWidth = V * kLanes;
   for (int64_t group = chunk.begin; group < chunk.end; ++group) {
     float* to = tile + (group - chunk.begin) * kTileRows * kWidth;
-    // A cache of weights is too large to be at hand: fetched while the products are formed.
+    // A cache of weights is too large to be near, so it is prefetched while the products are
+    // formed.
     if constexpr (!Compute::kTilesInMemory) {
       RAL_UNROLL for (int i = 0; i < kTileRows * V; ++i)
         __builtin_prefetch(to + i * kLanes, 1);
     }
     Vec registers[kTileRows][V];
     Vec(&x)[kTileRows][V] = Compute::kTilesInMemory ? tile_at<V>(to) : registers;
-    const float f = side.scores(block, in.keys, in.queries, in.bias, panel, group, x, nullptr);
+    const float f = side.score_group(block, in.keys, in.queries, in.bias, panel, group, x, nullptr);
     factor[group - chunk.begin] = f;
     Vec largest[V];
     RAL_UNROLL for (int v = 0; v < V; ++v)
@@ -176,7 +177,7 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
               inside += select(counts, p[r], Vec{});
               outside += select(counts, Vec{}, p[r]);
             }
-            // A NaN must reach the sums whichever side of the selection it falls on.
+            // A NaN must reach the sums on whichever side of the selection it falls.
             sum[v] += select(total == total, inside, total);
             left_out[v] += outside;
           }
@@ -192,9 +193,8 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
   }
 }
 
-// The normaliser of every column and the valid share z of every row of the block: in place over
-// what sum_weights left, where `other` becomes the inverse of the sum and `valid` the valid share
-// W_h.
+// The normaliser of every column and the valid share z of every row. In place over what sum_weights
+// left: `other` becomes the inverse of the sum, `valid` the valid share W_h.
 template <class Compute, int V>
 void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* valid, float* other,
                  float* z) {
@@ -237,13 +237,13 @@ class HeadSums {
   }
 
  private:
-  int64_t row_[V];  // of each vector
+  int64_t row_[V];  // per vector
   const bool one_sub_block_;
 };
 
 // Sum over heads of the weights on the keys of one chunk: mean[key][rows], unscaled. `weights`
-// receives every head's, [total_panels][kChunkKeys][kWidth], and `slope` d score / d (scaled
-// product) where softcap is on; either may be null.
+// receives all heads' weights, [total_panels][kChunkKeys][kWidth]. `slope` receives d score / d
+// (scaled product) if softcap is on. Either may be null.
 template <class Compute, int V>
 void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, const SideBlock& in,
                    GroupRange chunk, float* mean, float* weights, float* slope) {
@@ -257,7 +257,7 @@ void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, 
       Vec local[kTileRows][V], tile_slope[kTileRows * V];
       Vec(&p)[kTileRows][V] = Compute::kTilesInMemory && weights ? tile_at<V>(to) : local;
       const float factor =
-          side.scores(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope);
+          side.score_group(block, in.keys, in.queries, in.bias, panel, group, p, tile_slope);
       RAL_UNROLL for (int v = 0; v < V; ++v) {
         const Vec m = load(in.stabiliser + panel * kWidth + v * kLanes);
         const Vec inverse = load(in.inverse + panel * kWidth + v * kLanes);
@@ -280,8 +280,8 @@ void chunk_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, 
   }
 }
 
-// chunk_weights of chunk `i` from what sum_weights kept. `keeps` leaves the normalised weights in
-// the cache.
+// chunk_weights of chunk `i`, from what sum_weights kept. With `keeps` the cache holds the
+// normalised weights afterwards.
 template <class Compute, int V>
 void recall_weights(const PolicySide<Compute, V>& side, const TokenBlock& block,
                     const SideBlock& in, GroupRange chunk, int64_t i, const WeightCache& cache,
@@ -318,7 +318,7 @@ void recall_weights(const PolicySide<Compute, V>& side, const TokenBlock& block,
   }
 }
 
-// mean -> the policy itself: divided by its sum, 0 on keys that do not count.
+// Turns the mean into the policy: divides it by its sum, and writes 0 on keys that do not count.
 inline void renormalise(const TokenBlock& block, const ral_policy_common& common, GroupRange chunk,
                         int64_t rows, const float* inverse, float* mean) {
   GroupValidity validity(common, block);
@@ -334,8 +334,8 @@ inline void renormalise(const TokenBlock& block, const ral_policy_common& common
   }
 }
 
-// u[c] += sum over the chunk's keys of weights * l; w[c] likewise of the weights on valid keys.
-// l is 0 on keys that do not count. w may be null.
+// u[c] += sum over the chunk's keys of weights * l. w[c] += sum of the weights on valid keys. l is
+// 0 on keys that do not count. w may be null.
 template <class Compute, int V>
 void add_moments(const PolicySide<Compute, V>& side, const TokenBlock& block, GroupRange chunk,
                  const float* weights, const float* l, float* u, float* w) {
@@ -364,8 +364,8 @@ void add_moments(const PolicySide<Compute, V>& side, const TokenBlock& block, Gr
   }
 }
 
-// p and r of a chunk -> l in place of r, and `value` += the divergence's terms. Rows of an infinite
-// divergence keep their infinity in `value`.
+// Reads p and r of a chunk, writes l in place of r, and adds the divergence's terms to `value`.
+// Rows of infinite divergence keep their infinity in `value`.
 inline void divergence_terms(int32_t kind, int64_t count, int64_t rows, const float* p, float* r,
                              float* value) {
   for (int64_t i = 0; i < rows; i += kLanes) {
@@ -380,8 +380,8 @@ inline void divergence_terms(int32_t kind, int64_t count, int64_t rows, const fl
   }
 }
 
-// Settles the rows that have no gradient: nothing to compare where one side has no valid key
-// (inverse 0), and a moment of +inf, which tells the backward, where the divergence is infinite.
+// Settles the rows that have no gradient. Where one side has no valid key (inverse 0) there is
+// nothing to compare. Where the divergence is infinite, a moment of +inf tells the backward.
 template <class Side>
 void finish_divergence(const Side& side, const float* inverse, const float* reference_inverse,
                        float* total, float* moment) {

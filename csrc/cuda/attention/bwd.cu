@@ -1,4 +1,4 @@
-// The backward of `attention`: its kernels, one after the other.
+// The backward of `attention`: launches its kernels in order.
 #include "attention/bwd.h"
 #include "core/launch.h"
 

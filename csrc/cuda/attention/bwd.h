@@ -1,5 +1,5 @@
 // What the backward kernels of `attention` share: equations (8) to (15) of
-// ral_kernels/ops/attention/README.md. dx = ds here: these kernels have no soft cap.
+// ral_kernels/ops/attention/README.md. These kernels have no soft cap, so dx = ds.
 #pragma once
 
 #include "core/keys.h"
@@ -13,19 +13,19 @@ struct AttentionBwdParams {
   ral_attention_outputs outputs;
   ral_attention_gradients gradients;
   float* delta;        // [B, H, T], written by attention_bwd_delta_kernel
-  float* lse_log2;     // [B, H, T], likewise; 0 where a row sees no key
+  float* lse_log2;     // [B, H, T], from the same kernel; 0 where a row sees no key
   int32_t num_blocks;  // of queries or of keys
 };
 
-// Launches of the kernels, each in the .cu file of its name: nvcc compiles them side by side. All
-// return as `run` does. The others need what attention_bwd_delta writes, and set num_blocks.
+// Launches of the kernels, each in the .cu file of its name so that nvcc compiles them in parallel.
+// All return as `run` does. dq and dkdv read what attention_bwd_delta writes, and set num_blocks.
 int attention_bwd_delta(const AttentionBwdParams& params, void* stream);
 int attention_bwd_dq(const AttentionBwdParams& params, void* stream);
 int attention_bwd_dkdv(const AttentionBwdParams& params, void* stream);
 
-// Where the gradient of the marginals is, row by row. Rows without one have none of it.
+// The gradient of the marginals, row by row. Rows without marginals have none.
 struct MarginalGradient {
-  const float* rows;  // of query 0 of the sequence; null: there is no gradient
+  const float* rows;  // from query 0 of the sequence on; null = no gradient
   int64_t num_spans;
   int32_t first, stop;  // queries of the sequence that have one
 
@@ -48,8 +48,8 @@ struct MarginalGradient {
   }
 };
 
-// (11) of one element. A weight of 0 has no gradient, whatever arrives: also inf or NaN, which a
-// loss of log m or of lse sends to rows that see no key.
+// (11) of one element. A weight of 0 has gradient 0 whatever dp is. A loss of log m or of lse sends
+// inf or NaN to rows that see no key.
 RAL_DEVICE float gradient_of_score(float p, float dp, float delta) {
   return p == 0.0f ? 0.0f : p * (dp - delta);
 }

@@ -1,4 +1,5 @@
-// (10): delta = rowsum(dout ∘ out) + rowsum(dm ∘ m) - dlse, a warp a row.
+// Equation (10) of ral_kernels/ops/attention/README.md, one warp per row: delta = rowsum(dout ∘
+// out) + rowsum(dm ∘ m) - dlse. It also writes lse in base 2.
 #pragma once
 
 #include "attention/bwd.h"

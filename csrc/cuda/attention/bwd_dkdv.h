@@ -1,5 +1,6 @@
-// dk and dv of `attention`: a block of threads has kBlockK keys of a kv head and walks over the
-// queries that see them, head by head, so that the sum over a group is one sum, in one order.
+// dk and dv of `attention`: equations (8), (9), (11) and (15) of
+// ral_kernels/ops/attention/README.md. A CTA has kBlockK keys of a kv head. It walks over the
+// queries that see them, head by head, so that the sum over a group has one fixed order.
 #pragma once
 
 #include "attention/bwd_scores.h"
@@ -61,7 +62,7 @@ struct attention_bwd_dkdv_kernel {
       const T* dout_rows =
           has_dout ? rows_of<const T>(dout_tensor, block.b, h, sequence.q_start) : nullptr;
       for (int32_t first = range.low / kBlockQ * kBlockQ; first <= range.high; first += kBlockQ) {
-        sync_block();  // all are done with the queries before
+        sync_block();  // the previous queries are no longer read
         copy_rows<kBlockQ, kThreads>(q, q_rows + first * call.q.stride_t, call.q.stride_t,
                                      [&](int row) { return first + row < sequence.length_q; });
         commit_copies();
@@ -78,12 +79,12 @@ struct attention_bwd_dkdv_kernel {
           store_shared(statistics + kBlockQ + thread_index(), keys.delta_of(delta, dm, query));
         }
         wait_for_copies<1>();
-        sync_block();                // k, v, q and the statistics are here
-        float p[1][kBlockQ / 8][4];  // transposed: keys down, queries across
+        sync_block();                // k, v, q and the statistics have arrived
+        float p[1][kBlockQ / 8][4];  // transposed: rows are keys, columns are queries
         multiply_transposed(p, k, warp_key, q);
         keys.weigh(p, statistics, scale, block.visibility, first);
         wait_for_copies<0>();
-        sync_block();              // dout is here
+        sync_block();              // dout has arrived
         add_product(dv, p, dout);  // (8)
         float ds[1][kBlockQ / 8][4];
         multiply_transposed(ds, v, warp_key, dout);
@@ -91,8 +92,8 @@ struct attention_bwd_dkdv_kernel {
         add_product(dk, ds, q);  // (15), without the scale
       }
     }
-    wait_for_copies<0>();  // of keys that no query sees
-    sync_block();          // k and v become the stage of the results
+    wait_for_copies<0>();  // in flight still where no query sees the keys
+    sync_block();          // k and v now stage the results
     store_rows<1>(
         rows_of<T>(params.gradients.dk, block.b, block.kv_head, block.first_token),
         params.gradients.dk.stride_t, warp_key, block.num_keys, dk, [&](int) { return call.scale; },

@@ -1,5 +1,5 @@
 // dk and dv of `attention` for Hopper: equations (8), (9), (11) and (15) of
-// ral_kernels/ops/attention/README.md. Ordering: attention/bwd_sm90.h.
+// ral_kernels/ops/attention/README.md. attention/bwd_sm90.h says why accesses are in order.
 #pragma once
 
 #include "attention/bwd_sm90.h"
@@ -7,9 +7,9 @@
 namespace ral {
 namespace cuda {
 
-// One block of threads: 64 keys of a kv head for each consumer warpgroup, and over the queries that
-// see them, head by head, so that the sum over a group is one sum, in one order. Scores are
-// transposed, keys down: their accumulators are the left factors of pᵀ dout and dsᵀ q.
+// One CTA has 64 keys of a kv head for each consumer warpgroup. It walks over the queries that see
+// them, head by head, so that the sum over a group has one fixed order. Scores are transposed, so
+// their accumulators are the A operands of pᵀ dout and dsᵀ q.
 template <typename T, int kHeadDim>
 struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
   using Params = AttentionBwdSm90Params;
@@ -19,9 +19,9 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
   static constexpr int kGroupK = kPanelRows, kBlockKeys = kGroupK * kConsumers;
   static constexpr int kBlockQ = kPanelRows, kLaneQueries = kBlockQ / kWarpSize;
   static constexpr int kMinBlocks = 1;
-  static constexpr int kStatisticsBytes = 2 * kBlockQ * int(sizeof(float));  // of a warp
+  static constexpr int kStatisticsBytes = 2 * kBlockQ * int(sizeof(float));  // per warp
   static constexpr int kUsedBytes = Base::kStatisticsAt + 4 * kConsumers * kStatisticsBytes;
-  static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // to move to such a multiple
+  static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // room to align to 1024 bytes
   static_assert(kGroupK == kBlockK, "a warp knows of 64 keys");
 
   static const char* name() { return "attention_bwd_dkdv_sm90_kernel"; }
@@ -30,7 +30,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     const KeysOfBlock block = keys_of_block(params.backward, kBlockKeys);
     if (block.num_keys <= 0) return;
     shared = Base::aligned(shared);
-    Barriers& barriers = Base::begin(shared);
+    Barriers& barriers = Base::set_up_barriers(shared);
     const QueryRange range(block, block.first_key, block.num_keys);
     const int32_t begin = range.low / kBlockQ * kBlockQ;
     const int group = warp_index() / 4;
@@ -65,11 +65,11 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
                                  int32_t high, char* shared, Barriers& barriers, int group) {
     const AttentionBwdParams& backward = params.backward;
     const ral_attention_params& call = backward.call;
-    const int warp_key = warp_index() % 4 * 16;  // the warp's first, within the group
+    const int warp_key = warp_index() % 4 * 16;  // the warp's first key in its warpgroup
     const int32_t first_key = block.first_key + group * kGroupK;
-    const int32_t num_keys = block.num_keys - group * kGroupK;  // none, if that is negative
+    const int32_t num_keys = block.num_keys - group * kGroupK;  // none if negative
     const WarpKeys keys(block, first_key, warp_key);
-    // The group's own queries: of the others, none is worth its products.
+    // Queries that see the warpgroup's own keys. Products with others would be wasted.
     const QueryRange range(block, first_key, minimum(num_keys, kGroupK));
     const int32_t own_begin = range.low / kBlockQ * kBlockQ;
     float* const lse_log2 = reinterpret_cast<float*>(
@@ -102,7 +102,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
         char* const dout_tile = Base::tile(shared, ring, 1);
         const uint32_t q = shared_address(q_tile), dout = shared_address(dout_tile);
         const int32_t num_queries = block.sequence.length_q - first;
-        float own_lse[kLaneQueries], own_delta[kLaneQueries];  // on their way during the products
+        float own_lse[kLaneQueries], own_delta[kLaneQueries];  // loaded while products run
         RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
           const int32_t row = i * kWarpSize + lane_index();
           const bool there = row < num_queries;
@@ -112,7 +112,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
           own_delta[i] = keys.delta_of(own_delta[i], dm, first + row);
         }
         Base::wait_for(barriers, ring, 0);
-        // What the copy engine does not give as zeros: queries of the sequence behind.
+        // TMA does not zero queries of the next sequence.
         if (call.cu_seqlens_q != nullptr && num_queries < kBlockQ) {
           Base::wait_for(barriers, ring, 1);
           clear_rows<kPanels>(q_tile, ~uint64_t(0) << num_queries);
@@ -124,7 +124,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
         Base::wait_for(barriers, ring, 1);
         start_all_scores<T, kHeadDim>(ds[0], v, dout);  // (9), without dm
 
-        sync_warp();  // all lanes are done with the statistics before
+        sync_warp();  // all lanes have read the previous statistics
         RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
           store_shared(lse_log2 + i * kWarpSize + lane_index(), own_lse[i]);
           store_shared(delta + i * kWarpSize + lane_index(), own_delta[i]);

@@ -1,4 +1,5 @@
-// dq of `attention`: a block of threads has kBlockQ queries of a head and walks over their keys.
+// dq of `attention`: equations (9), (11) and (14) of ral_kernels/ops/attention/README.md. A CTA has
+// kBlockQ queries of a head and walks over the keys that they see.
 #pragma once
 
 #include "attention/bwd_scores.h"
@@ -48,7 +49,7 @@ struct attention_bwd_dq_kernel {
     const KeyRange range(block.visibility, block.first_query, block.num_queries);
 
     for (int32_t first = range.low / kBlockK * kBlockK; first <= range.high; first += kBlockK) {
-      // 0 · NaN is NaN: neither keys nor values behind padding are read.
+      // 0 · NaN is NaN, so neither keys nor values of padding are read.
       const auto is_real = [&](int row) {
         return first + row < block.visibility.length_k &&
                (block.padding == nullptr || load_global(block.padding + first + row) != 0);
@@ -60,19 +61,19 @@ struct attention_bwd_dq_kernel {
       const KeyBlock keys =
           load_key_block(block.ids, block.padding, first, block.visibility.length_k);
       wait_for_copies<1>();
-      sync_block();  // q, dout and k are here
+      sync_block();  // q, dout and k have arrived
       float p[1][kBlockK / 8][4];
       multiply_transposed(p, q, warp_row, k);
       rows.weigh(p, keys, first, range, scale, block.visibility);
       wait_for_copies<0>();
-      sync_block();  // v is here
+      sync_block();  // v has arrived
       float ds[1][kBlockK / 8][4];
       multiply_transposed(ds, dout, warp_row, v);  // (9), without dm
       rows.differentiate(ds, p, keys, block);
       add_product(dq, ds, k);  // (14), without the scale
-      sync_block();            // all are done with k and v
+      sync_block();            // k and v are no longer read
     }
-    wait_for_copies<0>();  // of queries that see no key, in a block without any
+    wait_for_copies<0>();  // in flight still where queries see no key
     sync_block();
     store_rows<1>(
         rows_of<T>(params.gradients.dq, b, h, first_token), params.gradients.dq.stride_t, warp_row,

@@ -1,5 +1,5 @@
 // dq of `attention` for Hopper: equations (9), (11) and (14) of
-// ral_kernels/ops/attention/README.md. Ordering: attention/bwd_sm90.h.
+// ral_kernels/ops/attention/README.md. attention/bwd_sm90.h says why accesses are in order.
 #pragma once
 
 #include "attention/bwd_sm90.h"
@@ -7,8 +7,8 @@
 namespace ral {
 namespace cuda {
 
-// One block of threads: 64 queries of a head for each consumer warpgroup, and over the keys that
-// they see.
+// One CTA has 64 queries of a head for each consumer warpgroup, and walks over the keys that they
+// see.
 template <typename T, int kHeadDim>
 struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 ? 3 : 2> {
   using Params = AttentionBwdSm90Params;
@@ -26,7 +26,7 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     const QueriesWithGradient block(params.backward, kBlockQ);
     if (block.num_queries <= 0) return;
     shared = Base::aligned(shared);
-    Barriers& barriers = Base::begin(shared);
+    Barriers& barriers = Base::set_up_barriers(shared);
     const KeyRange range(block.visibility, block.first_query, block.num_queries);
     const int32_t begin = range.low / kBlockK * kBlockK;
     const int group = warp_index() / 4;
@@ -58,14 +58,14 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
                                  int group) {
     const AttentionBwdParams& backward = params.backward;
     const ral_attention_params& call = backward.call;
-    const int warp_row = warp_index() % 4 * 16;  // the warp's first, within the group
-    const int32_t num_queries = block.num_queries - group * kGroupQ;  // none, if that is negative
+    const int warp_row = warp_index() % 4 * 16;  // the warp's first row in its warpgroup
+    const int32_t num_queries = block.num_queries - group * kGroupQ;  // none if negative
     const WarpQueries rows(backward, block, group * kGroupQ + warp_row);
-    // The group's own keys: of the others, none is worth its products.
+    // Keys that the warpgroup's own queries see. Products with others would be wasted.
     const KeyRange range(block.visibility, block.first_query + group * kGroupQ,
                          minimum(num_queries, kGroupQ));
     const int32_t own_begin = range.low / kBlockK * kBlockK;
-    // What the copy engine does not give as zeros: keys behind padding, and of other sequences.
+    // TMA does not zero padding, nor keys of other sequences.
     const bool is_ragged = block.padding != nullptr || call.cu_seqlens_q != nullptr;
     char* const q_tile = shared + Base::own_at(0) + group * kTileBytes;
     const uint32_t q = shared_address(q_tile);

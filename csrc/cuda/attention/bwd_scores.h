@@ -1,6 +1,6 @@
-// What the backward kernels of `attention` do between their products, for a warp's 16 rows of
-// scores against a block: weights (5), their gradients (9) without the product, and (11). The order
-// of their sums is one for all kernels.
+// What the backward kernels of `attention` do between products, for a warp's 16 rows of scores.
+// They form weights (5), the part of (9) that is no product, and (11). All kernels sum in the same
+// order.
 #pragma once
 
 #include "attention/bwd.h"
@@ -10,7 +10,7 @@
 namespace ral {
 namespace cuda {
 
-// ---- A block of threads with keys: dk, dv -------------------------------------------------------
+// ---- CTAs with keys: dk, dv ---------------------------------------------------------------------
 
 RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t block_k) {
   return {params.call, params.num_blocks, block_k, params.gradients.dmarginals != nullptr};
@@ -27,13 +27,14 @@ struct QueryRange {
                                      block.sequence.length_q - 1)) {}
 };
 
-// A warp's 16 keys of a block of kBlockK; scores are transposed: keys down, queries across.
+// A warp's 16 keys of a block of kBlockK. Scores are transposed: rows are keys, columns are
+// queries.
 struct WarpKeys {
   static constexpr int kRows = 2;
   KeyBlock keys;
-  int32_t first_key, warp_key;  // of the block; the warp's first, within the block
+  int32_t first_key, warp_key;  // the block's first; the warp's first, in the block
   bool has_dm;
-  int32_t span[kRows], only_span;  // of the lane's keys; of the block, if it has but one
+  int32_t span[kRows], only_span;  // of the lane's keys; of the block, if it has only one
   bool real[kRows];
 
   RAL_DEVICE WarpKeys(const KeysOfBlock& block, int32_t first_key, int warp_key)
@@ -51,13 +52,13 @@ struct WarpKeys {
     }
   }
 
-  // What to take off the gradients of a query's weights. In a block within one span dm is the same
-  // for all keys: part of it.
+  // What (11) subtracts from the gradients of a query's weights. In a block within one span dm is
+  // the same for all keys, so it is part of this.
   RAL_DEVICE float delta_of(float delta, const MarginalGradient& dm, int32_t query) const {
     return has_dm && keys.is_one_span() ? delta - dm.at(query, only_span) : delta;
   }
 
-  // Scores become weights (5). lse_log2: of the queries, in shared memory.
+  // Turns scores into weights (5). lse_log2: of the queries, in shared memory.
   template <int kTiles>
   RAL_DEVICE void weigh(float (&p)[1][kTiles][4], const float* lse_log2, float scale,
                         const Visibility& visibility, int32_t first_query) const {
@@ -70,14 +71,15 @@ struct WarpKeys {
         high = exp2(high * scale - lse.y);
       }
     }
-    // Queries beyond the last are zeros, and so is all that they add.
+    // Queries past the last are zeros, and all that they add is zero.
     const bool all_visible = ~keys.real == 0 &&
                              visibility.first_key(first_query + 8 * kTiles - 1) <= first_key &&
                              visibility.last_key(first_query) >= first_key + kBlockK - 1;
     if (!all_visible) hide(p, visibility, first_query);
   }
 
-  // Gradients of weights become those of scores: (9), of which `ds` has the product, and (11).
+  // Turns gradients of weights into gradients of scores: the rest of (9), whose product is in `ds`,
+  // and (11).
   template <int kTiles>
   RAL_DEVICE void differentiate(float (&ds)[1][kTiles][4], const float (&p)[1][kTiles][4],
                                 const float* delta, const MarginalGradient& dm,
@@ -97,7 +99,7 @@ struct WarpKeys {
  private:
   RAL_DEVICE static int mine() { return 2 * (lane_index() % 4); }
 
-  // 0 where the query does not see the lane's key.
+  // Writes 0 where the query does not see the lane's key.
   template <int kTiles>
   RAL_DEVICE void hide(float (&p)[1][kTiles][4], const Visibility& visibility,
                        int32_t first_query) const {
@@ -113,7 +115,7 @@ struct WarpKeys {
     }
   }
 
-  // Adds the gradient of the marginals, of each key's own span.
+  // Adds the gradient of the marginals, for each key's own span.
   template <int kTiles>
   RAL_DEVICE void add_dm(float (&dp)[1][kTiles][4], const MarginalGradient& dm,
                          int32_t first_query) const {
@@ -125,7 +127,7 @@ struct WarpKeys {
   }
 };
 
-// ---- A block of threads with queries: dq --------------------------------------------------------
+// ---- CTAs with queries: dq ----------------------------------------------------------------------
 
 struct QueriesWithGradient : QueriesOfBlock {
   MarginalGradient dm;
@@ -136,8 +138,8 @@ struct QueriesWithGradient : QueriesOfBlock {
         dm(params, sequence, b, h) {}
 };
 
-// Keys [low, high] that one of the queries [first_query, first_query + num_queries) may see, and
-// those that all of them see, before padding.
+// Keys [low, high] that some of the queries [first_query, first_query + num_queries) may see, and
+// [full_low, full_high] that all of them see, before padding.
 struct KeyRange {
   int32_t low, high, full_low, full_high;
 
@@ -148,14 +150,13 @@ struct KeyRange {
         full_high(visibility.last_key(first_query)) {}
 };
 
-// A warp's 16 queries: queries down, keys across.
+// A warp's 16 queries. Rows are queries, columns are keys.
 struct WarpQueries {
   static constexpr int kRows = 2;
-  int32_t warp_query;  // the warp's first, in the sequence
+  int32_t warp_query;  // the warp's first query in the sequence
   float lse_log2[kRows], delta[kRows];
 
-  // The warp's rows begin `warp_row` behind those of the block, which has num_queries from
-  // first_query on.
+  // The warp's rows begin `warp_row` after the block's first query.
   RAL_DEVICE WarpQueries(const AttentionBwdParams& params, const QueriesWithGradient& block,
                          int warp_row)
       : warp_query(block.first_query + warp_row) {
@@ -170,7 +171,7 @@ struct WarpQueries {
     }
   }
 
-  // Scores become weights (5), of keys from `first` on.
+  // Turns scores of keys from `first` on into weights (5).
   RAL_DEVICE void weigh(float (&p)[1][kBlockK / 8][4], const KeyBlock& keys, int32_t first,
                         const KeyRange& range, float scale, const Visibility& visibility) const {
     RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
@@ -179,13 +180,14 @@ struct WarpQueries {
     if (!all_visible || ~keys.real != 0) hide(p, visibility, keys.real, first, warp_query, 0.0f);
   }
 
-  // Gradients of weights become those of scores: (9), of which `ds` has the product, and (11).
+  // Turns gradients of weights into gradients of scores: the rest of (9), whose product is in `ds`,
+  // and (11).
   RAL_DEVICE void differentiate(float (&ds)[1][kBlockK / 8][4], const float (&p)[1][kBlockK / 8][4],
                                 const KeyBlock& keys, const QueriesWithGradient& block) const {
     const bool has_dm = block.ids != nullptr;
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
       const int32_t query = warp_query + row_in_warp(i);
-      // In a block within one span dm is the same for all of the row's keys: part of delta.
+      // In a block within one span dm is the same for all keys of a row, so it is part of delta.
       float row_delta = delta[i];
       if (has_dm && keys.is_one_span()) row_delta -= block.dm.at(query, keys.span_of(0));
       RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL

@@ -1,5 +1,5 @@
-// The backward of `attention` for Hopper, kernel by kernel; see attention/fwd_sm90.cu, also for
-// what is left to ral_cuda_attention_bwd.
+// The backward of `attention` for Hopper: launches its kernels in order. attention/fwd_sm90.cu says
+// which calls it leaves to ral_cuda_attention_bwd.
 #include "core/launch.h"
 
 #ifdef RAL_CUDA_SM90
@@ -33,7 +33,8 @@ int attention_bwd_sm90(const AttentionBwdParams& backward, void* stream) {
 
 #endif
 
-// As ral_cuda_attention_bwd. kNotTaken: nothing was launched, and ral_cuda_failed_kernel says why.
+// As ral_cuda_attention_bwd. After kNotTaken nothing was launched, and ral_cuda_failed_kernel says
+// why.
 extern "C" RAL_EXPORT int32_t ral_cuda_attention_bwd_sm90(const ral_attention_params* call,
                                                           const ral_attention_outputs* outputs,
                                                           const ral_attention_gradients* gradients,

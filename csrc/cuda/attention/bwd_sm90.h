@@ -1,4 +1,5 @@
-// What the backward kernels of `attention` for Hopper share: their parameters, their roles.
+// What the backward kernels of `attention` for Hopper share: parameters, roles of warpgroups and
+// the ring of stages. The list below argues that accesses to shared memory are in order.
 #pragma once
 
 #include "attention/bwd_scores.h"
@@ -8,60 +9,58 @@ namespace ral {
 namespace cuda {
 
 struct AttentionBwdSm90Params {
-  // Boxes of 64 tokens. Without dout, `dout` is any map of queries, read beyond its tensor alone,
-  // where the copy engine gives zeros.
+  // Boxes of 64 tokens. Without dout, `dout` is a map of the queries. It is then read only past the
+  // end of its tensor, where TMA gives zeros.
   TensorMap q, k, v, dout;
   AttentionBwdParams backward;
 
-  // Where a tile of dout begins that is wanted from `token` on.
+  // The token from which TMA reads the dout tile of `token`.
   RAL_DEVICE int32_t dout_token(int32_t token) const {
     return backward.gradients.dout.data != nullptr ? token : int32_t(backward.call.seqlen_q);
   }
 };
 
-// As attention_bwd_dq and attention_bwd_dkdv of attention/bwd.h.
+// Hopper versions of attention_bwd_dq and attention_bwd_dkdv of attention/bwd.h.
 int attention_bwd_dq_sm90(const AttentionBwdSm90Params& params, void* stream);
 int attention_bwd_dkdv_sm90(const AttentionBwdSm90Params& params, void* stream);
 
-// A block of threads: kConsumers warpgroups with a tile of keys (dk, dv) or queries (dq) each, of
-// which they have two tensors in shared memory, and one warpgroup before them, the producer, that
-// has the copy engine bring tiles of two tensors of the other side through a ring of kStages pairs
-// of buffers. The producer has few registers, the consumers many.
+// A CTA has kConsumers consumer warpgroups, each with a tile of keys (dk, dv) or of queries (dq).
+// Each keeps its tile of two tensors in shared memory. One producer warpgroup issues TMA copies of
+// two tensors of the other side, through a ring of kStages pairs of buffers. The producer keeps few
+// registers and the consumers take many.
 //
-// Why nothing is read too early or overwritten too early, in both kernels:
-//  1. Full: the producer arrives at `full` with the bytes to come, and the copy engine completes
-//     them, so a phase ends when all are there. Every consumer waits for every phase of every
-//     buffer, in order, also where it has nothing to do for it: none is skipped, so that a parity
-//     never stands for a phase two turns off. It waits for `full_own` before all else: no copy is
-//     running when the block ends.
-//  2. Empty: a lane of each consumer warp arrives when the warp's part of all products that read
-//     the buffer is done (wait_for_products returns once it is), 4 kConsumers arrivals in all. The
-//     producer waits for them before it has the buffer filled again; reads by tensor cores and
-//     writes by the copy engine are of one proxy, ordered by that barrier.
-//  3. Deadlock: a consumer waits for both buffers of a pair and gives both up before it waits for
-//     the next pair; the producer fills pairs in that order, and waits for none but the one
-//     kStages before.
-//  4. Registers: begin_products (wgmma.fence) stands between the last access to accumulators or
-//     left factors and the products that start. While products run, nothing touches their
-//     registers. Groups end in the order in which they began: with wait_for_products<1> all but
-//     the newest are done. pin() keeps the compiler to it. No product runs from one pair to the
-//     next.
-//  5. Rows that are padding, or of another sequence, would reach a sum as 0 · NaN where they are
-//     contracted over. Each consumer that uses the tile overwrites them with zeros by ordinary
-//     stores, publishes these to the async proxy and meets its other warps before its products
-//     read them. Several consumers may do so: they write the same zeros, and all before they give
-//     the buffer up. The copy that fills it next comes behind the same fence and the arrival at
-//     `empty`. Where such rows are rows of scores, or their columns outside of a sum, the weights
-//     are set to 0, and so is what is made from them, whatever came.
-//  6. Results pass through the consumer's own tiles in shared memory: its four warps meet after
-//     their last products, each having waited for its own, before the first store.
-//  7. What lanes exchange by ordinary accesses (statistics of queries) is a warp's own: sync_warp
-//     stands on both sides of the stores.
+// Why no buffer is read or overwritten too early, in both kernels:
+//  1. Full. The producer arrives at `full` with the expected bytes, and TMA completes them. So a
+//     phase ends when all bytes have arrived. Every consumer waits for every phase of every buffer,
+//     in order, even where it has nothing to do. It skips none, so a parity never stands for a
+//     phase two turns away. It waits for `full_own` first: no copy is running when the CTA ends.
+//  2. Empty. One lane of each consumer warp arrives when the warp's part of all products that read
+//     the buffer is done: 4 kConsumers arrivals in all. wait_for_products returns once it is done.
+//     The producer waits for these arrivals before it refills the buffer. Reads by wgmma and writes
+//     by TMA belong to one proxy, and that mbarrier orders them.
+//  3. Deadlock. A consumer waits for both buffers of a pair, and releases both before it waits for
+//     the next pair. The producer fills pairs in that order. It waits only for the
+//     release of the pair kStages before.
+//  4. Registers. begin_products (wgmma.fence) stands between the last access to accumulators or A
+//     operands and the products that start. While products run, no thread touches their registers.
+//     Groups end in the order in which they began: after wait_for_products<1> all but the newest
+//     are done. pin() holds the compiler to this order. No product runs from one pair to the next.
+//  5. Padding. Rows that are padding, or of another sequence, would enter a sum as 0 · NaN where a
+//     product contracts over them. Each consumer that uses the tile zeroes them with ordinary
+//     stores, publishes these to the async proxy and synchronises its warps. Its products read them
+//     only then. Several consumers may do so: they write the same zeros, and all before they
+//     release the buffer. The copy that refills it comes after the same fence and the arrival at
+//     `empty`. Where such rows are rows or columns of scores, no product contracts over them. Their
+//     weights are set to 0, and so is all that is made from these, whatever the scores were.
+//  6. Results. They pass through the consumer's own tiles in shared memory. Its four warps
+//     synchronise before the first store, each after waiting for its own last products.
+//  7. Statistics. Lanes exchange statistics of queries by ordinary accesses within a warp: a
+//     sync_warp stands on both sides of the stores.
 template <int kHeadDim, int kConsumerWarpgroups>
 struct AttentionBwdSm90 {
   static constexpr int kConsumers = kConsumerWarpgroups;
   static constexpr int kThreads = kGroupThreads * (kConsumers + 1);
-  // An SM has 64 Ki registers: what the producer leaves goes to the consumers.
+  // The producer's unused registers go to the consumers; an SM has 64 Ki.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
   static_assert(kGroupThreads * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536,
@@ -71,11 +70,11 @@ struct AttentionBwdSm90 {
   static constexpr int kTileBytes = kPanels * kPanelBytes;
   static constexpr int kStages = 3;
 
-  // The first of each pair is what scores are of (k or q), the second of dout and v.
+  // Index 0 is the operand of scores (q or k), index 1 that of gradients of weights (dout or v).
   struct Barriers {
     Barrier full_own, full[2][kStages], empty[2][kStages];
   };
-  // In this order; the tiles begin at multiples of 1024 bytes.
+  // Offsets in shared memory, in this order. The tiles begin at multiples of 1024 bytes.
   RAL_ARITHMETIC static int own_at(int which) { return which * kConsumers * kTileBytes; }
   RAL_ARITHMETIC static int ring_at(int which) {
     return (2 * kConsumers + which * kStages) * kTileBytes;
@@ -83,12 +82,12 @@ struct AttentionBwdSm90 {
   static constexpr int kBarriersAt = (2 * kConsumers + 2 * kStages) * kTileBytes;
   static constexpr int kStatisticsAt = kBarriersAt + int(sizeof(Barriers) + 15) / 16 * 16;
 
-  // The block's shared memory from a multiple of 1024 bytes on.
+  // The CTA's shared memory from a multiple of 1024 bytes on.
   RAL_DEVICE static char* aligned(char* shared) {
     return shared + (-shared_address(shared) & (kSwizzledBytes - 1));
   }
 
-  RAL_DEVICE static Barriers& begin(char* shared) {
+  RAL_DEVICE static Barriers& set_up_barriers(char* shared) {
     auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriersAt);
     if (thread_index() == 0) {
       begin_barrier(&barriers->full_own, 1);
@@ -103,9 +102,9 @@ struct AttentionBwdSm90 {
     return *barriers;
   }
 
-  // ---- Producer: a warp, in step; one lane of it speaks to the copy engine ----------------------
+  // ---- Producer: one converged warp, whose lane 0 issues the copies -----------------------------
 
-  // The consumers' own tiles, of tokens from `first` and `second` on.
+  // Copies the consumers' own tiles, from tokens `first_token` and `second_token` on.
   RAL_DEVICE static void bring_own(char* shared, Barriers& barriers, const TensorMap& first,
                                    const TensorMap& second, int32_t first_token,
                                    int32_t second_token, int64_t head, int64_t batch) {
@@ -121,7 +120,7 @@ struct AttentionBwdSm90 {
     }
   }
 
-  // The next of one side of the ring.
+  // Waits for the release of one buffer of a pair, then refills it.
   RAL_DEVICE static void bring(char* shared, Barriers& barriers, const Ring<kStages>& ring,
                                int which, const TensorMap& map, int32_t token, int64_t head,
                                int64_t batch) {

@@ -6,15 +6,15 @@
 namespace ral {
 namespace cuda {
 
-// One block of threads: kBlockQ queries of a head over all keys that they see. A warp has rows of
-// its own; K and V pass through shared memory, one block of each at a time: K arrives while the
-// block before is multiplied with its V, V while scores are formed.
+// One CTA has kBlockQ queries of a head and walks over all keys that they see. Each warp owns
+// kWarpQ rows. K and V pass through shared memory, one block of each at a time. The next K arrives
+// while weights are multiplied with V; V arrives while scores are formed.
 template <typename T, int kHeadDim>
 struct attention_fwd_kernel {
   using Params = AttentionFwdParams;
   static constexpr int kRowTiles = 2, kWarps = 4;
-  static constexpr int kRows = 2 * kRowTiles;    // of a lane
-  static constexpr int kWarpQ = 16 * kRowTiles;  // of a warp
+  static constexpr int kRows = 2 * kRowTiles;    // per lane
+  static constexpr int kWarpQ = 16 * kRowTiles;  // per warp
   static constexpr int kBlockQ = kWarpQ * kWarps;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = 2;
@@ -40,14 +40,14 @@ struct attention_fwd_kernel {
     const T* k_rows = rows_of<const T>(call.k, block.b, block.kv_head, sequence.k_start);
     const T* v_rows = rows_of<const T>(call.v, block.b, block.kv_head, sequence.k_start);
 
-    const int warp_row = warp_index() * kWarpQ;  // the warp's first, within the block
+    const int warp_row = warp_index() * kWarpQ;  // the warp's first row in the CTA
     auto* marginal_rows = reinterpret_cast<MarginalRows*>(v.data + kBlockK * kHeadDim);
     Marginals<kRowTiles> marginals = begin_marginals<kRowTiles>(
         params, block, block.first_token, num_queries, warp_row, marginal_rows + warp_index());
 
     float out[kRowTiles][kHeadDim / 8][4];
     clear(out);
-    float m[kRows], normaliser[kRows];  // base 2; each lane's part of the sum
+    float m[kRows], normaliser[kRows];  // m in base 2; normaliser: the lane's part of the sum
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
       m[i] = minus_infinity();
       normaliser[i] = 0.0f;
@@ -56,7 +56,7 @@ struct attention_fwd_kernel {
 
     const int32_t last_query = first_query + num_queries - 1;
     const int32_t low = visibility.first_key(first_query), high = visibility.last_key(last_query);
-    // Keys that all rows see, before padding.
+    // Range of keys that all rows see, before padding.
     const int32_t full_low = visibility.first_key(last_query);
     const int32_t full_high = visibility.last_key(first_query);
     const int32_t begin = low / kBlockK * kBlockK;
@@ -77,8 +77,8 @@ struct attention_fwd_kernel {
     for (int32_t first = begin; first <= high; first += kBlockK) {
       const KeyBlock keys = load_key_block(block.ids, block.padding, first, visibility.length_k);
       wait_for_copies<0>();
-      sync_block();  // K is here, and V of the block before is no longer needed
-      // 0 · NaN is NaN: values behind padding are not read.
+      sync_block();  // K has arrived; the previous block's V is no longer read
+      // 0 · NaN is NaN, so values of padding are not read.
       copy_keys(v, v_rows, call.v.stride_t, first, block.padding);
       Scores s;
       multiply_transposed(s, q, warp_row, k);
@@ -96,13 +96,13 @@ struct attention_fwd_kernel {
       }
       if (marginals.num_spans != 0 && !keys.is_one_span()) marginals.add_spans(s, keys, m);
       wait_for_copies<0>();
-      sync_block();  // V is here, and all have formed their scores
+      sync_block();  // V has arrived; all warps have formed their scores
       if (first + kBlockK <= high) copy_keys(k, k_rows, call.k.stride_t, first + kBlockK, nullptr);
       add_product(out, s, v);  // (6)
     }
-    wait_for_copies<0>();  // of queries that see no key, in a block without any
+    wait_for_copies<0>();  // in flight still where queries see no key
     sync_block();
-    // The warp's queries are no longer needed: its part of their tile takes the output.
+    // The warp's rows of the query tile are no longer read, so they stage the output.
     finish<kRowTiles>(params, block, block.first_token, num_queries, warp_row, q, out, m,
                       normaliser, marginals);
   }

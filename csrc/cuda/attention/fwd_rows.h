@@ -1,5 +1,5 @@
-// What the forward kernels of `attention` share around their loop over keys: where the marginals of
-// a block of threads go, and what is written at the end.
+// What the forward kernels of `attention` do around their loop over keys: they set up the marginals
+// before it and write the results after it.
 #pragma once
 
 #include "core/blocks.h"
@@ -18,8 +18,8 @@ RAL_DEVICE QueriesOfBlock queries_of_block(const AttentionFwdParams& params, int
   return {params.call, params.num_q_blocks, block_q, params.outputs.marginals != nullptr};
 }
 
-// The marginals of a warp's rows, of `num_queries` from token `first_token` on; warp_row is the
-// warp's first among them. `at`: 16 bytes of shared memory of this warp alone.
+// The marginals of a warp's rows. `num_queries` rows begin at token `first_token`; warp_row is the
+// warp's first among them. `at`: 16 bytes of shared memory that the warp owns.
 template <int kRowTiles>
 RAL_DEVICE Marginals<kRowTiles> begin_marginals(const AttentionFwdParams& params,
                                                 const QueriesOfBlock& block, int64_t first_token,
@@ -40,8 +40,8 @@ RAL_DEVICE Marginals<kRowTiles> begin_marginals(const AttentionFwdParams& params
   return marginals;
 }
 
-// Writes lse, marginals and out of a warp's rows, which are counted as in begin_marginals. m,
-// normaliser: base 2, and each lane's part of the sum. The rows of `stage` are the warp's own.
+// Writes lse, marginals and out of a warp's rows, counted as in begin_marginals. m is in base 2;
+// normaliser holds each lane's part of the sum. The warp owns its rows of `stage`.
 template <int kRowTiles, typename T, int kHeadDim>
 RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& block,
                        int64_t first_token, int32_t num_queries, int warp_row,

@@ -1,10 +1,11 @@
-// Launch of the forward of `attention` for Hopper. Compiled for sm_90a alone, with RAL_CUDA_SM90;
-// by an nvcc that does not know sm_90a without it, and then it only says so.
+// Launch of the forward of `attention` for Hopper. With RAL_CUDA_SM90 it is compiled for sm_90a
+// alone. An nvcc that does not know sm_90a compiles it without that macro; the entry points then
+// only say so.
 //
-// It takes all that ral_cuda_attention_fwd takes, key padding and packed sequences too, but for
-// tensors that a tensor map cannot describe (map_shape in hopper/layout.h): without elements, with
-// a stride of 0 or rows that overlap, not aligned to 16 bytes. Those it leaves to the caller, who
-// has ral_cuda_attention_fwd.
+// It takes all calls that ral_cuda_attention_fwd takes, with key padding and packed sequences too.
+// Exceptions are tensors that no tensor map can describe (map_shape in hopper/layout.h). They have
+// no elements, a stride of 0, rows that overlap, or no alignment to 16 bytes. The caller passes
+// those to ral_cuda_attention_fwd.
 #include "core/launch.h"
 
 #ifdef RAL_CUDA_SM90
@@ -32,14 +33,14 @@ int attention_fwd_sm90(const ral_attention_params& call, const ral_attention_out
 }  // namespace cuda
 }  // namespace ral
 
-// kNotTaken: nothing was launched, and ral_cuda_failed_kernel says why.
+// After kNotTaken nothing was launched, and ral_cuda_failed_kernel says why.
 extern "C" RAL_EXPORT int32_t ral_cuda_attention_fwd_sm90(const ral_attention_params* call,
                                                           const ral_attention_outputs* outputs,
                                                           void* stream) {
   RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_fwd_sm90, *call, *outputs, stream);
 }
 
-// Null, or why the library has no kernels for Hopper.
+// Null, or the reason why the library has no kernels for Hopper.
 extern "C" RAL_EXPORT const char* ral_cuda_hopper_missing() {
   return nullptr;
 }

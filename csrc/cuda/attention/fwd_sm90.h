@@ -12,36 +12,37 @@ struct AttentionFwdSm90Params {
   AttentionFwdParams forward;
 };
 
-// One block of threads: kBlockQ queries of a head over all keys that they see, 64 for each of
-// kConsumers warpgroups. One more warpgroup, the producer, has the copy engine bring the queries,
-// then K and V in blocks of 64 keys through a ring of kStages buffers each; it has few registers,
-// the consumers many. A consumer starts the scores of a block, then the product of the weights
-// before with their V, and forms weights while that product runs.
+// One CTA has kBlockQ queries of a head and walks over all keys that they see. Each of kConsumers
+// consumer warpgroups owns 64 queries. One producer warpgroup issues TMA copies, first of the
+// queries. Blocks of 64 keys of K and of V follow, each through a ring of kStages buffers. The
+// producer keeps few registers and the consumers take many. A consumer starts the scores of a
+// block, then the product of the previous block's weights with their V. It forms weights while that
+// product runs.
 //
-// Why nothing is read too early or overwritten too early:
-//  1. Full: the producer arrives at `full` with the bytes to come, and the copy engine completes
-//     them, so a phase ends when all are there. Every consumer waits for every phase of every
-//     buffer, in order: none is skipped, so that a parity never stands for a phase two turns off.
-//  2. Empty: a lane of each consumer warp arrives when the warp's part of the products that read
-//     the buffer is done (wait_for_products returns once it is), 4 kConsumers arrivals in all.
-//     The producer waits for them before it has the buffer filled again; reads by tensor cores and
-//     writes by the copy engine are of one proxy, ordered by that barrier.
-//  3. Deadlock: a consumer waits for K0 K1 V0 K2 V1 .. in this order and gives K(n) up once it has
-//     V(n - 1), V(n) once it has K(n + 1). The producer fills K0 V0 K1 V1 ..; before K(n) or V(n)
-//     it waits until the one kStages >= 2 before is given up: all that takes has been filled by
-//     then.
-//  4. Registers: begin_products (wgmma.fence) stands between the last access to accumulators or
-//     left factors and the products that start; products of a group on the same accumulators are
-//     in order. While products run, nothing touches their registers: `s` is left alone until
-//     wait_for_products<1>, which leaves only the newest group running, the one of `out` and `p`;
-//     those until wait_for_products<0>. pin() keeps the compiler to it.
-//  5. Rows of V that are padding, or of another sequence, would reach the product as 0 · NaN. Each
-//     consumer overwrites them with zeros by ordinary stores, publishes these to the async proxy
-//     and meets its other warps before its product reads them. Two consumers may both do so: they
-//     write the same zeros, and both before they give the buffer up. The copy that fills it next
-//     comes behind the same fence and the arrival at `empty`.
-//  6. The output passes through the consumer's own queries in shared memory: its four warps meet
-//     after their last products, each having waited for its own, before the first store.
+// Why no buffer is read or overwritten too early:
+//  1. Full. The producer arrives at `full` with the expected bytes, and TMA completes them. So a
+//     phase ends when all bytes have arrived. Every consumer waits for every phase of every buffer,
+//     in order. It skips none, so a parity never stands for a phase two turns away.
+//  2. Empty. One lane of each consumer warp arrives when the warp's part of the products that read
+//     the buffer is done: 4 kConsumers arrivals in all. wait_for_products returns once it is done.
+//     The producer waits for these arrivals before it refills the buffer. Reads by wgmma and writes
+//     by TMA belong to one proxy, and that mbarrier orders them.
+//  3. Deadlock. A consumer waits for K0 K1 V0 K2 V1 .. in this order. It releases K(n) once it has
+//     V(n - 1), and V(n) once it has K(n + 1). The producer fills K0 V0 K1 V1 .. . Before K(n) or
+//     V(n) it waits for the release of the one kStages >= 2 before. All that this release takes has
+//     been filled by then.
+//  4. Registers. begin_products (wgmma.fence) stands between the last access to accumulators or A
+//     operands and the products that start. Products of one group on the same accumulators run in
+//     order. While products run, no thread touches their registers. `s` rests until
+//     wait_for_products<1>, which leaves only the newest group running, that of `out` and `p`.
+//     Those two rest until wait_for_products<0>. pin() holds the compiler to this order.
+//  5. Padding. Rows of V that are padding, or of another sequence, would enter the product as 0 ·
+//     NaN. Each consumer zeroes them with ordinary stores, publishes these to the async proxy and
+//     synchronises its warps. Its product reads them only then. Two consumers may both do so: they
+//     write the same zeros, and both before they release the buffer. The copy that refills it comes
+//     after the same fence and the arrival at `empty`.
+//  6. Output. It passes through the consumer's own queries in shared memory. Its four warps
+//     synchronise before the first store, each after waiting for its own last products.
 template <typename T, int kHeadDim>
 struct attention_fwd_sm90_kernel {
   using Params = AttentionFwdSm90Params;
@@ -50,7 +51,7 @@ struct attention_fwd_sm90_kernel {
   static constexpr int kBlockQ = kGroupQ * kConsumers;
   static constexpr int kThreads = kGroupThreads * (kConsumers + 1);
   static constexpr int kMinBlocks = 1;
-  // An SM has 64 Ki registers: what the producer leaves goes to the consumers.
+  // The producer's unused registers go to the consumers; an SM has 64 Ki.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
   static_assert(kGroupThreads * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536,
@@ -64,13 +65,14 @@ struct attention_fwd_sm90_kernel {
   struct Barriers {
     Barrier full_q, full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages];
   };
-  // In this order; the first three begin at multiples of 1024 bytes.
+  // Offsets in shared memory, after the queries at 0. Queries, keys and values begin at multiples
+  // of 1024 bytes.
   static constexpr int kKeysAt = kConsumers * kTileBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kMarginalsAt = kValuesAt + kStages * kTileBytes;
   static constexpr int kBarriersAt = kMarginalsAt + 4 * kConsumers * int(sizeof(MarginalRows));
   static constexpr int kUsedBytes = kBarriersAt + int(sizeof(Barriers));
-  static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // to move to such a multiple
+  static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // room to align to 1024 bytes
 
   static const char* name() { return "attention_fwd_sm90_kernel"; }
   using Scores = float[1][kBlockK / 8][4];
@@ -106,7 +108,7 @@ struct attention_fwd_sm90_kernel {
   }
 
  private:
-  // A warp, in step; one lane of it speaks to the copy engine.
+  // One converged warp runs it; its lane 0 issues the copies.
   RAL_DEVICE static void produce(const Params& params, const QueriesOfBlock& block, int32_t begin,
                                  int32_t num_blocks, char* shared, Barriers& barriers) {
     const bool leads = lane_index() == 0;
@@ -135,9 +137,9 @@ struct attention_fwd_sm90_kernel {
   RAL_DEVICE static void consume(const Params& params, const QueriesOfBlock& block, int32_t begin,
                                  int32_t num_blocks, char* shared, Barriers& barriers, int group) {
     const ral_attention_params& call = params.forward.call;
-    const int warp_row = warp_index() % 4 * 16;  // the warp's first, within the group
+    const int warp_row = warp_index() % 4 * 16;  // the warp's first row in its warpgroup
     const int64_t first_token = block.first_token + group * kGroupQ;
-    const int32_t num_queries = block.num_queries - group * kGroupQ;  // none, if that is negative
+    const int32_t num_queries = block.num_queries - group * kGroupQ;  // none if negative
     const int32_t warp_query = block.first_query + group * kGroupQ + warp_row;
     auto* marginal_rows = reinterpret_cast<MarginalRows*>(shared + kMarginalsAt);
     Marginals<1> marginals =
@@ -146,21 +148,21 @@ struct attention_fwd_sm90_kernel {
     float out[1][kHeadDim / 8][4];
     clear(out);
     float m[2] = {minus_infinity(), minus_infinity()};
-    float normaliser[2] = {0.0f, 0.0f};  // each lane's part
+    float normaliser[2] = {0.0f, 0.0f};  // the lane's part
     const float scale = call.scale * kLog2e;
-    // Keys that all rows of the warp see, before padding.
+    // Range of keys that all rows of the warp see, before padding.
     const int32_t full_low = block.visibility.first_key(warp_query + 15);
     const int32_t full_high = block.visibility.last_key(warp_query);
-    // What the copy engine does not give as zeros: keys behind padding, and of other sequences.
+    // TMA does not zero padding, nor keys of other sequences.
     const bool is_ragged = block.padding != nullptr || call.cu_seqlens_q != nullptr;
 
     char* q_tile = shared + group * kTileBytes;
     const uint32_t q = shared_address(q_tile), k = shared_address(shared + kKeysAt),
                    v = shared_address(shared + kValuesAt);
     Scores s;
-    uint32_t p[kBlockK / 16][4];  // weights, rounded, as left factors
+    uint32_t p[kBlockK / 16][4];  // rounded weights, as A operands
     float alpha[2];
-    uint64_t real = 0;  // of the block that p is of
+    uint64_t real = 0;  // of the block that p belongs to
     Ring<kStages> ring_k, ring_v;
 
     const auto start_q_k = [&] {
@@ -180,7 +182,7 @@ struct attention_fwd_sm90_kernel {
       if (lane_index() == 0) arrive(&empty[ring.stage]);
       ring.advance();
     };
-    // Scores become weights; alpha scales what was relative to the maxima before.
+    // Turns scores into weights. alpha rescales what was relative to the old maxima.
     const auto weigh_all = [&](const KeyBlock& keys, int32_t first) {
       const bool all_visible = first >= full_low && first + kBlockK - 1 <= full_high;
       if (!all_visible || ~keys.real != 0)
@@ -204,7 +206,7 @@ struct attention_fwd_sm90_kernel {
       wait_for_products<0>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);
-      weigh_all(keys, begin);  // alpha is of no use: `out` is 0
+      weigh_all(keys, begin);  // alpha is not needed: `out` is 0
       round_left<T>(p, s[0]);
     }
     for (int32_t n = 1; n < num_blocks; ++n) {

@@ -1,4 +1,4 @@
-// Sums over spans of what a warp has of a block's keys, taken from the registers that hold it.
+// Span sums of a warp's weights, taken from the registers that hold a block's weights.
 #pragma once
 
 #include "core/keys.h"
@@ -7,8 +7,8 @@
 namespace ral {
 namespace cuda {
 
-// What is subtracted from scores whose maximum is m: 0 where no key was seen, so that no NaN
-// arises.
+// What is subtracted from scores whose maximum is m. It is 0 where no key was seen, which avoids
+// the NaN of inf - inf.
 RAL_DEVICE float stabiliser(float m) {
   return m == minus_infinity() ? 0.0f : m;
 }
@@ -19,28 +19,29 @@ RAL_DEVICE float add_in_log2(float x, float y) {
   return high == minus_infinity() ? high : high + log2(1.0f + exp2(low - high));
 }
 
-// Where a warp's marginals go: in shared memory, because registers are short and it is seldom
-// asked.
+// Where a warp's marginals go. It lies in shared memory because registers are scarce and it is read
+// rarely.
 struct alignas(16) MarginalRows {
-  float* data;          // [.., num_spans], of the warp's first row
+  float* data;          // [.., num_spans], from the warp's first row on
   int32_t first, stop;  // rows of the warp that have marginals
 };
 
 // The marginals of a warp's rows while it walks over the keys.
 //
-// A lane adds up its own columns as long as the span stays the same. Where it changes, the lanes of
-// a row are added, and the sum goes to global memory as log2 of what it is worth at the row's
-// stabiliser: no later maximum has to scale it. At the end it becomes a share of the row.
+// A lane sums its own columns while the span stays the same: this is a run. When the span changes,
+// the lanes of a row add up their runs. The sum goes to global memory as log2 of its value at the
+// row's stabiliser, so no later maximum has to rescale it. At the end it becomes a share of the
+// row.
 template <int kRowTiles>
 struct Marginals {
-  static constexpr int kRows = 2 * kRowTiles;  // of a lane
-  const MarginalRows* rows;                    // in shared memory, the warp's own
-  int32_t num_spans;                           // 0: none are wanted
-  int32_t span;                                // of the run so far
-  int32_t highest;  // of the spans that were written; in order, no span is read again
+  static constexpr int kRows = 2 * kRowTiles;  // per lane
+  const MarginalRows* rows;                    // in shared memory; the warp owns it
+  int32_t num_spans;                           // 0 = marginals are not wanted
+  int32_t span;                                // of the current run
+  int32_t highest;  // largest span written so far; a larger one need not be read back
   float run[kRows];
 
-  // `at`: 16 bytes of shared memory of this warp alone.
+  // `at`: 16 bytes of shared memory that the warp owns.
   RAL_DEVICE void begin(MarginalRows* at, const MarginalRows& where, int32_t spans) {
     rows = at;
     num_spans = spans;
@@ -54,7 +55,7 @@ struct Marginals {
     sync_warp();
   }
 
-  // Before the weights of a block are formed: m is the rows' maximum so far.
+  // Call it before the block's weights are formed. m is the rows' maximum so far.
   RAL_DEVICE void enter(const KeyBlock& keys, const float (&m)[kRows]) {
     const int32_t next = keys.span_of(0);
     if (next == span) return;
@@ -62,14 +63,14 @@ struct Marginals {
     span = next;
   }
 
-  // The row's stabiliser has grown: alpha makes the run relative to it. sum: the lane's part of the
-  // row sum of the block's weights, which is all there is to add where the block is in one span.
+  // The row's stabiliser has grown, and alpha rescales the run. sum: the lane's part of the row sum
+  // of the block's weights. It is all there is to add if the block is in one span.
   RAL_DEVICE void scale_and_add(int i, float alpha, float sum, const KeyBlock& keys) {
     run[i] = run[i] * alpha + (keys.is_one_span() ? sum : 0.0f);
   }
 
-  // After it, with the rows' maximum including the block: p are its weights, where the block is in
-  // several spans.
+  // Call it after scale_and_add if the block is in several spans. p: the block's weights; m: the
+  // rows' maximum, with the block.
   RAL_DEVICE void add_spans(const float (&p)[kRowTiles][kBlockK / 8][4], const KeyBlock& keys,
                             const float (&m)[kRows]) {
     uint64_t starts = keys.starts;
@@ -86,7 +87,7 @@ struct Marginals {
     }
   }
 
-  // lse_log2: of the lane's rows.
+  // Closes the last run and turns sums into shares. lse_log2: of the lane's rows.
   RAL_DEVICE void end(const float (&lse_log2)[kRows], const float (&m)[kRows]) {
     flush(m);
     sync_warp();

@@ -1,4 +1,4 @@
-// Which queries or keys a block of threads of `attention` has.
+// Which queries or keys a CTA of `attention` has.
 #pragma once
 
 #include "core/keys.h"
@@ -6,13 +6,13 @@
 namespace ral {
 namespace cuda {
 
-// Where the sequence's first key has its span; null where spans are not wanted or not there.
+// Span ids from the sequence's first key on. Null if spans are not wanted or not given.
 RAL_DEVICE const int32_t* span_ids_of(const ral_attention_params& call, int64_t b,
                                       const Sequence& sequence, bool wanted) {
   if (!wanted || call.span_ids == nullptr) return nullptr;
   return call.span_ids + b * call.span_ids_stride_b + sequence.k_start;
 }
-// The same of key padding, which packed sequences go without.
+// Key padding from the batch entry's first key on, or null. Packed sequences have no padding.
 RAL_DEVICE const uint8_t* padding_of(const ral_attention_params& call, int64_t b) {
   if (call.key_padding_mask == nullptr) return nullptr;
   return call.key_padding_mask + b * call.key_padding_mask_stride_b;
@@ -22,16 +22,16 @@ RAL_DEVICE const uint8_t* padding_of(const ral_attention_params& call, int64_t b
 struct QueriesOfBlock {
   int64_t b, h, kv_head;
   Sequence sequence;
-  int32_t first_query, num_queries;  // no queries: there is nothing to do
+  int32_t first_query, num_queries;  // no queries: nothing to do
   int64_t first_token;               // the first query's, in the packed tensors
   Visibility visibility;
-  const int32_t* ids;      // spans of the sequence's keys; null: they are not wanted
-  const uint8_t* padding;  // of its keys, or null
+  const int32_t* ids;      // span ids of the sequence's keys; null if not wanted
+  const uint8_t* padding;  // of the sequence's keys, or null
 
-  // num_blocks: of a head. wants_spans: marginals, or a gradient of theirs.
+  // num_blocks: per head. wants_spans: the call has marginals, or a gradient of them.
   RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, int32_t num_blocks, int32_t block_q,
                             bool wants_spans)
-      // Causal queries at the end have the most keys: they start first.
+      // Late causal queries see the most keys, so they start first.
       : QueriesOfBlock(call, num_blocks - 1 - int32_t(block_index() % num_blocks),
                        block_index() / num_blocks, block_q, wants_spans) {}
 
@@ -54,7 +54,7 @@ struct QueriesOfBlock {
 struct KeysOfBlock {
   int64_t b, kv_head;
   Sequence sequence;
-  int32_t first_key, num_keys;  // no keys: there is nothing to do
+  int32_t first_key, num_keys;  // no keys: nothing to do
   int64_t first_token;          // the first key's, in the packed tensors
   Visibility visibility;
   const int32_t* ids;  // as above
@@ -62,7 +62,7 @@ struct KeysOfBlock {
 
   RAL_DEVICE KeysOfBlock(const ral_attention_params& call, int32_t num_blocks, int32_t block_k,
                          bool wants_spans)
-      // Causal keys at the start have the most queries: they start first.
+      // Most queries see early causal keys, so they start first.
       : KeysOfBlock(call, int32_t(block_index() % num_blocks), block_index() / num_blocks, block_k,
                     wants_spans) {}
 

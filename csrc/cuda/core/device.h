@@ -1,12 +1,12 @@
-// What the kernels use of the hardware, each thing behind a name.
+// The hardware that the CUDA kernels use, each feature as a function.
 //
-// nvcc turns the names into instructions; tests/cuda_host gives the same names to the host
-// compiler, where the threads of a block run one after the other. Kernels reach shared and global
-// memory through these names alone: there every access is checked.
+// nvcc turns the functions into instructions. tests/cuda_host implements them on the host, where
+// the threads of a CTA run one after the other. That harness checks every access to memory. So
+// kernels reach shared and global memory through these functions alone.
 //
 // A kernel is a struct with
-//   kThreads, kMinBlocks (blocks an SM should hold), kSharedBytes, Params, name(),
-//   static void run(const Params&, char* shared)   for each thread of each block;
+//   kThreads, kMinBlocks (CTAs an SM should hold), kSharedBytes, Params, name(),
+//   static void run(const Params&, char* shared)   for each thread of each CTA;
 // `shared` is aligned to 128 bytes and holds kSharedBytes of undefined content.
 #pragma once
 
@@ -35,8 +35,8 @@ RAL_DEVICE int thread_index() {
 RAL_DEVICE int lane_index() {
   return int(threadIdx.x) % kWarpSize;
 }
-// A collective: all lanes take part. The same for all, and known to be, so that the compiler keeps
-// what depends on it out of the lanes.
+// A collective of the warp. The shuffle tells the compiler that all lanes have the same index, so
+// values that depend on it stay out of per-lane registers.
 RAL_DEVICE int warp_index() {
   return __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpSize, 0);
 }
@@ -49,7 +49,7 @@ RAL_DEVICE int64_t num_blocks() {
 
 // ---- Order between threads --------------------------------------------------------------------
 
-// Every thread of the block comes here; what any of them wrote before, all see behind it.
+// All threads of the CTA call it. Each then sees what any of them wrote before.
 RAL_DEVICE void sync_block() {
   __syncthreads();
 }
@@ -58,7 +58,7 @@ RAL_DEVICE void sync_warp() {
   __syncwarp();
 }
 
-// ---- Between the lanes of a warp, all of which take part; lanes count modulo 32 ---------------
+// ---- Warp collectives: all lanes take part; lane numbers count modulo 32 ------------------------
 
 template <typename V>  // int32_t, uint32_t or float
 RAL_DEVICE V shuffle(V value, int lane) {
@@ -68,7 +68,7 @@ template <typename V>
 RAL_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
-// The value of the lane `delta` below; a lane without one gets its own.
+// The value of lane - delta. A lane without such a neighbour gets its own.
 template <typename V>
 RAL_DEVICE V shuffle_up(V value, int delta) {
   return __shfl_up_sync(0xffffffffu, value, delta);
@@ -77,7 +77,7 @@ RAL_DEVICE uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
 }
 
-// ---- Memory: V is 1, 2, 4, 8 or 16 bytes, at an address that is a multiple of its size ----------
+// ---- Memory: V has 1, 2, 4, 8 or 16 bytes; its address is a multiple of its size ----------------
 
 template <typename V>
 RAL_DEVICE V load_global(const V* address) {
@@ -100,19 +100,19 @@ RAL_DEVICE uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes, without waiting; with `valid` false writes zeros and reads nothing. What was
-// copied is there for this thread after `wait_for_copies`, for others after a sync_block behind it.
+// Starts a copy of 16 bytes. With `valid` false it writes zeros and reads nothing. This thread sees
+// the bytes after `wait_for_copies`; others see them after a sync_block that follows it.
 RAL_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes)
                : "memory");
 }
-// Ends a group of this thread's copies.
+// Closes a group of this thread's copies.
 RAL_DEVICE void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until all but the newest `kPending` groups of this thread are there.
+// Waits until all but the newest `kPending` groups of this thread have arrived.
 template <int kPending>
 RAL_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -120,17 +120,16 @@ RAL_DEVICE void wait_for_copies() {
 
 // ---- Tensor cores, sm_80 ----------------------------------------------------------------------
 
-// Four 8 x 8 matrices of 16-bit numbers: matrix i has its rows (16 bytes each) at the addresses
-// that lanes 8i to 8i + 7 give. Every lane reads what others point at: also what a lane wrote
-// itself is there only behind a sync_warp. Lane l gets, in registers[i], the two neighbours in row
-// l / 4, columns 2 (l % 4) and + 1.
+// Loads four 8 x 8 matrices of 16-bit numbers. Lanes 8i to 8i + 7 give the addresses of the rows of
+// matrix i, 16 bytes each. Lane l gets row l / 4, columns 2 (l % 4) and + 1 in registers[i]. A lane
+// reads rows that others point to. So even its own stores need a sync_warp before this.
 RAL_DEVICE void load_matrices(uint32_t (&registers)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// The same of the transposed matrices: lane l gets rows 2 (l % 4) and + 1 of column l / 4.
+// The same for the transposed matrices: lane l gets rows 2 (l % 4) and + 1 of column l / 4.
 RAL_DEVICE void load_matrices_transposed(uint32_t (&registers)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
@@ -138,8 +137,7 @@ RAL_DEVICE void load_matrices_transposed(uint32_t (&registers)[4], const void* r
                : "memory");
 }
 
-// c [16, 8] += a [16, 16] b [16, 8], accumulated in float32. With g = lane / 4 and j = 2 (lane %
-// 4):
+// c [16, 8] += a [16, 16] b [16, 8], accumulated in float32. Let g = lane / 4 and j = 2 (lane % 4):
 //   a[0]: row g, columns j and j + 1; a[1]: row g + 8; a[2]: row g, columns j + 8 and j + 9;
 //   a[3]: row g + 8 of these columns. b0: rows j and j + 1 of column g; b1: rows j + 8 and j + 9.
 //   c[0], c[1]: row g, columns j and j + 1; c[2], c[3]: row g + 8.
@@ -168,7 +166,7 @@ RAL_DEVICE void multiply_add<Fp16>(float (&c)[4], const uint32_t (&a)[4], uint32
 
 // ---- Numbers ----------------------------------------------------------------------------------
 
-// Two numbers in a register, the first in the lower half; rounded to nearest even.
+// Rounds two numbers to nearest even and packs them, the first in the lower half.
 template <typename T>
 RAL_DEVICE uint32_t pack(float low, float high);
 
@@ -203,7 +201,7 @@ RAL_DEVICE Float2 unpack<Fp16>(uint32_t packed) {
   return numbers;
 }
 
-// 2^x to 2 ulp, with 2^-inf = 0; log2 x with log2 0 = -inf. Subnormal numbers count as 0.
+// 2^x to 2 ulp, with 2^-inf = 0; log2 x, with log2 0 = -inf. Both take subnormal numbers for 0.
 RAL_DEVICE float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -220,7 +218,7 @@ RAL_DEVICE float minus_infinity() {
 RAL_DEVICE float maximum(float x, float y) {
   return fmaxf(x, y);
 }
-// Number of the lowest bit that is set; `bits` is not 0.
+// Index of the lowest bit that is set; `bits` is not 0.
 RAL_DEVICE int lowest_bit(uint64_t bits) {
   return __ffsll(static_cast<long long>(bits)) - 1;
 }
@@ -234,7 +232,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
   Kernel::run(params, shared);
 }
 
-// Runs `num_blocks` blocks on the current device; returns a cudaError_t, 0 for success.
+// Launches `num_blocks` CTAs on the current device. Returns a cudaError_t, 0 for success.
 template <typename Kernel>
 int launch(int64_t num_blocks, const typename Kernel::Params& params, void* stream) {
   if (num_blocks == 0) return 0;

@@ -1,4 +1,4 @@
-// What the library says of itself, and of a launch that failed.
+// Entry points about the library: its kernels, the sizes of its structs, the last failed launch.
 #include "core/launch.h"
 
 namespace ral {
@@ -20,7 +20,7 @@ ListedKernel::ListedKernel(const KernelFacts& facts) : facts(facts), next(newest
 }  // namespace cuda
 }  // namespace ral
 
-// The index-th kernel of the library; null behind the last.
+// The index-th kernel of the library; null past the last.
 extern "C" RAL_EXPORT const ral::cuda::KernelFacts* ral_cuda_kernel(int32_t index) {
   const ral::cuda::ListedKernel* kernel = ral::cuda::newest_kernel;
   for (; index > 0 && kernel != nullptr; --index) kernel = kernel->next;
@@ -34,7 +34,7 @@ extern "C" RAL_EXPORT void ral_cuda_attention_struct_sizes(int64_t sizes[3]) {
   sizes[2] = sizeof(ral_attention_gradients);
 }
 
-// The kernel whose launch failed last in this thread, and what an entry point's status means.
+// The kernel whose launch failed last in this thread, and the text of an entry point's status.
 extern "C" RAL_EXPORT const char* ral_cuda_failed_kernel() {
   return ral::cuda::failed_kernel;
 }

@@ -1,4 +1,4 @@
-// The keys of a block: which a row may see, and in which spans they are.
+// Which keys of a block a row sees, and which spans they belong to.
 #pragma once
 
 #include "core/device.h"
@@ -7,7 +7,7 @@
 namespace ral {
 namespace cuda {
 
-constexpr int kBlockK = 64;  // keys of a block: a bit each in a 64-bit number
+constexpr int kBlockK = 64;  // keys of a block: one bit each in a 64-bit mask
 
 RAL_DEVICE int32_t minimum(int32_t x, int32_t y) {
   return x < y ? x : y;
@@ -16,22 +16,23 @@ RAL_DEVICE int32_t maximum(int32_t x, int32_t y) {
   return x > y ? x : y;
 }
 
-// Where a tensor has token `token` of a head.
+// Address of token `token` of head `h`.
 template <typename V>
 RAL_DEVICE V* rows_of(const ral_tensor& x, int64_t b, int64_t h, int64_t token) {
   return static_cast<V*>(x.data) + b * x.stride_b + h * x.stride_h + token * x.stride_t;
 }
 
-// A sequence of a call, and a block of its queries or keys. Without packing a batch entry is one.
+// A sequence of a call, and a block of its queries or keys. Without packing each batch entry is a
+// sequence.
 struct Sequence {
   int32_t index;
   int32_t q_start, length_q;  // in tokens of the packed tensors
   int32_t k_start, length_k;
-  int32_t block;  // number of the block within the sequence
+  int32_t block;  // index of the block in the sequence
 };
 
-// Packed sequences are cut into blocks that start anew with each sequence. Sequence n gets the
-// numbers from cu_seqlens[n] / block_size + n on, which leaves enough for its blocks.
+// The sequence that a block of a packed call belongs to. Each sequence begins a new block. Sequence
+// n has the block numbers from cu_seqlens[n] / block_size + n on, which are enough for its blocks.
 RAL_DEVICE int32_t sequence_of_block(const int32_t* cu_seqlens, int64_t num_sequences,
                                      int32_t block_size, int32_t block) {
   int32_t low = 0, high = int32_t(num_sequences) - 1;
@@ -45,7 +46,7 @@ RAL_DEVICE int32_t sequence_of_block(const int32_t* cu_seqlens, int64_t num_sequ
   return low;
 }
 
-// The sequence that the block-th block of `block_size` queries (or keys, with by_keys) is in.
+// Locates a block of `block_size` queries, or of keys with by_keys.
 RAL_DEVICE Sequence locate(const ral_attention_params& call, int32_t block_size, int32_t block,
                            bool by_keys) {
   Sequence found{0, 0, int32_t(call.seqlen_q), 0, int32_t(call.seqlen_k), block};
@@ -61,13 +62,14 @@ RAL_DEVICE Sequence locate(const ral_attention_params& call, int32_t block_size,
   return found;
 }
 
-// Blocks that the rows of a sequence may need at most.
+// Blocks that `num_rows` rows in `num_sequences` sequences need at most.
 inline int64_t count_blocks(int64_t num_rows, int64_t num_sequences, int64_t block_size,
                             bool packed) {
   return packed ? num_rows / block_size + num_sequences : (num_rows + block_size - 1) / block_size;
 }
 
-// Which keys rows see by position. Windows are at most kWidest, which positions cannot overflow.
+// Which keys rows see by position. Windows are clipped to kWidest, so that positions cannot
+// overflow.
 struct Visibility {
   static constexpr int64_t kWidest = 1 << 30;
   int32_t offset;  // key position of query 0
@@ -93,28 +95,28 @@ struct Visibility {
   RAL_DEVICE int32_t first_query(int32_t key) const {
     return right < 0 ? 0 : maximum(key - offset - right, 0);
   }
-  // Not bounded by the number of queries.
+  // May lie past the last query.
   RAL_DEVICE int32_t last_query(int32_t key) const {
     return left < 0 ? INT32_MAX : key - offset + left;
   }
 };
 
-// What a warp knows of a block of keys.
+// What a warp knows about a block of keys.
 struct KeyBlock {
-  uint64_t real;      // bit i: key i is within the sequence and no padding
-  uint64_t starts;    // bit i: key i is in another span than key i - 1; bit 0 is set
-  int32_t low, high;  // spans of keys `lane` and `lane` + 32 of the block; -1 for none
+  uint64_t real;      // bit i: key i is in the sequence and is not padding
+  uint64_t starts;    // bit i: keys i and i - 1 have different spans; bit 0 is set
+  int32_t low, high;  // span ids of keys `lane` and `lane` + 32 of the block; -1 = none
 
-  // The span of a key whose number is the same in all lanes.
+  // Span of a key; all lanes must ask for the same key.
   RAL_DEVICE int32_t span_of(int key) const { return shuffle(key < 32 ? low : high, key % 32); }
-  // Spans of keys 8 tile + 2 (lane % 4) + e, one a lane, where accumulators have their columns.
+  // Span of key 8 tile + 2 (lane % 4) + e: the column of the lane's accumulator.
   RAL_DEVICE int32_t span_of_column(int tile, int e) const {
     return shuffle(tile < 4 ? low : high, tile % 4 * 8 + 2 * (lane_index() % 4) + e);
   }
   RAL_DEVICE bool is_one_span() const { return starts == 1; }
 };
 
-// `ids` and `padding` point to the sequence's first key, or are null.
+// A collective of the warp. `ids` and `padding` start at the sequence's first key, or are null.
 RAL_DEVICE KeyBlock load_key_block(const int32_t* ids, const uint8_t* padding, int32_t first,
                                    int32_t length_k) {
   const int lane = lane_index();

@@ -1,4 +1,4 @@
-// From what a call has at run time to what a kernel was compiled for, and what became of a launch.
+// Dispatches a call to the kernel compiled for its dtype and head dim, and records failed launches.
 #pragma once
 
 #include <typeinfo>
@@ -8,7 +8,7 @@
 
 #define RAL_EXPORT __attribute__((visibility("default")))
 
-// Calls function<T, kHeadDim>, or says that there is none; Python refuses such calls before.
+// Calls function<T, kHeadDim>, or reports that there is none. Python refuses such calls earlier.
 #define RAL_DISPATCH(dtype, head_dim, function, ...)           \
   do {                                                         \
     if ((dtype) == RAL_BFLOAT16 && (head_dim) == 64)           \
@@ -25,20 +25,20 @@
 namespace ral {
 namespace cuda {
 
-// Beside the numbers of cudaError_t, which are positive.
+// Statuses besides those of cudaError_t, which are positive.
 constexpr int kNoKernel = -1;
-constexpr int kNotTaken = -2;  // by this kernel, but another takes the call; nothing was launched
+constexpr int kNotTaken = -2;  // another kernel takes the call; this one launched nothing
 
-// Notes what failed in this thread, for ral_cuda_failed_kernel; returns `error`.
+// Records the name of what failed in this thread, for ral_cuda_failed_kernel. Returns `error`.
 int failed(const char* kernel, int error);
 
-// What one kernel takes, for whoever looks at the machine code; see ral_cuda_kernel.
+// What one kernel uses, for tests that read the machine code; see ral_cuda_kernel.
 struct KernelFacts {
   const char* type;  // mangled: the end of the kernel's symbol
   int32_t threads, shared_bytes;
 };
 
-// A list of all kernels of the library, filled as it is loaded.
+// A list of the library's kernels. Loading the library fills it.
 struct ListedKernel {
   KernelFacts facts;
   const ListedKernel* next;
@@ -57,7 +57,7 @@ inline int64_t cdiv(int64_t x, int64_t y) {
   return (x + y - 1) / y;
 }
 
-// Launches a kernel; 0, or the error that it is noted with.
+// Launches a kernel. Returns 0, or the error after recording it.
 template <typename Kernel>
 int run(int64_t num_blocks, const typename Kernel::Params& params, void* stream) {
   static_cast<void>(&Listed<Kernel>::kernel);

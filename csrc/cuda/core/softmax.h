@@ -1,4 +1,4 @@
-// Scores of a warp's rows against a block of keys: masks, and the weights of an online softmax.
+// Masks and online softmax of a warp's rows against a block of keys.
 #pragma once
 
 #include "attention/marginals.h"
@@ -8,7 +8,8 @@
 namespace ral {
 namespace cuda {
 
-// `hidden` where a row does not see a key. first: the block's; warp_query: of the warp's first row.
+// Writes `hidden` where a row does not see a key. first: the block's first key; warp_query: the
+// warp's first row.
 template <int kRowTiles>
 RAL_DEVICE void hide(float (&s)[kRowTiles][kBlockK / 8][4], const Visibility& visibility,
                      uint64_t real, int32_t first, int32_t warp_query, float hidden) {
@@ -26,8 +27,8 @@ RAL_DEVICE void hide(float (&s)[kRowTiles][kBlockK / 8][4], const Visibility& vi
   }
 }
 
-// The lane's i-th row: scores become weights relative to 2^m, their part of the row sum is `sum`.
-// Returns what scales all that was relative to the maximum before.
+// Turns the scores of the lane's i-th row into weights relative to 2^m. `sum` is the lane's part of
+// their sum. Returns the factor that rescales what was relative to the old maximum.
 template <int kRowTiles>
 RAL_DEVICE float weigh(float (&s)[kRowTiles][kBlockK / 8][4], int i, float& m, float scale,
                        float& sum) {

@@ -1,7 +1,7 @@
 // Tiles of 16-bit numbers in shared memory, and their products on the tensor cores.
 //
-// Accumulators: a warp holds 16 kRowTiles rows. Lane l has, of row tile r and column tile c,
-// [r][c][0..3]: row l / 4 with columns 2 (l % 4) and + 1, then row l / 4 + 8 with the same columns.
+// A warp accumulates 16 kRowTiles rows. Of row tile r and column tile c, lane l holds [r][c][0..3]:
+// row l / 4, columns 2 (l % 4) and + 1, then row l / 4 + 8, same columns.
 #pragma once
 
 #include "core/device.h"
@@ -9,10 +9,10 @@
 namespace ral {
 namespace cuda {
 
-constexpr int kChunk = 8;  // numbers in 16 bytes, the unit of copies and of ldmatrix's rows
+constexpr int kChunk = 8;  // numbers in 16 bytes: the unit of copies and of ldmatrix
 
-// Rows of kColumns numbers. Chunks of a row are permuted by the row's number, so that the 8 rows of
-// a chunk, which ldmatrix reads at once, lie in different banks.
+// Rows of kColumns numbers. A chunk's place in its row is XORed with the row's number. So
+// ldmatrix, which reads 8 rows of a chunk at once, has no bank conflicts.
 template <typename T, int kColumns>
 struct Tile {
   static constexpr int kChunks = kColumns / kChunk;
@@ -22,19 +22,19 @@ struct Tile {
   RAL_DEVICE T* at(int row, int chunk) const { return data + offset(row, chunk); }
   static constexpr int bytes(int rows) { return rows * kColumns * int(sizeof(T)); }
 
-  // Where the chunk is, in numbers. offset(row, c ^ d) = offset(row, c) ^ 8 d, and rows 8 apart are
-  // 8 kColumns apart: one number a lane and constants give all that a product reads.
+  // Offset of a chunk, in numbers. offset(row, c ^ d) = offset(row, c) ^ 8 d, and rows 8 apart are
+  // 8 kColumns apart. So a product forms all its addresses from one number per lane and constants.
   RAL_DEVICE static int offset(int row, int chunk) {
     return row * kColumns + (chunk ^ (row & 7)) * kChunk;
   }
 };
 
-// Starts copying kRows rows from `rows`, `stride` numbers apart; where `exists(row)` is false the
-// tile gets zeros and nothing is read.
+// Starts copying kRows rows from `rows`, `stride` numbers apart. Rows where `exists(row)` is false
+// become zeros and are not read.
 template <int kRows, int kThreads, typename T, int kColumns, typename Exists>
 RAL_DEVICE void copy_rows(Tile<T, kColumns> tile, const T* rows, int64_t stride, Exists exists) {
   constexpr int kChunks = Tile<T, kColumns>::kChunks;
-  constexpr int kStep = kThreads / kChunks;  // rows that the threads copy at once
+  constexpr int kStep = kThreads / kChunks;  // rows that the CTA copies at once
   static_assert(kStep % 8 == 0 && kRows % kStep == 0, "a thread's rows differ by a multiple of 8");
   const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
   T* to = tile.at(row, chunk);
@@ -43,7 +43,7 @@ RAL_DEVICE void copy_rows(Tile<T, kColumns> tile, const T* rows, int64_t stride,
     copy_async(to + i * kColumns, from + i * stride, exists(row + i));
 }
 
-// The lane's part of the left factor's address: rows [row, row + 16), columns 0 to 15.
+// The lane's load_matrices offset of a 16 x 16 block: rows [row, row + 16), columns 0 to 15.
 template <typename T, int kColumns>
 RAL_DEVICE int left_offset(Tile<T, kColumns>, int row) {
   const int lane = lane_index();
@@ -57,7 +57,7 @@ RAL_DEVICE void clear(float (&sum)[kRowTiles][kColumnTiles][4]) {
       for (int e = 0; e < 4; ++e) sum[r][c][e] = 0.0f;
 }
 
-// product = a bᵀ: a's rows from `a_row` on, and all 8 kColumnTiles rows of b.
+// product = a bᵀ, with a's rows from `a_row` on and the first 8 kColumnTiles rows of b.
 template <int kRowTiles, int kColumnTiles, typename T, int kColumns>
 RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4],
                                     Tile<T, kColumns> a, int a_row, Tile<T, kColumns> b) {
@@ -70,7 +70,7 @@ RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4]
     RAL_UNROLL for (int r = 0; r < kRowTiles; ++r)
       load_matrices(left[r], a.data + (a_offset ^ 2 * step * kChunk) + 16 * r * kColumns);
     RAL_UNROLL for (int c = 0; c < kColumnTiles; c += 2) {
-      uint32_t right[4];  // of column tile c, then of c + 1
+      uint32_t right[4];  // of column tiles c and c + 1
       load_matrices(right, b.data + (b_offset ^ 2 * step * kChunk) + 8 * c * kColumns);
       RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) {
         multiply_add<T>(product[r][c], left[r], right[0], right[1]);
@@ -80,8 +80,8 @@ RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4]
   }
 }
 
-// sum += weights b, weights [16 kRowTiles, 8 kInnerTiles] in registers and rounded to T, b of
-// 8 kInnerTiles rows.
+// sum += weights b. The weights [16 kRowTiles, 8 kInnerTiles] are in registers and are rounded to
+// T. b has 8 kInnerTiles rows.
 template <int kRowTiles, int kInnerTiles, typename T, int kColumns>
 RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumns / 8][4],
                             const float (&weights)[kRowTiles][kInnerTiles][4],
@@ -105,9 +105,9 @@ RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumns / 8][4],
   }
 }
 
-// Writes a warp's rows [row, row + 16 kRowTiles) of a matrix, factor(i) times what they hold, where
-// i counts the lane's rows. They pass through `stage`, whose rows of that number are this warp's
-// own by now, because a lane holds but 4 bytes of a row in one place.
+// Writes a warp's rows [row, row + 16 kRowTiles) of a matrix, the lane's i-th row times factor(i).
+// A lane holds only 4 adjacent bytes of a row, so rows pass through `stage`. The warp owns the rows
+// of `stage` with the same numbers by now.
 template <int kRowTiles, typename T, int kColumns, typename Factor>
 RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
                            const float (&values)[kRowTiles][kColumns / 8][4], Factor factor,
@@ -134,10 +134,9 @@ RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
   }
 }
 
-// ---- Rows of accumulators
-// ------------------------------------------------------------------------
+// ---- Rows of accumulators -----------------------------------------------------------------------
 
-// The four lanes with the same rows.
+// Reductions over the four lanes that share a row.
 RAL_DEVICE float quad_sum(float x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
@@ -147,7 +146,7 @@ RAL_DEVICE float quad_maximum(float x) {
   return maximum(x, shuffle_xor(x, 2));
 }
 
-// Number of the lane's i-th row, of 2 kRowTiles, among its warp's.
+// Index of the lane's i-th row, of 2 kRowTiles, among the warp's rows.
 RAL_DEVICE int row_in_warp(int i) {
   return 8 * i + lane_index() / 4;
 }

@@ -1,4 +1,4 @@
-// Numbers as bits, for kernels, nvcc and the host compiler alike.
+// 16-bit floats as bits, and the types of wide accesses, for nvcc and the host compiler.
 #pragma once
 
 #include <stdint.h>
@@ -13,7 +13,7 @@ struct Fp16 {
   uint16_t bits;
 };
 
-// What one copy or one wide load moves.
+// The unit of a copy or a wide load.
 struct alignas(16) Vector16 {
   uint32_t words[4];
 };

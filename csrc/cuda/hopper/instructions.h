@@ -1,11 +1,9 @@
-// What the kernels for Hopper (sm_90a) use beside device.h, each thing behind a name: barriers in
-// shared memory, the copy engine (TMA), products of a warpgroup (wgmma), registers by role.
+// The hardware of the Hopper kernels (sm_90a) beyond device.h: mbarriers, TMA copies, wgmma,
+// registers by role. tests/cuda_host implements the same functions on the host.
 //
-// Two proxies reach shared memory: ordinary instructions (generic), and copy engine and tensor
-// cores (async). What one wrote, the other sees
-//  - from the copy engine to anyone: behind a wait for the barrier that the copy completes on;
-//  - from ordinary stores to the async proxy: behind publish_to_async() in the thread that stored,
-//    and a barrier after it.
+// Shared memory has two proxies: generic (ordinary loads and stores) and async (TMA, wgmma). A TMA
+// write is visible once a thread has waited on the copy's mbarrier. An ordinary store is visible to
+// TMA and wgmma after `publish_to_async()` in the storing thread and a barrier.
 #pragma once
 
 #include "core/device.h"
@@ -24,25 +22,25 @@
 namespace ral {
 namespace cuda {
 
-using TensorMap = CUtensorMap;  // 128 bytes at a multiple of 64, in a kernel's parameters
+using TensorMap = CUtensorMap;  // 128 bytes, aligned to 64; a kernel takes it as a parameter
 
-// ---- Barriers in shared memory: mbarrier
-// ----------------------------------------------------------
+// ---- mbarriers ----------------------------------------------------------------------------------
 
 using Barrier = uint64_t;
 
-// A phase ends when `arrivals` threads have arrived and the bytes expected in it have been copied.
+// A phase ends when `arrivals` threads have arrived and all expected bytes have been copied.
 RAL_DEVICE void begin_barrier(Barrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
                : "memory");
 }
-// By the thread that began barriers, before a sync_block: all, and the copy engine, see them.
+// The thread that began the mbarriers calls this before a sync_block. After it all threads and TMA
+// see them.
 RAL_DEVICE void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// Releases what this thread did before.
+// Releases this thread's earlier accesses.
 RAL_DEVICE void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
@@ -54,7 +52,7 @@ RAL_DEVICE void arrive_expecting(Barrier* barrier, uint32_t bytes) {
       "r"(bytes)
       : "memory");
 }
-// Waits until the phase of that parity is over; acquires what was released in it.
+// Waits until the phase of this parity has ended. Acquires what was released in it.
 RAL_DEVICE void wait(Barrier* barrier, uint32_t parity) {
   const uint32_t address = shared_address(barrier);
   uint32_t over;
@@ -69,15 +67,15 @@ RAL_DEVICE void wait(Barrier* barrier, uint32_t parity) {
   } while (over == 0);
 }
 
-// The four warps of a warpgroup, by a barrier of that number, of 1 to 15.
+// Synchronises the four warps of a warpgroup on named barrier `number`, 1 to 15.
 RAL_DEVICE void sync_group(int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
 }
 
-// ---- Copy engine ------------------------------------------------------------------------------
+// ---- TMA ----------------------------------------------------------------------------------------
 
-// Starts copying the map's box at (column, token, head, batch) into a panel; coordinates outside of
-// the tensor give zeros, and count as copied.
+// Starts a TMA copy of the map's box at (column, token, head, batch) to a panel. Coordinates
+// outside the tensor give zeros, which count as copied bytes.
 RAL_DEVICE void copy_panel(void* panel, const TensorMap& map, int32_t column, int32_t token,
                            int32_t head, int32_t batch, Barrier* barrier) {
   asm volatile(
@@ -88,7 +86,8 @@ RAL_DEVICE void copy_panel(void* panel, const TensorMap& map, int32_t column, in
       : "memory");
 }
 
-// Writes 16 bytes of zeros, which the async proxy reads behind publish_to_async and a barrier.
+// An ordinary store of 16 bytes of zeros. The async proxy sees it after publish_to_async() and a
+// barrier.
 RAL_DEVICE void clear_shared(void* address) {
   store_shared(static_cast<Vector16*>(address), Vector16{{0, 0, 0, 0}});
 }
@@ -96,8 +95,7 @@ RAL_DEVICE void publish_to_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- Registers by role: of each thread of the calling warpgroup
-// -----------------------------------
+// ---- Registers by role, for each thread of the calling warpgroup --------------------------------
 
 template <int kRegisters>
 RAL_DEVICE void take_registers() {
@@ -108,12 +106,12 @@ RAL_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Products of a warpgroup --------------------------------------------------------------------
+// ---- wgmma --------------------------------------------------------------------------------------
 //
-// 64 rows, 16 a warp; accumulators as in tiles.h. A product runs on while its threads go on: until
-// wait_for_products they touch neither its accumulators nor its left factor.
+// A product has 64 rows, 16 per warp; accumulators lie as in core/tiles.h. It runs while its
+// threads go on. Until wait_for_products they touch neither its accumulators nor its A operand.
 
-// Keeps the compiler from moving uses of registers across this place.
+// Keeps the compiler from moving accesses to x across this point.
 template <int kTiles>
 RAL_DEVICE void pin(float (&x)[kTiles][4]) {
   RAL_UNROLL for (int c = 0; c < kTiles; ++c) RAL_UNROLL
@@ -125,12 +123,12 @@ RAL_DEVICE void pin(uint32_t (&x)[kTiles][4]) {
     for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(x[c][e])::"memory");
 }
 
-// Before the first product, and again after registers of products were read or written.
+// Call it before the first product, and again after accessing registers of products.
 RAL_DEVICE void begin_products() {
-  sync_warp();  // the instructions want whole warps
+  sync_warp();  // wgmma needs converged warps
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-// Ends a group of products.
+// Closes a group of products.
 RAL_DEVICE void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -152,18 +150,18 @@ RAL_DEVICE void wait_for_products() {
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// s [64, 64] = a bᵀ, or with `accumulate` s += a bᵀ, over 16 columns of a and of b.
+// s [64, 64] = a bᵀ, or s += a bᵀ with `accumulate`, contracted over 16 columns of a and b.
 template <typename T>
 RAL_DEVICE void start_scores(float (&s)[8][4], uint64_t a, uint64_t b, bool accumulate);
 
-// out [64, 8 kTiles] += a b, a [64, 16] in registers, over 16 rows of b.
+// out [64, 8 kTiles] += a b, with a [64, 16] in registers, contracted over 16 rows of b.
 template <typename T>
 RAL_DEVICE void start_product(float (&out)[8][4], const uint32_t (&a)[4], uint64_t b);
 template <typename T>
 RAL_DEVICE void start_product(float (&out)[16][4], const uint32_t (&a)[4], uint64_t b);
 
-// In order: predicate (the accumulators count), factors of a and b, and which of the factors in
-// shared memory is MN-major.
+// The last operands, in order: p (keep the accumulators), the signs of a and b. Then, for each
+// operand in shared memory, whether it is MN-major.
 #define RAL_PRODUCTS(T, type)                                                                  \
   template <>                                                                                  \
   RAL_DEVICE void start_scores<T>(float (&s)[8][4], uint64_t a, uint64_t b, bool accumulate) { \
@@ -204,7 +202,7 @@ RAL_PRODUCTS(Fp16, "f16")
 
 // ---- Launch -----------------------------------------------------------------------------------
 
-// Whether the current device is one that code for sm_90a runs on.
+// Whether the current device runs code for sm_90a.
 inline bool is_hopper() {
   int device, major, minor;
   return cudaGetDevice(&device) == cudaSuccess &&
@@ -213,8 +211,8 @@ inline bool is_hopper() {
          major == 9 && minor == 0;
 }
 
-// Encodes a map whose boxes are panels; returns null, or why there is none. The driver's function
-// is looked up at run time, so that nothing links against the driver.
+// Encodes a map whose boxes are panels. Returns null, or the reason why it cannot. The driver's
+// function is looked up at run time, so the library does not link against the driver.
 inline const char* encode_map(TensorMap& map, int32_t dtype, const void* data,
                               const MapShape& shape) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -229,7 +227,7 @@ inline const char* encode_map(TensorMap& map, int32_t dtype, const void* data,
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
     if (error != cudaSuccess) {
-      cudaGetLastError();  // else the next launch would be blamed
+      cudaGetLastError();  // or the next launch would report this error
       return Encode(nullptr);
     }
     return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found)

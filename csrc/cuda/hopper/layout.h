@@ -1,6 +1,6 @@
-// What the Hopper kernels say to the hardware in numbers: tiles in shared memory, their descriptors
-// for wgmma, the shapes of tensor maps, the turns of a ring of buffers. Arithmetic alone, for nvcc
-// and any C++ compiler; tests/native/test_hopper_layout.py checks it against the layouts that PTX defines.
+// Arithmetic of the Hopper kernels: tiles in shared memory, wgmma descriptors, shapes of tensor
+// maps, stages of a ring. It compiles with nvcc and any C++ compiler.
+// tests/native/test_hopper_layout.py checks it against the layouts of the PTX ISA.
 #pragma once
 
 #include <stdint.h>
@@ -16,20 +16,20 @@
 namespace ral {
 namespace cuda {
 
-// ---- Tiles ------------------------------------------------------------------------------------
+// ---- Tiles --------------------------------------------------------------------------------------
 //
-// A panel is 64 rows of 64 16-bit numbers, 128 bytes a row: what one box of a tensor map brings. A
-// tile of 128 columns is two panels, one behind the other. The copy engine permutes the 16-byte
-// chunks of a row (CU_TENSOR_MAP_SWIZZLE_128B): chunk c of row r is where chunk c ^ (r % 8) would
-// be. Bits 4 to 6 of an address are thereby xored with its bits 7 to 9, provided that panels begin
-// at multiples of 1024 bytes; wgmma undoes that on its own when a descriptor names the same mode.
+// A panel is 64 rows of 64 16-bit numbers, 128 bytes per row: one box of a tensor map. A tile of
+// 128 columns is two panels, one after the other. TMA swizzles the 16-byte chunks of a row
+// (CU_TENSOR_MAP_SWIZZLE_128B): chunk c of row r lies where chunk c ^ (r % 8) would. If panels
+// begin at multiples of 1024 bytes, this XORs bits 4 to 6 of an address with its bits 7 to 9. wgmma
+// undoes it when the descriptor names the same swizzle.
 
 constexpr int kPanelRows = 64, kPanelColumns = 64;
 constexpr int kPanelRowBytes = 2 * kPanelColumns;
 constexpr int kPanelBytes = kPanelRows * kPanelRowBytes;
 constexpr int kSwizzledRows = 8, kSwizzledBytes = kSwizzledRows * kPanelRowBytes;
 
-// ---- Descriptors of wgmma's operands in shared memory -------------------------------------------
+// ---- Descriptors of wgmma operands in shared memory ---------------------------------------------
 //
 // PTX ISA, "Asynchronous warpgroup level matrix: matrix descriptor". Addresses and offsets count 16
 // bytes:
@@ -39,11 +39,13 @@ constexpr int kSwizzledRows = 8, kSwizzledBytes = kSwizzledRows * kPanelRowBytes
 //   bits 49-51  base offset: 0, since the 1024-byte pattern begins at multiples of 1024
 //   bits 62-63  swizzle: 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes
 //
-// K-major, 128-byte swizzle: rows of 128 bytes in groups of 8; the stride offset leads from a group
-// to the next, the leading one is not used. 16 of the contracted dimension are 32 bytes of a row:
-// the next 16 begin 32 bytes further, since the hardware swizzles the address it arrives at.
-// MN-major (the contracted dimension runs over rows): the stride offset leads from 8 rows to the
-// next 8, the leading one from 64 columns to the next 64, that is from panel to panel.
+// K-major, 128-byte swizzle: rows of 128 bytes come in groups of 8. The stride offset leads from
+// one group to the next; the leading offset is unused. 16 elements of the contracted dimension are
+// 32 bytes of a row. The next 16 begin 32 bytes further, because the hardware swizzles the final
+// address.
+//
+// MN-major: the contracted dimension runs over rows. The stride offset leads from 8 rows to the
+// next 8. The leading offset leads from 64 columns to the next 64, so from panel to panel.
 
 constexpr uint64_t kSwizzle128 = 1;
 
@@ -53,25 +55,27 @@ RAL_ARITHMETIC uint64_t descriptor(uint32_t address, uint32_t leading_bytes,
          uint64_t(stride_bytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
-// Columns [16 step, 16 step + 16) of a tile, contracted over: a row is a row of the factor.
+// Columns [16 step, 16 step + 16) of a tile, contracted over. A row of the tile is a row of the
+// operand.
 RAL_ARITHMETIC uint64_t columns_descriptor(uint32_t tile, int step) {
   return descriptor(tile + uint32_t(step / 4 * kPanelBytes + step % 4 * 32), 16, kSwizzledBytes);
 }
 
-// Rows [16 step, 16 step + 16) of a tile, contracted over: a column is a row of the factor.
+// Rows [16 step, 16 step + 16) of a tile, contracted over. A column of the tile is a row of the
+// operand.
 RAL_ARITHMETIC uint64_t rows_descriptor(uint32_t tile, int step) {
   return descriptor(tile + uint32_t(step * 2 * kSwizzledBytes), kPanelBytes, kSwizzledBytes);
 }
 
 // ---- Tensor maps --------------------------------------------------------------------------------
 
-// [head_dim, tokens, heads, batch] with the strides of all but the first in bytes.
+// [head_dim, tokens, heads, batch], with the strides in bytes of all but the first.
 struct MapShape {
   uint64_t sizes[4];
   uint64_t strides[3];
 };
 
-// Fills `shape`; returns null, or why a tensor map cannot say where the tensor lies.
+// Fills `shape`. Returns null, or the reason why no tensor map can describe the tensor.
 inline const char* map_shape(const ral_tensor& x, int64_t head_dim, int64_t num_tokens,
                              int64_t num_heads, int64_t batch_size, MapShape& shape) {
   constexpr int64_t kElementBytes = 2, kStrideLimit = int64_t(1) << 40;
@@ -85,8 +89,8 @@ inline const char* map_shape(const ral_tensor& x, int64_t head_dim, int64_t num_
     shape.sizes[i] = uint64_t(sizes[i]);
   }
   for (int i = 0; i < 3; ++i) {
-    // No step is ever made along a dimension of one: its stride may be anything, and a map wants
-    // one that it can hold.
+    // Nothing steps along a dimension of size 1, so its stride may be anything. The map gets one
+    // that it can hold.
     int64_t bytes = strides[i] * kElementBytes;
     if (sizes[i + 1] == 1)
       bytes = dense;
@@ -104,15 +108,17 @@ inline const char* map_shape(const ral_tensor& x, int64_t head_dim, int64_t num_
 
 // ---- Ring ---------------------------------------------------------------------------------------
 
-// Where the n-th user of a ring of kStages buffers finds its own. An mbarrier counts phases;
-// waiting for `parity` waits until the phase of that parity is over. The n-th filling of a buffer
-// ends phase n / kStages of its barrier `full`, and the n-th use that phase of `empty`: users wait
-// for full[stage] with parity(); who fills waits for empty[stage] with the other parity, which the
-// first time round is that of the phase before the first and so counts as over.
+// Stage and parity of one user of a ring of kStages buffers. An mbarrier counts phases. A wait for
+// `parity` returns once the phase of that parity has ended.
+//
+// Use n of the ring takes buffer n % kStages. Its fill ends phase n / kStages of the mbarrier
+// `full`; its release ends the same phase of `empty`. A consumer waits for full[stage] with
+// parity(). The producer waits for empty[stage] with the other parity. On the first turn that is
+// the parity of the phase before the first, which counts as ended.
 template <int kStages>
 struct Ring {
   int32_t stage = 0;
-  uint32_t turn = 0;  // of the ring, modulo 2
+  uint32_t turn = 0;  // turns of the ring, modulo 2
 
   RAL_ARITHMETIC uint32_t parity() const { return turn; }
   RAL_ARITHMETIC uint32_t parity_before() const { return turn ^ 1; }

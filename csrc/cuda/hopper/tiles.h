@@ -1,5 +1,5 @@
-// What the kernels for Hopper do with tiles: 64 rows of q, k, v or dout in shared memory, in panels
-// of 64 columns (hopper/layout.h), and 64 rows of accumulators in a warpgroup.
+// Operations on the tiles of the Hopper kernels. A tile is 64 rows of q, k, v or dout in shared
+// memory, in panels of 64 columns (hopper/layout.h). A warpgroup holds 64 rows of accumulators.
 #pragma once
 
 #include "hopper/instructions.h"
@@ -7,9 +7,9 @@
 namespace ral {
 namespace cuda {
 
-constexpr int kGroupThreads = 4 * kWarpSize;  // of a warpgroup
+constexpr int kGroupThreads = 4 * kWarpSize;  // a warpgroup
 
-// Starts copying a tile. By one thread; `full` must expect kPanels kPanelBytes.
+// Starts the TMA copies of a tile. One thread calls it; `full` must expect kPanels * kPanelBytes.
 template <int kPanels>
 RAL_DEVICE void copy_tile(char* tile, const TensorMap& map, int32_t token, int32_t head,
                           int32_t batch, Barrier* full) {
@@ -17,7 +17,8 @@ RAL_DEVICE void copy_tile(char* tile, const TensorMap& map, int32_t token, int32
     copy_panel(tile + panel * kPanelBytes, map, panel * kPanelColumns, token, head, batch, full);
 }
 
-// Writes zeros to rows of a tile, by the threads of a group; swizzling keeps to a row.
+// A warpgroup writes zeros to the tile's rows whose bit is set. Swizzling moves chunks only within
+// a row.
 template <int kPanels>
 RAL_DEVICE void clear_rows(char* tile, uint64_t rows) {
   const int thread = thread_index() % kGroupThreads;
@@ -28,7 +29,7 @@ RAL_DEVICE void clear_rows(char* tile, uint64_t rows) {
       clear_shared(tile + panel * kPanelBytes + row * kPanelRowBytes + (half * 4 + chunk) * 16);
 }
 
-// Starts s = a bᵀ as a group of products. a, b: addresses of tiles of kColumns columns.
+// Starts s = a bᵀ as one group. a, b: shared addresses of tiles of kColumns columns.
 template <typename T, int kColumns>
 RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t a, uint32_t b) {
   pin(s);
@@ -38,8 +39,8 @@ RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t a, uint32_t b) {
   commit_products();
 }
 
-// Starts sum += left b as a group of products, `left` [64, 64] in registers, b the address of a
-// tile of 8 kTiles columns.
+// Starts sum += left b as one group, with `left` [64, 64] in registers. b: shared address of a tile
+// of 8 kTiles columns.
 template <typename T, int kTiles>
 RAL_DEVICE void start_all_products(float (&sum)[kTiles][4], uint32_t (&left)[4][4], uint32_t b) {
   pin(sum);
@@ -50,7 +51,8 @@ RAL_DEVICE void start_all_products(float (&sum)[kTiles][4], uint32_t (&left)[4][
   commit_products();
 }
 
-// Accumulators [64, 64], rounded, as the left factor of a product: a lane has the same elements.
+// Rounds accumulators [64, 64] to the A operand of a product. A lane holds the same elements of
+// both.
 template <typename T>
 RAL_DEVICE void round_left(uint32_t (&left)[4][4], const float (&x)[8][4]) {
   RAL_UNROLL for (int step = 0; step < 4; ++step) RAL_UNROLL
@@ -60,7 +62,7 @@ RAL_DEVICE void round_left(uint32_t (&left)[4][4], const float (&x)[8][4]) {
     }
 }
 
-// Encodes the map of q, k, v or the like of a call; returns null, or why there is none.
+// Encodes the map of q, k, v or dout. Returns null, or the reason why it cannot.
 template <int kHeadDim>
 const char* encode_tensor(TensorMap& map, const ral_attention_params& call, const ral_tensor& x,
                           bool is_of_keys) {

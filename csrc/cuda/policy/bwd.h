@@ -1,5 +1,5 @@
-// What dq and dk share: dS of an element, and how a tile of it is rounded. Equations (5) to (7) of
-// ral_kernels/ops/policy/divergence.md; dx = dS here: these kernels have no soft cap.
+// What dq and dk share: dS of an element, and how a tile of dS is rounded. Equations (5) to (7) of
+// ral_kernels/ops/policy/divergence.md. These kernels have no soft cap, so dx = dS.
 #pragma once
 
 #include <string.h>
@@ -21,21 +21,21 @@ struct PolicyBwdParams {
   const float* factor;        // [samples, H, rows] dD / (Z H) times the row's 1 / sum, or 0
   const float* delta;         // [samples, H, rows] (6), with dD, times the row's 1 / sum
   ral_tensor dq, dk;          // of the side's type
-  float* dq_parts;            // [pieces, samples, H, rows, D]; null: dq itself is written
-  float* dk_so_far;           // [Hk, N, D] of earlier rows, and for those that follow; or null
-  int32_t is_first, is_last;  // of the chunks of a sample
+  float* dq_parts;            // [pieces, samples, H, rows, D]; null = dq itself is written
+  float* dk_so_far;           // [Hk, N, D] float32 sum over the chunks so far, or null
+  int32_t is_first, is_last;  // whether the chunk is its sample's first, or last
 };
 
-// Rows of a head of a chunk, and a piece of the keys that they see: what a block of threads has.
+// What a CTA has: rows of a head of a chunk, and a piece of the keys that they see.
 struct RowsOfHead {
   int64_t b, h, kv_head, piece;
   int32_t first_row, num_rows;
-  int32_t begin, end;  // the piece's keys in blocks of kBlockK, from `begin` to below `end`
+  int32_t begin, end;  // the piece's keys [begin, end), in blocks of kBlockK
 
   RAL_DEVICE RowsOfHead(const PolicyBwdParams& params, int32_t block_q) {
     const RowChunk& chunk = params.chunk;
     const int64_t num_heads = params.side.num_heads;
-    // Causal rows at the end have the most keys: they start first.
+    // Late causal rows see the most keys, so they start first.
     const int64_t program = block_index();
     const int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
     h = program / params.num_blocks % num_heads;
@@ -51,14 +51,14 @@ struct RowsOfHead {
     end = minimum(seen.high + 1, start + params.keys_per_piece);
   }
 
-  // Where the block's first row is in [pieces, samples, H, rows].
+  // Index of the CTA's first row in [pieces, samples, H, rows].
   RAL_DEVICE int64_t in_parts(const PolicyBwdParams& params) const {
     const RowChunk& chunk = params.chunk;
     const int64_t per_piece = chunk.num_samples * params.side.num_heads * chunk.num_rows;
     return piece * per_piece + chunk.at(int32_t(b), params.side.num_heads, h, first_row);
   }
 
-  // l of a warp's rows and keys [first, first + 64), where accumulators have them.
+  // Loads l of a warp's rows and keys [first, first + 64), in the layout of accumulators.
   RAL_DEVICE void load_l(const PolicyBwdParams& params, int warp_row, int32_t first,
                          float (&l)[1][kBlockK / 8][4]) const {
     const RowChunk& chunk = params.chunk;
@@ -77,20 +77,22 @@ struct RowsOfHead {
   }
 };
 
-// (5) and (7) of an element, from its weight relative to the row's stabiliser; the row's 1 / sum is
-// in `factor` and `delta`. A weight of 0 has no gradient, whatever l is.
-RAL_DEVICE float gradient_of_score(float weight, float l, float c, float factor, float delta) {
+// (5) and (7) of one element. `weight` is relative to the row's stabiliser; `factor` and `delta`
+// contain the row's 1 / sum. A weight of 0 has gradient 0, whatever l is.
+RAL_DEVICE float gradient_of_policy_score(float weight, float l, float c, float factor,
+                                          float delta) {
   return weight == 0.0f ? 0.0f : weight * ((l - c) * factor - delta);
 }
 
-// Makes keys that a row does not see weigh nothing, and G of those that do not count 0, before
-// dS is formed. Of element e of column tile c.
-RAL_DEVICE void hide(const Mask& mask, int c, int e, float mean, float& score, float& l) {
+// Prepares element e of column tile c for dS. A key that the row does not see gets weight 0. A key
+// that does not count gets l = `mean`, so that its G is 0.
+RAL_DEVICE void hide_element(const Mask& mask, int c, int e, float mean, float& score, float& l) {
   if (!mask.sees(c, e)) score = minus_infinity();
   if (!mask.counts(c, e)) l = mean;
 }
 
-// What rows of dS are multiplied by before they are rounded to T: bfloat16 has float32's range.
+// What rows of dS are multiplied by before they are rounded to T. bfloat16 has the range of float32
+// and needs no factor.
 template <typename T, int kRows>
 struct Units {
   template <int kInnerTiles, int kSumTiles>
@@ -98,8 +100,9 @@ struct Units {
   RAL_DEVICE float inverse(int) const { return 1.0f; }
 };
 
-// dS is some 1e-6 near the reference, where float16 has few digits left. So each row gets a power
-// of two that takes its largest element so far near 2^13; when it shrinks, so does the sum.
+// Near the reference dS is about 1e-6, where float16 has few digits left. So each row gets a power
+// of two that brings its largest element so far near 2^13. When that factor shrinks, the sum so far
+// shrinks with it.
 template <int kRows>
 struct Units<Fp16, kRows> {
   float unit[kRows];
@@ -134,13 +137,13 @@ struct Units<Fp16, kRows> {
  private:
   static constexpr int32_t kLargest = 100;  // its inverse is a normal number
 
-  // Of x >= 0, -127 for 0; 128 for inf and NaN.
+  // Exponent of x >= 0: -127 for 0, 128 for inf and NaN.
   RAL_DEVICE static int32_t exponent(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return int32_t(bits >> 23 & 0xff) - 127;
   }
-  // 2^n for a normal result.
+  // 2^n; the result must be normal.
   RAL_DEVICE static float power_of_two(int32_t n) {
     const uint32_t bits = uint32_t(n + 127) << 23;
     float x;

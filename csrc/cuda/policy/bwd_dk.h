@@ -6,10 +6,10 @@
 namespace ral {
 namespace cuda {
 
-// A block of threads: kBlockK keys of a kv head. It walks over the rows of the chunk that see them,
-// and the heads of the group for each, so that l is read once for all heads, and the sum over a
-// group is one sum, in one order. Where a sample's rows come
-// in several chunks the sum goes on from one to the next.
+// One CTA has kBlockK keys of a kv head. It walks over the chunk's rows that see them, and for
+// these rows over the heads of the group. So l is read once for all heads, and the sum over a group
+// has one fixed order. Where a sample's rows come in several chunks, each continues the previous
+// chunk's sum.
 template <typename T, int kHeadDim>
 struct policy_bwd_dk_kernel {
   using Params = PolicyBwdParams;
@@ -18,13 +18,13 @@ struct policy_bwd_dk_kernel {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kHeadDim == 64 ? 3 : 2;
   using TileT = Tile<T, kHeadDim>;
-  static constexpr int kStatistics = 4;  // of a row: m, c, factor, delta
+  static constexpr int kStatistics = 4;  // per row: m, c, factor, delta
   static constexpr int kStatisticsBytes = kStatistics * kBlockQ * int(sizeof(float));
   static constexpr int kSharedBytes =
       TileT::bytes(kBlockK) + 2 * (TileT::bytes(kBlockQ) + kStatisticsBytes);
   static const char* name() { return "policy_bwd_dk_kernel"; }
 
-  // Rows of a head that the block comes to.
+  // Rows of one head: a step of the CTA's walk.
   struct Step {
     int32_t h, first_row;
   };
@@ -33,7 +33,7 @@ struct policy_bwd_dk_kernel {
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
     const RowChunk& chunk = params.chunk;
-    // Causal keys at the start have the most rows: they start first.
+    // Most rows see early causal keys, so they start first.
     const int64_t program = block_index();
     const int32_t first_key = int32_t(program % params.num_blocks) * kBlockK;
     const int64_t kv_head = program / params.num_blocks % side.num_kv_heads;
@@ -43,20 +43,22 @@ struct policy_bwd_dk_kernel {
     const int32_t group = int32_t(side.num_heads / side.num_kv_heads);
     const int32_t first_head = int32_t(kv_head) * group;
 
-    // Rows of the chunk that see any of the keys, from the chunk's first in steps of kBlockQ.
+    // Rows [begin, high] of the chunk see some of the keys. `begin` is whole blocks of kBlockQ
+    // after the chunk's first row.
     const int32_t low = maximum(visibility.first_query(first_key) - chunk.first_row, 0);
     const int32_t begin = chunk.first_row + low / kBlockQ * kBlockQ;
     const int32_t high = minimum(visibility.last_query(first_key + num_keys - 1), chunk.stop() - 1);
 
     const TileT k{reinterpret_cast<T*>(shared)};
-    const TileT q{k.data + kBlockK * kHeadDim};  // two of them
-    float* const statistics = reinterpret_cast<float*>(q.data + 2 * kBlockQ * kHeadDim);  // too
+    const TileT q{k.data + kBlockK * kHeadDim};  // double buffer
+    // likewise
+    float* const statistics = reinterpret_cast<float*>(q.data + 2 * kBlockQ * kHeadDim);
     const KeyBits bits(common, b, first_key);
     const int warp_key = warp_index() * 16;
     float dk[1][kHeadDim / 8][4];
     clear(dk);
     Units<T, kRows> units;
-    // Of the rows of a step, the same for all heads; transposed: keys down, rows across.
+    // For the rows of a step, the same for all heads. Transposed: keys down, rows across.
     float l[1][kBlockQ / 8][4];
     Mask masks[kRows];
     Step step{first_head, begin};
@@ -70,7 +72,7 @@ struct policy_bwd_dk_kernel {
       Step next{step.h + 1, step.first_row};
       if (next.h == first_head + group) next = Step{first_head, step.first_row + kBlockQ};
       wait_for_copies<0>();
-      sync_block();  // the rows are here, and nobody needs those before
+      sync_block();  // the rows have arrived; the previous ones are no longer read
       const TileT now{q.data + buffer * kBlockQ * kHeadDim};
       const float* const of_rows = statistics + buffer * kStatistics * kBlockQ;
       buffer = 1 - buffer;
@@ -83,7 +85,7 @@ struct policy_bwd_dk_kernel {
         continue;
       }
       if (step.h == first_head) {
-        load_l(params, b, step.first_row, first_key + warp_key, l);
+        load_l_transposed(params, b, step.first_row, first_key + warp_key, l);
         RAL_UNROLL for (int i = 0; i < kRows; ++i) {
           const int key = warp_key + row_in_warp(i);
           masks[i] = Mask::of_key(common, visibility, bits, key, first_key + key, step.first_row,
@@ -103,7 +105,7 @@ struct policy_bwd_dk_kernel {
         for (int e = 0; e < 2; ++e) dk[0][c][2 * i + e] *= units.inverse(i);
     if (!params.is_first) add_so_far(params, kv_head, first_key + warp_key, dk);
     if (params.is_last) {
-      sync_block();  // nobody needs the keys
+      sync_block();  // the keys are no longer read
       store_rows<1>(
           rows_of<T>(params.dk, b, kv_head, first_key), params.dk.stride_t, warp_key, num_keys, dk,
           [&](int) { return side.scale; }, k);
@@ -134,9 +136,9 @@ struct policy_bwd_dk_kernel {
                  there ? load_global(params.delta + per_head) : 0.0f);
   }
 
-  // l of rows [first_row, first_row + 64) and the lane's keys of a warp's 16.
-  RAL_DEVICE static void load_l(const Params& params, int32_t b, int32_t first_row,
-                                int32_t warp_key, float (&l)[1][kBlockQ / 8][4]) {
+  // Loads l of rows [first_row, first_row + 64) for the lane's keys of a warp's 16.
+  RAL_DEVICE static void load_l_transposed(const Params& params, int32_t b, int32_t first_row,
+                                           int32_t warp_key, float (&l)[1][kBlockQ / 8][4]) {
     const RowChunk& chunk = params.chunk;
     const int mine = 2 * (lane_index() % 4);
     const float* const lines =
@@ -150,7 +152,7 @@ struct policy_bwd_dk_kernel {
       }
   }
 
-  // Scores become dS: (7).
+  // Turns scores into dS (7).
   RAL_DEVICE static void form_gradient(float scale, const float* statistics,
                                        const Mask (&masks)[kRows], float (&l)[1][kBlockQ / 8][4],
                                        float (&ds)[1][kBlockQ / 8][4]) {
@@ -163,8 +165,8 @@ struct policy_bwd_dk_kernel {
         const Float2 c = pair(1, tile);
         RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
           for (int e = 0; e < 2; ++e)
-            hide(masks[i], tile, e, e == 0 ? c.x : c.y, ds[0][tile][2 * i + e],
-                 l[0][tile][2 * i + e]);
+            hide_element(masks[i], tile, e, e == 0 ? c.x : c.y, ds[0][tile][2 * i + e],
+                         l[0][tile][2 * i + e]);
       }
     }
     RAL_UNROLL for (int tile = 0; tile < kBlockQ / 8; ++tile) {
@@ -173,14 +175,15 @@ struct policy_bwd_dk_kernel {
       RAL_UNROLL for (int i = 0; i < kRows; ++i) {
         float& low = ds[0][tile][2 * i];
         float& high = ds[0][tile][2 * i + 1];
-        low = gradient_of_score(exp2(low * scale - m.x), l[0][tile][2 * i], c.x, factor.x, delta.x);
-        high = gradient_of_score(exp2(high * scale - m.y), l[0][tile][2 * i + 1], c.y, factor.y,
-                                 delta.y);
+        low = gradient_of_policy_score(exp2(low * scale - m.x), l[0][tile][2 * i], c.x, factor.x,
+                                       delta.x);
+        high = gradient_of_policy_score(exp2(high * scale - m.y), l[0][tile][2 * i + 1], c.y,
+                                        factor.y, delta.y);
       }
     }
   }
 
-  // The sum over earlier rows, float32, without the scale.
+  // The sum over earlier chunks, in float32, without the scale.
   RAL_DEVICE static float* line_so_far(const Params& params, int64_t kv_head, int32_t key) {
     return params.dk_so_far + (kv_head * params.common.seqlen_k + key) * kHeadDim +
            2 * (lane_index() % 4);

@@ -6,7 +6,7 @@
 namespace ral {
 namespace cuda {
 
-// A block of threads: kBlockQ rows of a head over a piece of the keys.
+// One CTA has kBlockQ rows of a head and a piece of the keys.
 template <typename T, int kHeadDim>
 struct policy_bwd_dq_kernel {
   using Params = PolicyBwdParams;
@@ -18,7 +18,7 @@ struct policy_bwd_dq_kernel {
   static constexpr int kSharedBytes = TileT::bytes(kBlockQ) + 2 * TileT::bytes(kBlockK);
   static const char* name() { return "policy_bwd_dq_kernel"; }
 
-  // Of a row.
+  // Statistics of a row.
   struct Row {
     float m, c, factor, delta;
   };
@@ -26,7 +26,7 @@ struct policy_bwd_dq_kernel {
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const RowsOfHead at(params, kBlockQ);
     const TileT q{reinterpret_cast<T*>(shared)};
-    const TileT k{q.data + kBlockQ * kHeadDim};  // two of them
+    const TileT k{q.data + kBlockQ * kHeadDim};  // double buffer
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
     const Visibility visibility = visibility_of(common, side);
@@ -41,7 +41,7 @@ struct policy_bwd_dq_kernel {
     const float scale = side.scale * kLog2e;
     Row rows[kRows];
     RAL_UNROLL for (int i = 0; i < kRows; ++i)
-      rows[i] = load_row(params, at, warp_row + row_in_warp(i));
+      rows[i] = load_statistics(params, at, warp_row + row_in_warp(i));
     float dq[1][kHeadDim / 8][4];
     clear(dq);
     Units<T, kRows> units;
@@ -50,7 +50,7 @@ struct policy_bwd_dq_kernel {
       const KeyBits bits = next;
       next = KeyBits(common, at.b, first + kBlockK);
       wait_for_copies<0>();
-      sync_block();  // the tile is here, and nobody needs the one before
+      sync_block();  // the tile has arrived; the previous one is no longer read
       const TileT now{k.data + offset};
       offset = kBlockK * kHeadDim - offset;
       if (first + kBlockK < at.end)
@@ -68,15 +68,15 @@ struct policy_bwd_dq_kernel {
         RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
           for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
             for (int e = 0; e < 2; ++e)
-              hide(masks[i], c, e, rows[i].c, ds[0][c][2 * i + e], l[0][c][2 * i + e]);
+              hide_element(masks[i], c, e, rows[i].c, ds[0][c][2 * i + e], l[0][c][2 * i + e]);
       }
       RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
         for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
           for (int e = 0; e < 2; ++e) {
             float& x = ds[0][c][2 * i + e];
             const Row& row = rows[i];
-            x = gradient_of_score(exp2(x * scale - row.m), l[0][c][2 * i + e], row.c, row.factor,
-                                  row.delta);
+            x = gradient_of_policy_score(exp2(x * scale - row.m), l[0][c][2 * i + e], row.c,
+                                         row.factor, row.delta);
           }
       units.apply(ds, dq);
       add_product(dq, ds, now);  // (9), without the scale
@@ -85,7 +85,7 @@ struct policy_bwd_dq_kernel {
     if (params.dq_parts != nullptr) {
       store_part(params, at, warp_row, dq, units);
     } else {
-      sync_block();  // nobody needs the queries
+      sync_block();  // the queries are no longer read
       store_rows<1>(
           rows_of<T>(params.dq, at.b, at.h, at.first_row), params.dq.stride_t, warp_row,
           at.num_rows, dq, [&](int i) { return side.scale * units.inverse(i); }, q);
@@ -93,7 +93,7 @@ struct policy_bwd_dq_kernel {
   }
 
  private:
-  RAL_DEVICE static Row load_row(const Params& params, const RowsOfHead& at, int row) {
+  RAL_DEVICE static Row load_statistics(const Params& params, const RowsOfHead& at, int row) {
     if (row >= at.num_rows) return Row{};
     const ral_policy_side& side = params.side;
     const RowChunk& chunk = params.chunk;
@@ -120,7 +120,7 @@ struct policy_bwd_dq_kernel {
   }
 };
 
-// Adds the pieces of dq in their order, a thread two numbers.
+// Adds the pieces of dq in order, two numbers per thread.
 template <typename T, int kHeadDim>
 struct policy_bwd_join_kernel {
   using Params = PolicyBwdParams;

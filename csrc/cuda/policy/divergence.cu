@@ -1,25 +1,26 @@
-// The order of launches of `policy_divergence`, and how its scratch memory is laid out.
+// The order of launches of `policy_divergence`, and the layout of their scratch memory.
 //
-// Statistics of both sides come first. Then rows are taken in chunks, whose l fits the scratch:
-// r by policy_terms_kernel, l with D and U by the same kernel in its place, what a row's gradient
-// needs, dq and dk. Nothing depends on the device: the same call gives the same bits everywhere.
+// Statistics of both sides come first. Then rows are taken in chunks whose l fits the scratch. For
+// each chunk policy_terms_kernel writes r, then replaces it by l and adds up D and U. What a row's
+// gradient needs, dq and dk follow. Nothing depends on the device: the same call gives the same
+// bits everywhere.
 #include "policy/launches.h"
 #include "policy/rows.h"
 
 namespace ral {
 namespace cuda {
 
-// Which of the entry points a layout is for.
+// What an entry point computes.
 struct Pass {
   bool wants_statistics, wants_sums, wants_gradient;
 };
 constexpr Pass kFwd{true, true, false}, kBwd{false, false, true}, kLoss{true, true, true};
 
-// Hands out scratch memory, or counts what is needed where there is none yet.
+// Hands out scratch memory. Without memory it counts what is needed.
 class Scratch {
  public:
   explicit Scratch(float* data) : data_(data) {}
-  // Aligned to 16 bytes; null where nothing is there, or wanted.
+  // Aligned to 16 bytes. Null without memory, or if not wanted.
   float* take(int64_t numbers, bool wanted = true) {
     if (!wanted) return nullptr;
     float* const taken = data_ == nullptr ? nullptr : data_ + used_;
@@ -33,7 +34,7 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// Keys of a row in pieces, where rows and heads alone do not fill a GPU.
+// Cuts a row's keys into pieces where rows and heads alone do not fill a GPU.
 struct Pieces {
   static constexpr int64_t kWantedBlocks = 512, kFewestKeys = 512;
   int32_t count, keys;
@@ -48,21 +49,22 @@ struct Pieces {
 
 class PolicyDivergence {
  public:
-  // `limit`: numbers that l of a chunk and parts of its U may take, if kChunkBlockQ rows fit that.
+  // `limit`: floats that a chunk's l and its parts of U may take. A chunk of kChunkBlockQ rows may
+  // take more.
   PolicyDivergence(const ral_policy_divergence_params& call, const Pass& pass, int64_t limit,
                    float* memory, void* stream)
       : call_(call), pass_(pass), stream_(stream) {
     const ral_policy_common& common = call.common;
     const int64_t num_heads = call.policy.num_heads;
     stride_ = cdiv(common.seqlen_k, kTermKeys) * kTermKeys;
-    const int64_t u_parts = pass.wants_sums ? num_heads * (stride_ / kBlockK) : 0;  // of a row
+    const int64_t u_parts = pass.wants_sums ? num_heads * (stride_ / kBlockK) : 0;  // per row
     int64_t blocks = limit / ((stride_ + u_parts) * kChunkBlockQ);
     if (blocks < 1) blocks = 1;
     const int64_t of_sample = cdiv(common.num_rows, kChunkBlockQ);
     rows_ = blocks < of_sample ? blocks * kChunkBlockQ : common.num_rows;
     samples_ = blocks < of_sample ? 1 : blocks / of_sample;
     if (samples_ > common.batch_size) samples_ = common.batch_size;
-    // A chunk may have fewer rows or samples than the others, never more blocks.
+    // Some chunks have fewer rows or samples than others, but none has more CTAs.
     pieces_ = Pieces(cdiv(rows_, kChunkBlockQ) * num_heads * samples_, common.seqlen_k);
 
     Scratch scratch(memory);
@@ -79,7 +81,7 @@ class PolicyDivergence {
                               pass.wants_gradient && rows_ < common.num_rows);
     ref_w_ = scratch.take(call.reference.num_heads * all_rows,
                           pass.wants_statistics && call.reference_normalised == 0);
-    // The loss keeps none of these, the forward gives them to the backward.
+    // The loss keeps none of these; the forward gives them to the backward.
     const bool own = pass.wants_statistics && pass.wants_gradient;
     float* const norm = scratch.take(2 * num_heads * all_rows, own);
     float* const z = scratch.take(all_rows, own);
@@ -201,7 +203,7 @@ extern "C" RAL_EXPORT void ral_cuda_policy_struct_sizes(int64_t sizes[2]) {
   sizes[1] = sizeof(ral_policy_divergence_params);
 }
 
-// Floats of scratch memory that the entry point of that name needs.
+// Floats of scratch memory that the entry point of that name needs, with the same `limit`.
 extern "C" RAL_EXPORT int64_t
 ral_cuda_policy_divergence_fwd_scratch(const ral_policy_divergence_params* call, int64_t limit) {
   using namespace ral::cuda;
@@ -218,8 +220,8 @@ ral_cuda_policy_divergence_loss_scratch(const ral_policy_divergence_params* call
   return PolicyDivergence(*call, kLoss, limit, nullptr, nullptr).scratch_used();
 }
 
-// `limit`: floats that l of a chunk of rows and parts of its U may take, if 64 rows fit that; as
-// for the scratch.
+// `limit`: floats that l of a chunk of rows and its parts of U may take. A chunk of 64 rows may
+// take more. It must be the `limit` that the scratch was sized for.
 extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_fwd(
     const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
   using namespace ral::cuda;

@@ -1,9 +1,10 @@
-// Terms of the divergences between two probabilities, free of cancellation where they nearly agree:
-// equations (4) to (10) of ral_kernels/ops/divergence/README.md. csrc/cpu/policy/divergence_terms.h
-// does the same a vector at a time.
+// Terms of the divergences between two probabilities, without cancellation where they nearly agree.
+// Equations (4) to (10) of ral_kernels/ops/divergence/README.md, one element at a time.
+// csrc/cpu/policy/divergence_terms.h takes a vector at a time.
 #pragma once
 
 #include "core/device.h"
+#include "ral/divergence_math.h"
 #include "ral/policy.h"
 
 namespace ral {
@@ -14,41 +15,34 @@ struct DivergenceTerm {
   float gradient;  // d value / d p, up to a constant where the caller renormalises
 };
 
-// atanh(s) for |s| <= 0.18, to a rounding.
+// atanh(s) for |s| <= 0.18, to one rounding.
 RAL_DEVICE float atanh_series(float s) {
   const float z = s * s;
-  float series = z * (1.0f / 11.0f) + 1.0f / 9.0f;
-  series = series * z + 1.0f / 7.0f;
-  series = series * z + 1.0f / 5.0f;
-  series = series * z + 1.0f / 3.0f;
+  float series = z * kAtanh11 + kAtanh9;
+  series = series * z + kAtanh7;
+  series = series * z + kAtanh5;
+  series = series * z + kAtanh3;
   return s + s * z * series;
 }
 
-// log x for x > 0, subnormal too: log2 takes those for 0.
+// log x for x > 0, subnormal too. log2 takes subnormal numbers for 0.
 RAL_DEVICE float natural_log(float x) {
-  const bool small = x < 1.17549435e-38f;
-  return (log2(small ? x * 16777216.0f : x) - (small ? 24.0f : 0.0f)) * kLn2;
+  const bool small = x < kSmallestNormal;
+  return (log2(small ? x * kSubnormalScale : x) - (small ? kSubnormalScaleLog2 : 0.0f)) * kLn2;
 }
 
 // log(a / b) for a, b > 0, with s = (a - b) / (a + b) from the unrounded difference: (5).
 RAL_DEVICE float log_quotient(float a, float b, float s) {
-  if (s < 0.17f && s > -0.17f) return 2.0f * atanh_series(s);
+  if (s < kAtanhSeriesBelow && s > -kAtanhSeriesBelow) return 2.0f * atanh_series(s);
   const float y = a / b;
-  if (y > 1.17549435e-38f && y < 3.4e38f) return log2(y) * kLn2;
+  if (y > kSmallestNormal && y < kLargestQuotient) return log2(y) * kLn2;
   return natural_log(a) - natural_log(b);
 }
 
 // (p log(p / m) + r log(r / m)) / 2 with m = (p + r) / 2.
 RAL_DEVICE float jsd_term(float p, float r, float x) {
   const float z = x * x, m = 0.5f * (p + r);
-  if (z < 0.0625f) {
-    float series = z * (1.0f / 132.0f) + 1.0f / 90.0f;
-    series = series * z + 1.0f / 56.0f;
-    series = series * z + 1.0f / 30.0f;
-    series = series * z + 1.0f / 12.0f;
-    series = series * z + 0.5f;
-    return m * z * series;  // (6)
-  }
+  if (z < kJsdSeriesBelow) return m * z * jsd_series(z);  // (6)
   const float from_p = p == 0.0f ? 0.0f : p * log_quotient(p, m, x / (2.0f + x));
   const float from_r = r == 0.0f ? 0.0f : r * log_quotient(r, m, -x / (2.0f - x));
   return 0.5f * (from_p + from_r);
@@ -59,18 +53,11 @@ RAL_DEVICE float kl_term(float a, float b, float x) {
   if (a == 0.0f) return b;
   if (b == 0.0f) return -minus_infinity();
   const float z = x * x;
-  if (z < 0.1f) {
-    float series = z * (1.0f / 13.0f) + 1.0f / 11.0f;
-    series = series * z + 1.0f / 9.0f;
-    series = series * z + 1.0f / 7.0f;
-    series = series * z + 1.0f / 5.0f;
-    series = series * z + 1.0f / 3.0f;
-    return (a + b) * z * (x * (1.0f + x) * series + 1.0f);  // (7)
-  }
+  if (z < kKlSeriesBelow) return (a + b) * z * (x * (1.0f + x) * kl_series(z) + 1.0f);  // (7)
   return a * log_quotient(a, b, x) - a + b;
 }
 
-// Where p is 0 its gradient is 0; so it is where r = 0 < p makes the row infinite.
+// The gradient is 0 where p is 0, and where r = 0 < p makes the row infinite.
 RAL_DEVICE DivergenceTerm divergence_term(int32_t kind, float p, float r) {
   const float total = p + r;
   if (total == 0.0f) return {0.0f, 0.0f};
@@ -81,8 +68,7 @@ RAL_DEVICE DivergenceTerm divergence_term(int32_t kind, float p, float r) {
   }
   if (kind == RAL_KL)
     return {kl_term(p, r, x), p == 0.0f || r == 0.0f ? 0.0f : log_quotient(p, r, x)};  // (9)
-  // Bounded, so that a subnormal p does not turn sums over the row into infinities.
-  const float l = p == 0.0f ? 0.0f : maximum(-1e34f, (p - r) / p);  // (10)
+  const float l = p == 0.0f ? 0.0f : maximum(kLowestReverseKlGradient, (p - r) / p);   // (10)
   return {kl_term(r, p, -x), l};
 }
 

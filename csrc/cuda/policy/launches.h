@@ -1,5 +1,5 @@
-// Launches of the kernels of `policy_divergence`, each in the .cu file of its name: nvcc compiles
-// them side by side. All return as `run` does.
+// Launches of the kernels of `policy_divergence`, each in the .cu file of its name so that nvcc
+// compiles them in parallel. All return as `run` does.
 #pragma once
 
 #include "core/launch.h"

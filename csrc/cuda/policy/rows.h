@@ -1,5 +1,5 @@
-// What a row's sums over keys come to: D, and what its gradient needs. Equations (1), (3), (4) and
-// (6) of ral_kernels/ops/policy/divergence.md.
+// Reduces each row's sums over keys to D, and forms what the row's gradient needs. Equations (1),
+// (3), (4) and (6) of ral_kernels/ops/policy/divergence.md.
 #pragma once
 
 #include "policy/side.h"
@@ -12,18 +12,18 @@ struct PolicyRowsParams {
   ral_policy_side policy, reference;
   RowChunk chunk;
   const float* value_parts;  // [samples, rows, chunk.stride / kTermKeys]
-  const float* u_parts;      // [samples, rows, H, chunk.stride / 64]; null: u is given
+  const float* u_parts;      // [samples, rows, H, chunk.stride / 64]; null = u is given
   float* u;                  // [B, H, T]
   const float* w;            // [B, H, T]
   float* value;              // [B, T], or null
-  // For the gradient, as in PolicyBwdParams; c null: none is wanted
+  // For the gradient, as in PolicyBwdParams; c null = no gradient.
   const float* weight;  // [B, T]
   float* c;
   float* factor;
   float* delta;
 };
 
-// A warp a row. Rows of infinite value, and such as have no policy on one side, have no gradient.
+// One warp per row. A row has no gradient if its value is infinite or if one side has no policy.
 struct policy_rows_kernel {
   using Params = PolicyRowsParams;
   static constexpr int kThreads = 128, kMinBlocks = 8, kSharedBytes = 0;
@@ -41,7 +41,7 @@ struct policy_rows_kernel {
     const int64_t row = b * num_rows + t;
     const float z = load_global(params.policy.z + row);
     bool constant = z == 0.0f || load_global(params.reference.z + row) == 0.0f;
-    // Blocks of keys that the row sees on neither side need not have been formed.
+    // Key blocks that the row sees on neither side may not have been formed.
     const KeysOfRows mine(visibility_of(params.common, params.policy), t, 1);
     const KeysOfRows others(visibility_of(params.common, params.reference), t, 1);
 
@@ -78,7 +78,7 @@ struct policy_rows_kernel {
       const int64_t per_head = (b * num_heads + h) * num_rows + t;
       float scaled = 0.0f, delta = 0.0f;
       if (!constant) {
-        // dS is a multiple of P_h, whose normaliser comes in here, once a row.
+        // dS is a multiple of P_h. The normaliser of P_h enters here, once per row.
         scaled = factor * load_global(inverses + per_head);
         delta = load_global(u + h * num_rows) - c * load_global(params.w + per_head);
       }
@@ -95,7 +95,7 @@ struct policy_rows_kernel {
     return x;
   }
 
-  // U of line `line`: the parts of the keys that the row sees.
+  // Sums the parts of U of line `line` whose keys the row sees.
   RAL_DEVICE static float sum_of_parts(const Params& params, int64_t line, const KeysOfRows& seen) {
     const float* const parts = params.u_parts + line * (params.chunk.stride / kBlockK);
     const int32_t first = seen.low / kBlockK;

@@ -1,8 +1,8 @@
 // The queries and keys of one policy, and which keys count for its rows.
 //
-// The conditions are those of ral_kernels/ops/policy/README.md: a row *sees* keys of its window
-// that are no padding; of these, those in the scope are *valid*, without the row's own if
-// `exclude_self`.
+// The terms are those of ral_kernels/ops/policy/README.md. A row *sees* the keys of its window that
+// are not padding. Of these the keys in the scope are *valid*; `exclude_self` takes out the row's
+// own key.
 #pragma once
 
 #include "core/keys.h"
@@ -17,7 +17,7 @@ RAL_DEVICE Visibility visibility_of(const ral_policy_common& common, const ral_p
                     int32_t(common.seqlen_k));
 }
 
-// Which keys rows [row, row + num_rows) see by position, all of them together: [low, high].
+// Keys [low, high] that some of the rows [row, row + num_rows) see by position.
 struct KeysOfRows {
   int32_t low, high;
 
@@ -28,7 +28,7 @@ struct KeysOfRows {
   }
 };
 
-// 64 keys as bits: those that are there and no padding, and of these those in the scope.
+// 64 keys as bits. Real keys exist and are not padding; in_scope ones are real and in the scope.
 struct KeyBits {
   uint64_t real, in_scope;
 
@@ -45,7 +45,8 @@ struct KeyBits {
   }
 };
 
-// The keys of one kv head of a sample: the first `prefix_length` in a prefix that samples share.
+// The keys of one kv head of a sample. The first `prefix_length` lie in a prefix that samples
+// share.
 template <typename T>
 struct HeadKeys {
   const T* own;
@@ -64,8 +65,8 @@ struct HeadKeys {
     prefix = rows_of<const T>(side.k_prefix, load_global(side.prefix_index + b), kv_head, 0);
   }
 
-  // Starts copying keys [first, first + kRows). Where `exists(row)` is false they become 0: behind
-  // padding they may hold anything, and 0 times NaN is NaN.
+  // Starts copying keys [first, first + kRows). Keys where `exists(row)` is false become 0: padding
+  // may hold NaN, and 0 · NaN is NaN.
   template <int kRows, int kThreads, int kColumns, typename Exists>
   RAL_DEVICE void copy(Tile<T, kColumns> tile, int32_t first, Exists exists) const {
     const bool is_own = first >= prefix_length;
@@ -90,7 +91,7 @@ struct HeadKeys {
   }
 };
 
-// Bits `low` to `high` of 64, both within or without.
+// Sets bits `low` to `high` of 64; either may lie outside of the 64.
 RAL_DEVICE uint64_t bits_between(int32_t low, int32_t high) {
   low = maximum(low, 0);
   high = minimum(high, 63);
@@ -101,11 +102,11 @@ RAL_DEVICE uint64_t without_bit(uint64_t bits, int32_t bit) {
   return bit < 0 || bit > 63 ? bits : bits & ~(uint64_t(1) << bit);
 }
 
-// What of 64 keys a row sees and what is valid for it; or of 64 rows, for a key.
+// Which of 64 keys a row sees, and which are valid for it; or which of 64 rows, for one key.
 struct Mask {
   uint64_t visible, valid;
 
-  // Of keys [first, first + 64).
+  // For keys [first, first + 64).
   RAL_DEVICE static Mask of_row(const ral_policy_common& common, const Visibility& visibility,
                                 const KeyBits& keys, int32_t row, int32_t first) {
     const uint64_t near =
@@ -114,7 +115,7 @@ struct Mask {
     if (common.exclude_self) mask.valid = without_bit(mask.valid, row + visibility.offset - first);
     return mask;
   }
-  // Of rows [first, first + 64), which end before `stop`; `bit` is the key's in `keys`.
+  // For rows [first, first + 64) before `stop`. `bit` is the key's in `keys`.
   RAL_DEVICE static Mask of_key(const ral_policy_common& common, const Visibility& visibility,
                                 const KeyBits& keys, int bit, int32_t key, int32_t first,
                                 int32_t stop) {
@@ -126,7 +127,7 @@ struct Mask {
   }
 
   RAL_DEVICE bool is_full() const { return (visible & valid) == ~uint64_t(0); }
-  // Column tile c, element e of the lane.
+  // For element e of column tile c of the lane.
   RAL_DEVICE bool sees(int c, int e) const { return has(visible, c, e); }
   RAL_DEVICE bool counts(int c, int e) const { return has(valid, c, e); }
 
@@ -136,7 +137,7 @@ struct Mask {
   }
 };
 
-// Whether all of a warp's rows see all 64 keys, all valid; the same in all lanes.
+// Whether all of a warp's rows see all 64 keys, all valid. All lanes get the same answer.
 template <int kRows>
 RAL_DEVICE bool all_full(const Mask (&masks)[kRows]) {
   bool full = true;
@@ -145,13 +146,13 @@ RAL_DEVICE bool all_full(const Mask (&masks)[kRows]) {
   return ballot(!full) == 0;
 }
 
-// Rows of some samples, which one sweep takes together: a piece of one sample's, or all of several.
+// Rows that one sweep takes together: some rows of one sample, or all rows of several samples.
 struct RowChunk {
   int32_t first_sample, num_samples;
   int32_t first_row, num_rows;
   int64_t stride;  // of rows over keys: the number of keys, rounded up to kTermKeys
 
-  // Of tensors [samples, rows] and [samples, heads, rows] that hold a chunk.
+  // Index into tensors [samples, rows] and [samples, heads, rows] that hold a chunk.
   RAL_DEVICE int64_t at(int32_t sample, int32_t row) const {
     return int64_t(sample - first_sample) * num_rows + (row - first_row);
   }
@@ -161,8 +162,8 @@ struct RowChunk {
   RAL_DEVICE int32_t stop() const { return first_row + num_rows; }
 };
 
-constexpr int kTermKeys = 128;    // keys of a block of policy_terms_kernel
-constexpr int kChunkBlockQ = 64;  // rows of a block, of all kernels that take a chunk's rows
+constexpr int kTermKeys = 128;    // keys of a CTA of policy_terms_kernel
+constexpr int kChunkBlockQ = 64;  // rows of a CTA, in all kernels that take a chunk's rows
 
 }  // namespace cuda
 }  // namespace ral

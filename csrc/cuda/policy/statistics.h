@@ -1,9 +1,10 @@
-// What turns scores into a policy: each row's normaliser, head by head, and Z.
-// Equations (3), (5) and (6) of ral_kernels/ops/policy/README.md.
+// Statistics that turn scores into a policy: each row's normaliser, head by head, and Z. Equations
+// (3), (5) and (6) of ral_kernels/ops/policy/README.md.
 #pragma once
 
 #include "attention/marginals.h"
 #include "policy/side.h"
+#include "ral/divergence_math.h"
 
 namespace ral {
 namespace cuda {
@@ -11,18 +12,18 @@ namespace cuda {
 struct PolicyStatisticsParams {
   ral_policy_common common;
   ral_policy_side side;
-  float* w;  // [B, H, T] the share of the valid keys, head by head
+  float* w;  // [B, H, T] share of the valid keys, head by head
   int32_t num_blocks;
 };
 
-// A block of threads: kBlockQ rows of a head over all keys that they see. Sums over valid keys and
-// over the others give the normaliser and W in one walk. K passes through shared memory, the next
-// block of it arrives while scores are formed.
+// One CTA has kBlockQ rows of a head and walks over all keys that they see. Sums over valid keys
+// and over other keys give the normaliser and W in one walk. K passes through shared memory; its
+// next block arrives while scores are formed.
 template <typename T, int kHeadDim>
 struct policy_statistics_kernel {
   using Params = PolicyStatisticsParams;
   static constexpr int kRowTiles = 2, kWarps = 4;
-  static constexpr int kRows = 2 * kRowTiles;  // of a lane
+  static constexpr int kRows = 2 * kRowTiles;  // per lane
   static constexpr int kWarpQ = 16 * kRowTiles;
   static constexpr int kBlockQ = kWarpQ * kWarps;
   static constexpr int kThreads = kWarps * kWarpSize;
@@ -32,7 +33,7 @@ struct policy_statistics_kernel {
   using Scores = float[kRowTiles][kBlockK / 8][4];
   static const char* name() { return "policy_statistics_kernel"; }
 
-  // Of a row: the maximum of its scores in base 2, and what the lane has of sums relative to it.
+  // A row's maximum score in base 2, and the lane's parts of the sums relative to it.
   struct Row {
     float m, valid, others;
   };
@@ -40,7 +41,7 @@ struct policy_statistics_kernel {
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
-    // Causal rows at the end have the most keys: they start first.
+    // Late causal rows see the most keys, so they start first.
     const int64_t program = block_index();
     const int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
     const int64_t h = program / params.num_blocks % side.num_heads;
@@ -51,7 +52,7 @@ struct policy_statistics_kernel {
     const HeadKeys<T> keys(side, b, h / (side.num_heads / side.num_kv_heads));
 
     const TileT q{reinterpret_cast<T*>(shared)};
-    const TileT k{q.data + kBlockQ * kHeadDim};  // two of them
+    const TileT k{q.data + kBlockQ * kHeadDim};  // double buffer
     copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(side.q, b, h, first_row), side.q.stride_t,
                                  [&](int row) { return row < num_rows; });
     const KeysOfRows seen(visibility, first_row, num_rows);
@@ -70,7 +71,7 @@ struct policy_statistics_kernel {
       const KeyBits bits = next;
       next = KeyBits(common, b, first + kBlockK);
       wait_for_copies<0>();
-      sync_block();  // the tile is here, and nobody needs the one before
+      sync_block();  // the tile has arrived; the previous one is no longer read
       const TileT now{k.data + offset};
       offset = kBlockK * kHeadDim - offset;
       if (first + kBlockK <= seen.high)
@@ -91,7 +92,7 @@ struct policy_statistics_kernel {
           add<false>(rows[i], s, i, scale, masks[i]);
       }
     }
-    wait_for_copies<0>();  // of rows that see no key
+    wait_for_copies<0>();  // in flight still where rows see no key
 
     float* const norm = side.norm + (b * side.num_heads + h) * common.num_rows + first_row;
     float* const w = params.w + (b * side.num_heads + h) * common.num_rows + first_row;
@@ -109,7 +110,7 @@ struct policy_statistics_kernel {
   }
 
  private:
-  // The lane's i-th row; kFull: all keys count.
+  // Adds a block of keys to the lane's i-th row. kFull: all keys are seen and valid.
   template <bool kFull>
   RAL_DEVICE static void add(Row& row, const Scores& s, int i, float scale, const Mask& mask) {
     float highest = minus_infinity();
@@ -140,14 +141,11 @@ struct PolicyShareParams {
   const float* w;  // [B, H, T]
 };
 
-// Z, a thread a row: heads are summed in their order.
+// Z, one thread per row. Heads are summed in order.
 struct policy_share_kernel {
   using Params = PolicyShareParams;
   static constexpr int kThreads = 128, kMinBlocks = 8, kSharedBytes = 0;
   static const char* name() { return "policy_share_kernel"; }
-
-  // Of all heads on the valid keys; less counts as none, so that 1 / (Z H) is finite.
-  static constexpr float kSmallestWeight = 7.8886090522101181e-31f;  // 2^-100
 
   RAL_DEVICE static void run(const Params& params, char*) {
     const int64_t num_rows = params.common.num_rows, num_heads = params.side.num_heads;

@@ -1,5 +1,6 @@
-// p of a policy, or the divergence of p from r and its moments: equations (5) and (7) of
-// ral_kernels/ops/policy/README.md, (1) to (3) of ral_kernels/ops/policy/divergence.md.
+// p of a policy; or, where it is compared with r, the terms of the divergence and their moments.
+// Equations (5) and (7) of ral_kernels/ops/policy/README.md, (1) to (3) of
+// ral_kernels/ops/policy/divergence.md.
 #pragma once
 
 #include "policy/divergence_terms.h"
@@ -19,31 +20,32 @@ struct PolicyTermsParams {
   int32_t num_row_blocks, num_key_blocks;
   int64_t other_left, other_right;  // windows of the policy that this one is compared with
   float* p;                         // [samples, rows, chunk.stride]
-  // [samples, rows, chunk.stride / kTermKeys] sums of (1) over a block's keys; null: p itself is
-  // wanted, there is nothing to compare it with
+  // [samples, rows, chunk.stride / kTermKeys] sums of (1) over a CTA's keys. Null where p itself is
+  // wanted: there is nothing to compare it with.
   float* value_parts;
-  // [samples, rows, H, chunk.stride / 64] sums of (3) over 64 keys; null: not wanted
+  // [samples, rows, H, chunk.stride / 64] sums of (3) over 64 keys; null = not wanted
   float* u_parts;
   int32_t kind;
 };
 
-// A block of threads: kBlockQ rows and kTermKeys keys, all heads. K stays for the query heads that
-// read it, queries pass by: the next head's arrive while weights are formed. The reference goes
-// first and leaves r in memory, where the policy's l takes its place. Both go through the same
-// instructions: equal inputs give equal bits. For U the heads pass by a second time, with l in
-// registers: it is read from memory by nobody but the gradient.
+// One CTA has kBlockQ rows and kTermKeys keys, and walks over all heads. K stays in shared memory
+// for the query heads that read it. Queries pass by; the next head's arrive while weights are
+// formed. The reference goes first and leaves r in memory; the policy's l takes its place. Both
+// sides run the same instructions, so equal inputs give equal bits. For U the heads pass by a
+// second time, with l in registers. Only the gradient reads l from memory.
 template <typename T, int kHeadDim>
 struct policy_terms_kernel {
   using Params = PolicyTermsParams;
-  // Warps two by two: 32 rows and 64 keys each, so that what one loads serves four products.
+  // Warps are two by two, with 32 rows and 64 keys each, so that what one loads serves four
+  // products.
   static constexpr int kRowTiles = 2, kWarps = 4;
-  static constexpr int kRows = 2 * kRowTiles;  // of a lane
+  static constexpr int kRows = 2 * kRowTiles;  // per lane
   static constexpr int kWarpQ = 16 * kRowTiles, kWarpKeys = 64;
   static constexpr int kBlockQ = 2 * kWarpQ;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = 2;
   using TileT = Tile<T, kHeadDim>;
-  static constexpr int kStride = kTermKeys + 8;  // of staged rows: 8 of them meet no bank twice
+  static constexpr int kStride = kTermKeys + 8;  // of staged rows; the 8 spread rows over banks
   static constexpr int kTileBytes = 2 * TileT::bytes(kBlockQ) + TileT::bytes(kTermKeys);
   static constexpr int kStageBytes = kBlockQ * kStride * int(sizeof(float));
   static constexpr int kSharedBytes = kTileBytes > kStageBytes ? kTileBytes : kStageBytes;
@@ -67,13 +69,13 @@ struct policy_terms_kernel {
                                                   params.other_right, visibility.length_k),
                                        first_row, num_rows)
                                 .meet(first_key, kTermKeys);
-    if (!sees && !other_sees) return;  // nobody will read p, l or a part of the sums
+    if (!sees && !other_sees) return;  // no kernel reads p, l or partial sums here
     Scores sum;
     clear(sum);
     if (sees) add_heads(params, shared, b, first_row, num_rows, first_key, sum);
-    // Through shared memory: a warp then has whole lines, and few elements at a time.
+    // Sums pass through shared memory: a warp then has whole lines, and few elements at a time.
     float* const stage = reinterpret_cast<float*>(shared);
-    sync_block();  // nobody needs queries or keys
+    sync_block();  // queries and keys are no longer read
     stage_policy(params, b, first_row, num_rows, first_key, sum, stage);
     sync_block();
     finish_lines(params, b, first_row, num_rows, first_key, stage);
@@ -84,19 +86,19 @@ struct policy_terms_kernel {
   }
 
  private:
-  // What normalises the lane's rows of a head.
+  // Normalisers of the lane's rows, of one head.
   struct Norm {
     float m[kRows], inverse[kRows];
   };
 
-  // Calls visit(h, scores, norm) head by head, where the scores are q kᵀ of the warp's rows and
-  // keys. The warps whose rows do not exist are left out.
+  // Calls visit(h, scores, norm) head by head. The scores are q kᵀ of the warp's rows and keys.
+  // Warps without rows only take part in copies and barriers.
   template <typename Visit>
   RAL_DEVICE static void for_heads(const Params& params, char* shared, int32_t b, int32_t first_row,
                                    int32_t num_rows, int32_t first_key, Visit visit) {
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
-    const TileT q{reinterpret_cast<T*>(shared)};  // two of them
+    const TileT q{reinterpret_cast<T*>(shared)};  // double buffer
     const TileT k{q.data + 2 * kBlockQ * kHeadDim};
     const int warp_row = warp_index() / 2 * kWarpQ, warp_key = warp_index() % 2 * kWarpKeys;
     const auto copy_queries = [&](TileT tile, int64_t h) {
@@ -117,7 +119,7 @@ struct policy_terms_kernel {
     copy_queries(q, 0);
     commit_copies();
     int offset = 0;        // of the queries in use
-    int32_t in_group = 0;  // number of the head in its group
+    int32_t in_group = 0;  // index of the head in its group
     int64_t kv_head = 0;
     for (int32_t h = 0; h < num_heads; ++h) {
       const float* const at =
@@ -129,7 +131,7 @@ struct policy_terms_kernel {
         norm.inverse[i] = row < num_rows ? load_global(at + inverses + row) : 0.0f;
       }
       wait_for_copies<0>();
-      sync_block();  // the head's queries and keys are here, nobody needs the queries before
+      sync_block();  // queries and keys have arrived; the previous queries are no longer read
       const TileT now{q.data + offset};
       offset = kBlockQ * kHeadDim - offset;
       if (h + 1 < num_heads) copy_queries(TileT{q.data + offset}, h + 1);
@@ -139,7 +141,7 @@ struct policy_terms_kernel {
       if (++in_group == group && h + 1 < num_heads) {
         in_group = 0;
         ++kv_head;
-        sync_block();  // nobody needs the keys any longer
+        sync_block();  // the keys are no longer read
         copy_keys(kv_head);
       }
       commit_copies();
@@ -148,7 +150,7 @@ struct policy_terms_kernel {
     wait_for_copies<0>();
   }
 
-  // Adds the heads' weights on keys that a row sees; on others the sum may be anything.
+  // Adds the heads' weights on keys that a row sees. Elsewhere the sum may be anything.
   RAL_DEVICE static void add_heads(const Params& params, char* shared, int32_t b, int32_t first_row,
                                    int32_t num_rows, int32_t first_key, Scores& sum) {
     const float scale = params.side.scale * kLog2e;
@@ -164,7 +166,7 @@ struct policy_terms_kernel {
               });
   }
 
-  // Parts of U from l, which is on the stage: (3).
+  // Partial sums of U (3), from l on the stage.
   RAL_DEVICE static void add_moments(const Params& params, char* shared, int32_t b,
                                      int32_t first_row, int32_t num_rows, int32_t first_key,
                                      const float* stage) {
@@ -181,7 +183,7 @@ struct policy_terms_kernel {
         l[i / 2][c][i % 2 * 2] = pair.x;
         l[i / 2][c][i % 2 * 2 + 1] = pair.y;
       }
-    sync_block();  // nobody needs the stage
+    sync_block();  // the stage is no longer read
     const int64_t num_parts = params.chunk.stride / kWarpKeys;
     const int64_t part = (first_key + warp_key) / kWarpKeys;
     const float scale = side.scale * kLog2e;
@@ -206,7 +208,7 @@ struct policy_terms_kernel {
               });
   }
 
-  // Writes what the warp has of the policy's rows, 0 on keys that do not count: (7).
+  // Stages the warp's part of the policy's rows (7), 0 on keys that do not count.
   RAL_DEVICE static void stage_policy(const Params& params, int32_t b, int32_t first_row,
                                       int32_t num_rows, int32_t first_key, const Scores& sum,
                                       float* stage) {
@@ -231,7 +233,7 @@ struct policy_terms_kernel {
     }
   }
 
-  // Writes p; or reads r where p was to go, and writes l there and, in place of p, on the stage.
+  // Writes p. In a comparison it reads r where p would go, and writes l there and to the stage.
   RAL_DEVICE static void finish_lines(const Params& params, int32_t b, int32_t first_row,
                                       int32_t num_rows, int32_t first_key, float* stage) {
     const RowChunk& chunk = params.chunk;

@@ -1,4 +1,5 @@
-// Launch of policy_terms_kernel. Two files compile it: in one it would take longer than any other.
+// Launch of policy_terms_kernel. Two .cu files compile it: in one it would take longer than any
+// other.
 #pragma once
 
 #include "policy/launches.h"

@@ -15,10 +15,10 @@ namespace ral {
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-// Additive masks of finfo.min are finite scores to the user; they are kept finite in base 2, too.
+// To users an additive mask of finfo.min is a finite score. It stays finite in base 2, too.
 constexpr float kLowestScore = -1.0e38f;
-// Stabiliser, in base 2, of a row that has seen no key yet: finite, so that (masked score) -
-// kEmptyRow is -inf and not NaN, and below any unmasked score, which then replaces it.
+// Stabiliser, in base 2, of a row that has seen no key yet. It is finite, so that (masked score) -
+// kEmptyRow is -inf and not NaN. It is below any unmasked score, which then replaces it.
 constexpr float kEmptyRow = -3.0e38f;
 
 // Inclusive range of keys; empty when first > last.

@@ -58,7 +58,8 @@ typedef struct {
   float* dspan_bias;  // [B, H, T, S] contiguous, or null
 } ral_policy_params;
 
-// Divergence of a policy from a reference of its own queries and keys, neither stored.
+// Divergence of a policy from a reference. Each side is formed from its own queries and keys;
+// neither is stored.
 typedef struct {
   ral_policy_common common;
   ral_policy_side policy, reference;
