@@ -31,15 +31,15 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: run test lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format
 
 run: build
-	$(BIN)/python benchmarks/frames_sweep.py
+	$(BIN)/python -m benchmarks.frames_sweep
 
 test: build
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 bench: build
-	$(BIN)/python benchmarks/attention_bench.py
-	$(BIN)/python benchmarks/policy_divergence_bench.py
-	$(BIN)/python benchmarks/policy_divergence_accuracy.py
+	$(BIN)/python -m benchmarks.attention_bench
+	$(BIN)/python -m benchmarks.policy_divergence_bench
+	$(BIN)/python -m benchmarks.policy_divergence_accuracy
 
 bench-regress: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only

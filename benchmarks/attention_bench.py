@@ -1,8 +1,8 @@
 """The CPU promises for `attention`, each measured against its peer in one interleaved run.
 
-    python benchmarks/attention_bench.py            # the whole table, about 5 minutes on 2 cores
-    python benchmarks/attention_bench.py --quick    # two lengths, fewer repeats
-    python benchmarks/attention_bench.py --keep-memory    # no page faults on the clock
+    python -m benchmarks.attention_bench            # the whole table, about 5 minutes on 2 cores
+    python -m benchmarks.attention_bench --quick    # two lengths, fewer repeats
+    python -m benchmarks.attention_bench --keep-memory    # no page faults on the clock
 
 Rows: forward and forward+backward with 32 span marginals over PyTorch's SDPA without any, in
 bfloat16 and float32 (causal, 16:2 heads of 128), with their share of what the products' register
@@ -26,10 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import cpu_bench, examine, machine
 from benchmarks.harness.cpu_bench import CPU, DTYPES

@@ -1,7 +1,7 @@
 """A step of decoding on the CPU: `attention` with span marginals beside PyTorch's SDPA without.
 
-    python benchmarks/decode_bench.py            # a minute on 2 cores
-    python benchmarks/decode_bench.py --quick    # fewer shapes and repeats
+    python -m benchmarks.decode_bench            # a minute on 2 cores
+    python -m benchmarks.decode_bench --quick    # fewer shapes and repeats
 
 One query a sequence over cached keys, 32 spans. The peer is the faster of two calls of SDPA: with
 `enable_gqa`, as models call it, and with the queries of a kv head as rows of one head, which has it
@@ -15,15 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import ral_kernels as rk
 from benchmarks.harness import cpu_bench

@@ -1,8 +1,8 @@
 """What reinforcing attention does to accuracy as frames and resolution grow: the paper's Figure 3.
 
-    python benchmarks/figure3.py --quick               # some arms, two seeds, five minutes
-    python benchmarks/figure3.py --seeds 5 --workers 2 # the whole study
-    python benchmarks/figure3.py --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
+    python -m benchmarks.figure3 --quick               # some arms, two seeds, five minutes
+    python -m benchmarks.figure3 --seeds 5 --workers 2 # the whole study
+    python -m benchmarks.figure3 --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
 
 A tiny Qwen2.5-VL learns to look things up in pictures of real handwritten digits (`ral.digits`): in
 frames of a video, and in a grid of cells. Each arm trains from the same supervised start, on the
@@ -28,10 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import cpu_bench, machine
 from benchmarks.study import run as one

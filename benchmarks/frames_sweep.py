@@ -6,9 +6,9 @@ Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame; on 
 measures what marginals cost in four span layouts, too (harness/layouts.py). With `--objective ral`,
 the token-level RAL loss of the last rows instead.
 
-    python benchmarks/frames_sweep.py
-    python benchmarks/frames_sweep.py --objective ral
-    python benchmarks/frames_sweep.py --frames 4 8 16 --input random --dtype float32
+    python -m benchmarks.frames_sweep
+    python -m benchmarks.frames_sweep --objective ral
+    python -m benchmarks.frames_sweep --frames 4 8 16 --input random --dtype float32
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
 from benchmarks.harness.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep

@@ -1,7 +1,7 @@
 """Memory per GPU of a RAL run of Qwen2.5-VL-7B, worked out from shapes; nothing is measured.
 
-    python benchmarks/memory_per_gpu.py                                # 8 GPUs, 32k visual tokens
-    python benchmarks/memory_per_gpu.py --gpus 4 --visual-tokens 8192 --lora-rank 64
+    python -m benchmarks.memory_per_gpu                                # 8 GPUs, 32k visual tokens
+    python -m benchmarks.memory_per_gpu --gpus 4 --visual-tokens 8192 --lora-rank 64
 
 Parameters are counted on the model class itself, on the meta device; activations are those that a
 decoder layer of it keeps for its backward in bfloat16, with gradient checkpointing. The vision

@@ -1,7 +1,7 @@
 """How right the gradient of `ral_loss` is near its reference, by the form the reference is kept in.
 
-    python benchmarks/policy_divergence_accuracy.py                 # 1e-3 apart, a few seconds
-    python benchmarks/policy_divergence_accuracy.py --distances 1e-1 1e-2 1e-3 1e-4
+    python -m benchmarks.policy_divergence_accuracy                 # 1e-3 apart, a few seconds
+    python -m benchmarks.policy_divergence_accuracy --distances 1e-1 1e-2 1e-3 1e-4
 
 A few optimiser steps after the rollouts, policy and reference differ by about 1e-3. Contestants: an
 `AttentionSnapshot` in the dtype of q and k, from which the reference is recomputed, and rows of
@@ -23,10 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import machine
 from ral_kernels.ops.divergence.arguments import KINDS

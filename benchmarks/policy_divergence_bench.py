@@ -1,8 +1,8 @@
 """The CPU promises for the token-level RAL loss, each measured against its peers in one run.
 
-    python benchmarks/policy_divergence_bench.py            # T=256, N=8192: some minutes on 2 cores
-    python benchmarks/policy_divergence_bench.py --quick    # N=2048
-    python benchmarks/policy_divergence_bench.py --keep-memory    # no page faults on the clock
+    python -m benchmarks.policy_divergence_bench            # T=256, N=8192: some minutes on 2 cores
+    python -m benchmarks.policy_divergence_bench --quick    # N=2048
+    python -m benchmarks.policy_divergence_bench --keep-memory    # no page faults on the clock
 
 Forward and backward of `ral_loss` to q and k against a snapshot, 16:2 heads of 128, in bfloat16 and
 float32: beside chunked PyTorch with checkpointing at three chunk sizes, interleaved; and beside
@@ -23,10 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import cpu_bench, machine
 from benchmarks.harness.cpu_bench import CPU, DTYPES

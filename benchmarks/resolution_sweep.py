@@ -8,9 +8,9 @@ On the same q, k, v it measures what marginals cost in four layouts of contiguou
 (harness/layouts.py). `--objective ral` is the token-level RAL loss of the last rows instead, which
 knows no spans.
 
-    python benchmarks/resolution_sweep.py
-    python benchmarks/resolution_sweep.py --objective ral
-    python benchmarks/resolution_sweep.py --tokens 256 1024 --images 2 --spans image
+    python -m benchmarks.resolution_sweep
+    python -m benchmarks.resolution_sweep --objective ral
+    python -m benchmarks.resolution_sweep --tokens 256 1024 --images 2 --spans image
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
 from benchmarks.harness.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep

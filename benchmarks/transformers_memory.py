@@ -1,7 +1,7 @@
 """Peak memory and time of a padded forward of one decoder layer, under "ral" and under "sdpa".
 
-    python benchmarks/transformers_memory.py                # 16k tokens, a minute on one core
-    python benchmarks/transformers_memory.py --seqlen 4096
+    python -m benchmarks.transformers_memory                # 16k tokens, a minute on one core
+    python -m benchmarks.transformers_memory --seqlen 4096
 
 A left-padded batch through a Llama of one layer (narrow MLP, one logit a sample), each attention
 implementation in a fresh process. Under "sdpa" transformers writes a [B, 1, T, T] mask of bools,
@@ -22,10 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import cpu_bench, machine
 from benchmarks.harness.cpu_bench import CPU, DTYPES
@@ -91,8 +87,9 @@ def in_fresh_process(
     implementation: str, padded: bool, arguments: Sequence[str], folder: Path
 ) -> dict[str, Any]:
     file = folder / f"{implementation}-{padded}.pt"
-    command = [sys.executable, __file__, *arguments, "--child", implementation, str(file)]
-    subprocess.run([*command, *(["--padded"] if padded else [])], check=True)
+    command = [sys.executable, "-m", "benchmarks.transformers_memory", *arguments]
+    command += ["--child", implementation, str(file), *(["--padded"] if padded else [])]
+    subprocess.run(command, check=True, cwd=machine.ROOT)
     record: dict[str, Any] = torch.load(file)
     return record
 

@@ -1,4 +1,4 @@
-"""The study behind figure3.py: its arms, its controls, its statistics, and a run of it."""
+"""The study that `benchmarks.figure3` runs: its arms, its controls, its statistics, and a run of it."""
 
 from __future__ import annotations
 

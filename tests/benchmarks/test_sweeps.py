@@ -25,11 +25,10 @@ from benchmarks import (
     attention_bench,
     decode_bench,
     frames_sweep,
-    plot,
     policy_divergence_bench,
     resolution_sweep,
 )
-from benchmarks.harness import examine, layouts, measure, photographs, runner
+from benchmarks.harness import examine, layouts, measure, photographs, plot, runner
 from benchmarks.harness.gate import relative_errors, verdict
 from benchmarks.harness.inputs import Heads, random_layer
 from benchmarks.harness.objective import Contestant
