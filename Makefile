@@ -14,7 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV36 ?= .venv-triton36
-OUT ?= benchmarks/results/gpu-run
+OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 KIT_SECONDS ?= 600
 BIN := $(VENV)/bin

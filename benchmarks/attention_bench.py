@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{per_token:5.1f} KiB a token  (outputs {row['outputs_mib']:.0f} MiB; "
             f"one H x N x N matrix {row['one_score_matrix_mib']:.0f} MiB)"
         )
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     rows = run["speed"] + run["marginals"] + run["memory"]
     return int(any(row.get("wrong") for row in rows))
 

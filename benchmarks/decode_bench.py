@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = measure(case, dtype, 9 if options.quick else 41)
             run["rows"].append(row)
             show(row)
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     return int(any(row["wrong"] for row in run["rows"]))
 
 

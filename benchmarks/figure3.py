@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import cpu_bench, machine
+from benchmarks.harness import cpu_bench, results
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BY_NAME, QUICK
 from benchmarks.study.plot import draw
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
     parser.add_argument("--tag", help="told apart by it: figure3-TAG-<commit>.json")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
+    results.add_arguments(parser)
     options = parser.parse_args(arguments)
     quick = options.quick
     tasks = options.tasks or (["frames"] if quick else list(TASKS))
@@ -124,9 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for make in (table, comparisons, curves):
             if lines := make(task, run["runs"]):
                 print(plain(lines) + "\n")
-    target = options.out or Path(__file__).parent / "results" / machine.slug(run["machine"])
-    target.mkdir(parents=True, exist_ok=True)
-    file = target / f"{run['benchmark']}-{commit}.json"
+    file = results.folder(options, run["machine"]) / f"{run['benchmark']}-{commit}.json"
     file.write_text(json.dumps(run) + "\n")
     pictures = " and ".join(picture.name for picture in draw(file))
     print(f"\n{run['seconds']:.0f} s; written to {file} and {pictures}")

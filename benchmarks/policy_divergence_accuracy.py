@@ -18,13 +18,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import machine
+from benchmarks.harness import machine, results
 from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_policy, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
@@ -162,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--backend", help="default: the automatic choice")
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
+    results.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -212,9 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{row['largest_gradient']:9.1e}{'  WRONG' if wrong(row) else ''}",
                 flush=True,
             )
-    folder = options.out or Path(__file__).parent / "results" / machine.slug(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"policy_divergence_accuracy-{commit['hash'] or 'none'}.json"
+    name = f"policy_divergence_accuracy-{commit['hash'] or 'none'}.json"
+    file = results.folder(options, facts) / name
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten to {file}")
     return int(any(row["wrong"] for row in record["unchanged"]))

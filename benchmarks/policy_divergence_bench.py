@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_growth(run["growth"], Heads().num_heads)
     finally:
         examiner.close()
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     return int(any(_failed(row) for row in run["speed"]) or "wrong" in run["growth"])
 
 

@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.worked_out:
         run["worked_out"] = worked_out(options)
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     return 0
 
 

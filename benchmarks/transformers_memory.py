@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{f'  WRONG, off by {off:.1e}' if wrong else ''}",
                     flush=True,
                 )
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     return int(wrong)
 
 

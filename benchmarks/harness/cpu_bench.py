@@ -6,12 +6,11 @@ import argparse
 import datetime
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import machine
+from . import machine, results
 from .examine import leaves, run_once
 from .objective import Objective, Problem
 
@@ -22,7 +21,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every bench."""
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
+    results.add_arguments(parser)
 
 
 def add_keep_memory(parser: argparse.ArgumentParser) -> None:
@@ -85,11 +84,10 @@ def begin(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
     return run
 
 
-def write(run: dict[str, Any], out: Path | None) -> None:
+def write(run: dict[str, Any], options: argparse.Namespace) -> None:
     """The JSON of a run, one a machine and commit, and another where memory was kept."""
-    folder = out or Path(__file__).resolve().parents[1] / "results" / machine.slug(run["machine"])
-    folder.mkdir(parents=True, exist_ok=True)
     kept = "-kept" if run["settings"].get("keep_memory") else ""
-    file = folder / f"{run['benchmark']}{kept}-{run['commit']['hash'] or 'none'}.json"
+    name = f"{run['benchmark']}{kept}-{run['commit']['hash'] or 'none'}.json"
+    file = results.folder(options, run["machine"]) / name
     file.write_text(json.dumps(run, indent=1) + "\n")
     print(f"\nwritten to {file}")

@@ -15,13 +15,12 @@ import torch
 from tqdm import tqdm
 
 from ..problems import OBJECTIVES
-from . import layouts, machine, report
+from . import layouts, machine, report, results
 from .inputs import Heads, LayerInputs
 from .measure import MODES, Sweep
 from .objective import Objective, Problem
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 # for measuring; imports, the model, the plot and the layouts come on top
 DEFAULT_SECONDS = 140.0
 FULL_SECONDS = 3 * 3600.0
@@ -79,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", "query heads", type=int, default=16)
     add("--kv-heads", "key and value heads", type=int, default=2)
     add("--head-dim", "of q, k and v", type=int, default=128)
-    add("--out", "folder (default: benchmarks/results/<machine>)", type=Path)
+    results.add_arguments(parser)
     add("--no-plot", "no PNG beside the JSON", action="store_true")
 
 
@@ -250,7 +249,7 @@ def _layout_sweeps(sweep: Sweep, options: argparse.Namespace) -> list[Sweep]:
 def _measure(
     sweep: Sweep, in_layouts: Sequence[Sweep], size: Size, problem: Problem, share: float
 ) -> dict[str, Any]:
-    results = sweep.run(problem, share * (1 - LAYOUT_SHARE * len(in_layouts)))
+    measured = sweep.run(problem, share * (1 - LAYOUT_SHARE * len(in_layouts)))
     rows = [row for one in in_layouts for row in one.run(problem, share * LAYOUT_SHARE, sweep.gemm)]
     for row in rows:
         answer = sweep.objective.registry[row["contestant"]].answer
@@ -265,17 +264,17 @@ def _measure(
         "gemm_gflops": sweep.gemm,
         **({"gpu_state": machine.gpu_state()} if problem.q.is_cuda else {}),
         "peer": sweep.peer,
-        "results": results,
+        "results": measured,
         **({"layouts": rows} if rows else {}),
     }
 
 
 def _path(benchmark: str, options: argparse.Namespace, run: dict[str, Any]) -> Path:
     """Of the JSON: one a machine, objective, dtype and commit."""
-    folder = options.out or RESULTS / machine.slug(run["machine"])
     commit = run["commit"]
     version = (commit["hash"] or "uncommitted") + ("-dirty" if commit["dirty"] else "")
-    return folder / f"{benchmark}-{run['objective']}-{options.dtype}-{version}.json"
+    name = f"{benchmark}-{run['objective']}-{options.dtype}-{version}.json"
+    return results.folder(options, run["machine"]) / name
 
 
 def _finish(
