@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ral_kernels.integrations.transformers.processors import load_processor as _load_processor
+import ral_kernels.integrations.transformers as rk_transformers
 
 # Modules of a vision-language model that make visual tokens, by the names that families give them.
 _VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|vision_backbone)$")
@@ -44,9 +44,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype or default_dtype(), "device_map": None}
     if attn_implementation is not None:
         if attn_implementation == "ral":
-            from ral_kernels.integrations.transformers import register
-
-            register()
+            rk_transformers.register()
         options["attn_implementation"] = attn_implementation
     return create_model_from_path(str(name), **options)
 
@@ -75,7 +73,7 @@ def load_processor(
         OSError: there is no such processor.
         ValueError: the processor cannot be limited like that.
     """
-    processor = _load_processor(_base_of_adapters(name) or name)
+    processor = rk_transformers.load_processor(_base_of_adapters(name) or name)
     limit_pixels(processor, min_pixels=min_pixels, max_pixels=max_pixels)
     return processor
 

@@ -141,9 +141,9 @@ class Spans:
                 f"{name}: input_ids must be [N] or [B, N]; got {tuple(input_ids.shape)}"
             )
         token_ids = _token_ids(name, token_id)
-        grids = _grids(name, grid_thw, merge_size)
-        tile = _check_granularity(name, granularity, tile)
-        items = [_number_tokens(grid, granularity, tile) for grid in grids]
+        grids = merged_grids(name, grid_thw, merge_size)
+        tile = check_granularity(name, granularity, tile)
+        items = [number_tokens(grid, granularity, tile) for grid in grids]
 
         visual = torch.isin(input_ids, torch.tensor(token_ids, device=input_ids.device)).cpu()
         samples = visual if visual.dim() == 2 else visual[None]
@@ -261,7 +261,7 @@ def _token_ids(name: str, token_id: Any) -> list[int]:
     return list(token_ids)
 
 
-def _grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, int]]:
+def merged_grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, int]]:
     """The grids in tokens: (t, h / merge_size, w / merge_size) of each item."""
     if not is_int(merge_size) or merge_size < 1:
         raise ValueError(f"{name}: merge_size must be an int >= 1; got {merge_size!r}")
@@ -285,7 +285,7 @@ def _grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, in
     return grids
 
 
-def _check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int]:
+def check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int]:
     """The tile in tokens: the one asked for, and (1, 1) where tiles play no part."""
     if granularity not in GRANULARITIES:
         raise ValueError(
@@ -304,7 +304,7 @@ def _check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int
     return tile[0], tile[1]
 
 
-def _number_tokens(
+def number_tokens(
     grid: tuple[int, int, int], granularity: str, tile: tuple[int, int]
 ) -> tuple[Tensor, int]:
     """The span of each token of one item, in the order of its tokens, and the number of spans."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ral_kernels.integrations.transformers.processors import load_processor
+from ral_kernels.integrations.transformers import load_processor
 
 from ..evaluation import answers_of
 from .puzzles import Task

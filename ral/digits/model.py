@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ral_kernels.integrations.transformers.processors import images_only
+from ral_kernels.integrations.transformers import images_only
 
 from .puzzles import NAMES, SECONDS
 

@@ -274,9 +274,6 @@ def test_overview_names_everything() -> None:
 def test_words(
     words: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        assert main(words) == status
-    except SystemExit as stop:  # argparse's, of attention-map
-        assert stop.code == status
+    assert main(words) == status
     shown = capsys.readouterr()
     assert said in shown.out + shown.err

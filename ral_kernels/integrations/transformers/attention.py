@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ral_kernels as rk
+from ral_kernels.ops.attention import attention, flash_attn_varlen_func
 
 from .masks import PATTERNS, Pattern
 
@@ -105,7 +105,7 @@ def attention_forward(
         is_causal = bool(getattr(module, "is_causal", True))
 
     if attention_mask is not None and attention_mask.dim() == 4:
-        result = rk.attention(
+        result = attention(
             query,
             key,
             value,
@@ -135,7 +135,7 @@ def attention_forward(
             is_causal = pattern.is_causal
             if pattern.has_window:
                 sliding_window = _configured_window(module, is_causal, sliding_window)
-    result = rk.attention(
+    result = attention(
         query,
         key,
         value,
@@ -261,7 +261,7 @@ def _packed(
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     batch_size, _, seqlen_q, _ = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out: Tensor = rk.flash_attn_varlen_func(
+    out: Tensor = flash_attn_varlen_func(
         q,
         k,
         v,

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-import ral_kernels as rk
 from ral_kernels.runtime import checks
+from ral_kernels.snapshot import AttentionSnapshot
+from ral_kernels.spans import Spans
 
 from .captured import CapturedLayer
 from .decoder import find_layers
@@ -64,13 +65,13 @@ class CapturedForward:
         """See `CapturedLayer.marginals`."""
         return self.layer(layer).marginals(**options)
 
-    def snapshot(self, layer: int | None = None, **options: Any) -> rk.AttentionSnapshot:
+    def snapshot(self, layer: int | None = None, **options: Any) -> AttentionSnapshot:
         """See `CapturedLayer.snapshot`."""
         return self.layer(layer).snapshot(**options)
 
     def divergence(
         self,
-        reference: Tensor | rk.AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot,
         kind: str = "jsd",
         *,
         layer: int | None = None,
@@ -81,7 +82,7 @@ class CapturedForward:
 
     def ral_loss(
         self,
-        reference: Tensor | rk.AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,
@@ -137,15 +138,15 @@ class Capture(CapturedForward):
         layers: int | list[int] | tuple[int, ...] | str = -1,
         *,
         rows: slice | tuple[int, int] | str | None = None,
-        spans: rk.Spans | None = None,
-        scope: Tensor | rk.Spans | None = None,
+        spans: Spans | None = None,
+        scope: Tensor | Spans | None = None,
         detach: bool = False,
     ) -> None:
         if isinstance(rows, str) and rows != "all":
             raise ValueError(
                 f"{_OP}: rows must be None, a slice, (start, stop) or 'all'; got {rows!r}"
             )
-        if spans is not None and not isinstance(spans, rk.Spans):
+        if spans is not None and not isinstance(spans, Spans):
             raise TypeError(f"{_OP}: spans must be None or Spans; got {type(spans).__name__}")
         checks.check_flag(_OP, "detach", detach)
         self._found = find_layers(_OP, model, layers)

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ral_kernels as rk
+from ral_kernels.ops.attention import attention
+from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
 from ral_kernels.runtime import checks
+from ral_kernels.snapshot import AttentionSnapshot
+from ral_kernels.spans import Spans
 
 from .tap import Call
 from .visibility import Visibility, allowed, read_dense_mask, read_simple_mask
@@ -82,8 +85,8 @@ class CapturedLayer:
         self,
         *,
         rows: slice | tuple[int, int] | None = None,
-        spans: rk.Spans | None = None,
-        scope: Tensor | rk.Spans | None = None,
+        spans: Spans | None = None,
+        scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: str | None = None,
@@ -106,19 +109,19 @@ class CapturedLayer:
         Returns:
             float32 [B, T, N], or [B, T, S] over spans; differentiable.
         """
-        return rk.attention_policy(
+        return attention_policy(
             self.q, self.k, exclude_self=exclude_self, backend=backend,
             **self._arguments(rows, spans, scope, steered),
         )  # fmt: skip
 
     def divergence(
         self,
-        reference: Tensor | rk.AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot,
         kind: str = "jsd",
         *,
         rows: slice | tuple[int, int] | None = None,
-        spans: rk.Spans | None = None,
-        scope: Tensor | rk.Spans | None = None,
+        spans: Spans | None = None,
+        scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: str | None = None,
@@ -127,22 +130,22 @@ class CapturedLayer:
 
         The other arguments are those of `policy`.
         """
-        return rk.attention_divergence(
+        return attention_divergence(
             self.q, self.k, reference, kind, exclude_self=exclude_self, backend=backend,
             **self._arguments(rows, spans, scope, steered),
         )  # fmt: skip
 
     def ral_loss(
         self,
-        reference: Tensor | rk.AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,
         kind: str = "jsd",
         reduction: str = "token_mean",
         rows: slice | tuple[int, int] | None = None,
-        spans: rk.Spans | None = None,
-        scope: Tensor | rk.Spans | None = None,
+        spans: Spans | None = None,
+        scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: str | None = None,
@@ -152,7 +155,7 @@ class CapturedLayer:
         The other arguments are those of `policy`. Under FSDP2 add it to a loss that touches the
         model's output: parameters are gathered for the backward from there.
         """
-        return rk.ral_loss(
+        return ral_loss(
             self.q, self.k, reference, advantages, mask, kind=kind, reduction=reduction,
             exclude_self=exclude_self, backend=backend,
             **self._arguments(rows, spans, scope, steered),
@@ -164,7 +167,7 @@ class CapturedLayer:
         rows: slice | tuple[int, int] | None = None,
         steered: bool = True,
         **options: Any,
-    ) -> rk.AttentionSnapshot:
+    ) -> AttentionSnapshot:
         """A reference of the layer's policy at this moment: `AttentionSnapshot` of its q and k.
 
         Args:
@@ -176,13 +179,13 @@ class CapturedLayer:
         arguments = self._arguments(rows, None, None, steered, any_spans=True)
         for name in ("spans", "scope", "key_padding_mask"):  # the comparing call's
             del arguments[name]
-        return rk.AttentionSnapshot(self.q, self.k, **arguments, **options)
+        return AttentionSnapshot(self.q, self.k, **arguments, **options)
 
     def marginals(
         self,
         *,
         rows: slice | tuple[int, int] | None = None,
-        spans: rk.Spans | None = None,
+        spans: Spans | None = None,
         head_reduction: str | None = None,
         steered: bool = True,
         backend: str | None = None,
@@ -214,7 +217,7 @@ class CapturedLayer:
                 arguments["key_padding_mask"] = arguments["key_padding_mask"][:, :keys]
             arguments["rows"] = None
         values = k[..., :1].detach()  # their mixture is not used: as narrow as can be
-        marginals = rk.attention(
+        marginals = attention(
             q, k, values, head_reduction=head_reduction, backend=backend, **arguments
         ).marginals
         assert marginals is not None
@@ -368,7 +371,7 @@ class CapturedLayer:
     def _extend(self, keys: Any) -> Any:
         """Spans or a scope over the first keys, extended to all."""
         seqlen_k = self.k.shape[2]
-        if isinstance(keys, rk.Spans):
+        if isinstance(keys, Spans):
             return keys if keys.seqlen_k >= seqlen_k else keys.extend_to(seqlen_k)
         if isinstance(keys, Tensor) and keys.dim() > 0 and keys.shape[-1] < seqlen_k:
             return torch.nn.functional.pad(keys, (0, seqlen_k - keys.shape[-1]), value=False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.spans import _grids
+from ral_kernels.spans import merged_grids
 
 NAME = "spans_for"
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -142,7 +142,7 @@ def _qwen(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | Non
                 f"{NAME}: inputs must have {kind}_grid_thw, because input_ids holds {kind} tokens; "
                 f"got {', '.join(inputs)}"
             )
-        grids = [] if grid is None else _grids(NAME, grid, merge)
+        grids = [] if grid is None else merged_grids(NAME, grid, merge)
         found[token_id] = [
             Item(kind, math.prod(shape), (View(torch.arange(math.prod(shape)).view(shape)),))
             for shape in grids

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ral_kernels.runtime.checks import dtype_name, is_int
-from ral_kernels.spans import Spans, _check_granularity, _number_tokens
+from ral_kernels.spans import Spans, check_granularity, number_tokens
 
 from .layouts import NAME, Item, Items, Size, View, read_items, source_of
 
@@ -155,7 +155,7 @@ def spans_for(
     """
     source = source_of(processor_or_model_config)
     input_ids = _check_inputs(inputs)
-    tile = _check_granularity(NAME, granularity, tile)
+    tile = check_granularity(NAME, granularity, tile)
     if not isinstance(text, bool):
         raise TypeError(f"{NAME}: text must be a bool; got {type(text).__name__}")
     sizes = _check_sizes(image_sizes)
@@ -221,7 +221,7 @@ def _place(
         return _Placed(ids.zero_(), tuple(views)), 1
     size = 0
     for view in item.views:
-        numbers, count = _number_tokens(_shape(view), granularity, tile)
+        numbers, count = number_tokens(_shape(view), granularity, tile)
         views.append((numbers + size).view(view.offsets.shape))
         ids[view.offsets] = views[-1]
         size += count

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-import ral_kernels as rk
+from ral_kernels.ops.attention import attention
 from ral_kernels.runtime import checks
+from ral_kernels.spans import Spans
 
 from .attention import refuse_unsupported
 from .decoder import find_layers
@@ -55,10 +56,10 @@ class Steer:
         model: Any,
         span_bias: Tensor,
         *,
-        spans: rk.Spans,
+        spans: Spans,
         layers: int | list[int] | tuple[int, ...] | str = "all",
     ) -> None:
-        if not isinstance(spans, rk.Spans):
+        if not isinstance(spans, Spans):
             raise TypeError(f"{_OP}: spans must be Spans; got {type(spans).__name__}")
         checks.check_tensor(_OP, "span_bias", span_bias, "a tensor [S], [B, S] or [B, H, T, S]")
         if not span_bias.is_floating_point():
@@ -149,7 +150,7 @@ class Steer:
                 "window": seen.window,
                 "key_padding_mask": seen.key_padding_mask,
             }
-        out = rk.attention(
+        out = attention(
             q,
             k,
             v,
