@@ -28,7 +28,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format
+.PHONY: run test lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -102,11 +102,11 @@ $(VENV36)/installed.stamp: constraints.txt
 	$(PIP_INSTALL36) --no-deps triton==3.6.0 numpy==2.2.6
 	@touch $@
 
-# pre-commit's hooks call the four targets below, so a commit is held to exactly what CI is. A tree without git, as
+# pre-commit's hooks call the five targets below, so a commit is held to exactly what CI is. A tree without git, as
 # from an archive, goes to them directly.
 lint: $(INSTALLED)
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/pre-commit run --all-files; \
-	else $(MAKE) --no-print-directory ruff-format ruff-check mypy clang-format; fi
+	else $(MAKE) --no-print-directory ruff-format ruff-check mypy clang-format cited-files; fi
 
 ruff-format: $(INSTALLED)
 	@$(BIN)/ruff format --check .
@@ -119,6 +119,9 @@ mypy: $(INSTALLED)
 
 clang-format: $(INSTALLED)
 	@find csrc -type f -name '*.[ch]*' -exec $(BIN)/clang-format --dry-run --Werror {} +
+
+cited-files: $(INSTALLED)
+	@$(BIN)/python -m tests.packaging.cited_files
 
 clean:
 	rm -rf build ral_kernels/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

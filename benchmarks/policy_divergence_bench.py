@@ -35,7 +35,7 @@ from benchmarks.problems.ral.problem import DEFAULT_ROWS, RalProblem, random_pro
 
 OURS = ("ral", "ral_again", "ral_dense")
 CHUNKED = ("chunked_16", "chunked_64", "chunked_256")
-CHUNKED_TARGET = 0.2  # DESIGN: ours / the fastest chunked
+CHUNKED_TARGET = 0.2  # the project's aim: ours / the fastest chunked
 EAGER_TARGET = 0.02  # ours / eager
 # bytes of peak memory for each (row, key) pair: a float32 [T, N] has 4, bfloat16 [H, T, N] maps 32
 BYTES_PER_PAIR_TARGET = 1.0

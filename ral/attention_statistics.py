@@ -18,8 +18,8 @@ def differing_prefixes(
 ) -> Tensor:
     """How many response tokens have a prefix that is not the whole group's: [count, tokens].
 
-    Where all rollouts of a group share the prefix of a position, they share its attention, and
-    their advantages, which sum to zero, cancel the RAL term (DESIGN.md §2, fact 3).
+    Where all rollouts of a group share the prefix of a position, they share its attention. Their
+    advantages sum to zero, so the RAL term of that position is zero.
 
     Args:
         completion_ids: int64 [B, C], the G rollouts of a prompt side by side.

@@ -1,7 +1,7 @@
-"""Noise on attention during a rollout, and its replay in the update (DESIGN.md §2, "exploration").
+"""Noise on attention during a rollout, and its replay: "Exploration" in ral/README.md.
 
-Attention is a deterministic function of the prefix: without noise of its own there is nothing that
-a reward could choose between. Each rollout draws one bias per span and layer for its scores.
+Attention is a deterministic function of the prefix. Without noise of its own, a reward has nothing
+to choose between. Each rollout draws one bias per span and layer for its scores.
 """
 
 from __future__ import annotations

@@ -139,8 +139,9 @@ def exploration_loss(
 
     Each p is a head's marginals over the spans, renormalised over them, and the cross entropies
     are averaged over heads. p_noisy is under the bias that the rollout was written with, p_θ of
-    the same q and k without it; only p_θ has a gradient. With weights of the advantage's sign it
-    draws the policy towards where a good rollout was made to look (DESIGN.md §2, "exploration").
+    the same q and k without it; only p_θ has a gradient. Where a weight has the sign of
+    the advantage, it draws the policy towards where a good rollout was made to look ("Exploration"
+    in ral/README.md).
 
     Args:
         captured: a forward that ran under `rk.steer`.
