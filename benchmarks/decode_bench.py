@@ -4,10 +4,10 @@
     python -m benchmarks.decode_bench --quick    # fewer shapes and repeats
 
 One query a sequence over cached keys, 32 spans. The peer is the faster of two calls of SDPA: with
-`enable_gqa`, as models call it, and with the queries of a kv head as rows of one head, which has it
-read K and V once. "of reading" is the rate at which K and V pass, beside that of a sum over as many
-bytes, which reads them and does hardly more. At 16 keys a row shows what a call costs at all. Each
-shape passes the float64 gate first: a wrong result is not timed and the exit status is 1.
+`enable_gqa`, as models call it, and with the queries of a kv head as rows of one head, which reads
+K and V once. "of reading" is the rate at which K and V are read, relative to a sum over as many
+bytes. The rows of 16 keys show the fixed cost of a call. Each shape passes the float64 gate first:
+a wrong result is not timed, and the exit status is 1.
 """
 
 from __future__ import annotations

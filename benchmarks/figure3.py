@@ -6,12 +6,12 @@
 
 A tiny Qwen2.5-VL learns to look things up in pictures of real handwritten digits (`ral.digits`): in
 frames of a video, and in a grid of cells. Each arm trains from the same supervised start, on the
-same number of rollouts, and is evaluated on held-out digits, up to sizes that no rollout had. Arms
+same number of rollouts. It is evaluated on held-out digits, up to sizes that no rollout had. Arms
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
-interval. Every run is a file, so a study that was stopped goes on where it was.
+interval. Every run is a file, so a stopped study resumes.
 
-docs/figure3.md says what came out. `python -m benchmarks.study.report FILE` prints its tables, and
-`python -m benchmarks.study.plot FILE` draws its pictures anew.
+docs/figure3.md has the results. `python -m benchmarks.study.report FILE` prints its tables, and
+`python -m benchmarks.study.plot FILE` draws its pictures again.
 """
 
 from __future__ import annotations

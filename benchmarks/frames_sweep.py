@@ -1,10 +1,10 @@
 """What attention policies cost as video frames grow, against what a user would do instead.
 
-A camera pans over the pictures of the scikit-image wheel; each frame is an image of a prompt, as
-TRL-style trainers pass videos on; the real Qwen2-VL image processor and a randomly initialised
-Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame; on the same q, k, v it
-measures what marginals cost in four span layouts, too (harness/layouts.py). With `--objective ral`,
-the token-level RAL loss of the last rows instead.
+A camera pans over the pictures of the scikit-image wheel. Each frame is an image of a prompt, as
+trainers like TRL's pass videos. The real Qwen2-VL image processor and a randomly initialised
+Qwen2.5-VL turn the prompt into q, k, v of its last layer. Each frame is a span. On the same q, k, v
+the sweep also measures the cost of marginals in four span layouts (harness/layouts.py). With
+`--objective ral` it measures the token-level RAL loss of the last rows instead.
 
     python -m benchmarks.frames_sweep
     python -m benchmarks.frames_sweep --objective ral

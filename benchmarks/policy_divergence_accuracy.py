@@ -1,13 +1,13 @@
-"""How right the gradient of `ral_loss` is near its reference, by the form the reference is kept in.
+"""The error of `ral_loss`'s gradient near its reference policy, by the form that policy is kept in.
 
     python -m benchmarks.policy_divergence_accuracy                 # 1e-3 apart, a few seconds
     python -m benchmarks.policy_divergence_accuracy --distances 1e-1 1e-2 1e-3 1e-4
 
-A few optimiser steps after the rollouts, policy and reference differ by about 1e-3. Contestants: an
-`AttentionSnapshot` in the dtype of q and k, from which the reference is recomputed, and rows of
-probabilities [B, T, N] kept in float32 or bfloat16. Errors are relative to float64 on the same
-inputs, in the norm; `cosine` is that of the gradient of q with the truth. The last table has the
-policy unchanged: loss and gradient must be exactly 0.0 against a snapshot, or the exit status is 1.
+A few optimiser steps after the rollouts, policy and reference policy differ by about 1e-3. The
+forms are an `AttentionSnapshot` in the dtype of q and k, and rows of probabilities [B, T, N] in
+float32 or bfloat16. Errors are relative to float64 on the same inputs, in the norm. `cosine` is
+that of the gradient of q with the true one. In the last table the policy is unchanged: against a
+snapshot, loss and gradient must be exactly 0.0, or the exit status is 1.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""The CPU promises for the token-level RAL loss, each measured against its peers in one run.
+"""The CPU targets of the token-level RAL loss, each measured against its peers in one run.
 
     python -m benchmarks.policy_divergence_bench            # T=256, N=8192: some minutes on 2 cores
     python -m benchmarks.policy_divergence_bench --quick    # N=2048
     python -m benchmarks.policy_divergence_bench --keep-memory    # no page faults on the clock
 
 Forward and backward of `ral_loss` to q and k against a snapshot, 16:2 heads of 128, in bfloat16 and
-float32: beside chunked PyTorch with checkpointing at three chunk sizes, interleaved; and beside
-eager, which holds the full maps of the layer, once in a process of its own. Both policies are
-computed on the clock, except in "known snapshot", a later step against the same one. Peak memory is
-that of a fresh process; ours at twice the rows and keys shows how it grows. Everybody passes the
-float64 gate first: a wrong result is not timed and the exit status is 1. A missed target is printed
-as missed and does not change the exit status, because machines differ.
+float32. One peer is chunked PyTorch with checkpointing at three chunk sizes, interleaved with ours.
+The other is eager, which holds the full maps of the layer; it runs once in its own process. Both
+policies are computed on the clock, except in "known snapshot", a later step against the same
+snapshot. Peak memory is that of a fresh process; ours at twice the rows and keys shows how it
+grows. Each contestant passes the float64 gate first: a wrong result is not timed, and the exit
+status is 1. A missed target is printed and does not change the exit status, because machines
+differ.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(row: dict[str, Any]) -> bool:
-    """A wrong answer from anybody, or one of ours that did not run."""
+    """A wrong answer of any contestant, or one of ours that did not run."""
     records = row["records"]
     wrong = any(record["status"] == "wrong" for record in records.values())
     return wrong or any(records[name]["status"] != "ok" for name in OURS)

@@ -3,13 +3,13 @@
     python -m benchmarks.train_overhead                     # 4 to 32 frames, two minutes on a core
     python -m benchmarks.train_overhead --frames 16 --worked-out
 
-A camera pans over a picture; each frame is an image of a prompt for a small random Qwen2.5-VL.
-The same trainer runs with attn_coef=0, which is TRL's GRPO, and with attn_coef=1, turn by turn:
-rollouts of a fixed length, the old policy's forward, and two updates on them. Peak memory is that
-of a fresh process, above the model's. `attn_metrics_every=0`; the divergence is logged.
+A camera pans over a picture. Each frame is an image of a prompt for a small random Qwen2.5-VL. The
+same trainer runs in turn with attn_coef=0, which is TRL's GRPO, and with attn_coef=1: rollouts of a
+fixed length, the old policy's forward, and two updates. Peak memory is that of a fresh process,
+above the model's. `attn_metrics_every=0`; the divergence is logged.
 
-`--worked-out` then measures the op, a layer's attention and matrix products at the sizes of
-Qwen2.5-VL-7B with 32k visual tokens, and says what the ratio would be on this machine.
+`--worked-out` also measures the op, a layer's attention and matrix products at the sizes of
+Qwen2.5-VL-7B with 32k visual tokens. From these it computes the ratio for this machine.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     python -m benchmarks.transformers_memory                # 16k tokens, a minute on one core
     python -m benchmarks.transformers_memory --seqlen 4096
 
-A left-padded batch through a Llama of one layer (narrow MLP, one logit a sample), each attention
-implementation in a fresh process. Under "sdpa" transformers writes a [B, 1, T, T] mask of bools,
-256 MiB a sample at 16k tokens, and PyTorch's kernel may copy it into the dtype of the scores; under
-"ral" padding and causality are arguments of the kernel. The floor is the same model on the same
-tokens without padding, where neither has a mask. Logits of all must agree, or the exit status is 1.
+A left-padded batch goes through a Llama of one layer (narrow MLP, one logit a sample), with each
+attention implementation in a fresh process. Under "sdpa" transformers writes a [B, 1, T, T] mask of
+bools, 256 MiB a sample at 16k tokens, and PyTorch's kernel may copy it into the dtype of the
+scores. Under "ral" padding and causality are arguments of the kernel. The floor is the same model
+on the same tokens without padding, where neither has a mask. All logits must agree, or the exit
+status is 1.
 """
 
 from __future__ import annotations

@@ -82,10 +82,10 @@ def gradient_norm(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def can_measure_gradients(trainer: Any) -> str | None:
     """None, or why gradients of single terms cannot be had under the trainer's set-up."""
     if trainer.is_fsdp_enabled:
-        return "FSDP shards gradients while they are formed"
+        return "FSDP shards gradients as it computes them"
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed's engine owns the backward"
     options = trainer.args.gradient_checkpointing_kwargs or {}
     if trainer.args.gradient_checkpointing and options.get("use_reentrant"):
-        return "reentrant checkpointing knows no gradients of single inputs"
+        return "reentrant checkpointing has no gradients of single inputs"
     return None

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.supervise PLAN --lines FILE --until T --workers N [--rehearse]
 
-A worker that dies costs the point that it had begun; another takes over the points behind it.
+A worker that dies loses the point that it had begun; another takes over the later points.
 Every point of the plan ends as a line of FILE: measured, failed with a reason, or without time.
 """
 

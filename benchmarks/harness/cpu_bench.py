@@ -28,12 +28,12 @@ def add_keep_memory(parser: argparse.ArgumentParser) -> None:
     """The option of benches whose contestants allocate megabytes in every call."""
     parser.add_argument(
         "--keep-memory", action="store_true",
-        help="freed memory stays with the process: nobody is timed on page faults",
+        help="freed memory stays with the process, so that page faults are not timed",
     )  # fmt: skip
 
 
 def settle(options: argparse.Namespace) -> None:
-    """Have the process run by these options.
+    """Apply these options to the process.
 
     Raises:
         RuntimeError: --keep-memory where the allocator is not glibc's.
@@ -52,7 +52,7 @@ def runner(objective: Objective, name: str, problem: Problem, backward: bool) ->
 
 
 def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, all of them once in each repeat, another one first each time."""
+    """Seconds of each; each repeat runs all of them once and starts with another one."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for call in runs.values():
@@ -65,7 +65,7 @@ def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
 
 
 def begin(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a run, printed, and as the JSON has it."""
+    """The head of a run: printed, and returned as the JSON has it."""
     run: dict[str, Any] = {
         "benchmark": benchmark,
         "machine": machine.describe(CPU),
@@ -85,7 +85,7 @@ def begin(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(run: dict[str, Any], options: argparse.Namespace) -> None:
-    """The JSON of a run, one a machine and commit, and another where memory was kept."""
+    """Write the JSON of a run: one a machine and commit, and another with --keep-memory."""
     kept = "-kept" if run["settings"].get("keep_memory") else ""
     name = f"{run['benchmark']}{kept}-{run['commit']['hash'] or 'none'}.json"
     file = results.folder(options, run["machine"]) / name

@@ -2,7 +2,7 @@
 
     python -m benchmarks.harness.plot results.json    # draws the PNG beside the JSON again
 
-Where the sweep measured span layouts, a row more shows what marginals cost in each.
+If the sweep measured span layouts, another row shows the cost of marginals in each.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def _label_lines(
 ) -> None:
     """Name each line at the right edge, level with its end, moved apart where two overlap.
 
-    A line that ends early is named level with where it was heading, and told how far it went.
+    The label of a line that ends early is at the height where the line was heading, and says how
+    far it went.
     """
     if not series:
         panel.text(0.5, 0.5, "nothing was measured", transform=panel.transAxes, ha="center")

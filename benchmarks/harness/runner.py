@@ -1,4 +1,4 @@
-"""The command line that both sweeps share, and the loop over sizes."""
+"""The command line of both sweeps, and the loop over sizes."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _layouts(
     if options.layouts == "none":
         return []
     if not objective.layout_pairs:
-        parser.error(f"--layouts: --objective {objective.name} knows no spans")
+        parser.error(f"--layouts: --objective {objective.name} has no spans")
     names = [name.strip() for name in options.layouts.split(",")]
     unknown = [name for name in names if name not in layouts.FRAME_TOKENS]
     if unknown:
@@ -201,7 +201,7 @@ def run_sweep(
                 share = min(max(left * weights[0] / sum(weights), 12.0), left)
                 run["sizes"].append(_measure(sweep, in_layouts, size, problem, share))
                 run["seconds"] = round(time.perf_counter() - began, 1)
-                report.save(run, path)  # each size anew: a run that is killed keeps what it has
+                report.save(run, path)  # after each size, so that a killed run keeps what it has
                 bar.write(f"\n{report.table(objective, run['sizes'][-1])}", file=sys.stdout)
         finally:
             sweep.close()
@@ -212,13 +212,13 @@ def laid_out(layer: LayerInputs, layout: str | None) -> LayerInputs:
     """The layer with the spans of a layout, or as it is.
 
     Raises:
-        ValueError: the keys have no room for a frame.
+        ValueError: no frame fits into the keys.
     """
     if layout is None:
         return layer
     spans = layouts.spans_of(layout, layer.k.shape[2])
     if spans.num_spans == 0:
-        raise ValueError(f"--layout {layout}: no frame finds room in {layer.k.shape[2]} keys")
+        raise ValueError(f"--layout {layout}: no frame fits into {layer.k.shape[2]} keys")
     return replace(layer, spans=spans)
 
 
@@ -270,7 +270,7 @@ def _measure(
 
 
 def _path(benchmark: str, options: argparse.Namespace, run: dict[str, Any]) -> Path:
-    """Of the JSON: one a machine, objective, dtype and commit."""
+    """The path of the JSON: one a machine, objective, dtype and commit."""
     commit = run["commit"]
     version = (commit["hash"] or "uncommitted") + ("-dirty" if commit["dirty"] else "")
     name = f"{benchmark}-{run['objective']}-{options.dtype}-{version}.json"

@@ -169,9 +169,9 @@ def test_a_layout_without_room_is_said() -> None:
     problem = random_problem([60], HEADS, torch.float32, "cpu")
     assert ATTENTION.registry["ral_aligned"].refuse(problem, False) is None
     reason = ATTENTION.registry["ral_offset"].refuse(problem, False)
-    assert reason == "no frame finds room in 60 keys"
+    assert reason == "no frame fits into 60 keys"
     layer = random_layer([60], HEADS, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="--layout offset: no frame finds room in 60 keys"):
+    with pytest.raises(ValueError, match="--layout offset: no frame fits into 60 keys"):
         runner.laid_out(layer, "offset")
 
 

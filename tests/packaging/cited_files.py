@@ -4,11 +4,11 @@
     python -m tests.packaging.cited_files FILE...    # of these files
 
 It reads Markdown, comments and docstrings of Python, and comments of C++ and CUDA. A citation is a
-word that ends like a source file (`arguments.py`, `csrc/cpu/lanes.h`), that begins with a folder of
-the tree (`tests/ops`), or that a link of Markdown points to. `<op>` and `*` stand for any name and
-`{cpu,cuda}` for each of its parts. A citation is looked for in the folder of the citing file and
-those above it, in the folders that the C++ includes are relative to and those that it includes
-from, and in folders that the same file has cited before: `csrc/cpu/lanes.h`, then `tiles.h`.
+word that ends like a source file (`README.md`, `csrc/cpu/core/simd.h`), that begins with a folder
+of the tree (`tests/ops`), or that a link of Markdown points to. `<op>` and `*` stand for any name,
+and `{cpu,cuda}` for each of its parts. A citation may be in the folder of the citing file and those
+above it, in the folders that C++ includes are relative to, in those that the file includes from,
+and in folders that it has cited before: `csrc/cpu/core/simd.h`, then `amx.h`.
 """
 
 from __future__ import annotations

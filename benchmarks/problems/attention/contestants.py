@@ -208,7 +208,7 @@ def _flash_with_lse(
 def per_span(problem: AttentionProblem) -> Attend:
     """One call a span over its keys alone: marginals = exp(LSE of the span - LSE).
 
-    A contiguous span needs no mask: the queries behind it see all of it, and those inside it see a
+    A contiguous span needs no mask: the queries after it see all of it, and those inside it see a
     causal square. Keys of a scattered span (a tile) are gathered and masked.
     """
     span_keys = [
@@ -291,7 +291,7 @@ def in_every_layout(ours: Contestant) -> tuple[Contestant, ...]:
 
     def refuse(layout: str, problem: AttentionProblem, backward: bool) -> str | None:
         if spans_of(layout, problem.seqlen).num_spans == 0:
-            return f"no frame finds room in {problem.seqlen} keys"
+            return f"no frame fits into {problem.seqlen} keys"
         return ours.refuse(problem, backward)
 
     def bytes_needed(layout: str, problem: AttentionProblem, backward: bool) -> int:

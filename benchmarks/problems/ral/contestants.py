@@ -34,7 +34,7 @@ def ral(problem: RalProblem, *, backend: str | None = None) -> Loss:
 
     def loss(q: Tensor, k: Tensor) -> tuple[Tensor]:
         # A view of all samples: what a snapshot remembers of a comparison is not passed on to it,
-        # so that the reference's policy is on the clock as it is for everybody else.
+        # so that the reference policy is computed on the clock, as for all contestants.
         return (ral_loss(q, k, snapshot[:], problem.advantages, backend=backend),)
 
     return loss
