@@ -236,7 +236,7 @@ class Sweep:
         return min(peers, key=lambda peer: statistics.median(peer.seconds), default=None)
 
     def _rank(self, entry: Entry) -> tuple[bool, int]:
-        """The order of examination, as time may run out: the peers and ours, the full matrix last."""
+        """The order of examination: the peers and ours first, the full matrix last."""
         return not entry.essential, list(self.objective.registry).index(entry.contestant.name)
 
     def _row(self, entry: Entry, peer: Entry | None, problem: Problem) -> dict[str, Any]:
