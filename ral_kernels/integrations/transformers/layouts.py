@@ -38,7 +38,8 @@ class Item:
     """An image or a video: its number of placeholders, and where among them its grids are.
 
     A model may see an image twice, in small and in tiles: then the views are (overview, detail).
-    unknown: what is missing to compute the detail; None if it is known or there is none.
+    unknown: the pieces of unknown arrangement, such as "12 tiles"; None if the detail is known or
+    there is none.
     """
 
     kind: str
@@ -352,7 +353,7 @@ def _side(length: int) -> int:
 
 
 def _missing(count: int, what: str) -> str:
-    return f"image_sizes is needed to arrange its {count} {what}"
+    return f"{count} {what}"
 
 
 def _check_sizes(sizes: Sequence[Size] | None, count: int) -> None:

@@ -210,8 +210,8 @@ def _place(
     """The spans of one item, and their number."""
     if granularity in ("tile", "token") and item.unknown is not None:
         raise ValueError(
-            f"{NAME}: granularity={granularity!r} of an image that the processor cut into pieces: "
-            f"{item.unknown}"
+            f"{NAME}: image_sizes must be given for granularity={granularity!r}, because the "
+            f"processor cut an image into {item.unknown}; got None"
         )
     ids = torch.full((item.length,), -1, dtype=torch.int32)
     views: list[Tensor] = []
