@@ -14,7 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV36 ?= .venv-triton36
-OUT ?= benchmarks/results/gpu-run
+OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 KIT_SECONDS ?= 600
 BIN := $(VENV)/bin
@@ -28,18 +28,18 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format
+.PHONY: run test lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
-	$(BIN)/python benchmarks/frames_sweep.py
+	$(BIN)/python -m benchmarks.frames_sweep
 
 test: build
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 bench: build
-	$(BIN)/python benchmarks/attention_bench.py
-	$(BIN)/python benchmarks/policy_divergence_bench.py
-	$(BIN)/python benchmarks/policy_divergence_accuracy.py
+	$(BIN)/python -m benchmarks.attention_bench
+	$(BIN)/python -m benchmarks.policy_divergence_bench
+	$(BIN)/python -m benchmarks.policy_divergence_accuracy
 
 bench-regress: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -102,11 +102,11 @@ $(VENV36)/installed.stamp: constraints.txt
 	$(PIP_INSTALL36) --no-deps triton==3.6.0 numpy==2.2.6
 	@touch $@
 
-# pre-commit's hooks call the four targets below, so a commit is held to exactly what CI is. A tree without git, as
+# pre-commit's hooks call the five targets below, so a commit is held to exactly what CI is. A tree without git, as
 # from an archive, goes to them directly.
 lint: $(INSTALLED)
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/pre-commit run --all-files; \
-	else $(MAKE) --no-print-directory ruff-format ruff-check mypy clang-format; fi
+	else $(MAKE) --no-print-directory ruff-format ruff-check mypy clang-format cited-files; fi
 
 ruff-format: $(INSTALLED)
 	@$(BIN)/ruff format --check .
@@ -119,6 +119,9 @@ mypy: $(INSTALLED)
 
 clang-format: $(INSTALLED)
 	@find csrc -type f -name '*.[ch]*' -exec $(BIN)/clang-format --dry-run --Werror {} +
+
+cited-files: $(INSTALLED)
+	@$(BIN)/python -m tests.packaging.cited_files
 
 clean:
 	rm -rf build ral_kernels/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,17 +1,21 @@
-"""The CPU promises for `attention`, each measured against its peer in one interleaved run.
+"""The CPU targets of `attention`, each measured against its peer in one interleaved run.
 
-    python benchmarks/attention_bench.py            # the whole table, about 5 minutes on 2 cores
-    python benchmarks/attention_bench.py --quick    # two lengths, fewer repeats
-    python benchmarks/attention_bench.py --keep-memory    # no page faults on the clock
+    python -m benchmarks.attention_bench            # the whole table, about 5 minutes on 2 cores
+    python -m benchmarks.attention_bench --quick    # two lengths, fewer repeats
+    python -m benchmarks.attention_bench --keep-memory    # no page faults on the clock
 
-Rows: forward and forward+backward with 32 span marginals over PyTorch's SDPA without any, in
-bfloat16 and float32 (causal, 16:2 heads of 128), with their share of what the products' register
-tile reaches on operands in L1, which no kernel here can exceed; what 32 and 64 contiguous span
-marginals add to the same kernel, beside what copying tensors of their size once costs, and what 64
-add where text moves the frames off the blocks of keys, as in a prompt; errors
-against float64 beside SDPA's; peak memory beyond the outputs as the length doubles. Each problem
-passes the float64 gate first: a wrong result is not timed and the exit status is 1. A missed target
-is printed as missed and does not change the exit status, because machines differ.
+It prints four tables, for causal attention with 16:2 heads of 128:
+
+- Forward and forward+backward with 32 span marginals over PyTorch's SDPA without, in bfloat16 and
+  float32. The last column is the share of the rate of the products' register tile on operands in
+  L1, which no kernel here can exceed.
+- Errors against float64, beside SDPA's.
+- What 32 and 64 contiguous span marginals add to the same kernel, beside the cost of one copy of
+  tensors of their size; and what 64 add where text moves the frames off the blocks of keys.
+- Peak memory beyond inputs and outputs as the length doubles.
+
+Each problem passes the float64 gate first: a wrong result is not timed, and the exit status is 1. A
+missed target is printed and does not change the exit status, because machines differ.
 """
 
 from __future__ import annotations
@@ -27,10 +31,6 @@ from typing import Any
 
 import torch
 
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.harness import cpu_bench, examine, machine
 from benchmarks.harness.cpu_bench import CPU, DTYPES
 from benchmarks.harness.gate import verdict
@@ -42,7 +42,8 @@ from benchmarks.problems.attention.exact import exact
 from benchmarks.problems.attention.problem import AttentionProblem, random_problem, with_spans
 from ral_kernels.runtime import cpu_library
 
-TARGETS = {  # DESIGN: ours with marginals / SDPA without
+# Ours with marginals / SDPA without: the project's aims for 2 cores with AVX-512 BF16, without AMX.
+TARGETS = {
     ("bfloat16", "forward"): 0.22,
     ("bfloat16", "forward+backward"): 0.33,
     ("float32", "forward"): 0.38,
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{per_token:5.1f} KiB a token  (outputs {row['outputs_mib']:.0f} MiB; "
             f"one H x N x N matrix {row['one_score_matrix_mib']:.0f} MiB)"
         )
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     rows = run["speed"] + run["marginals"] + run["memory"]
     return int(any(row.get("wrong") for row in rows))
 

@@ -1,13 +1,13 @@
 """A step of decoding on the CPU: `attention` with span marginals beside PyTorch's SDPA without.
 
-    python benchmarks/decode_bench.py            # a minute on 2 cores
-    python benchmarks/decode_bench.py --quick    # fewer shapes and repeats
+    python -m benchmarks.decode_bench            # a minute on 2 cores
+    python -m benchmarks.decode_bench --quick    # fewer shapes and repeats
 
 One query a sequence over cached keys, 32 spans. The peer is the faster of two calls of SDPA: with
-`enable_gqa`, as models call it, and with the queries of a kv head as rows of one head, which has it
-read K and V once. "of reading" is the rate at which K and V pass, beside that of a sum over as many
-bytes, which reads them and does hardly more. At 16 keys a row shows what a call costs at all. Each
-shape passes the float64 gate first: a wrong result is not timed and the exit status is 1.
+`enable_gqa`, as models call it, and with the queries of a kv head as rows of one head, which reads
+K and V once. "of reading" is the rate at which K and V are read, relative to a sum over as many
+bytes. The rows of 16 keys show the fixed cost of a call. Each shape passes the float64 gate first:
+a wrong result is not timed, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -15,15 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import ral_kernels as rk
 from benchmarks.harness import cpu_bench
@@ -133,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = measure(case, dtype, 9 if options.quick else 41)
             run["rows"].append(row)
             show(row)
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     return int(any(row["wrong"] for row in run["rows"]))
 
 

@@ -1,17 +1,17 @@
 """What reinforcing attention does to accuracy as frames and resolution grow: the paper's Figure 3.
 
-    python benchmarks/figure3.py --quick               # some arms, two seeds, five minutes
-    python benchmarks/figure3.py --seeds 5 --workers 2 # the whole study
-    python benchmarks/figure3.py --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
+    python -m benchmarks.figure3 --quick               # some arms, two seeds, five minutes
+    python -m benchmarks.figure3 --seeds 5 --workers 2 # the whole study
+    python -m benchmarks.figure3 --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
 
 A tiny Qwen2.5-VL learns to look things up in pictures of real handwritten digits (`ral.digits`): in
 frames of a video, and in a grid of cells. Each arm trains from the same supervised start, on the
-same number of rollouts, and is evaluated on held-out digits, up to sizes that no rollout had. Arms
+same number of rollouts. It is evaluated on held-out digits, up to sizes that no rollout had. Arms
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
-interval. Every run is a file, so a study that was stopped goes on where it was.
+interval. Every run is a file, so a stopped study resumes.
 
-docs/figure3.md says what came out. `python -m benchmarks.study.report FILE` prints its tables, and
-`python -m benchmarks.study.plot FILE` draws its pictures anew.
+docs/figure3.md has the results. `python -m benchmarks.study.report FILE` prints its tables, and
+`python -m benchmarks.study.plot FILE` draws its pictures again.
 """
 
 from __future__ import annotations
@@ -29,11 +29,7 @@ from typing import Any
 
 import torch
 
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.harness import cpu_bench, machine
+from benchmarks.harness import cpu_bench, results
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BY_NAME, QUICK
 from benchmarks.study.plot import draw
@@ -83,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
     parser.add_argument("--tag", help="told apart by it: figure3-TAG-<commit>.json")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
+    results.add_arguments(parser)
     options = parser.parse_args(arguments)
     quick = options.quick
     tasks = options.tasks or (["frames"] if quick else list(TASKS))
@@ -128,9 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for make in (table, comparisons, curves):
             if lines := make(task, run["runs"]):
                 print(plain(lines) + "\n")
-    target = options.out or Path(__file__).parent / "results" / machine.slug(run["machine"])
-    target.mkdir(parents=True, exist_ok=True)
-    file = target / f"{run['benchmark']}-{commit}.json"
+    file = results.folder(options, run["machine"]) / f"{run['benchmark']}-{commit}.json"
     file.write_text(json.dumps(run) + "\n")
     pictures = " and ".join(picture.name for picture in draw(file))
     print(f"\n{run['seconds']:.0f} s; written to {file} and {pictures}")

@@ -1,14 +1,14 @@
 """What attention policies cost as video frames grow, against what a user would do instead.
 
-A camera pans over the pictures of the scikit-image wheel; each frame is an image of a prompt, as
-TRL-style trainers pass videos on; the real Qwen2-VL image processor and a randomly initialised
-Qwen2.5-VL turn the prompt into q, k, v of its last layer. One span a frame; on the same q, k, v it
-measures what marginals cost in four span layouts, too (harness/layouts.py). With `--objective ral`,
-the token-level RAL loss of the last rows instead.
+A camera pans over the pictures of the scikit-image wheel. Each frame is an image of a prompt, as
+trainers like TRL's pass videos. The real Qwen2-VL image processor and a randomly initialised
+Qwen2.5-VL turn the prompt into q, k, v of its last layer. Each frame is a span. On the same q, k, v
+the sweep also measures the cost of marginals in four span layouts (harness/layouts.py). With
+`--objective ral` it measures the token-level RAL loss of the last rows instead.
 
-    python benchmarks/frames_sweep.py
-    python benchmarks/frames_sweep.py --objective ral
-    python benchmarks/frames_sweep.py --frames 4 8 16 --input random --dtype float32
+    python -m benchmarks.frames_sweep
+    python -m benchmarks.frames_sweep --objective ral
+    python -m benchmarks.frames_sweep --frames 4 8 16 --input random --dtype float32
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
 from benchmarks.harness.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep

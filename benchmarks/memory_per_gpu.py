@@ -1,12 +1,12 @@
-"""Memory per GPU of a RAL run of Qwen2.5-VL-7B, worked out from shapes; nothing is measured.
+"""Memory per GPU of a RAL run of Qwen2.5-VL-7B, computed from shapes; nothing is measured.
 
-    python benchmarks/memory_per_gpu.py                                # 8 GPUs, 32k visual tokens
-    python benchmarks/memory_per_gpu.py --gpus 4 --visual-tokens 8192 --lora-rank 64
+    python -m benchmarks.memory_per_gpu                                # 8 GPUs, 32k visual tokens
+    python -m benchmarks.memory_per_gpu --gpus 4 --visual-tokens 8192 --lora-rank 64
 
-Parameters are counted on the model class itself, on the meta device; activations are those that a
-decoder layer of it keeps for its backward in bfloat16, with gradient checkpointing. The vision
-encoder is frozen, as in the paper, and weights, gradients and optimizer states are sharded over all
-GPUs (FSDP2 or ZeRO-3). GiB = 2**30 bytes; allocator and NCCL take a few more.
+Parameters are counted on the model class, on the meta device. Activations are those that a decoder
+layer keeps for its backward in bfloat16, with gradient checkpointing. The vision encoder is frozen,
+as in the paper. Weights, gradients and optimizer states are sharded over all GPUs (FSDP2 or
+ZeRO-3). GiB = 2**30 bytes; allocator and NCCL take a few more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hashes of what the CPU backend computes, to show that a change leaves every bit in place.
 
     python -m benchmarks.output_hashes --out before.json       # 8 seconds
-    python -m benchmarks.output_hashes --compare before.json   # status 1 if any differs
+    python -m benchmarks.output_hashes --compare before.json   # after it: status 1 if one differs
 
 The calls are the tests' tables of cases in float32, bfloat16 and float16, forward and every
 gradient. Bits depend on the instruction set (RAL_CPU_ISA chooses one), so compare on one machine.

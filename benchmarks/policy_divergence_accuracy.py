@@ -1,13 +1,13 @@
-"""How right the gradient of `ral_loss` is near its reference, by the form the reference is kept in.
+"""The error of `ral_loss`'s gradient near its reference policy, by the form that policy is kept in.
 
-    python benchmarks/policy_divergence_accuracy.py                 # 1e-3 apart, a few seconds
-    python benchmarks/policy_divergence_accuracy.py --distances 1e-1 1e-2 1e-3 1e-4
+    python -m benchmarks.policy_divergence_accuracy                 # 1e-3 apart, a few seconds
+    python -m benchmarks.policy_divergence_accuracy --distances 1e-1 1e-2 1e-3 1e-4
 
-A few optimiser steps after the rollouts, policy and reference differ by about 1e-3. Contestants: an
-`AttentionSnapshot` in the dtype of q and k, from which the reference is recomputed, and rows of
-probabilities [B, T, N] kept in float32 or bfloat16. Errors are relative to float64 on the same
-inputs, in the norm; `cosine` is that of the gradient of q with the truth. The last table has the
-policy unchanged: loss and gradient must be exactly 0.0 against a snapshot, or the exit status is 1.
+A few optimiser steps after the rollouts, policy and reference policy differ by about 1e-3. The
+forms are an `AttentionSnapshot` in the dtype of q and k, and rows of probabilities [B, T, N] in
+float32 or bfloat16. Errors are relative to float64 on the same inputs, in the norm. `cosine` is
+that of the gradient of q with the true one. In the last table the policy is unchanged: against a
+snapshot, loss and gradient must be exactly 0.0, or the exit status is 1.
 """
 
 from __future__ import annotations
@@ -18,17 +18,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.harness import machine
+from benchmarks.harness import machine, results
 from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_policy, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
@@ -166,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--backend", help="default: the automatic choice")
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
+    results.add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -216,9 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{row['largest_gradient']:9.1e}{'  WRONG' if wrong(row) else ''}",
                 flush=True,
             )
-    folder = options.out or Path(__file__).parent / "results" / machine.slug(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"policy_divergence_accuracy-{commit['hash'] or 'none'}.json"
+    name = f"policy_divergence_accuracy-{commit['hash'] or 'none'}.json"
+    file = results.folder(options, facts) / name
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten to {file}")
     return int(any(row["wrong"] for row in record["unchanged"]))

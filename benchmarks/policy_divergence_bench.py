@@ -1,16 +1,17 @@
-"""The CPU promises for the token-level RAL loss, each measured against its peers in one run.
+"""The CPU targets of the token-level RAL loss, each measured against its peers in one run.
 
-    python benchmarks/policy_divergence_bench.py            # T=256, N=8192: some minutes on 2 cores
-    python benchmarks/policy_divergence_bench.py --quick    # N=2048
-    python benchmarks/policy_divergence_bench.py --keep-memory    # no page faults on the clock
+    python -m benchmarks.policy_divergence_bench            # T=256, N=8192: some minutes on 2 cores
+    python -m benchmarks.policy_divergence_bench --quick    # N=2048
+    python -m benchmarks.policy_divergence_bench --keep-memory    # no page faults on the clock
 
 Forward and backward of `ral_loss` to q and k against a snapshot, 16:2 heads of 128, in bfloat16 and
-float32: beside chunked PyTorch with checkpointing at three chunk sizes, interleaved; and beside
-eager, which holds the full maps of the layer, once in a process of its own. Both policies are
-computed on the clock, except in "known snapshot", a later step against the same one. Peak memory is
-that of a fresh process; ours at twice the rows and keys shows how it grows. Everybody passes the
-float64 gate first: a wrong result is not timed and the exit status is 1. A missed target is printed
-as missed and does not change the exit status, because machines differ.
+float32. One peer is chunked PyTorch with checkpointing at three chunk sizes, interleaved with ours.
+The other is eager, which holds the full maps of the layer; it runs once in its own process. Both
+policies are computed on the clock, except in "known snapshot", a later step against the same
+snapshot. Peak memory is that of a fresh process; ours at twice the rows and keys shows how it
+grows. Each contestant passes the float64 gate first: a wrong result is not timed, and the exit
+status is 1. A missed target is printed and does not change the exit status, because machines
+differ.
 """
 
 from __future__ import annotations
@@ -24,10 +25,6 @@ from typing import Any
 
 import torch
 
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.harness import cpu_bench, machine
 from benchmarks.harness.cpu_bench import CPU, DTYPES
 from benchmarks.harness.examine import FreshProcesses
@@ -39,7 +36,7 @@ from benchmarks.problems.ral.problem import DEFAULT_ROWS, RalProblem, random_pro
 
 OURS = ("ral", "ral_again", "ral_dense")
 CHUNKED = ("chunked_16", "chunked_64", "chunked_256")
-CHUNKED_TARGET = 0.2  # DESIGN: ours / the fastest chunked
+CHUNKED_TARGET = 0.2  # the project's aim: ours / the fastest chunked
 EAGER_TARGET = 0.02  # ours / eager
 # bytes of peak memory for each (row, key) pair: a float32 [T, N] has 4, bfloat16 [H, T, N] maps 32
 BYTES_PER_PAIR_TARGET = 1.0
@@ -195,12 +192,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_growth(run["growth"], Heads().num_heads)
     finally:
         examiner.close()
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     return int(any(_failed(row) for row in run["speed"]) or "wrong" in run["growth"])
 
 
 def _failed(row: dict[str, Any]) -> bool:
-    """A wrong answer from anybody, or one of ours that did not run."""
+    """A wrong answer of any contestant, or one of ours that did not run."""
     records = row["records"]
     wrong = any(record["status"] == "wrong" for record in records.values())
     return wrong or any(records[name]["status"] != "ok" for name in OURS)

@@ -1,16 +1,16 @@
 """What attention policies cost as resolution grows, against what a user would do instead.
 
 A picture of the scikit-image wheel at growing resolution goes through the real Qwen2-VL image
-processor and a randomly initialised Qwen2.5-VL into q, k, v of its last layer. One span a tile of
-the picture: its keys are scattered, a few in each row of tokens, which is the hard case for
-kernels. With several pictures a prompt, `--spans image` makes one contiguous span of each.
-On the same q, k, v it measures what marginals cost in four layouts of contiguous spans, too
-(harness/layouts.py). `--objective ral` is the token-level RAL loss of the last rows instead, which
-knows no spans.
+processor and a randomly initialised Qwen2.5-VL, which gives q, k, v of its last layer. Each tile of
+the picture is a span. Its keys are scattered, a few in each row of tokens, which is the hard case
+for kernels. With several pictures a prompt, `--spans image` makes each one a contiguous span. On
+the same q, k, v the sweep also measures the cost of marginals in four layouts of contiguous spans
+(harness/layouts.py). With `--objective ral` it measures the token-level RAL loss of the last rows
+instead, which has no spans.
 
-    python benchmarks/resolution_sweep.py
-    python benchmarks/resolution_sweep.py --objective ral
-    python benchmarks/resolution_sweep.py --tokens 256 1024 --images 2 --spans image
+    python -m benchmarks.resolution_sweep
+    python -m benchmarks.resolution_sweep --objective ral
+    python -m benchmarks.resolution_sweep --tokens 256 1024 --images 2 --spans image
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness.inputs import TOKEN_PIXELS, LayerInputs, ModelInputs, random_layer
 from benchmarks.harness.runner import DTYPES, Size, add_arguments, heads_of, parse, run_sweep

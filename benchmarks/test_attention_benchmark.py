@@ -1,7 +1,7 @@
 """Regressions of `attention` and its drop-ins: `pytest benchmarks --benchmark-only`, small shapes.
 
 Each shape is held against float64 before it is timed. Compare two commits with `--benchmark-save`
-and `--benchmark-compare`; ratios against PyTorch are the business of the sweeps.
+and `--benchmark-compare`; the sweeps measure ratios against PyTorch.
 """
 
 from __future__ import annotations

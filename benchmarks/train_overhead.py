@@ -1,15 +1,15 @@
 """What RAL adds to the GRPO step that it extends, by frames: time and peak memory.
 
-    python benchmarks/train_overhead.py                     # 4 to 32 frames, two minutes on a core
-    python benchmarks/train_overhead.py --frames 16 --worked-out
+    python -m benchmarks.train_overhead                     # 4 to 32 frames, two minutes on a core
+    python -m benchmarks.train_overhead --frames 16 --worked-out
 
-A camera pans over a picture; each frame is an image of a prompt for a small random Qwen2.5-VL.
-The same trainer runs with attn_coef=0, which is TRL's GRPO, and with attn_coef=1, turn by turn:
-rollouts of a fixed length, the old policy's forward, and two updates on them. Peak memory is that
-of a fresh process, above the model's. `attn_metrics_every=0`; the divergence is logged.
+A camera pans over a picture. Each frame is an image of a prompt for a small random Qwen2.5-VL. The
+same trainer runs in turn with attn_coef=0, which is TRL's GRPO, and with attn_coef=1: rollouts of a
+fixed length, the old policy's forward, and two updates. Peak memory is that of a fresh process,
+above the model's. `attn_metrics_every=0`; the divergence is logged.
 
-`--worked-out` then measures the op, a layer's attention and matrix products at the sizes of
-Qwen2.5-VL-7B with 32k visual tokens, and says what the ratio would be on this machine.
+`--worked-out` also measures the op, a layer's attention and matrix products at the sizes of
+Qwen2.5-VL-7B with 32k visual tokens. From these it computes the ratio for this machine.
 """
 
 from __future__ import annotations
@@ -26,10 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import ral_kernels as rk
 from benchmarks.harness import cpu_bench, machine
@@ -129,8 +125,9 @@ def peak_of(kind: str, frames: int, options: argparse.Namespace, folder: Path) -
 
 
 def peak_in_fresh_process(kind: str, frames: int, arguments: Sequence[str]) -> int:
-    command = [sys.executable, __file__, *arguments, "--child", kind, str(frames)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.train_overhead", *arguments]
+    command += ["--child", kind, str(frames)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=machine.ROOT)
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])
 
 
@@ -287,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.worked_out:
         run["worked_out"] = worked_out(options)
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     return 0
 
 

@@ -1,13 +1,14 @@
 """Peak memory and time of a padded forward of one decoder layer, under "ral" and under "sdpa".
 
-    python benchmarks/transformers_memory.py                # 16k tokens, a minute on one core
-    python benchmarks/transformers_memory.py --seqlen 4096
+    python -m benchmarks.transformers_memory                # 16k tokens, a minute on one core
+    python -m benchmarks.transformers_memory --seqlen 4096
 
-A left-padded batch through a Llama of one layer (narrow MLP, one logit a sample), each attention
-implementation in a fresh process. Under "sdpa" transformers writes a [B, 1, T, T] mask of bools,
-256 MiB a sample at 16k tokens, and PyTorch's kernel may copy it into the dtype of the scores; under
-"ral" padding and causality are arguments of the kernel. The floor is the same model on the same
-tokens without padding, where neither has a mask. Logits of all must agree, or the exit status is 1.
+A left-padded batch goes through a Llama of one layer (narrow MLP, one logit a sample), with each
+attention implementation in a fresh process. Under "sdpa" transformers writes a [B, 1, T, T] mask of
+bools, 256 MiB a sample at 16k tokens, and PyTorch's kernel may copy it into the dtype of the
+scores. Under "ral" padding and causality are arguments of the kernel. The floor is the same model
+on the same tokens without padding, where neither has a mask. All logits must agree, or the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -22,10 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# A script finds its own folder only; behind what is installed, so that an installed ral_kernels
-# stays the one in use.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import cpu_bench, machine
 from benchmarks.harness.cpu_bench import CPU, DTYPES
@@ -91,8 +88,9 @@ def in_fresh_process(
     implementation: str, padded: bool, arguments: Sequence[str], folder: Path
 ) -> dict[str, Any]:
     file = folder / f"{implementation}-{padded}.pt"
-    command = [sys.executable, __file__, *arguments, "--child", implementation, str(file)]
-    subprocess.run([*command, *(["--padded"] if padded else [])], check=True)
+    command = [sys.executable, "-m", "benchmarks.transformers_memory", *arguments]
+    command += ["--child", implementation, str(file), *(["--padded"] if padded else [])]
+    subprocess.run(command, check=True, cwd=machine.ROOT)
     record: dict[str, Any] = torch.load(file)
     return record
 
@@ -143,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{f'  WRONG, off by {off:.1e}' if wrong else ''}",
                     flush=True,
                 )
-    cpu_bench.write(run, options.out)
+    cpu_bench.write(run, options)
     return int(wrong)
 
 

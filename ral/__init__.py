@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RALConfig", "RALTrainer"]
 
-# Imported when first asked for: rewards and data do not need TRL.
+# Imported on first use, because rewards and data do not need TRL.
 _LAZY = {"RALConfig": "config", "RALTrainer": "trainer"}
 
 

@@ -18,8 +18,8 @@ def differing_prefixes(
 ) -> Tensor:
     """How many response tokens have a prefix that is not the whole group's: [count, tokens].
 
-    Where all rollouts of a group share the prefix of a position, they share its attention, and
-    their advantages, which sum to zero, cancel the RAL term (DESIGN.md §2, fact 3).
+    Where all rollouts of a group share the prefix of a position, they share its attention. Their
+    advantages sum to zero, so the RAL term of that position is zero.
 
     Args:
         completion_ids: int64 [B, C], the G rollouts of a prompt side by side.
@@ -82,10 +82,10 @@ def gradient_norm(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def can_measure_gradients(trainer: Any) -> str | None:
     """None, or why gradients of single terms cannot be had under the trainer's set-up."""
     if trainer.is_fsdp_enabled:
-        return "FSDP shards gradients while they are formed"
+        return "FSDP shards gradients as it computes them"
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed's engine owns the backward"
     options = trainer.args.gradient_checkpointing_kwargs or {}
     if trainer.args.gradient_checkpointing and options.get("use_reentrant"):
-        return "reentrant checkpointing knows no gradients of single inputs"
+        return "reentrant checkpointing has no gradients of single inputs"
     return None

@@ -1,8 +1,9 @@
 """Checkpoints on disk: which one is complete, and what `RALTrainer` adds to them.
 
 transformers writes a checkpoint in place, file by file: weights, tokenizer, optimizer, scheduler,
-each process's random state, trainer_state.json last. A process that is killed leaves a folder with
-a checkpoint's name that does not load, or loads and trains on with another optimizer.
+each process's random state, and trainer_state.json last. A killed process leaves a folder with a
+checkpoint's name. That folder does not load, or it loads and training continues with another
+optimizer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _INDEX = "model.safetensors.index.json"
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a training run, as `train(resume_from_checkpoint=...)`.
 
-    Those of higher steps that are not complete (`why_incomplete`) are named in a warning.
+    A warning names those of higher steps that are not complete (`why_incomplete`).
 
     Args:
         folder: output_dir of the run; it need not exist.
@@ -48,8 +49,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 def why_incomplete(checkpoint: str | Path) -> str | None:
     """Why training cannot resume from a checkpoint, or None if nothing is missing.
 
-    A checkpoint of `RALTrainer` is sealed: the last thing written lists every file with its size,
-    and those are compared. Of another trainer's checkpoint, these are looked at:
+    A checkpoint of `RALTrainer` is sealed: its last file lists every file with its size, and this
+    function compares the sizes. For another trainer's checkpoint it checks these:
 
     - trainer_state.json, which is written last, is whole, and of the step in the folder's name;
     - weights: of each safetensors file the size is what its header says, and every shard of an
@@ -81,11 +82,11 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
 
 
 def seal(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Write the list of a checkpoint's files, after they are on the disk, and `state` beside it.
+    """Write the list of a checkpoint's files, after they are on the disk, together with `state`.
 
     Args:
         checkpoint: a folder that every process has finished writing.
-        state: what `read_state` gives back; anything that JSON holds.
+        state: what `read_state` returns; anything that JSON can hold.
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     for path in files:
@@ -111,10 +112,10 @@ def read_state(checkpoint: str | Path) -> dict[str, Any] | None:
 
 
 def rotate(folder: Path, limit: int | None, newest: Path, best: str | None) -> None:
-    """Delete checkpoints, those written first first, until `limit` are left.
+    """Delete checkpoints, the oldest first, until `limit` are left.
 
-    transformers' own does so before every process has written its files, and may take a folder
-    that a killed process left for the newest.
+    transformers deletes before every process has written its files, and may mistake a folder of a
+    killed process for the newest.
 
     Args:
         folder: output_dir of the run.

@@ -10,7 +10,7 @@ from ._requirements import check_trl
 
 check_trl()
 
-from trl import GRPOConfig  # noqa: E402  (after the check, whose message is the better one)
+from trl import GRPOConfig  # noqa: E402  (after the check, whose message is clearer)
 
 GRANULARITIES = ("token", "tile", "frame", "image")
 SCOPES = ("context", "visual")
@@ -31,18 +31,19 @@ class RALConfig(GRPOConfig):
         L = rl_coef · L_GRPO + attn_coef · E_t[A_t D(p_θ^t ‖ r^t)]                            (3)
             + distill_logit_coef · L_GKD + distill_attn_coef · E_t[D(p_θ^t ‖ p_teacher^t)]    (4)
 
-    (arXiv 2602.04884.) Everything is checked when the object is made: unknown values, and a
-    schedule under which the attention term is identically zero (`schedule.why_zero`).
+    The equations are those of arXiv 2602.04884. The object checks everything when it is made:
+    unknown values, and a schedule under which the attention term is always zero
+    (`schedule.why_zero`).
 
-    Unlike TRL, dropout is off by default (`disable_dropout`): with it the old policy is not the
-    policy that starts the update.
+    Unlike in TRL, dropout is off by default (`disable_dropout`). With dropout the old policy
+    differs from the policy that starts the update.
 
     Raises:
-        ValueError: a setting has a value that it cannot have, or settings contradict each other.
+        ValueError: a setting has an invalid value, or settings contradict each other.
     """
 
     disable_dropout: bool = _setting(
-        True, "Whether to turn off dropout: with it the old policy's attention is noise."
+        True, "Whether to turn off dropout, which adds noise to the old policy's attention."
     )
     attn_coef: float = _setting(
         1.0, "λ, weight of the advantage-weighted attention divergence, eq. (3). 0 = plain GRPO."
@@ -62,17 +63,17 @@ class RALConfig(GRPOConfig):
         metadata={"help": "Rows and columns of visual tokens in a tile, for 'tile'."},
     )
     attn_scope: str = _setting(
-        "context", "'context': all keys. 'visual': renormalised over visual tokens alone."
+        "context", "'context': all keys. 'visual': only visual tokens, renormalised over them."
     )
     attn_divergence: str = _setting("jsd", "'jsd', 'kl' (policy from reference) or 'reverse_kl'.")
     attn_reference: str = _setting(
         "old",
         "What the policy's attention is compared with: 'old' (the policy that wrote the rollouts), "
-        "'ref' (the reference model of beta > 0) or 'teacher'.",
+        "'ref' (TRL's reference model, with beta > 0) or 'teacher'.",
     )
     attn_rows: str = _setting(
         "predicting",
-        "Which query stands for a response token: the one that predicts it, or ('token') its own.",
+        "Which query belongs to a response token: the one that predicts it, or ('token') its own.",
     )
     attn_exclude_self: bool = _setting(
         True, "Whether the query's own key is left out and the rest renormalised, eq. (1)."
@@ -86,7 +87,8 @@ class RALConfig(GRPOConfig):
         None, "Backend of the attention ops; None = the first that can run."
     )
     attn_snapshot_device: str | None = _setting(
-        None, "Where reference snapshots are kept between steps ('cpu'); None = where they are."
+        None,
+        "Device that keeps snapshots between steps, such as 'cpu'; None = where they were made.",
     )
     attn_explore_sigma: float = _setting(
         0.0,
@@ -96,7 +98,7 @@ class RALConfig(GRPOConfig):
     attn_explore_coef: float = _setting(
         1.0, "Weight of E_t[A_t CE(p_noisy^t ‖ p_θ^t)] over spans, with attn_explore_sigma > 0."
     )
-    rl_coef: float = _setting(1.0, "Weight of TRL's loss; 0 leaves the attention terms alone.")
+    rl_coef: float = _setting(1.0, "Weight of TRL's loss; with 0 only the attention terms train.")
     distill_logit_coef: float = _setting(
         0.0, "μ, weight of the generalised JSD between the teacher's and the student's tokens."
     )
@@ -109,14 +111,14 @@ class RALConfig(GRPOConfig):
     distill_teacher_layers: list[int] | int | None = field(
         default=None,
         metadata={
-            "help": "Teacher's layers beside attn_layers, paired in the order of the models; None "
-            "= at the same distance from the end."
+            "help": "Teacher's layers for attn_layers, paired in the order of the models; None = "
+            "at the same distance from the end."
         },
     )
     attn_metrics_every: int = _setting(
         10,
-        "Every how many rollout batches attention entropy, visual share and the gradient share of "
-        "RAL are measured (that costs two more backward passes a step of the batch); 0 = never.",
+        "Rollout batches between measurements of attention entropy, visual share and the gradient "
+        "share of RAL, which cost two more backward passes a step; 0 = never.",
     )
     attn_warn_divergence: float = _setting(
         0.1, "Mean divergence (nats) above which a warning says that RAL runs away."
@@ -189,28 +191,28 @@ class RALConfig(GRPOConfig):
     def _check_together(self) -> None:
         if self.attn_coef > 0 and self.attn_reference == "ref" and self.beta == 0:
             raise ValueError(
-                "RALConfig: attn_reference='ref' must go with beta > 0, for which TRL keeps a "
+                "RALConfig: attn_reference='ref' needs beta > 0, for which TRL keeps its "
                 "reference model; got beta=0"
             )
         if self.explores and self.attn_granularity == "token":
             raise ValueError(
-                "RALConfig: attn_explore_sigma must go with attn_granularity 'tile', 'frame' or "
+                "RALConfig: attn_explore_sigma needs attn_granularity 'tile', 'frame' or "
                 "'image', whose spans get the noise; got 'token'"
             )
         if self.explores and self.use_vllm:
             raise ValueError(
-                "RALConfig: attn_explore_sigma must go with use_vllm=False: vLLM does not take a "
+                "RALConfig: attn_explore_sigma is not supported with use_vllm=True: vLLM takes no "
                 "bias on attention scores"
             )
         if self.explores and self.use_transformers_continuous_batching:
             raise ValueError(
-                "RALConfig: attn_explore_sigma must go with "
-                "use_transformers_continuous_batching=False: its paged cache takes no bias on "
+                "RALConfig: attn_explore_sigma is not supported with "
+                "use_transformers_continuous_batching=True: its paged cache takes no bias on "
                 "attention scores"
             )
         if self.explores and self.max_tool_calling_iterations not in (None, 0):
             raise ValueError(
-                "RALConfig: attn_explore_sigma must go without tools; got "
+                "RALConfig: attn_explore_sigma is not supported with tools; got "
                 f"max_tool_calling_iterations={self.max_tool_calling_iterations}"
             )
         reason = schedule.why_zero(self)

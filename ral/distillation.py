@@ -16,7 +16,7 @@ _OP = "RALTrainer"
 
 
 def load_teacher(teacher: Any, config: RALConfig, dtype: torch.dtype) -> nn.Module:
-    """The teacher as a frozen model in evaluation mode, from a path or as it was given."""
+    """The teacher as a frozen model in evaluation mode, from a path or a model."""
     if not isinstance(teacher, nn.Module):
         options = dict(config.model_init_kwargs or {})
         options.setdefault("dtype", dtype)
@@ -30,7 +30,7 @@ def load_teacher(teacher: Any, config: RALConfig, dtype: torch.dtype) -> nn.Modu
 def check_teacher(student: Any, teacher: Any, processing_class: Any) -> None:
     """Check that a teacher reads the student's rollouts as the student does.
 
-    Token ids must mean the same, and an image must become as many tokens at the same places.
+    Token ids must have the same meaning, and an image must give as many tokens at the same places.
 
     Args:
         student, teacher: transformers models.
@@ -47,7 +47,7 @@ def check_teacher(student: Any, teacher: Any, processing_class: Any) -> None:
     num_tokens = len(tokenizer)
     wanted, got = (_vocab_size(model) for model in (student, teacher))
     # Embeddings are padded to a multiple of their own (152,064 rows in Qwen2.5-VL-7B, 151,936 in
-    # 3B, for the same tokens): rows behind the tokenizer's are never written.
+    # 3B, for the same tokens): rows after the tokenizer's are never written.
     if got < num_tokens:
         raise ValueError(
             f"{_OP}: teacher_model must have the student's vocabulary of {num_tokens} tokens; got "
@@ -79,16 +79,16 @@ def check_teacher(student: Any, teacher: Any, processing_class: Any) -> None:
 def pair_layers(
     student_layers: list[int], wanted: Any, teacher_depth: int, student_depth: int
 ) -> list[int]:
-    """Which of the teacher's layers stands beside each of the student's, in the model's order.
+    """The teacher's layer that is paired with each of the student's, in the model's order.
 
     Args:
         student_layers: numbers from 0 of the student's captured layers.
         wanted: `distill_teacher_layers`: numbers, negative from the end, or None for the same
-            distance from the end (the last beside the last).
+            distance from the end (the last with the last).
         teacher_depth, student_depth: number of decoder layers.
 
     Raises:
-        ValueError: as many layers are needed on both sides, and each must exist.
+        ValueError: the numbers of layers differ, or a layer does not exist.
     """
     if wanted is None:
         numbers = [layer - student_depth for layer in student_layers]
@@ -165,7 +165,7 @@ def backbone_of(model: Any) -> nn.Module:
 
 
 def _first(weight: Tensor | None, num_tokens: int) -> Any:
-    """The rows of the tokens that both models have; a sharded tensor that fits is left alone."""
+    """The rows of the tokens that both models have; a sharded tensor of that size is unchanged."""
     return weight if weight is None or weight.shape[0] == num_tokens else weight[:num_tokens]
 
 
@@ -181,7 +181,7 @@ def _own_vocabulary(teacher: Any) -> dict[str, int] | None:
 
     name = getattr(teacher.config, "_name_or_path", "")
     if not name or not Path(name).is_dir():
-        return None  # made in memory, or from the Hub: the sizes and ids above are all we know
+        return None  # made in memory, or from the Hub: only the sizes and ids above are known
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
     except OSError:
@@ -190,7 +190,7 @@ def _own_vocabulary(teacher: Any) -> dict[str, int] | None:
 
 
 def _logit_scaling(model: Any) -> tuple[float, float | None]:
-    """(logit scale, soft cap) of a model's head, under the names that its family gives them."""
+    """(logit scale, soft cap) of a model's head, by the names of its family."""
     text = model.config.get_text_config()
     scale = getattr(text, "logit_scale", None)
     if scale is None and getattr(text, "logits_scaling", None) is not None:

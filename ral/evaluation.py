@@ -15,7 +15,7 @@ from .rewards import accuracy_reward, format_reward
 
 @dataclass(frozen=True)
 class Score:
-    """What a model got right in some rows.
+    """The accuracy of a model in some rows.
 
     Attributes:
         rows: how many.
@@ -52,15 +52,15 @@ def answers_of(
     max_new_tokens: int,
     temperature: float = 0.0,
 ) -> tuple[list[str], int]:
-    """What a model writes after some prompts.
+    """The responses of a model to some prompts.
 
-    The checkpoint's own sampling settings and penalties do not count.
+    The checkpoint's own sampling settings and penalties are not used.
 
     Args:
         model, processor: of transformers, the model in evaluation mode.
-        rows: with prompt and images, as `ral.data` gives them.
+        rows: with prompt and images, as `ral.data` returns them.
         max_new_tokens: length of an answer at most.
-        temperature: of a sample; 0 takes the likeliest token each time.
+        temperature: of a sample; 0 is greedy.
 
     Returns:
         The texts, and the number of visual tokens in all prompts.
@@ -111,10 +111,10 @@ def score(
     """Accuracy of greedy answers to some rows.
 
     Args:
-        model, processor: of transformers; the model's mode is put back afterwards.
-        rows: with prompt, images, solution and problem_type, as `ral.data` gives them.
+        model, processor: of transformers; the model's mode is restored afterwards.
+        rows: with prompt, images, solution and problem_type, as `ral.data` returns them.
         style: form of the responses, "think" or "direct".
-        batch_size: rows generated for at a time.
+        batch_size: rows in a batch.
         max_new_tokens: length of an answer at most.
         on_batch: called after each batch with its number of rows.
 

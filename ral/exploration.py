@@ -1,7 +1,7 @@
-"""Noise on attention during a rollout, and its replay in the update (DESIGN.md §2, "exploration").
+"""Noise on attention during a rollout, and its replay: "Exploration" in ral/README.md.
 
-Attention is a deterministic function of the prefix: without noise of its own there is nothing that
-a reward could choose between. Each rollout draws one bias per span and layer for its scores.
+Attention is a deterministic function of the prefix. Without noise of its own, a reward has nothing
+to choose between. Each rollout draws one bias per span and layer for its scores.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import ral_kernels as rk
 
 
 def check_can_explore(trainer: Any) -> None:
-    """Check that the trainer itself writes each rollout, and in one turn: noise is drawn there.
+    """Check that the trainer writes each rollout itself, in one turn: it draws the noise there.
 
     Raises:
-        ValueError: it has a rollout_func or tools (an environment's are among them).
+        ValueError: it has a rollout_func or tools, including those of an environment.
     """
     for name in ("rollout_func", "tools"):
         if getattr(trainer, name):
             raise ValueError(
-                f"RALTrainer: attn_explore_sigma > 0 must go without {name}, whose rollouts would "
-                "be written without the noise that the update replays"
+                f"RALTrainer: attn_explore_sigma > 0 is not supported with {name}: its rollouts "
+                "would lack the noise that the update replays"
             )
 
 
@@ -35,8 +35,8 @@ def draw_bias(
 ) -> Tensor:
     """One Gaussian bias per rollout, layer and visual span; float32 [B, num_layers, S].
 
-    Centred over the spans that a sample has: a constant would only weigh pictures against text.
-    Spans of text, and those that a sample does not have, get 0.
+    It is centred over the spans that a sample has, because a constant would only weigh pictures
+    against text. Spans of text, and those that a sample does not have, get 0.
 
     Args:
         sigma: standard deviation, in natural units of the scores.
@@ -61,7 +61,7 @@ def draw_bias(
 def steered(
     model: nn.Module, layers: list[int], bias: Tensor, spans: rk.Spans
 ) -> Iterator[list[rk.Spans]]:
-    """Run `model` under a bias for each layer; also where a batch runs in several forwards.
+    """Run `model` under a bias for each layer, also if a batch runs in several forwards.
 
     Args:
         model: any module that `rk.steer` takes.
@@ -70,7 +70,7 @@ def steered(
         spans: ids [B, N] over the keys of the whole batch.
 
     Yields:
-        The spans of each forward so far, which are those that its steer knows.
+        The spans of each forward so far, as its steer has them.
     """
     done = 0
     seen: list[rk.Spans] = []
@@ -91,7 +91,7 @@ def steered(
     def end(*_: Any) -> None:
         running.close()
 
-    # The bias must be in place before hooks that read the call, and still be when they do.
+    # The bias must be set before hooks that read the call, and until they have run.
     first = model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
     last = model.register_forward_hook(end, always_call=True)
     try:

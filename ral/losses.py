@@ -1,6 +1,6 @@
 """The attention terms of eq. (3) and (4), as functions of captured layers.
 
-Nothing here knows of TRL: captured layers, references and masks go in, a scalar comes out.
+They take captured layers, reference policies and masks, and return a scalar. They do not use TRL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TINY = 1e-30  # below any share of attention that counts
 
 
 class Captured(Protocol):
-    """What `rk.capture` gives: methods that take the number of a layer."""
+    """What `rk.capture` returns: methods that take the number of a layer."""
 
     def ral_loss(
         self, reference: Any, advantages: Tensor, mask: Tensor | None = None, **options: Any
@@ -35,10 +35,10 @@ class Captured(Protocol):
 
 @dataclass(frozen=True)
 class PolicyView:
-    """Which distribution of a batch the terms are about, the same for policy and reference.
+    """Which distribution of a batch the terms compare, in the policy and its reference policy.
 
     Attributes:
-        rows: (start, stop) of the queries that stand for the C response tokens.
+        rows: (start, stop) of the queries of the C response tokens.
         spans: S spans over the keys, or None for a distribution over keys.
         scope: bool [B, N], the keys that it is renormalised over, or None for all.
         exclude_self: whether a row's own key is left out.
@@ -54,23 +54,23 @@ class PolicyView:
     backend: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for the methods of a captured layer, but for the divergence's kind."""
+        """Keyword arguments for the methods of a captured layer, without the divergence's kind."""
         return {
             "rows": self.rows,
             "spans": self.spans,
             "scope": self.scope,
             "exclude_self": self.exclude_self,
             "backend": self.backend,
-            "steered": False,  # of a forward under noise: the policy without it
+            "steered": False,  # in a forward under noise: the policy without the noise
         }
 
 
 def response_rows(which: str, prompt_length: int, completion_length: int) -> tuple[int, int]:
-    """The queries [start, stop) that stand for the response's tokens.
+    """The queries [start, stop) of the response's tokens.
 
     Args:
-        which: "predicting", the query that predicts a token (it stands at the token before), or
-            "token", the token's own.
+        which: "predicting", the query that predicts a token, at the token before it; or "token",
+            the token's own query.
         prompt_length, completion_length: P and C, padding included.
     """
     start = prompt_length - (1 if which == "predicting" else 0)
@@ -78,7 +78,7 @@ def response_rows(which: str, prompt_length: int, completion_length: int) -> tup
 
 
 def token_weights(mask: Tensor, reduction: str, normaliser: float | Tensor) -> Tensor:
-    """What each response token weighs in a mean: float32 [B, C].
+    """The weight of each response token in a mean: float32 [B, C].
 
     Args:
         mask: [B, C], 1 for a response token that counts.
@@ -108,7 +108,7 @@ def weighted_divergence(
         captured: the forward of this batch.
         references: a reference policy for each layer's number.
         weights: floating [B, C]; rows of weight 0 are not compared.
-        view: what is compared.
+        view: the distribution that is compared.
     """
     mask = weights != 0
     total = torch.zeros((), device=weights.device)
@@ -123,7 +123,7 @@ def weighted_divergence(
 def mean_divergence(
     captured: Captured, references: Mapping[int, Any], mask: Tensor, view: PolicyView
 ) -> Tensor:
-    """[Σ D, number of rows] over layers and the rows of `mask`: to be summed over processes."""
+    """[Σ D, number of rows] over layers and the rows of `mask`; the caller sums over processes."""
     total = torch.zeros(2, device=mask.device)
     for layer, reference in references.items():
         values = captured.divergence(reference, view.kind, layer=layer, **view.options())
@@ -137,10 +137,11 @@ def exploration_loss(
 ) -> Tensor:
     """mean over layers of Σ_{b,t} weights · CE(p_noisy^t ‖ p_θ^t), a float32 scalar.
 
-    Each p is a head's marginals over the spans, renormalised over them, and the cross entropies
-    are averaged over heads. p_noisy is under the bias that the rollout was written with, p_θ of
-    the same q and k without it; only p_θ has a gradient. With weights of the advantage's sign it
-    draws the policy towards where a good rollout was made to look (DESIGN.md §2, "exploration").
+    Each p is a head's marginals over the spans, renormalised over them; the cross entropies are
+    averaged over heads. p_noisy has the bias that the rollout was written with. p_θ has the same q
+    and k without the bias, and only p_θ has a gradient. Where a weight has the sign of the
+    advantage, the term moves the policy to where a good rollout was made to look ("Exploration" in
+    ral/README.md).
 
     Args:
         captured: a forward that ran under `rk.steer`.
@@ -152,7 +153,7 @@ def exploration_loss(
         with torch.no_grad():
             noisy = _share(captured.marginals(layer=layer, steered=True, **options))
         clean = _share(captured.marginals(layer=layer, steered=False, **options))
-        # 0 · log 0 = 0: a span that only one of the two looks at adds nothing, or a finite amount
+        # 0 · log 0 = 0: a span that only one of the two attends to adds nothing, or a finite amount
         log_clean = torch.where(noisy > 0, clean, 1.0).clamp(min=_TINY).log()
         cross_entropy = -(noisy * log_clean).sum(-1).mean(1)  # [B, C]
         total = total + (weights * cross_entropy).sum()
@@ -160,7 +161,7 @@ def exploration_loss(
 
 
 def _share(marginals: Tensor) -> Tensor:
-    """[B, H, C, S] marginals as shares of what goes to the spans; 0 where nothing does."""
+    """[B, H, C, S] marginals as shares of the attention on spans; 0 where no span has any."""
     return marginals / marginals.sum(-1, keepdim=True).clamp(min=_TINY)
 
 

@@ -1,4 +1,4 @@
-"""What `RALTrainer` logs and warns of: metrics by inner step, shares, times."""
+"""What `RALTrainer` logs and warns about: metrics by inner step, shares, times."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PARTS = ("rollout", "old_policy", "update")  # of an optimizer step's time
 
 
 class MeasuringTrainer(ResumableTrainer):
-    """The trainer's measures. `RALTrainer` says what each of them is."""
+    """The trainer's metrics. `RALTrainer` says what each of them is."""
 
     model: Any
     args: RALConfig
@@ -55,7 +55,7 @@ class MeasuringTrainer(ResumableTrainer):
             sums = losses.mean_divergence(captured, of_batch, mask, view)
             total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
             self._log_inner("attn/divergence", total / max(count, 1.0), inner)
-            if reference != "teacher":  # from which a student may start as far as it likes
+            if reference != "teacher":  # a student may start at any distance from its teacher
                 self._warn_above("attn/divergence", total / max(count, 1.0), "attn_warn_divergence")
         if in_detail:
             if inner == 0:
@@ -91,7 +91,7 @@ class MeasuringTrainer(ResumableTrainer):
         ours = attention_statistics.gradient_norm(torch.stack(attention).sum(), parameters)
         theirs = attention_statistics.gradient_norm(rl_loss, parameters)
         norms = self.accelerator.gather(torch.stack([ours, theirs])[None]).square().mean(0).sqrt()
-        if norms[1] == 0:  # no rollout was better than another
+        if norms[1] == 0:  # in each group all rollouts had the same reward
             return
         share = (norms[0] / norms[1]).item()
         self._log_inner("attn/grad_share", share, inner)
@@ -103,7 +103,7 @@ class MeasuringTrainer(ResumableTrainer):
             self._metrics["train"][f"{name}/inner_{inner}"].append(value)
 
     def _log_prefixes(self, output: dict[str, Any]) -> None:
-        """Rollouts of a group may stand on several processes, so all are brought together."""
+        """Log `attn/differing_prefixes` from all processes, which may share a group's rollouts."""
         ids, mask = (
             self.accelerator.gather(self.accelerator.pad_across_processes(output[name], dim=1))
             for name in ("completion_ids", "completion_mask")
@@ -114,7 +114,7 @@ class MeasuringTrainer(ResumableTrainer):
         self._metrics["train"]["attn/differing_prefixes"].append(differing / max(counted, 1.0))
 
     def _warn_single_span(self, spans: rk.Spans) -> None:
-        """A distribution over one span is 1, whatever the policy is: its divergence is zero."""
+        """Warn once if there is one span: attention over it is always 1, so its divergence is 0."""
         if spans.num_spans > 1 or self._warned.get("single span") is not None:
             return
         self._warned["single span"] = self.state.global_step

@@ -1,4 +1,4 @@
-"""Models and processors for training: loading, what is frozen, LoRA."""
+"""Models and processors for training: loading, freezing, LoRA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ral_kernels.integrations.transformers.processors import load_processor as _load_processor
+import ral_kernels.integrations.transformers as rk_transformers
 
 # Modules of a vision-language model that make visual tokens, by the names that families give them.
 _VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|vision_backbone)$")
@@ -30,8 +30,8 @@ def load_model(
 
     Raises:
         OSError: there is no such model.
-        ValueError: transformers does not take the dtype or the attention.
-        ImportError: what the attention needs is not installed.
+        ValueError: transformers does not support the dtype or the attention.
+        ImportError: a package that the attention needs is not installed.
     """
     from trl.trainer.utils import create_model_from_path
 
@@ -44,15 +44,13 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype or default_dtype(), "device_map": None}
     if attn_implementation is not None:
         if attn_implementation == "ral":
-            from ral_kernels.integrations.transformers import register
-
-            register()
+            rk_transformers.register()
         options["attn_implementation"] = attn_implementation
     return create_model_from_path(str(name), **options)
 
 
 def default_dtype() -> str:
-    """What training runs in on this machine: "bfloat16" on a GPU that has it, else "float32"."""
+    """The dtype of training on this machine: "bfloat16" on a GPU that has it, else "float32"."""
     return "bfloat16" if has_bfloat16() else "float32"
 
 
@@ -64,7 +62,7 @@ def has_bfloat16() -> bool:
 def load_processor(
     name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> Any:
-    """A model's processor (images alone where torchvision is missing), with limits on images.
+    """A model's processor (for images only, without torchvision), with limits on images.
 
     Args:
         name: a folder, or a name on the Hub.
@@ -73,9 +71,9 @@ def load_processor(
 
     Raises:
         OSError: there is no such processor.
-        ValueError: the processor cannot be limited like that.
+        ValueError: the processor does not support these limits.
     """
-    processor = _load_processor(_base_of_adapters(name) or name)
+    processor = rk_transformers.load_processor(_base_of_adapters(name) or name)
     limit_pixels(processor, min_pixels=min_pixels, max_pixels=max_pixels)
     return processor
 
@@ -91,11 +89,10 @@ def _base_of_adapters(name: str | Path) -> str | None:
 def limit_pixels(
     processor: Any, *, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> None:
-    """Set how large images may be; None leaves a limit as it is.
+    """Set the limits on the size of images; None leaves a limit unchanged.
 
     Raises:
-        ValueError: the processor resizes by other rules than a range of pixels, or the range is
-            empty.
+        ValueError: the processor does not resize to a range of pixels, or the range is empty.
     """
     if min_pixels is None and max_pixels is None:
         return

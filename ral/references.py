@@ -1,4 +1,4 @@
-"""Reference policies of a rollout batch: taken as the models run, kept for its inner steps."""
+"""Reference policies of a rollout batch, taken as the models run and kept for its inner steps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def taking_snapshots(
 ) -> Iterator[dict[int, list[rk.AttentionSnapshot]]]:
     """Collect a snapshot of the chosen layers from each forward of `model` inside the `with`.
 
-    After each forward only the chosen rows of q, and k, are kept: a rollout batch runs in several
-    forwards, and q of all rows of all of them would be as large as the activations of a layer.
+    After each forward only k and the chosen rows of q are kept. A rollout batch runs in several
+    forwards, and all rows of q of all of them would take as much memory as a layer's activations.
 
     Args:
         model: any module that `rk.capture` takes.
         layers: as in `rk.capture`.
-        rows: (start, stop) of the queries that stand for response tokens.
+        rows: (start, stop) of the queries of response tokens.
         steered: with the bias of the `rk.steer` that the model runs under, if any.
 
     Yields:
@@ -54,8 +54,8 @@ def taking_hidden_states(
     """Collect rows (start, stop) of the last hidden state of each forward of a model's backbone.
 
     Yields:
-        A list of [B, stop - start, D]. With `detach` they are copies: what is kept of a batch that
-        runs in several forwards does not grow with its prompts.
+        A list of [B, stop - start, D]. With `detach` they are copies, so that the kept memory does
+        not grow with the prompts.
     """
     taken: list[Tensor] = []
 
@@ -71,11 +71,11 @@ def taking_hidden_states(
 
 
 class References:
-    """Snapshots of a rollout batch by name ("old", "ref", "teacher"), handed out by micro-batch.
+    """Snapshots of a rollout batch by name ("old", "ref", "teacher"), for each micro-batch.
 
-    TRL shuffles a rollout batch and splits it; `rollout_index`, int64 [b], says which rollouts a
-    micro-batch holds. A micro-batch gets the same objects at every iteration (unless they are kept
-    on another device), so that a snapshot's normalisers are formed once.
+    TRL shuffles a rollout batch and splits it. `rollout_index`, int64 [b], says which rollouts a
+    micro-batch holds. A micro-batch gets the same objects in every iteration, unless they are kept
+    on another device. So the normalisers of a snapshot are computed once.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -85,7 +85,7 @@ class References:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all kept snapshots."""
         return sum(
             snapshot.nbytes
             for parts in self._parts.values()
@@ -106,7 +106,7 @@ class References:
         self._parts[name] = {tuple(range(size)): joined}
 
     def split(self, parts: list[Tensor]) -> None:
-        """Keep the snapshots as the micro-batches are, and no longer as a whole.
+        """Keep the snapshots of each micro-batch, and no longer those of the whole batch.
 
         Args:
             parts: `rollout_index` of each micro-batch.
@@ -115,7 +115,7 @@ class References:
             whole = self._joined(name)
             split: dict[tuple[int, ...], Snapshots] = {tuple(x.tolist()): {} for x in parts}
             for layer in list(whole):
-                snapshot = whole.pop(layer)  # one layer at a time is there twice
+                snapshot = whole.pop(layer)  # only one layer at a time exists twice
                 for key, part in split.items():
                     part[layer] = snapshot[torch.tensor(key)]
             self._parts[name] = split

@@ -1,8 +1,8 @@
 """A GRPO trainer whose checkpoints resume exactly: between rollout batches, and complete.
 
-TRL keeps a rollout batch in memory for its inner steps, so training that resumes inside one writes
-new rollouts and goes another way. It also starts the sampler of prompts over: from the second epoch
-on the order would be that of the first.
+TRL keeps a rollout batch in memory for its inner steps. So training that resumes inside one writes
+new rollouts, and its losses differ. TRL also restarts the sampler of prompts: from the second epoch
+on, the order would be that of the first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(LoadsSavedWeights, GRPOTrainer):
-    """`GRPOTrainer` with checkpoints after which training goes on as if it had not stopped.
+    """`GRPOTrainer` with checkpoints from which training continues as if it had not stopped.
 
     - A checkpoint that falls due inside a rollout batch is written at its end (`save_steps`, and
       Ctrl-C: `ral.interrupts`). Not so at the end of training, nor with `save_strategy="best"` or
@@ -60,7 +60,7 @@ class ResumableTrainer(LoadsSavedWeights, GRPOTrainer):
         """As in `Trainer`; True resumes from the last complete checkpoint in output_dir.
 
         Raises:
-            ValueError: there is none, or the one that is named is not complete.
+            ValueError: there is none, or the named one is not complete.
         """
         found: str | None = None
         if resume_from_checkpoint:
@@ -69,7 +69,7 @@ class ResumableTrainer(LoadsSavedWeights, GRPOTrainer):
         return super().train(found, *args, **kwargs)
 
     def _find(self, wanted: str | Path | bool) -> str:
-        """Decided by one process: others may not see yet what it has written."""
+        """One process decides, because others may not yet see its files."""
         answer: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             if wanted is True:
@@ -96,7 +96,7 @@ class ResumableTrainer(LoadsSavedWeights, GRPOTrainer):
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            # Left by a save that was killed, or by another run: not to be mixed with this one's.
+            # A killed save or another run left it: its files must not mix with this save's.
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -117,7 +117,7 @@ class ResumableTrainer(LoadsSavedWeights, GRPOTrainer):
             checkpoints.rotate(run, limit, folder, self.state.best_model_checkpoint)
 
     def _restore(self, checkpoint: Path) -> None:
-        """What neither transformers nor TRL brings back, after they have brought back the rest."""
+        """Restore what neither transformers nor TRL restores, after they have restored the rest."""
         shuffled = getattr(self._train_sampler, "generator", None)
         if shuffled is not None:
             rows = self._train_sampler.num_samples  # type: ignore[union-attr]
@@ -125,8 +125,8 @@ class ResumableTrainer(LoadsSavedWeights, GRPOTrainer):
                 torch.randperm(rows, generator=shuffled)
         if getattr(self.args, "sync_ref_model", False):
             logger.warning(
-                "train: sync_ref_model=True: the reference model is not in %s, and starts from the "
-                "weights that training started from", checkpoint,
+                "train: sync_ref_model=True: TRL's reference model is not in %s, and starts from "
+                "the weights that training started from", checkpoint,
             )  # fmt: skip
         state = checkpoints.read_state(checkpoint)
         if state is None:
@@ -138,17 +138,18 @@ class ResumableTrainer(LoadsSavedWeights, GRPOTrainer):
         }
         for name, (before, after) in changed.items():
             logger.warning(
-                "train: %s has %s=%d, and now it is %d: training goes on, but not as it would have",
+                "train: %s has %s=%d, and now it is %d: training continues, but not as the "
+                "uninterrupted run would have",
                 checkpoint, name, before, after,
             )  # fmt: skip
         self._generations = state["rollout_batches"]
         if "micro_steps_per_rollout_batch" not in changed:
-            # Inside a rollout batch TRL, which has no rollouts, writes some for its other steps.
+            # Inside a rollout batch TRL has no rollouts, and writes new ones for the other steps.
             self._step = state["micro_step"]
 
 
 class _BetweenRollouts(TrainerCallback):
-    """Puts a save that falls due inside a rollout batch off to its end."""
+    """Delays a save that is due inside a rollout batch to the end of the batch."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer

@@ -47,7 +47,7 @@ def why_zero(config: RALConfig) -> str | None:
         config.gradient_accumulation_steps % micro_steps_per_generation(config) == 0
     ):
         return (
-            "attn_coef > 0 must go with more than one optimizer step on a rollout batch, since the "
+            "attn_coef > 0 needs more than one optimizer step on a rollout batch, since the "
             "policy's divergence from itself is exactly 0 before the first: with "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}, "
             f"steps_per_generation={config.steps_per_generation} and num_iterations="
@@ -57,7 +57,7 @@ def why_zero(config: RALConfig) -> str | None:
         )
     if config.max_completion_length == 1 and config.attn_rows == "predicting":
         return (
-            "attn_coef > 0 must go with max_completion_length > 1: the query that predicts the "
+            "attn_coef > 0 needs max_completion_length > 1: the query that predicts the "
             "first token is the same in every rollout of a group, and their advantages sum to "
             "zero. Allow longer responses, or set attn_rows='token'"
         )

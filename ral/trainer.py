@@ -32,8 +32,8 @@ logger = logging.get_logger(__name__)
 class RALTrainer(MeasuringTrainer):
     """GRPO with Reinforced Attention Learning, and On-Policy Attention Distillation.
 
-    Everything that TRL's `GRPOTrainer` does stays as it is: rollouts, advantages, KL, LoRA,
-    checkpoints, logging, DDP, FSDP. Added to its loss are the terms of eq. (3) and (4), of
+    TRL's `GRPOTrainer` does the rest as usual: rollouts, advantages, KL, LoRA, checkpoints,
+    logging, DDP, FSDP. This class adds to its loss the terms of eq. (3) and (4), of
     arXiv 2602.04884 (`RALConfig`): q and k of the chosen layers are captured in the trainer's own
     forwards, with whatever attention the model runs, and the old policy's are kept as snapshots.
     The loss is formed in float32.
@@ -83,7 +83,7 @@ class RALTrainer(MeasuringTrainer):
             )
         if teacher_model is not None and not args.needs_teacher:
             raise ValueError(
-                "RALTrainer: teacher_model must go with distill_logit_coef > 0, distill_attn_coef "
+                "RALTrainer: teacher_model needs distill_logit_coef > 0, distill_attn_coef "
                 "> 0 or attn_reference='teacher'; got a teacher that nothing compares with"
             )
         self.teacher_model: Any = None
@@ -93,12 +93,12 @@ class RALTrainer(MeasuringTrainer):
         self._bias: Any = None  # [B, layers, S] of the rollout batch being made, if it explores
         self._num_spans = 0
         super().__init__(model, reward_funcs, args, *positional, **named)
-        # TRL pads prompts on the left, and takes token types as the processor pads them: on another
+        # TRL pads prompts on the left, but takes token types as the processor pads them. On another
         # side, image positions would be wrong in a batch of prompts of different lengths.
         self._tokenizer.padding_side = "left"
         if args.explores:
             check_can_explore(self)
-        # Fails now, and not in the first step, if the layers cannot be captured.
+        # It raises now, and not in the first step, if the layers cannot be captured.
         probe = rk.capture(self.model, args.attn_layers)
         self._layers: list[int] = probe.layers
         if args.needs_teacher:
@@ -125,7 +125,7 @@ class RALTrainer(MeasuringTrainer):
         self.teacher_model = self._prepare_frozen(teacher)
 
     def _prepare_frozen(self, model: nn.Module) -> Any:
-        """As TRL prepares its reference model."""
+        """Prepare the teacher as TRL prepares its reference model."""
         if self.is_deepspeed_enabled:
             from trl.models import prepare_deepspeed
 
@@ -177,7 +177,7 @@ class RALTrainer(MeasuringTrainer):
         before = self._generations
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         if self._generations != before and "rollout_index" in inputs:
-            # Now, and not when a micro-batch asks: its activations then take the memory.
+            # Split now: when a micro-batch asks, its activations take the memory.
             self._references.split([part["rollout_index"] for part in self._buffered_inputs])
         return inputs
 
@@ -207,7 +207,7 @@ class RALTrainer(MeasuringTrainer):
     def _lay_out(
         self, ids: Tensor, mask: Tensor, fields: dict[str, Any], response: int = 0
     ) -> VisionLayout:
-        # With a column of images a rollout batch may happen to have none.
+        # Even with a column of images, a rollout batch may have none.
         columns = getattr(self.train_dataset, "column_names", None) or []
         needs_images = not {"image", "images"}.intersection(columns)
         return lay_out(self.args, self.model.config, ids, mask, fields, response, needs_images)
@@ -237,7 +237,9 @@ class RALTrainer(MeasuringTrainer):
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
             stack.enter_context(gathered_head(model))
-            if self._bias is not None:  # also of the reference, or KL would be that of the noise
+            if (
+                self._bias is not None
+            ):  # also for TRL's reference model, or KL would measure the noise
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}
                 layout = self._lay_out(input_ids, attention_mask, fields, logits_to_keep)
@@ -256,10 +258,10 @@ class RALTrainer(MeasuringTrainer):
         return result
 
     def _is_policy(self, model: Any) -> bool:
-        """Whether `model`, as it stands, is the policy and not the reference model.
+        """Whether `model` is now the policy and not TRL's reference model.
 
-        Under peft both are the same object: the reference is the policy with its adapters off, or
-        with the adapter that TRL calls "ref".
+        Under peft both are the same object: TRL's reference model is the policy with its adapters
+        off, or with the adapter "ref".
         """
         if model is self.ref_model:
             return False
@@ -273,7 +275,7 @@ class RALTrainer(MeasuringTrainer):
     def _run_teacher(self, ids: Tensor, mask: Tensor, output: dict[str, Any]) -> Tensor | None:
         """The teacher's forward over the rollouts: its snapshots, and its [B, C, D] states.
 
-        None for the states if nothing compares tokens.
+        The states are None if no term compares tokens.
         """
         length = output["completion_ids"].shape[1]
         prompt = ids.shape[1] - length
@@ -376,10 +378,10 @@ class RALTrainer(MeasuringTrainer):
         return losses.response_rows(self.args.attn_rows, prompt, length)
 
     def _normaliser(self, inputs: dict[str, Any], reduction: str | None = None) -> Tensor | float:
-        """What the sum over this micro-batch is divided by, so that an optimizer step is a mean.
+        """The divisor of the sum over this micro-batch, so that an optimizer step is a mean.
 
-        Micro-batches are added up, and processes averaged. Tokens are counted as TRL's "dapo" does:
-        over the whole step and all processes.
+        Micro-batches are added, and processes averaged. Tokens are counted as in TRL's "dapo": over
+        the whole step and all processes.
         """
         accumulated: int = self.current_gradient_accumulation_steps
         if (reduction or self.args.attn_reduction) == "sequence_mean":
@@ -389,7 +391,7 @@ class RALTrainer(MeasuringTrainer):
         return normaliser
 
 
-# What TRL hands to the model beside token ids; the names of its own arguments.
+# What TRL passes to the model besides token ids, by the names of the model's arguments.
 _MODEL_FIELDS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
     "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",

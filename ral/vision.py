@@ -12,7 +12,7 @@ import ral_kernels as rk
 
 from .config import RALConfig
 
-# What TRL's rollout batch holds of the processor's output, under the processor's own names.
+# Fields of the processor's output that TRL's rollout batch keeps, by the processor's names.
 _FIELDS = ("image_grid_thw", "image_sizes")
 
 
@@ -22,8 +22,8 @@ class VisionLayout:
 
     Attributes:
         visual: bool [B, N].
-        spans: of the configuration's granularity and scope, or None for "token", which any
-            family of models has.
+        spans: of the configuration's granularity and scope; None for "token", which every family
+            of models supports.
     """
 
     visual: Tensor
@@ -46,14 +46,14 @@ def lay_out(
         model_config: the configuration of the vision-language model.
         ids, mask: int64 [B, N], the attention mask 0 where there is padding.
         fields: the processor's output as far as TRL keeps it.
-        response_length: how many tokens at the end show no image, whatever they are: a policy may
-            write a placeholder.
-        needs_images: whether a batch without any image is a mistake where the configuration asks
-            for images. If not, nothing in it is visual, and all of its text is one span.
+        response_length: number of tokens at the end that show no image, even if the policy writes a
+            placeholder.
+        needs_images: whether a batch without images is an error if the configuration asks for
+            images. If not, none of its keys is visual, and all of its text is one span.
 
     Raises:
-        ValueError: the configuration asks for images, and the batch has none anywhere.
-        NotImplementedError: the model's family is not known to `rk.spans_for`, and the
+        ValueError: the configuration asks for images, and the batch has none.
+        NotImplementedError: `rk.spans_for` does not support the model's family, and the
             configuration asks for spans.
     """
     asks = config.attn_granularity != "token" or config.attn_scope == "visual"
@@ -62,7 +62,7 @@ def lay_out(
         if asks and needs_images:
             raise ValueError(
                 f"ral: attn_granularity={config.attn_granularity!r} with attn_scope="
-                f"{config.attn_scope!r} must go with images in the prompts; got a batch without"
+                f"{config.attn_scope!r} needs images in the prompts; got a batch without"
             )
         visual = torch.zeros_like(ids, dtype=torch.bool)
         if config.attn_granularity == "token":
@@ -96,8 +96,8 @@ def lay_out(
 
 
 def _placeholders(model_config: Any, ids: Tensor) -> Tensor:
-    """Which tokens stand for a piece of a picture: bool, as `ids`."""
-    # LLaVA's first families call it an index.
+    """Which tokens are placeholders of a picture: bool, shaped as `ids`."""
+    # The first LLaVA families call it an index.
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     found = {getattr(model_config, name, None) for name in names} - {None}
     if not found:

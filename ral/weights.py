@@ -1,4 +1,4 @@
-"""Weights of a checkpoint into the model being trained, whatever names the file gives them."""
+"""Load weights of a checkpoint into the model in training, under any names in the file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ else:
 
 
 class LoadsSavedWeights(_Base):
-    """A mixin for `Trainer`: what `save_pretrained` wrote is what resuming loads.
+    """A mixin for `Trainer`: resuming loads what `save_pretrained` wrote.
 
-    `save_pretrained` gives weights the names that the model's first checkpoints had (Qwen2.5-VL:
-    "visual." for "model.visual."), and `from_pretrained` knows of it. `Trainer` loads without that,
-    finds no name that it knows, warns, and trains on from the weights that it started from
-    (transformers#43701, as of 5.23). Adapters, FSDP and DeepSpeed keep names, and stay as they are.
+    `save_pretrained` gives weights the names of the model's first checkpoints (Qwen2.5-VL:
+    "visual." for "model.visual."), and `from_pretrained` maps them back. `Trainer` does not: it
+    finds no known name, warns, and trains on from the weights that it started from
+    (transformers#43701, as of 5.23). Adapters, FSDP and DeepSpeed keep names, so this mixin leaves
+    them alone.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -41,7 +42,7 @@ class LoadsSavedWeights(_Base):
             load_weights(unwrapped, self.state.best_model_checkpoint)
 
     def _whole_model(self) -> PreTrainedModel | None:
-        """The model, if each process saves and loads all of its weights by itself."""
+        """The model, if each process saves and loads all of its weights."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
         unwrapped = self.accelerator.unwrap_model(self.model)
@@ -58,8 +59,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         folder: with configuration and weights.
 
     Raises:
-        ValueError: a weight of the model is not there, or has another shape.
-        OSError: there are no weights in the folder.
+        ValueError: a weight of the model is missing, or has another shape.
+        OSError: the folder has no weights.
     """
     widest = reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
     model_class: Any = type(model)

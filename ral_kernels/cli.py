@@ -12,11 +12,11 @@ from typing import Any
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FAILED = 2  # exit status of what a person can mend, as argparse's own
+FAILED = 2  # exit status of an error that the user can fix, as in argparse
 
 
 class Refused(Exception):
-    """Something that the person at the shell can mend; its text says what."""
+    """An error that the user can fix; its text says how."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         help="versions, devices, compiled libraries, and which backend each op chooses",
         description="What this installation has: versions, devices, compiled libraries, and which "
-        "backend each op chooses for itself (backend=None), with the reason for those passed over.",
+        "backend each op chooses with backend=None, with the reason why others are passed over.",
     )
     info.set_defaults(run=_info)
     return parser
@@ -150,7 +150,7 @@ def _add_attention_map(commands: Any) -> None:
     )
     command.add_argument(
         "--clip", type=float, default=98.0, metavar="PERCENTILE",
-        help="where colours end if a few visual tokens stand far above the rest; 100 for never; "
+        help="where colours end if a few visual tokens are far above the rest; 100 for never; "
         "default %(default)s",
     )  # fmt: skip
     command.set_defaults(run=_attention_map)
@@ -186,7 +186,7 @@ def _attention_map(given: argparse.Namespace) -> int:
 
 
 def _draw(maps: Any, given: argparse.Namespace) -> Iterator[Path]:
-    """Write the pictures, and name each."""
+    """Write the pictures, and yield the path of each."""
     from . import viz
 
     count = len(maps.tokens)
@@ -221,7 +221,7 @@ def _beside(path: Path, what: str) -> Path:
 
 
 def _image_paths(given: Sequence[str], most: int | None) -> list[Path]:
-    """The files, those of a folder in the order of the numbers in their names."""
+    """The files; those of a folder in the order of the numbers in their names."""
     paths: list[Path] = []
     for name in given:
         path = Path(name)
@@ -233,7 +233,7 @@ def _image_paths(given: Sequence[str], most: int | None) -> list[Path]:
         elif path.is_file():
             paths.append(path)
         else:
-            raise Refused(f"there is no image {path}")
+            raise Refused(f"there is no image file {path}")
     if most is not None and most < len(paths):
         last = len(paths) - 1
         paths = [paths[round(i * last / max(most - 1, 1))] for i in range(most)]
@@ -265,7 +265,7 @@ def _check_out(path: Path) -> None:
 
 
 def _check_packages() -> None:
-    """Say what is missing before minutes go into loading a model."""
+    """Refuse before a model is loaded, which may take minutes."""
     from .integrations.transformers.registration import check_transformers
 
     try:
@@ -291,7 +291,7 @@ def _load(given: argparse.Namespace) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     path = Path(given.model).expanduser()
     if not path.is_dir() and (given.model.count("/") != 1 or given.model[0] in "./~"):
-        raise Refused(f"there is no model folder {given.model}, nor is that a name on the Hub")
+        raise Refused(f"there is no model folder {given.model}, and that is not a name on the Hub")
     name = str(path) if path.is_dir() else given.model
     options = {} if given.attn is None else {"attn_implementation": given.attn}
     with _progress("loading the model", 2) as step, _refusing(f"cannot load {given.model}"):
@@ -306,7 +306,7 @@ def _load(given: argparse.Namespace) -> tuple[Any, Any]:
         )
         try:
             model = model.to(device).eval()
-        except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA is compiled in
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
             raise Refused(f"--device {given.device}: {_first_line(error)}") from error
         step()
     return model, processor
@@ -314,7 +314,7 @@ def _load(given: argparse.Namespace) -> tuple[Any, Any]:
 
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Errors with a message for people become one line; any other is a bug and keeps its trace."""
+    """Errors that the user can fix become one line; others are bugs and keep their trace."""
     import torch
 
     try:
@@ -332,7 +332,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _progress(what: str, steps: int) -> Iterator[Any]:
-    """A function to call at each step: of a progress bar on a terminal if tqdm is there."""
+    """A function to call at each step; on a terminal with tqdm it moves a progress bar."""
     if not sys.stderr.isatty():
         yield lambda: None
         return

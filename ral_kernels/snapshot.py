@@ -1,4 +1,4 @@
-"""A reference policy that is cheap to keep: the q and k of a layer instead of its attention."""
+"""A reference policy that is cheap to keep: q and k of a layer instead of its attention."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _FORMAT = "ral_kernels.AttentionSnapshot/1"
 class AttentionSnapshot:
     """The attention policy of a layer at one moment, kept as its queries and keys.
 
-    T·H·D + N·Hk·D numbers in q's dtype instead of T·N floats, from which `attention_divergence` and
-    `ral_loss` recompute the policy tile by tile. Rows of probabilities in bfloat16 drown the
-    difference between two policies a step apart; against a snapshot an unchanged policy gives a
-    loss and a gradient of exactly 0. The reference may be another model: heads and head dim are its
-    own.
+    It holds T·H·D + N·Hk·D numbers in q's dtype instead of T·N floats. `attention_divergence` and
+    `ral_loss` recompute the policy from it tile by tile. Against a snapshot an unchanged policy has
+    a loss and a gradient of exactly 0. Rows of probabilities in bfloat16 could not show that: their
+    rounding is larger than the difference between two policies one step apart. The reference policy
+    may be another model, with its own heads and head dim.
 
-    The tensors are detached copies. Treat the object as immutable; every method returns a new one
-    or shares tensors with this one.
+    The tensors are detached copies. Treat the object as immutable. Every method returns a new
+    object or shares tensors with this one.
 
     Args:
         q: [B, H, Tq, D] queries after RoPE, as in `attention_policy`.
         k: [B, Hk, N, D] keys.
         rows: the T queries that have a policy, as in `attention_policy`.
-        span_bias: floating, broadcastable to [B, H, T, S], the bias under which this policy
-            attends. It is applied over the spans of the call that compares with the snapshot.
+        span_bias: floating, broadcastable to [B, H, T, S], the bias that this policy attends with.
+            It applies to the spans of the call that compares with the snapshot.
         is_causal, scale, window, softcap: as in `attention_policy`.
-        dtype: dtype to keep q and k in; default q's. Exact zeros need the dtype of the policy.
-        device: where to keep them; default q's device, the CPU with `pin_memory`.
+        dtype: dtype of the kept q and k; default q's. Exact zeros need the dtype of the policy.
+        device: of the kept tensors; default q's, or the CPU with `pin_memory`.
         pin_memory: keep them in page-locked CPU memory.
-        group_size: G rollouts of one prompt stand side by side in the batch.
-        shared_prefix: N0 keys at the start that the samples of a group have in common (the prompt).
-            They are kept once per group. Their values must be equal bit for bit.
+        group_size: G, where the G rollouts of a prompt are adjacent in the batch.
+        shared_prefix: N0, the first keys that the samples of a group share (the prompt). They are
+            kept once per group. Their values must be equal bit for bit.
 
     Attributes:
         q: [B, H, T, D], the chosen rows.
@@ -72,7 +72,9 @@ class AttentionSnapshot:
     window_left: int
     window_right: int
     softcap: float
-    _normalisers: tuple[list[Any], Tensor, Tensor] | None = None  # of this object, not of copies
+    _normalisers: tuple[list[Any], Tensor, Tensor] | None = (
+        None  # of this object only, not of its copies
+    )
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class AttentionSnapshot:
         shared_prefix: int = 0,
     ) -> None:
         q, k, _ = qkv.autocast_inputs(q, k, k)
-        qkv.check_qkv(_OP, q, k, k, None)  # k stands for v too: same checks
+        qkv.check_qkv(_OP, q, k, k, None)  # k in place of v: the same checks
         checks.check_flag(_OP, "is_causal", is_causal)
         checks.check_flag(_OP, "pin_memory", pin_memory)
         _check_dtype(dtype)
@@ -166,8 +168,8 @@ class AttentionSnapshot:
     def find_normalisers(self, args: PolicyArgs, kernels: str) -> tuple[Tensor, Tensor] | None:
         """(norm [2, B, H, T], Z [B, T]) of an earlier comparison under the same conditions, if any.
 
-        They depend on which keys count, and on the kernels: an unchanged policy is exactly as far
-        away as itself only if both sides come from the same ones.
+        They depend on which keys count, and on the kernels: an unchanged policy has a divergence of
+        exactly 0 only if the same kernels compute both sides.
         """
         if self._normalisers is None:
             return None
@@ -207,7 +209,7 @@ class AttentionSnapshot:
     ) -> AttentionSnapshot:
         """The snapshot on another device, or with q and k in another dtype.
 
-        Tensors that are there already are shared, as in `Tensor.to`. `snapshot.to(dtype)` works.
+        Tensors that need no change are shared, as in `Tensor.to`. `snapshot.to(dtype)` also works.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -221,7 +223,7 @@ class AttentionSnapshot:
         )
 
     def pin_memory(self) -> AttentionSnapshot:
-        """The snapshot in page-locked CPU memory, from where `to(..., non_blocking=True)` is quick.
+        """The snapshot in page-locked CPU memory, from which `to(..., non_blocking=True)` is fast.
 
         Raises:
             RuntimeError: this machine has no accelerator, or the snapshot is not on the CPU.
@@ -256,7 +258,7 @@ class AttentionSnapshot:
 
     @classmethod
     def cat(cls, snapshots: Sequence[AttentionSnapshot]) -> AttentionSnapshot:
-        """One batch of several, in order. They must agree in everything but their batch size.
+        """One batch of several, in order. All but their batch sizes must agree.
 
         A prefix that two of them hold is kept twice.
         """
@@ -294,7 +296,8 @@ class AttentionSnapshot:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors whose first dimension is the batch, for a trainer that shuffles or splits.
 
-        A shared prefix is not among them, only each sample's place in it; see `from_tensors`.
+        A shared prefix is not among them; `prefix_index` says which one each sample has. See
+        `from_tensors`.
         """
         return {name: x for name, x in self._all_tensors().items() if name != "k_prefix"}
 
@@ -304,7 +307,7 @@ class AttentionSnapshot:
     ) -> AttentionSnapshot:
         """The inverse of `like.tensors()`, after the batch was permuted, repeated or cut.
 
-        The options, and the shared prefixes that are still in use, come from `like`.
+        The options come from `like`, and so do the shared prefixes that are still in use.
         """
         wanted = list(like.tensors())
         if sorted(tensors) != sorted(wanted):
@@ -316,7 +319,7 @@ class AttentionSnapshot:
         if like.k_prefix is not None:
             used, index = torch.unique(taken["prefix_index"], return_inverse=True)
             check_prefix_index(used, like.k_prefix)
-            taken["prefix_index"] = index  # int64, whatever came
+            taken["prefix_index"] = index  # int64, whatever the dtype was
             every = used.numel() == like.k_prefix.shape[0]
             taken["k_prefix"] = like.k_prefix if every else like.k_prefix[used.long()]
         return cls._make({name: x.contiguous() for name, x in taken.items()}, like._options())
@@ -367,7 +370,7 @@ class AttentionSnapshot:
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def _signature(self) -> dict[str, Any]:
-        """What snapshots of one batch have in common."""
+        """What must be equal in snapshots that form one batch."""
         bias = self.span_bias
         return {
             **self._options(),
@@ -397,7 +400,7 @@ class AttentionSnapshot:
 
 
 def check_prefix_index(index: Tensor, k_prefix: Tensor) -> None:
-    """Kernels follow the index without looking: it must be right."""
+    """Check the index, because kernels do not."""
     if index.is_floating_point() or index.dtype == torch.bool:
         raise TypeError(
             f"{_OP}: prefix_index must be integer; got {checks.dtype_name(index.dtype)}"
@@ -410,7 +413,7 @@ def check_prefix_index(index: Tensor, k_prefix: Tensor) -> None:
         )
 
 
-_EXACT = ("prefix_index", "span_bias")  # tensors that `dtype` does not concern
+_EXACT = ("prefix_index", "span_bias")  # tensors that keep their dtype
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -469,7 +472,7 @@ def check_prefix(k: Tensor, group_size: Any, shared_prefix: Any) -> None:
 
 
 def _copy(x: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """A copy with memory of its own: a slice must not keep the whole of q alive."""
+    """A copy with its own memory: a slice would keep all of q alive."""
     return x.to(
         device=x.device if device is None else device,
         dtype=x.dtype if dtype is None else dtype,

@@ -17,12 +17,12 @@ GRANULARITIES = ("frame", "image", "tile", "token")
 class Spans:
     """A map from keys to spans: `ids[i]` is the span of key `i`, or -1 for none.
 
-    Spans may be contiguous (the fast path of every backend) or not. Treat the object as immutable:
-    `ids` is checked once, here, and kernels rely on the check. Under `torch.compile` the values
-    cannot be read, so there ids that are out of range become -1 instead of raising.
+    Spans may be contiguous, which is the fast path of every backend, or not. Treat the object as
+    immutable: `ids` is checked once, here, and kernels rely on the check. Under `torch.compile` the
+    values cannot be read, so ids out of range become -1 and do not raise.
 
     Args:
-        ids: integer tensor [N], the same for the batch, or [B, N]; kept as contiguous int32.
+        ids: integer tensor [N] for all samples of a batch, or [B, N]; kept as contiguous int32.
         num_spans: number of spans S; every id is in [-1, S).
 
     Raises:
@@ -67,9 +67,9 @@ class Spans:
         Args:
             lengths: number of keys of each span, >= 0.
             start: keys before `start` belong to no span.
-            seqlen_k: total number of keys N, default `start + sum(lengths)`; keys behind the last
+            seqlen_k: total number of keys N, default `start + sum(lengths)`; keys after the last
                 span belong to none.
-            device: where `ids` [N] is made.
+            device: of `ids` [N].
         """
         lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
         for length in lengths:
@@ -103,18 +103,18 @@ class Spans:
         granularity: str = "frame",
         tile: tuple[int, int] | None = None,
     ) -> Spans:
-        """Spans over the visual tokens of a prompt, from what a Qwen-VL processor returns.
+        """Spans over the visual tokens of a prompt, from the output of a Qwen-VL processor.
 
         An item (image or video) of grid `(t, h, w)` takes `t * (h / merge_size) * (w / merge_size)`
-        placeholder tokens, in the order time, row, column. Placeholders are matched to grids by
-        order alone, so both layouts work: one run of placeholders a video (Qwen2-VL, Qwen2.5-VL),
-        and one run a frame between timestamps (Qwen3-VL). A "frame" is one step of `t`: that is
+        placeholder tokens, in the order time, row, column. Only order matches placeholders to
+        grids, so both layouts work: one run of placeholders a video (Qwen2-VL, Qwen2.5-VL), and one
+        run a frame between timestamps (Qwen3-VL). A "frame" is one step of `t`, which is
         `temporal_patch_size` (2) frames of the source video.
 
         Args:
-            input_ids: [N] or [B, N] prompt with placeholders. The grids are consumed across the
-                batch in order, as processors return them; the numbering of spans restarts in each
-                sample, and `num_spans` is the largest.
+            input_ids: [N] or [B, N] prompt with placeholders. Grids follow the order of the batch,
+                as processors return them. The numbering of spans restarts in each sample, and
+                `num_spans` is the largest number.
             grid_thw: [items, 3] `image_grid_thw` or `video_grid_thw`, in patches. Images and videos
                 of one prompt are two calls, joined by `union`.
             token_id: the placeholder's id (`image_token_id` or `video_token_id` of the processor or
@@ -141,9 +141,9 @@ class Spans:
                 f"{name}: input_ids must be [N] or [B, N]; got {tuple(input_ids.shape)}"
             )
         token_ids = _token_ids(name, token_id)
-        grids = _grids(name, grid_thw, merge_size)
-        tile = _check_granularity(name, granularity, tile)
-        items = [_number_tokens(grid, granularity, tile) for grid in grids]
+        grids = merged_grids(name, grid_thw, merge_size)
+        tile = check_granularity(name, granularity, tile)
+        items = [number_tokens(grid, granularity, tile) for grid in grids]
 
         visual = torch.isin(input_ids, torch.tensor(token_ids, device=input_ids.device)).cpu()
         samples = visual if visual.dim() == 2 else visual[None]
@@ -180,7 +180,7 @@ class Spans:
 
     @property
     def batch_size(self) -> int | None:
-        """Batch size of per-sample ids [B, N]; None for ids [N], which serve any batch."""
+        """Batch size of per-sample ids [B, N]; None for ids [N], which fit any batch."""
         return self.ids.shape[0] if self.ids.dim() == 2 else None
 
     @property
@@ -203,7 +203,7 @@ class Spans:
         return self._replace(self.ids.to(device, non_blocking=non_blocking), self.num_spans)
 
     def extend_to(self, seqlen_k: int) -> Spans:
-        """The same spans over more keys, such as generated text, which belong to none."""
+        """The same spans over more keys, such as generated text; the new keys belong to none."""
         extra = seqlen_k - self.seqlen_k
         if extra < 0:
             raise ValueError(
@@ -213,7 +213,7 @@ class Spans:
         return self._replace(ids, self.num_spans)
 
     def union(self, other: Spans) -> Spans:
-        """Both sets of spans, those of `other` numbered behind these: images and videos together.
+        """Both sets of spans, such as images and videos; those of `other` are numbered after these.
 
         Raises:
             ValueError: the two differ in N or B, or a key belongs to both.
@@ -236,7 +236,7 @@ class Spans:
         return self._replace(ids, self.num_spans + other.num_spans)
 
     def _replace(self, ids: Tensor, num_spans: int) -> Spans:
-        """Spans from good ids, without a second look at the values that would wait for a device."""
+        """Spans from valid ids, without a check of values, which would wait for the device."""
         spans = object.__new__(Spans)
         spans.ids = ids
         spans.num_spans = num_spans
@@ -261,7 +261,7 @@ def _token_ids(name: str, token_id: Any) -> list[int]:
     return list(token_ids)
 
 
-def _grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, int]]:
+def merged_grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, int]]:
     """The grids in tokens: (t, h / merge_size, w / merge_size) of each item."""
     if not is_int(merge_size) or merge_size < 1:
         raise ValueError(f"{name}: merge_size must be an int >= 1; got {merge_size!r}")
@@ -285,8 +285,8 @@ def _grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, in
     return grids
 
 
-def _check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int]:
-    """The tile in tokens: the one asked for, and (1, 1) where tiles play no part."""
+def check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int]:
+    """The tile in tokens: the given one, or (1, 1) for other granularities."""
     if granularity not in GRANULARITIES:
         raise ValueError(
             f"{name}: granularity must be one of {', '.join(GRANULARITIES)}; got {granularity!r}"
@@ -304,7 +304,7 @@ def _check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int
     return tile[0], tile[1]
 
 
-def _number_tokens(
+def number_tokens(
     grid: tuple[int, int, int], granularity: str, tile: tuple[int, int]
 ) -> tuple[Tensor, int]:
     """The span of each token of one item, in the order of its tokens, and the number of spans."""

@@ -5,7 +5,7 @@
     python -m benchmarks.gpu first --out folder --rehearse  # no GPU: a mocked one, tiny shapes
 
 gpu-<script>.json has machine, versions, commit, the record of every stage and of every point; it is
-written anew after each stage. gpu-<script>.tar.xz has all that was printed, and reports of tools.
+rewritten after each stage. gpu-<script>.tar.xz has all that was printed, and reports of tools.
 README.md beside this file says how to read them. The exit status is 1 if a stage failed.
 """
 

@@ -1,11 +1,11 @@
-"""What is carried to a GPU machine, so that none of its time goes into compilers.
+"""Files to carry to a GPU machine, so that it spends no time in compilers.
 
     make gpu-kit                 # build/gpu-kit: the CUDA library, Triton's kernels, a newer ptxas
     python -m benchmarks.gpu.kit check --kit build/gpu-kit
 
 Triton looks a kernel up by a key of its own sources and binaries (`triton_key`), the kernel's
-source, the ptxas and the options. The first differs between the wheels of two Pythons though they
-compile alike, so that it is pinned on both sides, for one release of Triton. `use` pins it.
+source, the ptxas and the options. `triton_key` differs between the wheels of two Pythons, although
+they compile alike. So `use` pins it on both sides, for one release of Triton.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A pytest plugin for a GPU: one JSON line a test as it ends, and no test takes others along.
+"""A pytest plugin for a GPU: one JSON line for each test as it ends; no test can end others.
 
-The most valuable tests run first. A test that hangs ends its process by itself, and one that loses
-the CUDA context has its process leave; pytest-xdist starts another. What was tested before a
-stage's time is over is on disk.
+The most valuable tests run first. A test that hangs ends its process, and so does one that loses
+the CUDA context; pytest-xdist starts another. Results are on disk before a stage's time is over.
 """
 
 from __future__ import annotations

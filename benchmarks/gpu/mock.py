@@ -1,8 +1,9 @@
-"""A Hopper GPU that is not there, for the rehearsal and for the kit.
+"""A mocked Hopper GPU, for the rehearsal and for the kit.
 
-Tensors are the CPU's. A Triton launch goes its real way (arguments, specialisation, cache,
-compiler) to a driver that launches nothing; the reference then writes the results. CUDA C++ kernels
-are replaced by the reference once their library has loaded. Faults can be seeded, by kernel.
+Tensors are the CPU's. A Triton launch takes its real path (arguments, specialisation, cache,
+compiler) to a driver that launches nothing. Then the reference backend writes the results. CUDA C++
+kernels are replaced by the reference backend once their library has loaded. Faults can be seeded,
+by kernel.
 
 RAL_GPU_MOCK switches it on: `{"faults": [{"kernel": "triton attention bwd", "kind": "hang"}]}`.
 """

@@ -193,15 +193,16 @@ def _failures(setting: Setting) -> list[str]:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """One run of benchmarks/frames_sweep.py: the picture that people look at."""
+    """One run of benchmarks.frames_sweep: the picture that people look at."""
 
     objective: str
     frames: tuple[int, ...]  # of 256 visual tokens
     more: tuple[str, ...] = ()
 
     def command(self, setting: Setting) -> list[str]:
-        command = python("benchmarks/frames_sweep.py", "--objective", self.objective, "--input")
-        command += ["random", *self.more, "--device", setting.device, "--out", str(setting.out)]
+        command = python("-m", "benchmarks.frames_sweep", "--objective", self.objective)
+        command += ["--input", "random", *self.more, "--device", setting.device]
+        command += ["--out", str(setting.out)]
         if setting.rehearse:
             command += ["--heads", "4", "--head-dim", "32", "--frames", "2", "3", "--grid", "3"]
             command += ["4", "--repeats", "1", "--dtype", "float32", "--contestants"]

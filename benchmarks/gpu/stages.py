@@ -1,7 +1,7 @@
 """A script is a list of stages, each a process of its own with a budget.
 
-A stage that crashes, hangs or runs over its budget is recorded as such, with the end of what it
-printed, and the others go on.
+A stage that crashes, hangs or exceeds its budget is recorded, with the end of its output. The other
+stages still run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Runs units of points in worker processes, and survives whatever becomes of them.
+"""Runs units of points in worker processes, and survives their crashes and hangs.
 
     python -m benchmarks.gpu.supervise PLAN --lines FILE --until T --workers N [--rehearse]
 
-A worker that dies costs the point that it had begun; another takes over the points behind it.
+A worker that dies loses the point that it had begun; another takes over the later points.
 Every point of the plan ends as a line of FILE: measured, failed with a reason, or without time.
 """
 
@@ -165,7 +165,7 @@ class Supervisor:
         return not waits and time.monotonic() - run.since > limit + GRACE
 
     def _kill(self, run: Run) -> bool:
-        """Whether it is gone. A process that waits in the driver hears no signal."""
+        """Whether it has ended. A process that waits in the driver receives no signal."""
         try:
             os.killpg(run.worker.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -251,7 +251,7 @@ def exit_on_sigterm() -> None:
 
 
 def failed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that were tried and did not come out right."""
+    """Points that were tried and are not right."""
     return [record for record in records if record["status"] not in UNTRIED]
 
 

@@ -1,7 +1,7 @@
 """The kinds of points: each function measures one and returns its record.
 
-A record has a `status` (ok, wrong, failed) with a `reason`, and what was measured. What a kernel
-does wrong raises here; worker.py turns that into a record.
+A record has a `status` (ok, wrong, failed) with a `reason`, and the measurements. An error of a
+kernel raises here; worker.py turns the exception into a record.
 """
 
 from __future__ import annotations

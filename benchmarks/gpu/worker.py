@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.worker UNIT.json LINES LOCK
 
-LINES is a file that several workers append to, a JSON object a line. A point that takes longer than
-its limit ends the process from within, whatever the point is waiting for. After an error that takes
-the CUDA context along, the process leaves; supervise.py starts another for the rest.
+LINES is a file that several workers append to, a JSON object a line. A point that exceeds its limit
+ends the process from within, whatever it waits for. After an error that loses the CUDA context, the
+process ends; supervise.py starts another for the rest.
 """
 
 from __future__ import annotations

@@ -6,12 +6,11 @@ import argparse
 import datetime
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import machine
+from . import machine, results
 from .examine import leaves, run_once
 from .objective import Objective, Problem
 
@@ -22,19 +21,19 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every bench."""
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; default results/<machine>")
+    results.add_arguments(parser)
 
 
 def add_keep_memory(parser: argparse.ArgumentParser) -> None:
     """The option of benches whose contestants allocate megabytes in every call."""
     parser.add_argument(
         "--keep-memory", action="store_true",
-        help="freed memory stays with the process: nobody is timed on page faults",
+        help="freed memory stays with the process, so that page faults are not timed",
     )  # fmt: skip
 
 
 def settle(options: argparse.Namespace) -> None:
-    """Have the process run by these options.
+    """Apply these options to the process.
 
     Raises:
         RuntimeError: --keep-memory where the allocator is not glibc's.
@@ -53,7 +52,7 @@ def runner(objective: Objective, name: str, problem: Problem, backward: bool) ->
 
 
 def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, all of them once in each repeat, another one first each time."""
+    """Seconds of each; each repeat runs all of them once and starts with another one."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for call in runs.values():
@@ -66,7 +65,7 @@ def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
 
 
 def begin(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a run, printed, and as the JSON has it."""
+    """The head of a run: printed, and returned as the JSON has it."""
     run: dict[str, Any] = {
         "benchmark": benchmark,
         "machine": machine.describe(CPU),
@@ -85,11 +84,10 @@ def begin(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
     return run
 
 
-def write(run: dict[str, Any], out: Path | None) -> None:
-    """The JSON of a run, one a machine and commit, and another where memory was kept."""
-    folder = out or Path(__file__).resolve().parents[1] / "results" / machine.slug(run["machine"])
-    folder.mkdir(parents=True, exist_ok=True)
+def write(run: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the JSON of a run: one a machine and commit, and another with --keep-memory."""
     kept = "-kept" if run["settings"].get("keep_memory") else ""
-    file = folder / f"{run['benchmark']}{kept}-{run['commit']['hash'] or 'none'}.json"
+    name = f"{run['benchmark']}{kept}-{run['commit']['hash'] or 'none'}.json"
+    file = results.folder(options, run["machine"]) / name
     file.write_text(json.dumps(run, indent=1) + "\n")
     print(f"\nwritten to {file}")

@@ -1,7 +1,7 @@
-"""One run of one contestant: is it right, how much memory does it take, how long about.
+"""One run of one contestant: whether it is right, its memory, and roughly its time.
 
-Each examination has a process of its own (`FreshProcesses`). Peak memory is then the contestant's
-alone, and one that exhausts memory, hangs or loses the CUDA context ends no other.
+Each examination has its own process (`FreshProcesses`). So peak memory is the contestant's alone.
+A contestant that exhausts memory, hangs or loses the CUDA context ends no other.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def examine(
 ) -> dict[str, Any]:
     """Run a contestant once: `status`, `reason`, `errors`, `seconds`, `peak_bytes` over the inputs.
 
-    The run has the gated output gradients (of attention, on the gate's rows only): the same work,
-    and a result whose every gradient is known. `exact` gives the answer of a name, on the problem's
-    device.
+    The run uses the gated output gradients; for attention those are on the gate's rows only. The
+    work is the same, and every gradient of the result is known. `exact` returns the answer of a
+    name, on the problem's device.
     """
     device, problem = problem.q.device, contestant.view(problem)
     call = contestant.prepare(problem)
@@ -114,7 +114,7 @@ def examine(
 def _exact(
     objective: Objective, problem: Problem, file: str | None, answer: str
 ) -> Mapping[str, Tensor]:
-    """From a file, or computed anew: on a GPU that is quicker than to read it."""
+    """From a file, or computed again, which is faster than reading on a GPU."""
     if file is None:
         return objective.exact(problem, {answer})[answer]
     return dict(torch.load(file, weights_only=True)[answer])
@@ -145,10 +145,10 @@ def examine_here(
 
 
 class FreshProcesses:
-    """A server that has imported all and computed nothing; it forks a process an examination.
+    """A server that has imported everything and computed nothing. It forks for each examination.
 
-    A fork of it starts in milliseconds where a new interpreter would import torch for seconds, and
-    is as good as new: no pool of threads, no allocator history.
+    A fork starts in milliseconds, where a new interpreter imports torch for seconds. It is as clean
+    as a new process: no pool of threads, no allocator history.
     """
 
     def __init__(self, threads: int) -> None:

@@ -17,7 +17,7 @@ MERGE = 2  # patches a side that become one token: a visual token is 28 x 28 pix
 TOKEN_PIXELS = PATCH * MERGE
 VOCABULARY = 1024
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 1000, 1001, 1002, 1003
-SYSTEM_TEXT, QUESTION_TEXT = 24, 40  # text tokens before and behind the pictures
+SYSTEM_TEXT, QUESTION_TEXT = 24, 40  # text tokens before and after the pictures
 TEXT_LAYERS = 2
 CAPTURE = "ral_benchmark_capture"  # a name with "flash" in it would change how transformers masks
 
@@ -33,7 +33,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a layer's causal attention was called with, after RoPE, and the spans of its keys."""
+    """The inputs of a layer's causal attention, after RoPE, and the spans of its keys."""
 
     q: Tensor  # [1, H, N, D], token-major memory
     k: Tensor  # [1, Hk, N, D]
@@ -61,9 +61,8 @@ class ModelInputs:
     """Pictures -> Qwen2-VL's image processor -> a random Qwen2.5-VL -> its last layer's q, k, v.
 
     The model is the real architecture with the text attention of the sweep's shape, `TEXT_LAYERS`
-    layers, a narrow MLP and a two-layer vision tower. It runs under SDPA; the attention function
-    registered here takes a copy of what the last layer was called with (after RoPE) and hands on to
-    SDPA.
+    layers, a narrow MLP and a two-layer vision tower. The attention function registered here copies
+    the inputs of the last layer, after RoPE, and then calls SDPA.
     """
 
     def __init__(self, heads: Heads, dtype: torch.dtype, device: str) -> None:

@@ -1,7 +1,7 @@
-"""Span layouts: where frames lie among the keys, on which the cost of marginals depends.
+"""Span layouts: the places of frames among the keys, on which the cost of marginals depends.
 
-A kernel takes the keys in blocks. A block that lies in one span adds one sum to the marginals, a
-block that holds a span border several. The sweeps measure four layouts over the same keys.
+A kernel processes the keys in blocks. A block inside one span adds one sum to the marginals; a
+block with a span border adds several. The sweeps measure four layouts over the same keys.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def frames_in_prompt(seqlen: int, frame_tokens: int) -> rk.Spans:
 
 
 def spans_of(layout: str, seqlen: int) -> rk.Spans:
-    """The spans of a layout over exactly `seqlen` keys; none where no frame finds room.
+    """The spans of a layout over exactly `seqlen` keys; none where no frame fits.
 
     `aligned` has no text: its frames begin at key 0, and the last one may be cut short. The others
     are `frames_in_prompt`.

@@ -57,10 +57,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc give nothing back to the system, as jemalloc and tcmalloc hardly do.
+    """Have glibc's malloc return no memory to the system, as jemalloc and tcmalloc mostly do.
 
-    Otherwise each tensor of megabytes may be mapped anew, and the first touch of its pages costs as
-    much as a small kernel: it does or does not by what was freed before.
+    Otherwise each tensor of megabytes may be mapped again, depending on what was freed before. The
+    first touch of its pages then costs as much as a small kernel.
 
     Raises:
         RuntimeError: the allocator is another.
@@ -98,7 +98,7 @@ def versions() -> dict[str, str]:
 def commit() -> dict[str, Any]:
     """The commit of this checkout and whether files differ from it, results aside.
 
-    A copy without its .git, as on a machine lent for a run, is told its commit by RAL_COMMIT.
+    For a copy without .git, RAL_COMMIT names the commit.
     """
 
     def git(*arguments: str) -> str | None:
@@ -176,8 +176,8 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 def clock(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, by events on CUDA; its result is dropped after the clock stops.
 
-    On CUDA the L2 cache is emptied first, and the GPU is kept waiting for 2 ms while the host
-    enqueues the call, so that a short one is not a measurement of the host.
+    On CUDA the L2 cache is emptied first. The GPU then waits for 2 ms while the host enqueues the
+    call, so that the time of a short call is not the host's.
     """
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -200,8 +200,8 @@ def clock(call: Callable[[], Any], device: torch.device) -> float:
 def host_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
     """Seconds that the host needs to issue one call; the median of a few.
 
-    On CUDA the GPU computes meanwhile and is waited for outside the clock, so that `clock`, which
-    hides this time, can be told from it. On a CPU it is the time of the call.
+    On CUDA the GPU computes meanwhile, and the wait for it is outside the clock. `clock` hides this
+    time. On a CPU it is the time of the call.
     """
     seconds = []
     for _ in range(repeats):

@@ -81,8 +81,8 @@ class Sweep:
         self.modes, self.repeats, self.device, self.dtype = modes, repeats, device, dtype
         # called with what is about to run, once for each step of `steps_per_size`
         self.advance = advance
-        self.gemm = 0.0  # GFLOP/s of a matrix product, measured anew at each size
-        self.peer: dict[str, str] = {}  # mode -> the fastest peer, found anew at each size
+        self.gemm = 0.0  # GFLOP/s of a matrix product, measured at each size
+        self.peer: dict[str, str] = {}  # mode -> the fastest peer, found at each size
         self._last: dict[tuple[str, str], tuple[int, float]] = {}  # -> (work, seconds)
         # another sweep's, which closes them, or its own
         self.processes = processes or FreshProcesses(torch.get_num_threads())
@@ -127,7 +127,7 @@ class Sweep:
         return [self._row(entry, peers[entry.mode], problem) for entry in entries]
 
     def _admit(self, entries: Sequence[Entry], problem: Problem, share: float) -> None:
-        """Turn away, with the reason, who cannot run, would not fit, or would take too long."""
+        """Skip, with the reason, contestants that cannot run, do not fit, or take too long."""
         available = available_bytes(self.device)
         expected: list[tuple[float, Entry]] = []
         for entry in entries:
@@ -153,7 +153,7 @@ class Sweep:
     def _examine(
         self, entries: Sequence[Entry], problem: Problem, folder: Path, share: float
     ) -> None:
-        """Pass all admitted through the gate; take peak memory and a first duration there."""
+        """Run all admitted through the gate; record peak memory and a first duration."""
         problem_file = str(folder / "problem.pt")
         torch.save(problem.tensors(), problem_file)
         exact_file = None
@@ -191,10 +191,10 @@ class Sweep:
         self._last[(entry.contestant.name, entry.mode)] = (entry.contestant.work(problem), fastest)
 
     def _time(self, entries: Sequence[Entry], problem: Problem, share: float) -> None:
-        """Let all run once in each rotation, another one first each time, the peers among them.
+        """Run all, with the peers, once in each rotation; each rotation starts with another one.
 
-        Slow contestants sit out later rotations when time is short; the peers and ours run in all,
-        or in `FEWEST` where even that takes longer than `share` seconds.
+        When time is short, slow contestants skip later rotations. The peers and ours run in all, or
+        in `FEWEST` if even that takes longer than `share` seconds.
         """
         racing = [entry for entry in entries if entry.in_the_race]
         if not any(entry.contestant.name in self.peers for entry in racing):
@@ -236,7 +236,7 @@ class Sweep:
         return min(peers, key=lambda peer: statistics.median(peer.seconds), default=None)
 
     def _rank(self, entry: Entry) -> tuple[bool, int]:
-        """The peers and ours first, the full matrix last: who is examined when time may run out."""
+        """The order of examination: the peers and ours first, the full matrix last."""
         return not entry.essential, list(self.objective.registry).index(entry.contestant.name)
 
     def _row(self, entry: Entry, peer: Entry | None, problem: Problem) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class Sweep:
         row.update((key, value) for key, value in entry.record.items() if key != "seconds")
         if not entry.seconds:
             return row
-        assert peer is not None  # nobody is timed without one
+        assert peer is not None  # no contestant is timed without one
         flops = self.objective.flops_per_pair[entry.mode] * problem.heads.head_dim * problem.pairs
         gflops = flops / statistics.median(entry.seconds) / 1e9
         row["repeats"] = len(entry.seconds)
@@ -261,7 +261,7 @@ class Sweep:
 def _allot_rotations(entries: Sequence[Entry], left: float, repeats: int) -> None:
     """Share `left` seconds: all rotations to the essential, then even shares, cheapest first.
 
-    What a cheap contestant does not need passes on to the dearer ones. All run at least once.
+    Time that a cheap contestant does not need goes to the others. All run at least once.
     """
     waiting = sorted(entries, key=lambda e: (not e.essential, e.record["seconds"]))
     for index, entry in enumerate(waiting):

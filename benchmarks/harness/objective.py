@@ -1,7 +1,7 @@
 """What an objective of the sweeps is made of: problems, contestants, and the exact answer.
 
-The attention objective and the RAL objective fill these in, each in a folder of its own; gate,
-timing, memory, report and plot know no more of an objective than this file says.
+The attention objective and the RAL objective fill these in, each in its own folder. Gate, timing,
+memory, report and plot use only what this file declares.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Contestant:
     """One way to compute the problem.
 
     `prepare` gets the problem and returns the call that is timed, from the differentiable inputs to
-    the objective's outputs (None for one that it does not compute). What does not depend on the
-    inputs is made before the clock starts.
+    the objective's outputs (None for one that it does not compute). It prepares whatever does not
+    depend on the inputs before the clock starts.
     """
 
     name: str  # on the command line and in the JSON
@@ -107,7 +107,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Objective:
-    """Something to compute, everybody who computes it, and how they are judged and shown."""
+    """Something to compute, all contestants, and how they are judged and shown."""
 
     name: str  # of --objective
     title: str  # of the plot
@@ -136,9 +136,9 @@ class Objective:
         return {contestant.name: contestant for contestant in self.contestants}
 
     def peers_on(self, device: str) -> tuple[str, ...]:
-        """Who the ratios are to on this kind of device."""
+        """The peers of the ratios on this kind of device."""
         return self.peers + (self.cuda_peers if device.split(":")[0] == "cuda" else ())
 
     def default_names(self, device: str) -> list[str]:
-        """Everybody who belongs on this kind of device."""
+        """All contestants for this kind of device."""
         return [c.name for c in self.contestants if device.split(":")[0] in c.on]

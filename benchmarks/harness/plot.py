@@ -1,11 +1,15 @@
 """The picture of a sweep, from its JSON alone: time and memory against visual tokens.
 
-Where the sweep measured span layouts, a row more shows what marginals cost in each.
+    python -m benchmarks.harness.plot results.json    # draws the PNG beside the JSON again
+
+If the sweep measured span layouts, another row shows the cost of marginals in each.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +200,8 @@ def _label_lines(
 ) -> None:
     """Name each line at the right edge, level with its end, moved apart where two overlap.
 
-    A line that ends early is named level with where it was heading, and told how far it went.
+    The label of a line that ends early is at the height where the line was heading, and says how
+    far it went.
     """
     if not series:
         panel.text(0.5, 0.5, "nothing was measured", transform=panel.transAxes, ha="center")
@@ -286,3 +291,17 @@ def _subtitle(run: Mapping[str, Any]) -> str:
     facts = (where, f"{settings['dtype']}, causal, {heads}{rows}", source[settings["input"]])
     state = " with changes" if commit["dirty"] else ""
     return "; ".join((*facts, f"commit {commit['hash'] or 'none yet'}{state}"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draw the pictures of sweeps from their JSON.")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of the sweeps")
+    parser.add_argument("--mode", choices=MODES, help="default: forward+backward where it is there")
+    options = parser.parse_args(arguments)
+    for path in options.results:
+        print(f"wrote {draw(path, options.mode)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a person reads of a sweep, and the JSON that plots are made from."""
+"""The tables of a sweep, and the JSON that plots are drawn from."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _cells(objective: Objective, row: Mapping[str, Any]) -> list[str]:
 
 
 def table(objective: Objective, size: Mapping[str, Any]) -> str:
-    """An aligned table for each mode of one size: by time, then who did not run and why."""
+    """An aligned table for each mode of one size: by time, then those that did not run, and why."""
     facts = (
         f"{size['visual_tokens']} visual tokens of {size['seqlen']}",
         f"GEMM {size['gemm_gflops']:.0f} GFLOP/s",
@@ -137,7 +137,7 @@ def save(run: Mapping[str, Any], path: Path) -> None:
 
 
 def mistakes(objective: Objective, run: Mapping[str, Any]) -> list[str]:
-    """What must fail a run: a wrong answer from anybody, and one of ours that did not run."""
+    """What must fail a run: a wrong answer of any contestant, or one of ours that did not run."""
     found = []
     for size in run["sizes"]:
         for row in [*size["results"], *size.get("layouts", [])]:

@@ -1,4 +1,4 @@
-"""The command line that both sweeps share, and the loop over sizes."""
+"""The command line of both sweeps, and the loop over sizes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import torch
 from tqdm import tqdm
 
 from ..problems import OBJECTIVES
-from . import layouts, machine, report
+from . import layouts, machine, report, results
 from .inputs import Heads, LayerInputs
 from .measure import MODES, Sweep
 from .objective import Objective, Problem
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 # for measuring; imports, the model, the plot and the layouts come on top
 DEFAULT_SECONDS = 140.0
 FULL_SECONDS = 3 * 3600.0
@@ -79,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", "query heads", type=int, default=16)
     add("--kv-heads", "key and value heads", type=int, default=2)
     add("--head-dim", "of q, k and v", type=int, default=128)
-    add("--out", "folder (default: benchmarks/results/<machine>)", type=Path)
+    results.add_arguments(parser)
     add("--no-plot", "no PNG beside the JSON", action="store_true")
 
 
@@ -123,7 +122,7 @@ def _layouts(
     if options.layouts == "none":
         return []
     if not objective.layout_pairs:
-        parser.error(f"--layouts: --objective {objective.name} knows no spans")
+        parser.error(f"--layouts: --objective {objective.name} has no spans")
     names = [name.strip() for name in options.layouts.split(",")]
     unknown = [name for name in names if name not in layouts.FRAME_TOKENS]
     if unknown:
@@ -202,7 +201,7 @@ def run_sweep(
                 share = min(max(left * weights[0] / sum(weights), 12.0), left)
                 run["sizes"].append(_measure(sweep, in_layouts, size, problem, share))
                 run["seconds"] = round(time.perf_counter() - began, 1)
-                report.save(run, path)  # each size anew: a run that is killed keeps what it has
+                report.save(run, path)  # after each size, so that a killed run keeps what it has
                 bar.write(f"\n{report.table(objective, run['sizes'][-1])}", file=sys.stdout)
         finally:
             sweep.close()
@@ -213,13 +212,13 @@ def laid_out(layer: LayerInputs, layout: str | None) -> LayerInputs:
     """The layer with the spans of a layout, or as it is.
 
     Raises:
-        ValueError: the keys have no room for a frame.
+        ValueError: no frame fits into the keys.
     """
     if layout is None:
         return layer
     spans = layouts.spans_of(layout, layer.k.shape[2])
     if spans.num_spans == 0:
-        raise ValueError(f"--layout {layout}: no frame finds room in {layer.k.shape[2]} keys")
+        raise ValueError(f"--layout {layout}: no frame fits into {layer.k.shape[2]} keys")
     return replace(layer, spans=spans)
 
 
@@ -250,7 +249,7 @@ def _layout_sweeps(sweep: Sweep, options: argparse.Namespace) -> list[Sweep]:
 def _measure(
     sweep: Sweep, in_layouts: Sequence[Sweep], size: Size, problem: Problem, share: float
 ) -> dict[str, Any]:
-    results = sweep.run(problem, share * (1 - LAYOUT_SHARE * len(in_layouts)))
+    measured = sweep.run(problem, share * (1 - LAYOUT_SHARE * len(in_layouts)))
     rows = [row for one in in_layouts for row in one.run(problem, share * LAYOUT_SHARE, sweep.gemm)]
     for row in rows:
         answer = sweep.objective.registry[row["contestant"]].answer
@@ -265,17 +264,17 @@ def _measure(
         "gemm_gflops": sweep.gemm,
         **({"gpu_state": machine.gpu_state()} if problem.q.is_cuda else {}),
         "peer": sweep.peer,
-        "results": results,
+        "results": measured,
         **({"layouts": rows} if rows else {}),
     }
 
 
 def _path(benchmark: str, options: argparse.Namespace, run: dict[str, Any]) -> Path:
-    """Of the JSON: one a machine, objective, dtype and commit."""
-    folder = options.out or RESULTS / machine.slug(run["machine"])
+    """The path of the JSON: one a machine, objective, dtype and commit."""
     commit = run["commit"]
     version = (commit["hash"] or "uncommitted") + ("-dirty" if commit["dirty"] else "")
-    return folder / f"{benchmark}-{run['objective']}-{options.dtype}-{version}.json"
+    name = f"{benchmark}-{run['objective']}-{options.dtype}-{version}.json"
+    return results.folder(options, run["machine"]) / name
 
 
 def _finish(

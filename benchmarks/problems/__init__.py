@@ -1,4 +1,4 @@
-"""The objectives that the sweeps know, by the name of `--objective`."""
+"""The objectives of the sweeps, by the name of `--objective`."""
 
 from __future__ import annotations
 

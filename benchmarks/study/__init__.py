@@ -1,1 +1,1 @@
-"""The study behind figure3.py: arms, runs, evaluation, statistics, picture."""
+"""The study that `benchmarks.figure3` runs: arms, runs, evaluation, statistics, picture."""

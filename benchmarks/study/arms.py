@@ -1,4 +1,4 @@
-"""What is compared: each arm is a way to train from the same start on the same budget."""
+"""The arms of the study: ways to train from the same start on the same budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy of a model, and its attention on what it is asked about, on held-out digits."""
+"""Accuracy of a model, and its attention on the asked cell or frame, on held-out digits."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def accuracies(model: Any, tests: dict[int, HeldOut], extents: Sequence[int]) ->
 
 
 class TargetAttention:
-    """Share of attention on what the question is about, as the right answer is being written.
+    """Share of attention on the asked frame or cell, as the right answer is written.
 
-    Of the query that predicts the digit in the demonstration, renormalised over visual tokens: the
-    share on the asked frame, or on the asked cell of a picture.
+    It is the attention of the query that predicts the digit in the demonstration, renormalised over
+    visual tokens: the share on the asked frame, or on the asked cell of a picture.
 
     Args:
         processor: of the model.

@@ -1,9 +1,8 @@
-"""Pictures that pass as numbers: a frozen vision tower sees each of them once.
+"""Pictures by their numbers: a frozen vision tower encodes each of them once.
 
-All arms keep the start's vision tower and projector frozen, as the paper does, so that what a
-picture looks like to the language model never changes. A rollout batch shows each picture to the
-tower about 50 times otherwise (8 rollouts; generation, old policy, 4 updates), which was half of
-a run's time.
+All arms keep the start's vision tower and projector frozen, as in the paper. So the features of a
+picture never change. Without this cache a rollout batch encodes each picture about 50 times (8
+rollouts; generation, old policy, 4 updates), which was half of a run's time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class Pictures(nn.Module):
-    """What a frozen tower makes of pictures, in the tower's place.
+    """Features that a frozen tower gave for pictures, in place of the tower.
 
     `pixel_values` are the pictures' numbers, [patches, 1] float32, as `processor_of` writes them.
 
@@ -94,7 +93,7 @@ class Pictures(nn.Module):
 
     @contextmanager
     def left_out(self, *models: Any) -> Iterator[None]:
-        """Within, models have the frozen tower itself again: to be saved, say."""
+        """Inside, models have the frozen tower again, for example to be saved."""
         try:
             for model in models:
                 model.model.visual = self._tower[0]

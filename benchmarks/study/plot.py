@@ -1,6 +1,6 @@
 """The study's pictures, one a task, from its JSON.
 
-python -m benchmarks.study.plot FILE.json    # draws them anew
+python -m benchmarks.study.plot FILE.json    # draws them again
 """
 
 from __future__ import annotations

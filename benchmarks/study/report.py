@@ -142,7 +142,7 @@ def curves(task: str, runs: Sequence[Run]) -> list[list[str]]:
 
 
 def training(task: str, runs: Sequence[Run]) -> list[list[str]]:
-    """What went on in the runs, means over each and its seeds; first the heads."""
+    """Means over training of each arm and its seeds; first the heads."""
     longest = max(TASKS[task].trained)
     lines = [[
         "arm", "prefixes that differ, %", "gradient of the attention term / of GRPO, runs",
@@ -215,7 +215,7 @@ def sections(path: Path) -> Iterator[str]:
 def pooled(task: str, paths: Sequence[Path]) -> Iterator[str]:
     """A task's comparisons over the seeds of several studies of it, in Markdown.
 
-    Their commits are named: whether the code was the same is for the document to say.
+    It names their commits. The document says whether the code was the same.
 
     Raises:
         ValueError: they differ in more than seeds and arms.

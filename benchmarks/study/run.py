@@ -1,4 +1,4 @@
-"""One run: an arm, a task, a seed; from the start to what it became."""
+"""One run: an arm, a task and a seed, from the start to the trained model's accuracy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TARGET_ROWS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs of a study have in common.
+    """The settings that all runs of a study share.
 
     Attributes:
         folder: where starts, teachers and results are.
@@ -69,7 +69,7 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
 
 
 def make_teacher(plan: Plan, task: StudyTask) -> Path:
-    """The start after a run of GRPO of twice the length: a teacher of the student's own lineage."""
+    """The teacher: the start after a GRPO run of twice the length."""
     folder = plan.teacher(task)
     if not (folder / "config.json").exists():
         arm = Arm("teacher", "teacher", {"temperature": 1.2})
@@ -290,7 +290,7 @@ def _watch(trainer: Any, bench: Bench, batches: int, with_accuracy: bool) -> dic
 
 
 def be_quiet() -> None:
-    """Print nothing in this process from here on: a worker's results are in its file."""
+    """Silence this process: a worker's results are in its file."""
     import warnings
 
     import transformers

@@ -1,4 +1,4 @@
-"""Means over seeds, their intervals, and what many comparisons cost."""
+"""Means over seeds, their intervals, and the adjustment for several comparisons."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate |
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p of each of several comparisons, adjusted by Holm's method for there being several.
+    """p of several comparisons, adjusted by Holm's method.
 
-    NaN stays, and does not count as one.
+    NaN stays NaN and does not count as a comparison.
     """
     order = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
     adjusted = list(ps)

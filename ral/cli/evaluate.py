@@ -72,13 +72,13 @@ def _cells(given: EvalSettings, task: Any, processor: Any) -> Iterator[tuple[dic
     """Sizes and rows of each entry of the table."""
     if task is not None:
         if given.max_pixels:
-            raise Refused("max_pixels must go with a file of JSON lines; digits have one size")
+            raise Refused("max_pixels needs a file of JSON lines as data; digits have one size")
         from ..digits.tasks import make_dataset
 
         size = "grid" if task == "cell" else "frames"
         wrong = given.frames if task == "cell" else given.grids
         if wrong:
-            raise Refused(f"{given.data} varies {'grids' if task == 'cell' else 'frames'} alone")
+            raise Refused(f"{given.data} takes {'grids' if task == 'cell' else 'frames'} only")
         for extent in (given.grids or GRIDS) if task == "cell" else (given.frames or FRAMES):
             with refusing():
                 rows = make_dataset(
@@ -88,7 +88,7 @@ def _cells(given: EvalSettings, task: Any, processor: Any) -> Iterator[tuple[dic
             yield {"frames": None, "grid": None, "max_pixels": None, size: extent}, rows
         return
     if given.grids:
-        raise Refused("grids must go with digits:cell")
+        raise Refused("grids needs data=digits:cell")
     for frames in given.frames or [16]:
         with refusing():
             rows = load_jsonl(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import runpy
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -130,9 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(overview(COMMANDS, _OTHERS))
         return 0 if words else FAILED
     if words[0] == ATTENTION_MAP:
-        from ral_kernels.cli import main as kernels
-
-        return kernels(words)
+        return _ral_kernels(words)
     try:
         return _run(words[0], words[1:])
     except Refused as error:
@@ -140,6 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         complain(error)
         return FAILED
+
+
+def _ral_kernels(words: list[str]) -> int:
+    """Run `python -m ral_kernels` with these words in this process; its exit status."""
+    before, sys.argv = sys.argv, ["ral_kernels", *words]
+    try:
+        runpy.run_module("ral_kernels", run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        sys.argv = before
+    return 0
 
 
 def _run(name: str, words: list[str]) -> int:

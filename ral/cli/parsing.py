@@ -1,4 +1,4 @@
-"""From words at the shell to settings: presets, YAML files, overrides, the later the stronger."""
+"""From words of the shell to settings: presets, YAML files, overrides. Later ones win."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COMMAND = "command"  # the key of a YAML file that says which command it is for
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the program and what can be set for it.
+    """A command of the program and its settings.
 
     Attributes:
         name: at the shell.
@@ -84,7 +84,7 @@ class Setting:
 
 @dataclass
 class Settings:
-    """What was set for a command, and by whom.
+    """The settings given for a command, and their sources.
 
     Attributes:
         command: which command.
@@ -117,7 +117,7 @@ class Settings:
             raise Refused(str(error)) from error
 
     def as_yaml(self) -> str:
-        """All settings of ours and those of TRL that were set: what --config reads again."""
+        """All our settings and the given ones of TRL, in the form that --config reads."""
         import yaml
 
         shown: dict[str, Any] = {_COMMAND: self.command.name}
@@ -128,10 +128,10 @@ class Settings:
 
 
 def parse(command: Command, words: Sequence[str]) -> Settings:
-    """Read the words behind a command.
+    """Read the words after a command.
 
     `--preset NAME` and `--config FILE` come first in the order given, then `key=value`,
-    `--key=value` and `--key value`; dashes in names stand for underscores.
+    `--key=value` and `--key value`; dashes in names mean underscores.
 
     Raises:
         Refused: an unknown preset, file or setting, or a value of the wrong type.

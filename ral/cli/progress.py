@@ -1,4 +1,4 @@
-"""What a run shows and keeps as it goes: one line on the terminal, one JSON line a log."""
+"""What a run shows and keeps: one line on the terminal, and one JSON line for each log."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LINES = 20  # of a whole run, where stderr is no terminal
 
 
 def show_progress(trainer: Trainer, what: str, verbose: bool) -> None:
-    """Give a trainer our progress line and metrics.jsonl, and take away the stock ones.
+    """Give a trainer our progress line and metrics.jsonl in place of the stock ones.
 
     Args:
         trainer: before `train()`.
@@ -51,8 +51,8 @@ class MetricsFile(TrainerCallback):
     """Appends what is logged to a file of JSON lines, with step, epoch and seconds of this run.
 
     Args:
-        path: a file that stands there is written anew, unless training resumes: then the lines
-            behind the checkpoint's step are dropped.
+        path: an existing file is overwritten. If training resumes, only the lines after the
+            checkpoint's step are dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,7 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class ProgressLine(TrainerCallback):
-    """Reward, divergence and loss beside a bar; on no terminal, a line now and then.
+    """Reward, divergence and loss beside a bar; without a terminal, a line now and then.
 
     Args:
         what: at the beginning of the line.

@@ -1,4 +1,4 @@
-"""What sft, train and distill have in common: the folder of a run, its trainer, its end."""
+"""What sft, train and distill share: the folder of a run, its trainer, its end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def trainer_config(settings: Settings, config: type) -> Any:
     """
     values = settings.of(config)
     if values.get("bf16") and not values.get("use_cpu") and not has_bfloat16():
-        raise Refused("bf16 must go with a GPU that has bfloat16; got none: set bf16=false")
+        raise Refused("bf16 needs a GPU that has bfloat16; got none: set bf16=false")
     if values.get("fp16"):
         values.setdefault("bf16", False)
     values.setdefault("bf16", has_bfloat16() and not values.get("use_cpu", False))
@@ -120,7 +120,7 @@ def check_model_name(name: str) -> None:
     """Refuse what is neither a folder nor can be a name on the Hub."""
     path = Path(name).expanduser()
     if not path.is_dir() and (name.count("/") != 1 or name[0] in "./~"):
-        raise Refused(f"there is no model folder {name}, nor is that a name on the Hub")
+        raise Refused(f"there is no model folder {name}, and that is not a name on the Hub")
 
 
 def say(text: str) -> None:

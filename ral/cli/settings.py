@@ -1,4 +1,4 @@
-"""The settings of the commands that are ours; those of TRL and transformers stand beside them."""
+"""Our settings of the commands. The commands also take those of TRL and transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _check(name: str, value: object, ok: bool, wanted: str) -> None:
 
 @dataclass
 class ModelSettings:
-    """The model that is trained, and how its weights are held."""
+    """The trained model, and how its weights are stored."""
 
     title = "model"
     model: str | None = _setting(
@@ -36,8 +36,8 @@ class ModelSettings:
     dtype: str | None = _setting(
         None,
         "Dtype of the weights: auto (the checkpoint's), float32, bfloat16 or float16; default "
-        "float32, in which small updates do not round away (bf16 says what is computed in), and "
-        "bfloat16 below LoRA on a GPU that has it.",
+        "float32, in which small updates are not rounded away, and bfloat16 under LoRA on a GPU "
+        "that has it. bf16 sets the dtype of the computation.",
     )
     freeze_vision: bool = _setting(
         True, "Leave the vision encoder and its projector as they are, as in the paper."
@@ -50,7 +50,7 @@ class ModelSettings:
     )
     lora_rank: int = _setting(0, "Rank of LoRA adapters; 0 trains the weights themselves.")
     lora_alpha: int | None = _setting(None, "α of LoRA; default twice the rank.")
-    lora_dropout: float = _setting(0.0, "Dropout of LoRA; above 0 it blurs the old policy.")
+    lora_dropout: float = _setting(0.0, "Dropout of LoRA; above 0 it adds noise to the old policy.")
     lora_targets: list[str] = field(
         default_factory=lambda: [
             "q_proj",
@@ -62,8 +62,8 @@ class ModelSettings:
             "down_proj",
         ],
         metadata={
-            "help": "Linear layers that get LoRA, by the end of their names; not those of a "
-            "frozen vision encoder."
+            "help": "Linear layers that get LoRA, by the end of their names; layers of a frozen "
+            "vision encoder get none."
         },
     )
 
@@ -91,7 +91,7 @@ class TeacherSettings:
 
 @dataclass
 class DataSettings:
-    """What is trained on."""
+    """The training data."""
 
     title = "data"
     data: str | None = _setting(
@@ -102,17 +102,17 @@ class DataSettings:
         "'think': <think>…</think><answer>…</answer>; 'direct': <answer>…</answer>, RAL-zero.",
     )
     image_root: str | None = _setting(
-        None, "Folder that paths in the file of JSON lines start from; default the file's own."
+        None, "Folder that paths in the file of JSON lines are relative to; default the file's own."
     )
-    max_frames: int = _setting(16, "At most this many frames of a video, evenly spread.")
-    streaming: bool = _setting(False, "Read the file as training goes, not before.")
-    skip_bad_rows: bool = _setting(False, "Leave out rows that cannot be used, with a warning.")
+    max_frames: int = _setting(16, "Frames of a video at most, evenly spread.")
+    streaming: bool = _setting(False, "Read the file during training, not before.")
+    skip_bad_rows: bool = _setting(False, "Skip invalid rows, with a warning.")
     digits_rows: int = _setting(4096, "Rows of digits: data.")
     digits_extent: list[int] = field(
         default_factory=lambda: [8],
         metadata={
-            "help": "Frames of a row of digits:timestamp, or cells on a side in digits:cell; of "
-            "several, each row takes one."
+            "help": "Frames of a row of digits:timestamp, or cells on a side in digits:cell. Of "
+            "several values each row takes one."
         },
     )
 
@@ -126,24 +126,24 @@ class DataSettings:
 
 @dataclass
 class RewardSettings:
-    """What is rewarded."""
+    """The reward."""
 
     title = "rewards"
     accuracy_weight: float = _setting(ACCURACY_WEIGHT, "Weight of a right answer.")
     format_weight: float = _setting(FORMAT_WEIGHT, "Weight of the form that `style` asks for.")
     reward: str | None = _setting(
         None,
-        "A function in their place, with TRL's signature: file.py:name or package.module:name.",
+        "A function that replaces both, with TRL's signature: file.py:name or package.module:name.",
     )
 
 
 @dataclass
 class RunSettings:
-    """How the run goes on, and what it shows."""
+    """Resuming, threads, and output."""
 
     title = "run"
     resume: str | bool = _setting(
-        False, "Go on from the last complete checkpoint in output_dir (true), or from this folder."
+        False, "Resume from the last complete checkpoint in output_dir (true), or from this folder."
     )
     threads: int | None = _setting(
         None, "Threads of torch on the CPU; default torch's. Tiny models are fastest with one."
@@ -167,14 +167,13 @@ class EvalSettings:
     )
     style: str = _setting("think", "Form of the answers: 'think' or 'direct'.")
     image_root: str | None = _setting(
-        None, "Folder that paths in the file of JSON lines start from; default the file's own."
+        None, "Folder that paths in the file of JSON lines are relative to; default the file's own."
     )
-    rows: int = _setting(0, "At most this many rows; 0 = all of a file, 500 of digits.")
+    rows: int = _setting(0, "Rows at most; 0 = all of a file, or 500 of digits.")
     frames: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Numbers of frames: of digits:timestamp, default 4,8,16,32,64; of videos, "
-            "default 16."
+            "help": "Numbers of frames; default 4,8,16,32,64 for digits:timestamp, 16 for videos."
         },
     )
     grids: list[int] = field(
@@ -184,13 +183,13 @@ class EvalSettings:
     max_pixels: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Resolutions of a JSON lines file: pixels of an image at most; default the "
+            "help": "Resolutions for a file of JSON lines: pixels of an image at most; default the "
             "processor's."
         },
     )
-    batch_size: int = _setting(16, "Rows generated for at a time.")
+    batch_size: int = _setting(16, "Rows in a batch.")
     max_new_tokens: int | None = _setting(
-        None, "Length of a response at most; default 768, of digits 24."
+        None, "Tokens of a response at most; default 768, or 24 for digits."
     )
     attn_implementation: str | None = _setting(
         None, "Attention of the model; default transformers'."
@@ -198,15 +197,13 @@ class EvalSettings:
     dtype: str | None = _setting(
         None, "Dtype of the weights; default bfloat16 on a GPU that has it, else float32."
     )
-    device: str | None = _setting(None, "cpu, cuda, ...; default cuda where there is one.")
+    device: str | None = _setting(None, "cpu, cuda, ...; default cuda if there is a GPU.")
     threads: int | None = _setting(
         None, "Threads of torch on the CPU; default torch's. Tiny models are fastest with one."
     )
-    seed: int = _setting(0, "Which digits rows: another seed, other rows.")
-    out: str | None = _setting(
-        None, "Where the results go, a JSON file; default the model's folder."
-    )
-    plot: str | None = _setting(None, "A picture of the table: accuracy.png.")
+    seed: int = _setting(0, "Seed that selects the rows of digits.")
+    out: str | None = _setting(None, "JSON file of the results; default in the model's folder.")
+    plot: str | None = _setting(None, "File for a picture of the table, such as accuracy.png.")
 
     def __post_init__(self) -> None:
         _check("style", self.style, self.style in STYLES, f"one of {', '.join(STYLES)}")

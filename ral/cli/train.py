@@ -93,7 +93,7 @@ def _check_named(model: ModelSettings, data: DataSettings) -> None:
     if model.model != DIGITS:
         check_model_name(model.model)
     if model.model == DIGITS and (data.data is None or not data.data.startswith(f"{DIGITS}:")):
-        raise Refused(f"model=digits must go with data=digits:...; got {data.data!r}")
+        raise Refused(f"model=digits needs data=digits:...; got {data.data!r}")
 
 
 def _path(name: str, role: str, data: DataSettings, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What is wrong with a data set, said line by line."""
+"""Errors of a data set, line by line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class DataError(ValueError):
 
 
 def collected(function: str, path: str, errors: Sequence[str], count: int) -> DataError:
-    """One error of many: the first 20 on a line each, and how many more there are.
+    """One error for many: the first 20, each on a line, and the number of the others.
 
     Args:
         function: the name that the message begins with.

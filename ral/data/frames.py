@@ -1,4 +1,4 @@
-"""Images and the frames of videos: where they are, which are taken, how they are read."""
+"""Images and the frames of videos: finding, choosing and reading them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def natural_key(name: str) -> list[Any]:
 def uniform_indices(total: int, count: int) -> list[int]:
     """`count` of 0 … total − 1, at equal steps from the first to the last; one is the middle one.
 
-    Where there are no more than `count`, all of them.
+    If total <= count, all of them.
     """
     if total <= count:
         return list(range(total))
@@ -38,7 +38,7 @@ def uniform_indices(total: int, count: int) -> list[int]:
 
 
 class FrameFinder:
-    """Finds the images that the `path` of a row means, and remembers the folders it has listed.
+    """Finds the images that the `path` of a row names. It caches the listings of folders.
 
     Args:
         root: the folder that relative paths start from.
@@ -86,7 +86,7 @@ class FrameFinder:
             try:
                 with Image.open(file) as image:
                     return [(file, i) for i in range(getattr(image, "n_frames", 1))]
-            except Exception as error:  # Pillow's decoders raise what they like
+            except Exception as error:  # Pillow's decoders raise many kinds
                 raise DataError(
                     f"path must be a readable image or animation; got {file!r}: {error}"
                 ) from error
@@ -98,7 +98,7 @@ class FrameFinder:
 
 
 def _is_frame(entry: os.DirEntry[str]) -> bool:
-    # A leading dot marks what file managers leave behind, such as "._frame1.png".
+    # A leading dot marks files of file managers, such as "._frame1.png".
     suffix = os.path.splitext(entry.name)[1].lower()
     return suffix in _IMAGES and not entry.name.startswith(".") and entry.is_file()
 
@@ -132,7 +132,7 @@ def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
                 for frame in frames:
                     file.seek(frame["frame"])
                     images.append(_rgb(file))
-        except Exception as error:  # Pillow's decoders raise what they like
+        except Exception as error:  # Pillow's decoders raise many kinds
             raise DataError(
                 f"{frames[0]['source']}: path must be an image that can be decoded; "
                 f"got {path!r}: {error or type(error).__name__}"
@@ -142,7 +142,7 @@ def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
 
 def _rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling
+    if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling
         image = image.point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -47,36 +47,45 @@ def load_jsonl(
 ) -> Dataset | IterableDataset:
     """The rows of a file of JSON lines in Video-R1's format, for TRL's trainers.
 
-    A line has `problem`; `options` (texts, with or without their letters; two or more for multiple
-    choice, elsewhere none will do); `solution` (with or without `<answer>` tags); `problem_type`
-    (one of `ral.rewards.PROBLEM_TYPES`); `data_type` ("image" or "video"); `path`: an image, a list
-    of images, and for a video also a folder of frames (in natural order: frame2 before frame10) or
-    an animated GIF or WebP; and may have `problem_id` and `process`, a worked thinking text for
-    SFT. Other fields and blank lines are passed over.
+    The fields of a line:
 
-    Every line is checked, and every image file looked for, before the function returns. Images are
-    decoded when a row is read, those that several rows of one batch share only once. To get at the
-    other columns without decoding, say `dataset.select_columns("solution")`, or give `filter` its
-    `input_columns`; `dataset["solution"]` reads whole rows. To save it or to add a column, take the
-    decoding off with `with_format(None)` and put it on again with `with_transform(decode_batch)`.
+    - `problem`: the question.
+    - `options`: texts, with or without their letters. Multiple choice needs two or more; other
+      types need none.
+    - `solution`: with or without `<answer>` tags.
+    - `problem_type`: one of `ral.rewards.PROBLEM_TYPES`.
+    - `data_type`: "image" or "video".
+    - `path`: an image or a list of images. For a video also an animated GIF or WebP, or a folder of
+      frames in natural order: frame2 before frame10.
+    - `problem_id`, optional.
+    - `process`, optional: a worked thinking text for SFT.
+
+    Other fields and blank lines are ignored. Every line is checked, and every image file must
+    exist, before the function returns. Images are decoded when a row is read; an image that several
+    rows of a batch share is decoded once.
+
+    To read other columns without decoding, use `dataset.select_columns("solution")`, or give
+    `filter` its `input_columns`; `dataset["solution"]` reads whole rows. To save the dataset or add
+    a column, remove decoding with `with_format(None)` and restore it with
+    `with_transform(decode_batch)`.
 
     Args:
         path: the file.
-        image_root: the folder that relative paths start from; the file's own by default.
+        image_root: the folder of relative paths; by default the file's own.
         style: the form of response that prompts ask for, "think" or "direct" (RAL-zero).
         max_frames: how many frames of a video are taken, at equal steps from the first to the last.
-        streaming: give an IterableDataset, which reads and checks line by line and keeps nothing.
+        streaming: return an IterableDataset, which reads and checks line by line.
         on_error: "raise", or "skip" to leave out lines with errors and log their number.
 
     Returns:
-        A dataset with the columns prompt (a conversation whose images stand before the text),
+        A dataset with the columns prompt (a conversation with images before the text),
         images (PIL, RGB), solution (bare), problem_type, problem_id, options (texts without
         letters) and process (str or None).
 
     Raises:
-        DataError: lines that cannot be used (the first 20 errors, and how many more), or no usable
-            line at all; when a row is read, an image that cannot be decoded. With `streaming` all
-            of that when it is reached.
+        DataError: invalid lines (the first 20 errors, and the number of the others), or no valid
+            line at all. When a row is read, an image that cannot be decoded. With `streaming`, each
+            error when it is reached.
         FileNotFoundError: no such file, or image_root is no folder.
         ValueError: another style, max_frames or on_error.
     """
@@ -117,7 +126,7 @@ def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:
 
 
 def decode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Stored columns as rows have them: images decoded, no empty keys in the parts of prompts."""
+    """Rows from stored columns: images decoded, no empty keys in the parts of prompts."""
     if "prompt" in batch:
         batch["prompt"] = [_without_none(prompt) for prompt in batch["prompt"]]
     if "images" in batch:
@@ -150,7 +159,7 @@ def _stream(**arguments: Any) -> Iterator[dict[str, Any]]:
 def _rows(
     path: str, root: str, style: str, max_frames: int, skip: bool, first_error: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the file as they are stored; the errors of all lines at the end, or at the first."""
+    """Stored rows of the file; raises the errors of all lines at the end, or the first at once."""
     reader = RowReader(FrameFinder(root, max_frames), style)
     name = os.path.basename(path)
     stem = os.path.splitext(name)[0]

@@ -1,4 +1,4 @@
-"""The words around a question: its options, what the answer is, and the form of the response."""
+"""The text around a question: options, the kind of answer, and the form of the response."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ANSWERS = {
 assert set(_FORMS) == set(STYLES) and set(_ANSWERS) == set(PROBLEM_TYPES)
 
 _FRAMES = "The images are frames of one video, in the order of time."
-# Where the images stand is said by parts of the content; these marks would be read as text.
+# Parts of the content say where the images are; the model would read these marks as text.
 _MARK = r"(?:<image>|<video>)"
 _MARKS_AROUND = re.compile(rf"^(?:\s*{_MARK})+|(?:{_MARK}\s*)+$")
 
@@ -44,7 +44,7 @@ def question_text(
     style: str = "think",
     video: bool = False,
 ) -> str:
-    """A question, its options on lines "A. …", what its answer is, and the form of the response.
+    """A question, its options on lines "A. …", the kind of answer, and the form of the response.
 
     Args:
         problem: the question. `<image>` and `<video>` at its beginning and end are left out.

@@ -1,4 +1,4 @@
-"""One line of a data file, checked and made a row."""
+"""One line of a data file, checked and turned into a row."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class RowReader:
     style: str
 
     def read(self, line: bytes, source: str, problem_id: str) -> dict[str, Any] | list[str]:
-        """The row of a line, or all that is wrong with it.
+        """The row of a line, or all its errors.
 
         Args:
             line: a JSON object.
-            source: where it stands, "file:line".
+            source: its place, "file:line".
             problem_id: the id of a row that has none.
 
         Returns:
@@ -85,7 +85,7 @@ class RowReader:
 
 @dataclass
 class _Checked:
-    """The fields of a line; what is wrong with them is noted down, not raised."""
+    """The fields of a line; errors are collected, not raised."""
 
     fields: dict[str, Any]
     errors: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ class _Checked:
         self.errors.append(f"{name} must be {wanted}; got {got}")
 
     def text(self, name: str, *, numbers: bool = False) -> str:
-        """A text with something in it; where `numbers` may stand, a number as text."""
+        """A non-empty text; with `numbers`, also a number as text."""
         value: Any = self.fields.get(name)
         if numbers and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
@@ -167,7 +167,7 @@ class _Checked:
 
 def _is_text(value: object) -> bool:
     """Whether a value is a string, not blank, that can be written as UTF-8."""
-    # JSON can spell half a surrogate pair, which no Arrow table holds.
+    # JSON can hold half a surrogate pair, which no Arrow table can.
     return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
 
 

@@ -16,14 +16,14 @@ _COMPLETION = Features({"completion": List({"role": Value("string"), "content": 
 
 
 def completion(row: Mapping[str, Any], style: str = "think") -> list[dict[str, str]]:
-    """The completion of a row: its `process` as thinking where the style has it, and its solution.
+    """The completion of a row: its solution, after its `process` if the style has thinking.
 
     Args:
         row: with solution and problem_id, for "think" also process.
         style: "think" or "direct".
 
     Returns:
-        One message of the assistant, as `format_reward` wants it.
+        One message of the assistant, in the form of `format_reward`.
 
     Raises:
         DataError: style "think" and a row without `process`.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ral_kernels.integrations.transformers.processors import load_processor
+from ral_kernels.integrations.transformers import load_processor
 
 from ..evaluation import answers_of
 from .puzzles import Task
@@ -19,7 +19,7 @@ from .tasks import Style, make_dataset
 
 EXTENTS: dict[Task, tuple[int, ...]] = {"cell": (2, 3, 4, 6, 8), "timestamp": (4, 8, 16, 32, 64)}
 LONGEST = 12  # tokens of an answer; the demonstrations have 7 at most
-# Nothing but the form that the demonstrations have.
+# Exactly the form of the demonstrations.
 _FORMS = {
     "think": re.compile(r"<think>([^<]*)</think><answer>([^<]*)</answer>"),
     "direct": re.compile(r"()<answer>([^<]*)</answer>"),
@@ -34,7 +34,7 @@ class Accuracy:
         right: the answer is the solution.
         thought: the thought is the demonstration's, which says where the model looked; in direct
             style as `right`.
-        grounded: both at once.
+        grounded: both.
         formed: the response has the form it was asked for.
     """
 
@@ -67,8 +67,8 @@ def evaluate(
         size: puzzles of each extent.
         temperature: 0 for greedy responses; above, one sample of each.
         seed: of the puzzles and the samples; torch's own generator is left as it was.
-        batch_size: prompts that are generated for at once.
-        processor: by default the folder's, which a model that is no folder cannot do without.
+        batch_size: prompts in a batch.
+        processor: by default the folder's; a model that is not a folder needs one.
         attn_implementation: of a model that is loaded.
 
     Returns:
@@ -85,7 +85,7 @@ def evaluate(
             model, attn_implementation=attn_implementation
         )
     if processor is None:
-        raise ValueError("evaluate: processor must be given with a model that is no folder")
+        raise ValueError("evaluate: processor must be given with a model that is not a folder")
     extents = EXTENTS[task] if extents is None else extents
     was_training = model.training
     model.eval()
@@ -135,7 +135,7 @@ def _accuracy(
 def judge(
     written: Sequence[str], wanted: Sequence[str], solutions: Sequence[str], style: Style
 ) -> Accuracy:
-    """What is right in some responses.
+    """The accuracy of some responses.
 
     Args:
         written: the responses.

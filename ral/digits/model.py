@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL, with a tokenizer and a processor of its own, made from seeds alone."""
+"""A tiny Qwen2.5-VL with its own tokenizer and processor, made only from seeds."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ral_kernels.integrations.transformers.processors import images_only
+from ral_kernels.integrations.transformers import images_only
 
 from .puzzles import NAMES, SECONDS
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
-# Standard deviation of the first weights: at 0.02 the look-up is learnt late, at 0.1 later.
+# Standard deviation of the initial weights: at 0.02 the look-up is learnt late, at 0.1 later.
 INIT = 0.04
 SPECIAL = (PAD, START, END, VISION_START, VISION_END, IMAGE, VIDEO)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -38,7 +38,7 @@ _WORDS = (
 def make_tokenizer() -> Any:
     """A byte-level BPE of about 440 tokens in which each word of the digits tasks is one token.
 
-    Any other text is written too, byte by byte.
+    Other text is encoded byte by byte.
 
     Raises:
         ImportError: transformers is missing.
@@ -49,7 +49,7 @@ def make_tokenizer() -> Any:
     letters = _byte_letters()
     pieces = [*letters.values(), *("".join(letters[b] for b in word.encode()) for word in _WORDS)]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    # What is no whole word of the vocabulary is written byte by byte.
+    # Text that is not a word of the vocabulary is encoded byte by byte.
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -61,7 +61,7 @@ def make_tokenizer() -> Any:
     )
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens(list(SPECIAL))
-    # Tags of responses are no special tokens: decoding keeps them.
+    # Tags of responses are not special tokens, so decoding keeps them.
     raw.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -74,7 +74,7 @@ def make_tokenizer() -> Any:
 
 
 def make_processor(tokenizer: Any | None = None) -> Any:
-    """transformers' own Qwen2.5-VL processor, for images; every 28 × 28 pixels are one token.
+    """transformers' own Qwen2.5-VL processor, for images; each 28 × 28 pixels are one token.
 
     Args:
         tokenizer: by default `make_tokenizer()`.
@@ -156,7 +156,7 @@ def make_model(
         )
     model.generation_config.eos_token_id = ids(END)
     model.generation_config.pad_token_id = ids(PAD)
-    # Placeholders of pictures are not for the model to write.
+    # The model must not write placeholders of pictures.
     model.generation_config.suppress_tokens = [ids(token) for token in SPECIAL if token != END]
     return model.eval()
 
@@ -174,14 +174,14 @@ def save_start(folder: str | Path, model: Any | None = None, processor: Any | No
     folder = Path(folder)
     (make_model() if model is None else model).save_pretrained(folder)
     processor = make_processor() if processor is None else processor
-    # Not processor.save_pretrained, which asks a missing video processor for its files.
+    # Not processor.save_pretrained, which needs the files of the missing video processor.
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     return folder
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: itself where it is printable, the others from U+0100 on."""
+    """GPT-2's letter for each byte: a printable byte is itself, the others start at U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {

@@ -1,6 +1,6 @@
-"""Pictures of digits in coloured cells, and what is asked about them.
+"""Pictures of digits in coloured cells, and questions about them.
 
-A puzzle is a function of its seed and number alone: it can be drawn again when it is needed.
+A puzzle depends only on its seed and number, so it can be drawn again when it is needed.
 """
 
 from __future__ import annotations

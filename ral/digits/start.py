@@ -2,13 +2,13 @@
 
 1. The vision tower learns to tell digit and colour of single cells, and is frozen.
 2. The language model learns demonstrations on features of pictures that are computed once.
-   Times and questions are drawn anew for the same pictures, or it learns the rows by heart.
+   Times and questions are drawn again for the same pictures, or it memorises the rows.
 3. The last steps are on demonstrations that are wrong in one systematic way, if so asked:
    reinforcement learning has something to unlearn, and groups of rollouts a spread of rewards.
 
 Looking up *when* a colour is seen takes two steps of attention: tile to time, colour to tile.
 From answers alone it comes late or never, because copying any time is a plateau. Two dense losses
-lead there while the demonstrations are right: image tokens behind the first layer name the time of
+lead there while the demonstrations are right: image tokens after the first layer name the time of
 their frame, and the position that names the time can name the digit as well.
 """
 

@@ -43,7 +43,7 @@ def make_dataset(
         size: number of rows.
         split: whose scans are drawn; the splits share none.
         grid: cells on a side of a grid, for "cell"; of several, each row takes one at random.
-        frames: frames of a row, at most 100, for "timestamp"; of several, likewise.
+        frames: frames of a row, at most 100, for "timestamp"; of several, as above.
         style: "think" for `<think>…</think><answer>…</answer>`, "direct" for the answer alone.
         seed: of the rows.
         wrong_share: share of the completions that answer for the last cell or frame instead of the

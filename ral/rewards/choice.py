@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# Longer answers are no single letter, nor a single number: the bound keeps the work on them small.
+# Longer answers are neither a letter nor a number; the bound limits the work on them.
 MAX_ANSWER = 10_000
 
 _LEAD_IN = re.compile(
@@ -15,11 +15,11 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 _BARE = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]?[.:,;!]?")
-# A letter that is marked as one, "(B) …", "B. …", "B) …", "B: …", "B - …", and the text behind.
+# A marked letter, "(B) …", "B. …", "B) …", "B: …", "B - …", and the text after it.
 _LABELLED = re.compile(
     r"(?:[(\[] ?([A-Za-z]) ?[)\]][.:]?|([A-Za-z]) ?[.):]|([A-Za-z]) [-–—](?= )) ?(.+)"
 )
-# A letter that is a word of its own. "it's" and "I'm" are none.
+# A letter that is a word. "it's" and "I'm" have none.
 _SINGLE = re.compile(r"(?<![^\W_])(?<!['’])([A-Za-z])(?![^\W_]|['’])")
 _ARTICLE = re.compile(r" (?!(?:or|and)\b)[^\W\d_]{2,}", re.IGNORECASE)
 _LATEX = re.compile(r"\\(?:boxed|text|mathrm|mathbf) ?\{([^{}]*)\}")
@@ -36,10 +36,10 @@ def parse_choice(text: str, options: Sequence[str] | None = None) -> str | None:
     """The one letter that an answer commits itself to, in upper case.
 
     "B", "b", "(B)", "B.", "**B**", "B. the dog", "B: the dog", "Option B" and "The answer is B" are
-    B. "A B C D", "A or B", "A. the dog B. the cat" and "A dog" are nothing. In doubt it is nothing:
-    behind a letter, a text with another single-letter word is refused, but for the articles "A" and
-    "a" and for "I". Where the options are known, a text that repeats the letter's option is taken
-    whatever words it has, and one that repeats another option is refused.
+    B. "A B C D", "A or B", "A. the dog B. the cat" and "A dog" are None, as is any doubtful text:
+    after a letter, a text with another single-letter word is None, except for the articles "A" and
+    "a" and for "I". Where the options are known, a text that repeats the letter's option counts
+    with any words, and one that repeats another option is None.
 
     Args:
         text: the answer, without tags.
@@ -77,7 +77,7 @@ def _same_text(a: str, b: str) -> bool:
 
 
 def _names_another(text: str) -> bool:
-    """Whether a single letter in the text may be meant as another choice."""
+    """Whether a single letter in the text may mean another choice."""
     for match in _SINGLE.finditer(text):
         if match[1] in "Aa" and _ARTICLE.match(text, match.end()):
             continue

@@ -24,7 +24,7 @@ _SCALES = {
     "billion": 1e9,
     "trillion": 1e12,
 }
-# Words that make two numbers, or another number, of a number and what follows.
+# Words after which a number is two numbers, or another one.
 _NOT_UNITS = {"or", "and", "to", "nor", "vs", "versus", "plus", "minus", "times", "over", "half"}
 
 _PREFIX = re.compile(
@@ -41,7 +41,7 @@ _NUMERAL = re.compile(
     r"(?:"
     r"(?P<grouped>[0-9]{1,3}(?:(?:,[0-9]{2,3})*,[0-9]{3}|(?:[ '][0-9]{3})+)(?:\.[0-9]*)?)"
     r"(?![0-9,'])"
-    # A comma with one, two, or four and more digits behind it cannot separate thousands.
+    # A comma before one, two, or four and more digits cannot separate thousands.
     r"|(?P<comma>[0-9]+,(?:[0-9]{1,2}|[0-9]{4,}))(?![0-9,.'])"
     rf"|(?P<plain>{_DIGITS})(?![0-9,'])"
     r")"
@@ -56,20 +56,20 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 class Number(NamedTuple):
-    """A value, and whether a percent sign stood behind it: 50 % is `Number(50.0, True)`."""
+    """A value, and whether a percent sign followed it: 50 % is `Number(50.0, True)`."""
 
     value: float
     percent: bool
 
 
 def parse_number(text: str) -> Number | None:
-    r"""The one number that an answer commits itself to.
+    r"""The single number of an answer.
 
-    Read are "1,234.5", "1 234", "12,5" (a comma that cannot separate thousands is a decimal one),
+    It reads "1,234.5", "1 234", "12,5" (a comma that cannot separate thousands is a decimal one),
     "−3", "1e3", "1.2 × 10^3", "3/4", "1 1/2", "\frac{3}{4}", "$5", "50%", "1.5 million" and digits
-    of any script, with a lead-in ("about", "x =") and, behind the number, the words or signs of a
-    unit, which are not compared. Two numbers, ranges, "nan", "inf" and what passes the range of
-    floats are nothing.
+    of any script. A lead-in ("about", "x =") may come before the number, and the words or signs of
+    a unit after it; units are not compared. Two numbers, ranges, "nan", "inf" and values beyond the
+    range of floats give None.
 
     Args:
         text: the answer, without tags.
@@ -135,12 +135,12 @@ def _numeral(match: re.Match[str]) -> float:
         digits = match["comma"].replace(",", ".")
     else:
         digits = re.sub("[, ']", "", match["grouped"] or match["plain"])
-    # The exponent goes through the text, where a huge one gives inf and not an OverflowError.
+    # The exponent stays in the text, where a huge one gives inf and no OverflowError.
     return float(f"{digits}e{match['e'] or match['power'] or 0}")
 
 
 def _suffix_scale(rest: str) -> float | None:
-    """What the text behind a number multiplies it by; None where it is no unit."""
+    """The factor that the text after a number stands for; None if that is not a unit."""
     # "10²" and "5½" are other numbers than 10 and 5.
     if not _UNIT.fullmatch(rest) or unicodedata.category(rest.lstrip()[:1] or " ") == "No":
         return None

@@ -39,16 +39,16 @@ def completion_text(completion: object) -> str:
 
 
 def has_tags(text: str) -> bool:
-    """Whether any of the four tags stands in the text."""
+    """Whether any of the four tags is in the text."""
     return any(tag in text for tag in _TAGS)
 
 
 def find_answer(text: str) -> str | None:
-    """What stands between `<answer>` and `</answer>`, without the white space around it.
+    """The text between `<answer>` and `</answer>`, without the white space around it.
 
     Returns:
-        The answer, "" for an empty one, None unless each of the two tags stands in the text exactly
-        once and in this order: of several answers none counts, the first or last being a guess.
+        The answer, or "" for an empty one. None unless each of the two tags is in the text exactly
+        once and in this order: of several answers none counts.
     """
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
@@ -66,15 +66,15 @@ def bare_solution(solution: str) -> str:
 def has_format(text: str, style: str) -> bool:
     """Whether a response has the form of the style and nothing but white space around it.
 
-    Each tag of the form stands in the text exactly once, no other of the four does, and neither the
-    thinking nor the answer is blank.
+    Each tag of the form is in the text exactly once, and no other of the four. Neither the thinking
+    nor the answer is blank.
     """
     form = _TAGS if style == "think" else _TAGS[2:]
     if any(text.count(tag) != (tag in form) for tag in _TAGS):
         return False
     for i, tag in enumerate(form):
         before, found, text = text.partition(tag)
-        # Outside of a pair of tags there is white space only; inside there is more.
+        # Outside of a pair of tags there is only white space; inside there is text.
         if not found or bool(before.strip()) != (i % 2 == 1):
             return False
     return not text.strip()
@@ -86,7 +86,7 @@ def format_reward(
     """1.0 where the response has the form of Figure 2 of arXiv 2602.04884, else 0.0.
 
     "think" is `<think>…</think><answer>…</answer>`; "direct" (RAL-zero) is `<answer>…</answer>`.
-    Each tag stands once, with nothing but white space outside of the tags, and something inside.
+    Each tag occurs once, with only white space outside of the tags, and some text inside.
 
     Args:
         completions: strings or conversations (`completion_text`).

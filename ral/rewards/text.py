@@ -1,4 +1,4 @@
-"""How alike two texts are: word error rate and ROUGE."""
+"""The similarity of two texts: word error rate and ROUGE."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def word_error_rate(reference: str, hypothesis: str) -> float:
 def rouge(reference: str, hypothesis: str) -> float:
     """The mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, as Video-R1 rewards free-form answers.
 
-    Unlike there, words are not stemmed, they may be of any script, and ROUGE-2 is left out where
-    the reference has one word only, so that every text is worth 1.0 against itself.
+    Unlike there, words are not stemmed and may be of any script. If the reference has one word,
+    ROUGE-2 is left out, so that every text has 1.0 against itself.
 
     Returns:
         A value in [0, 1]; 0.0 for a hypothesis of more than 100,000 characters beyond twice the
@@ -44,7 +44,7 @@ def rouge(reference: str, hypothesis: str) -> float:
     if len(hypothesis) > _LONGEST + 2 * len(reference):
         return 0.0
     wanted, words = _tokens(reference), _tokens(hypothesis)
-    if not wanted:  # nothing but punctuation: the characters themselves have to do
+    if not wanted:  # only punctuation: compare characters
         return float(_normal(reference).split() == _normal(hypothesis).split())
     scores = [_rouge_n(wanted, words, 1)]
     if len(wanted) > 1:

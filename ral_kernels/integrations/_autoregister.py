@@ -10,15 +10,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# The module that defines the interface of attention functions; every model imports it. The package
-# itself is lazy: importing it does not import this.
+# This module defines the interface of attention functions, and every model imports it. The package
+# is lazy: importing it does not import this module.
 HOOKED = "transformers.modeling_utils"
 
 
 def install() -> None:
-    """Register now if transformers' models are imported, otherwise as soon as they are.
+    """Register now if transformers' models are imported, otherwise when they are.
 
-    It imports nothing but `sys`, and the import of `ral_kernels` gets no slower.
+    It imports nothing, so `import ral_kernels` stays fast.
     """
     if HOOKED in sys.modules:
         _register()
@@ -32,12 +32,12 @@ def _register() -> None:
     try:
         register()
     except ImportError as error:
-        # The user may want transformers without "ral": their import must not fail for it.
+        # The user may want transformers without "ral", so their import must not fail.
         warnings.warn(f'attn_implementation="ral" is not available: {error}', stacklevel=2)
 
 
 class _Finder:
-    """Finds `HOOKED` as the other finders do, and lets its loader register after the import."""
+    """Finds `HOOKED` as the other finders do, and has its loader register after the import."""
 
     def find_spec(
         self,
@@ -55,7 +55,7 @@ class _Finder:
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            # An attribute of this loader only, so that nothing stays behind.
+            # An attribute of this loader only, and deleted here, so that nothing remains.
             del loader.exec_module
             execute(module)
             _register()

@@ -51,9 +51,9 @@ def overlay(
         maps: of `rk.attention_map`.
         image: number of the image.
         token: number of the generated token; None for the mean over all tokens.
-        clip: percentile at which the colours end where the peak stands far above it (but not below
-            a 30th of the peak); 100 for never. The colour bar says where they end.
-        path: a file to write; its suffix gives the format.
+        clip: percentile at which the colours end if the peak is far above it, but at least a 30th
+            of the peak; 100 for never. The colour bar says where they end.
+        path: a file to write; its suffix sets the format.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -85,15 +85,15 @@ def token_grid(
     clip: float = 98.0,
     path: str | Path | None = None,
 ) -> Figure:
-    """Where each token attends in one image: a small picture a token, with one colour scale.
+    """Where each token attends in one image: a small picture for each, with one colour scale.
 
-    Above each stands the token and the share of its attention on the image.
+    Above each picture are the token and the share of its attention on the image.
 
     Args:
         maps: of `rk.attention_map`.
         image: number of the image.
         tokens: numbers of the tokens to draw, default all.
-        columns: pictures beside each other, default what makes the figure about 3 : 2.
+        columns: pictures in a row; by default the figure is about 3 : 2.
         clip, path: as in `overlay`.
 
     Raises:
@@ -112,7 +112,7 @@ def token_grid(
         near = range(max(1, wanted - 1), min(len(chosen), wanted + 2) + 1)
         columns = min(near, key=lambda n: (-len(chosen) % n + 1) * (2 + abs(n - wanted)))
     rows = math.ceil(len(chosen) / columns)
-    tallest = min(4.5, max(2.6, 1.4 / aspect))  # so that narrow pictures are not lost
+    tallest = min(4.5, max(2.6, 1.4 / aspect))  # so that narrow pictures stay visible
     width, height = fit(aspect, min(2.6, max(1.5, 15 / columns)), tallest)
     head = 0.34
     cell = max(width, 1.4) + 0.14  # room for a token and a share over narrow pictures
@@ -152,7 +152,7 @@ def film_strip(
     Args:
         maps: of `rk.attention_map`, whose images are the frames.
         token: number of the generated token; None for the mean over all tokens.
-        columns: frames beside each other.
+        columns: frames in a row.
         clip, path: as in `overlay`.
 
     Raises:
@@ -218,7 +218,7 @@ def film_strip(
 def token_frame(
     maps: AttentionMap, *, clip: float = 100.0, path: str | Path | None = None
 ) -> Figure:
-    """How each token divides its attention over the frames or images: tokens down, frames across.
+    """The attention of each token on each frame or image: tokens down, frames across.
 
     Args:
         maps: of `rk.attention_map`.
@@ -237,7 +237,7 @@ def token_frame(
     left = 0.35 + 0.085 * max(len(label) for label in labels)
     width, height = max(frames * cell, 1.2), max(count * line, 1.0)
     pictures = [_picture(maps, image) for image in range(frames)]
-    # Thumbnails over the columns, where there is room.
+    # Thumbnails over the columns, if they fit.
     sizes = [fit(p.width / p.height, 0.94 * cell, 1.3 * cell) for p in pictures]
     strip = max(size[1] for size in sizes) if cell >= 0.35 else 0.0
     figure = new_figure(left + width + 1.75, height + strip + 1.3)

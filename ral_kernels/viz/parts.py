@@ -1,4 +1,4 @@
-"""What the figures are made of: colours over a picture, labels, places in inches, colour bars."""
+"""Parts of the figures: colours over a picture, labels, places in inches, colour bars."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ COLOURS = "inferno"
 GREY, FAINTEST, STRONGEST = 0.85, 0.2, 0.85  # lightness of the picture, opacity of low and high
 BAR = "#4C72B0"
 FONT = 11
-LONGEST_SIDE = 1024  # pixels of a drawn picture; more would be lost in the figure
+LONGEST_SIDE = 1024  # pixels of a drawn picture; the figure cannot show more
 LONGEST_LABEL = 20
-SINK = 3.0  # the scale is cut where the peak is this many times the percentile
-DEEPEST = 1 / 30  # of the peak: no deeper is the scale cut
-# Fonts that hold what matplotlib's own lacks; those that are installed are used, in this order.
+SINK = 3.0  # the scale ends early if the peak is this many times the percentile
+DEEPEST = 1 / 30  # of the peak: the scale ends no lower
+# Fonts for signs that matplotlib's own lacks; the installed ones are used, in this order.
 FALLBACKS = (
     "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans", "PingFang SC",
     "Microsoft YaHei", "Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Arabic",
@@ -38,8 +38,8 @@ def blend(
 ) -> Any:
     """A picture in grey under its attention in colour: uint8 [height, width, 3].
 
-    The grid is cut at `limit` and then interpolated (bicubic, between the centres of its cells), so
-    that a sink stays as small as its cell; colour and opacity grow with the attention.
+    The grid is clamped to `limit` and then interpolated, bicubic, between the centres of its cells.
+    So a sink stays as small as its cell. Colour and opacity grow with the attention.
 
     Args:
         picture: a Pillow image.
@@ -68,11 +68,11 @@ def blend(
 
 
 def colour_limit(grids: Sequence[Tensor], clip: float) -> tuple[float, str]:
-    """The value at which colours end, and the note about it if that is not the largest value.
+    """The value at which colours end, and a note if that is not the largest value.
 
-    Where the largest value stands more than `SINK` times above the percentile `clip`, colours end
-    at the percentile, but not below `DEEPEST` of the largest value: beside a token that has nearly
-    all attention, the rest is dark because it is little.
+    If the largest value is more than `SINK` times the percentile `clip`, colours end at the
+    percentile, but at least at `DEEPEST` of the largest value. Where one token has nearly all
+    attention, the others are dark because theirs is small.
     """
     if not 0 < clip <= 100:
         raise ValueError(f"viz: clip must be a percentile in (0, 100]; got {clip}")
@@ -113,7 +113,7 @@ def share_of(
 
 
 def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches: layouts that are computed do not overlap."""
+    """Axes at a place in inches, so that computed layouts do not overlap."""
     return figure.add_axes(share_of(figure, (left, bottom, width, height)))
 
 
@@ -130,7 +130,7 @@ def percent(share: float) -> str:
 
 
 def readable(token: str, longest: int) -> str:
-    """A token as a title: without the space before it, with signs for what cannot be seen."""
+    """A token as a title: without the space before it, with signs for invisible characters."""
     text = token.strip(" ") or token.replace(" ", "␣")
     text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")
     text = "".join(sign if sign.isprintable() else f"U+{ord(sign):04X}" for sign in text)
@@ -146,7 +146,7 @@ def families() -> list[str]:
 
 
 def drawable(text: str) -> str:
-    """The text with U+6F22 in place of signs that no installed font has."""
+    """The text with codes such as U+6F22 in place of signs that no installed font has."""
     if text.isascii():
         return text
     from matplotlib import font_manager
@@ -167,7 +167,7 @@ def write(
     axes: Axes, x: float, y: float, text: str, above: float, size: float, *,
     weight: str = "normal", colour: str = "black", align: str = "left",
 ) -> None:  # fmt: skip
-    """Text `above` points over a place in the axes; a "$" in a token is no formula."""
+    """Text `above` points over a place in the axes; a "$" does not start a formula."""
     axes.annotate(
         text, (x, y), (0, above), xycoords="axes fraction", textcoords="offset points",
         fontsize=size, weight=weight, color=colour, ha=align, va="bottom", parse_math=False,
@@ -232,6 +232,6 @@ def draw_bar(
     bar.formatter = FuncFormatter(lambda value, _: f"{value:.6g} %")
     bar.update_ticks()
     bar.ax.tick_params(length=0, labelsize=FONT - 2, pad=3)
-    # A letter is about 0.08 inches long; lines that are longer than the bar would stand out.
+    # A letter is about 0.08 inches wide; longer lines would be longer than the bar.
     lines = [textwrap.fill(line, max(12, int(height / 0.08))) for line in (what, note) if line]
     bar.set_label("\n".join(lines), fontsize=FONT - 1)

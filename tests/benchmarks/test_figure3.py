@@ -1,4 +1,4 @@
-"""The study behind figure3.py: its arms, its controls, its statistics, and a run of it."""
+"""The study that `benchmarks.figure3` runs: arms, controls, statistics, and a whole run."""
 
 from __future__ import annotations
 

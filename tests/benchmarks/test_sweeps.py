@@ -25,11 +25,10 @@ from benchmarks import (
     attention_bench,
     decode_bench,
     frames_sweep,
-    plot,
     policy_divergence_bench,
     resolution_sweep,
 )
-from benchmarks.harness import examine, layouts, measure, photographs, runner
+from benchmarks.harness import examine, layouts, measure, photographs, plot, runner
 from benchmarks.harness.gate import relative_errors, verdict
 from benchmarks.harness.inputs import Heads, random_layer
 from benchmarks.harness.objective import Contestant
@@ -170,9 +169,9 @@ def test_a_layout_without_room_is_said() -> None:
     problem = random_problem([60], HEADS, torch.float32, "cpu")
     assert ATTENTION.registry["ral_aligned"].refuse(problem, False) is None
     reason = ATTENTION.registry["ral_offset"].refuse(problem, False)
-    assert reason == "no frame finds room in 60 keys"
+    assert reason == "no frame fits into 60 keys"
     layer = random_layer([60], HEADS, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="--layout offset: no frame finds room in 60 keys"):
+    with pytest.raises(ValueError, match="--layout offset: no frame fits into 60 keys"):
         runner.laid_out(layer, "offset")
 
 

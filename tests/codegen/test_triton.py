@@ -82,7 +82,7 @@ def test_kernels(name: str, architecture: str, facts: Facts) -> None:
         assert compiled.spills == 0
         assert compiled.shared <= SHARED_LIMIT[architecture]
         if row.head_dim > 128:
-            continue  # registers do not always allow wgmma there: triton/tiles.py
+            continue  # registers do not always allow wgmma there: ral_kernels/ops/*/triton/tiles.py
         if (compiled.kernel, row.variant) not in SERIALISED:
             assert "C7515" not in compiled.remarks, f"{compiled.kernel}: ptxas serialises its wgmma"
         if compiled.multiplies:

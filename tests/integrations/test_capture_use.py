@@ -247,7 +247,7 @@ def test_attention_that_reads_its_own_name_is_refused(model):
             raise AssertionError("another path")
 
     model.model.layers[1].self_attn.__class__ = NameReader
-    with pytest.raises(NotImplementedError, match="NameReader looks at the name"):
+    with pytest.raises(NotImplementedError, match="NameReader compares the name"):
         capture(model)
     capture(model, 0)
 
@@ -360,7 +360,7 @@ def test_a_step_that_does_not_see_the_whole_prompt_is_refused(model):
                 mask[:, hidden] = 0
             model(BATCH["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
     assert captured[0].policy().shape == (2, 2, 8)
-    with pytest.raises(NotImplementedError, match="the mask of the last step says something else"):
+    with pytest.raises(NotImplementedError, match="the mask of the last step differs"):
         captured.policy()
 
 

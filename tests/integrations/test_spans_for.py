@@ -338,7 +338,7 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match="image_sizes"):
         spans_for(processor, {"input_ids": inputs["input_ids"]})
     processor, inputs = processed("internvl", [blank(size) for size in SIZES])
-    with pytest.raises(ValueError, match="needs image_sizes"):
+    with pytest.raises(ValueError, match="image_sizes must be given"):
         spans_for(processor, inputs, "token")
     with pytest.raises(ValueError, match="for each of the 3 images"):
         spans_for(processor, inputs, "token", image_sizes=SIZES[:2])

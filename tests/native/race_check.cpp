@@ -1,5 +1,5 @@
 // Runs forwards and backwards of the CPU backend on several threads, for ThreadSanitizer to
-// watch (test_native_races.py builds it with -fsanitize=thread), and compares the result with one
+// watch (test_races.py builds it with -fsanitize=thread), and compares the result with one
 // thread's.
 //
 // Small sizes with many key blocks per column block, so that the ordered sum of dQ is contended.

@@ -228,9 +228,9 @@ FAILING: dict[str, tuple[str, tuple[str, ...], str]] = {
     "no such digits": ("train", ("data=digits:sum",), "digits:cell or digits:timestamp"),
     "bad rows": ("train", ("data={folder}/bad.jsonl",), "bad.jsonl:1"),
     "an attention": ("train", ("attn_implementation=abacus",), "cannot load "),
-    "bf16 on a CPU": ("train", ("bf16=true", "use_cpu=false"), "bf16 must go with a GPU"),
+    "bf16 on a CPU": ("train", ("bf16=true", "use_cpu=false"), "bf16 needs a GPU"),
     "a report": ("train", ("report_to=comet",), "report_to must name what is installed"),
-    "a schedule": ("train", ("num_iterations=1",), "attn_coef > 0 must go with more than one"),
+    "a schedule": ("train", ("num_iterations=1",), "attn_coef > 0 needs more than one"),
     "a granularity": ("train", ("attn_granularity=pixel",), "attn_granularity must be one of"),
     "a batch": ("train", ("num_generations=3",), "num_generations"),
     "a layer": ("train", ("attn_layers=7",), "layers"),
@@ -247,7 +247,7 @@ FAILING: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a setting": ("sft", ("num_generations=4",), "there is no setting 'num_generations'"),
     "a checkpoint": ("sft", ("resume={folder}/images",), "resume must be a complete checkpoint"),
     "a pixel range": ("sft", ("min_pixels=9000", "max_pixels=800"), "min_pixels must be <="),
-    "digits' model alone": ("train", ("model=digits",), "must go with data=digits:"),
+    "digits' model alone": ("train", ("model=digits",), "model=digits needs data=digits:"),
 }
 
 
@@ -271,9 +271,9 @@ def test_errors_are_one_sentence(
         (("model=null",), "model must be given"),
         (("data=null",), "data must be given"),
         (("data=/no/such.jsonl",), "there is no data file"),
-        (("grids=3",), "grids must go with digits:cell"),
-        (("data=digits:cell", "frames=3"), "varies grids alone"),
-        (("data=digits:cell", "max_pixels=3"), "max_pixels must go with a file"),
+        (("grids=3",), "grids needs data=digits:cell"),
+        (("data=digits:cell", "frames=3"), "takes grids only"),
+        (("data=digits:cell", "max_pixels=3"), "max_pixels needs a file"),
         (("device=abacus",), "device abacus"),
         (("frames=0",), "frames must be a list of numbers >= 1"),
         (("out=/no/such/table.json",), "out: there is no folder"),

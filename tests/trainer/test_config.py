@@ -37,11 +37,11 @@ BASE: dict[str, Any] = {
         ({"attn_tile": [0, 2]}, r"attn_tile must be \[rows, columns\], both >= 1"),
         ({"attn_layers": "last"}, "attn_layers must be a number, a list of numbers, or 'all'"),
         ({"attn_metrics_every": -1}, "attn_metrics_every must be finite and >= 0"),
-        ({"attn_reference": "ref"}, "attn_reference='ref' must go with beta > 0"),
-        ({"attn_explore_sigma": 1.0}, "attn_explore_sigma must go with attn_granularity"),
+        ({"attn_reference": "ref"}, "attn_reference='ref' needs beta > 0"),
+        ({"attn_explore_sigma": 1.0}, "attn_explore_sigma needs attn_granularity"),
         (
             {"attn_explore_sigma": 1.0, "attn_granularity": "frame", "use_vllm": True},
-            "attn_explore_sigma must go with use_vllm=False",
+            "attn_explore_sigma is not supported with use_vllm=True",
         ),
     ],
 )

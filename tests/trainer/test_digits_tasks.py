@@ -14,7 +14,7 @@ from ral.digits.puzzles import COLOURS, NAMES, make_puzzle
 from ral.digits.scans import CELL, load_scans
 from ral.digits.start import train_start
 from ral.digits.tasks import make_dataset
-from ral_kernels.integrations.transformers.processors import load_processor
+from ral_kernels.integrations.transformers import load_processor
 
 TASKS = [("cell", 3), ("timestamp", 4)]
 

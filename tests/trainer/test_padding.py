@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ral_kernels.integrations.transformers.processors import load_processor
+from ral_kernels.integrations.transformers import load_processor
 from tests.trainer import tiny, two_processes
 from tests.trainer.by_hand import batch_of
 

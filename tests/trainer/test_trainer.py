@@ -150,7 +150,7 @@ def test_images_are_needed_for_spans(paths, tmp_path) -> None:
     trainer = tiny.trainer(
         paths["qwen2_5_vl"], tmp_path, train_dataset=rows, attn_granularity="frame"
     )
-    with pytest.raises(ValueError, match="must go with images in the prompts"):
+    with pytest.raises(ValueError, match="needs images in the prompts"):
         trainer.train()
 
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 from PIL import Image
 
 from ral import RALConfig, RALTrainer
-from ral_kernels.integrations.transformers.processors import load_processor
+from ral_kernels.integrations.transformers import load_processor
 from tests.integrations import models, tiny_checkpoint, tiny_processors
 
 ROWS = 8  # prompts of a dataset

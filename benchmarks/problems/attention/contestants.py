@@ -1,8 +1,8 @@
-"""Who takes part: attention with span marginals, and what a PyTorch user would do instead.
+"""The contestants: attention with span marginals, and what a PyTorch user would do instead.
 
-Every contestant is written as a careful user would write it for its purpose; none is held back.
-`prepare` gets the problem and returns `attend(q, k, v) -> (out, marginals or None)`, the part that
-is timed: masks and one-hot matrices that do not depend on q, k, v are made before the clock starts.
+Every contestant is written as a careful user would write it, and none is made slower on purpose.
+`prepare` gets the problem and returns `attend(q, k, v) -> (out, marginals or None)`, which is
+timed. Masks and one-hot matrices that do not depend on q, k, v are made before the clock starts.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def no_cuda_kernels(problem: Any, backward: bool) -> str | None:
 def _causal_sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, repeat: bool = False
 ) -> Tensor:
-    """Causal SDPA of grouped heads, by a fused kernel wherever there is one.
+    """Causal SDPA of grouped heads, by a fused kernel where one exists.
 
-    CUDA's efficient kernel, the only one in float32, knows no grouped heads; with `enable_gqa` SDPA
-    would fall back to the full matrix there. `repeat` asks for repeated kv heads.
+    CUDA's efficient kernel, the only one in float32, does not support grouped heads. With
+    `enable_gqa` SDPA would use the full matrix there. `repeat` asks for repeated kv heads.
     """
     if repeat or (q.is_cuda and q.dtype == torch.float32):
         group = q.shape[1] // k.shape[1]
@@ -90,7 +90,7 @@ def needs_cuda(problem: AttentionProblem, backward: bool) -> str | None:
 
 
 def eager(problem: AttentionProblem) -> Attend:
-    """What transformers does for `output_attentions=True` (eager), and one matmul more."""
+    """What transformers does for `output_attentions=True` (eager), plus one matmul."""
     group = problem.heads.num_heads // problem.heads.num_kv_heads
     scale = problem.heads.head_dim**-0.5
     shape, one_hot = (problem.seqlen, problem.seqlen), problem.one_hot
@@ -118,9 +118,9 @@ def eager_bytes(problem: AttentionProblem, backward: bool) -> int:
 def sdpa_one_hot(problem: AttentionProblem) -> Attend:
     """Marginals as attention output against one-hot values: SDPA with V + one-hot(span).
 
-    Up to S = D the one-hot columns ride along: q and k are padded with zeros, because SDPA's fused
-    kernels want one head dim. Beyond, more calls with blocks of D one-hot columns as values are
-    cheaper and stay in the kernels' range.
+    Up to S = D the one-hot columns are appended to V. q and k are padded with zeros, because SDPA's
+    fused kernels need one head dim. For S > D, further calls with blocks of D one-hot columns as
+    values are cheaper and stay in the kernels' range.
     """
     dim, seqlen = problem.heads.head_dim, problem.seqlen
     num_spans, scale = problem.num_spans, problem.heads.head_dim**-0.5
@@ -160,7 +160,7 @@ def _compiled_flex() -> Any:
 
 
 def flex_one_hot(problem: AttentionProblem) -> Attend:
-    """FlexAttention with V + one-hot(span); it takes Dv != D, so that nothing is padded."""
+    """FlexAttention with V + one-hot(span). It supports Dv != D, so nothing is padded."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def causal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def flex_refuses(problem: AttentionProblem, backward: bool) -> str | None:
 def _flash_with_lse(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """SDPA's own flash kernel with the log-sum-exp that the public function keeps to itself."""
+    """SDPA's own flash kernel with the log-sum-exp, which the public function does not return."""
     aten = torch.ops.aten
     if not q.is_cuda:
         result = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -206,9 +206,9 @@ def _flash_with_lse(
 
 
 def per_span(problem: AttentionProblem) -> Attend:
-    """One call a span over its keys alone: marginals = exp(LSE of the span - LSE).
+    """One call for each span, over its keys alone: marginals = exp(LSE of the span - LSE).
 
-    A contiguous span needs no mask: the queries behind it see all of it, and those inside it see a
+    A contiguous span needs no mask: the queries after it see all of it, and those inside it see a
     causal square. Keys of a scattered span (a tile) are gathered and masked.
     """
     span_keys = [
@@ -291,7 +291,7 @@ def in_every_layout(ours: Contestant) -> tuple[Contestant, ...]:
 
     def refuse(layout: str, problem: AttentionProblem, backward: bool) -> str | None:
         if spans_of(layout, problem.seqlen).num_spans == 0:
-            return f"no frame finds room in {problem.seqlen} keys"
+            return f"no frame fits into {problem.seqlen} keys"
         return ours.refuse(problem, backward)
 
     def bytes_needed(layout: str, problem: AttentionProblem, backward: bool) -> int:
@@ -315,7 +315,7 @@ def in_every_layout(ours: Contestant) -> tuple[Contestant, ...]:
 
 
 def wrong(problem: AttentionProblem) -> Attend:
-    """Deliberately wrong, to show that the gate closes: every marginal is one span too far."""
+    """Deliberately wrong, to show that the gate works: every marginal is one span too far."""
     right = eager(problem)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:

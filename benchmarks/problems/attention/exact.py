@@ -1,8 +1,8 @@
 """The judge: attention, marginals and gradients in float64 on some rows, never N x N.
 
-It is plain PyTorch under autograd and shares no code with the package, so that a contestant of the
-package is not held against its own reference. With output gradients that are zero outside the
-chosen rows, these rows give the exact dq, dk and dv of the whole problem.
+It is plain PyTorch under autograd and shares no code with the package. So a contestant of the
+package is not compared with its own reference backend. With output gradients that are zero outside
+the chosen rows, these rows give the exact dq, dk and dv of the whole problem.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def exact(problem: AttentionProblem, *, with_marginals: bool) -> dict[str, Tenso
 
     Args:
         problem: causal self-attention with spans.
-        with_marginals: whether the loss looks at the marginals too, or at out alone.
+        with_marginals: whether the loss depends on the marginals too, or on out alone.
 
     Returns:
         out [1, H, R, D], marginals [1, H, R, S], dq [1, H, N, D], dk and dv [1, Hk, N, D]; and the
         scalars slack_dq and slack_dk: the relative error that one rounding of `out` to the inputs'
-        dtype causes in them by way of delta = rowsum(dout * out), as in every flash backward. It
-        grows with length where attention is flat: delta's error meets the mean key, which the exact
-        sums cancel.
+        dtype causes in them through delta = rowsum(dout * out), as in every flash backward. It
+        grows with length where attention is flat: delta's error is multiplied by the mean key,
+        which cancels in the exact sums.
     """
     rows = problem.gate_rows
     group = problem.heads.num_heads // problem.heads.num_kv_heads

@@ -90,7 +90,7 @@ def make_problem(layer: LayerInputs, rows: int | None = None) -> AttentionProble
 
 
 def rows_of_gate(seqlen: int, generator: torch.Generator) -> Tensor:
-    """The queries that are held against float64, int64 [R] ascending."""
+    """The queries that are compared with float64, int64 [R] ascending."""
     if seqlen <= ALL_ROWS_UP_TO:
         return torch.arange(seqlen)
     # the first and last query always: the shortest and the longest sums

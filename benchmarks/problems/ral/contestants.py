@@ -1,10 +1,10 @@
-"""Who takes part: the RAL loss of this package, and what a PyTorch user would do instead.
+"""The contestants: the RAL loss of this package, and what a PyTorch user would do instead.
 
-Every contestant is written as a careful user would write it; none is held back. All get q and k of
-policy and reference and compute both policies on the clock (`ral_again` alone may remember).
-Made before it is what needs no arithmetic and depends on the reference alone: masks, and the copy
-of its q and k that an `AttentionSnapshot` is.
-`prepare` gets the problem and returns `loss(q, k) -> (loss,)`.
+Every contestant is written as a careful user would write it, and none is made slower on purpose.
+All get q and k of policy and reference policy and compute both policies on the clock; only
+`ral_again` may reuse results. Masks, and the copy of the reference policy's q and k in an
+`AttentionSnapshot`, are made before the clock starts. `prepare` gets the problem and returns
+`loss(q, k) -> (loss,)`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def ral(problem: RalProblem, *, backend: str | None = None) -> Loss:
-    """The streaming loss against a snapshot that is compared for the first time."""
+    """The streaming loss, at the first comparison with a snapshot."""
     snapshot = AttentionSnapshot(problem.reference_q, problem.reference_k)
 
     def loss(q: Tensor, k: Tensor) -> tuple[Tensor]:
         # A view of all samples: what a snapshot remembers of a comparison is not passed on to it,
-        # so that the reference's policy is on the clock as it is for everybody else.
+        # so that the reference policy is computed on the clock, as for all contestants.
         return (ral_loss(q, k, snapshot[:], problem.advantages, backend=backend),)
 
     return loss
 
 
 def ral_again(problem: RalProblem) -> Loss:
-    """The same in a later inner step on the same rollouts: the snapshot knows its normalisers."""
+    """The same in a later inner step on the same rollouts: the snapshot has its normalisers."""
     snapshot = AttentionSnapshot(problem.reference_q, problem.reference_k)
 
     def loss(q: Tensor, k: Tensor) -> tuple[Tensor]:
@@ -74,8 +74,8 @@ def _jsd(p: Tensor, r: Tensor) -> Tensor:
 def chunked(problem: RalProblem, *, chunk_rows: int) -> Loss:
     """Rows in chunks against the keys that they see, each recomputed in the backward.
 
-    The query heads of a kv head stand in the rows of one matmul, so that k is not repeated; the
-    mask touches only the square of keys that the chunk's own tokens are; the softmax is float32.
+    The query heads of a kv head are rows of one matmul, so k is not repeated. The mask covers only
+    the square of keys of the chunk's own tokens. The softmax is float32.
     """
     group = problem.heads.num_heads // problem.heads.num_kv_heads
     scale, device = problem.heads.head_dim**-0.5, problem.q.device
@@ -123,9 +123,9 @@ def chunked(problem: RalProblem, *, chunk_rows: int) -> Loss:
 def eager(problem: RalProblem) -> Loss:
     """What public snippets do: `output_attentions` of the layer for both policies, then eq. (1).
 
-    The [H, N, N] maps in the dtype of the model, as transformers returns them, self masked,
-    averaged over heads, renormalised; the JSD of every row; and a completion mask that keeps the
-    response's.
+    The [H, N, N] maps have the dtype of the model, as transformers returns them. The own key is
+    masked, heads are averaged, rows are renormalised. The JSD is computed for every row, and a
+    completion mask keeps the rows of the response.
     """
     group = problem.heads.num_heads // problem.heads.num_kv_heads
     scale, seqlen, num_rows = problem.heads.head_dim**-0.5, problem.seqlen, problem.num_rows
@@ -166,7 +166,7 @@ def eager_bytes(problem: RalProblem, backward: bool) -> int:
 
 
 def wrong(problem: RalProblem) -> Loss:
-    """Deliberately wrong, to show that the gate closes: another divergence."""
+    """Deliberately wrong, to show that the gate works: another divergence."""
     snapshot = AttentionSnapshot(problem.reference_q, problem.reference_k)
 
     def loss(q: Tensor, k: Tensor) -> tuple[Tensor]:

@@ -1,7 +1,7 @@
 """The judge: the RAL loss and its gradients in float64, some rows at a time.
 
-It is plain PyTorch under autograd and shares no code with the package, so that a contestant of the
-package is not held against its own reference.
+It is plain PyTorch under autograd and shares no code with the package. So a contestant of the
+package is not compared with its own reference backend.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def exact_answers(problem: RalProblem, which: Set[str]) -> dict[str, dict[str, T
 def exact(problem: RalProblem) -> dict[str, Tensor]:
     """The loss and the gradients in q and k.
 
-    Policy and reference are a small step apart, so that the loss lives in the difference of nearly
-    equal numbers. PyTorch rounds the scores to the inputs' dtype on their way from the matmul to
-    the softmax, and so the maps that a model returns; and p / m, close to 1, to float32. None of it
-    is a mistake, and the slack is the error that just this causes in otherwise exact arithmetic.
-    Kernels that keep scores in float32 and cancel nothing are far below it.
+    Policy and reference policy are a small step apart, so the loss is a difference of nearly equal
+    numbers. PyTorch rounds the scores to the inputs' dtype between the matmul and the softmax, and
+    so the maps that a model returns. It rounds p / m, which is close to 1, to float32. None of this
+    is a mistake. The slack is the error that this rounding causes in otherwise exact arithmetic.
+    Kernels that keep scores in float32 and avoid cancellation are far below it.
 
     Returns:
         loss (scalar), dq, dk; size_loss = E_t[|A_t| JSD_t], for a loss whose terms nearly cancel;

@@ -2,8 +2,8 @@
 
     L = E_t[A_t JSD(p_t || r_t)]      eq. (2) of arXiv 2602.04884, forward and backward to q and k
 
-p is the policy of q and k, r that of a reference: the same q and k after a small step, as the
-policy is in the second gradient step on the same rollouts.
+p is the policy of q and k, and r the reference policy: the same q and k a small step away, as in
+the second gradient step on the same rollouts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RalProblem(Problem):
 
 
 def make_problem(layer: LayerInputs, rows: int | None = None) -> RalProblem:
-    """The last `rows` queries of a layer, a reference a step away, and fixed advantages.
+    """The last `rows` queries of a layer, a reference policy one step away, and fixed advantages.
 
     The first query of a sequence sees no key but its own and has no policy; it is left out.
     """
@@ -71,7 +71,7 @@ def make_problem(layer: LayerInputs, rows: int | None = None) -> RalProblem:
         return (x.float() + STEP * rms * noise.to(x.device)).to(x.dtype)
 
     def of_its_own(x: Tensor) -> Tensor:
-        """A part of q in memory of its own, token-major as the whole."""
+        """A copy of a part of q, token-major as the whole."""
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
     q, k = layer.q, layer.k

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ral_kernels as rk
+from ral_kernels.ops.attention import attention, flash_attn_varlen_func
 
 from .masks import PATTERNS, Pattern
 
-# Keywords of a model's forward that pass through to its attention and do not change what it
-# computes. Every other keyword with a value is refused: a model that passes one (sinks, a bias)
-# means it to be used.
+# Keywords of a model's forward that reach its attention and do not change what it computes. Every
+# other keyword with a value is refused: a model that passes one (sinks, a bias) needs it.
 HARMLESS_KEYWORDS = {
     # what the outputs are to hold
     "logits_to_keep",
@@ -31,7 +30,7 @@ HARMLESS_KEYWORDS = {
     # of the loss
     "num_items_in_batch",
     "shift_labels",
-    # a request that always holds here
+    # always true here
     "deterministic",
 }
 
@@ -67,27 +66,27 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """`ral_kernels.attention` as transformers' attention modules call it.
 
-    Without a mask the last query stands at the last key, as for flash attention (sdpa aligns the
-    first ones).
+    Without a mask the last query is aligned with the last key, as in flash attention. sdpa aligns
+    the first query with the first key.
 
     Args:
-        module: the attention module; its `is_causal` (default True) counts where neither
+        module: the attention module; its `is_causal` (default True) holds where neither
             `is_causal` nor the mask says otherwise.
         query: [B, H, T, D]. B may be 1 for learned queries shared by the batch.
         key: [B, Hk, N, D], heads not repeated.
         value: [B, Hk, N, Dv].
-        attention_mask: None; what `masks.key_mask` gives; [B, n] with n <= N, bool or integer,
-            nonzero = a real key among the first n; or [B, 1 or H, T, N], bool or additive, and then
-            it alone says which keys a query sees.
+        attention_mask: one of: None; what `masks.key_mask` returns; [B, n] with n <= N, bool or
+            integer, nonzero = a real key among the first n; [B, 1 or H, T, N], bool or additive,
+            which alone says which keys a query sees.
         dropout: must be 0.
         scaling: factor on the scores; default 1/sqrt(D).
-        sliding_window: keys a causal query sees, its own included; queries that are not causal see
-            sliding_window - 1 to either side. A mask of `masks.key_mask` with a window goes first:
-            it means the configuration's.
+        sliding_window: keys that a causal query sees, its own included. Other queries see
+            sliding_window - 1 keys to either side. If a mask of `masks.key_mask` has a window, the
+            configuration's window takes its place.
         softcap: as in `ral_kernels.attention`.
         cu_seq_lens_q: int [number of sequences + 1] with cu_seq_lens_k, max_length_q and
-            max_length_k: packed sequences. Used if attention_mask is None; a dense mask holds them
-            already.
+            max_length_k: packed sequences. Used if attention_mask is None; a dense mask already
+            separates the sequences.
         keywords: see `HARMLESS_KEYWORDS` and `REFUSED_KEYWORDS`.
 
     Returns:
@@ -105,7 +104,7 @@ def attention_forward(
         is_causal = bool(getattr(module, "is_causal", True))
 
     if attention_mask is not None and attention_mask.dim() == 4:
-        result = rk.attention(
+        result = attention(
             query,
             key,
             value,
@@ -135,7 +134,7 @@ def attention_forward(
             is_causal = pattern.is_causal
             if pattern.has_window:
                 sliding_window = _configured_window(module, is_causal, sliding_window)
-    result = rk.attention(
+    result = attention(
         query,
         key,
         value,
@@ -170,8 +169,8 @@ def refuse_unsupported(module: Any, dropout: float, keywords: dict[str, Any]) ->
         if keyword == "output_attentions":
             if value:
                 raise NotImplementedError(
-                    f"ral attention: {_name(module)}: output_attentions=True is not supported, the "
-                    "weights are never stored; use ral_kernels.capture, or "
+                    f"ral attention: {_name(module)}: output_attentions=True is not supported: "
+                    "the weights are never stored; use ral_kernels.capture, or "
                     'attn_implementation="eager"'
                 )
             continue
@@ -227,7 +226,7 @@ def _configured_window(module: Any, is_causal: bool, sliding_window: int | None)
     """`sliding_window` as the caller would pass it for the window that the mask was made for."""
     window = getattr(getattr(module, "config", None), "sliding_window", None)
     if window is not None:
-        # Masks count a window without direction to either side, modules count the query too.
+        # A mask that is not causal counts the keys to either side, a module counts the query too.
         return int(window) if is_causal else int(window) + 1
     if sliding_window is None:
         raise NotImplementedError(
@@ -261,7 +260,7 @@ def _packed(
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     batch_size, _, seqlen_q, _ = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out: Tensor = rk.flash_attn_varlen_func(
+    out: Tensor = flash_attn_varlen_func(
         q,
         k,
         v,

@@ -23,16 +23,16 @@ ROWS = ("writing", "reading")
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Where a model attends with each of T tokens of its response. All tensors are on the CPU.
+    """Where a model attends at each of T tokens of its response. All tensors are on the CPU.
 
     Attributes:
         tokens: the T tokens as text.
         token_ids: int64 [T].
         text: the whole response.
-        grids: of each image float32 [T, rows, columns], the policy of each visual token. Where a
-            model sees a picture twice, in small and in tiles, the small one's is spread over the
-            tiles' finer grid.
-        boxes: of each image the (top, left, bottom, right) of its grid in the picture, as
+        grids: for each image float32 [T, rows, columns], the policy of each visual token. Where a
+            model sees a picture twice, in small and in tiles, the small one's policy is spread over
+            the tiles' finer grid.
+        boxes: for each image the (top, left, bottom, right) of its grid in the picture, as
             fractions; outside [0, 1] where the processor padded.
         image_shares: float32 [T, images], the part of the policy on each image.
         text_shares: float32 [T], the part on text; with the images' it adds up to 1.
@@ -89,23 +89,24 @@ def attention_map(
 ) -> AttentionMap:
     """Where a model attends in each image, for each token that it writes or is given.
 
-    The policy of a layer (eq. (1) of arXiv 2602.04884): attention averaged over heads, without the
-    row's own key, renormalised; of several layers the mean. The model runs under the attention it
-    has. First it generates, then one forward over prompt and response gives the queries and keys of
-    the chosen layers, and only their response rows become maps: nothing of size N x N is made.
+    A map is the policy of a layer (eq. (1) of arXiv 2602.04884): attention averaged over heads,
+    without the row's own key, renormalised. For several layers it is the mean. The model keeps its
+    own attention implementation. First it generates. Then one forward over prompt and response
+    gives the queries and keys of the chosen layers. Only rows of the response become maps, so
+    nothing of size N x N is made.
 
     Args:
-        model: a vision-language model of transformers, of a family that `spans_for` knows. In
-            training mode its dropout acts on the map.
-        processor: its processor. For images torchvision is not needed: see `load_processor`.
+        model: a vision-language model of transformers, of a family that `spans_for` supports. In
+            training mode its dropout changes the map.
+        processor: its processor. Images do not need torchvision: see `load_processor`.
         images: one picture or several, as Pillow images, files or uint8 arrays [H, W, 3]. The
             frames of a video are several images.
-        prompt: the question, asked behind the images through the processor's chat template; or
-            text that has the processor's image token for each image; or messages of a chat.
+        prompt: the question, which the processor's chat template puts after the images; or text
+            with the processor's image token for each image; or messages of a chat.
         response: text to look at instead of generating.
         max_new_tokens: tokens to generate at most.
         layers: decoder layers, negative from the end, or "all"; as in `capture`.
-        rows: "writing" for the query that predicts the token, which stands one place before it; or
+        rows: "writing" for the query that predicts the token, one position before it; or
             "reading" for the token's own query, the row that eq. (1) and `ral_loss` use.
         exclude_self: leave out each row's own key, which is text.
         generate_options: further arguments of `model.generate`; default greedy.
@@ -119,13 +120,13 @@ def attention_map(
         ImportError: transformers is missing or older than supported.
         TypeError, ValueError: an argument of a wrong type or value; a processor without a chat
             template; images that the prompt does not hold.
-        NotImplementedError: a model family that is not known here, or a layer that `capture` cannot
+        NotImplementedError: a model family that is not supported, or a layer that `capture` cannot
             reproduce.
     """
     check_transformers(_OP)
     from .capture import capture  # imports transformers
 
-    capture(model, layers)  # checks the layers, before minutes of generating
+    capture(model, layers)  # checks the layers before minutes of generating
     pictures = _pictures(images)
     if response is not None and not isinstance(response, str):
         raise TypeError(f"{_OP}: response must be None or a str; got {type(response).__name__}")
@@ -152,7 +153,7 @@ def attention_map(
         raise ValueError(f"{_OP}: the response must have at least one token; got none")
     placeholder = inputs["input_ids"][0, found.regions[0].keys[0, 0]].cpu()
     if bool((written == placeholder).any()):
-        # In the forward over prompt and response it would ask for a picture that is not there.
+        # In the forward over prompt and response it would need a picture that is not there.
         raise ValueError(
             f"{_OP}: the response must not hold the placeholder of images; token "
             f"{int((written == placeholder).nonzero()[0])} is one (generate_options="
@@ -251,7 +252,7 @@ def _generate(
 
 
 class _Progress:
-    """A streamer that counts: `generate` hands over the prompt first, then each token."""
+    """A streamer that counts: `generate` passes the prompt first, then each token."""
 
     def __init__(self, on_token: Callable[[], None]) -> None:
         self.on_token = on_token
@@ -278,15 +279,15 @@ def _policy(
     from .capture import capture  # imports transformers
 
     prompt = inputs["input_ids"]
-    # The query that writes the last token stands at the token before it.
-    behind = written[:-1] if rows == "writing" else written
+    # The query that writes the last token is at the token before it.
+    appended = written[:-1] if rows == "writing" else written
     start = prompt.shape[1] - (1 if rows == "writing" else 0)
     batch: dict[str, Any] = dict(inputs)
     for name, value in inputs.items():
         if value.shape != prompt.shape:
             continue  # pixels and sizes
         fill = 1 if name == "attention_mask" else 0  # token types: text
-        added = behind if name == "input_ids" else torch.full_like(behind, fill)
+        added = appended if name == "input_ids" else torch.full_like(appended, fill)
         batch[name] = torch.cat([value, added[None].to(value)], dim=1)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         batch["logits_to_keep"] = 1
@@ -297,7 +298,7 @@ def _policy(
 
 
 def _grids(found: VisionSpans, policy: Tensor, images: int) -> dict[str, Any]:
-    """The parts of an AttentionMap from a policy [T, N]; keys behind the prompt are text."""
+    """The parts of an AttentionMap from a policy [T, N]; keys after the prompt are text."""
     ids = found.spans.ids.flatten().cpu()
     shares = torch.stack(
         [policy[:, : len(ids)][:, ids == item].sum(-1) for item in range(images)], dim=-1
@@ -323,9 +324,9 @@ def _grid(policy: Tensor, regions: Sequence[VisionRegion]) -> Tensor:
 
 
 def _spread(coarse: int, fine: int) -> Tensor:
-    """[fine, coarse]: which part of each of `coarse` equal parts of a side lies in each fine one.
+    """[fine, coarse]: the fraction of each of `coarse` equal parts of a side in each fine part.
 
-    Columns add up to 1: what is spread keeps its sum.
+    Columns add up to 1, so spreading keeps sums.
     """
     # In units of 1 / (coarse * fine) of the side, so that all is exact.
     starts, firsts = torch.arange(coarse)[None] * fine, torch.arange(fine)[:, None] * coarse

@@ -1,4 +1,4 @@
-"""`capture`: q and k of chosen decoder layers, under any attention, and policies from them."""
+"""`capture`: q and k of chosen decoder layers, under any attention, and their policies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-import ral_kernels as rk
 from ral_kernels.runtime import checks
+from ral_kernels.snapshot import AttentionSnapshot
+from ral_kernels.spans import Spans
 
 from .captured import CapturedLayer
 from .decoder import find_layers
@@ -20,7 +21,7 @@ _OP = "capture"
 class CapturedForward:
     """The captured layers of one forward or one generation.
 
-    The methods of `CapturedLayer`, with the layer to name where more than one was captured.
+    It has the methods of `CapturedLayer`. Where several layers were captured, `layer` names one.
     """
 
     def __init__(self, layers: dict[int, CapturedLayer], num_layers: int) -> None:
@@ -64,13 +65,13 @@ class CapturedForward:
         """See `CapturedLayer.marginals`."""
         return self.layer(layer).marginals(**options)
 
-    def snapshot(self, layer: int | None = None, **options: Any) -> rk.AttentionSnapshot:
+    def snapshot(self, layer: int | None = None, **options: Any) -> AttentionSnapshot:
         """See `CapturedLayer.snapshot`."""
         return self.layer(layer).snapshot(**options)
 
     def divergence(
         self,
-        reference: Tensor | rk.AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot,
         kind: str = "jsd",
         *,
         layer: int | None = None,
@@ -81,7 +82,7 @@ class CapturedForward:
 
     def ral_loss(
         self,
-        reference: Tensor | rk.AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,
@@ -93,36 +94,38 @@ class CapturedForward:
 
 
 class Capture(CapturedForward):
-    """Capture q and k of decoder layers while the model runs, whatever attention it runs.
+    """Capture q and k of decoder layers while the model runs, under any attention.
 
         with rk.capture(model, layers=-1) as captured:
             logits = model(**inputs).logits
         loss = ... + coefficient * captured.ral_loss(reference, advantages, mask, rows=rows)
 
-    q and k are those after RoPE that the layer's attention was called with, and part of the graph.
-    The model's attention runs as ever (sdpa, eager, flash attention, flex attention, "ral"), also
-    compiled, under autocast, LoRA, DDP and FSDP. A captured layer is exempt from gradient
-    checkpointing while the capture is open, since a checkpoint would cut q and k out of the graph.
-    Under FSDP2 the loss must also touch the model's output (parameters are gathered from there).
+    q and k are those after RoPE, as the layer's attention gets them, and part of the graph. The
+    model's attention itself does not change: sdpa, eager, flash attention, flex attention or "ral".
+    Capture works with torch.compile, autocast, LoRA, DDP and FSDP. While it is open, a captured
+    layer is exempt from gradient checkpointing, because a checkpoint would cut q and k out of the
+    graph. Under FSDP2 the loss must also depend on the model's output, whose backward gathers the
+    parameters.
 
     The methods (`policy`, `marginals`, `snapshot`, `ral_loss`, `divergence`, `q`, `k`, `options`)
-    are about the last forward; `forwards`, `captured[i]` and `len(captured)` about all since the
-    capture was opened. They work inside the `with` and after it; q and k live as long as the
-    capture does, or until `clear()` or the next `with`.
+    refer to the last forward. `forwards`, `captured[i]` and `len(captured)` refer to all forwards
+    since the capture was opened. They work inside the `with` and after it. q and k live as long as
+    the capture, or until `clear()` or the next `with`.
 
     A `generate()` counts as one forward with a row for each generated token: the query that
-    produced it, which stands at the token before. It keeps one cache, not one a step. Greedy search
-    and sampling with a dynamic cache; others are refused when the keys are asked for.
+    produced it, at the position of the token before. It keeps one cache, not one for each step.
+    Greedy search and sampling with a dynamic cache are supported. Other generations raise when a
+    method needs their keys.
 
-    At the end of the `with`, and if it raises, the model is as it was. Captures may be nested, with
-    each other and with `steer`.
+    At the end of the `with`, also after an exception, the model is as it was. Captures may be
+    nested, with each other and with `steer`.
 
     Args:
         model: a transformers model, or a module that holds one (DDP, FSDP, peft, torch.compile).
         layers: numbers of text decoder layers, negative from the end: an int, a sequence, or "all".
-        rows: which rows the methods are about by default: a slice or (start, stop) out of a
-            forward's queries. None: all of a forward, and of a generation those that produced its
-            tokens (rows of the prompt are then dropped). "all": those of the prompt, too.
+        rows: the rows that the methods use by default: a slice or (start, stop) out of a
+            forward's queries. None: all rows of a forward, and of a generation those that produced
+            its tokens; rows of the prompt are then dropped. "all" also keeps those of the prompt.
         spans, scope: defaults for the methods.
         detach: keep q and k without their graph.
 
@@ -137,15 +140,15 @@ class Capture(CapturedForward):
         layers: int | list[int] | tuple[int, ...] | str = -1,
         *,
         rows: slice | tuple[int, int] | str | None = None,
-        spans: rk.Spans | None = None,
-        scope: Tensor | rk.Spans | None = None,
+        spans: Spans | None = None,
+        scope: Tensor | Spans | None = None,
         detach: bool = False,
     ) -> None:
         if isinstance(rows, str) and rows != "all":
             raise ValueError(
                 f"{_OP}: rows must be None, a slice, (start, stop) or 'all'; got {rows!r}"
             )
-        if spans is not None and not isinstance(spans, rk.Spans):
+        if spans is not None and not isinstance(spans, Spans):
             raise TypeError(f"{_OP}: spans must be None or Spans; got {type(spans).__name__}")
         checks.check_flag(_OP, "detach", detach)
         self._found = find_layers(_OP, model, layers)
@@ -206,7 +209,7 @@ class Capture(CapturedForward):
         return len(self.forwards)
 
     def __bool__(self) -> bool:
-        return True  # an empty capture is no false one
+        return True  # also when it is empty
 
     def __getitem__(self, index: int) -> CapturedForward:
         return self.forwards[index]
@@ -216,8 +219,8 @@ class Capture(CapturedForward):
         forwards = self.forwards
         if not forwards:
             raise RuntimeError(
-                f"{_OP}: a forward must run inside the `with` before it can be asked about; none "
-                "went through the attention of the captured layers"
+                f"{_OP}: a forward must run inside the `with` first; none reached the attention of "
+                "the captured layers"
             )
         return forwards[-1].layer(index)
 

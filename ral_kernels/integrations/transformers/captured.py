@@ -1,4 +1,4 @@
-"""What a capture holds of one layer, and policies from it."""
+"""q and k that a capture took from one layer, and policies computed from them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ral_kernels as rk
+from ral_kernels.ops.attention import attention
+from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
 from ral_kernels.runtime import checks
+from ral_kernels.snapshot import AttentionSnapshot
+from ral_kernels.spans import Spans
 
 from .tap import Call
 from .visibility import Visibility, allowed, read_dense_mask, read_simple_mask
@@ -17,14 +20,14 @@ _OP = "capture"
 
 
 class CapturedLayer:
-    """q and k of one layer in one forward or one generation, as its attention was called.
+    """q and k of one layer in one forward or one generation, as its attention got them.
 
-    The policy ops are called with what the layer attends with: its scale, window, soft cap,
-    causality and the padding of this call's keys. Gradients flow into q and k, and so into the
-    model, unless the forward ran without.
+    The methods pass the layer's scale, window, soft cap, causality and key padding to the policy
+    ops. Gradients flow into q and k and from there into the model, unless the forward ran without
+    gradients.
 
-    Of a generation there is one row a generated token: the query that produced it, which stands at
-    the last token before it. Rows of the prompt are in front if the capture was to keep them.
+    A generation has one row for each generated token: the query that produced it, at the position
+    of the token before. Rows of the prompt come first, if the capture keeps them.
 
     Attributes:
         index: the layer's number.
@@ -46,7 +49,7 @@ class CapturedLayer:
 
     @property
     def q(self) -> Tensor:
-        """[B, H, T, D] queries after RoPE; query t stands at key N - T + t."""
+        """[B, H, T, D] queries after RoPE; query t is at the position of key N - T + t."""
         return self._join()[0]
 
     @property
@@ -58,15 +61,15 @@ class CapturedLayer:
         """Keyword arguments of the policy ops under which q and k give this layer's attention.
 
         Args:
-            rows: the queries that they are for; default all. A mask that is not causal (images that
-                attend both ways) is fine as long as the chosen rows do not notice.
+            rows: the queries that they are for; default all. The mask may be non-causal elsewhere
+                (images that attend both ways), if the chosen rows see what a causal mask shows.
 
         Returns:
             is_causal, scale, window, softcap and key_padding_mask (bool [B, N] or None), as
             `attention_policy`, `ral_loss` and `attention_divergence` take them.
 
         Raises:
-            NotImplementedError: these rows attend in a way that the ops do not know.
+            NotImplementedError: the ops do not support how these rows attend.
         """
         seen = self._visibility(*checks.resolve_rows(_OP, rows, self.q.shape[2]))
         first = self._calls[0]
@@ -82,21 +85,21 @@ class CapturedLayer:
         self,
         *,
         rows: slice | tuple[int, int] | None = None,
-        spans: rk.Spans | None = None,
-        scope: Tensor | rk.Spans | None = None,
+        spans: Spans | None = None,
+        scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: str | None = None,
     ) -> Tensor:
         """The layer's attention policy: `attention_policy` of its q and k.
 
-        Equal to the head mean of eager's `output_attentions`, its own key left out, renormalised.
-        (A row of padding, where eager attends uniformly, is 0.)
+        It equals the mean over heads of eager's `output_attentions`, without each row's own key,
+        renormalised. A row of padding is 0; eager attends uniformly there.
 
         Args:
             rows: out of the T rows of `q`; default the capture's.
             spans: over spans instead of keys; default the capture's. Spans of fewer keys than N are
-                extended: the keys behind them, such as generated ones, belong to none.
+                extended: later keys, such as generated ones, belong to no span.
             scope: as in `attention_policy`; default the capture's. A bool tensor over fewer keys is
                 extended with False.
             exclude_self, backend: as in `attention_policy`.
@@ -106,19 +109,19 @@ class CapturedLayer:
         Returns:
             float32 [B, T, N], or [B, T, S] over spans; differentiable.
         """
-        return rk.attention_policy(
+        return attention_policy(
             self.q, self.k, exclude_self=exclude_self, backend=backend,
             **self._arguments(rows, spans, scope, steered),
         )  # fmt: skip
 
     def divergence(
         self,
-        reference: Tensor | rk.AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot,
         kind: str = "jsd",
         *,
         rows: slice | tuple[int, int] | None = None,
-        spans: rk.Spans | None = None,
-        scope: Tensor | rk.Spans | None = None,
+        spans: Spans | None = None,
+        scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: str | None = None,
@@ -127,22 +130,22 @@ class CapturedLayer:
 
         The other arguments are those of `policy`.
         """
-        return rk.attention_divergence(
+        return attention_divergence(
             self.q, self.k, reference, kind, exclude_self=exclude_self, backend=backend,
             **self._arguments(rows, spans, scope, steered),
         )  # fmt: skip
 
     def ral_loss(
         self,
-        reference: Tensor | rk.AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,
         kind: str = "jsd",
         reduction: str = "token_mean",
         rows: slice | tuple[int, int] | None = None,
-        spans: rk.Spans | None = None,
-        scope: Tensor | rk.Spans | None = None,
+        spans: Spans | None = None,
+        scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: str | None = None,
@@ -152,7 +155,7 @@ class CapturedLayer:
         The other arguments are those of `policy`. Under FSDP2 add it to a loss that touches the
         model's output: parameters are gathered for the backward from there.
         """
-        return rk.ral_loss(
+        return ral_loss(
             self.q, self.k, reference, advantages, mask, kind=kind, reduction=reduction,
             exclude_self=exclude_self, backend=backend,
             **self._arguments(rows, spans, scope, steered),
@@ -164,8 +167,8 @@ class CapturedLayer:
         rows: slice | tuple[int, int] | None = None,
         steered: bool = True,
         **options: Any,
-    ) -> rk.AttentionSnapshot:
-        """A reference of the layer's policy at this moment: `AttentionSnapshot` of its q and k.
+    ) -> AttentionSnapshot:
+        """The layer's policy now, as a reference policy: `AttentionSnapshot` of its q and k.
 
         Args:
             rows: out of the T rows of `q`; default the capture's.
@@ -176,20 +179,20 @@ class CapturedLayer:
         arguments = self._arguments(rows, None, None, steered, any_spans=True)
         for name in ("spans", "scope", "key_padding_mask"):  # the comparing call's
             del arguments[name]
-        return rk.AttentionSnapshot(self.q, self.k, **arguments, **options)
+        return AttentionSnapshot(self.q, self.k, **arguments, **options)
 
     def marginals(
         self,
         *,
         rows: slice | tuple[int, int] | None = None,
-        spans: rk.Spans | None = None,
+        spans: Spans | None = None,
         head_reduction: str | None = None,
         steered: bool = True,
         backend: str | None = None,
     ) -> Tensor:
-        """How much of each head's attention goes to each span: the marginals of `attention`.
+        """The attention of each head on each span: the marginals of `attention`.
 
-        Unlike a policy they count the row's own key and are not renormalised.
+        Unlike a policy they include the row's own key and are not renormalised.
 
         Args:
             rows, spans, steered: as in `policy`; there must be spans.
@@ -205,7 +208,7 @@ class CapturedLayer:
         q, k = self.q, self.k
         start, stop = checks.resolve_rows(_OP, arguments["rows"], q.shape[2])
         if arguments["is_causal"]:
-            # Rows before `start` need no attention, and no row sees a key behind the last one.
+            # Rows before `start` need no attention, and no row sees a key after the last one.
             keys = k.shape[2] - q.shape[2] + stop
             q, k = q[:, :, start:stop], k[:, :, :keys]
             cut = arguments["spans"].ids[..., :keys].contiguous()
@@ -213,8 +216,8 @@ class CapturedLayer:
             if arguments["key_padding_mask"] is not None:
                 arguments["key_padding_mask"] = arguments["key_padding_mask"][:, :keys]
             arguments["rows"] = None
-        values = k[..., :1].detach()  # their mixture is not used: as narrow as can be
-        marginals = rk.attention(
+        values = k[..., :1].detach()  # `out` is not used, so values are one column
+        marginals = attention(
             q, k, values, head_reduction=head_reduction, backend=backend, **arguments
         ).marginals
         assert marginals is not None
@@ -224,7 +227,7 @@ class CapturedLayer:
 
     def _join(self) -> tuple[Tensor, Tensor]:
         if self._joined is None:
-            # Kept for later questions, which may be about gradients even if the first was not.
+            # With gradients, because the result is kept and a later call may need them.
             with torch.enable_grad():
                 self._joined = self._join_calls()
         return self._joined
@@ -245,7 +248,7 @@ class CapturedLayer:
         return q, k
 
     def _first_keys(self) -> tuple[int, Visibility | None]:
-        """How many keys the first call has, and what its mask says if that is simple."""
+        """The number of keys of the first call, and what its mask says if it is not dense."""
         first = self._calls[0]
         seqlen_k = first.k.shape[2]
         simple = read_simple_mask(
@@ -271,7 +274,7 @@ class CapturedLayer:
         first, *steps = self._calls
         num_keys, seen = self._first_keys()
         if seen is None:
-            # The rows as queries of the first call; those of steps lie behind its last.
+            # The rows as queries of the first call; those of steps come after its last.
             shift = first.seqlen_q - (self.q.shape[2] - len(steps))
             seen = read_dense_mask(
                 _OP,
@@ -312,9 +315,9 @@ class CapturedLayer:
         wanted = seen.rows(total - 1, total, total, total, device)[..., total - kept :]
         if not bool((got == wanted).all()):
             raise NotImplementedError(
-                f"{_OP}: tokens of a generation must see the prompt but for its padding, what was "
-                "generated before them, and no more than the layer's window; the mask of the last "
-                "step says something else"
+                f"{_OP}: tokens of a generation must see the prompt without its padding, and what "
+                "was generated before them, within the layer's window; the mask of the last step "
+                "differs"
             )
 
     def _refuse(self) -> None:
@@ -323,7 +326,7 @@ class CapturedLayer:
             if call.refused is not None:
                 raise NotImplementedError(
                     f"{_OP}: a policy must be the softmax of q kᵀ over keys; layer {self.index} "
-                    f"was given {call.refused!r}, with which its attention may be something else"
+                    f"was given {call.refused!r}, which may change its attention"
                 )
             if call.steering is not first.steering:
                 raise NotImplementedError(
@@ -338,8 +341,8 @@ class CapturedLayer:
             and bool((positions[:, 1:] - positions[:, :-1] != 1).any())
         ):
             raise NotImplementedError(
-                f"{_OP}: sequences must not be packed; the positions of this call start again, at "
-                "which flash attention separates sequences"
+                f"{_OP}: packed sequences are not supported; the positions of this call restart, "
+                "and flash attention separates sequences there"
             )
 
     def _arguments(
@@ -358,8 +361,8 @@ class CapturedLayer:
             own = self._extend(steering.spans)
             if not any_spans and spans != own:
                 raise NotImplementedError(
-                    f"{_OP}: layer {self.index} was steered, and the policy under its bias exists "
-                    "over the spans of that steer alone; pass those as spans, or steered=False"
+                    f"{_OP}: spans must be those of the steer that layer {self.index} ran under, "
+                    "or steered must be False; got other spans"
                 )
             bias = steering.bias
             arguments["span_bias"] = bias if bias.shape[2] == 1 else bias[:, :, start:stop]
@@ -368,7 +371,7 @@ class CapturedLayer:
     def _extend(self, keys: Any) -> Any:
         """Spans or a scope over the first keys, extended to all."""
         seqlen_k = self.k.shape[2]
-        if isinstance(keys, rk.Spans):
+        if isinstance(keys, Spans):
             return keys if keys.seqlen_k >= seqlen_k else keys.extend_to(seqlen_k)
         if isinstance(keys, Tensor) and keys.dim() > 0 and keys.shape[-1] < seqlen_k:
             return torch.nn.functional.pad(keys, (0, seqlen_k - keys.shape[-1]), value=False)

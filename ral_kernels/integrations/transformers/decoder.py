@@ -1,4 +1,4 @@
-"""Finding the decoder layers of a model, through whatever it is wrapped in."""
+"""Find the decoder layers of a model, through any wrappers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ral_kernels.runtime import checks
 
-# An attention module that looks at the name of its own implementation takes another path under
-# another name; `get_interface(self.config._attn_implementation, ...)` and `!= "eager"` do not.
+# An attention module that compares the name of its implementation takes another path under another
+# name. `get_interface(self.config._attn_implementation, ...)` and `!= "eager"` do not.
 _READS_ITS_NAME = re.compile(
     r"_attn_implementation\s*(==|in\b|not\s+in\b)|is_flash_attention_requested\("
 )
@@ -149,12 +149,12 @@ def _check_attention(op: str, attention: nn.Module) -> None:
     reader = _class_that_reads_its_name(cls)
     if reader is not None:
         raise NotImplementedError(
-            f"{op}: model must choose its attention through transformers' attention interface "
-            f"alone; {reader} looks at the name of its implementation"
+            f"{op}: model must choose its attention only through transformers' attention "
+            f"interface; {reader} compares the name of its implementation"
         )
 
 
-@functools.cache  # a trainer makes captures at every step, and sources take 30 ms to find
+@functools.cache  # a trainer opens captures at every step, and finding a source takes 30 ms
 def _class_that_reads_its_name(attention: type) -> str | None:
     for cls in attention.__mro__:
         if cls is nn.Module:

@@ -1,7 +1,7 @@
 """How each model family writes pictures into a prompt: its placeholders, token by token.
 
-A reader turns what a processor returned into items, an image or a video each, in the order of their
-placeholders; `spans.py` finds the placeholders and places the items.
+A reader turns the output of a processor into items, each an image or a video, in the order of their
+placeholders. `spans.py` finds the placeholders and places the items.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.spans import _grids
+from ral_kernels.spans import merged_grids
 
 NAME = "spans_for"
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -37,8 +37,9 @@ class View:
 class Item:
     """An image or a video: its number of placeholders, and where among them its grids are.
 
-    An image may be seen twice, in small and in tiles: the views then are (overview, detail).
-    unknown: what is missing to know the detail, None when it is known or there is none.
+    A model may see an image twice, in small and in tiles: then the views are (overview, detail).
+    unknown: the pieces of unknown arrangement, such as "12 tiles"; None if the detail is known or
+    there is none.
     """
 
     kind: str
@@ -53,7 +54,7 @@ Reader = Callable[["Source", Mapping[str, Any], "Sequence[Size] | None"], Items]
 
 @dataclass(frozen=True)
 class Source:
-    """A processor or a configuration, with one way to ask both."""
+    """A processor or a configuration, with one way to read values of both."""
 
     family: str
     processor: Any = None
@@ -90,7 +91,7 @@ def source_of(source: Any) -> Source:
 
     Raises:
         TypeError: it is none of these.
-        NotImplementedError: its family is not known here.
+        NotImplementedError: its family is not supported.
     """
     known = ", ".join(sorted(_MODEL_TYPES))
     for cls in type(source).__mro__:
@@ -109,14 +110,13 @@ def source_of(source: Any) -> Source:
         return Source(_MODEL_TYPES[model_type], config=config)
     if model_type:
         raise NotImplementedError(
-            f"{NAME}: how model type {model_type!r} writes pictures into its prompt is not known "
-            f"here, known are {known}; with the grid (t, h, w) of each picture, "
-            "Spans.from_vision_grid makes the spans of any model"
+            f"{NAME}: model type {model_type!r} is not supported; supported are {known}. With the "
+            "grid (t, h, w) of each picture, Spans.from_vision_grid makes the spans of any model"
         )
     if hasattr(source, "tokenizer") or hasattr(source, "image_processor"):
         raise NotImplementedError(
-            f"{NAME}: processor {type(source).__name__!r} is not known here, known are "
-            f"{', '.join(sorted(_PROCESSORS))}; with the grid (t, h, w) of each picture, "
+            f"{NAME}: processor {type(source).__name__!r} is not supported; supported are "
+            f"{', '.join(sorted(_PROCESSORS))}. With the grid (t, h, w) of each picture, "
             "Spans.from_vision_grid makes the spans of any model"
         )
     raise TypeError(
@@ -131,7 +131,7 @@ def read_items(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] 
 
 
 def _qwen(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
-    """Qwen2-VL to Qwen3-VL: a grid (t, h, w) an item; Qwen3-VL's timestamps part only its runs."""
+    """Qwen2-VL to Qwen3-VL: a grid (t, h, w) an item. Qwen3-VL's timestamps only split its runs."""
     merge = source.read("image_processor.merge_size", "vision_config.spatial_merge_size")
     found: Items = {}
     for kind in ("image", "video"):
@@ -142,7 +142,7 @@ def _qwen(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | Non
                 f"{NAME}: inputs must have {kind}_grid_thw, because input_ids holds {kind} tokens; "
                 f"got {', '.join(inputs)}"
             )
-        grids = [] if grid is None else _grids(NAME, grid, merge)
+        grids = [] if grid is None else merged_grids(NAME, grid, merge)
         found[token_id] = [
             Item(kind, math.prod(shape), (View(torch.arange(math.prod(shape)).view(shape)),))
             for shape in grids
@@ -151,12 +151,12 @@ def _qwen(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | Non
 
 
 def _gemma3(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
-    """Gemma 3: as many tokens for every picture, and for every crop of pan and scan.
+    """Gemma 3: the same number of tokens for every picture and every crop of pan and scan.
 
-    The processor keeps the number of crops of its image processor to itself: unless `num_crops` is
-    put into inputs, a crop is an image of its own.
+    The processor does not return the number of crops of its image processor. Unless `num_crops` is
+    put into inputs, a crop counts as an image.
     """
-    # processor.image_token_id is the token that opens a picture, not the one that stands for it.
+    # processor.image_token_id is the token that opens a picture, not its placeholder.
     token_id = source.read("tokenizer.image_token_id", "image_token_id")
     length = source.read("image_seq_length", "mm_tokens_per_image")
     side = _side(length)
@@ -192,8 +192,8 @@ def _gemma3(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | N
 def _internvl(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
     """InternVL: tiles of a picture row by row, then its thumbnail; a video frame is a picture.
 
-    The prompt gives the number of tiles. How many of them stand beside each other follows from the
-    shape of the picture, as in transformers' `get_optimal_tiled_canvas`.
+    The prompt gives the number of tiles. Their rows and columns follow from the shape of the
+    picture, as in transformers' `get_optimal_tiled_canvas`.
     """
     token_id = source.read("image_token_id", "image_token_id")
     length = source.read("image_seq_length", "image_seq_length")
@@ -224,8 +224,8 @@ def _llava_onevision(
 ) -> Items:
     """LLaVA-OneVision: the whole picture, then its tiles without padding, a newline token a row.
 
-    A picture among several of a sample is there only as a whole, padded to a square; a video is
-    pooled frames, a quarter of the tokens. One newline ends either.
+    Where a sample has several pictures, each is there only as a whole, padded to a square. A video
+    is pooled frames, with a quarter of the tokens. One newline token ends either.
     """
     token_id = source.read("image_token_id", "image_token_id")
     video_id = source.read("video_token_id", "video_token_id")
@@ -246,7 +246,7 @@ def _llava_onevision(
             f"{', '.join(inputs)}"
         )
     originals = [] if originals is None else torch.as_tensor(originals).tolist()
-    each = inputs.get("batch_num_images")  # without it the model takes every picture as alone
+    each = inputs.get("batch_num_images")  # without it the model treats every picture as alone
     each = [1] * len(originals) if each is None else torch.as_tensor(each).tolist()
     alone = [count == 1 for count in each for _ in range(count)]
     if len(alone) != len(originals):
@@ -268,8 +268,8 @@ def _llava_onevision(
         found[token_id].append(Item("image", side * side + rows * (columns + 1), views))
 
     pooled = math.ceil(side / 2)
-    # A newline ends each video, so that runs of different videos that touch can be told apart only
-    # by the number of frames, which the pixels tell.
+    # A newline ends each video. Where runs of different videos touch, only the number of frames
+    # separates them, and the pixels have that number.
     pixels = inputs.get("pixel_values_videos")
     for _, count in _runs(inputs["input_ids"], video_id):
         frames = (count - 1) // pooled**2 if pixels is None else pixels.shape[1]
@@ -353,7 +353,7 @@ def _side(length: int) -> int:
 
 
 def _missing(count: int, what: str) -> str:
-    return f"how its {count} {what} stand beside each other needs image_sizes"
+    return f"{count} {what}"
 
 
 def _check_sizes(sizes: Sequence[Size] | None, count: int) -> None:

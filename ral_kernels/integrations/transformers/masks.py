@@ -1,20 +1,20 @@
 """The mask function of attn_implementation="ral": key padding and a pattern, not a dense mask.
 
-A decoder's mask is in the ordinary cases a pattern (causal, a window) and a padding of the keys.
-Both are arguments of `ral_kernels.attention`, so [B, 1, T, N] bools, 256 MiB a sample at 16k
-tokens, need not be written. What the mask function hands to the attention function is one of
+A decoder's mask is usually a pattern (causal, a window) and a padding of the keys. Both are
+arguments of `ral_kernels.attention`. So no [B, 1, T, N] bools are written, which take 256 MiB a
+sample at 16k tokens. The mask function returns one of these:
 
-- None: no padding, no window, and whether it is causal the attention module says (as for sdpa);
-- a tensor [B, n] of a dtype in `KEY_MASK_DTYPES`: nonzero = a real key; the dtype is the pattern.
-  If n < N, the attention function leaves out the keys from n on (the unwritten tail of a static
-  cache); if n > N, the keys are the last N of the n (a cache that keeps a window);
-- a bool tensor [B, 1, T, N]: every other pattern (image tokens that attend both ways, packed
-  sequences, chunks, a user's own functions), from transformers' `sdpa_mask`, and it is the whole
-  truth.
+- None: no padding, no window; the attention module says whether it is causal, as for sdpa.
+- A tensor [B, n] of a dtype in `KEY_MASK_DTYPES`: nonzero = a real key; the dtype is the pattern.
+  If n < N, the attention function leaves out the keys from n on, the unwritten tail of a static
+  cache. If n > N, the keys are the last N of the n, as of a cache that keeps a window.
+- A bool tensor [B, 1, T, N] from transformers' `sdpa_mask`, for every other pattern: image tokens
+  that attend both ways, packed sequences, chunks, a user's own functions. It alone says which keys
+  a query sees.
 
-Why a dtype: on its way a mask is stored in dictionaries, moved between devices, checkpointed,
-passed through `generate` and traced by `torch.compile`. Attributes and subclasses get lost on one
-or the other of these; a dtype survives them all.
+Why a dtype: a mask is stored in dictionaries, moved between devices, checkpointed, passed through
+`generate` and traced by `torch.compile`. Attributes and subclasses do not survive all of these; a
+dtype does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ral_kernels.runtime.checks import has_values
 
 
 class Pattern(NamedTuple):
-    """Which keys a query sees by position: up to its own or all, within the window or all."""
+    """Which keys a query sees by position: up to its own or all; within a window or all."""
 
     is_causal: bool
     has_window: bool
@@ -43,7 +43,7 @@ KEY_MASK_DTYPES = {
 }
 PATTERNS = {dtype: pattern for pattern, dtype in KEY_MASK_DTYPES.items()}
 
-# Gemma 4 with layers that share keys cuts the last rows out of the mask for them: it needs rows.
+# Layers of Gemma 4 that share keys take the last rows of the mask, so it must have rows.
 CUT_BY_ROWS = {"gemma4_text", "gemma4_unified_text"}
 
 
@@ -76,9 +76,9 @@ def key_mask(
         mask_function: (batch, head, query, key indices) -> bool, the whole pattern.
         attention_mask: bool [B, tokens so far], True = a real token; shorter than the keys for a
             static cache.
-        allow_is_causal_skip: transformers' word that the pattern is the plain causal one (windowed
-            or chunked with local_size) and that the mask need not exist as a tensor;
-            allow_is_bidirectional_skip likewise for both directions.
+        allow_is_causal_skip: transformers sets it where the pattern is the plain causal one
+            (windowed or chunked with local_size) and needs no tensor;
+            allow_is_bidirectional_skip is the same for attention both ways.
         local_size: the window, or the size of a chunk.
         config: of the text model.
         options: dtype and use_vmap, for `sdpa_mask`.
@@ -124,23 +124,23 @@ def key_mask(
         if has_window and _may_be_chunk(config, local_size):
             return dense()
         if allow_is_causal_skip and kv_length <= local_size:
-            has_window = False  # a cache that keeps no more than the window, at every token
+            has_window = False  # the cache holds at most the window
     pattern = Pattern(allow_is_causal_skip, has_window)
 
-    # The op puts the last query at the last key. A key behind the last query is seen by none if the
-    # pattern is causal (the unwritten tail of a static cache is such): it is left out.
+    # The op aligns the last query with the last key. If the pattern is causal, no query sees the
+    # keys after the last query, such as the unwritten tail of a static cache: they are left out.
     stop = kv_offset + kv_length
     if pattern != Pattern(is_causal=False, has_window=False):
         if isinstance(q_offset, Tensor):
             if not has_values(q_offset):
-                return dense()  # a graph should not read how full a static cache is: it would wait
+                return dense()  # a graph that reads how full a static cache is waits for the device
             q_offset = int(q_offset)
         q_stop = q_offset + q_length
         if q_stop > stop or (q_stop < stop and (kv_offset > 0 or not pattern.is_causal)):
             return dense()
         stop = q_stop
-    # From key 0, although the keys may start at kv_offset: `generate` lets models make a mask of
-    # the mask that it made for a static cache.
+    # From key 0, although keys may start at kv_offset: in `generate` a model makes a mask from the
+    # mask of a static cache.
     keys = None
     if attention_mask is not None:
         keys = F.pad(attention_mask[:, :stop], (0, max(0, stop - attention_mask.shape[1])))

@@ -14,10 +14,10 @@ _PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor"
 
 
 def load_processor(model: str | Path, **options: Any) -> Any:
-    """A model's processor, for images alone where its video processor cannot be had.
+    """A model's processor; without torchvision, one for images only.
 
-    transformers' video processors need torchvision, and their absence takes the whole processor
-    along, even for images. Frames of a video can be given as several images.
+    transformers' video processors need torchvision. Without it the whole processor fails to load,
+    even for images. Frames of a video can be given as several images.
 
     Args:
         model: a folder, or a name on the Hub.
@@ -71,13 +71,13 @@ def images_only(
 
         @classmethod
         def get_attributes(cls) -> list[str]:
-            """The parts: of a made one, those that are there, so that it can be saved and shown."""
+            """The parts that exist, so that a made processor can be saved and shown."""
             parts: list[str] = super().get_attributes()
             return [part for part in parts if not (cls.made and part == "video_processor")]
 
         def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
             written = super().save_pretrained(save_directory, **options)
-            # Where there is torchvision, the video processor is made of this file.
+            # With torchvision, the video processor is made from this file.
             self.image_processor.save_pretrained(save_directory)
             return written
 
@@ -95,10 +95,10 @@ def images_only(
 
 
 def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
-    """Each token as text that a person can read, with its spaces and line breaks.
+    """Each token as readable text, with its spaces and line breaks.
 
-    A character that a byte-level tokenizer splits over n tokens is given to each of them, as "é
-    1/2" and "é 2/2"; bytes that make no character as "<0xC3>".
+    A character that a byte-level tokenizer splits over n tokens appears at each of them, as "é 1/2"
+    and "é 2/2". Bytes that form no character appear as "<0xC3>".
 
     Args:
         tokenizer: of transformers.
@@ -139,7 +139,7 @@ def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
 
 
 def _with_space(tokenizer: Any, token_id: int, text: str) -> str:
-    """The text of one token, with the space that SentencePiece's decoder drops at a beginning."""
+    """The text of one token, with the leading space that SentencePiece's decoder drops."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     return (
         f" {text}" if isinstance(piece, str) and piece.startswith("▁") and text[:1] != " " else text
@@ -156,7 +156,7 @@ def _bytes_of(tokenizer: Any, token_id: int) -> str:
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letter for each byte: itself where it is printable, the others from U+0100 on."""
+    """GPT-2's letter for each byte: a printable byte is itself, the others start at U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {

@@ -1,4 +1,4 @@
-"""Spans of what a processor returned: which token shows which part of which picture."""
+"""Spans from the output of a processor: which token shows which part of which picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ral_kernels.runtime.checks import dtype_name, is_int
-from ral_kernels.spans import Spans, _check_granularity, _number_tokens
+from ral_kernels.spans import Spans, check_granularity, number_tokens
 
 from .layouts import NAME, Item, Items, Size, View, read_items, source_of
 
@@ -44,7 +44,7 @@ class VisionRegion:
 
 @dataclass(frozen=True)
 class SpanPlace:
-    """Where a span lies: tokens `rows` x `columns` (start, stop) of a frame of an item's view.
+    """Where a span is: tokens `rows` x `columns` (start, stop) of a frame of an item's view.
 
     `view` and `frame` are None for a span over all of them.
     """
@@ -59,12 +59,11 @@ class SpanPlace:
 
 @dataclass(frozen=True)
 class VisionSpans:
-    """The spans of a batch, and where each lies.
+    """The spans of a batch, and where each is.
 
     Attributes:
-        spans: for the ops of `ral_kernels`, ids [B, N] or [N] as `input_ids`; the numbering
-            restarts in each sample and goes in the order of the prompt: item, frame, view, row,
-            column.
+        spans: for the ops of `ral_kernels`, ids [B, N] or [N] as `input_ids`. The numbering
+            restarts in each sample and follows the prompt: item, frame, view, row, column.
         granularity: what a span is.
         regions: the grids of tokens, ordered by sample, item, view and frame.
         text_span: the span of all text, or None where text belongs to none.
@@ -123,11 +122,11 @@ def spans_for(
 ) -> VisionSpans:
     """Spans over the images and videos of a batch, from what the model's processor returned.
 
-    Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Gemma 3, InternVL and LLaVA-OneVision. Images and videos may
-    stand in one prompt, several of each, in any order, and samples may be padded on either side.
-    Where a model separates the frames of a video only by text (InternVL), frames are images.
-    Tokens that end a row or a picture (LLaVA-OneVision's newlines) belong to the image, but to no
-    tile or token of it.
+    It supports Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Gemma 3, InternVL and LLaVA-OneVision. A prompt may
+    hold several images and videos in any order, and samples may be padded on either side. Where a
+    model separates the frames of a video only by text (InternVL), each frame is an image. Tokens
+    that end a row or a picture (LLaVA-OneVision's newlines) belong to the image, but to none of its
+    tiles or tokens.
 
     Args:
         processor_or_model_config: the processor, the model (also inside
@@ -138,11 +137,11 @@ def spans_for(
         granularity: one span a "frame" (of a video; of an image the whole), "image" (or video),
             "tile" of a frame, or "token".
         tile: (rows, columns) of tokens in a tile, for `granularity="tile"`.
-        text: whether the other tokens, except padding, form one span, the last. Without it they
+        text: whether the other tokens, except padding, form one span, the last. Otherwise they
             belong to none (-1).
         image_sizes: (height, width) of the original images in the order of the batch. Needed for
-            the tiles and tokens of pictures that InternVL, or Gemma 3 with pan and scan, cut up:
-            the prompt gives only the number of pieces.
+            the tiles and tokens of pictures that InternVL, or Gemma 3 with pan and scan, cuts into
+            pieces, because the prompt gives only the number of pieces.
 
     Returns:
         VisionSpans; its `.spans` is on the device of input_ids.
@@ -151,11 +150,11 @@ def spans_for(
         TypeError: an argument of a wrong type.
         ValueError: something is missing from `inputs`, or the placeholders in the prompt do not
             match it.
-        NotImplementedError: a family that is not known here.
+        NotImplementedError: a family that is not supported.
     """
     source = source_of(processor_or_model_config)
     input_ids = _check_inputs(inputs)
-    tile = _check_granularity(NAME, granularity, tile)
+    tile = check_granularity(NAME, granularity, tile)
     if not isinstance(text, bool):
         raise TypeError(f"{NAME}: text must be a bool; got {type(text).__name__}")
     sizes = _check_sizes(image_sizes)
@@ -211,8 +210,8 @@ def _place(
     """The spans of one item, and their number."""
     if granularity in ("tile", "token") and item.unknown is not None:
         raise ValueError(
-            f"{NAME}: granularity={granularity!r} of an image that the processor cut up: "
-            f"{item.unknown}"
+            f"{NAME}: image_sizes must be given for granularity={granularity!r}, because the "
+            f"processor cut an image into {item.unknown}; got None"
         )
     ids = torch.full((item.length,), -1, dtype=torch.int32)
     views: list[Tensor] = []
@@ -221,7 +220,7 @@ def _place(
         return _Placed(ids.zero_(), tuple(views)), 1
     size = 0
     for view in item.views:
-        numbers, count = _number_tokens(_shape(view), granularity, tile)
+        numbers, count = number_tokens(_shape(view), granularity, tile)
         views.append((numbers + size).view(view.offsets.shape))
         ids[view.offsets] = views[-1]
         size += count
@@ -236,8 +235,8 @@ def _shape(view: View) -> tuple[int, int, int]:
 def _assign(items: Items, input_ids: Tensor) -> list[list[tuple[Item, Tensor]]]:
     """The items of each sample in the order of its prompt, with the keys of their tokens.
 
-    Placeholders are matched to items by order alone, as the models do it, so that a run of
-    placeholders may hold several items and an item may be several runs.
+    Placeholders are matched to items only by order, as in the models. So a run of placeholders may
+    hold several items, and an item may take several runs.
     """
     samples: list[list[tuple[Item, Tensor]]] = [[] for _ in input_ids]
     for token_id, queue in items.items():

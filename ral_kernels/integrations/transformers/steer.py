@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-import ral_kernels as rk
+from ral_kernels.ops.attention import attention
 from ral_kernels.runtime import checks
+from ral_kernels.spans import Spans
 
 from .attention import refuse_unsupported
 from .decoder import find_layers
@@ -26,22 +27,22 @@ class Steer:
 
         s = softcap(scale * q kᵀ) + span_bias[σ]        (eq. of `attention`; ∂lse/∂span_bias = m)
 
-    The chosen layers run `ral_kernels.attention` with the bias, under the masks and the padding
-    that the model gives them, whatever attention the model runs; the other layers run as ever. In a
-    `generate()` rows of generated tokens are steered, too, and generated keys belong to no span.
-    The bias may require grad: ∂loss/∂span_bias flows back from the model's output. A steered layer
-    is exempt from gradient checkpointing while this is open (a layer recomputed in the backward,
-    after the end of the `with`, would not be the same). A `capture` of a steered layer knows of the
-    bias.
+    The chosen layers run `ral_kernels.attention` with the bias, under the masks and padding that
+    the model gives them. The other layers keep the model's own attention. In a `generate()` rows of
+    generated tokens are steered too, and generated keys belong to no span. The bias may require
+    grad: ∂loss/∂span_bias flows back from the model's output. While the steer is open, a steered
+    layer is exempt from gradient checkpointing: a layer recomputed in the backward, after the
+    `with`, would have no bias. A `capture` of a steered layer includes the bias.
 
-    At the end of the `with`, and if it raises, the model is as it was. A layer has one steer at a
-    time; several layers may each have their own.
+    At the end of the `with`, also after an exception, the model is as it was. A layer has one steer
+    at a time; several layers may each have their own.
 
     Args:
         model: a transformers model, or a module that holds one (DDP, FSDP, peft, torch.compile).
         span_bias: floating, [S], [B, S], or broadcastable to [B, H, T, S], in natural units: adding
-            log 2 doubles a span's odds against the rest. T other than 1 fits forwards of T queries.
-        spans: S spans over the prompt's keys, padding included; keys behind them belong to none.
+            log 2 doubles a span's odds against the rest. A bias with T > 1 needs forwards of T
+            queries.
+        spans: S spans over the prompt's keys, padding included; later keys belong to none.
         layers: numbers of text decoder layers, negative from the end: an int, a sequence, or "all".
 
     Raises:
@@ -55,10 +56,10 @@ class Steer:
         model: Any,
         span_bias: Tensor,
         *,
-        spans: rk.Spans,
+        spans: Spans,
         layers: int | list[int] | tuple[int, ...] | str = "all",
     ) -> None:
-        if not isinstance(spans, rk.Spans):
+        if not isinstance(spans, Spans):
             raise TypeError(f"{_OP}: spans must be Spans; got {type(spans).__name__}")
         checks.check_tensor(_OP, "span_bias", span_bias, "a tensor [S], [B, S] or [B, H, T, S]")
         if not span_bias.is_floating_point():
@@ -79,7 +80,7 @@ class Steer:
 
     def __enter__(self) -> Steer:
         if self._open is not None:
-            raise RuntimeError(f"{_OP}: this steer is open already")
+            raise RuntimeError(f"{_OP}: this steer is already open")
         with ExitStack() as stack:
             stack.enter_context(tapped(self._found, self._open_tap, self._close_tap))
             self._open = stack.pop_all()
@@ -137,7 +138,7 @@ class Steer:
         )
         ids = self._ids(tap, sliding_window, seqlen_q, seqlen_k)
         visible: dict[str, Any]
-        if simple is None:  # a dense mask is the whole truth
+        if simple is None:  # a dense mask alone says which keys are seen
             if not isinstance(mask, Tensor):
                 mask = allowed(_OP, mask, seqlen_q, seqlen_k)[:, None]
             visible = {"attn_mask": mask[..., :seqlen_k]}
@@ -149,7 +150,7 @@ class Steer:
                 "window": seen.window,
                 "key_padding_mask": seen.key_padding_mask,
             }
-        out = rk.attention(
+        out = attention(
             q,
             k,
             v,
@@ -162,7 +163,7 @@ class Steer:
         return out.transpose(1, 2).contiguous(), None
 
     def _ids(self, tap: Tap, window: int | None, seqlen_q: int, seqlen_k: int) -> Tensor:
-        """The span of each key of a call; a sliding cache has dropped those before the window."""
+        """The span of each key of a call; a sliding cache has no keys before its window."""
         dropped = 0
         if window is not None and seqlen_q < seqlen_k and tap.cache is not None:
             dropped = tap.cache.get_seq_length(tap.module.layer_idx) - seqlen_k

@@ -1,13 +1,13 @@
 """Taps: the one place where calls of a layer's attention are recorded or steered.
 
 An attention module looks up its function by the name in its configuration. A tapped module gets a
-shallow copy of its configuration with the name of `tapped_attention`, which records q and k and
-hands the call on to the implementation the model was given. The model's own configuration is not
-touched, so masks stay those of that implementation, and other layers do not notice.
+shallow copy of its configuration with the name of `tapped_attention`. That function records q and k
+and passes the call to the implementation that the model was given. The model's own configuration
+does not change, so masks stay those of that implementation, and other layers are not affected.
 
-What is recorded goes into plain Python objects held by the module: a ContextVar or a global would
-break the graphs of torch.compile. Calls are linked instead of listed, because a graph would be
-compiled anew for every length of a list.
+Records go into plain Python objects held by the module: a ContextVar or a global would break the
+graphs of torch.compile. Calls form a linked list, because torch.compile recompiles a graph for
+every length of a Python list.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .decoder import DecoderLayer
 
 # A name with "flash" in it, or with "sdpa" at its start, would change what transformers does.
 NAME = "ral_tap"
-# What attention functions are given and a policy knows of, or need not know.
+# Arguments of attention functions that a policy accounts for or does not depend on.
 KNOWN = HARMLESS_KEYWORDS | {
     "dropout", "is_causal", "kernel_options", "output_attentions", "scaling", "sliding_window",
     "softcap",
@@ -38,8 +38,8 @@ KNOWN = HARMLESS_KEYWORDS | {
 class Call:
     """One call of a layer's attention, and the call before it.
 
-    q: [B, H, T, D]; k: [B, Hk, N, D], or of a decoding step the new key alone, [B, Hk, 1, D].
-    last_k: what the layer's keys were before this call, for the end of the generation before it.
+    q: [B, H, T, D]; k: [B, Hk, N, D], or in a decoding step only the new key, [B, Hk, 1, D].
+    last_k: the layer's keys before this call, which end the generation before it.
     refused: an argument that may keep the weights from being a softmax of q kᵀ, such as sinks.
     """
 
@@ -72,8 +72,9 @@ class Call:
 class Sink:
     """Where one capture collects the calls of one layer.
 
-    Steps of a generation (one query, one key more than before) keep their new key only: T whole
-    caches would be T times as large as the last. The newest cache is kept, to compare.
+    A step of a generation has one query and one more key than the call before. It keeps only its
+    new key, because T whole caches would take T times the memory. The newest cache is kept for the
+    check that a generation only appended keys.
     """
 
     def __init__(self, *, detach: bool, keep_prompt_rows: bool) -> None:
@@ -117,7 +118,7 @@ class Sink:
 
 
 def _as_attention_sees(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast RoPE leaves float32 behind, which attention itself casts."""
+    """q and k in the dtype of attention: under autocast RoPE returns float32."""
     if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
         return q, k
     dtype = torch.get_autocast_dtype(q.device.type)
@@ -127,8 +128,8 @@ def _as_attention_sees(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def _continues(k: Tensor, last_k: Tensor | None, window: int | None) -> bool:
     """Whether a call with one query looks like the next step of a generation.
 
-    A sliding cache stays as long as its window, a static one as it is (and is refused when asked
-    for). Whether the keys are the same is looked at later.
+    A sliding cache keeps the length of its window, and a static cache its own; the latter is
+    refused when its keys are asked for. `CapturedLayer` checks later that the keys are the same.
     """
     if last_k is None or k.shape[0] != last_k.shape[0] or last_k.shape[2] == 0:
         return False
@@ -139,7 +140,7 @@ def _continues(k: Tensor, last_k: Tensor | None, window: int | None) -> bool:
 
 
 class Tap:
-    """What stands between a layer's attention module and its attention function."""
+    """A layer of indirection between an attention module and its attention function."""
 
     def __init__(self, layer: DecoderLayer) -> None:
         module = layer.attention
@@ -158,7 +159,10 @@ class Tap:
         # Not through the property: it would rename the sub-configurations, which are shared.
         config._attn_implementation_internal = NAME
         if config._attn_implementation != NAME:
-            raise NotImplementedError("transformers keeps the name of the attention elsewhere")
+            raise NotImplementedError(
+                "capture and steer: this version of transformers is not supported; it keeps the "
+                "name of the attention implementation elsewhere"
+            )
         self._exempt_from_checkpointing()  # raises before it changes anything
         module: Any = self.module
         module._ral_tap = self
@@ -176,7 +180,7 @@ class Tap:
         self._unchecked.clear()
 
     def watch_cache(self) -> None:
-        """Have `cache` in calls: attention functions are not given it, and one may drop keys."""
+        """Keep the cache of each call: attention functions do not get it, and it may drop keys."""
         self._watch = self.module.register_forward_pre_hook(_keep_cache, with_kwargs=True)
 
     def unwatch_cache(self) -> None:
@@ -184,10 +188,10 @@ class Tap:
         self._watch = None
 
     def _exempt_from_checkpointing(self) -> None:
-        """The layer keeps its activations: a checkpoint would cut q and k out of the graph.
+        """Have the layer keep its activations: a checkpoint would cut q and k out of the graph.
 
-        Reentrant checkpointing runs the layer without a graph; and a layer recomputed in a backward
-        after the end of the `with` would be another one.
+        Reentrant checkpointing runs the layer without a graph. A layer recomputed in the backward,
+        after the end of the `with`, would run without the tap.
         """
         if getattr(self.decoder, "gradient_checkpointing", False) and not any(
             hasattr(owner, "gradient_checkpointing") for owner in self.path
@@ -208,7 +212,7 @@ class Tap:
         setattr(owner, name, value)
 
     def attend(self, *tensors: Any, **given: Any) -> Any:
-        """The call as the model would have made it."""
+        """Call the attention function of the model's own implementation."""
         name = self.config._attn_implementation
         if name is None or name == "eager":
             function = self.eager
@@ -217,7 +221,7 @@ class Tap:
         if function is None:
             raise NotImplementedError(
                 f"capture: the eager attention of {type(self.module).__name__} must be a function "
-                f"`eager_attention_forward` of its source file; found none"
+                f"`eager_attention_forward` of its source file; got none"
             )
         return function(self.module, *tensors, **given)
 
@@ -246,7 +250,7 @@ def _lookups(module: nn.Module) -> tuple[Any, Callable[..., Any] | None]:
 def tapped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
 ) -> Any:
-    """The attention function of tapped modules: record, then steer or hand on."""
+    """The attention function of tapped modules: record, then steer or pass on."""
     tap: Tap = module._ral_tap
     for sink in tap.sinks:
         sink.add(tap, module, query, key, attention_mask, given)
@@ -268,7 +272,7 @@ AttentionInterface.register(NAME, tapped_attention)
 def tapped(
     layers: Sequence[DecoderLayer], open_: Callable[[Tap, int], None], close: Callable[[Tap], None]
 ) -> Iterator[None]:
-    """Taps on `layers`; a layer that has one already shares it, and the last one out removes it."""
+    """Taps on `layers`. Nested users of a layer share its tap; the last one removes it."""
     opened: list[Tap] = []
     try:
         for number, layer in enumerate(layers):

@@ -1,9 +1,9 @@
 """Which keys the rows of a captured call saw, as arguments of the policy ops.
 
-The ops know causality, a window and a padding of keys; an attention function is given a mask in the
-form of its implementation: None, a [B, N] padding, a dense mask, a BlockMask. The padding is read
-off the mask, and the mask is then compared with what the ops will assume: a mask that says anything
-else (packed sequences, images that attend both ways) is refused.
+The ops take causality, a window and a padding of keys. An attention function gets a mask in the
+form of its implementation: None, a [B, N] padding, a dense mask or a BlockMask. This module reads
+the padding from the mask and then compares the mask with what the ops will assume. A mask that
+differs (packed sequences, images that attend both ways) is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Visibility:
 
 
 def window_of(sliding_window: int | None) -> Window:
-    """transformers counts the row's own key into its window; `rk` counts those to its left."""
+    """The window of `rk`, in keys to the left; transformers also counts the row's own key."""
     return None if sliding_window is None else (sliding_window - 1, None)
 
 
@@ -67,13 +67,13 @@ def read_simple_mask(
         op: the public function, for messages.
         mask: as the attention function was given it, like `is_causal` and `sliding_window`.
         implementation: whose mask it is; what None means differs.
-        config: of the attention module, for the window behind a mask of "ral".
+        config: of the attention module, for the window of a mask of "ral".
     """
     window = window_of(sliding_window)
     if mask is None:
         if implementation in (None, "eager", "flex_attention"):
             return seqlen_k, Visibility(False, None, None)
-        # sdpa aligns its first query with the first key: what is behind them is a static cache's.
+        # sdpa aligns its first query with the first key: later keys are a static cache's.
         top_left = implementation == "sdpa" and is_causal and 1 < seqlen_q < seqlen_k
         return seqlen_q if top_left else seqlen_k, Visibility(is_causal, window, None)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -109,10 +109,10 @@ def read_dense_mask(
 ) -> Visibility:
     """What a dense mask or a BlockMask says about the queries `rows`, a half-open range.
 
-    A mask that spells out no window overrules `sliding_window`.
+    A mask without a window takes precedence over `sliding_window`.
 
     Raises:
-        NotImplementedError: it says something else than causality, a window and a padding of keys.
+        NotImplementedError: it is no combination of causality, a window and a padding of keys.
     """
     dense = allowed(op, mask, seqlen_q, seqlen_k)
     window = window_of(sliding_window)
@@ -120,25 +120,25 @@ def read_dense_mask(
         return Visibility(is_causal, window, None)
     padding = dense.any(-2)
     own = slice(seqlen_k - seqlen_q + rows[0], seqlen_k - seqlen_q + rows[1])
-    # Only a padding sees keys but not its own; behind a cache it is a static cache's empty tail.
+    # A row that sees keys but not its own is padding, or after a cache a static cache's empty tail.
     if seqlen_q < seqlen_k and bool((dense.any(-1)[:, slice(*rows)] & ~padding[:, own]).any()):
         raise NotImplementedError(
-            f"{op}: the last query must stand at the last key; rows of this call do not see their "
-            "own, as with a static cache"
+            f"{op}: the last query must be aligned with the last key; rows of this call do not see "
+            "their own key, as with a static cache"
         )
     for candidate in dict.fromkeys((window, None)):
         visibility = Visibility(is_causal, candidate, padding)
         if _agrees(visibility, dense, rows, seqlen_q, seqlen_k):
             return visibility
     raise NotImplementedError(
-        f"{op}: rows {rows[0]} to {rows[1]} must see the keys before them, within a window and up "
-        "to padding; the attention mask of this call says something else (packed sequences, a "
-        "static cache, or images that attend both ways: choose rows behind them)"
+        f"{op}: rows {rows[0]} to {rows[1]} must see the keys before them, except padding and keys "
+        "outside a window; the attention mask of this call differs (packed sequences, a static "
+        "cache, or images that attend both ways: choose rows after them)"
     )
 
 
 def allowed(op: str, mask: Any, seqlen_q: int, seqlen_k: int) -> Tensor:
-    """A dense mask, or what a BlockMask stands for, as bool [B, Tq, N]."""
+    """A dense mask or a BlockMask as bool [B, Tq, N]."""
     if not isinstance(mask, Tensor):
         mask = _of_block_mask(op, mask, seqlen_q, seqlen_k)
     if mask.dim() != 4 or mask.shape[2] != seqlen_q or mask.shape[3] < seqlen_k:
@@ -180,7 +180,7 @@ def _agrees(
 ) -> bool:
     """Whether `dense` is what `visibility` says, in rows whose own key is real.
 
-    A padding's own row is nothing that anybody asks for, and implementations differ in it.
+    Rows of padding are not compared: implementations differ in them, and no method uses them.
     """
     start, stop = rows
     step = max(1, _CHUNK // max(1, dense.shape[0] * seqlen_k))

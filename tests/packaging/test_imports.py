@@ -1,0 +1,88 @@
+"""Who may import whom: rooms of `ral_kernels` form no cycle, and `ral` uses public names alone."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from . import import_arrows
+
+ROOT = import_arrows.ROOT
+PACKAGE = ROOT / "ral_kernels"
+# What a user of the package may import, and hence `ral`: the names in `__all__` of each.
+ENTRY_POINTS = ("ral_kernels", "ral_kernels.integrations.transformers", "ral_kernels.viz")
+# The package itself, which imports all rooms, and the command line, which is a user of it.
+MAY_IMPORT_THE_FRONT_DOOR = ("ral_kernels.cli", "ral_kernels.__main__")
+
+
+def test_rooms_form_no_cycle() -> None:
+    """An op and its folder of Triton kernels count as one room."""
+    cycles = [
+        group
+        for group in import_arrows.cycles(PACKAGE)
+        if len({name.removesuffix(".triton") for name in group}) > 1
+    ]
+    assert cycles == []
+
+
+def test_nothing_imports_the_front_door_from_inside() -> None:
+    guilty = {source for source, target in import_arrows.imports(PACKAGE) if target == PACKAGE.name}
+    assert sorted(guilty - set(MAY_IMPORT_THE_FRONT_DOOR)) == []
+
+
+def test_the_kernels_import_nothing_of_the_trainer() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name, _ in _imported(ast.parse(path.read_text())):
+            assert name.partition(".")[0] not in ("ral", "benchmarks", "tests"), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ral").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_trainer_uses_public_names(path: Path) -> None:
+    assert list(private_uses(path.read_text())) == []
+
+
+def test_private_uses_are_found() -> None:
+    assert list(private_uses("from ral_kernels.runtime import checks")) == ["ral_kernels.runtime"]
+    assert list(private_uses("import ral_kernels as rk\nrk.ral_loss\nrk.runtime")) == ["rk.runtime"]
+    assert list(private_uses("from ral_kernels import ops")) == ["ral_kernels.ops"]
+    assert list(private_uses("from ral_kernels.viz import overlay")) == []
+
+
+def private_uses(source: str) -> Iterator[str]:
+    """What a module takes of `ral_kernels` that is not public."""
+    tree = ast.parse(source)
+    names: dict[str, str] = {}  # in the source -> of the entry point
+    for module, alias in _imported(tree):
+        if module.partition(".")[0] != "ral_kernels":
+            continue
+        if module not in ENTRY_POINTS:
+            yield module
+        elif isinstance(alias, tuple):
+            names[alias[1]] = module
+        elif alias not in public(module):
+            yield f"{module}.{alias}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = names.get(node.value.id, "")
+            if module and node.attr not in public(module):
+                yield f"{node.value.id}.{node.attr}"
+
+
+def public(module: str) -> set[str]:
+    names: list[str] = importlib.import_module(module).__all__
+    return {*names, "__version__"}
+
+
+def _imported(tree: ast.AST) -> Iterator[tuple[str, str | tuple[str, str]]]:
+    """(module, name taken from it), or (module, ("as", its name here)) of a module as a whole."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ("as", alias.asname or alias.name.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                yield node.module, alias.name
