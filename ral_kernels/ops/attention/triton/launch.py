@@ -17,9 +17,9 @@ from ral_kernels.runtime.triton_spans import num_blocks, span_blocks
 
 from ..arguments import AttentionArgs
 from . import tiles
-from .bwd_kv import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel
-from .bwd_q import attention_bwd_dq_kernel
-from .fwd import attention_fwd_combine_kernel, attention_fwd_kernel
+from .bwd_kv_kernels import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel
+from .bwd_q_kernels import attention_bwd_dq_kernel
+from .fwd_kernels import attention_fwd_combine_kernel, attention_fwd_kernel
 
 LOG2E = math.log2(math.e)
 DECODED_TOKENS = 16  # up to so many queries a sequence, one program takes all heads of a kv head

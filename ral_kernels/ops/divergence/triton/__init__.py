@@ -1,4 +1,4 @@
-"""Triton backend of `divergence`: the kernels of fwd.py."""
+"""Triton backend of `divergence`: the kernels of kernels.py."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def fwd(
     p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
 ) -> None:
     """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
-    from . import fwd as kernels
+    from . import kernels
 
     kernels.fwd(p, r, kind, value, dp, dr)

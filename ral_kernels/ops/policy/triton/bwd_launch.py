@@ -13,7 +13,7 @@ from ral_kernels.runtime.triton_runtime import Tile
 
 from ..arguments import PolicyArgs
 from . import tiles
-from .bwd import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
+from .bwd_kernels import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
 from .bwd_bias import policy_bwd_dspan_bias_kernel
 from .bwd_rows import policy_bwd_rows_kernel, policy_bwd_sums_kernel
 from .launch import Keys, Side, blocks, cdiv, splits_of, tensor_arguments

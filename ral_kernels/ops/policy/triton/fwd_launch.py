@@ -10,7 +10,7 @@ from ral_kernels.runtime.triton_runtime import Tile
 
 from ..arguments import PolicyArgs
 from . import tiles
-from .fwd import policy_fwd_kernel, policy_fwd_spans_kernel
+from .fwd_kernels import policy_fwd_kernel, policy_fwd_spans_kernel
 from .launch import Keys, Side, blocks, cdiv, row_chunks, splits_of, tensor_arguments
 from .statistics import policy_normaliser_kernel, policy_statistics_kernel
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
 
-from .bwd_kv import score_gradient
+from .bwd_kv_kernels import score_gradient
 from .marginals import add_mixed_block, add_to_span, shares
 from .scores import (
     add_product,
@@ -87,7 +87,7 @@ def add_query_gradients(
     TERMS: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):
-    """Key blocks, as in fwd.py."""
+    """Key blocks, as in fwd_kernels.py."""
     HAS_BIAS: tl.constexpr = span_bias_ptr is not None
     dq, run, run_kind = state
     for i in range(0, num_blocks):

@@ -1,4 +1,4 @@
-"""The backward Triton kernels of `attention` for delta, dk and dv; bwd_q.py has dq.
+"""The backward Triton kernels of `attention` for delta, dk and dv; bwd_q_kernels.py has dq.
 
 Comments cite the equations of README.md. Each gradient is summed inside one program, in a fixed
 order: no atomics.
@@ -207,7 +207,7 @@ def add_key_gradients(
     TERMS: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):
-    """Query blocks of one head, as in fwd.py. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
+    """Query blocks of one head, as in fwd_kernels.py. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
     HAS_BIAS: tl.constexpr = span_bias_ptr is not None
     for i in range(0, num_blocks):
         block = block_number(i, first, num_left, gap, IS_EDGE)
