@@ -11,45 +11,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_spans import NO_SPAN
+from ral_kernels.runtime.triton_rows import head_of, load_rows, store_rows
 
-from .marginals import shares
+from .marginals import kind_of, moved_spans, shares
 from .scores import (
-    add_product,
+    HeadMasks,
+    Place,
+    add_weighted_rows,
     backward_lse_log2,
     block_number,
     block_ranges,
+    blocks_of_loop,
     dot_rows,
     exist,
     in_window,
     length_of,
-    load_rows,
     locate,
+    padding_of,
+    row_tile,
     scores,
-    store_rows,
 )
 
 
 @triton.jit
 def attention_bwd_delta_kernel(
-    out_ptr,
+    out,
     marginals_ptr,
     lse_ptr,
-    dout_ptr,
+    dout,
     dmarginals_ptr,
     dlse_ptr,
     delta_ptr,
-    out_stride_b,
-    out_stride_h,
-    out_stride_t,
-    dout_stride_b,
-    dout_stride_h,
-    dout_stride_t,
     num_heads,
     seqlen_q,
-    num_spans,
-    row_start,
-    row_stop,
+    span_rows,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -64,24 +59,20 @@ def attention_bwd_delta_kernel(
     lse = tl.load(lse_ptr + bh * seqlen_q + tokens, mask=mask_q, other=float("-inf"))
     mask_q = mask_q & (lse > float("-inf"))  # a row that sees no key is a constant
     delta = tl.zeros([BLOCK_Q], tl.float32)
-    if dout_ptr is not None:
+    if dout.ptr is not None:
         # [BLOCK_Q, BLOCK_DV]
-        dout = load_rows(
-            dout_ptr + b * dout_stride_b + h * dout_stride_h, tokens, dout_stride_t, mask_q,
-            HEAD_DIM_V, BLOCK_DV,
-        )  # fmt: skip
-        out = load_rows(
-            out_ptr + b * out_stride_b + h * out_stride_h, tokens, out_stride_t, mask_q,
-            HEAD_DIM_V, BLOCK_DV,
-        )  # fmt: skip
-        delta += tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        dout_rows = load_rows(head_of(dout, b, h), tokens, mask_q, 0, HEAD_DIM_V, BLOCK_DV)
+        out_rows = load_rows(head_of(out, b, h), tokens, mask_q, 0, HEAD_DIM_V, BLOCK_DV)
+        delta += tl.sum(dout_rows.to(tl.float32) * out_rows.to(tl.float32), 1)
     if dmarginals_ptr is not None:
-        mask_rows = mask_q & (tokens >= row_start) & (tokens < row_stop)
-        rows = (bh * (row_stop - row_start) + tokens - row_start) * num_spans
-        for start in range(0, num_spans, BLOCK_S):
+        mask_rows = mask_q & (tokens >= span_rows.start) & (tokens < span_rows.stop)
+        rows = (
+            bh * (span_rows.stop - span_rows.start) + tokens - span_rows.start
+        ) * span_rows.num_spans
+        for start in range(0, span_rows.num_spans, BLOCK_S):
             columns = start + tl.arange(0, BLOCK_S)
             offsets = rows[:, None] + columns[None, :]
-            mask = mask_rows[:, None] & (columns < num_spans)[None, :]
+            mask = mask_rows[:, None] & (columns < span_rows.num_spans)[None, :]
             # [BLOCK_Q, BLOCK_S]
             dm = tl.load(dmarginals_ptr + offsets, mask=mask, other=0.0)
             delta += tl.sum(dm * tl.load(marginals_ptr + offsets, mask=mask, other=0.0), 1)
@@ -91,55 +82,31 @@ def attention_bwd_delta_kernel(
 
 
 @triton.jit
-def score_gradient(
+def weights_and_gradient(
     dot,  # q kᵀ
     dp,
     bias,
     lse_log2,
     delta,
-    q_positions,
-    k_positions,
-    k_tokens,
-    mask_q,
-    mask_k,
-    attn_mask_ptr,
-    attn_mask_rows,
-    attn_mask_stride_n,
-    key_padding_mask_ptr,
-    key_padding_mask_stride_n,
-    diagonal,
-    window_left,
-    window_right,
-    scale,
-    cap,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr,
+    place,
+    masks,
+    head_masks,
+    window,
+    score,
     IS_EDGE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Equations (5) and (11): p, ds and the derivative of the soft cap."""
-    HAS_MASK: tl.constexpr = attn_mask_ptr is not None or key_padding_mask_ptr is not None
-    if HAS_MASK or HAS_CAP or HAS_BIAS:
-        s, dcap = scores(
-            dot, bias, q_positions, k_positions, k_tokens, mask_q, mask_k, attn_mask_ptr,
-            attn_mask_rows, attn_mask_stride_n, key_padding_mask_ptr, key_padding_mask_stride_n,
-            diagonal, window_left, window_right, scale, cap, HAS_BIAS, HAS_CAP, HAS_LEFT,
-            HAS_RIGHT, BOOL_MASK, IS_EDGE, TRANSPOSED,
-        )  # fmt: skip
+    HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
+    if HAS_MASK or score.HAS_CAP or masks.span_bias.ptr is not None:
+        s, dcap = scores(dot, bias, place, masks, head_masks, window, score, IS_EDGE, TRANSPOSED)
         # s <= lse, but not by much where a mask of finfo.min has rounded both.
         p = tl.exp2(tl.minimum(s - lse_log2, 0.0))
     else:
         dcap = 1.0
         if IS_EDGE:
-            visible = in_window(
-                q_positions, k_positions, mask_k, diagonal, window_left, window_right, HAS_LEFT,
-                HAS_RIGHT, TRANSPOSED,
-            )  # fmt: skip
-            dot = tl.where(visible, dot, float("-inf"))
-        p = tl.exp2(dot * scale - lse_log2)
+            dot = tl.where(in_window(place, window, TRANSPOSED), dot, float("-inf"))
+        p = tl.exp2(dot * score.scale - lse_log2)
     # A weight of exactly 0 is a constant: 0 · (inf or NaN) must not get through.
     ds = tl.where(p == 0.0, 0.0, p * (dp - delta))
     return p, ds, dcap
@@ -149,283 +116,165 @@ def score_gradient(
 def add_key_gradients(
     dk,
     dv,
+    blocks,
     k,
-    k_ptr,
-    k_stride_n,
     v,
-    v_ptr,
-    v_stride_n,
-    first,
-    num_blocks,
-    num_left,
-    gap,
-    q_ptr,
-    dout_ptr,
+    k_positions,
+    q_head,
+    dout_head,
+    HAS_DOUT: tl.constexpr,
     lse_ptr,
     delta_ptr,
-    q_stride_t,
-    dout_stride_t,
     q_start,
     length_q,
-    k_positions,
-    k_tokens,
-    mask_k,
-    kind,
-    local_ptr,
-    ids_ptr,
-    count_ptr,
-    dmarginals_ptr,
-    num_spans,
-    row_start,
-    row_stop,
-    span_bias_ptr,
-    span_bias_stride_t,
-    span_bias_stride_s,
-    attn_mask_ptr,
-    attn_mask_stride_t,
-    attn_mask_stride_n,
-    key_padding_mask_ptr,
-    key_padding_mask_stride_n,
     diagonal,
-    window_left,
-    window_right,
-    scale,
-    cap,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PART_D: tl.constexpr,
-    PART_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    TERMS: tl.constexpr,
+    kind,
+    spans,
+    dmarginals_ptr,
+    span_rows,
+    span_bias_ptr,
+    attn_mask_ptr,
+    padding_ptr,
+    masks,
+    window,
+    score,
+    tile,
     IS_EDGE: tl.constexpr,
 ):
-    """Query blocks of one head, as in fwd_kernels.py. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
-    HAS_BIAS: tl.constexpr = span_bias_ptr is not None
-    for i in range(0, num_blocks):
-        block = block_number(i, first, num_left, gap, IS_EDGE)
-        q_positions = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    """The query blocks of one loop and head. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
+    for i in range(0, blocks.number):
+        block = block_number(i, blocks, IS_EDGE)
+        q_positions = block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
         q_tokens = q_start + q_positions
         mask_q = exist(q_positions, length_q, IS_EDGE)
+        place = Place(q_positions, mask_q, k_positions, k.rows, k.mask, diagonal)
         # [BLOCK_Q, BLOCK_D]
-        q = load_rows(q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, PART_D)
+        q = row_tile(q_head, q_tokens, mask_q, tile.HEAD_DIM, tile.PART_D)
         # [BLOCK_Q]
         lse = tl.load(lse_ptr + q_tokens, mask=mask_q, other=float("-inf"))
         delta = tl.load(delta_ptr + q_tokens, mask=mask_q, other=0.0)
-        dp = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+        dp = tl.zeros([tile.BLOCK_K, tile.BLOCK_Q], tl.float32)
         if dmarginals_ptr is not None:  # (9)
-            mask_rows = mask_q & (q_tokens >= row_start) & (q_tokens < row_stop)
+            mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
             dp = shares(
-                kind, dmarginals_ptr, q_tokens.to(tl.int64) * num_spans, 1, mask_rows, local_ptr,
-                ids_ptr, count_ptr, mask_k, BLOCK_Q, BLOCK_K, TERMS, True, False,
+                kind, spans, dmarginals_ptr, q_tokens.to(tl.int64) * span_rows.num_spans, 1,
+                mask_rows, k.mask, tile.BLOCK_Q, tile.BLOCK_K, tile.TERMS, True, False,
             )  # fmt: skip
         bias = 0.0
-        if HAS_BIAS:
+        if masks.span_bias.ptr is not None:
             bias = shares(
-                kind, span_bias_ptr, q_tokens.to(tl.int64) * span_bias_stride_t,
-                span_bias_stride_s, mask_q, local_ptr, ids_ptr, count_ptr, mask_k, BLOCK_Q,
-                BLOCK_K, 3, True, True,
+                kind, spans, span_bias_ptr, q_tokens.to(tl.int64) * masks.span_bias.stride_t,
+                masks.span_bias.stride_s, mask_q, k.mask, tile.BLOCK_Q, tile.BLOCK_K, 3, True,
+                True,
             )  # fmt: skip
-        dot = dot_rows(
-            tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), k, k_ptr, k_tokens, k_stride_n, mask_k, q,
-            q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, PART_D, INPUT_PRECISION,
-        )  # fmt: skip
-        if dout_ptr is not None:
+        dot = tl.zeros([tile.BLOCK_K, tile.BLOCK_Q], tl.float32)
+        dot = dot_rows(dot, k, q, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
+        if HAS_DOUT:
             # [BLOCK_Q, BLOCK_DV]
-            dout = load_rows(dout_ptr, q_tokens, dout_stride_t, mask_q, HEAD_DIM_V, PART_DV)
-            dp = dot_rows(  # (9)
-                dp, v, v_ptr, k_tokens, v_stride_n, mask_k, dout, dout_ptr, q_tokens,
-                dout_stride_t, mask_q, HEAD_DIM_V, PART_DV, INPUT_PRECISION,
-            )  # fmt: skip
-        p, ds, dcap = score_gradient(
-            dot, dp, bias, backward_lse_log2(lse)[None, :], delta[None, :], q_positions,
-            k_positions, k_tokens, mask_q, mask_k, attn_mask_ptr,
-            q_tokens.to(tl.int64) * attn_mask_stride_t, attn_mask_stride_n, key_padding_mask_ptr,
-            key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap, HAS_BIAS,
-            HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, IS_EDGE, True,
+            dout = row_tile(dout_head, q_tokens, mask_q, tile.HEAD_DIM_V, tile.PART_DV)
+            dp = dot_rows(dp, v, dout, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
+        mask_offsets = q_tokens.to(tl.int64) * masks.attn_mask.stride_t
+        p, ds, dcap = weights_and_gradient(
+            dot, dp, bias, backward_lse_log2(lse)[None, :], delta[None, :], place, masks,
+            HeadMasks(attn_mask_ptr, mask_offsets, padding_ptr), window, score, IS_EDGE, True,
         )  # fmt: skip
-        if dout_ptr is not None:
-            dv = add_product(  # (8)
-                dv, p, dout, dout_ptr, q_tokens, dout_stride_t, mask_q, HEAD_DIM_V, BLOCK_DV,
-                PART_DV, INPUT_PRECISION,
-            )  # fmt: skip
+        if HAS_DOUT:
+            dv = add_weighted_rows(  # (8)
+                dv, p, dout, tile.HEAD_DIM_V, tile.BLOCK_DV, tile.PART_DV, tile.PRECISION
+            )
         dx = ds * dcap  # (13)
-        dk = add_product(  # (15)
-            dk, dx, q, q_ptr, q_tokens, q_stride_t, mask_q, HEAD_DIM, BLOCK_D, PART_D,
-            INPUT_PRECISION,
-        )  # fmt: skip
+        dk = add_weighted_rows(  # (15)
+            dk, dx, q, tile.HEAD_DIM, tile.BLOCK_D, tile.PART_D, tile.PRECISION
+        )
     return dk, dv
 
 
 @triton.jit
 def attention_bwd_dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q,
+    k,
+    v,
+    dout,
     lse_ptr,
     delta_ptr,
-    dout_ptr,
     dmarginals_ptr,
-    dk_ptr,
-    dv_ptr,
-    kinds_ptr,
-    counts_ptr,
-    ids_ptr,
-    local_ptr,
-    span_bias_ptr,
-    attn_mask_ptr,
-    key_padding_mask_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_t,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    dout_stride_b,
-    dout_stride_h,
-    dout_stride_t,
-    dk_stride_b,
-    dk_stride_h,
-    dk_stride_n,
-    dv_stride_b,
-    dv_stride_h,
-    dv_stride_n,
-    kinds_stride_b,
-    local_stride_b,
-    span_bias_stride_b,
-    span_bias_stride_h,
-    span_bias_stride_t,
-    span_bias_stride_s,
-    attn_mask_stride_b,
-    attn_mask_stride_h,
-    attn_mask_stride_t,
-    attn_mask_stride_n,
-    key_padding_mask_stride_b,
-    key_padding_mask_stride_n,
-    num_heads,
-    num_kv_heads,
-    seqlen_q,
-    seqlen_k,
-    num_sequences,
+    dk,
+    dv,
+    spans,
+    masks,
+    packed,
+    sizes,
     num_k_blocks,
-    num_spans,
-    row_start,
-    row_stop,
-    window_left,
-    window_right,
-    tau,
-    scale,
-    cap,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PART_D: tl.constexpr,
-    PART_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TOP_LEFT: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    TERMS: tl.constexpr,
+    span_rows,
+    window,
+    score,
+    tile,
 ):
     """One program: BLOCK_K keys of a kv head, over all queries of the heads that read it."""
     pid = tl.program_id(0)
     k_block = pid % num_k_blocks
     pid = pid // num_k_blocks
-    kv_head = (pid % num_kv_heads).to(tl.int64)
-    b = (pid // num_kv_heads).to(tl.int64)
+    kv_head = (pid % sizes.num_kv_heads).to(tl.int64)
+    b = (pid // sizes.num_kv_heads).to(tl.int64)
     sequence, k_start, length_k, block = locate(
-        cu_seqlens_k_ptr, num_sequences, seqlen_k, k_block, BLOCK_K
+        packed.cu_seqlens_k_ptr, packed.num_sequences, sizes.seqlen_k, k_block, tile.BLOCK_K
     )
-    q_start, length_q = length_of(cu_seqlens_q_ptr, sequence, seqlen_q)
-    if block * BLOCK_K >= length_k:
+    q_start, length_q = length_of(packed.cu_seqlens_q_ptr, sequence, sizes.seqlen_q)
+    if block * tile.BLOCK_K >= length_k:
         return
 
-    k_positions = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
     k_tokens = k_start + k_positions
     mask_k = k_positions < length_k
-    # [BLOCK_K, BLOCK_D]
-    k_ptr += b * k_stride_b + kv_head * k_stride_h
-    k = load_rows(k_ptr, k_tokens, k_stride_n, mask_k, HEAD_DIM, PART_D)
-    # [BLOCK_K, BLOCK_DV]
-    v_ptr += b * v_stride_b + kv_head * v_stride_h
-    v = load_rows(v_ptr, k_tokens, v_stride_n, mask_k, HEAD_DIM_V, PART_DV)
-    kind = NO_SPAN
-    if kinds_ptr is not None:
-        kind = tl.load(kinds_ptr + b * kinds_stride_b + k_block)
-        counts_ptr += b * kinds_stride_b + k_block
-        ids_ptr += (b * kinds_stride_b + k_block) * BLOCK_K
-        local_ptr += b * local_stride_b + k_start + block * BLOCK_K
-    if key_padding_mask_ptr is not None:
-        key_padding_mask_ptr += b * key_padding_mask_stride_b
+    # [BLOCK_K, BLOCK_D], [BLOCK_K, BLOCK_DV]
+    k_tile = row_tile(head_of(k, b, kv_head), k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)
+    v_tile = row_tile(head_of(v, b, kv_head), k_tokens, mask_k, tile.HEAD_DIM_V, tile.PART_DV)
+    block_spans = moved_spans(
+        spans, b * spans.stride_b + k_block,
+        b * spans.local_stride_b + k_start + block * tile.BLOCK_K, tile.BLOCK_K,
+    )  # fmt: skip
+    kind = kind_of(block_spans, spans.kinds_ptr is not None)
+    padding_ptr = padding_of(masks, b)
 
     # Which queries see some of the keys, and which of these see all of them?
-    diagonal = 0 if TOP_LEFT else length_k - length_q
+    diagonal = 0 if window.TOP_LEFT else length_k - length_q
     low, full_low = 0, 0
     high, full_high = length_q, length_q
-    first_key = block * BLOCK_K - diagonal
-    last_key = tl.minimum(block * BLOCK_K + BLOCK_K, length_k) - 1 - diagonal
-    if HAS_RIGHT:
-        low, full_low = first_key - window_right, last_key - window_right
-    if HAS_LEFT:
-        high = tl.minimum(length_q, last_key + window_left + 1)
-        full_high = tl.minimum(length_q, first_key + window_left + 1)
-    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, BLOCK_Q)
+    first_key = block * tile.BLOCK_K - diagonal
+    last_key = tl.minimum(block * tile.BLOCK_K + tile.BLOCK_K, length_k) - 1 - diagonal
+    if window.HAS_RIGHT:
+        low, full_low = first_key - window.right, last_key - window.right
+    if window.HAS_LEFT:
+        high = tl.minimum(length_q, last_key + window.left + 1)
+        full_high = tl.minimum(length_q, first_key + window.left + 1)
+    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_Q)
 
-    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
-    group = num_heads // num_kv_heads
-    num_full = last_full - first_full
+    dk_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
+    dv_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_DV], tl.float32)
+    group = sizes.num_heads // sizes.num_kv_heads
     for member in range(0, group):
         h = kv_head * group + member
-        rows = (b * num_heads + h) * seqlen_q
-        head_q_ptr = q_ptr + b * q_stride_b + h * q_stride_h
-        head_dout_ptr = dout_ptr
-        if dout_ptr is not None:
-            head_dout_ptr = dout_ptr + b * dout_stride_b + h * dout_stride_h
+        rows = (b * sizes.num_heads + h) * sizes.seqlen_q
         head_dmarginals_ptr = dmarginals_ptr
         if dmarginals_ptr is not None:
-            first_row = (b * num_heads + h) * (row_stop - row_start) - row_start
-            head_dmarginals_ptr = dmarginals_ptr + first_row * num_spans
-        head_bias_ptr = span_bias_ptr
-        if span_bias_ptr is not None:
-            head_bias_ptr = span_bias_ptr + b * span_bias_stride_b + h * span_bias_stride_h
-        head_mask_ptr = attn_mask_ptr
-        if attn_mask_ptr is not None:
-            head_mask_ptr = attn_mask_ptr + b * attn_mask_stride_b + h * attn_mask_stride_h
+            num_rows = span_rows.stop - span_rows.start
+            first_row = (b * sizes.num_heads + h) * num_rows - span_rows.start
+            head_dmarginals_ptr = dmarginals_ptr + first_row * span_rows.num_spans
         for IS_EDGE in tl.static_range(2):
-            dk, dv = add_key_gradients(
-                dk, dv, k, k_ptr, k_stride_n, v, v_ptr, v_stride_n,
-                first if IS_EDGE else first_full,
-                last - first - num_full if IS_EDGE else num_full, first_full - first, num_full,
-                head_q_ptr, head_dout_ptr, lse_ptr + rows, delta_ptr + rows, q_stride_t,
-                dout_stride_t, q_start, length_q, k_positions, k_tokens, mask_k, kind, local_ptr,
-                ids_ptr, counts_ptr, head_dmarginals_ptr, num_spans, row_start, row_stop,
-                head_bias_ptr, span_bias_stride_t, span_bias_stride_s, head_mask_ptr,
-                attn_mask_stride_t, attn_mask_stride_n, key_padding_mask_ptr,
-                key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, PART_D, PART_DV, BLOCK_Q, BLOCK_K, HAS_CAP,
-                HAS_LEFT, HAS_RIGHT, BOOL_MASK, INPUT_PRECISION, TERMS, IS_EDGE,
+            dk_sum, dv_sum = add_key_gradients(
+                dk_sum, dv_sum, blocks_of_loop(first, first_full, last_full, last, IS_EDGE),
+                k_tile, v_tile, k_positions, head_of(q, b, h), head_of(dout, b, h),
+                dout.ptr is not None, lse_ptr + rows, delta_ptr + rows, q_start, length_q,
+                diagonal, kind, block_spans, head_dmarginals_ptr, span_rows,
+                head_of(masks.span_bias, b, h).ptr, head_of(masks.attn_mask, b, h).ptr,
+                padding_ptr, masks, window, score, tile, IS_EDGE,
             )  # fmt: skip
 
-    dk_ptr += b * dk_stride_b + kv_head * dk_stride_h
-    store_rows(dk_ptr, k_tokens, dk_stride_n, mask_k, dk * tau, HEAD_DIM, BLOCK_D)
-    if dout_ptr is not None:
-        dv_ptr += b * dv_stride_b + kv_head * dv_stride_h
-        store_rows(dv_ptr, k_tokens, dv_stride_n, mask_k, dv, HEAD_DIM_V, BLOCK_DV)
+    store_rows(
+        head_of(dk, b, kv_head), k_tokens, mask_k, dk_sum * score.tau, 0, tile.HEAD_DIM,
+        tile.BLOCK_D,
+    )  # fmt: skip
+    if dout.ptr is not None:
+        store_rows(
+            head_of(dv, b, kv_head), k_tokens, mask_k, dv_sum, 0, tile.HEAD_DIM_V, tile.BLOCK_DV
+        )

@@ -10,252 +10,150 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ral_kernels.runtime.triton_rows import Head, head_of, store_rows
 from ral_kernels.runtime.triton_softmax import stabiliser
 from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
 
 from .marginals import (
+    Sums,
     add_mixed_block,
     add_to_span,
-    raised_reference,
+    kind_of,
+    moved_spans,
+    raised_exponent,
     relative_weight,
     scale_rows,
     shares,
 )
 from .scores import (
     LN2,
-    add_product,
+    Place,
+    add_weighted_rows,
     block_number,
     block_ranges,
+    blocks_of_loop,
     dot_rows,
     exist,
     in_window,
     length_of,
-    load_rows,
     locate,
+    masks_of_rows,
+    real_keys,
+    row_tile,
     scores,
-    store_rows,
+    spans_of_keys,
 )
 
 
 @triton.jit
 def attend(
-    state,  # acc, normaliser, m and, for the marginals, reference, run, run_kind
+    state,  # acc, normaliser, m and, for the marginals, exponent, run, run_kind
+    blocks,
     q,
-    q_ptr,
-    q_rows,
-    first,
-    num_blocks,
-    num_left,
-    gap,
-    k_ptr,
-    v_ptr,
-    k_stride_n,
-    v_stride_n,
-    k_start,
-    seqlen_k,
     q_positions,
-    mask_q,
-    kinds_ptr,
-    counts_ptr,
-    ids_ptr,
-    local_ptr,
-    has_rows,
-    marginals_ptr,
-    marginals_rows,
-    mask_rows,
-    num_spans,
-    span_bias_ptr,
-    span_bias_rows,
-    span_bias_stride_s,
-    attn_mask_ptr,
-    attn_mask_rows,
-    attn_mask_stride_n,
-    key_padding_mask_ptr,
-    key_padding_mask_stride_n,
+    k_head,
+    v_head,
+    k_start,
+    length_k,
     diagonal,
-    window_left,
-    window_right,
-    scale,
-    cap,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PART_D: tl.constexpr,
-    PART_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    TERMS: tl.constexpr,
+    spans,
+    HAS_SPANS: tl.constexpr,
+    sums,
+    has_rows,
+    span_bias_rows,
+    masks,
+    head_masks,
+    window,
+    score,
+    tile,
     IS_EDGE: tl.constexpr,
 ):
-    """`num_blocks` key blocks from `first` on: the loop of flash attention, and sums over spans.
+    """The key blocks of one loop: flash attention, and sums over spans.
 
-    With IS_EDGE they need a mask, and the `gap` blocks behind the first `num_left` are left out.
+    With IS_EDGE the blocks need a mask.
     """
-    HAS_BIAS: tl.constexpr = span_bias_ptr is not None
-    HAS_MASK: tl.constexpr = attn_mask_ptr is not None or key_padding_mask_ptr is not None
-    GENERAL: tl.constexpr = HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
-    acc, normaliser, m, reference, run, run_kind = state
-    for i in range(0, num_blocks):
-        block = block_number(i, first, num_left, gap, IS_EDGE)
-        k_positions = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    HAS_BIAS: tl.constexpr = masks.span_bias.ptr is not None
+    HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
+    GENERAL: tl.constexpr = score.HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
+    acc, normaliser, m, exponent, run, run_kind = state
+    for i in range(0, blocks.number):
+        block = block_number(i, blocks, IS_EDGE)
+        k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
         k_tokens = k_start + k_positions
-        mask_k = exist(k_positions, seqlen_k, IS_EDGE)
-        kind, block_local_ptr, block_ids_ptr, count_ptr = NO_SPAN, local_ptr, ids_ptr, counts_ptr
-        if kinds_ptr is not None:
-            kind = tl.load(kinds_ptr + block)
-            block_local_ptr = local_ptr + k_start + block * BLOCK_K
-            block_ids_ptr = ids_ptr + block * BLOCK_K
-            count_ptr = counts_ptr + block
+        mask_k = exist(k_positions, length_k, IS_EDGE)
+        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
+        block_spans = moved_spans(spans, block, k_start + block * tile.BLOCK_K, tile.BLOCK_K)
+        kind = kind_of(block_spans, HAS_SPANS)
         bias = 0.0
         if HAS_BIAS:
             bias = shares(
-                kind, span_bias_ptr, span_bias_rows, span_bias_stride_s, mask_q, block_local_ptr,
-                block_ids_ptr, count_ptr, mask_k, BLOCK_Q, BLOCK_K, 3, False, True,
+                kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
+                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = load_rows(k_ptr, k_tokens, k_stride_n, mask_k, HEAD_DIM, PART_D)
-        dot = dot_rows(
-            tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), q, q_ptr, q_rows, 1, mask_q, k, k_ptr,
-            k_tokens, k_stride_n, mask_k, HEAD_DIM, PART_D, INPUT_PRECISION,
-        )  # fmt: skip
+        k = row_tile(k_head, k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)
+        dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
+        dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if GENERAL:
-            s, _ = scores(
-                dot, bias, q_positions, k_positions, k_tokens, mask_q, mask_k, attn_mask_ptr,
-                attn_mask_rows, attn_mask_stride_n, key_padding_mask_ptr,
-                key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap,
-                HAS_BIAS, HAS_CAP, HAS_LEFT, HAS_RIGHT, BOOL_MASK, IS_EDGE, False,
-            )  # fmt: skip
+            s, _ = scores(dot, bias, place, masks, head_masks, window, score, IS_EDGE, False)
             m_new = tl.maximum(m, tl.max(s, 1))
             stable = stabiliser(m_new)
             p = tl.exp2(s - stable[:, None])
         else:
             if IS_EDGE:
-                visible = in_window(
-                    q_positions, k_positions, mask_k, diagonal, window_left, window_right,
-                    HAS_LEFT, HAS_RIGHT, False,
-                )  # fmt: skip
-                dot = tl.where(visible, dot, float("-inf"))
-            # Scaling waits for the subtraction: one instruction.
-            m_new = tl.maximum(m, tl.max(dot, 1) * scale)
+                dot = tl.where(in_window(place, window, False), dot, float("-inf"))
+            # Scaling waits for the subtraction: one FMA.
+            m_new = tl.maximum(m, tl.max(dot, 1) * score.scale)
             stable = stabiliser(m_new)
-            p = tl.exp2(dot * scale - stable[:, None])
+            p = tl.exp2(dot * score.scale - stable[:, None])
         alpha = tl.exp2(m - stable)
         row_sum = tl.sum(p, 1)
         normaliser = normaliser * alpha + row_sum
         m = m_new
-        mask_v = mask_k
-        if key_padding_mask_ptr is not None:
-            # 0 · NaN is NaN: values behind padding are not read.
-            offsets = k_tokens.to(tl.int64) * key_padding_mask_stride_n
-            mask_v = mask_k & (tl.load(key_padding_mask_ptr + offsets, mask=mask_k, other=0) != 0)
+        # 0 · NaN is NaN: values of padding keys are not read.
+        mask_v = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
         # [BLOCK_K, BLOCK_DV]
-        v = load_rows(v_ptr, k_tokens, v_stride_n, mask_v, HEAD_DIM_V, PART_DV)
-        acc = add_product(  # (6)
-            acc * alpha[:, None], p, v, v_ptr, k_tokens, v_stride_n, mask_v, HEAD_DIM_V,
-            BLOCK_DV, PART_DV, INPUT_PRECISION,
+        v = row_tile(v_head, k_tokens, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
+        acc = add_weighted_rows(  # (6)
+            acc * alpha[:, None], p, v, tile.HEAD_DIM_V, tile.BLOCK_DV, tile.PART_DV,
+            tile.PRECISION,
         )  # fmt: skip
 
-        if marginals_ptr is not None:  # (7)
+        if sums.ptr is not None:  # (7)
             run = run * alpha
             if has_rows & ((kind != run_kind) | (kind == MIXED)):
-                reference = raised_reference(
-                    reference, m, marginals_ptr, marginals_rows, mask_rows, num_spans
-                )
-                weight = relative_weight(reference, m)
+                exponent = raised_exponent(exponent, m, sums)
+                weight = relative_weight(exponent, m)
                 if run_kind >= 0:
-                    add_to_span(
-                        marginals_ptr, marginals_rows, run_kind, run * weight, mask_rows, num_spans
-                    )
+                    add_to_span(sums, run_kind, run * weight)
                 if kind == MIXED:
-                    add_mixed_block(
-                        marginals_ptr, marginals_rows, p, weight, mask_rows, num_spans,
-                        block_local_ptr, block_ids_ptr, tl.load(count_ptr), mask_k, BLOCK_K, TERMS,
-                    )  # fmt: skip
+                    add_mixed_block(sums, p, weight, block_spans, mask_k, tile.BLOCK_K, tile.TERMS)
                 run = tl.zeros_like(run)
                 run_kind = kind
             run += row_sum
-    return acc, normaliser, m, reference, run, run_kind
+    return acc, normaliser, m, exponent, run, run_kind
 
 
 @triton.jit
 def attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,  # with splits: float32 and partial, as are lse and marginals
+    q,
+    k,
+    v,
+    out,  # with splits: float32 and partial, as are lse and marginals
+    out_stride_split,
     lse_ptr,
     marginals_ptr,
-    kinds_ptr,
-    counts_ptr,
-    ids_ptr,
-    local_ptr,
-    span_bias_ptr,
-    attn_mask_ptr,
-    key_padding_mask_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_t,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    out_stride_split,
-    out_stride_b,
-    out_stride_h,
-    out_stride_t,
-    kinds_stride_b,
-    local_stride_b,
-    span_bias_stride_b,
-    span_bias_stride_h,
-    span_bias_stride_t,
-    span_bias_stride_s,
-    attn_mask_stride_b,
-    attn_mask_stride_h,
-    attn_mask_stride_t,
-    attn_mask_stride_n,
-    key_padding_mask_stride_b,
-    key_padding_mask_stride_n,
+    spans,
+    masks,
+    packed,
+    sizes,
     batch_size,
-    num_heads,
-    num_kv_heads,
-    seqlen_q,
-    seqlen_k,
-    num_sequences,
     num_q_blocks,
     num_splits,
-    num_spans,
-    row_start,
-    row_stop,
-    window_left,
-    window_right,
-    scale,
-    cap,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PART_D: tl.constexpr,
-    PART_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOP_LEFT: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    TERMS: tl.constexpr,
+    span_rows,
+    window,
+    score,
+    tile,
 ):
     """One program: BLOCK_Q queries of a head, over the keys of one split.
 
@@ -266,125 +164,106 @@ def attention_fwd_kernel(
     # Causal rows at the end have the most keys: they start first.
     block = num_q_blocks - 1 - pid % num_q_blocks
     pid = pid // num_q_blocks
-    programs_h = num_heads // GROUP
+    programs_h = sizes.num_heads // tile.GROUP
     h = (pid % programs_h).to(tl.int64)
     pid = pid // programs_h
     b = (pid % batch_size).to(tl.int64)
     split = (pid // batch_size).to(tl.int64)
 
-    # Blocks count rows: BLOCK_Q // GROUP of them would not do for a group of 7, so packed
-    # sequences are looked up in blocks of as many tokens as surely fit.
-    TOKENS: tl.constexpr = BLOCK_Q // GROUP
+    # Blocks count rows. A group of 7 does not divide BLOCK_Q, so packed sequences are looked up in
+    # blocks of as many tokens as surely fit.
+    TOKENS: tl.constexpr = tile.BLOCK_Q // tile.GROUP
     sequence, q_start, length_q, block = locate(
-        cu_seqlens_q_ptr, num_sequences, seqlen_q, block, TOKENS
+        packed.cu_seqlens_q_ptr, packed.num_sequences, sizes.seqlen_q, block, TOKENS
     )
-    k_start, length_k = length_of(cu_seqlens_k_ptr, sequence, seqlen_k)
+    k_start, length_k = length_of(packed.cu_seqlens_k_ptr, sequence, sizes.seqlen_k)
     if block * TOKENS >= length_q:
         return
 
-    offs = tl.arange(0, BLOCK_Q)
-    q_positions = block * TOKENS + offs // GROUP
-    mask_q = (q_positions < length_q) & (offs < TOKENS * GROUP)
+    offs = tl.arange(0, tile.BLOCK_Q)
+    q_positions = block * TOKENS + offs // tile.GROUP
+    mask_q = (q_positions < length_q) & (offs < TOKENS * tile.GROUP)
     q_tokens = q_start + q_positions
-    heads = h * GROUP + offs % GROUP  # int64 [BLOCK_Q]
-    kv_head = h * GROUP // (num_heads // num_kv_heads)
+    heads = h * tile.GROUP + offs % tile.GROUP  # int64 [BLOCK_Q]
+    kv_head = h * tile.GROUP // (sizes.num_heads // sizes.num_kv_heads)
 
     # [BLOCK_Q, BLOCK_D]
-    q_rows = b * q_stride_b + heads * q_stride_h + q_tokens.to(tl.int64) * q_stride_t
-    q = load_rows(q_ptr, q_rows, 1, mask_q, HEAD_DIM, PART_D)
+    q_rows = b * q.stride_b + heads * q.stride_h + q_tokens.to(tl.int64) * q.stride_t
+    q_tile = row_tile(Head(q.ptr, 1), q_rows, mask_q, tile.HEAD_DIM, tile.PART_D)
 
     # Which keys do the rows see, and which of these do all rows see?
-    diagonal = 0 if TOP_LEFT else length_k - length_q
+    diagonal = 0 if window.TOP_LEFT else length_k - length_q
     low, full_low = 0, 0
     high, full_high = length_k, length_k
     first_row = block * TOKENS + diagonal
     last_row = tl.minimum(block * TOKENS + TOKENS, length_q) - 1 + diagonal
-    if HAS_LEFT:
-        low, full_low = first_row - window_left, last_row - window_left
-    if HAS_RIGHT:
-        high = tl.minimum(length_k, last_row + window_right + 1)
-        full_high = tl.minimum(length_k, first_row + window_right + 1)
-    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, BLOCK_K)
+    if window.HAS_LEFT:
+        low, full_low = first_row - window.left, last_row - window.left
+    if window.HAS_RIGHT:
+        high = tl.minimum(length_k, last_row + window.right + 1)
+        full_high = tl.minimum(length_k, first_row + window.right + 1)
+    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
     blocks_per_split = tl.cdiv(last - first, num_splits)
     first = tl.minimum(first + split.to(tl.int32) * blocks_per_split, last)
     last = tl.minimum(first + blocks_per_split, last)
     first_full = tl.minimum(tl.maximum(first_full, first), last)
     last_full = tl.minimum(tl.maximum(last_full, first_full), last)
 
-    k_ptr += b * k_stride_b + kv_head * k_stride_h
-    v_ptr += b * v_stride_b + kv_head * v_stride_h
     has_rows = False
     mask_rows = mask_q
     marginals_rows = q_positions
-    if kinds_ptr is not None:
-        first_block = 0
-        if cu_seqlens_k_ptr is not None:
-            first_block = k_start // BLOCK_K + sequence
-        kinds_ptr += b * kinds_stride_b + first_block
-        counts_ptr += b * kinds_stride_b + first_block
-        ids_ptr += (b * kinds_stride_b + first_block) * BLOCK_K
-        local_ptr += b * local_stride_b
     if marginals_ptr is not None:
-        mask_rows = mask_q & (q_tokens >= row_start) & (q_tokens < row_stop)
+        mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
         has_rows = tl.max(mask_rows.to(tl.int32), 0) > 0
-        num_rows = row_stop - row_start
-        marginals_rows = offs % GROUP * num_rows + q_positions
-        first_row_of_head = ((split * batch_size + b) * num_heads + h * GROUP) * num_rows
-        marginals_ptr += (first_row_of_head + q_start - row_start) * num_spans
+        num_rows = span_rows.stop - span_rows.start
+        marginals_rows = offs % tile.GROUP * num_rows + q_positions
+        first_row_of_head = (split * batch_size + b) * sizes.num_heads + h * tile.GROUP
+        first_row_of_head = first_row_of_head * num_rows
+        marginals_ptr += (first_row_of_head + q_start - span_rows.start) * span_rows.num_spans
+    sums = Sums(marginals_ptr, marginals_rows, mask_rows, span_rows.num_spans)
     span_bias_rows = heads
-    if span_bias_ptr is not None:
-        span_bias_rows = heads * span_bias_stride_h + q_tokens.to(tl.int64) * span_bias_stride_t
-        span_bias_rows += b * span_bias_stride_b
-    attn_mask_rows = heads
-    if attn_mask_ptr is not None:
-        attn_mask_rows = heads * attn_mask_stride_h + q_tokens.to(tl.int64) * attn_mask_stride_t
-        attn_mask_rows += b * attn_mask_stride_b
-    if key_padding_mask_ptr is not None:
-        key_padding_mask_ptr += b * key_padding_mask_stride_b
+    if masks.span_bias.ptr is not None:
+        span_bias_rows = heads * masks.span_bias.stride_h
+        span_bias_rows += q_tokens.to(tl.int64) * masks.span_bias.stride_t
+        span_bias_rows += b * masks.span_bias.stride_b
+    head_masks = masks_of_rows(masks, b, heads, q_tokens)
+    IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
+    sample_spans = spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K)
 
-    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    normaliser = tl.zeros([BLOCK_Q], tl.float32)
-    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
+    normaliser = tl.zeros([tile.BLOCK_Q], tl.float32)
+    m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
     run_kind = first * 0 + NO_SPAN
     state = acc, normaliser, m, m, normaliser, run_kind
     # Without masks first, then at the edges: a branch in one loop would cost registers.
-    num_full = last_full - first_full
     for IS_EDGE in tl.static_range(2):
         state = attend(
-            state, q, q_ptr, q_rows, first if IS_EDGE else first_full,
-            last - first - num_full if IS_EDGE else num_full, first_full - first, num_full,
-            k_ptr, v_ptr, k_stride_n, v_stride_n, k_start, length_k, q_positions, mask_q,
-            kinds_ptr, counts_ptr, ids_ptr, local_ptr, has_rows, marginals_ptr, marginals_rows,
-            mask_rows, num_spans, span_bias_ptr, span_bias_rows, span_bias_stride_s,
-            attn_mask_ptr, attn_mask_rows, attn_mask_stride_n, key_padding_mask_ptr,
-            key_padding_mask_stride_n, diagonal, window_left, window_right, scale, cap, HEAD_DIM,
-            HEAD_DIM_V, BLOCK_D, BLOCK_DV, PART_D, PART_DV, BLOCK_Q, BLOCK_K, HAS_CAP, HAS_LEFT,
-            HAS_RIGHT, BOOL_MASK, INPUT_PRECISION, TERMS, IS_EDGE,
+            state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
+            q_positions, head_of(k, b, kv_head), head_of(v, b, kv_head), k_start, length_k,
+            diagonal, sample_spans, spans.kinds_ptr is not None, sums, has_rows, span_bias_rows,
+            masks, head_masks, window, score, tile, IS_EDGE,
         )  # fmt: skip
-    acc, normaliser, m, reference, run, run_kind = state
+    acc, normaliser, m, exponent, run, run_kind = state
 
     # A row that saw no key has normaliser = 0 and gives 0.
     inverse = tl.where(normaliser > 0, 1.0 / normaliser, 0.0)
     if marginals_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if has_rows:
-            reference = raised_reference(
-                reference, m, marginals_ptr, marginals_rows, mask_rows, num_spans
-            )
+            exponent = raised_exponent(exponent, m, sums)
             if run_kind >= 0:
-                weight = relative_weight(reference, m)
-                add_to_span(
-                    marginals_ptr, marginals_rows, run_kind, run * weight, mask_rows, num_spans
-                )
-            factor = tl.where(normaliser > 0, tl.exp2(reference - stabiliser(m)) * inverse, 0.0)
-            scale_rows(marginals_ptr, marginals_rows, factor, mask_rows, num_spans)  # (7)
+                add_to_span(sums, run_kind, run * relative_weight(exponent, m))
+            factor = tl.where(normaliser > 0, tl.exp2(exponent - stabiliser(m)) * inverse, 0.0)
+            scale_rows(sums, factor)  # (7)
 
     lse = tl.where(normaliser > 0, (m + tl.log2(normaliser)) * LN2, float("-inf"))  # (4)
-    lse_rows = ((split * batch_size + b) * num_heads + heads) * seqlen_q + q_tokens
+    lse_rows = ((split * batch_size + b) * sizes.num_heads + heads) * sizes.seqlen_q + q_tokens
     tl.store(lse_ptr + lse_rows, lse, mask=mask_q)
-    out_rows = split * out_stride_split + b * out_stride_b + heads * out_stride_h
-    out_rows += q_tokens.to(tl.int64) * out_stride_t
-    out = acc * inverse[:, None]
-    store_rows(out_ptr, out_rows, 1, mask_q, out, HEAD_DIM_V, BLOCK_DV)
+    out_rows = split * out_stride_split + b * out.stride_b + heads * out.stride_h
+    out_rows += q_tokens.to(tl.int64) * out.stride_t
+    store_rows(
+        Head(out.ptr, 1), out_rows, mask_q, acc * inverse[:, None], 0, tile.HEAD_DIM_V,
+        tile.BLOCK_DV,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -392,19 +271,14 @@ def attention_fwd_combine_kernel(
     partial_out_ptr,  # [splits, B, H, T, Dv]
     partial_lse_ptr,  # [splits, B, H, T]
     partial_marginals_ptr,  # [splits, B, H, R, S]
-    out_ptr,
+    out,
     lse_ptr,
     marginals_ptr,
-    out_stride_b,
-    out_stride_h,
-    out_stride_t,
     batch_size,
     num_heads,
     seqlen_q,
     num_splits,
-    num_spans,
-    row_start,
-    row_stop,
+    span_rows,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -424,26 +298,27 @@ def attention_fwd_combine_kernel(
     total = tl.full([], 0.0, tl.float32)
     offs_d = tl.arange(0, BLOCK_DV)
     mask_d = offs_d < HEAD_DIM_V
-    out = tl.zeros([BLOCK_DV], tl.float32)
+    total_out = tl.zeros([BLOCK_DV], tl.float32)
     for split in range(0, num_splits):
         at = split * num_queries + row
         weight = tl.exp(tl.load(partial_lse_ptr + at) - stable)
         partial = tl.load(partial_out_ptr + at * HEAD_DIM_V + offs_d, mask=mask_d, other=0.0)
-        out += weight * partial
+        total_out += weight * partial
         total += weight
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
-    out_row = b * out_stride_b + h * out_stride_h + t * out_stride_t
-    tl.store(out_ptr + out_row + offs_d, (out * inverse).to(out_ptr.dtype.element_ty), mask=mask_d)
+    out_row = b * out.stride_b + h * out.stride_h + t * out.stride_t
+    whole = (total_out * inverse).to(out.ptr.dtype.element_ty)
+    tl.store(out.ptr + out_row + offs_d, whole, mask=mask_d)
     tl.store(lse_ptr + row, tl.where(total > 0, m + tl.log(total), float("-inf")))
 
     if marginals_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
-        if (t >= row_start) & (t < row_stop):
-            num_rows = row_stop - row_start
-            r = (row // seqlen_q * num_rows + t - row_start) * num_spans
-            stride = (row * 0 + batch_size) * num_heads * num_rows * num_spans
-            for start in range(0, num_spans, BLOCK_S):
+        if (t >= span_rows.start) & (t < span_rows.stop):
+            num_rows = span_rows.stop - span_rows.start
+            r = (row // seqlen_q * num_rows + t - span_rows.start) * span_rows.num_spans
+            stride = (row * 0 + batch_size) * num_heads * num_rows * span_rows.num_spans
+            for start in range(0, span_rows.num_spans, BLOCK_S):
                 columns = start + tl.arange(0, BLOCK_S)
-                mask_s = columns < num_spans
+                mask_s = columns < span_rows.num_spans
                 sums = tl.zeros([BLOCK_S], tl.float32)
                 for split in range(0, num_splits):
                     weight = tl.exp(tl.load(partial_lse_ptr + split * num_queries + row) - stable)
