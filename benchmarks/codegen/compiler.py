@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _compile(launch: Launch, source: Any, architecture: str) -> Facts:
     return Facts(
         kernel=launch.name,
         architecture=architecture,
-        constants={k: v for k, v in sorted(launch.arguments.items()) if k.isupper()},
+        constants=dict(sorted(_constants(launch.arguments))),
         num_warps=launch.options["num_warps"],
         num_stages=launch.options["num_stages"],
         registers=usage["REG"],
@@ -117,6 +117,15 @@ def _compile(launch: Launch, source: Any, architecture: str) -> Facts:
         remarks=_remarks(ptx) if "wgmma" in ptx else (),
         seconds=time.perf_counter() - start,
     )
+
+
+def _constants(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names in capitals and their values, within tuples too."""
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            yield from _constants(value._asdict())  # type: ignore[attr-defined]
+        elif name.isupper():
+            yield name, getattr(value, "value", value)
 
 
 @functools.cache

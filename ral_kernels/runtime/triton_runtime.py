@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # what the tables of tile sizes name
 INTERPRETER = "interpreter"
+OLDEST = (3, 4)  # the first release whose kernels take tuples with None in them
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,22 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _version() -> str | None:
+    """The release of Triton; None where its package has another name, as nightly builds have."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def available() -> str | None:
     """None if Triton kernels work on this machine, else the reason why not."""
     if not _installed():
         return "triton is not installed (pip install triton)"
+    version = _version()
+    if version is not None and tuple(map(int, version.split(".")[:2])) < OLDEST:
+        return f"Triton >= {OLDEST[0]}.{OLDEST[1]} is needed; found {version}"
     if _pretence is not None or interpreted():
         return None
     if not torch.cuda.is_available():

@@ -60,6 +60,24 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch, gpu: dict[str, Any]) ->
     assert triton_runtime.available() == "triton is not installed (pip install triton)"
 
 
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("3.3.1", "Triton >= 3.4 is needed; found 3.3.1"),
+        ("2.10.0", "Triton >= 3.4 is needed; found 2.10.0"),
+        ("3.4.0", None),
+        ("3.10.0+git1234", None),
+        (None, None),
+    ],
+)
+def test_old_triton(
+    monkeypatch: pytest.MonkeyPatch, gpu: dict[str, Any], version: str | None, reason: str | None
+) -> None:
+    monkeypatch.setattr(triton_runtime, "_installed", lambda: True)
+    monkeypatch.setattr(triton_runtime, "_version", lambda: version)
+    assert triton_runtime.available() == reason
+
+
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, compiled: None) -> None:
     needs_triton()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -12,14 +12,30 @@ import triton
 from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_rows import Rows, SpanValues, constant
 from ral_kernels.runtime.triton_runtime import Tile
 from ral_kernels.runtime.triton_spans import num_blocks, span_blocks
 
 from ..arguments import AttentionArgs
 from . import tiles
-from .bwd_kv import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel
-from .bwd_q import attention_bwd_dq_kernel
-from .fwd import attention_fwd_combine_kernel, attention_fwd_kernel
+from .bwd_kv_kernels import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel
+from .bwd_q_kernels import attention_bwd_dq_kernel
+from .fwd_kernels import attention_fwd_combine_kernel, attention_fwd_kernel
+from .parameters import (
+    NO_ATTN_MASK,
+    NO_PADDING,
+    NO_SPAN_TABLE,
+    AttnMask,
+    Masks,
+    Packed,
+    Padding,
+    Score,
+    Sizes,
+    SpanRows,
+    SpanTable,
+    TileSizes,
+    Window,
+)
 
 LOG2E = math.log2(math.e)
 DECODED_TOKENS = 16  # up to so many queries a sequence, one program takes all heads of a kv head
@@ -35,82 +51,99 @@ def _num_sequences(args: AttentionArgs) -> int | None:
     return None if args.cu_seqlens_q is None else args.cu_seqlens_q.numel() - 1
 
 
-def _strides(name: str, x: Tensor | None, dims: str) -> dict[str, int]:
-    """{name}_stride_{dim} for each dim; 0 where there is no tensor."""
-    return {f"{name}_stride_{dim}": 0 if x is None else x.stride(i) for i, dim in enumerate(dims)}
+def _precision() -> str:
+    """How float32 is multiplied: in three products of tf32, whose sum has float32's accuracy."""
+    return "ieee" if triton_runtime.interpreted() else "tf32x3"
 
 
-def _as_bytes(mask: Tensor | None) -> Tensor | None:
+def _as_bytes(mask: Tensor) -> Tensor:
     """Booleans are read as bytes."""
-    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
+def _masks(args: AttentionArgs) -> Masks:
+    attn_mask, padding = NO_ATTN_MASK, NO_PADDING
+    if args.attn_mask is not None:
+        b, h, t, n = args.attn_mask.stride()
+        is_bool = constant(args.attn_mask.dtype == torch.bool)
+        attn_mask = AttnMask(_as_bytes(args.attn_mask), b, h, t, n, is_bool)
+    if args.key_padding_mask is not None:
+        padding = Padding(_as_bytes(args.key_padding_mask), *args.key_padding_mask.stride())
+    return Masks(SpanValues.of(args.span_bias), attn_mask, padding)
 
 
 def _common_arguments(args: AttentionArgs) -> dict[str, Any]:
-    """Arguments of the forward and of both backward kernels, but for blocks and span tables."""
-    padding, mask = _as_bytes(args.key_padding_mask), args.attn_mask
+    """Arguments of the forward and of both backward kernels, but for tiles and span tables."""
     factor = LOG2E if args.softcap == 0.0 else 1 / args.softcap
-    block_d, block_dv = _power_of_2(args.head_dim), _power_of_2(args.head_dim_v)
-    part = 256
-    if args.q.dtype == torch.float32:
-        part = FLOAT32_PART
     longest = args.seqlen_q + args.seqlen_k  # a window beyond it must not overflow int32
     return {
-        "q_ptr": args.q,
-        "k_ptr": args.k,
-        "v_ptr": args.v,
-        "span_bias_ptr": args.span_bias,
-        "attn_mask_ptr": _as_bytes(mask),
-        "key_padding_mask_ptr": padding,
-        "cu_seqlens_q_ptr": args.cu_seqlens_q,
-        "cu_seqlens_k_ptr": args.cu_seqlens_k,
-        **_strides("q", args.q, "bht"),
-        **_strides("k", args.k, "bhn"),
-        **_strides("v", args.v, "bhn"),
-        **_strides("span_bias", args.span_bias, "bhts"),
-        **_strides("attn_mask", mask, "bhtn"),
-        **_strides("key_padding_mask", padding, "bn"),
-        "batch_size": args.batch_size,
-        "num_heads": args.num_heads,
-        "num_kv_heads": args.num_kv_heads,
-        "seqlen_q": args.seqlen_q,
-        "seqlen_k": args.seqlen_k,
-        "num_sequences": _num_sequences(args) or 0,
-        "num_spans": args.num_spans,
-        "row_start": args.row_start,
-        "row_stop": args.row_stop,
-        "window_left": min(args.window_left, longest),
-        "window_right": min(args.window_right, longest),
-        "scale": args.scale * factor,
-        "cap": args.softcap * LOG2E,
-        "HEAD_DIM": args.head_dim,
-        "HEAD_DIM_V": args.head_dim_v,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_dv,
-        "PART_D": min(block_d, part),
-        "PART_DV": min(block_dv, part),
-        "TOP_LEFT": args.top_left,
-        "HAS_CAP": args.softcap != 0.0,
-        "HAS_LEFT": args.window_left >= 0,
-        "HAS_RIGHT": args.window_right >= 0,
-        "BOOL_MASK": mask is not None and mask.dtype == torch.bool,
-        "TERMS": 3 if args.q.dtype == torch.float32 else 2,
-        "INPUT_PRECISION": "ieee" if triton_runtime.interpreted() else "tf32x3",
+        "q": Rows.of(args.q),
+        "k": Rows.of(args.k),
+        "v": Rows.of(args.v),
+        "masks": _masks(args),
+        "packed": Packed(args.cu_seqlens_q, args.cu_seqlens_k, _num_sequences(args) or 0),
+        "sizes": Sizes(args.num_heads, args.num_kv_heads, args.seqlen_q, args.seqlen_k),
+        "span_rows": SpanRows(args.num_spans, args.row_start, args.row_stop),
+        "window": Window(
+            min(args.window_left, longest),
+            min(args.window_right, longest),
+            constant(args.window_left >= 0),
+            constant(args.window_right >= 0),
+            constant(args.top_left),
+        ),
+        "score": Score(
+            args.scale, args.scale * factor, args.softcap * LOG2E, constant(args.softcap != 0.0)
+        ),
     }
 
 
-def _span_table(args: AttentionArgs, block_k: int, wanted: bool) -> dict[str, Any]:
+@functools.lru_cache(1024)
+def _tile_sizes(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    block_q: int,
+    block_k: int,
+    group: int,
+    precision: str,
+) -> TileSizes:
+    is_wide = dtype == torch.float32
+    block_d, block_dv = _power_of_2(head_dim), _power_of_2(head_dim_v)
+    part = FLOAT32_PART if is_wide else 256
+    sizes = TileSizes(
+        HEAD_DIM=head_dim,
+        HEAD_DIM_V=head_dim_v,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        PART_D=min(block_d, part),
+        PART_DV=min(block_dv, part),
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        GROUP=group,
+        TERMS=3 if is_wide else 2,
+        PRECISION=precision,
+    )
+    return TileSizes(*map(constant, sizes))
+
+
+def _sizes(args: AttentionArgs, block_q: int, block_k: int, group: int = 1) -> TileSizes:
+    head_dims = (args.head_dim, args.head_dim_v)
+    return _tile_sizes(args.q.dtype, *head_dims, block_q, block_k, group, _precision())
+
+
+def _span_table(args: AttentionArgs, block_k: int, wanted: bool) -> SpanTable:
     """The table of spans for blocks of `block_k` keys; None where there is nothing to look up."""
-    table = None
-    if wanted and args.span_ids is not None:
-        table = span_blocks(args.span_ids, block_k, args.cu_seqlens_k)
-    return {
-        "kinds_ptr": None if table is None else table.kinds,
-        "counts_ptr": None if table is None else table.counts,
-        "ids_ptr": None if table is None else table.ids,
-        "local_ptr": None if table is None else table.local,
-        "kinds_stride_b": 0 if table is None else table.stride_batch,
-        "local_stride_b": 0 if table is None else table.stride_batch_local,
-    }
+    if not wanted or args.span_ids is None:
+        return NO_SPAN_TABLE
+    table = span_blocks(args.span_ids, block_k, args.cu_seqlens_k)
+    return SpanTable(
+        table.kinds,
+        table.counts,
+        table.ids,
+        table.local,
+        table.stride_batch,
+        table.stride_batch_local,
+    )
 
 
 def _tile(
@@ -176,25 +209,22 @@ def _launch_fwd(
         )
     if has_marginals:
         marginals.zero_()  # kernels add to it
-    strides_out = out.stride() if partial else (0, *out.stride())
+    stride_split, *strides = out.stride() if partial else (0, *out.stride())
+    sizes = _sizes(args, block_q, tile.block_k, group)
     arguments = {
         **_common_arguments(args),
-        **_span_table(args, tile.block_k, has_marginals or args.span_bias is not None),
-        "out_ptr": out,
+        "out": Rows(out, *strides[:3]),
+        "out_stride_split": stride_split,
         "lse_ptr": lse,
         "marginals_ptr": marginals if has_marginals else None,
-        "out_stride_split": strides_out[0],
-        "out_stride_b": strides_out[1],
-        "out_stride_h": strides_out[2],
-        "out_stride_t": strides_out[3],
+        "spans": _span_table(args, tile.block_k, has_marginals or args.span_bias is not None),
+        "batch_size": args.batch_size,
         "num_q_blocks": q_blocks,
         "num_splits": num_splits,
-        "BLOCK_Q": block_q,
-        "BLOCK_K": tile.block_k,
-        "GROUP": group,
+        "tile": sizes,
     }
     # A loop over keys that reads only values in parts cannot be pipelined.
-    only_v = arguments["HEAD_DIM"] <= arguments["PART_D"] and args.head_dim_v > arguments["PART_DV"]
+    only_v = args.head_dim <= sizes.PART_D.value and args.head_dim_v > sizes.PART_DV.value
     num_stages = 1 if only_v else tile.num_stages
     grid = (programs * num_splits,)
     triton_runtime.launch(attention_fwd_kernel, grid, arguments, tile.num_warps, num_stages)
@@ -204,17 +234,14 @@ def _launch_fwd(
         "partial_out_ptr": out,
         "partial_lse_ptr": lse,
         "partial_marginals_ptr": marginals if has_marginals else None,
-        "out_ptr": results[0],
+        "out": Rows.of(results[0]),
         "lse_ptr": results[1],
         "marginals_ptr": results[2] if has_marginals else None,
-        **_strides("out", results[0], "bht"),
         "batch_size": args.batch_size,
         "num_heads": args.num_heads,
         "seqlen_q": args.seqlen_q,
         "num_splits": num_splits,
-        "num_spans": args.num_spans,
-        "row_start": args.row_start,
-        "row_stop": args.row_stop,
+        "span_rows": SpanRows(args.num_spans, args.row_start, args.row_stop),
         "HEAD_DIM_V": args.head_dim_v,
         "BLOCK_DV": _power_of_2(args.head_dim_v),
         "BLOCK_S": min(_power_of_2(max(args.num_spans, 1)), 256),
@@ -252,26 +279,19 @@ def launch_bwd(
         # Such a row may get inf or NaN, which a product with its weights of 0 would spread.
         dout = dout.masked_fill((lse == float("-inf"))[..., None], 0.0)
     delta = torch.empty_like(lse)
-    common: dict[str, Any] = {
+    arguments = {
+        "out": Rows.of(out),
+        "marginals_ptr": marginals,
+        "lse_ptr": lse,
+        "dout": Rows.of(dout),
+        "dmarginals_ptr": dmarginals,
+        "dlse_ptr": dlse,
+        "delta_ptr": delta,
         "num_heads": args.num_heads,
         "seqlen_q": args.seqlen_q,
-        "num_spans": args.num_spans,
-        "row_start": args.row_start,
-        "row_stop": args.row_stop,
-        "lse_ptr": lse,
-        "delta_ptr": delta,
-        "dout_ptr": dout,
-        "dmarginals_ptr": dmarginals,
-        **_strides("dout", dout, "bht"),
+        "span_rows": SpanRows(args.num_spans, args.row_start, args.row_stop),
         "HEAD_DIM_V": args.head_dim_v,
         "BLOCK_DV": _power_of_2(args.head_dim_v),
-    }
-    arguments = {
-        **common,
-        "out_ptr": out,
-        "marginals_ptr": marginals,
-        "dlse_ptr": dlse,
-        **_strides("out", out, "bht"),
         "BLOCK_Q": 32,
         "BLOCK_S": min(_power_of_2(max(args.num_spans, 1)), 64),
     }
@@ -280,8 +300,13 @@ def launch_bwd(
 
     sequences = _num_sequences(args)
     needs_spans = dmarginals is not None or args.span_bias is not None
-    common = {**common, **_common_arguments(args), "tau": args.scale}
-    common.pop("batch_size")
+    common = {
+        **_common_arguments(args),
+        "dout": Rows.of(dout),
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "dmarginals_ptr": dmarginals,
+    }
     if dout is None:
         dv.zero_()  # (8): a loss on marginals alone does not touch the values
 
@@ -295,14 +320,11 @@ def launch_bwd(
         k_blocks = num_blocks(args.seqlen_k, tile.block_k, sequences)
         arguments = {
             **common,
-            **_span_table(args, tile.block_k, needs_spans),
-            "dk_ptr": dk,
-            "dv_ptr": dv,
-            **_strides("dk", dk, "bhn"),
-            **_strides("dv", dv, "bhn"),
+            "dk": Rows.of(dk),
+            "dv": Rows.of(dv),
+            "spans": _span_table(args, tile.block_k, needs_spans),
             "num_k_blocks": k_blocks,
-            "BLOCK_Q": tile.block_q,
-            "BLOCK_K": tile.block_k,
+            "tile": _sizes(args, tile.block_q, tile.block_k),
         }
         grid = (args.batch_size * args.num_kv_heads * k_blocks,)
         kernel = attention_bwd_dkdv_kernel
@@ -314,13 +336,11 @@ def launch_bwd(
         q_blocks = num_blocks(args.seqlen_q, tile.block_q, sequences)
         arguments = {
             **common,
-            **_span_table(args, tile.block_k, needs_spans),
-            "dq_ptr": dq,
+            "dq": Rows.of(dq),
             "dspan_bias_ptr": dspan_bias,
-            **_strides("dq", dq, "bht"),
+            "spans": _span_table(args, tile.block_k, needs_spans),
             "num_q_blocks": q_blocks,
-            "BLOCK_Q": tile.block_q,
-            "BLOCK_K": tile.block_k,
+            "tile": _sizes(args, tile.block_q, tile.block_k),
         }
         grid = (args.batch_size * args.num_heads * q_blocks,)
         kernel = attention_bwd_dq_kernel

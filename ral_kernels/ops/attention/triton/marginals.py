@@ -17,20 +17,60 @@ offsets are formed where they are needed, to keep int64 vectors out of the regis
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.runtime.triton_softmax import LOG2E
-from ral_kernels.runtime.triton_spans import MIXED
+from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
 
-# A stored sum is relative to 2^reference. A running maximum may outgrow it by this much before the
+# A stored sum is relative to 2^exponent. A running maximum may outgrow it by this much before the
 # stored sums have to be scaled down: far from float32's 2^128, far above rounding.
 HEADROOM = tl.constexpr(64.0)
 HIDDEN = tl.constexpr(-(2.0**100))
 MINUS_INFINITY = tl.constexpr(-(2.0**101))
 INTERPRETED = tl.constexpr(triton_runtime.interpreted())
 GROUP = tl.constexpr(16)  # spans in one matrix product, the least that tl.dot takes
+
+
+class SpanBlock(NamedTuple):
+    """Where the entries of a block of keys stand in the table of spans; 0 without spans."""
+
+    kinds_ptr: Any
+    counts_ptr: Any
+    ids_ptr: Any
+    local_ptr: Any
+
+
+class Sums(NamedTuple):
+    """Sums over spans that a program owns: the pointer to its row 0, and int32 numbers of rows."""
+
+    ptr: Any
+    rows: Any
+    mask_rows: Any
+    num_spans: Any
+
+
+@triton.jit
+def moved_spans(spans, entry, key, BLOCK_K: tl.constexpr):
+    """The table of spans from `entry` on, whose keys start `key` further on."""
+    if spans.kinds_ptr is None:
+        return SpanBlock(0, 0, 0, 0)
+    else:
+        return SpanBlock(
+            spans.kinds_ptr + entry,
+            spans.counts_ptr + entry,
+            spans.ids_ptr + entry * BLOCK_K,
+            spans.local_ptr + key,
+        )
+
+
+@triton.jit
+def kind_of(spans, HAS_SPANS: tl.constexpr):
+    """The kind of a block of keys; NO_SPAN without spans."""
+    return tl.load(spans.kinds_ptr) if HAS_SPANS else NO_SPAN
 
 
 @triton.jit
@@ -97,40 +137,37 @@ def one_hot_dot(x, one_hot, acc, TERMS: tl.constexpr, ONE_HOT_FIRST: tl.constexp
 
 
 @triton.jit
-def add_to_span(sums_ptr, rows, span, x, mask_rows, num_spans):
+def add_to_span(sums, span, x):
     """sums[rows, span] += x."""
-    rows = barrier(rows)
-    pointers = sums_ptr + rows.to(tl.int64) * num_spans + span
-    tl.store(pointers, tl.load(pointers, mask=mask_rows, other=0.0) + x, mask=mask_rows)
+    rows = barrier(sums.rows)
+    pointers = sums.ptr + rows.to(tl.int64) * sums.num_spans + span
+    before = tl.load(pointers, mask=sums.mask_rows, other=0.0)
+    tl.store(pointers, before + x, mask=sums.mask_rows)
 
 
 @triton.jit
-def scale_rows(sums_ptr, rows, factor, mask_rows, num_spans):
+def scale_rows(sums, factor):
     """sums[rows] *= factor."""
     # Without this detour the compiler carries `factor`, and all it is made of, through the loop
     # over the keys a second time, in the layout of the sums here.
     factor = tl.gather(factor, tl.arange(0, factor.shape[0]), 0)
-    rows = barrier(rows)
+    rows = barrier(sums.rows)
     columns = tl.arange(0, GROUP)
-    for start in tl.range(0, num_spans, GROUP, num_stages=1):
-        mask = mask_rows[:, None] & (start + columns < num_spans)[None, :]
-        pointers = sums_ptr + (rows.to(tl.int64) * num_spans)[:, None] + (start + columns)[None, :]
+    for start in tl.range(0, sums.num_spans, GROUP, num_stages=1):
+        mask = sums.mask_rows[:, None] & (start + columns < sums.num_spans)[None, :]
+        offsets = (rows.to(tl.int64) * sums.num_spans)[:, None]
+        pointers = sums.ptr + offsets + (start + columns)[None, :]
         # [BLOCK_Q, GROUP]
-        sums = tl.load(pointers, mask=mask, other=0.0)
-        tl.store(pointers, sums * factor[:, None], mask=mask)
+        stored = tl.load(pointers, mask=mask, other=0.0)
+        tl.store(pointers, stored * factor[:, None], mask=mask)
 
 
 @triton.jit
 def add_mixed_block(
-    sums_ptr,
-    rows,
+    sums,
     x,  # [BLOCK_Q, BLOCK_K]
     weight,  # [BLOCK_Q]
-    mask_rows,
-    num_spans,
-    local_ptr,  # of the block's first key
-    ids_ptr,  # the block's entry of SpanBlocks.ids
-    count,
+    spans,
     mask_k,
     BLOCK_K: tl.constexpr,
     TERMS: tl.constexpr,
@@ -139,52 +176,52 @@ def add_mixed_block(
 
     A product with the one-hot E of 16 local ids at a time.
     """
-    local = tl.load(local_ptr + tl.arange(0, BLOCK_K), mask=mask_k, other=-1)
+    count = tl.load(spans.counts_ptr)
+    local = tl.load(spans.local_ptr + tl.arange(0, BLOCK_K), mask=mask_k, other=-1)
     columns = tl.arange(0, GROUP)
     for start in tl.range(0, count, GROUP, num_stages=1):
         one_hot = local[:, None] == (start + columns)[None, :]
-        sums = tl.zeros([x.shape[0], GROUP], tl.float32)
-        sums = one_hot_dot(x, one_hot, sums, TERMS, False)
-        mask = mask_rows[:, None] & (start + columns < count)[None, :]
-        ids = tl.load(ids_ptr + start + columns, mask=start + columns < count, other=0)
-        pointers = sums_ptr + (barrier(rows).to(tl.int64) * num_spans)[:, None] + ids[None, :]
+        added = tl.zeros([x.shape[0], GROUP], tl.float32)
+        added = one_hot_dot(x, one_hot, added, TERMS, False)
+        mask = sums.mask_rows[:, None] & (start + columns < count)[None, :]
+        ids = tl.load(spans.ids_ptr + start + columns, mask=start + columns < count, other=0)
+        rows = barrier(sums.rows).to(tl.int64) * sums.num_spans
+        pointers = sums.ptr + rows[:, None] + ids[None, :]
         # [BLOCK_Q, GROUP]
         before = tl.load(pointers, mask=mask, other=0.0)
-        tl.store(pointers, before + sums * weight[:, None], mask=mask)
+        tl.store(pointers, before + added * weight[:, None], mask=mask)
 
 
 @triton.jit
-def raised_reference(reference, m, sums_ptr, rows, mask_rows, num_spans):
-    """The power of two that stored sums are relative to, before sums relative to 2^m are added.
+def raised_exponent(exponent, m, sums):
+    """The exponent of what is stored, before sums relative to 2^m are added.
 
-    It is the maximum that a row first has here. Where the maximum has outgrown it, what is stored
-    is scaled down, which normal scores never make necessary.
+    It is the first maximum of a row here. Where the maximum has outgrown it, the stored sums are
+    scaled down; normal scores never make that necessary.
     """
-    reference = tl.where(reference == float("-inf"), m, reference)
-    outgrown = m > reference + HEADROOM
+    exponent = tl.where(exponent == float("-inf"), m, exponent)
+    outgrown = m > exponent + HEADROOM
     if tl.max(outgrown.to(tl.int32), 0) > 0:
-        factor = tl.where(outgrown, tl.exp2(reference - m), 1.0)
-        scale_rows(sums_ptr, rows, factor, mask_rows, num_spans)
-        reference = tl.where(outgrown, m, reference)
-    return reference
+        factor = tl.where(outgrown, tl.exp2(exponent - m), 1.0)
+        scale_rows(sums, factor)
+        exponent = tl.where(outgrown, m, exponent)
+    return exponent
 
 
 @triton.jit
-def relative_weight(reference, m):
-    """2^(m - reference), and 0 in rows that have seen no key."""
-    return tl.where(reference == float("-inf"), 0.0, tl.exp2(m - reference))
+def relative_weight(exponent, m):
+    """2^(m - exponent), and 0 in rows that have seen no key."""
+    return tl.where(exponent == float("-inf"), 0.0, tl.exp2(m - exponent))
 
 
 @triton.jit
 def shares(
     kind,
+    spans,
     per_span_ptr,
     row_offsets,  # int64
     stride_s,
     mask_rows,
-    local_ptr,
-    ids_ptr,
-    count_ptr,
     mask_k,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -212,15 +249,15 @@ def shares(
     else:
         x = tl.broadcast_to(values[:, None], [BLOCK_Q, BLOCK_K])
     if kind == MIXED:
-        local = tl.load(local_ptr + tl.arange(0, BLOCK_K), mask=mask_k, other=-1)
+        local = tl.load(spans.local_ptr + tl.arange(0, BLOCK_K), mask=mask_k, other=-1)
         columns = tl.arange(0, GROUP)
-        count = tl.load(count_ptr)
+        count = tl.load(spans.counts_ptr)
         x = tl.zeros_like(x)
         row_offsets = here(row_offsets)
         start = count * 0
         while start < count:
             mask_s = start + columns < count
-            ids = tl.load(ids_ptr + start + columns, mask=mask_s, other=0)
+            ids = tl.load(spans.ids_ptr + start + columns, mask=mask_s, other=0)
             offsets = row_offsets[:, None] + (ids.to(tl.int64) * stride_s)[None, :]
             mask = mask_rows[:, None] & mask_s[None, :]
             # [BLOCK_Q, GROUP]

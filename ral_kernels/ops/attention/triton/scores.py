@@ -1,4 +1,4 @@
-"""What the Triton kernels of `attention` share: positions, loads, scores.
+"""What the Triton kernels of `attention` share: positions, tiles of rows, scores.
 
 Scores are in base 2 from the start (times log2 e), because exp2 is the instruction that GPUs have.
 A tile has queries along rows (`[BLOCK_Q, BLOCK_K]`), or along columns with TRANSPOSED.
@@ -8,15 +8,55 @@ A tile has queries along rows (`[BLOCK_Q, BLOCK_K]`), or along columns with TRAN
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from ral_kernels.runtime.triton_rows import load_rows
 from ral_kernels.runtime.triton_softmax import LOG2E, in_base_2, tanh
 from ral_kernels.runtime.triton_spans import sequence_of_block
 
-from .marginals import here
+from .marginals import here, moved_spans
 
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+class RowTile(NamedTuple):
+    """A tile [rows, features], and where it was read from."""
+
+    x: Any
+    head: Any
+    rows: Any
+    mask: Any
+
+
+class Blocks(NamedTuple):
+    """The blocks that one of the two loops visits: see `block_number`."""
+
+    first: Any
+    number: Any
+    num_left: Any
+    gap: Any
+
+
+class Place(NamedTuple):
+    """Positions of a tile's queries and keys within their sequence; tokens are in the tensor."""
+
+    q_positions: Any
+    mask_q: Any
+    k_positions: Any
+    k_tokens: Any
+    mask_k: Any
+    diagonal: Any  # a query stands at the key position q_position + diagonal
+
+
+class HeadMasks(NamedTuple):
+    """Masks of one head: its pointers, 0 without a mask, and int64 offsets of the queries' rows."""
+
+    attn_mask_ptr: Any
+    attn_mask_rows: Any
+    padding_ptr: Any
 
 
 @triton.jit
@@ -49,8 +89,8 @@ def length_of(cu_seqlens_ptr, sequence, seqlen):
 def block_ranges(low, high, full_low, full_high, BLOCK: tl.constexpr):
     """Blocks that touch [low, high), and those among them that lie within [full_low, full_high).
 
-    -> first, first_full, last_full, last: [first, last) is what has to be visited, and only blocks
-    outside [first_full, last_full), at the edge, need a mask.
+    -> first, first_full, last_full, last: the loops visit [first, last). Only blocks outside
+    [first_full, last_full), at the edge, need a mask.
     """
     low = tl.maximum(low, 0)
     high = tl.maximum(high, low)
@@ -62,11 +102,23 @@ def block_ranges(low, high, full_low, full_high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def block_number(i, first, num_left, gap, IS_EDGE: tl.constexpr):
-    """The i-th of a loop's blocks: from `first` on, with IS_EDGE leaving out `gap` after a few."""
-    block = first + i
+def blocks_of_loop(first, first_full, last_full, last, IS_EDGE: tl.constexpr):
+    """The blocks that need no mask, or with IS_EDGE those on both sides of them."""
+    num_full = last_full - first_full
+    return Blocks(
+        first if IS_EDGE else first_full,
+        last - first - num_full if IS_EDGE else num_full,
+        first_full - first,
+        num_full,
+    )
+
+
+@triton.jit
+def block_number(i, blocks, IS_EDGE: tl.constexpr):
+    """The i-th block of a loop. With IS_EDGE it skips `gap` blocks after the first `num_left`."""
+    block = blocks.first + i
     if IS_EDGE:
-        block += tl.where(i >= num_left, gap, 0)
+        block += tl.where(i >= blocks.num_left, blocks.gap, 0)
     return block
 
 
@@ -80,154 +132,140 @@ def exist(positions, length, IS_EDGE: tl.constexpr):
 
 
 @triton.jit
-def load_part(
-    base_ptr, rows, stride, mask_rows, first_d, HEAD_DIM: tl.constexpr, PART_D: tl.constexpr
-):  # fmt: skip
-    """A tile [rows, PART_D], from feature first_d on; rows and features out of range are 0."""
-    offs_d = first_d + tl.arange(0, PART_D)
-    pointers = base_ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    mask = mask_rows[:, None]
-    if HEAD_DIM % PART_D != 0:
-        mask = mask & (offs_d[None, :] < HEAD_DIM)
-    return tl.load(pointers, mask=mask, other=0.0)
+def spans_of_keys(spans, b, sequence, k_start, is_packed: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The table of spans from a sequence's first block on; `local` from the sample's first key."""
+    first_block = 0
+    if is_packed:
+        first_block = k_start // BLOCK_K + sequence
+    entry = b * spans.stride_b + first_block
+    return moved_spans(spans, entry, b * spans.local_stride_b, BLOCK_K)
 
 
 @triton.jit
-def load_rows(base_ptr, rows, stride, mask_rows, HEAD_DIM: tl.constexpr, PART_D: tl.constexpr):
-    """A tile [rows, PART_D] of a tensor with unit last stride; rows out of range are 0.
+def row_tile(head, rows, mask_rows, HEAD_DIM: tl.constexpr, PART_D: tl.constexpr):
+    """A tile [rows, PART_D] of one head; rows out of range are 0.
 
-    Just 0 where the rows have more features than that: `dot_rows` and `add_product` then read what
-    they need when they need it. A product of float32 splits its operands into three, and those of
-    more than 64 features, or waiting for a second product, do not fit the registers.
+    Nothing is read where the rows have more features than that: `dot_rows` and `add_weighted_rows`
+    then read parts when they need them. A product of float32 splits its operands into three; those
+    of more than 64 features, or that wait for a second product, do not fit the registers.
     """
-    if HEAD_DIM <= PART_D:
-        return load_part(base_ptr, rows, stride, mask_rows, 0, HEAD_DIM, PART_D)
-    else:
-        return 0
+    x = load_rows(head, rows, mask_rows, 0, HEAD_DIM, PART_D) if HEAD_DIM <= PART_D else 0
+    return RowTile(x, head, rows, mask_rows)
 
 
 @triton.jit
 def dot_rows(
-    acc, a, a_ptr, a_rows, a_stride, a_mask, b, b_ptr, b_rows, b_stride, b_mask,
-    HEAD_DIM: tl.constexpr, PART_D: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    acc, a, b, HEAD_DIM: tl.constexpr, PART_D: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """acc + a bᵀ, where a and b are rows from `load_rows`."""
+    """acc + a bᵀ, where a and b come from `row_tile`."""
     if HEAD_DIM <= PART_D:
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=INPUT_PRECISION)
+        acc = tl.dot(a.x, tl.trans(b.x), acc, input_precision=PRECISION)
     else:
         for first_d in range(0, HEAD_DIM, PART_D):
             # [rows of a, PART_D], [rows of b, PART_D]
-            a_part = load_part(a_ptr, a_rows, a_stride, a_mask, first_d, HEAD_DIM, PART_D)
-            b_part = load_part(b_ptr, b_rows, b_stride, b_mask, first_d, HEAD_DIM, PART_D)
-            acc = tl.dot(a_part, tl.trans(b_part), acc, input_precision=INPUT_PRECISION)
+            a_part = load_rows(a.head, a.rows, a.mask, first_d, HEAD_DIM, PART_D)
+            b_part = load_rows(b.head, b.rows, b.mask, first_d, HEAD_DIM, PART_D)
+            acc = tl.dot(a_part, tl.trans(b_part), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def add_product(
-    acc, x, b, b_ptr, b_rows, b_stride, b_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PART_D: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+def add_weighted_rows(
+    acc, weights, b, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PART_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + x b, where b are rows from `load_rows`."""
+    """acc + weights b, where b comes from `row_tile`."""
     if HEAD_DIM > PART_D:
         # [rows of b, BLOCK_D]
-        b = load_part(b_ptr, here(b_rows.to(tl.int64)), b_stride, b_mask, 0, HEAD_DIM, BLOCK_D)
-    return tl.dot(x.to(b.dtype), b, acc, input_precision=INPUT_PRECISION)
+        x = load_rows(b.head, here(b.rows.to(tl.int64)), b.mask, 0, HEAD_DIM, BLOCK_D)
+    else:
+        x = b.x
+    return tl.dot(weights.to(x.dtype), x, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def store_rows(
-    base_ptr, rows, stride, mask_rows, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Write a tile [rows, BLOCK_D]."""
-    offs_d = tl.arange(0, BLOCK_D)
-    pointers = base_ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    mask = mask_rows[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(pointers, x.to(base_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def in_window(
-    q_positions,
-    k_positions,
-    mask_k,
-    diagonal,  # a query stands at the key position q_position + diagonal
-    window_left,
-    window_right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
+def in_window(place, window, TRANSPOSED: tl.constexpr):
     """Which keys of a block exist and lie in the window of which queries."""
     # The axes along which vectors are expanded.
     QUERY: tl.constexpr = 0 if TRANSPOSED else 1
     KEY: tl.constexpr = 1 if TRANSPOSED else 0
-    visible = tl.expand_dims(mask_k, KEY)
-    at = tl.expand_dims(q_positions + diagonal, QUERY)
-    keys = tl.expand_dims(k_positions, KEY)
-    if HAS_LEFT:
-        visible = visible & (keys >= at - window_left)
-    if HAS_RIGHT:
-        visible = visible & (keys <= at + window_right)
+    visible = tl.expand_dims(place.mask_k, KEY)
+    at = tl.expand_dims(place.q_positions + place.diagonal, QUERY)
+    keys = tl.expand_dims(place.k_positions, KEY)
+    if window.HAS_LEFT:
+        visible = visible & (keys >= at - window.left)
+    if window.HAS_RIGHT:
+        visible = visible & (keys <= at + window.right)
     return visible
+
+
+@triton.jit
+def masks_of_rows(masks, b, heads, q_tokens):
+    """The masks of sample b for rows of `heads`: one head, or one for each row."""
+    attn_mask_ptr, attn_mask_rows = 0, heads
+    if masks.attn_mask.ptr is not None:
+        attn_mask_ptr = masks.attn_mask.ptr
+        attn_mask_rows = heads * masks.attn_mask.stride_h
+        attn_mask_rows += q_tokens.to(tl.int64) * masks.attn_mask.stride_t
+        attn_mask_rows += b * masks.attn_mask.stride_b
+    return HeadMasks(attn_mask_ptr, attn_mask_rows, padding_of(masks, b))
+
+
+@triton.jit
+def padding_of(masks, b):
+    """The key padding mask of sample b; 0 without one."""
+    if masks.padding.ptr is None:
+        return 0
+    else:
+        return masks.padding.ptr + b * masks.padding.stride_b
+
+
+@triton.jit
+def real_keys(masks, padding_ptr, k_tokens, mask_k):
+    """mask_k without padding."""
+    if masks.padding.ptr is not None:
+        offsets = k_tokens.to(tl.int64) * masks.padding.stride_n
+        mask_k = mask_k & (tl.load(padding_ptr + offsets, mask=mask_k, other=0) != 0)
+    return mask_k
 
 
 @triton.jit
 def scores(
     dot,  # q kᵀ
-    bias,  # of spans, in base 2, if HAS_BIAS
-    q_positions,  # within the sequence
-    k_positions,
-    k_tokens,  # within the tensor
-    mask_q,
-    mask_k,
-    attn_mask_ptr,
-    attn_mask_rows,  # int64 offsets of the queries
-    attn_mask_stride_n,
-    key_padding_mask_ptr,
-    key_padding_mask_stride_n,
-    diagonal,  # a query stands at the key position q_position + diagonal
-    window_left,
-    window_right,
-    scale,  # τ log2 e, or τ / c with a soft cap c
-    cap,  # c log2 e
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr,
+    bias,  # of spans, in base 2, if there is one
+    place,
+    masks,
+    head_masks,
+    window,
+    score,
     IS_EDGE: tl.constexpr,  # whether keys of the block are beyond a window's edge or the last key
     TRANSPOSED: tl.constexpr,
 ):
     """Equations (1) to (3) in base 2, and the derivative of the soft cap (2), 1 without one."""
-    s = dot * scale
+    s = dot * score.scale
     dcap = 1.0
     # The axes along which vectors are expanded.
     QUERY: tl.constexpr = 0 if TRANSPOSED else 1
     KEY: tl.constexpr = 1 if TRANSPOSED else 0
-    if HAS_CAP:
+    if score.HAS_CAP:
         squashed = tanh(s)
-        s = squashed * cap
+        s = squashed * score.cap
         dcap = 1.0 - squashed * squashed
-    if HAS_BIAS:
+    if masks.span_bias.ptr is not None:
         s += bias
-    if key_padding_mask_ptr is not None:
-        offsets = k_tokens.to(tl.int64) * key_padding_mask_stride_n
-        real = tl.load(key_padding_mask_ptr + offsets, mask=mask_k, other=0) != 0
+    if masks.padding.ptr is not None:
+        offsets = place.k_tokens.to(tl.int64) * masks.padding.stride_n
+        real = tl.load(head_masks.padding_ptr + offsets, mask=place.mask_k, other=0) != 0
         s = tl.where(tl.expand_dims(real, KEY), s, float("-inf"))
-    if attn_mask_ptr is not None:
-        offsets = tl.expand_dims(k_tokens.to(tl.int64) * attn_mask_stride_n, KEY)
-        offsets = tl.expand_dims(attn_mask_rows, QUERY) + offsets
-        mask = tl.expand_dims(mask_q, QUERY) & tl.expand_dims(mask_k, KEY)
-        a = tl.load(attn_mask_ptr + offsets, mask=mask, other=0)
-        if BOOL_MASK:
+    if masks.attn_mask.ptr is not None:
+        offsets = tl.expand_dims(place.k_tokens.to(tl.int64) * masks.attn_mask.stride_n, KEY)
+        offsets = tl.expand_dims(head_masks.attn_mask_rows, QUERY) + offsets
+        mask = tl.expand_dims(place.mask_q, QUERY) & tl.expand_dims(place.mask_k, KEY)
+        a = tl.load(head_masks.attn_mask_ptr + offsets, mask=mask, other=0)
+        if masks.attn_mask.IS_BOOL:
             s = tl.where(a != 0, s, float("-inf"))
         else:
             s += in_base_2(a.to(tl.float32))
     if IS_EDGE:
-        visible = in_window(
-            q_positions, k_positions, mask_k, diagonal, window_left, window_right, HAS_LEFT,
-            HAS_RIGHT, TRANSPOSED,
-        )  # fmt: skip
-        s = tl.where(visible, s, float("-inf"))
+        s = tl.where(in_window(place, window, TRANSPOSED), s, float("-inf"))
     return s, dcap

@@ -26,6 +26,6 @@ class TritonDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
         return reason
 
     def fwd(self, args: DivergenceArgs, outputs: DivergenceOutputs) -> None:
-        from . import fwd as kernels
+        from . import kernels
 
         kernels.fwd(args.p, args.r, args.kind, outputs.value, outputs.dp, outputs.dr)

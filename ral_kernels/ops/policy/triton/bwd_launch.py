@@ -9,26 +9,29 @@ import torch
 from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_rows import Rows
 from ral_kernels.runtime.triton_runtime import Tile
 
 from ..arguments import PolicyArgs
 from . import tiles
-from .bwd import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
 from .bwd_bias import policy_bwd_dspan_bias_kernel
+from .bwd_kernels import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
 from .bwd_rows import policy_bwd_rows_kernel, policy_bwd_sums_kernel
-from .launch import Keys, Side, blocks, cdiv, splits_of, tensor_arguments
+from .launch import Keys, Side, cdiv, outcomes, per_row, splits_of
+from .parameters import Norm, Parts, RowTerms, Totals, ValueParts
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowGradient:
     """What the gradient of a row's scores needs beside dp; the weight of the row is in it."""
 
     factor: Tensor  # [B, T], 1 / (Z H), 0 for a row without gradient
     c: Tensor  # [B, T], (9)
     delta: Tensor  # [B, H, T], (11)
 
-    def arguments(self) -> dict[str, Any]:
-        return {"factor_ptr": self.factor, "c_ptr": self.c, "delta_ptr": self.delta}
+    @property
+    def terms(self) -> RowTerms:
+        return RowTerms(self.factor, self.c, self.delta)
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,11 @@ class Gradient:
     norm: Tensor  # [2, B, H, T]
     dp: Tensor
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, tile: Tile) -> dict[str, Any]:
         return {
-            **self.side.tensors(),
-            **self.side.spans(),
-            **self.side.view(self.keys),
-            **self.keys.arguments(),
-            **tensor_arguments("norm", self.norm, "ibh"),
-            **tensor_arguments("dp", self.dp, "bt"),
+            **self.side.arguments(self.keys, tile),
+            "norm": Norm(self.norm, *self.norm.stride()[:3]),
+            "dp": outcomes(self.dp),
         }
 
 
@@ -84,13 +84,12 @@ def sums(given: Gradient, z: Tensor) -> tuple[Tensor, Tensor]:
             policy_bwd_sums_kernel,
             (programs * splits,),
             {
-                **given.arguments(),
-                **tensor_arguments("z", z, "b"),
+                **given.arguments(tile),
+                "z": per_row(z),
                 "partial_ptr": partial,
                 "batch_size": side.batch_size,
                 "num_splits": splits,
                 "keys_per_split": per_split,
-                **blocks(side, tile),
             },
             tile.num_warps,
             tile.num_stages,
@@ -113,11 +112,13 @@ class Compared:
 
 
 _NOT_COMPARED: dict[str, Any] = {
-    "ref_z_ptr": None, "ref_z_stride_b": 0, "value_parts_ptr": None, "value_parts_stride_part": 0,
-    "value_parts_stride_b": 0, "value_parts": 0, "weight_ptr": None, "weight_stride_b": 0,
-    "value_ptr": None, "value_stride_b": 0, "u_total_ptr": None, "w_total_ptr": None,
-    "total_stride_b": 0, "total_stride_h": 0,
-}  # fmt: skip
+    "ref_z": per_row(None),
+    "value_parts": ValueParts(None, 0, 0),
+    "num_value_parts": 0,
+    "weight": per_row(None),
+    "value": per_row(None),
+    "totals": Totals(None, None, 0, 0),
+}
 
 
 def rows_of(
@@ -126,38 +127,34 @@ def rows_of(
     z: Tensor,
     compared: Compared | None = None,
     wants_gradient: bool = True,
-) -> Rows | None:
+) -> RowGradient | None:
     """Join the pieces [pieces, B, H, T] of U and W, and those of D; write D, U and W."""
     num_parts, batch_size, num_heads, num_rows = u_parts.shape
-    strides = u_parts.stride()[:3]
-    assert w_parts.stride()[:3] == strides
+    stride_part, stride_b, stride_h = u_parts.stride()[:3]
+    assert w_parts.stride()[:3] == (stride_part, stride_b, stride_h)
     rows = None
     if wants_gradient:
         factor, c = z.new_empty((2, batch_size, num_rows))
-        rows = Rows(factor, c, z.new_empty((batch_size, num_heads, num_rows)))
+        rows = RowGradient(factor, c, z.new_empty((batch_size, num_heads, num_rows)))
     arguments = _NOT_COMPARED
     if compared is not None:
+        value_parts, u = compared.value_parts, compared.u
         arguments = {
-            **tensor_arguments("ref_z", compared.ref_z, "b"),
-            **tensor_arguments("value_parts", compared.value_parts, ("part", "b")),
-            "value_parts": compared.value_parts.shape[0],
-            **tensor_arguments("weight", compared.weight, "b"),
-            **tensor_arguments("value", compared.value, "b"),
-            **tensor_arguments("total", compared.u, "bh"),
-            "u_total_ptr": compared.u,
-            "w_total_ptr": compared.w,
+            "ref_z": per_row(compared.ref_z),
+            "value_parts": ValueParts(value_parts, *value_parts.stride()[:2]),
+            "num_value_parts": value_parts.shape[0],
+            "weight": per_row(compared.weight),
+            "value": per_row(compared.value),
+            "totals": Totals(u, compared.w, *((0, 0) if u is None else u.stride()[:2])),
         }
-        del arguments["total_ptr"]
     triton_runtime.launch(
         policy_bwd_rows_kernel,
         (batch_size * cdiv(num_rows, tiles.ROWS),),
         {
-            "u_ptr": u_parts,
-            "w_ptr": w_parts,
-            **{f"parts_stride_{d}": s for d, s in zip(("part", "b", "h"), strides, strict=True)},
-            **tensor_arguments("z", z, "b"),
+            "parts": Parts(u_parts, w_parts, stride_part, stride_b, stride_h),
+            "z": per_row(z),
             **arguments,
-            **(rows.arguments() if rows else dict.fromkeys(("factor_ptr", "c_ptr", "delta_ptr"))),
+            "terms": RowTerms(None, None, None) if rows is None else rows.terms,
             "num_heads": num_heads,
             "num_rows": num_rows,
             "num_parts": num_parts,
@@ -169,14 +166,13 @@ def rows_of(
     return rows
 
 
-def query_gradient(given: Gradient, rows: Rows, dq: Tensor) -> None:
+def query_gradient(given: Gradient, rows: RowGradient, dq: Tensor) -> None:
     """Write dq, over pieces of the keys where there are too few rows and heads for the device."""
     side, keys = given.side, given.keys
     parts = dq[None]
 
     def run(tile: Tile) -> None:
         nonlocal parts
-        sizes = blocks(side, tile)
         programs = cdiv(keys.num_rows, tile.block_q) * side.num_heads * side.batch_size
         splits, per_split = splits_of(programs, keys.seqlen_k, tile.block_k, dq.device)
         parts = dq[None]
@@ -184,15 +180,14 @@ def query_gradient(given: Gradient, rows: Rows, dq: Tensor) -> None:
             parts = dq.new_empty((splits, *dq.shape), dtype=torch.float32)
         triton_runtime.launch(
             policy_bwd_dq_kernel,
-            (programs * splits, cdiv(side.padded_head_dim, sizes["BLOCK_D"])),
+            (programs * splits, cdiv(side.padded_head_dim, side.features(tile))),
             {
-                **given.arguments(),
-                **rows.arguments(),
-                **tensor_arguments("dq", parts, "sbht"),
+                **given.arguments(tile),
+                "terms": rows.terms,
+                "dq": Rows(parts, *parts.stride()[1:4]),
+                "dq_stride_split": parts.stride(0),
                 "batch_size": side.batch_size,
                 "keys_per_split": per_split,
-                "scale": side.scale,
-                **sizes,
             },
             tile.num_warps,
             tile.num_stages,
@@ -207,7 +202,7 @@ def query_gradient(given: Gradient, rows: Rows, dq: Tensor) -> None:
         (cdiv(keys.num_rows, block_r) * side.num_heads * side.batch_size,),
         {
             "parts_ptr": parts,
-            **tensor_arguments("dq", dq, "bht"),
+            "dq": Rows.of(dq),
             "batch_size": side.batch_size,
             "num_heads": side.num_heads,
             "num_rows": keys.num_rows,
@@ -221,23 +216,20 @@ def query_gradient(given: Gradient, rows: Rows, dq: Tensor) -> None:
     )
 
 
-def key_gradient(given: Gradient, rows: Rows, before: Tensor | None, dk: Tensor) -> None:
+def key_gradient(given: Gradient, rows: RowGradient, before: Tensor | None, dk: Tensor) -> None:
     """Write dk; `before` is the sum over earlier rows, float32 [B, Hk, N, D], and may be dk."""
     side, keys = given.side, given.keys
 
     def run(tile: Tile) -> None:
-        sizes = blocks(side, tile)
         programs = cdiv(keys.seqlen_k, tile.block_k) * side.num_kv_heads * side.batch_size
         triton_runtime.launch(
             policy_bwd_dk_kernel,
-            (programs, cdiv(side.padded_head_dim, sizes["BLOCK_D"])),
+            (programs, cdiv(side.padded_head_dim, side.features(tile))),
             {
-                **given.arguments(),
-                **rows.arguments(),
+                **given.arguments(tile),
+                "terms": rows.terms,
                 "before_ptr": before,
-                **tensor_arguments("dk", dk, "bhn"),
-                "scale": side.scale,
-                **sizes,
+                "dk": Rows.of(dk),
             },
             tile.num_warps,
             tile.num_stages,
@@ -247,7 +239,7 @@ def key_gradient(given: Gradient, rows: Rows, before: Tensor | None, dk: Tensor)
     run(side.tuned("dk", keys, run) if before is None else side.tile("dk"))
 
 
-def _bias_gradient(given: Gradient, rows: Rows, dspan_bias: Tensor) -> None:
+def _bias_gradient(given: Gradient, rows: RowGradient, dspan_bias: Tensor) -> None:
     side, keys = given.side, given.keys
     tile = side.tile("bias")
     span_blocks = cdiv(dspan_bias.shape[3], tiles.SPANS)
@@ -256,11 +248,10 @@ def _bias_gradient(given: Gradient, rows: Rows, dspan_bias: Tensor) -> None:
         policy_bwd_dspan_bias_kernel,
         (row_blocks * span_blocks * side.num_heads * side.batch_size,),
         {
-            **given.arguments(),
-            **rows.arguments(),
+            **given.arguments(tile),
+            "terms": rows.terms,
             "dspan_bias_ptr": dspan_bias,
             "num_spans": dspan_bias.shape[3],
-            **blocks(side, tile),
             "BLOCK_S": tiles.SPANS,
         },
         tile.num_warps,

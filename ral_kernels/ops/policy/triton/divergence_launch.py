@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ral_kernels.ops.divergence.triton.fwd import sweep
+from ral_kernels.ops.divergence.triton.kernels import sweep
 
 from ..arguments import PolicyDivergenceArgs
 from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums

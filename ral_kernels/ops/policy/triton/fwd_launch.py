@@ -10,8 +10,9 @@ from ral_kernels.runtime.triton_runtime import Tile
 
 from ..arguments import PolicyArgs
 from . import tiles
-from .fwd import policy_fwd_kernel, policy_fwd_spans_kernel
-from .launch import Keys, Side, blocks, cdiv, row_chunks, splits_of, tensor_arguments
+from .fwd_kernels import policy_fwd_kernel, policy_fwd_spans_kernel
+from .launch import Keys, Side, cdiv, outcomes, per_row, row_chunks, splits_of, with_stride_b
+from .parameters import Norm
 from .statistics import policy_normaliser_kernel, policy_statistics_kernel
 
 
@@ -29,16 +30,12 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
             policy_statistics_kernel,
             (programs * splits,),
             {
-                **side.tensors(),
-                **side.prefix(),
-                **side.spans(),
-                **side.view(keys),
-                **keys.arguments(),
+                **side.arguments(keys, tile),
+                "prefix": side.prefix(),
                 "partial_ptr": partial,
                 "batch_size": side.batch_size,
                 "num_splits": splits,
                 "keys_per_split": per_split,
-                **blocks(side, tile),
             },
             tile.num_warps,
             tile.num_stages,
@@ -93,15 +90,11 @@ def over_keys(side: Side, keys: Keys, norm: Tensor, z: Tensor, p: Tensor) -> Non
             policy_fwd_kernel,
             (row_blocks * cdiv(keys.seqlen_k, tile.block_k) * side.batch_size,),
             {
-                **side.tensors(),
-                **side.prefix(),
-                **side.spans(),
-                **side.view(keys),
-                **keys.arguments(),
-                **tensor_arguments("norm", norm, "ibh"),
-                **tensor_arguments("z", z, "b"),
-                **tensor_arguments("p", p, "bt"),
-                **blocks(side, tile),
+                **side.arguments(keys, tile),
+                "prefix": side.prefix(),
+                "norm": Norm(norm, *norm.stride()[:3]),
+                "z": per_row(z),
+                "p": outcomes(p),
             },
             tile.num_warps,
             tile.num_stages,
@@ -115,13 +108,15 @@ def _over_spans(side: Side, p_keys: Tensor, p: Tensor) -> None:
     batch_size, num_rows, seqlen_k = p_keys.shape
     tile = side.tile("spans")
     num_spans = p.shape[2]
+    ids, stride = with_stride_b(side.span_ids)
     triton_runtime.launch(
         policy_fwd_spans_kernel,
         (cdiv(num_rows, tile.block_q) * cdiv(num_spans, tiles.SPANS) * batch_size,),
         {
-            **tensor_arguments("p_keys", p_keys, "bt"),
-            **side.ids(),
-            **tensor_arguments("p", p, "bt"),
+            "p_keys": outcomes(p_keys),
+            "span_ids_ptr": ids,
+            "span_ids_stride_b": stride,
+            "p": outcomes(p),
             "num_rows": num_rows,
             "seqlen_k": seqlen_k,
             "num_spans": num_spans,

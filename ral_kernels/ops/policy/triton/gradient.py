@@ -7,10 +7,25 @@ import triton.language as tl
 
 
 @triton.jit
-def load_outcomes(ptr, stride_t, offs_q, outcome, mask):
-    """A [T, outcomes] tensor at rows and outcomes whose shapes broadcast; 0 in no outcome (-1)."""
-    pointers = ptr + offs_q.to(tl.int64) * stride_t + outcome
+def load_outcomes(x, b, offs_q, outcome, mask):
+    """`Outcomes` at rows and outcomes whose shapes broadcast; 0 in no outcome (-1)."""
+    pointers = x.ptr + b * x.stride_b + offs_q.to(tl.int64) * x.stride_t + outcome
     return tl.load(pointers, mask=mask & (outcome >= 0), other=0.0)
+
+
+@triton.jit
+def load_factor_and_c(terms, b, num_rows, offs_q, mask_q):
+    """[BLOCK_Q], each."""
+    row = b * num_rows + offs_q
+    factor = tl.load(terms.factor_ptr + row, mask=mask_q, other=0.0)
+    return factor, tl.load(terms.c_ptr + row, mask=mask_q, other=0.0)
+
+
+@triton.jit
+def load_delta(terms, b, head, num_heads, num_rows, offs_q, mask_q):
+    """[BLOCK_Q]."""
+    delta_ptr = terms.delta_ptr + (b * num_heads + head) * num_rows + offs_q
+    return tl.load(delta_ptr, mask=mask_q, other=0.0)
 
 
 @triton.jit
@@ -24,14 +39,14 @@ def score_gradient(p, dp, visible, valid, factor, c, delta):
 
 
 @triton.jit
-def softcap_slope(s, softcap_log2):
+def softcap_slope(s, score):
     """1 − (y/c̄)² from the scores before the bias: (14)."""
-    squashed = s / softcap_log2
+    squashed = s / score.softcap_log2
     return 1.0 - squashed * squashed
 
 
 @triton.jit
-def add_product(total, ds, x, PRECISION: tl.constexpr):
+def add_score_gradient(total, ds, x, PRECISION: tl.constexpr):
     """total + ds x.
 
     With float16 inputs dS stays float32, and tf32 multiplies: it has float16's precision, holds

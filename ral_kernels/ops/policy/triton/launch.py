@@ -1,10 +1,10 @@
-"""What the launches of `policy` and `policy_divergence` share: arguments by name, tiles, chunks."""
+"""What the launches of `policy` and `policy_divergence` share: arguments, tiles, chunks."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,20 +12,14 @@ import torch
 from torch import Tensor
 
 from ral_kernels.runtime import triton_runtime
+from ral_kernels.runtime.triton_rows import Rows, SpanValues, constant
 from ral_kernels.runtime.triton_runtime import Tile
 
 from ..arguments import PolicyArgs
 from . import tiles
+from .parameters import Flags, Heads, Outcomes, PerRow, Prefix, Score, TileSizes
 
 LOG2_E = math.log2(math.e)
-
-
-def tensor_arguments(name: str, x: Tensor | None, dims: Sequence[str]) -> dict[str, Any]:
-    """A tensor and its strides along `dims`; None and 0 where there is none."""
-    strides = x.stride() if x is not None else (0,) * len(dims)
-    return {f"{name}_ptr": x} | {
-        f"{name}_stride_{d}": s for d, s in zip(dims, strides, strict=False)
-    }
 
 
 def precision() -> str:
@@ -66,18 +60,11 @@ class Keys:
             scope=scope if scope is None or scope.shape[0] == 1 else scope[batch],
         )
 
-    def arguments(self) -> dict[str, Any]:
-        padding, scope = self.key_padding_mask, self.scope
-        return {
-            "padding_ptr": padding,
-            "padding_stride_b": 0 if padding is None else padding.stride(0),
-            "scope_ptr": scope,
-            "scope_stride_b": 0 if scope is None or scope.shape[0] == 1 else scope.stride(0),
-            "num_rows": self.num_rows,
-            "seqlen_k": self.seqlen_k,
-            "query_start": self.query_start,
-            "EXCLUDE_SELF": self.exclude_self,
-        }
+    def flags(self, span_ids: Tensor | None) -> Flags:
+        return Flags(
+            *with_stride_b(span_ids), *with_stride_b(self.key_padding_mask),
+            *with_stride_b(self.scope),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,52 +147,60 @@ class Side:
         architecture = triton_runtime.architecture(self.q.device)
         return architecture, self.q.dtype, self.padded_head_dim, heavy
 
-    def tensors(self) -> dict[str, Any]:
-        """q and k, and sizes of heads."""
-        return {
-            **tensor_arguments("q", self.q, "bht"),
-            **tensor_arguments("k", self.k, "bhn"),
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.q.shape[3],
-            "HEAD_DIM": self.padded_head_dim,
-            "PRECISION": precision(),
-        }
+    def prefix(self) -> Prefix:
+        if self.k_prefix is None:
+            return NO_PREFIX
+        b, h, t, _ = self.k_prefix.stride()
+        return Prefix(self.k_prefix, b, h, t, self.prefix_index, self.k_prefix.shape[2])
 
-    def prefix(self) -> dict[str, Any]:
-        return {
-            **tensor_arguments("prefix", self.k_prefix, "bhn"),
-            "prefix_index_ptr": self.prefix_index,
-            "prefix_length": 0 if self.k_prefix is None else self.k_prefix.shape[2],
-        }
-
-    def spans(self) -> dict[str, Any]:
-        return {**tensor_arguments("bias", self.span_bias, "bhts"), **self.ids()}
-
-    def ids(self) -> dict[str, Any]:
-        ids = self.span_ids
-        stride = ids.stride(0) if ids is not None and ids.dim() == 2 else 0
-        return {"span_ids_ptr": ids, "span_ids_stride_b": stride}
-
-    def view(self, keys: Keys) -> dict[str, Any]:
-        """Scale, soft cap and window, a missing bound as one beyond every key."""
+    def arguments(self, keys: Keys, tile: Tile) -> dict[str, Any]:
+        """What every kernel over rows and keys takes; a missing bound is one beyond every key."""
         beyond = keys.num_rows + keys.seqlen_k + abs(keys.query_start)
         left, right = self.window_left, self.window_right
+        has_softcap = self.softcap != 0.0
+        factor = self.scale / self.softcap if has_softcap else self.scale * LOG2_E
         return {
+            "q": Rows.of(self.q),
+            "k": Rows.of(self.k),
+            "bias": SpanValues.of(self.span_bias),
+            "flags": keys.flags(self.span_ids),
+            "heads": Heads(self.num_heads, self.num_kv_heads, keys.seqlen_k),
+            "num_rows": keys.num_rows,
+            "query_start": keys.query_start,
             "window_left": beyond if left < 0 else min(left, beyond),
             "window_right": beyond if right < 0 else min(right, beyond),
-            "score_factor": self.scale * LOG2_E
-            if self.softcap == 0.0
-            else self.scale / self.softcap,
-            "softcap_log2": self.softcap * LOG2_E,
-            "SOFTCAP": self.softcap != 0.0,
-        }
+            "score": Score(self.scale, factor, self.softcap * LOG2_E, constant(has_softcap)),
+            "tile": _tile_sizes(
+                self.q.shape[3], self.padded_head_dim, self.features(tile), tile.block_q,
+                tile.block_k, keys.exclude_self, precision(),
+            ),
+        }  # fmt: skip
+
+    def features(self, tile: Tile) -> int:
+        """How many features a product takes at a time."""
+        return min(tile.flags.get("BLOCK_D", self.padded_head_dim), self.padded_head_dim)
 
 
-def blocks(side: Side, tile: Tile) -> dict[str, int]:
-    """Sizes of a tile: rows, keys, and features at a time."""
-    block_d = min(tile.flags.get("BLOCK_D", side.padded_head_dim), side.padded_head_dim)
-    return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "BLOCK_D": block_d}
+NO_PREFIX = Prefix(None, 0, 0, 0, None, 0)
+
+
+@functools.lru_cache(1024)
+def _tile_sizes(*sizes: int | bool | str) -> TileSizes:
+    return TileSizes(*map(constant, sizes))
+
+
+def with_stride_b(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """A tensor [N] or [B, N], and what is between two samples: 0 where they share it."""
+    shared = x is None or x.dim() == 1 or x.shape[0] == 1
+    return x, 0 if shared or x is None else x.stride(0)
+
+
+def outcomes(x: Tensor) -> Outcomes:
+    return Outcomes(x, *x.stride()[:2])
+
+
+def per_row(x: Tensor | None) -> PerRow:
+    return PerRow(None, 0) if x is None else PerRow(x, x.stride(0))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,106 +2,159 @@
 
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from ral_kernels.runtime.triton_rows import head_of, load_rows
 from ral_kernels.runtime.triton_softmax import in_base_2, tanh
 
-# Weights below are 0, so that p is 0 exactly where every head's weight is: the mean of up to 256
-# heads stays a normal number. The backward's bound is higher: a weight that it counts, though its
-# score was rounded otherwise, has a p that is not 0.
+# Weights below are 0, so that p is 0 exactly where the weights of all heads are: the mean of up to
+# 256 heads stays a normal number. The bound of the backward is higher: where a weight passes it,
+# though its score was rounded otherwise, p is not 0.
 SMALLEST_HEAD_WEIGHT = tl.constexpr(2.0**-118)
 SMALLEST_HEAD_WEIGHT_BWD = tl.constexpr(2.0**-117)
 SMALLEST_WEIGHT = tl.constexpr(2.0**-100)  # of all heads on the valid keys, as in reference.py
 
 
+class KeyHead(NamedTuple):
+    """The keys of one head: `length` of them from the shared prefix, if there is one."""
+
+    own: Any
+    prefix: Any
+    length: Any
+
+
 @triton.jit
-def load_rows(ptr, stride, offs, mask, first_d, head_dim: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] of a tensor with rows `stride` apart, 0 behind the mask and head_dim."""
-    offs_d = first_d + tl.arange(0, BLOCK_D)
-    pointers = ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    if head_dim % BLOCK_D == 0:
-        rows = tl.load(pointers, mask=mask[:, None], other=0.0)
+def program_of_head(num_rows, batch_size, num_heads, BLOCK_Q: tl.constexpr):
+    """(block of rows, head, sample, piece of the keys) of this program."""
+    row_blocks = tl.cdiv(num_rows, BLOCK_Q)
+    pid = tl.program_id(0)
+    head = (pid // row_blocks % num_heads).to(tl.int64)
+    b = (pid // row_blocks // num_heads % batch_size).to(tl.int64)
+    return pid % row_blocks, head, b, pid // row_blocks // num_heads // batch_size
+
+
+@triton.jit
+def kv_head_of(head, heads):
+    return head // (heads.num_heads // heads.num_kv_heads)
+
+
+@triton.jit
+def keys_of_head(k, b, kv_head):
+    """Keys without a prefix."""
+    own = head_of(k, b, kv_head)
+    return KeyHead(own, own, 0)
+
+
+@triton.jit
+def keys_with_prefix(k, prefix, b, kv_head):
+    own = head_of(k, b, kv_head)
+    if prefix.ptr is None:
+        return KeyHead(own, own, 0)
     else:
-        rows = tl.load(pointers, mask=mask[:, None] & (offs_d < head_dim)[None, :], other=0.0)
-    return rows
+        return KeyHead(own, head_of(prefix, tl.load(prefix.index_ptr + b), kv_head), prefix.length)
 
 
 @triton.jit
 def load_keys(
-    k_ptr,
-    k_stride_n,
-    prefix_ptr,
-    prefix_stride_n,
-    prefix_length,
+    keys,
     offs_k,
     mask_k,
     first_d,
     head_dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
 ):
-    """[BLOCK_K, BLOCK_D]: keys of one head, the first `prefix_length` from the shared prefix."""
-    if prefix_ptr is None:
-        k = load_rows(k_ptr, k_stride_n, offs_k, mask_k, first_d, head_dim, BLOCK_D)
+    """[BLOCK_K, BLOCK_D]: keys of one head."""
+    if not HAS_PREFIX:
+        k = load_rows(keys.own, offs_k, mask_k, first_d, head_dim, BLOCK_D)
     else:
-        own = offs_k >= prefix_length
-        offs = offs_k - prefix_length
-        k = load_rows(k_ptr, k_stride_n, offs, mask_k & own, first_d, head_dim, BLOCK_D)
-        shared = load_rows(
-            prefix_ptr, prefix_stride_n, offs_k, mask_k & ~own, first_d, head_dim, BLOCK_D
-        )
+        own = offs_k >= keys.length
+        offs = offs_k - keys.length
+        k = load_rows(keys.own, offs, mask_k & own, first_d, head_dim, BLOCK_D)
+        shared = load_rows(keys.prefix, offs_k, mask_k & ~own, first_d, head_dim, BLOCK_D)
         k = tl.where(own[:, None], k, shared)
     return k
 
 
 @triton.jit
-def product_in_parts(
-    q_ptr,
-    q_stride_t,
-    offs_q,
-    mask_q,
-    k_ptr,
-    k_stride_n,
-    prefix_ptr,
-    prefix_stride_n,
-    prefix_length,
-    offs_k,
-    mask_k,
-    head_dim: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """q kᵀ, BLOCK_D features at a time: float32 rows of more features do not fit the registers."""
-    x = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    for first_d in range(0, HEAD_DIM, BLOCK_D):
-        # [BLOCK_Q, BLOCK_D]
-        q = load_rows(q_ptr, q_stride_t, offs_q, mask_q, first_d, head_dim, BLOCK_D)
-        # [BLOCK_K, BLOCK_D]
-        k = load_keys(
-            k_ptr,
-            k_stride_n,
-            prefix_ptr,
-            prefix_stride_n,
-            prefix_length,
-            offs_k,
-            mask_k,
-            first_d,
-            head_dim,
-            BLOCK_D,
-        )
-        x = tl.dot(q, tl.trans(k), x, input_precision=PRECISION)
+def whole_rows(head, offs, mask, tile):
+    """[BLOCK, HEAD_DIM]; 0 where a product takes BLOCK_D features at a time."""
+    if tile.BLOCK_D == tile.HEAD_DIM:
+        return load_rows(head, offs, mask, 0, tile.head_dim, tile.HEAD_DIM)
+    else:
+        return 0
+
+
+@triton.jit
+def whole_keys(keys, offs_k, mask_k, tile, HAS_PREFIX: tl.constexpr):
+    """As `whole_rows`."""
+    if tile.BLOCK_D == tile.HEAD_DIM:
+        return load_keys(keys, offs_k, mask_k, 0, tile.head_dim, tile.HEAD_DIM, HAS_PREFIX)
+    else:
+        return 0
+
+
+@triton.jit
+def product(
+    q, q_head, offs_q, mask_q, k, keys, offs_k, mask_k, tile, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, HAS_PREFIX: tl.constexpr,
+):  # fmt: skip
+    """q kᵀ from `whole_rows` and `whole_keys`, or BLOCK_D features at a time.
+
+    float32 rows of more features do not fit the registers.
+    """
+    if tile.BLOCK_D == tile.HEAD_DIM:
+        x = tl.dot(q, tl.trans(k), input_precision=tile.PRECISION)
+    else:
+        x = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        for first_d in range(0, tile.HEAD_DIM, tile.BLOCK_D):
+            # [BLOCK_Q, BLOCK_D], [BLOCK_K, BLOCK_D]
+            q_part = load_rows(q_head, offs_q, mask_q, first_d, tile.head_dim, tile.BLOCK_D)
+            k_part = load_keys(
+                keys, offs_k, mask_k, first_d, tile.head_dim, tile.BLOCK_D, HAS_PREFIX
+            )
+            x = tl.dot(q_part, tl.trans(k_part), x, input_precision=tile.PRECISION)
     return x
 
 
 @triton.jit
-def flagged(flags_ptr, offs_k, mask_k):
-    """mask_k and the flags [N] there, if there are any: key padding, a scope."""
-    if flags_ptr is not None:
-        mask_k = mask_k & (tl.load(flags_ptr + offs_k, mask=mask_k, other=0) != 0)
+def real_keys(flags, b, offs_k, seqlen_k):
+    """Which keys exist and are not padding."""
+    mask_k = offs_k < seqlen_k
+    if flags.padding_ptr is not None:
+        padding_ptr = flags.padding_ptr + b * flags.padding_stride_b
+        mask_k = mask_k & (tl.load(padding_ptr + offs_k, mask=mask_k, other=0) != 0)
     return mask_k
+
+
+@triton.jit
+def keys_in_scope(flags, b, offs_k, mask_k):
+    """mask_k, without keys outside the scope."""
+    if flags.scope_ptr is not None:
+        scope_ptr = flags.scope_ptr + b * flags.scope_stride_b
+        mask_k = mask_k & (tl.load(scope_ptr + offs_k, mask=mask_k, other=0) != 0)
+    return mask_k
+
+
+@triton.jit
+def outcomes_of(flags, b, offs_k, mask_k):
+    """[BLOCK_K]: the span of each key, -1 for none; the key itself where there are no spans."""
+    if flags.span_ids_ptr is not None:
+        span_ids_ptr = flags.span_ids_ptr + b * flags.span_ids_stride_b
+        return tl.load(span_ids_ptr + offs_k, mask=mask_k, other=-1)
+    else:
+        return offs_k
+
+
+@triton.jit
+def load_norm(norm, b, head, offs_q, mask_q):
+    """[BLOCK_Q], each: m, and the reciprocal of the normaliser."""
+    norm_ptr = norm.ptr + b * norm.stride_b + head * norm.stride_h + offs_q
+    m = tl.load(norm_ptr, mask=mask_q, other=0.0)
+    return m, tl.load(norm_ptr + norm.stride_i, mask=mask_q, other=0.0)
 
 
 @triton.jit
@@ -125,23 +178,24 @@ def key_masks(
 
 
 @triton.jit
-def scores(x, score_factor, softcap_log2, SOFTCAP: tl.constexpr):
+def head_scores(x, score):
     """log2(e) y from q kᵀ: (1)."""
-    return tanh(x * score_factor) * softcap_log2 if SOFTCAP else x * score_factor
+    return tanh(x * score.factor) * score.softcap_log2 if score.SOFTCAP else x * score.factor
 
 
 @triton.jit
-def span_bias(bias_ptr, offs_q, stride_t, offs_s, stride_s, mask):
+def span_bias(bias, b, head, offs_q, offs_s, mask):
     """log2(e) b, from rows and spans whose shapes broadcast; 0 for keys in no span."""
-    pointers = bias_ptr + offs_q.to(tl.int64) * stride_t + offs_s.to(tl.int64) * stride_s
+    bias_ptr = bias.ptr + b * bias.stride_b + head * bias.stride_h
+    pointers = bias_ptr + offs_q.to(tl.int64) * bias.stride_t + offs_s.to(tl.int64) * bias.stride_s
     return in_base_2(tl.load(pointers, mask=mask & (offs_s >= 0), other=0.0))
 
 
 @triton.jit
 def weights(s, m, inverse, SMALLEST: tl.constexpr):
-    """P_h on visible keys, from scores in powers of two and the row's normaliser: (4).
+    """P_h on visible keys, from scores in base 2 and the row's normaliser: (4).
 
-    On others it may be anything: the caller leaves them out.
+    The caller leaves other keys out: their values mean nothing.
     """
     p = tl.exp2(s - m) * inverse
     return tl.where(p < SMALLEST, 0.0, p)
@@ -149,103 +203,33 @@ def weights(s, m, inverse, SMALLEST: tl.constexpr):
 
 @triton.jit
 def sum_of_weights(
-    q_ptr,
-    q_stride_h,
-    q_stride_t,
-    k_ptr,
-    k_stride_h,
-    k_stride_n,
-    prefix_ptr,
-    prefix_stride_h,
-    prefix_stride_n,
-    prefix_length,
-    bias_ptr,
-    bias_stride_h,
-    bias_stride_t,
-    bias_stride_s,
-    norm_ptr,
-    norm_stride_i,
-    norm_stride_h,
-    num_kv_heads,
-    group,
-    offs_q,
-    mask_q,
-    offs_k,
-    mask_k,
-    span_k,
-    score_factor,
-    softcap_log2,
-    head_dim: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    q, k, prefix, bias, norm, b, num_kv_heads, group, offs_q, mask_q, offs_k, mask_k, span_k,
+    score, tile,
+):  # fmt: skip
     """Σ_h P_h of one sample on visible keys, [BLOCK_Q, BLOCK_K], heads in order; see `weights`.
 
     Both policies of a comparison come from here: equal inputs give equal bits.
     """
-    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    HAS_PREFIX: tl.constexpr = prefix.ptr is not None
+    total = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
     for kv_head in range(num_kv_heads):
-        k_head = k_ptr + tl.cast(kv_head, tl.int64) * k_stride_h
-        prefix_head = prefix_ptr
-        if prefix_ptr is not None:
-            prefix_head += tl.cast(kv_head, tl.int64) * prefix_stride_h
-        if BLOCK_D == HEAD_DIM:
-            # [BLOCK_K, HEAD_DIM]
-            k = load_keys(
-                k_head,
-                k_stride_n,
-                prefix_head,
-                prefix_stride_n,
-                prefix_length,
-                offs_k,
-                mask_k,
-                0,
-                head_dim,
-                HEAD_DIM,
-            )
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            q_head = q_ptr + tl.cast(head, tl.int64) * q_stride_h
-            norm_head = norm_ptr + tl.cast(head, tl.int64) * norm_stride_h + offs_q
-            # [BLOCK_Q], each
-            m = tl.load(norm_head, mask=mask_q, other=0.0)
-            inverse = tl.load(norm_head + norm_stride_i, mask=mask_q, other=0.0)
-            if BLOCK_D == HEAD_DIM:
-                # [BLOCK_Q, HEAD_DIM]
-                q = load_rows(q_head, q_stride_t, offs_q, mask_q, 0, head_dim, HEAD_DIM)
-                x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            else:
-                x = product_in_parts(
-                    q_head,
-                    q_stride_t,
-                    offs_q,
-                    mask_q,
-                    k_head,
-                    k_stride_n,
-                    prefix_head,
-                    prefix_stride_n,
-                    prefix_length,
-                    offs_k,
-                    mask_k,
-                    head_dim,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    PRECISION,
-                    BLOCK_Q,
-                    BLOCK_K,
+        keys = keys_with_prefix(k, prefix, b, tl.cast(kv_head, tl.int64))
+        # [BLOCK_K, HEAD_DIM]
+        k_rows = whole_keys(keys, offs_k, mask_k, tile, HAS_PREFIX)
+        for member in range(kv_head * group, (kv_head + 1) * group):
+            head = tl.cast(member, tl.int64)
+            q_head = head_of(q, b, head)
+            m, inverse = load_norm(norm, b, head, offs_q, mask_q)
+            # [BLOCK_Q, HEAD_DIM]
+            q_rows = whole_rows(q_head, offs_q, mask_q, tile)
+            x = product(
+                q_rows, q_head, offs_q, mask_q, k_rows, keys, offs_k, mask_k, tile, tile.BLOCK_Q,
+                tile.BLOCK_K, HAS_PREFIX,
+            )  # fmt: skip
+            s = head_scores(x, score)
+            if bias.ptr is not None:
+                s += span_bias(  # (2)
+                    bias, b, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
                 )
-            s = scores(x, score_factor, softcap_log2, SOFTCAP)
-            if bias_ptr is not None:
-                s += span_bias(
-                    bias_ptr + tl.cast(head, tl.int64) * bias_stride_h,
-                    offs_q[:, None],
-                    bias_stride_t,
-                    span_k[None, :],
-                    bias_stride_s,
-                    mask_q[:, None],
-                )  # (2)
             total += weights(s, m[:, None], inverse[:, None], SMALLEST_HEAD_WEIGHT)
     return total

@@ -5,169 +5,88 @@
 import triton
 import triton.language as tl
 
+from ral_kernels.runtime.triton_rows import head_of
 from ral_kernels.runtime.triton_softmax import stabiliser
 
 from .side import (
     SMALLEST_WEIGHT,
-    flagged,
+    head_scores,
     key_masks,
     key_range,
-    load_keys,
-    load_rows,
-    product_in_parts,
-    scores,
+    keys_in_scope,
+    keys_with_prefix,
+    kv_head_of,
+    outcomes_of,
+    product,
+    program_of_head,
+    real_keys,
     span_bias,
+    whole_keys,
+    whole_rows,
 )
 
 
 @triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])
 def policy_statistics_kernel(
-    q_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_t,
-    k_ptr,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    prefix_ptr,
-    prefix_stride_b,
-    prefix_stride_h,
-    prefix_stride_n,
-    prefix_index_ptr,
-    prefix_length,
-    bias_ptr,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_t,
-    bias_stride_s,
-    span_ids_ptr,
-    span_ids_stride_b,
-    padding_ptr,
-    padding_stride_b,
-    scope_ptr,
-    scope_stride_b,
+    q,
+    k,
+    prefix,
+    bias,
+    flags,
     partial_ptr,
     batch_size,
-    num_heads,
-    num_kv_heads,
+    heads,
     num_rows,
-    seqlen_k,
     num_splits,
     keys_per_split,
     query_start,
     window_left,
     window_right,
-    score_factor,
-    softcap_log2,
-    head_dim: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    score,
+    tile,
 ):
     """Of one head, BLOCK_Q rows and a piece of the keys: m, Σ 2^(s − m), and that on valid keys.
 
     partial: [3, splits, B, H, T].
     """
-    row_blocks = tl.cdiv(num_rows, BLOCK_Q)
-    pid = tl.program_id(0)
-    row_block = pid % row_blocks
-    head = (pid // row_blocks % num_heads).to(tl.int64)
-    b = (pid // row_blocks // num_heads % batch_size).to(tl.int64)
-    split = pid // row_blocks // num_heads // batch_size
-    kv_head = head // (num_heads // num_kv_heads)
-
-    offs_q = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    HAS_PREFIX: tl.constexpr = prefix.ptr is not None
+    row_block, head, b, split = program_of_head(num_rows, batch_size, heads.num_heads, tile.BLOCK_Q)
+    offs_q = row_block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
     mask_q = offs_q < num_rows
     position = query_start + offs_q
-    q_ptr += b * q_stride_b + head * q_stride_h
-    k_ptr += b * k_stride_b + kv_head * k_stride_h
-    if prefix_ptr is not None:
-        prefix_ptr += tl.load(prefix_index_ptr + b) * prefix_stride_b + kv_head * prefix_stride_h
-    if bias_ptr is not None:
-        bias_ptr += b * bias_stride_b + head * bias_stride_h
-        span_ids_ptr += b * span_ids_stride_b
-    if padding_ptr is not None:
-        padding_ptr += b * padding_stride_b
-    if scope_ptr is not None:
-        scope_ptr += b * scope_stride_b
-
-    if BLOCK_D == HEAD_DIM:
-        # [BLOCK_Q, HEAD_DIM]
-        q = load_rows(q_ptr, q_stride_t, offs_q, mask_q, 0, head_dim, HEAD_DIM)
-    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    w = tl.zeros([BLOCK_Q], tl.float32)
-    first = query_start + row_block * BLOCK_Q
+    q_head = head_of(q, b, head)
+    keys = keys_with_prefix(k, prefix, b, kv_head_of(head, heads))
+    # [BLOCK_Q, HEAD_DIM]
+    q_rows = whole_rows(q_head, offs_q, mask_q, tile)
+    m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([tile.BLOCK_Q], tl.float32)
+    w = tl.zeros([tile.BLOCK_Q], tl.float32)
     start = split * keys_per_split
+    stop = tl.minimum(start + keys_per_split, heads.seqlen_k)
+    first = query_start + row_block * tile.BLOCK_Q
     low, high = key_range(
-        first,
-        first + BLOCK_Q - 1,
-        window_left,
-        window_right,
-        start,
-        tl.minimum(start + keys_per_split, seqlen_k),
-        BLOCK_K,
+        first, first + tile.BLOCK_Q - 1, window_left, window_right, start, stop, tile.BLOCK_K
     )
-    for key in range(low, high, BLOCK_K):
-        offs_k = key + tl.arange(0, BLOCK_K)
-        mask_k = flagged(padding_ptr, offs_k, offs_k < seqlen_k)
-        if BLOCK_D == HEAD_DIM:
-            # [BLOCK_K, HEAD_DIM]
-            k = load_keys(
-                k_ptr,
-                k_stride_n,
-                prefix_ptr,
-                prefix_stride_n,
-                prefix_length,
-                offs_k,
-                mask_k,
-                0,
-                head_dim,
-                HEAD_DIM,
+    for key in range(low, high, tile.BLOCK_K):
+        offs_k = key + tl.arange(0, tile.BLOCK_K)
+        mask_k = real_keys(flags, b, offs_k, heads.seqlen_k)
+        # [BLOCK_K, HEAD_DIM]
+        k_rows = whole_keys(keys, offs_k, mask_k, tile, HAS_PREFIX)
+        x = product(
+            q_rows, q_head, offs_q, mask_q, k_rows, keys, offs_k, mask_k, tile, tile.BLOCK_Q,
+            tile.BLOCK_K, HAS_PREFIX,
+        )  # fmt: skip
+        s = head_scores(x, score)
+        if bias.ptr is not None:
+            span_k = outcomes_of(flags, b, offs_k, mask_k)
+            s += span_bias(  # (2)
+                bias, b, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
             )
-            x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        else:
-            x = product_in_parts(
-                q_ptr,
-                q_stride_t,
-                offs_q,
-                mask_q,
-                k_ptr,
-                k_stride_n,
-                prefix_ptr,
-                prefix_stride_n,
-                prefix_length,
-                offs_k,
-                mask_k,
-                head_dim,
-                HEAD_DIM,
-                BLOCK_D,
-                PRECISION,
-                BLOCK_Q,
-                BLOCK_K,
-            )
-        s = scores(x, score_factor, softcap_log2, SOFTCAP)
-        if bias_ptr is not None:
-            # [BLOCK_K]
-            span_k = tl.load(span_ids_ptr + offs_k, mask=mask_k, other=-1)
-            s += span_bias(
-                bias_ptr, offs_q[:, None], bias_stride_t, span_k[None, :], bias_stride_s,
-                mask_q[:, None],
-            )  # (2)  # fmt: skip
         visible, valid = key_masks(
-            position[:, None],
-            offs_k[None, :],
-            mask_k[None, :],
-            flagged(scope_ptr, offs_k, mask_k)[None, :],
-            window_left,
-            window_right,
-            EXCLUDE_SELF,
-        )
+            position[:, None], offs_k[None, :], mask_k[None, :],
+            keys_in_scope(flags, b, offs_k, mask_k)[None, :], window_left, window_right,
+            tile.EXCLUDE_SELF,
+        )  # fmt: skip
         s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         subtracted = stabiliser(m_new)
@@ -177,8 +96,8 @@ def policy_statistics_kernel(
         w = w * rescale + tl.sum(tl.where(valid, p, 0.0), 1)
         m = m_new
 
-    per_part = tl.cast(num_heads, tl.int64) * batch_size * num_rows
-    partial_ptr += split * per_part + (b * num_heads + head) * num_rows + offs_q
+    per_part = tl.cast(heads.num_heads, tl.int64) * batch_size * num_rows
+    partial_ptr += split * per_part + (b * heads.num_heads + head) * num_rows + offs_q
     tl.store(partial_ptr, m, mask=mask_q)
     tl.store(partial_ptr + num_splits * per_part, total, mask=mask_q)
     tl.store(partial_ptr + 2 * num_splits * per_part, w, mask=mask_q)

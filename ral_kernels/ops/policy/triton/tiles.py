@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ral_kernels.runtime.triton_runtime import INTERPRETER, Tile
+from ral_kernels.runtime.triton_tiles import (
+    ANY,
+    FLOAT16,
+    FLOAT32,
+    HALF,
+    HEAVY,
+    PLAIN,
+    find,
+    row,
+)
 
 # Kernels, by what fills their registers and shared memory:
 #   statistics    a tile of scores; K streams through
@@ -18,79 +30,55 @@ JOINED_ROWS = 16  # of one program that joins the pieces of dq
 
 _INTERPRETED = Tile(64, 128, 4, 1, {"BLOCK_D": 128})
 
-
-_Row = tuple[Tile, Tile, Tile]  # for padded head dims up to 64, 128 and 256
-
-# 16 bit inputs. Limit: 255 registers a thread, which hold scores, dp and the accumulators.
-_HALF: dict[str, _Row] = {
-    "statistics": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 2)),
-    "heads": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 2)),
-    "sums": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-    "dq": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-    "dk": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-}
-# A soft cap or a bias of spans: tanh and the gather want registers of their own.
-_IN_PARTS = {"BLOCK_D": 128}
-_HEAVY: dict[str, _Row] = {
-    "statistics": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2, _IN_PARTS)),
-    "heads": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2, _IN_PARTS)),
-    "sums": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2, _IN_PARTS)),
-    # sm_90: ptxas of triton 3.6.0 serialises the wgmma of 64 rows (C7515). 128 take, on sm_90,
-    # 254 registers with 3.7.1 and 209 with 3.6.0, and 80 KiB of shared memory.
-    "dq": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2, _IN_PARTS)),
-    "dk": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2, _IN_PARTS)),
-    "bias": (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1, _IN_PARTS)),
-}
-# float16: dS and the other factor are float32 in the products of dq and dk, twice the registers.
-_FLOAT16 = {
-    "dq": Tile(64, 64, 8, 2, {"BLOCK_D": 64}),
-    "dk": Tile(32, 64, 8, 2, {"BLOCK_D": 64}),
-}
-# float32. Limit: registers again, through which operands pass to be split in three of tf32; hence
-# so few features at a time.
-_WIDE = Tile(64, 64, 8, 2, {"BLOCK_D": 32})
-_HEAVY_WIDE = Tile(64, 32, 8, 2, {"BLOCK_D": 32})
-_HEAVY_WIDE_DK = Tile(32, 64, 8, 2, {"BLOCK_D": 32})
-_SPANS = Tile(64, 64, 8, 1)  # float32 whatever the inputs are
-
-# Where an architecture wants more registers: sm_80 has the operands of mma.sync in them too, sm_100
-# copies what tcgen05.mma has summed to them. (architecture, kernel) -> tile, whatever the head dim.
-_TIGHT = {
-    ("sm_80", "sums"): Tile(64, 32, 8, 2, _IN_PARTS),
-    ("sm_80", "dq"): Tile(64, 32, 8, 2, _IN_PARTS),
-    ("sm_80", "dk"): Tile(64, 32, 8, 2, _IN_PARTS),
-    ("sm_100", "sums"): Tile(64, 32, 8, 2, _IN_PARTS),
-}
-_TIGHT_HEAVY = {("sm_100", "heads"): Tile(64, 32, 8, 1, _IN_PARTS)}  # and head dims over 128
-_TIGHT_FLOAT16 = {
-    ("sm_80", "dk"): Tile(64, 32, 8, 2, {"BLOCK_D": 64}),
-    ("sm_100", "dk"): Tile(32, 64, 8, 1, {"BLOCK_D": 64}),
-}
-_TIGHT_HEAVY_WIDE = {
-    ("sm_80", "dk"): Tile(32, 16, 8, 2, {"BLOCK_D": 32}),
-    # 202 registers with triton 3.7.1, 200 with 3.6.0, which spills 8 bytes with 32 rows.
-    ("sm_90", "dk"): Tile(16, 64, 8, 2, {"BLOCK_D": 32}),
-}
+# Limit: 255 registers a thread, which hold scores, dp and the accumulators. BLOCK_D: a product
+# takes so many features at a time. HEAVY: with a soft cap or a bias of spans; tanh and the gather
+# take registers.
+_TABLE = (
+    row("spans", ANY, ANY, ANY, (64, 64, 8, 1)),  # float32 whatever the inputs are
+    # float32: operands pass through registers, to be split into three of tf32.
+    row("dk", "sm_80", FLOAT32, ANY, (32, 16, 8, 2), BLOCK_D=32),
+    # Triton 3.6.0 spills 8 bytes with 32 rows.
+    row("dk", "sm_90", FLOAT32, ANY, (16, 64, 8, 2), BLOCK_D=32),
+    row("dk", ANY, FLOAT32, ANY, (32, 64, 8, 2), BLOCK_D=32),
+    row("dq", ANY, FLOAT32, ANY, (64, 32, 8, 2), BLOCK_D=32),
+    row(ANY, "sm_80", FLOAT32, ANY, (64, 32, 8, 2), BLOCK_D=32),
+    row(ANY, ANY, FLOAT32, HEAVY, (64, 32, 8, 2), BLOCK_D=32),
+    row(ANY, ANY, FLOAT32, PLAIN, (64, 64, 8, 2), BLOCK_D=32),
+    # float16: dS and the other factor are float32 in these products, twice the registers.
+    row("dq", ANY, FLOAT16, ANY, (64, 64, 8, 2), BLOCK_D=64),
+    row("dk", "sm_80", FLOAT16, ANY, (64, 32, 8, 2), BLOCK_D=64),
+    row("dk", "sm_100", FLOAT16, ANY, (32, 64, 8, 1), BLOCK_D=64),
+    row("dk", ANY, FLOAT16, ANY, (32, 64, 8, 2), BLOCK_D=64),
+    # sm_80 has the operands of mma.sync in registers, sm_100 copies what tcgen05.mma sums to them.
+    row("sums", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
+    row("dq", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
+    row("dk", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
+    row("sums", "sm_100", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
+    row("heads", "sm_100", HALF, HEAVY, (64, 32, 8, 1), BLOCK_D=128),
+    row("heads", "sm_100", HALF, PLAIN, None, None, (64, 32, 8, 1), BLOCK_D=128),
+    row("statistics", ANY, HALF, PLAIN, (128, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2)),
+    row("heads", ANY, HALF, PLAIN, (64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+    row("sums", ANY, HALF, PLAIN, (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
+    row("dq", ANY, HALF, PLAIN, (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    row("dk", ANY, HALF, PLAIN, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    # Head dims over 128 go in parts; BLOCK_D is no limit to smaller ones.
+    row("statistics", ANY, HALF, HEAVY, (64, 64, 8, 2), BLOCK_D=128),
+    row("heads", ANY, HALF, HEAVY, (64, 64, 8, 2), BLOCK_D=128),
+    row("sums", ANY, HALF, HEAVY, (64, 64, 8, 2), BLOCK_D=128),
+    # On sm_90 the ptxas of Triton 3.6.0 serialises the wgmma of 64 rows (C7515).
+    row("dq", ANY, HALF, HEAVY, (128, 32, 8, 2), (128, 32, 8, 2), None),
+    row("dq", ANY, HALF, HEAVY, (64, 32, 8, 2), BLOCK_D=128),
+    row("dk", ANY, HALF, HEAVY, (32, 64, 8, 2), BLOCK_D=128),
+    row("bias", ANY, HALF, HEAVY, (64, 32, 8, 1), BLOCK_D=128),
+)
 
 
+@functools.cache
 def tile(kernel: str, architecture: str, dtype: torch.dtype, head_dim: int, heavy: bool) -> Tile:
     """The tile of one of KERNELS for a padded head dim; heavy: with a soft cap or a bias."""
     if architecture == INTERPRETER:
         return _INTERPRETED
-    if kernel == "spans":
-        return _SPANS
-    if dtype == torch.float32:
-        if not heavy and architecture != "sm_80" and kernel not in ("dq", "dk"):
-            return _WIDE
-        wide = _HEAVY_WIDE_DK if kernel == "dk" else _HEAVY_WIDE
-        return _TIGHT_HEAVY_WIDE.get((architecture, kernel), wide)
-    if dtype == torch.float16 and kernel in _FLOAT16:
-        return _TIGHT_FLOAT16.get((architecture, kernel), _FLOAT16[kernel])
-    if (architecture, kernel) in _TIGHT:
-        return _TIGHT[architecture, kernel]
-    if (heavy or head_dim > 128) and (architecture, kernel) in _TIGHT_HEAVY:
-        return _TIGHT_HEAVY[architecture, kernel]
-    return (_HEAVY if heavy else _HALF)[kernel][(64, 128, 256).index(max(head_dim, 64))]
+    return find(_TABLE, kernel, architecture, dtype, HEAVY if heavy else PLAIN, head_dim)
 
 
 def candidates(

@@ -1,0 +1,217 @@
+"""The backward Triton kernel of `attention` for dq and dspan_bias (equations: README.md)."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ral_kernels.runtime.triton_rows import head_of, store_rows
+from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
+
+from .bwd_kv_kernels import weights_and_gradient
+from .marginals import Sums, add_mixed_block, add_to_span, kind_of, moved_spans, shares
+from .scores import (
+    Place,
+    add_weighted_rows,
+    backward_lse_log2,
+    block_number,
+    block_ranges,
+    blocks_of_loop,
+    dot_rows,
+    exist,
+    length_of,
+    locate,
+    masks_of_rows,
+    real_keys,
+    row_tile,
+    spans_of_keys,
+)
+
+
+@triton.jit
+def add_query_gradients(
+    state,  # dq, run, run_kind
+    blocks,
+    q,
+    dout,
+    q_positions,
+    lse_log2,
+    delta,
+    k_head,
+    v_head,
+    k_start,
+    length_k,
+    diagonal,
+    spans,
+    HAS_SPANS: tl.constexpr,
+    HAS_DOUT: tl.constexpr,
+    dmarginals_ptr,
+    mask_rows,
+    dspan_bias,
+    span_bias_rows,
+    masks,
+    head_masks,
+    window,
+    score,
+    tile,
+    IS_EDGE: tl.constexpr,
+):
+    """The key blocks of one loop, as in fwd_kernels.py."""
+    dq, run, run_kind = state
+    for i in range(0, blocks.number):
+        block = block_number(i, blocks, IS_EDGE)
+        k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
+        k_tokens = k_start + k_positions
+        mask_k = exist(k_positions, length_k, IS_EDGE)
+        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
+        block_spans = moved_spans(spans, block, k_start + block * tile.BLOCK_K, tile.BLOCK_K)
+        kind = kind_of(block_spans, HAS_SPANS)
+        # 0 · NaN is NaN: padding keys are not read.
+        real = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
+        dp = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
+        if dmarginals_ptr is not None:  # (9)
+            dp = shares(
+                kind, block_spans, dmarginals_ptr,
+                q_positions.to(tl.int64) * dspan_bias.num_spans, 1, mask_rows, mask_k,
+                tile.BLOCK_Q, tile.BLOCK_K, tile.TERMS, False, False,
+            )  # fmt: skip
+        bias = 0.0
+        if masks.span_bias.ptr is not None:
+            bias = shares(
+                kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
+                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
+            )  # fmt: skip
+        # [BLOCK_K, BLOCK_D]
+        k = row_tile(k_head, k_tokens, real, tile.HEAD_DIM, tile.PART_D)
+        dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
+        dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
+        if HAS_DOUT:
+            # [BLOCK_K, BLOCK_DV]
+            v = row_tile(v_head, k_tokens, mask_k, tile.HEAD_DIM_V, tile.PART_DV)
+            dp = dot_rows(dp, dout, v, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
+        _, ds, dcap = weights_and_gradient(
+            dot, dp, bias, lse_log2[:, None], delta[:, None], place, masks, head_masks, window,
+            score, IS_EDGE, False,
+        )  # fmt: skip
+        dx = ds * dcap  # (13)
+        dq = add_weighted_rows(  # (14)
+            dq, dx, k, tile.HEAD_DIM, tile.BLOCK_D, tile.PART_D, tile.PRECISION
+        )
+
+        if dspan_bias.ptr is not None:  # (12)
+            if (kind != run_kind) | (kind == MIXED):
+                if run_kind >= 0:
+                    add_to_span(dspan_bias, run_kind, run)
+                if kind == MIXED:
+                    one = tl.full([tile.BLOCK_Q], 1.0, tl.float32)
+                    add_mixed_block(
+                        dspan_bias, ds, one, block_spans, mask_k, tile.BLOCK_K, tile.TERMS
+                    )
+                run = tl.zeros_like(run)
+                run_kind = kind
+            run += tl.sum(ds, 1)
+    return dq, run, run_kind
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    q,
+    k,
+    v,
+    dout,
+    lse_ptr,
+    delta_ptr,
+    dmarginals_ptr,
+    dq,
+    dspan_bias_ptr,
+    spans,
+    masks,
+    packed,
+    sizes,
+    num_q_blocks,
+    span_rows,
+    window,
+    score,
+    tile,
+):
+    """One program: BLOCK_Q queries of one head, over all keys that they see."""
+    pid = tl.program_id(0)
+    block = num_q_blocks - 1 - pid % num_q_blocks  # causal rows at the end have the most keys
+    pid = pid // num_q_blocks
+    h = (pid % sizes.num_heads).to(tl.int64)
+    b = (pid // sizes.num_heads).to(tl.int64)
+    sequence, q_start, length_q, block = locate(
+        packed.cu_seqlens_q_ptr, packed.num_sequences, sizes.seqlen_q, block, tile.BLOCK_Q
+    )
+    k_start, length_k = length_of(packed.cu_seqlens_k_ptr, sequence, sizes.seqlen_k)
+    if block * tile.BLOCK_Q >= length_q:
+        return
+
+    q_positions = block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
+    mask_q = q_positions < length_q
+    q_tokens = q_start + q_positions
+    rows = (b * sizes.num_heads + h) * sizes.seqlen_q + q_tokens
+    # [BLOCK_Q]
+    lse = tl.load(lse_ptr + rows, mask=mask_q, other=float("-inf"))
+    delta = tl.load(delta_ptr + rows, mask=mask_q, other=0.0)
+    # [BLOCK_Q, BLOCK_D], [BLOCK_Q, BLOCK_DV]
+    q_tile = row_tile(head_of(q, b, h), q_tokens, mask_q, tile.HEAD_DIM, tile.PART_D)
+    dout_tile = q_tile
+    if dout.ptr is not None:
+        dout_tile = row_tile(head_of(dout, b, h), q_tokens, mask_q, tile.HEAD_DIM_V, tile.PART_DV)
+
+    diagonal = 0 if window.TOP_LEFT else length_k - length_q
+    low, full_low = 0, 0
+    high, full_high = length_k, length_k
+    first_row = block * tile.BLOCK_Q + diagonal
+    last_row = tl.minimum(block * tile.BLOCK_Q + tile.BLOCK_Q, length_q) - 1 + diagonal
+    if window.HAS_LEFT:
+        low, full_low = first_row - window.left, last_row - window.left
+    if window.HAS_RIGHT:
+        high = tl.minimum(length_k, last_row + window.right + 1)
+        full_high = tl.minimum(length_k, first_row + window.right + 1)
+    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
+
+    kv_head = h // (sizes.num_heads // sizes.num_kv_heads)
+    IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
+    sample_spans = spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K)
+    num_spans = span_rows.num_spans
+    mask_rows = mask_q
+    if dmarginals_ptr is not None:
+        mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
+        num_rows = span_rows.stop - span_rows.start
+        first_row = (b * sizes.num_heads + h) * num_rows + q_start - span_rows.start
+        dmarginals_ptr += first_row * num_spans
+    if dspan_bias_ptr is not None:
+        dspan_bias_ptr += ((b * sizes.num_heads + h) * sizes.seqlen_q + q_start) * num_spans
+    dspan_bias = Sums(dspan_bias_ptr, q_positions, mask_q, num_spans)
+    span_bias_rows = rows
+    if masks.span_bias.ptr is not None:
+        span_bias_rows = h * masks.span_bias.stride_h
+        span_bias_rows += q_tokens.to(tl.int64) * masks.span_bias.stride_t
+        span_bias_rows += b * masks.span_bias.stride_b
+    head_masks = masks_of_rows(masks, b, h, q_tokens)
+
+    dq_sum = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
+    run = tl.zeros([tile.BLOCK_Q], tl.float32)
+    run_kind = first * 0 + NO_SPAN
+    state = dq_sum, run, run_kind
+    for IS_EDGE in tl.static_range(2):
+        state = add_query_gradients(
+            state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
+            dout_tile, q_positions, backward_lse_log2(lse), delta, head_of(k, b, kv_head),
+            head_of(v, b, kv_head), k_start, length_k, diagonal, sample_spans,
+            spans.kinds_ptr is not None, dout.ptr is not None, dmarginals_ptr, mask_rows,
+            dspan_bias, span_bias_rows, masks, head_masks, window,
+            score, tile, IS_EDGE,
+        )  # fmt: skip
+    dq_sum, run, run_kind = state
+    if dspan_bias_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+        if run_kind >= 0:
+            add_to_span(dspan_bias, run_kind, run)
+
+    store_rows(
+        head_of(dq, b, h), q_tokens, mask_q, dq_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D
+    )

@@ -1,0 +1,327 @@
+"""The forward Triton kernel of `attention`, and the one that combines splits over the keys.
+
+Comments cite the equations of README.md.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ral_kernels.runtime.triton_rows import Head, head_of, store_rows
+from ral_kernels.runtime.triton_softmax import stabiliser
+from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
+
+from .marginals import (
+    Sums,
+    add_mixed_block,
+    add_to_span,
+    kind_of,
+    moved_spans,
+    raised_exponent,
+    relative_weight,
+    scale_rows,
+    shares,
+)
+from .scores import (
+    LN2,
+    Place,
+    add_weighted_rows,
+    block_number,
+    block_ranges,
+    blocks_of_loop,
+    dot_rows,
+    exist,
+    in_window,
+    length_of,
+    locate,
+    masks_of_rows,
+    real_keys,
+    row_tile,
+    scores,
+    spans_of_keys,
+)
+
+
+@triton.jit
+def attend(
+    state,  # acc, normaliser, m and, for the marginals, exponent, run, run_kind
+    blocks,
+    q,
+    q_positions,
+    k_head,
+    v_head,
+    k_start,
+    length_k,
+    diagonal,
+    spans,
+    HAS_SPANS: tl.constexpr,
+    sums,
+    has_rows,
+    span_bias_rows,
+    masks,
+    head_masks,
+    window,
+    score,
+    tile,
+    IS_EDGE: tl.constexpr,
+):
+    """The key blocks of one loop: flash attention, and sums over spans.
+
+    With IS_EDGE the blocks need a mask.
+    """
+    HAS_BIAS: tl.constexpr = masks.span_bias.ptr is not None
+    HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
+    GENERAL: tl.constexpr = score.HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
+    acc, normaliser, m, exponent, run, run_kind = state
+    for i in range(0, blocks.number):
+        block = block_number(i, blocks, IS_EDGE)
+        k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
+        k_tokens = k_start + k_positions
+        mask_k = exist(k_positions, length_k, IS_EDGE)
+        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
+        block_spans = moved_spans(spans, block, k_start + block * tile.BLOCK_K, tile.BLOCK_K)
+        kind = kind_of(block_spans, HAS_SPANS)
+        bias = 0.0
+        if HAS_BIAS:
+            bias = shares(
+                kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
+                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
+            )  # fmt: skip
+        # [BLOCK_K, BLOCK_D]
+        k = row_tile(k_head, k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)
+        dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
+        dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
+        if GENERAL:
+            s, _ = scores(dot, bias, place, masks, head_masks, window, score, IS_EDGE, False)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            stable = stabiliser(m_new)
+            p = tl.exp2(s - stable[:, None])
+        else:
+            if IS_EDGE:
+                dot = tl.where(in_window(place, window, False), dot, float("-inf"))
+            # Scaling waits for the subtraction: one FMA.
+            m_new = tl.maximum(m, tl.max(dot, 1) * score.scale)
+            stable = stabiliser(m_new)
+            p = tl.exp2(dot * score.scale - stable[:, None])
+        alpha = tl.exp2(m - stable)
+        row_sum = tl.sum(p, 1)
+        normaliser = normaliser * alpha + row_sum
+        m = m_new
+        # 0 · NaN is NaN: values of padding keys are not read.
+        mask_v = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
+        # [BLOCK_K, BLOCK_DV]
+        v = row_tile(v_head, k_tokens, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
+        acc = add_weighted_rows(  # (6)
+            acc * alpha[:, None], p, v, tile.HEAD_DIM_V, tile.BLOCK_DV, tile.PART_DV,
+            tile.PRECISION,
+        )  # fmt: skip
+
+        if sums.ptr is not None:  # (7)
+            run = run * alpha
+            if has_rows & ((kind != run_kind) | (kind == MIXED)):
+                exponent = raised_exponent(exponent, m, sums)
+                weight = relative_weight(exponent, m)
+                if run_kind >= 0:
+                    add_to_span(sums, run_kind, run * weight)
+                if kind == MIXED:
+                    add_mixed_block(sums, p, weight, block_spans, mask_k, tile.BLOCK_K, tile.TERMS)
+                run = tl.zeros_like(run)
+                run_kind = kind
+            run += row_sum
+    return acc, normaliser, m, exponent, run, run_kind
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q,
+    k,
+    v,
+    out,  # with splits: float32 and partial, as are lse and marginals
+    out_stride_split,
+    lse_ptr,
+    marginals_ptr,
+    spans,
+    masks,
+    packed,
+    sizes,
+    batch_size,
+    num_q_blocks,
+    num_splits,
+    span_rows,
+    window,
+    score,
+    tile,
+):
+    """One program: BLOCK_Q queries of a head, over the keys of one split.
+
+    With GROUP > 1 (decoding) the rows are the GROUP heads of a kv head, token by token, so that K
+    and V are read once for all of them.
+    """
+    pid = tl.program_id(0)
+    # Causal rows at the end have the most keys: they start first.
+    block = num_q_blocks - 1 - pid % num_q_blocks
+    pid = pid // num_q_blocks
+    programs_h = sizes.num_heads // tile.GROUP
+    h = (pid % programs_h).to(tl.int64)
+    pid = pid // programs_h
+    b = (pid % batch_size).to(tl.int64)
+    split = (pid // batch_size).to(tl.int64)
+
+    # Blocks count rows. A group of 7 does not divide BLOCK_Q, so packed sequences are looked up in
+    # blocks of as many tokens as surely fit.
+    TOKENS: tl.constexpr = tile.BLOCK_Q // tile.GROUP
+    sequence, q_start, length_q, block = locate(
+        packed.cu_seqlens_q_ptr, packed.num_sequences, sizes.seqlen_q, block, TOKENS
+    )
+    k_start, length_k = length_of(packed.cu_seqlens_k_ptr, sequence, sizes.seqlen_k)
+    if block * TOKENS >= length_q:
+        return
+
+    offs = tl.arange(0, tile.BLOCK_Q)
+    q_positions = block * TOKENS + offs // tile.GROUP
+    mask_q = (q_positions < length_q) & (offs < TOKENS * tile.GROUP)
+    q_tokens = q_start + q_positions
+    heads = h * tile.GROUP + offs % tile.GROUP  # int64 [BLOCK_Q]
+    kv_head = h * tile.GROUP // (sizes.num_heads // sizes.num_kv_heads)
+
+    # [BLOCK_Q, BLOCK_D]
+    q_rows = b * q.stride_b + heads * q.stride_h + q_tokens.to(tl.int64) * q.stride_t
+    q_tile = row_tile(Head(q.ptr, 1), q_rows, mask_q, tile.HEAD_DIM, tile.PART_D)
+
+    # Which keys do the rows see, and which of these do all rows see?
+    diagonal = 0 if window.TOP_LEFT else length_k - length_q
+    low, full_low = 0, 0
+    high, full_high = length_k, length_k
+    first_row = block * TOKENS + diagonal
+    last_row = tl.minimum(block * TOKENS + TOKENS, length_q) - 1 + diagonal
+    if window.HAS_LEFT:
+        low, full_low = first_row - window.left, last_row - window.left
+    if window.HAS_RIGHT:
+        high = tl.minimum(length_k, last_row + window.right + 1)
+        full_high = tl.minimum(length_k, first_row + window.right + 1)
+    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
+    blocks_per_split = tl.cdiv(last - first, num_splits)
+    first = tl.minimum(first + split.to(tl.int32) * blocks_per_split, last)
+    last = tl.minimum(first + blocks_per_split, last)
+    first_full = tl.minimum(tl.maximum(first_full, first), last)
+    last_full = tl.minimum(tl.maximum(last_full, first_full), last)
+
+    has_rows = False
+    mask_rows = mask_q
+    marginals_rows = q_positions
+    if marginals_ptr is not None:
+        mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
+        has_rows = tl.max(mask_rows.to(tl.int32), 0) > 0
+        num_rows = span_rows.stop - span_rows.start
+        marginals_rows = offs % tile.GROUP * num_rows + q_positions
+        first_row_of_head = (split * batch_size + b) * sizes.num_heads + h * tile.GROUP
+        first_row_of_head = first_row_of_head * num_rows
+        marginals_ptr += (first_row_of_head + q_start - span_rows.start) * span_rows.num_spans
+    sums = Sums(marginals_ptr, marginals_rows, mask_rows, span_rows.num_spans)
+    span_bias_rows = heads
+    if masks.span_bias.ptr is not None:
+        span_bias_rows = heads * masks.span_bias.stride_h
+        span_bias_rows += q_tokens.to(tl.int64) * masks.span_bias.stride_t
+        span_bias_rows += b * masks.span_bias.stride_b
+    head_masks = masks_of_rows(masks, b, heads, q_tokens)
+    IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
+    sample_spans = spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K)
+
+    acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
+    normaliser = tl.zeros([tile.BLOCK_Q], tl.float32)
+    m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
+    run_kind = first * 0 + NO_SPAN
+    state = acc, normaliser, m, m, normaliser, run_kind
+    # Without masks first, then at the edges: a branch in one loop would cost registers.
+    for IS_EDGE in tl.static_range(2):
+        state = attend(
+            state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
+            q_positions, head_of(k, b, kv_head), head_of(v, b, kv_head), k_start, length_k,
+            diagonal, sample_spans, spans.kinds_ptr is not None, sums, has_rows, span_bias_rows,
+            masks, head_masks, window, score, tile, IS_EDGE,
+        )  # fmt: skip
+    acc, normaliser, m, exponent, run, run_kind = state
+
+    # A row that saw no key has normaliser = 0 and gives 0.
+    inverse = tl.where(normaliser > 0, 1.0 / normaliser, 0.0)
+    if marginals_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+        if has_rows:
+            exponent = raised_exponent(exponent, m, sums)
+            if run_kind >= 0:
+                add_to_span(sums, run_kind, run * relative_weight(exponent, m))
+            factor = tl.where(normaliser > 0, tl.exp2(exponent - stabiliser(m)) * inverse, 0.0)
+            scale_rows(sums, factor)  # (7)
+
+    lse = tl.where(normaliser > 0, (m + tl.log2(normaliser)) * LN2, float("-inf"))  # (4)
+    lse_rows = ((split * batch_size + b) * sizes.num_heads + heads) * sizes.seqlen_q + q_tokens
+    tl.store(lse_ptr + lse_rows, lse, mask=mask_q)
+    out_rows = split * out_stride_split + b * out.stride_b + heads * out.stride_h
+    out_rows += q_tokens.to(tl.int64) * out.stride_t
+    store_rows(
+        Head(out.ptr, 1), out_rows, mask_q, acc * inverse[:, None], 0, tile.HEAD_DIM_V,
+        tile.BLOCK_DV,
+    )  # fmt: skip
+
+
+@triton.jit
+def attention_fwd_combine_kernel(
+    partial_out_ptr,  # [splits, B, H, T, Dv]
+    partial_lse_ptr,  # [splits, B, H, T]
+    partial_marginals_ptr,  # [splits, B, H, R, S]
+    out,
+    lse_ptr,
+    marginals_ptr,
+    batch_size,
+    num_heads,
+    seqlen_q,
+    num_splits,
+    span_rows,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program: one query of one head, all splits, in their order."""
+    row = tl.program_id(0).to(tl.int64)  # (b, h, t)
+    t = row % seqlen_q
+    h = row // seqlen_q % num_heads
+    b = row // seqlen_q // num_heads
+    # A size of 1 is a Python int when compiled; row makes the products int64.
+    num_queries = (row * 0 + batch_size) * num_heads * seqlen_q
+
+    m = tl.full([], float("-inf"), tl.float32)
+    for split in range(0, num_splits):
+        m = tl.maximum(m, tl.load(partial_lse_ptr + split * num_queries + row))
+    stable = stabiliser(m)
+    total = tl.full([], 0.0, tl.float32)
+    offs_d = tl.arange(0, BLOCK_DV)
+    mask_d = offs_d < HEAD_DIM_V
+    total_out = tl.zeros([BLOCK_DV], tl.float32)
+    for split in range(0, num_splits):
+        at = split * num_queries + row
+        weight = tl.exp(tl.load(partial_lse_ptr + at) - stable)
+        partial = tl.load(partial_out_ptr + at * HEAD_DIM_V + offs_d, mask=mask_d, other=0.0)
+        total_out += weight * partial
+        total += weight
+    inverse = tl.where(total > 0, 1.0 / total, 0.0)
+    out_row = b * out.stride_b + h * out.stride_h + t * out.stride_t
+    whole = (total_out * inverse).to(out.ptr.dtype.element_ty)
+    tl.store(out.ptr + out_row + offs_d, whole, mask=mask_d)
+    tl.store(lse_ptr + row, tl.where(total > 0, m + tl.log(total), float("-inf")))
+
+    if marginals_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+        if (t >= span_rows.start) & (t < span_rows.stop):
+            num_rows = span_rows.stop - span_rows.start
+            r = (row // seqlen_q * num_rows + t - span_rows.start) * span_rows.num_spans
+            stride = (row * 0 + batch_size) * num_heads * num_rows * span_rows.num_spans
+            for start in range(0, span_rows.num_spans, BLOCK_S):
+                columns = start + tl.arange(0, BLOCK_S)
+                mask_s = columns < span_rows.num_spans
+                sums = tl.zeros([BLOCK_S], tl.float32)
+                for split in range(0, num_splits):
+                    weight = tl.exp(tl.load(partial_lse_ptr + split * num_queries + row) - stable)
+                    pointers = partial_marginals_ptr + split * stride + r + columns
+                    sums += weight * tl.load(pointers, mask=mask_s, other=0.0)
+                tl.store(marginals_ptr + r + columns, sums * inverse, mask=mask_s)

@@ -1,0 +1,112 @@
+"""What the Triton kernels of `attention` take, as tuples. Fields in capitals are constants."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ral_kernels.runtime.triton_rows import SpanValues, constant
+
+
+class SpanTable(NamedTuple):
+    """The tensors of `SpanBlocks` and their strides in blocks and keys; None without spans."""
+
+    kinds_ptr: Any
+    counts_ptr: Any
+    ids_ptr: Any
+    local_ptr: Any
+    stride_b: Any
+    local_stride_b: Any
+
+
+NO_SPAN_TABLE = SpanTable(None, None, None, None, 0, 0)
+
+
+class AttnMask(NamedTuple):
+    """attn_mask [B, H, T, N]; booleans are read as bytes."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
+    stride_n: Any
+    IS_BOOL: Any
+
+
+class Padding(NamedTuple):
+    """key_padding_mask [B, N], as bytes."""
+
+    ptr: Any
+    stride_b: Any
+    stride_n: Any
+
+
+NO_ATTN_MASK = AttnMask(None, 0, 0, 0, 0, constant(False))
+NO_PADDING = Padding(None, 0, 0)
+
+
+class Masks(NamedTuple):
+    """What is added to scores or hides keys, beside the window. Pointers may be None."""
+
+    span_bias: SpanValues
+    attn_mask: AttnMask
+    padding: Padding
+
+
+class Packed(NamedTuple):
+    """Bounds of packed sequences, int32 [num_sequences + 1]; None and 0 for a dense call."""
+
+    cu_seqlens_q_ptr: Any
+    cu_seqlens_k_ptr: Any
+    num_sequences: Any
+
+
+class Sizes(NamedTuple):
+    """Without the batch size, which most kernels do not read and would be specialised by."""
+
+    num_heads: Any
+    num_kv_heads: Any
+    seqlen_q: Any
+    seqlen_k: Any
+
+
+class SpanRows(NamedTuple):
+    """The shape [stop - start, num_spans] of the marginals of a head."""
+
+    num_spans: Any
+    start: Any
+    stop: Any
+
+
+class Window(NamedTuple):
+    """The keys that a query sees, from its own position on the diagonal."""
+
+    left: Any
+    right: Any
+    HAS_LEFT: Any
+    HAS_RIGHT: Any
+    TOP_LEFT: Any  # the diagonal starts at the first key, and otherwise ends at the last one
+
+
+class Score(NamedTuple):
+    """How a score follows from q kᵀ."""
+
+    tau: Any  # the scale
+    scale: Any  # τ log2 e, or τ / c with a soft cap c
+    cap: Any  # c log2 e
+    HAS_CAP: Any
+
+
+class TileSizes(NamedTuple):
+    """Constants of a launch."""
+
+    HEAD_DIM: Any
+    HEAD_DIM_V: Any
+    BLOCK_D: Any  # the powers of two above the head dims
+    BLOCK_DV: Any
+    PART_D: Any  # features in one matrix product
+    PART_DV: Any
+    BLOCK_Q: Any
+    BLOCK_K: Any
+    GROUP: Any  # heads of a kv head whose rows share a tile (decoding), else 1
+    TERMS: Any  # bfloat16 numbers that a sum over spans is split into
+    PRECISION: Any  # of products of float32, as tl.dot names it

@@ -1,0 +1,239 @@
+"""Triton kernels of the backward of `policy`: dq, dk and dspan_bias.
+
+`policy_divergence` runs those of dq and dk too, with ∂D/∂p of some rows in place of dp.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from ral_kernels.runtime.triton_rows import Head, head_of, load_rows, store_rows
+
+from .gradient import (
+    add_score_gradient,
+    load_delta,
+    load_factor_and_c,
+    load_outcomes,
+    score_gradient,
+    softcap_slope,
+)
+from .side import (
+    SMALLEST_HEAD_WEIGHT_BWD,
+    KeyHead,
+    head_scores,
+    key_masks,
+    key_range,
+    keys_in_scope,
+    keys_of_head,
+    kv_head_of,
+    load_norm,
+    outcomes_of,
+    product,
+    program_of_head,
+    real_keys,
+    span_bias,
+    weights,
+    whole_rows,
+)
+
+
+@triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])
+def policy_bwd_dq_kernel(
+    q,
+    k,
+    bias,
+    flags,
+    norm,
+    terms,
+    dp,
+    dq,
+    dq_stride_split,
+    batch_size,
+    heads,
+    num_rows,
+    keys_per_split,
+    query_start,
+    window_left,
+    window_right,
+    score,
+    tile,
+):
+    """dq of one head, BLOCK_Q rows and BLOCK_D features, over all keys or a piece of them: (15)."""
+    row_block, head, b, split = program_of_head(num_rows, batch_size, heads.num_heads, tile.BLOCK_Q)
+    first_d = tl.program_id(1) * tile.BLOCK_D
+    offs_q = row_block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
+    mask_q = offs_q < num_rows
+    q_head = head_of(q, b, head)
+    keys = keys_of_head(k, b, kv_head_of(head, heads))
+    # [BLOCK_Q, HEAD_DIM]
+    q_rows = whole_rows(q_head, offs_q, mask_q, tile)
+    # [BLOCK_Q], each
+    m, inverse = load_norm(norm, b, head, offs_q, mask_q)
+    factor, c = load_factor_and_c(terms, b, num_rows, offs_q, mask_q)
+    delta = load_delta(terms, b, head, heads.num_heads, num_rows, offs_q, mask_q)
+    total = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
+    start = split * keys_per_split
+    stop = tl.minimum(start + keys_per_split, heads.seqlen_k)
+    first = query_start + row_block * tile.BLOCK_Q
+    low, high = key_range(
+        first, first + tile.BLOCK_Q - 1, window_left, window_right, start, stop, tile.BLOCK_K
+    )
+    for key in range(low, high, tile.BLOCK_K):
+        offs_k = key + tl.arange(0, tile.BLOCK_K)
+        mask_k = real_keys(flags, b, offs_k, heads.seqlen_k)
+        # [BLOCK_K, HEAD_DIM]
+        k_rows = whole_rows(keys.own, offs_k, mask_k, tile)
+        x = product(
+            q_rows, q_head, offs_q, mask_q, k_rows, keys, offs_k, mask_k, tile, tile.BLOCK_Q,
+            tile.BLOCK_K, False,
+        )  # fmt: skip
+        s = head_scores(x, score)
+        outcome = outcomes_of(flags, b, offs_k, mask_k)
+        biased = s
+        if bias.ptr is not None:
+            biased += span_bias(bias, b, head, offs_q[:, None], outcome[None, :], mask_q[:, None])
+        visible, valid = key_masks(
+            (query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
+            keys_in_scope(flags, b, offs_k, mask_k)[None, :], window_left, window_right,
+            tile.EXCLUDE_SELF,
+        )  # fmt: skip
+        # [BLOCK_Q, BLOCK_K]
+        dp_here = load_outcomes(
+            dp, b, offs_q[:, None], outcome[None, :], valid & (factor != 0.0)[:, None]
+        )
+        p = weights(biased, m[:, None], inverse[:, None], SMALLEST_HEAD_WEIGHT_BWD)
+        ds = score_gradient(p, dp_here, visible, valid, factor[:, None], c[:, None], delta[:, None])
+        if score.SOFTCAP:
+            ds *= softcap_slope(s, score)
+        if tile.BLOCK_D != tile.HEAD_DIM:
+            # [BLOCK_K, BLOCK_D]
+            k_part = load_rows(keys.own, offs_k, mask_k, first_d, tile.head_dim, tile.BLOCK_D)
+            total = add_score_gradient(total, ds, k_part, tile.PRECISION)
+        else:
+            total = add_score_gradient(total, ds, k_rows, tile.PRECISION)
+    dq_head = head_of(dq, b, head)
+    dq_head = Head(dq_head.ptr + split.to(tl.int64) * dq_stride_split, dq_head.stride)
+    store_rows(dq_head, offs_q, mask_q, total * score.scale, first_d, tile.head_dim, tile.BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def policy_bwd_dq_join_kernel(
+    parts_ptr,
+    dq,
+    batch_size,
+    num_heads,
+    num_rows,
+    num_splits,
+    head_dim: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dq from the sums [splits, B, H, T, D] over pieces of the keys, in order."""
+    row_blocks = tl.cdiv(num_rows, BLOCK_R)
+    pid = tl.program_id(0)
+    head = (pid // row_blocks % num_heads).to(tl.int64)
+    b = (pid // row_blocks // num_heads).to(tl.int64)
+    offs_q = pid % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, HEAD_DIM)
+    mask = (offs_q < num_rows)[:, None] & (offs_d < head_dim)[None, :]
+    row = (b * num_heads + head) * num_rows + offs_q
+    parts_ptr += row[:, None] * head_dim + offs_d[None, :]
+    total = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
+    for _ in range(num_splits):
+        # [BLOCK_R, HEAD_DIM]
+        total += tl.load(parts_ptr, mask=mask, other=0.0)
+        parts_ptr += tl.cast(batch_size, tl.int64) * num_heads * num_rows * head_dim
+    store_rows(head_of(dq, b, head), offs_q, offs_q < num_rows, total, 0, head_dim, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])
+def policy_bwd_dk_kernel(
+    q,
+    k,
+    bias,
+    flags,
+    norm,
+    terms,
+    dp,
+    before_ptr,
+    dk,
+    heads,
+    num_rows,
+    query_start,
+    window_left,
+    window_right,
+    score,
+    tile,
+):
+    """dk of one kv head, BLOCK_K keys and BLOCK_D features, over all rows of a group's heads: (16).
+
+    Tiles are [BLOCK_K, BLOCK_Q]. before: float32 [B, Hk, N, D], the sum over earlier rows, which
+    this call continues; it may be dk.
+    """
+    key_blocks = tl.cdiv(heads.seqlen_k, tile.BLOCK_K)
+    pid = tl.program_id(0)
+    key_block = pid % key_blocks
+    kv_head = (pid // key_blocks % heads.num_kv_heads).to(tl.int64)
+    b = (pid // key_blocks // heads.num_kv_heads).to(tl.int64)
+    group = heads.num_heads // heads.num_kv_heads
+
+    first_key = key_block * tile.BLOCK_K
+    offs_k = first_key + tl.arange(0, tile.BLOCK_K)
+    first_d = tl.program_id(1) * tile.BLOCK_D
+    outcome = outcomes_of(flags, b, offs_k, offs_k < heads.seqlen_k)
+    mask_k = real_keys(flags, b, offs_k, heads.seqlen_k)
+    in_scope = keys_in_scope(flags, b, offs_k, mask_k)
+    k_head = head_of(k, b, kv_head)
+    # [BLOCK_K, HEAD_DIM]
+    k_rows = whole_rows(k_head, offs_k, mask_k, tile)
+    total = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
+    # Rows whose window reaches the block.
+    low = tl.maximum(first_key - window_right - query_start, 0) // tile.BLOCK_Q * tile.BLOCK_Q
+    high = tl.minimum(first_key + tile.BLOCK_K + window_left - query_start, num_rows)
+    for row in range(low, high, tile.BLOCK_Q):
+        offs_q = row + tl.arange(0, tile.BLOCK_Q)
+        mask_q = offs_q < num_rows
+        factor, c = load_factor_and_c(terms, b, num_rows, offs_q, mask_q)
+        visible, valid = key_masks(
+            (query_start + offs_q)[None, :], offs_k[:, None], mask_k[:, None], in_scope[:, None],
+            window_left, window_right, tile.EXCLUDE_SELF,
+        )  # fmt: skip
+        # [BLOCK_K, BLOCK_Q]
+        dp_here = load_outcomes(
+            dp, b, offs_q[None, :], outcome[:, None], valid & (factor != 0.0)[None, :]
+        )
+        for i in range(group):
+            head = kv_head * group + i
+            q_head = head_of(q, b, head)
+            # [BLOCK_Q, BLOCK_D]
+            q_rows = load_rows(q_head, offs_q, mask_q, first_d, tile.head_dim, tile.BLOCK_D)
+            # [BLOCK_Q], each
+            m, inverse = load_norm(norm, b, head, offs_q, mask_q)
+            delta = load_delta(terms, b, head, heads.num_heads, num_rows, offs_q, mask_q)
+            x = product(
+                k_rows, k_head, offs_k, mask_k, q_rows, KeyHead(q_head, q_head, 0), offs_q,
+                mask_q, tile, tile.BLOCK_K, tile.BLOCK_Q, False,
+            )  # fmt: skip
+            s = head_scores(x, score)
+            biased = s
+            if bias.ptr is not None:
+                biased += span_bias(
+                    bias, b, head, offs_q[None, :], outcome[:, None], mask_q[None, :]
+                )
+            p = weights(biased, m[None, :], inverse[None, :], SMALLEST_HEAD_WEIGHT_BWD)
+            ds = score_gradient(
+                p, dp_here, visible, valid, factor[None, :], c[None, :], delta[None, :]
+            )
+            if score.SOFTCAP:
+                ds *= softcap_slope(s, score)
+            total = add_score_gradient(total, ds, q_rows, tile.PRECISION)
+    total *= score.scale
+    mask = offs_k < heads.seqlen_k
+    if before_ptr is not None:
+        row = (b * heads.num_kv_heads + kv_head) * heads.seqlen_k + offs_k
+        before = Head(before_ptr, tile.head_dim)
+        total += load_rows(before, row, mask, first_d, tile.head_dim, tile.BLOCK_D)
+        # Other threads of this CTA may read what this thread is about to overwrite.
+        tl.debug_barrier()
+    store_rows(head_of(dk, b, kv_head), offs_k, mask, total, first_d, tile.head_dim, tile.BLOCK_D)

@@ -1,0 +1,119 @@
+"""What the Triton kernels of `policy` take, as tuples. Fields in capitals are constants.
+
+`num_rows`, `query_start` and the window vary between chunks of rows. Kernels are not specialised by
+them, so they are parameters of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Prefix(NamedTuple):
+    """k_prefix [P, Hk, N0, D], and which of them each sample has; None without one."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
+    index_ptr: Any
+    length: Any
+
+
+class Flags(NamedTuple):
+    """Per sample: span ids int32 [N], the key padding mask and the scope, uint8 [N]."""
+
+    span_ids_ptr: Any
+    span_ids_stride_b: Any
+    padding_ptr: Any
+    padding_stride_b: Any
+    scope_ptr: Any
+    scope_stride_b: Any
+
+
+class Norm(NamedTuple):
+    """norm [2, B, H, T]: m and 1 / Σ 2^(s − m)."""
+
+    ptr: Any
+    stride_i: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class Outcomes(NamedTuple):
+    """A tensor [B, T, outcomes] with unit last stride: p or dp."""
+
+    ptr: Any
+    stride_b: Any
+    stride_t: Any
+
+
+class PerRow(NamedTuple):
+    """A tensor [B, T] with unit last stride."""
+
+    ptr: Any
+    stride_b: Any
+
+
+class RowTerms(NamedTuple):
+    """What policy_bwd_rows_kernel writes for the gradient of the scores."""
+
+    factor_ptr: Any  # [B, T]
+    c_ptr: Any  # [B, T]
+    delta_ptr: Any  # [B, H, T]
+
+
+class Parts(NamedTuple):
+    """U_h and W_h of each piece of the keys, [pieces, B, H, T]."""
+
+    u_ptr: Any
+    w_ptr: Any
+    stride_part: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class ValueParts(NamedTuple):
+    """A divergence's sums over pieces of the keys, [pieces, B, T]."""
+
+    ptr: Any
+    stride_part: Any
+    stride_b: Any
+
+
+class Totals(NamedTuple):
+    """U and W, [B, H, T], to be written."""
+
+    u_ptr: Any
+    w_ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class Heads(NamedTuple):
+    """Sizes of a head's keys and of the groups of heads that share them."""
+
+    num_heads: Any
+    num_kv_heads: Any
+    seqlen_k: Any
+
+
+class Score(NamedTuple):
+    """How a score in base 2 follows from q kᵀ: (1)."""
+
+    scale: Any
+    factor: Any
+    softcap_log2: Any
+    SOFTCAP: Any  # whether there is a soft cap
+
+
+class TileSizes(NamedTuple):
+    """Constants of a launch."""
+
+    head_dim: Any
+    HEAD_DIM: Any  # the power of two above it
+    BLOCK_D: Any  # features at a time
+    BLOCK_Q: Any
+    BLOCK_K: Any
+    EXCLUDE_SELF: Any  # whether the key at a row's own position is not valid
+    PRECISION: Any  # of products of float32, as tl.dot names it
