@@ -3,8 +3,9 @@
 The libraries know neither torch nor Python, so a wheel that carries them is tagged
 `py3-none-<platform>`. Where they cannot be built the installation goes on without them: what is
 missing is printed, and also left in `ral_kernels/lib/<library>.missing.txt`, where
-`ral_kernels.runtime.native` finds it at run time (pip hides what a build prints). `RAL_REQUIRE_NATIVE=1`
-makes it an error instead; a machine without nvcc goes without `ral_cuda` even then.
+`ral_kernels.runtime.native` finds it at run time (pip hides what a build prints).
+`RAL_REQUIRE_NATIVE=1` makes it an error instead; a machine without nvcc goes without `ral_cuda`
+even then.
 `RAL_BUILD_LATER=1` lets an editable installation leave them as they are, for the command below.
 `RAL_LIBRARIES=ral_cuda` builds that one alone and leaves the other as it is, and
 `RAL_CUDA_ARCHITECTURES=90-real` builds it for these GPUs alone: minutes less on a rented one.

@@ -1,9 +1,9 @@
 """Which rooms of a package import which: `python -m tests.packaging.import_arrows [PACKAGE]`.
 
-A room is a folder with an `__init__.py`, or a module that lies loose at the top. An arrow is an
-import from one room into another, at import time or later. Imports for types alone do not count,
-except in an `__init__.py`, where they name what it imports on first use. A cycle is a group of
-rooms that need each other.
+A room is a folder below the package with all that is in it, or a module that lies loose at the top.
+Below `ops` each op is a room. An arrow is an import from one room into another, at import time or
+later. Imports for types alone do not count, except in an `__init__.py`, where they name what it
+imports on first use. A cycle is a group of rooms that need each other.
 """
 
 from __future__ import annotations
@@ -62,17 +62,15 @@ def _targets(node: ast.stmt, name: str, is_package: bool, known: dict[str, Path]
                 yield module
 
 
-def room(module: str, known: dict[str, Path]) -> str:
-    """The folder that a module is in, or the module itself where it lies at the top."""
-    if known[module].name == "__init__.py" or "." not in module.partition(".")[2]:
-        return module
-    return module.rpartition(".")[0]
+def room(module: str) -> str:
+    """The wing that a module is in."""
+    parts = module.split(".")
+    return ".".join(parts[: 3 if parts[1:2] == ["ops"] else 2])
 
 
 def arrows(package: Path) -> list[tuple[str, str]]:
     """(room, room that it imports), each pair once."""
-    known = modules(package)
-    pairs = {(room(source, known), room(target, known)) for source, target in imports(package)}
+    pairs = {(room(source), room(target)) for source, target in imports(package)}
     return sorted((source, target) for source, target in pairs if source != target)
 
 
