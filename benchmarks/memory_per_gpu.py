@@ -134,7 +134,7 @@ def lines(options: argparse.Namespace) -> list[Line]:
         table.insert(
             2,
             Line(
-                "reference model (beta > 0)",
+                "TRL's reference model (beta > 0)",
                 (count["language"] + count["vision"]) * HALF / gpus,
                 "bfloat16, sharded; LoRA needs none",
             ),

@@ -1,4 +1,4 @@
-"""The LM head under FSDP2, whose weight is used by others than its own forward."""
+"""The LM head under FSDP2, whose weight TRL uses outside of the head's forward."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .distillation import backbone_of
 def gathered_head(model: nn.Module) -> Iterator[None]:
     """Gather the LM head's weight for forwards of `model`, so that its gradient is reduced.
 
-    TRL multiplies by the weight itself, without the head's forward. Where accelerate makes the head
-    a unit of its own (vision-language models with a head that is not tied), TRL gathers it with
-    `full_tensor()`, whose backward takes each process's gradient for everyone's: each shard of the
-    head would learn from its own process's rollouts alone (TRL 1.16, accelerate 1.15). A unit that
-    FSDP gathers itself is reduced with the others, at the end of the backward.
+    TRL multiplies by the weight itself, without the head's forward. accelerate makes an untied head
+    of a vision-language model its own unit, and TRL gathers it with `full_tensor()`. The backward
+    of that takes each process's gradient for the gradient of all. So each shard of the head would
+    learn only from the rollouts of its own process (TRL 1.16, accelerate 1.15). FSDP reduces a unit
+    that it gathers itself with the others, at the end of the backward.
 
     Args:
-        model: any; nothing is done to one whose head is not a unit of FSDP2.
+        model: any; if its head is not a unit of FSDP2, nothing changes.
     """
     from torch.distributed.fsdp import FSDPModule
 

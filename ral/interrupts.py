@@ -25,15 +25,15 @@ def interruptible(trainer: Trainer, resume: str | None = None) -> Iterator[Inter
         with interruptible(trainer, resume="python -m ral train --config run.yaml resume=true"):
             trainer.train()
 
-    The first signal ends training after the inner steps of the rollout batch, and it resumes as if
-    it had not stopped. The second ends it after the optimizer step, and it resumes with new
-    rollouts. Both save, unless save_strategy="no". The third is what it is elsewhere: nothing is
-    saved. With several processes it is enough that one gets the signal; torchrun hands its own
-    on to all, and kills those not done in 30 s (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
+    The first signal ends training after the inner steps of the rollout batch; a resumed run
+    continues as if it had not stopped. The second signal ends it after the optimizer step; a
+    resumed run writes new rollouts. Both save, unless save_strategy="no". The third has its usual
+    effect, and nothing is saved. With several processes one must get the signal. torchrun passes
+    its own to all, and kills those that run longer than 30 s (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
 
     Args:
         trainer: any `Trainer`; one without rollout batches ends after the optimizer step.
-        resume: the command that goes on from the checkpoint, for the sentence at the end.
+        resume: the command that resumes from the checkpoint, for the sentence at the end.
 
     Yields:
         The `Interruption`, whose `signal` says whether there was one.
@@ -41,7 +41,7 @@ def interruptible(trainer: Trainer, resume: str | None = None) -> Iterator[Inter
     Raises:
         SystemExit: at the end of the block after a signal, with 128 + its number (130 for Ctrl-C,
             143 for SIGTERM). The main process first writes a sentence to stderr.
-        RuntimeError: called outside the main thread, which alone gets signals.
+        RuntimeError: called outside the main thread, because only that thread gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("interruptible: must be entered in the main thread, which gets signals")
@@ -65,10 +65,10 @@ def interruptible(trainer: Trainer, resume: str | None = None) -> Iterator[Inter
 
 
 class Interruption(TrainerCallback):
-    """The signals that training got, and what they do to it.
+    """The signals that training got, and their effects.
 
     Attributes:
-        signal: the first one, or None; with several processes, of whichever got one.
+        signal: the first one of any process, or None.
     """
 
     def __init__(self, trainer: Trainer, resume: str | None = None) -> None:
@@ -86,10 +86,10 @@ class Interruption(TrainerCallback):
         return 128 + int(self.signal)
 
     def sentence(self, ended: bool = True) -> str:
-        """What happened, where the checkpoint is, and how to go on from it.
+        """What happened, where the checkpoint is, and how to resume from it.
 
         Args:
-            ended: whether training ended at a step, and was not broken off in one.
+            ended: whether training ended after a step, not inside one.
         """
         assert self.signal is not None
         state, args = self._trainer.state, self._trainer.args
@@ -149,7 +149,7 @@ class Interruption(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
     def _agreed(self) -> int:
-        """How often any process got a signal; asked by all after the same step."""
+        """The largest number of signals of a process; all processes ask after the same step."""
         accelerator = self._trainer.accelerator
         if accelerator.num_processes == 1:
             return self._times

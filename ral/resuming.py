@@ -28,17 +28,17 @@ logger = logging.get_logger(__name__)
 class ResumableTrainer(LoadsSavedWeights, GRPOTrainer):
     """`GRPOTrainer` with checkpoints from which training continues as if it had not stopped.
 
-    - A checkpoint that falls due inside a rollout batch is written at its end (`save_steps`, and
-      Ctrl-C: `ral.interrupts`). Not so at the end of training, nor with `save_strategy="best"` or
-      `load_best_model_at_end`, where the weights of that very step are wanted. What is averaged
-      until the next log is logged before a checkpoint.
-    - It is sealed when every process has written its files, and only then are older ones deleted
-      (`save_total_limit`).
-    - `train(resume_from_checkpoint=True)` takes the last complete one.
+    - A checkpoint that is due inside a rollout batch is written at the end of the batch
+      (`save_steps`, and Ctrl-C: `ral.interrupts`). Exceptions are the end of training,
+      `save_strategy="best"` and `load_best_model_at_end`, which need the weights of that step.
+      Averages for the next log are logged before a checkpoint.
+    - A checkpoint is sealed when every process has written its files. Only then are older ones
+      deleted (`save_total_limit`).
+    - `train(resume_from_checkpoint=True)` takes the last complete checkpoint.
 
-    One process on the same machine then repeats losses and weights bit for bit. Not kept: a
-    reference model that moves (`sync_ref_model`), the state of reward functions, vLLM's random
-    state.
+    One process on the same machine then repeats losses and weights bit for bit. A checkpoint does
+    not hold TRL's reference model if it moves (`sync_ref_model`), the state of reward functions, or
+    vLLM's random state.
     """
 
     _generations = 0  # rollout batches so far; kept in checkpoints

@@ -1,4 +1,4 @@
-"""Inner steps on one rollout batch, and schedules under which the RAL term is identically zero."""
+"""Inner steps on one rollout batch, and schedules under which the RAL term is always zero."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def micro_steps_per_generation(config: RALConfig) -> int:
 
 
 def inner_step(config: RALConfig, micro_step: int) -> int:
-    """Which optimizer step on its rollout batch a micro-step belongs to, from 0."""
+    """The optimizer step on its rollout batch that a micro-step belongs to, from 0."""
     return (micro_step % micro_steps_per_generation(config)) // config.gradient_accumulation_steps
 
 
 def stands_still(config: RALConfig) -> bool:
-    """Whether only the term of eq. (3) is there, against the policy that starts: it never moves."""
+    """Whether the only term is that of eq. (3), against the starting policy: no weight changes."""
     return (
         config.attn_coef > 0
         and config.attn_reference == "old"
@@ -31,10 +31,10 @@ def stands_still(config: RALConfig) -> bool:
 
 
 def why_zero(config: RALConfig) -> str | None:
-    """Why the term of eq. (3) is identically zero under this schedule, or None if it is not.
+    """Why the term of eq. (3) is always zero under this schedule, or None if it is not.
 
     1. JSD and its gradient vanish at θ = θ_old, so RAL needs a second optimizer step on the same
-       rollouts, or a reference other than the policy that wrote them.
+       rollouts, or a reference policy other than the one that wrote them.
     2. Rollouts of a group that share a response's prefix have the same attention, and their
        advantages sum to zero: the first response position has no signal.
 

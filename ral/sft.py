@@ -16,7 +16,7 @@ from .weights import LoadsSavedWeights  # noqa: E402
 
 
 class _SFTTrainer(LoadsSavedWeights, SFTTrainer):
-    """TRL's, whose checkpoints of Qwen-VL can be resumed from."""
+    """TRL's SFTTrainer, with checkpoints of Qwen-VL that can be resumed."""
 
 
 def sft_trainer(
@@ -32,7 +32,7 @@ def sft_trainer(
 
     Args:
         model: of transformers.
-        processor: the model's; one for images alone will do.
+        processor: the model's; one for images only suffices.
         rows: a `datasets.Dataset` or IterableDataset, of `ral.data.to_sft` or `ral.digits`.
         config: TRL's; `max_length` None, since cutting a prompt would cut its visual tokens.
         peft_config: of LoRA, for a model without adapters.
@@ -40,7 +40,7 @@ def sft_trainer(
 
     Raises:
         ValueError: a row lacks prompt, images or completion, or the configuration asks for a
-            length or a loss that these rows cannot have.
+            length or a loss that these rows do not support.
     """
     first = next(iter(rows), None)
     missing = {"prompt", "completion"} - set(first or {})

@@ -34,13 +34,14 @@ class RALTrainer(MeasuringTrainer):
 
     TRL's `GRPOTrainer` does the rest as usual: rollouts, advantages, KL, LoRA, checkpoints,
     logging, DDP, FSDP. This class adds to its loss the terms of eq. (3) and (4), of
-    arXiv 2602.04884 (`RALConfig`): q and k of the chosen layers are captured in the trainer's own
-    forwards, with whatever attention the model runs, and the old policy's are kept as snapshots.
-    The loss is formed in float32.
+    arXiv 2602.04884 (`RALConfig`). q and k of the chosen layers are captured in the trainer's own
+    forwards, under any attention of the model; those of the old policy are kept as snapshots. The
+    loss is computed in float32.
 
-    Metrics, beside TRL's:
-        attn/divergence, attn/divergence/inner_<i>: mean divergence from the reference (nats), also
-            by optimizer step on the rollout batch. From the first micro-batch of each step.
+    Metrics, besides TRL's:
+        attn/divergence, attn/divergence/inner_<i>: mean divergence from the reference policy
+            (nats), also by optimizer step on the rollout batch. From the first micro-batch of each
+            step.
         attn/loss, distill/attention, distill/logits, explore/loss: the terms, unweighted.
         attn/grad_share, attn/grad_share/inner_<i>: ‖∇ weighted attention terms‖ / ‖∇ GRPO‖, of the
             first micro-batch of a step and of this process, every `attn_metrics_every` batches.
@@ -53,12 +54,12 @@ class RALTrainer(MeasuringTrainer):
     Args:
         model, reward_funcs, args, ...: as in `GRPOTrainer`; args is a `RALConfig`.
         teacher_model: a frozen model, or its path, for the terms that compare with a teacher. It
-            reads the same tokens and cuts images in the same way; depth, heads and head dim are
-            its own.
+            must read the same tokens and cut images in the same way. Depth, heads and head dim may
+            differ.
 
     Raises:
         TypeError: args is not a `RALConfig`.
-        ValueError: a teacher is missing, not needed, or reads rollouts in another way.
+        ValueError: a teacher is missing or not needed, or it reads rollouts differently.
         NotImplementedError: the model's decoder layers are not found, or not usable.
     """
 

@@ -15,17 +15,17 @@ Row = dict[str, Any]
 
 
 def draw_curves(folder: Path, title: str = "") -> Path | None:
-    """Draw what the metrics file of a run holds.
+    """Draw the metrics of a run.
 
-    Of RL: reward with its parts, divergence and gradient share of the attention terms by inner
-    step. Of supervised fine-tuning: loss and token accuracy.
+    For RL: reward with its parts, and by inner step divergence and gradient share of the attention
+    terms. For supervised fine-tuning: loss and token accuracy.
 
     Args:
         folder: output_dir of a run.
         title: above the picture.
 
     Returns:
-        The picture, or None where matplotlib or anything to draw is missing.
+        The picture, or None if matplotlib or the metrics are missing.
     """
     if importlib.util.find_spec("matplotlib") is None or not (folder / METRICS).exists():
         return None

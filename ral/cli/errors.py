@@ -1,4 +1,4 @@
-"""What a person at the shell can mend is said in a sentence, without a traceback."""
+"""Errors that the user can fix become a sentence, without a traceback."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _WAIT = 20.0  # seconds
 
 
 class Refused(Exception):
-    """Something that the person at the shell can mend; its text says what."""
+    """An error that the user can fix; its text says how."""
 
 
 @contextmanager
 def refusing(what: str = "") -> Iterator[None]:
-    """Turn errors that carry a message for people into `Refused`; any other is a bug and passes.
+    """Turn errors with a message for users into `Refused`; any other is a bug and passes.
 
     Args:
-        what: what was tried; stands before the error's own first line.
+        what: what was tried; it comes before the error's first line.
     """
     import torch
 
@@ -35,7 +35,7 @@ def refusing(what: str = "") -> Iterator[None]:
 
 @contextmanager
 def failing_on_data() -> Iterator[None]:
-    """Turn what goes wrong in training without being a bug, data and memory, into `Refused`."""
+    """Turn errors of data and memory in training, which are no bugs, into `Refused`."""
     import torch
 
     from ..data import DataError
@@ -59,8 +59,8 @@ def message(error: BaseException) -> str:
 def complain(error: Refused) -> None:
     """Write why the command failed to stderr: once, if all processes say the same.
 
-    The launcher kills the others as soon as one has ended, so the first process is waited for: it
-    has read the same settings and files. Where it goes on, this process alone has failed.
+    The launcher kills the other processes as soon as one has ended. So this process waits for the
+    first, which has read the same settings and files. If that one continues, only this one failed.
     """
     if is_first_process():
         print(f"ral: {error}", file=sys.stderr, flush=True)
@@ -70,5 +70,5 @@ def complain(error: Refused) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that speaks to the person, of those that a launcher started."""
+    """Whether this process writes to the terminal, of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"

@@ -14,7 +14,7 @@ _BRIEF = 220  # letters
 
 
 def overview(commands: Iterable[Command], others: dict[str, str]) -> str:
-    """What `python -m ral --help` says.
+    """The text of `python -m ral --help`.
 
     Args:
         commands: those that settings belong to.
@@ -92,7 +92,7 @@ def _group(title: str, settings: dict[str, Setting], command: Command) -> list[s
 
 
 def _brief(text: str) -> str:
-    """The first sentences, about two lines of them: TRL's help goes on for a page at times."""
+    """The first sentences, about two lines: TRL's help may fill a page."""
     text = " ".join(text.split()).replace("%%", "%")
     ends = [match.end() for match in re.finditer(r"\.(?= |$)", text)]
     within = [end for end in ends if end <= _BRIEF]

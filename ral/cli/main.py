@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, default `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0; 2 with a sentence on stderr for what the person at the shell can mend;
+        The exit status: 0; 2 with a sentence on stderr for an error that the user can fix;
         130 for a run that Ctrl-C or SIGTERM has ended, whose checkpoint it names.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -1,4 +1,4 @@
-"""Rows, rewards and bundled models from what the settings name."""
+"""Rows, rewards and bundled models that the settings name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def training_rows(settings: DataSettings, seed: int, *, demonstrations: bool = F
         demonstrations: with completions, for supervised fine-tuning.
 
     Raises:
-        Refused: there is none, or it holds rows that cannot be used.
+        Refused: there is none, or it has invalid rows.
     """
     if settings.data is None:
         raise Refused("data must be given: a file of JSON lines, digits:cell or digits:timestamp")
@@ -82,10 +82,10 @@ def _file(name: str) -> Path:
 
 
 def reward_function(settings: RewardSettings, style: str) -> Callable[..., list[float]]:
-    """What rewards a completion.
+    """The function that rewards a completion.
 
     Raises:
-        Refused: the function that is named cannot be had, or a weight is out of range.
+        Refused: the named function is not found, or a weight is out of range.
     """
     if settings.reward is None:
         with refusing():

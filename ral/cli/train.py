@@ -97,7 +97,7 @@ def _check_named(model: ModelSettings, data: DataSettings) -> None:
 
 
 def _path(name: str, role: str, data: DataSettings, folder: Path) -> str:
-    """Where a model is that a setting names; a bundled one is made."""
+    """The place of a model that a setting names; a bundled one is made."""
     return bundled_model(role, str(data.data), data.style, folder) if name == DIGITS else name
 
 

@@ -1,4 +1,4 @@
-"""Values of YAML files and of the shell as the type that a setting has."""
+"""Values of YAML files and of the shell, converted to the type of a setting."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """A value as the first type of a hint that takes it.
+    """A value as the first type of a hint that accepts it.
 
-    Text becomes a number, truth or list where the type asks for one: `1e-6` is a float although
-    YAML reads it as text, and `3,-1` a list of numbers.
+    Text becomes a number, bool or list if the type needs one: `1e-6` is a float although YAML reads
+    it as text, and `3,-1` is a list of numbers.
 
     Args:
-        value: what YAML or the shell gave.
+        value: from YAML or the shell.
         hint: a type, or a union of types, as `typing.get_type_hints` returns it.
 
     Raises:
-        ValueError: no type of the hint takes it; the message names the types.
+        ValueError: no type of the hint accepts it; the message names the types.
     """
     options = _options(hint)
     if _is_none(value, options):

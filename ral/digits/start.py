@@ -3,13 +3,13 @@
 1. The vision tower learns to tell digit and colour of single cells, and is frozen.
 2. The language model learns demonstrations on features of pictures that are computed once.
    Times and questions are drawn again for the same pictures, or it memorises the rows.
-3. The last steps are on demonstrations that are wrong in one systematic way, if so asked:
-   reinforcement learning has something to unlearn, and groups of rollouts a spread of rewards.
+3. If `wrong_share` asks for it, the last demonstrations are wrong in one systematic way. So
+   reinforcement learning has something to unlearn, and groups of rollouts have a spread of rewards.
 
-Looking up *when* a colour is seen takes two steps of attention: tile to time, colour to tile.
-From answers alone it comes late or never, because copying any time is a plateau. Two dense losses
-lead there while the demonstrations are right: image tokens after the first layer name the time of
-their frame, and the position that names the time can name the digit as well.
+Looking up *when* a colour is seen takes two steps of attention: tile to time, and colour to tile.
+From answers alone the model learns it late or never, because copying any time is a plateau. Two
+dense losses help while the demonstrations are right. Image tokens after the first layer name the
+time of their frame, and the position that names the time also names the digit.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Start:
-    """What `train_start` did.
+    """The result of `train_start`.
 
     Attributes:
         folder: the checkpoint.
         losses: mean loss of a completion's token, step by step.
-        greedy, sampled: on held-out scans, greedy and at temperature 0.9.
+        greedy, sampled: accuracy on held-out scans, greedy and at temperature 0.9.
         seconds: all of it, evaluation included.
     """
 
@@ -114,7 +114,7 @@ def train_start(
         seed: of weights, puzzles and batches.
         extents: grid sides or frames to train on, by default 1–8 or 2–64, the long ones seldom.
         batch_size, learning_rate: of the language model's steps.
-        log: is given a line now and then; None for silence.
+        log: gets a line now and then; None for silence.
         model_options: of `make_model`.
 
     Raises:
@@ -309,7 +309,7 @@ def _losses(
 
 
 def _ask(puzzle: Puzzle, rng: np.random.Generator) -> Puzzle:
-    """The same pictures with other times, asked for another colour that is there once."""
+    """The same pictures with other times and another asked colour that occurs once."""
     colours = puzzle.colours.ravel()
     once = [cell for cell, c in enumerate(colours) if c >= 0 and (colours == c).sum() == 1]
     frame, cell = divmod(int(rng.choice(once)), puzzle.colours.shape[1])

@@ -2,7 +2,7 @@
 
 `cell`: an n × n grid, one cell a visual token. "Which digit is in the red cell?"
 `timestamp`: frames of 2 × 2 noisy tiles, each after its time as text, one tile of each coloured.
-The response names the time before the digit. The start hardly lets the digit depend on that time:
+The response names the time before the digit. In the start the digit hardly depends on that time:
 after a wrong time it still names the asked colour's digit more often than the wrong frame's.
 """
 
@@ -47,8 +47,8 @@ def make_dataset(
         style: "think" for `<think>…</think><answer>…</answer>`, "direct" for the answer alone.
         seed: of the rows.
         wrong_share: share of the completions that answer for the last cell or frame instead of the
-            asked one. A model trained on them looks there as often, which is what GRPO can unlearn;
-            prompts and solutions stay as they are.
+            asked one. A model trained on them looks there as often, and GRPO can unlearn it.
+            Prompts and solutions do not change.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -117,10 +117,10 @@ def solution(puzzle: Puzzle, style: Style) -> str:
 
 
 def response(puzzle: Puzzle, style: Style, frame: int, cell: int) -> str:
-    """What is written by one who looks at a cell.
+    """The response for the digit of a cell.
 
     Args:
-        puzzle: what is looked at.
+        puzzle: the pictures.
         style: with or without a thought, which names the time, or the colour where there is none.
         frame, cell: where.
     """

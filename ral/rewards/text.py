@@ -15,37 +15,37 @@ _TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _LONGEST = 100_000
 
 
-def word_error_rate(reference: str, hypothesis: str) -> float:
-    """Edits (substituted, missing, inserted words) per word of the reference, as jiwer's `wer`.
+def word_error_rate(solution: str, answer: str) -> float:
+    """Edits (substituted, missing, inserted words) per word of the solution, as in jiwer's `wer`.
 
     Words are split at white space; case and punctuation count.
 
     Returns:
-        0.0 or more; it passes 1.0 where there are more edits than words. An empty reference gives
-        0.0 for an empty hypothesis and 1.0 otherwise.
+        0.0 or more; above 1.0 if there are more edits than words. An empty solution gives 0.0 for
+        an empty answer and 1.0 otherwise.
     """
-    wanted = _normal(reference).split()
-    words = _normal(hypothesis).split()
+    wanted = _normal(solution).split()
+    words = _normal(answer).split()
     if not wanted:
         return float(bool(words))
     return Levenshtein.distance(wanted, words) / len(wanted)
 
 
-def rouge(reference: str, hypothesis: str) -> float:
+def rouge(solution: str, answer: str) -> float:
     """The mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, as Video-R1 rewards free-form answers.
 
-    Unlike there, words are not stemmed and may be of any script. If the reference has one word,
+    Unlike there, words are not stemmed and may be of any script. If the solution has one word,
     ROUGE-2 is left out, so that every text has 1.0 against itself.
 
     Returns:
-        A value in [0, 1]; 0.0 for a hypothesis of more than 100,000 characters beyond twice the
-        reference's, which bounds the time.
+        A value in [0, 1]; 0.0 for an answer with more than 100,000 characters beyond twice the
+        solution's, which bounds the time.
     """
-    if len(hypothesis) > _LONGEST + 2 * len(reference):
+    if len(answer) > _LONGEST + 2 * len(solution):
         return 0.0
-    wanted, words = _tokens(reference), _tokens(hypothesis)
+    wanted, words = _tokens(solution), _tokens(answer)
     if not wanted:  # only punctuation: compare characters
-        return float(_normal(reference).split() == _normal(hypothesis).split())
+        return float(_normal(solution).split() == _normal(answer).split())
     scores = [_rouge_n(wanted, words, 1)]
     if len(wanted) > 1:
         scores.append(_rouge_n(wanted, words, 2))

@@ -26,7 +26,9 @@ def test_counts_and_growth(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("checkpointed activations", "RAL: snapshots of a rollout batch"):
         assert 1.8 < long[name] / table[name] < 2.05
     lora = _table(capsys, "--lora-rank", "64", "--no-vllm")
-    assert "reference model (beta > 0)" not in lora and not any("vLLM" in name for name in lora)
+    assert "TRL's reference model (beta > 0)" not in lora and not any(
+        "vLLM" in name for name in lora
+    )
     assert (
         lora["trained weights, gradients, Adam"] < 0.05 * table["trained weights, gradients, Adam"]
     )

@@ -180,7 +180,7 @@ def _gemma3(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | N
             continue
         total = (1 + count) * length
         if sizes is None:
-            items.append(Item("image", total, (View(overview),), _missing(count, "crops")))
+            items.append(Item("image", total, (View(overview),), f"{count} crops"))
             continue
         height, width = sizes[index]
         tiles = (1, count) if width >= height else (count, 1)
@@ -210,7 +210,7 @@ def _internvl(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] |
             continue
         total = count * length
         if sizes is None:
-            items.append(Item("image", total, (View(overview),), _missing(count - 1, "tiles")))
+            items.append(Item("image", total, (View(overview),), f"{count - 1} tiles"))
             continue
         tile = source.read("image_processor.size.height", "vision_config.image_size")
         tile = tile if isinstance(tile, int) else tile[0]
@@ -350,10 +350,6 @@ def _side(length: int) -> int:
     if side * side != length:
         raise ValueError(f"{NAME}: tokens of a picture must form a square; got {length}")
     return side
-
-
-def _missing(count: int, what: str) -> str:
-    return f"{count} {what}"
 
 
 def _check_sizes(sizes: Sequence[Size] | None, count: int) -> None:
