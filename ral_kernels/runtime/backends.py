@@ -109,7 +109,7 @@ def _requested(op: str, table: Mapping[str, Chosen], args: Any, name: str) -> Ch
     if backend is None:
         raise NotImplementedError(
             f"{op}: backend {name!r} has no kernels for this op in this version; "
-            f"there are {', '.join(name for name in ORDER if name in table)}"
+            f"its backends are {', '.join(name for name in ORDER if name in table)}"
         )
     missing = backend.available()
     if missing is not None:

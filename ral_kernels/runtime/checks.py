@@ -1,4 +1,4 @@
-"""Checks shared by the ops: a message names the op, the argument, what was wanted and what came."""
+"""Checks that ops share: messages name the op, the argument, what was wanted and what came."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether the elements can be read: not under tracing, not fake, not on the meta device."""
+    """Whether the elements can be read. Traced, fake and meta tensors have none."""
     return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-@functools.cache  # the choice of a backend asks at every call
+@functools.cache  # `choose` asks at every call
 def wrong_device(wanted: str, device: torch.device) -> str:
-    """The reason of a backend for tensors of another kind of device."""
-    return f"it needs {wanted} tensors; got {device}"
+    """Why a backend for one kind of device cannot run tensors of another kind."""
+    return f"needs {wanted} tensors; got {device}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -29,7 +29,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_int(value: Any) -> bool:
-    """An integer in the sense of the interface: a symbolic one counts, `True` does not."""
+    """Whether an argument counts as an integer: a symbolic integer does, `True` does not."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -77,7 +77,7 @@ def _finite_number(op: str, name: str, value: Any, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: {name} must be {wanted}; got {type(value).__name__}")
     if not isinstance(value, (int, float)):
-        return cast(float, value)  # symbolic: nothing to read before the graph runs
+        return cast(float, value)  # a symbolic number has no value before the graph runs
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{op}: {name} must be {wanted}; got {value}")
     return float(value)
@@ -91,13 +91,13 @@ def resolve_scale(op: str, scale: Any, head_dim: int, name: str = "scale") -> fl
 
 
 def resolve_softcap(op: str, softcap: Any) -> float:
-    """The soft cap of the scores, with 0.0 for none."""
+    """The soft cap of the scores; 0.0 means no soft cap."""
     if softcap is None:
         return 0.0
     return _finite_number(op, "softcap", softcap, "None or a finite number > 0")
 
 
-FARTHEST = 2**31 - 1  # a window bound beyond every sequence
+FARTHEST = 2**31 - 1  # larger than every sequence length
 
 
 def _window_bound(op: str, name: str, bound: Any) -> int:
@@ -113,7 +113,7 @@ def _window_bound(op: str, name: str, bound: Any) -> int:
 
 
 def resolve_window(op: str, window: Any, is_causal: bool, name: str = "window") -> tuple[int, int]:
-    """(left, right) around the diagonal, -1 for no bound; is_causal cuts the right side at 0."""
+    """(left, right) around the diagonal, -1 for no bound. `is_causal` sets right to 0."""
     left: int
     right: int
     if window is None:
@@ -136,9 +136,8 @@ def resolve_window(op: str, window: Any, is_causal: bool, name: str = "window") 
 def resolve_rows(op: str, rows: Any, seqlen_q: int) -> tuple[int, int]:
     """The half-open range of queries that `rows` picks: a slice of step 1 or (start, stop).
 
-    Negative indices count from the end, as in Python. Unlike Python's slices nothing is clamped: a
-    range that does not lie inside the queries is a mistake in the caller's bookkeeping and would
-    give a shorter result in silence.
+    Negative indices count from the end, as in Python. Unlike Python's slices it clamps nothing: a
+    range that leaves the queries raises, because a clamped one would silently give fewer rows.
     """
     if rows is None:
         return 0, seqlen_q

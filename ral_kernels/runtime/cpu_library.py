@@ -60,7 +60,7 @@ def cannot_run(x: Tensor) -> str | None:
     if not x.is_cpu:
         return checks.wrong_device("CPU", x.device)
     if x.dtype not in COMPUTED:
-        return f"it computes float32, bfloat16 and float16; got {x.dtype}"
+        return f"supports float32, bfloat16 and float16; got {checks.dtype_name(x.dtype)}"
     return None
 
 

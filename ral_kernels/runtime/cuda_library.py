@@ -56,9 +56,10 @@ def available(load: Callable[[], Any] | None = None) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip is not None:
-        return "its kernels are compiled for NVIDIA GPUs"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs compute capability 8.0 or newer"
+        return f"supports NVIDIA GPUs; got torch for ROCm {torch.version.hip}"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer; got {capability[0]}.{capability[1]}"
     return None
 
 
@@ -66,7 +67,7 @@ def only_on_request() -> str | None:
     """Why the automatic choice leaves these kernels out; None where it does not."""
     if MEASURED:
         return None
-    return "its kernels have run on no GPU yet, so that nothing says where they are the faster ones"
+    return "its kernels have run on no GPU yet, so no measurement says where they are fastest"
 
 
 def hopper() -> str | None:
@@ -78,8 +79,9 @@ def hopper() -> str | None:
     reason = available()
     if reason is not None:
         return reason
-    if torch.cuda.get_device_capability() != (9, 0):
-        return "its kernels are for compute capability 9.0"
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"needs compute capability 9.0; got {capability[0]}.{capability[1]}"
     return hopper_missing()
 
 
@@ -105,9 +107,10 @@ def cannot_compute(*tensors: Tensor) -> str | None:
     """The same without the device: dtypes and head dims."""
     for tensor in tensors:
         if tensor.dtype not in COMPUTED:
-            return f"it computes bfloat16 and float16; got {tensor.dtype}"
+            return f"supports bfloat16 and float16; got {checks.dtype_name(tensor.dtype)}"
         if tensor.shape[-1] not in HEAD_DIMS:
-            return f"its head dims are {' and '.join(map(str, HEAD_DIMS))}; got {tensor.shape[-1]}"
+            supported = " and ".join(map(str, HEAD_DIMS))
+            return f"head dims {supported} are supported; got {tensor.shape[-1]}"
     return None
 
 

@@ -309,12 +309,12 @@ def test_refusals(cuda_on_host: Kernels) -> None:
     for wrong, options, reason in (
         ((q, k, AttentionSnapshot(q, k, softcap=2.0)), {}, "softcap is not supported"),
         ((q, k, snapshot), {"softcap": 2.0}, "softcap is not supported"),
-        ((q.float(), k.float(), snapshot), {}, "computes bfloat16 and float16"),
-        ((q[..., :32], k[..., :32], snapshot), {}, "head dims are 64 and 128; got 32"),
+        ((q.float(), k.float(), snapshot), {}, "supports bfloat16 and float16; got float32"),
+        ((q[..., :32], k[..., :32], snapshot), {}, "head dims 64 and 128 are supported; got 32"),
         (
             (q, k, AttentionSnapshot(q[..., :32], k[..., :32])),
             {},
-            "of the reference, its head dims are 64 and 128; got 32",
+            "reference policy: head dims 64 and 128 are supported; got 32",
         ),
     ):
         with pytest.raises(NotImplementedError, match=reason):

@@ -251,7 +251,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^attention: backend must be None or a name; got int"),
     # scaled_dot_product_attention
     ("sdpa_dropout", lambda: torch_like(dropout_p=0.1), NotImplementedError,
-     r"^scaled_dot_product_attention: dropout_p must be 0.0; got 0.1"),
+     r"^scaled_dot_product_attention: dropout is not supported: dropout_p must be 0.0; got 0.1"),
     ("sdpa_mask_causal", lambda: torch_like(attn_mask=tensor(T, N), is_causal=True), ValueError,
      r"^scaled_dot_product_attention: attn_mask must be None with is_causal=True"),
     ("sdpa_rank", lambda: torch_like(query=tensor(D)), ValueError,
@@ -291,9 +291,9 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^scaled_dot_product_attention: spans must"),
     # flash_attn_func
     ("flash_dropout", lambda: flash(dropout_p=0.5), NotImplementedError,
-     r"^flash_attn_func: dropout_p must be 0.0; got 0.5"),
+     r"^flash_attn_func: dropout is not supported: dropout_p must be 0.0; got 0.5"),
     ("flash_alibi", lambda: flash(alibi_slopes=tensor(H)), NotImplementedError,
-     r"^flash_attn_func: alibi_slopes must be None; got Tensor"),
+     r"^flash_attn_func: alibi_slopes is not supported: it must be None; got Tensor"),
     ("flash_rank", lambda: flash(q=tensor(T, H, D)), ValueError,
      r"^flash_attn_func: q must be \[B, S, H, D\]; got \(5, 4, 8\)"),
     ("flash_window", lambda: flash(window_size=3), TypeError,
@@ -307,9 +307,9 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^flash_attn_func: causal must be True or False"),
     # flash_attn_varlen_func
     ("varlen_dropout", lambda: varlen(dropout_p=0.5), NotImplementedError,
-     r"^flash_attn_varlen_func: dropout_p"),
+     r"^flash_attn_varlen_func: dropout is not supported"),
     ("varlen_pages", lambda: varlen(block_table=tensor(1, 1)), NotImplementedError,
-     r"^flash_attn_varlen_func: block_table must be None"),
+     r"^flash_attn_varlen_func: block_table is not supported: it must be None"),
     ("varlen_rank", lambda: varlen(q=tensor(1, T, H, D)), ValueError,
      r"^flash_attn_varlen_func: q must be \[total, H, D\]"),
     ("varlen_cu_int64",
@@ -356,7 +356,7 @@ def test_backend_that_is_missing_or_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     assert str(caught.value) == "attention: backend 'cuda' is not available: no such device"
     assert caught.type is RuntimeError
     monkeypatch.setattr(interface.BACKENDS["cuda"], "available", lambda: None)
-    with pytest.raises(NotImplementedError, match="cannot run this call: it needs CUDA tensors"):
+    with pytest.raises(NotImplementedError, match="cannot run this call: needs CUDA tensors"):
         call(backend="cuda")
 
 

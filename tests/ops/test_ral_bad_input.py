@@ -10,7 +10,8 @@ import torch
 
 import ral_kernels as rk
 from ral_kernels.ops.divergence import divergence
-from ral_kernels.ops.policy import attention_divergence, attention_policy, cuda, ral_loss
+from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
+from ral_kernels.ops.policy.divergence import BACKENDS
 from ral_kernels.snapshot import AttentionSnapshot
 
 B, H, HK, T, N, D, S = 2, 4, 2, 5, 7, 8, 3
@@ -272,13 +273,13 @@ def test_bad_input(call: Callable[[], Any], exception: type[Exception], message:
 
 
 def test_backend_that_is_missing_or_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "available", lambda: "no such device")
+    monkeypatch.setattr(BACKENDS["cuda"], "available", lambda: "no such device")
     with pytest.raises(RuntimeError) as caught:
         against(reference=snap(), backend="cuda")
     assert str(caught.value) == "policy_divergence: backend 'cuda' is not available: no such device"
     assert caught.type is RuntimeError
-    monkeypatch.setattr(cuda, "available", lambda: None)
-    with pytest.raises(NotImplementedError, match="cannot run this call: it needs CUDA tensors"):
+    monkeypatch.setattr(BACKENDS["cuda"], "available", lambda: None)
+    with pytest.raises(NotImplementedError, match="cannot run this call: needs CUDA tensors"):
         against(reference=snap(), backend="cuda")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ral_kernels as rk
 from ral_kernels.ops import schema
+from ral_kernels.ops.attention.arguments import AttentionArgs
+from ral_kernels.ops.attention.interface import attention_fwd
 from ral_kernels.ops.policy.arguments import PolicyArgs, PolicyDivergenceArgs, ReferenceArgs
 
 ATTENTION = (
@@ -129,3 +133,35 @@ def test_a_second_derivative_raises() -> None:
     (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="ral::attention_bwd has no derivative"):
         torch.autograd.grad(dq.sum(), q)
+
+
+def test_a_profiler_sees_a_plain_call() -> None:
+    q, k, v = inputs()
+    with torch.autograd.profiler.profile() as profile:
+        rk.attention(q, k, v)
+    assert [x.name for x in profile.function_events].count("ral::attention_fwd") == 1
+
+
+def test_the_direct_call_gives_the_bits_of_the_dispatcher() -> None:
+    """`define` returns a call that skips the dispatcher for plain tensors."""
+    q, k, v = inputs()
+    args = AttentionArgs(
+        q, k, v, span_ids=torch.arange(8, dtype=torch.int32) // 3, span_bias=None, attn_mask=None,
+        key_padding_mask=None, cu_seqlens_q=None, cu_seqlens_k=None, num_spans=3, scale=0.25,
+        window_left=-1, window_right=0, top_left=False, softcap=0.0, row_start=0, row_stop=4,
+    )  # fmt: skip
+    flat = schema.Signature(AttentionArgs).flatten(args, "")
+
+    def results(call: Callable[..., Any]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        outputs = call(*leaves, *flat[3:])
+        generator = torch.Generator().manual_seed(1)
+        arriving = [torch.randn(x.shape, generator=generator) for x in outputs]
+        with torch.no_grad():
+            unrecorded = call(*flat)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, arriving), *unrecorded]
+
+    direct, dispatched = results(attention_fwd), results(torch.ops.ral.attention_fwd)
+    assert len(direct) == 9
+    for a, b in zip(direct, dispatched, strict=True):
+        assert torch.equal(a, b)

@@ -94,7 +94,7 @@ def test_old_gpu(gpu: dict[str, Any]) -> None:
 
 def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch, gpu: dict[str, Any]) -> None:
     half = torch.zeros(2, dtype=torch.bfloat16)
-    assert triton_runtime.cannot_run(half) == "it needs CUDA tensors; got cpu"
+    assert triton_runtime.cannot_run(half) == "needs CUDA tensors; got cpu"
     with triton_runtime.record_launches("sm_80"):
         assert triton_runtime.cannot_run(half, None, torch.zeros(2), torch.arange(3)) is None
         reason = triton_runtime.cannot_run(half, torch.zeros(2, dtype=torch.float64))

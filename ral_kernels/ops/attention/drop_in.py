@@ -18,7 +18,9 @@ from .interface import call_attention
 
 def _refuse_dropout(op: str, dropout_p: Any) -> None:
     if dropout_p != 0:
-        raise NotImplementedError(f"{op}: dropout_p must be 0.0; got {dropout_p!r}")
+        raise NotImplementedError(
+            f"{op}: dropout is not supported: dropout_p must be 0.0; got {dropout_p!r}"
+        )
 
 
 def scaled_dot_product_attention(
@@ -193,7 +195,8 @@ def _refuse_flash_options(op: str, dropout_p: Any, alibi_slopes: Any) -> None:
     _refuse_dropout(op, dropout_p)
     if alibi_slopes is not None:
         raise NotImplementedError(
-            f"{op}: alibi_slopes must be None; got {type(alibi_slopes).__name__}"
+            f"{op}: alibi_slopes is not supported: it must be None; got "
+            f"{type(alibi_slopes).__name__}"
         )
 
 
@@ -291,7 +294,7 @@ def flash_attn_varlen_func(
     _refuse_flash_options(op, dropout_p, alibi_slopes)
     if block_table is not None:
         raise NotImplementedError(
-            f"{op}: block_table must be None; got {type(block_table).__name__}"
+            f"{op}: block_table is not supported: it must be None; got {type(block_table).__name__}"
         )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.check_tensor(op, name, tensor, "a [total, H, D] tensor")

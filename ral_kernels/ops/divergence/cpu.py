@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from ral_kernels.runtime import cpu_library
+from ral_kernels.runtime import checks, cpu_library
 from ral_kernels.runtime.backends import Backend
 from ral_kernels.runtime.c_interface import pointer
 
@@ -29,7 +29,7 @@ class CpuDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
     def can_run(self, args: DivergenceArgs) -> str | None:
         reason = cpu_library.cannot_run(args.p)
         if reason is None and args.p.dtype != torch.float32:
-            return f"it computes float32; got {args.p.dtype}"
+            return f"supports float32; got {checks.dtype_name(args.p.dtype)}"
         return reason
 
     def fwd(self, args: DivergenceArgs, outputs: DivergenceOutputs) -> None:

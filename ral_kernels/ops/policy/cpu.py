@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ral_kernels.runtime import cpu_library
+from ral_kernels.runtime import checks, cpu_library
 from ral_kernels.runtime.backends import DifferentiableBackend
 from ral_kernels.runtime.c_interface import pointer, tensor_struct
 
@@ -77,7 +77,10 @@ class CpuPolicyDivergence(
         reason = cpu_library.cannot_run(args.policy.q)
         dtype = args.reference.q.dtype
         if reason is None and dtype not in cpu_library.COMPUTED:
-            return f"it computes float32, bfloat16 and float16; got a reference in {dtype}"
+            return (
+                "supports float32, bfloat16 and float16; got a reference policy in "
+                f"{checks.dtype_name(dtype)}"
+            )
         return reason
 
     def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:

@@ -89,7 +89,7 @@ class CudaPolicyDivergence(
         reason = cuda_library.cannot_compute(policy.q, policy.k)
         if reason is None:
             reason = cuda_library.cannot_compute(reference.q, reference.k)
-            reason = None if reason is None else f"of the reference, {reason}"
+            reason = None if reason is None else f"reference policy: {reason}"
         return reason
 
     def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
