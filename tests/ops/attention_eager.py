@@ -1,7 +1,7 @@
 """`attention` in eager PyTorch: the float64 truth of the tests, and a same-dtype baseline.
 
-Written independently of `ral_kernels.ops.attention.reference`: no code is shared and the backward is
-autograd's.
+Written independently of `ral_kernels.ops.attention.reference`: no code is shared and the backward
+is autograd's.
 """
 
 from __future__ import annotations
