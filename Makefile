@@ -1,5 +1,6 @@
 # make run     the frames sweep, from a fresh clone with nothing but Python >= 3.10 and a C++ compiler
-# make test    the test suite        make lint    format, lint and types, as pre-commit runs them
+# make test    the quick tier of the test suite: tests/README.md        make test-all    the whole suite
+# make lint    format, lint and types, as pre-commit runs them
 # make bench   the CPU figures       make bench-regress    the pytest-benchmark suite
 #
 # make codegen what the Triton kernels compile to, for GPUs that need not be here: benchmarks/results/codegen.md
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV36 ?= .venv-triton36
+TIER ?= all
 OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 KIT_SECONDS ?= 600
@@ -28,13 +30,17 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
 
 test: build
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier quick
+
+# TIER=rest leaves out what `make test` runs.
+test-all: build
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier $(TIER)
 
 bench: build
 	$(BIN)/python -m benchmarks.attention_bench

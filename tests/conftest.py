@@ -1,10 +1,13 @@
-"""Fixtures of the whole suite: which backends are tested, poisoned outputs, large tests."""
+"""Fixtures of the whole suite: its tiers, which backends are tested, poisoned outputs."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -22,15 +25,23 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 import ral_kernels as rk
 from ral_kernels.ops import allocation
 from ral_kernels.runtime import triton_runtime
-from tests import interpreter
+from tests import interpreter, tiers
 from tests.gpu.on_gpu import kernels_on
 
 REQUIRED = [name for name in os.environ.get("RAL_REQUIRE", "").split(",") if name]
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # of all tiers
+QUICK = pytest.StashKey[set[pytest.Item]]()  # those of them that are the quick tier
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--large", action="store_true", help="also run tests that need gigabytes of memory"
+    )
+    parser.addoption(
+        "--tier",
+        choices=("all", "quick", "rest"),
+        default="all",
+        help="quick: a sample of each parametrised test, and nothing slow; rest: what that leaves",
     )
 
 
@@ -38,6 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs gigabytes of memory; run with --large")
     if triton_runtime.interpreted():
         interpreter.make_quick()
+    config.addinivalue_line(
+        "markers", "slow(stands_in): not in the quick tier, where the test `stands_in` is"
+    )
     config.addinivalue_line("markers", "xdist_group(name): run by one worker, for what they share")
     config.addinivalue_line("markers", "long: begun first, or a worker waits for it at the end")
     config.addinivalue_line("markers", "gpu: gives kernels tensors of the GPU itself")
@@ -52,26 +66,60 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if _is_left_out(item, config)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    kept = [item for item in items if not _is_left_out(item, config)]
+    config.stash[COLLECTED] = kept
+    config.stash[QUICK] = quick = tiers.quick(kept, runs_here)
+    tier = config.getoption("--tier")
+    if tier != "all":
+        kept = [item for item in kept if (item in quick) == (tier == "quick")]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("long") is None)
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+        return item.callspec.params
+    return {}
 
 
 def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     if item.get_closest_marker("large") and not config.getoption("--large"):
         return True
-    parameters = (
-        item.callspec.params
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-        else {}
-    )
+    parameters = _parameters(item)
     if parameters.get("backend") != "triton" or not triton_runtime.interpreted():
         return False
     # The interpreter multiplies bfloat16 wrongly (ahead-of-time compilation covers that dtype), and
     # it does not use torch's threads.
-    return parameters.get("dtype") == torch.bfloat16 or parameters.get("threads", 1) != 1
+    if parameters.get("dtype") == torch.bfloat16 or parameters.get("threads", 1) != 1:
+        return True
+    if (marker := item.get_closest_marker("in_interpreter")) is None:
+        return False
+    when = marker.kwargs["when"]
+    return not when(**{name: parameters[name] for name in inspect.signature(when).parameters})
+
+
+def runs_here(item: pytest.Item) -> bool:
+    """Whether the fixtures `backend` and `isa` will not skip it."""
+    parameters = _parameters(item)
+    if (backend := parameters.get("backend")) in (reasons := _backends()):
+        return reasons[backend] == "yes"
+    return "isa" not in parameters or parameters["isa"] in supported_isas()
+
+
+@functools.cache
+def _backends() -> dict[str, str]:
+    return rk.available_backends()
+
+
+@functools.cache
+def supported_isas() -> Sequence[str]:
+    """The variants of the CPU kernels that this machine runs; none without their library."""
+    if rk.available_backends()["cpu"] != "yes":
+        return ()
+    from ral_kernels.runtime import cpu_library
+
+    return cpu_library.supported_isas()
 
 
 def skip_or_fail(backend: str, reason: str) -> None:

@@ -285,6 +285,7 @@ def test_a_picture_of_the_tasks(tmp_path) -> None:
     assert 10_000 < task_pictures.draw(tmp_path / "tasks.png").stat().st_size < 200_000
 
 
+@pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
 def test_a_study(plan, tmp_path: Path, capsys) -> None:
     arms = ["grpo", "ral"]
     for arm in arms:

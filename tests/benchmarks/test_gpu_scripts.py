@@ -57,6 +57,7 @@ def records_of(folder: Path, script: str = "first") -> dict[str, Any]:
 # -- scripts and stages ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow(stands_in="test_a_worker_on_a_mocked_gpu")
 @pytest.mark.long
 def test_a_script_on_a_mocked_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real stages, processes and files: the kit is missing, a kernel crashes, one is wrong."""

@@ -256,6 +256,7 @@ def test_unknown_options(options: list[str]) -> None:
         frames_sweep.main(options)
 
 
+@pytest.mark.slow(stands_in="test_frames_sweep_on_pictures")
 @pytest.mark.long
 def test_ral_objective_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--objective", "ral", "--rows", "20", "--frames", "3", "5", "--grid", "4", "6"]
@@ -361,6 +362,7 @@ def test_kept_memory_is_not_mapped_anew() -> None:
     assert faults("given back") > 1000 > 10 * faults("kept")
 
 
+@pytest.mark.slow(stands_in="test_decode_bench")
 @pytest.mark.long
 def test_policy_divergence_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--quick", "--seqlen", "256", "--rows", "32", "--out", str(tmp_path)]

@@ -10,6 +10,9 @@ import pytest
 from benchmarks import transformers_memory
 
 
+@pytest.mark.slow(
+    stands_in="tests/integrations/test_transformers_masks.py::test_ordinary_masks_are_not_dense"
+)
 @pytest.mark.long
 def test_padding_takes_no_dense_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seqlen, batch = 8192, 2  # a mask of 128 MiB: the peaks of fresh processes vary by a few

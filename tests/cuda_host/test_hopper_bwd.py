@@ -28,7 +28,7 @@ from tests.cuda_host.test_hopper import (
     without_hopper,
 )
 from tests.ops import test_attention as common
-from tests.ops.attention_cases import AttentionCase
+from tests.ops.attention_cases import CASES, AttentionCase
 
 HOPPER_SOURCES = (*sources_of("attention/bwd*"), str(HARNESS / "hopper_bwd_for_tests.cu"))
 SOURCES = ("attention/fwd.cu", *HOPPER_SOURCES)
@@ -96,7 +96,17 @@ def assert_agree(wanted: Found, found: list[Found]) -> None:
             assert torch.equal(gradient, wanted[name]), f"d{name} has other bits"
 
 
-@pytest.mark.parametrize("case", [*EVERY_CASE, *CONSUMERS], ids=lambda case: case.name)
+# The forward of the op's own cases is in the quick tier, and of the backward those of its tiles.
+slow = pytest.mark.slow(stands_in="test_same_bits_as_for_sm_80")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=slow if case in CASES else ())
+        for case in (*EVERY_CASE, *CONSUMERS)
+    ],
+)
 def test_same_bits_as_for_sm_80(case: AttentionCase, hopper: Kernels) -> None:
     assert_agree(*both(hopper, case, HALF[len(case.name) % 2], range(1, 2)))
 

@@ -103,7 +103,20 @@ BUGS: list[tuple[str, Patch, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("patch", "report"), [b[1:] for b in BUGS], ids=[b[0] for b in BUGS])
+# One of each kind of finding in the quick tier; each bug is a build of its own.
+QUICK_BUGS = (
+    "missing_barrier_before_v",
+    "missing_wait_for_copies",
+    "key_beyond_the_end",
+    "run_not_rescaled",
+)
+slow = pytest.mark.slow(stands_in="test_seeded_bug_is_found")
+
+
+@pytest.mark.parametrize(
+    ("patch", "report"),
+    [pytest.param(*bug, id=name, marks=() if name in QUICK_BUGS else slow) for name, *bug in BUGS],
+)
 def test_seeded_bug_is_found(patch: Patch, report: str | None, build_folder: Path) -> None:
     library = host_library(build_folder, (patch, *FEWER), SOURCES)
     with on_host(library), pytest.raises(AssertionError) as caught:

@@ -231,6 +231,7 @@ def test_two_processes_have_the_gradients_of_one(plain, distributed, how):
     assert_same_gradients(distributed[how], wanted)
 
 
+@pytest.mark.xdist_group("capture in two processes")
 def test_fsdp2_needs_a_loss_that_touches_the_output(distributed):
     """Documented in `capture`; if this fails, FSDP2 has learned it and the note can go."""
     assert "storage" in distributed["fsdp2 without logits"]

@@ -152,7 +152,10 @@ def run(code: str) -> str:
     [
         IMPORT_OURS + "import sys; assert 'transformers' not in sys.modules\n" + IMPORT_THEIRS,
         IMPORT_THEIRS + IMPORT_OURS,
-        "import transformers\n" + IMPORT_OURS + IMPORT_THEIRS,
+        pytest.param(
+            "import transformers\n" + IMPORT_OURS + IMPORT_THEIRS,
+            marks=pytest.mark.slow(stands_in="test_registration_by_import_alone"),
+        ),
     ],
     ids=["ours_first", "theirs_first", "lazy_theirs_first"],
 )

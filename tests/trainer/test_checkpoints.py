@@ -15,6 +15,7 @@ import torch
 
 from ral import RALTrainer, checkpoints
 from ral.checkpoints import SEAL, last_checkpoint, read_state, rotate, seal, why_incomplete
+from tests.asked import asked
 from tests.trainer import killed_processes as dying
 from tests.trainer import tiny
 from tests.trainer.test_resuming import after, same_weights
@@ -51,8 +52,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_dying(model, tmp_path_factory.mktemp("killed"), dying.KILLS)
+def killed(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    names = dict.fromkeys(parameters["name"] for parameters in asked(request))
+    return run_dying(model, tmp_path_factory.mktemp("killed"), names)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +64,18 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return straight(model, tmp_path_factory.mktemp("straight"))
 
 
+# A checkpoint that is not whole and one that is are once each in the quick tier.
+slow = pytest.mark.slow(stands_in="test_last_checkpoint_of_a_killed_save_is_complete")
+
+
 @pytest.mark.xdist_group("killed")
-@pytest.mark.parametrize("name", dying.KILLS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("weights", "in the rotation") else slow)
+        for name in dying.KILLS
+    ],
+)
 def test_last_checkpoint_of_a_killed_save_is_complete(name: str, killed: Path) -> None:
     run = killed / name
     assert (run / "status").read_text() == "-9", (run / "stderr").read_text()
@@ -72,7 +86,9 @@ def test_last_checkpoint_of_a_killed_save_is_complete(name: str, killed: Path) -
 
 
 @pytest.mark.xdist_group("killed")
-@pytest.mark.parametrize("name", ["weights", "in the seal", "in the rotation"])
+@pytest.mark.parametrize(
+    "name", ["weights", pytest.param("in the seal", marks=slow), "in the rotation"]
+)
 def test_training_resumes_after_a_killed_save(
     name: str, model: Path, killed: Path, reference: Any, tmp_path: Path
 ) -> None:

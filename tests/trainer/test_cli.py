@@ -161,6 +161,7 @@ def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert picture.stat().st_size > 5000
 
 
+@pytest.mark.slow(stands_in="test_ctrl_c_and_the_command_that_it_names")
 @pytest.mark.long
 def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -176,6 +177,7 @@ def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     assert done.stderr == "ral: there is no command 'sfd'; did you mean sft?\n"
 
 
+@pytest.mark.slow(stands_in="tests/trainer/test_two_processes.py::test_two_processes_train_as_one")
 @pytest.mark.long
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
     """Both end well, and one of them speaks; an error of both is said once."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -114,14 +118,42 @@ def test_checkpoints_come_back(tmp_path) -> None:
     assert processor.tokenizer.decode(ids) == text and len(ids) == 6
 
 
+SHORT_START: dict[str, Any] = {
+    "task": "timestamp", "steps": 30, "extents": (2,), "batch_size": 32, "log": None
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def few_pictures() -> Iterator[None]:
+    """Fewer pictures than are needed for the task."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("CELLS", 1024), ("ROWS", 512), ("VISION_BATCH", 64)):
+            patch.setattr(start, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_start(few_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> start.Start:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a test
+    try:
+        return train_start(tmp_path_factory.mktemp("start") / "1", **SHORT_START)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.long
-def test_a_short_start_learns_the_form(tmp_path, monkeypatch) -> None:
-    """Fewer steps and pictures than are needed for the task, the same twice over."""
-    for name, value in (("CELLS", 1024), ("ROWS", 512), ("VISION_BATCH", 64)):
-        monkeypatch.setattr(start, name, value)
-    settings = {"task": "timestamp", "steps": 30, "extents": (2,), "batch_size": 32, "log": None}
-    first = train_start(tmp_path / "1", **settings)
-    assert sum(first.losses[-5:]) < 0.7 * sum(first.losses[:5])
-    scores = evaluate(tmp_path / "1", "timestamp", extents=(2,), size=16)[2]
+@pytest.mark.xdist_group("a short start")  # one worker trains it
+def test_a_short_start_learns_the_form(short_start: start.Start) -> None:
+    losses = short_start.losses
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    scores = evaluate(short_start.folder, "timestamp", extents=(2,), size=16)[2]
     assert 0 <= scores.right <= scores.formed <= 1
-    assert train_start(tmp_path / "2", **settings).losses == first.losses
+
+
+@pytest.mark.slow(stands_in="test_a_short_start_learns_the_form")
+@pytest.mark.xdist_group("a short start")
+def test_a_start_is_the_same_twice_over(
+    short_start: start.Start, few_pictures: None, tmp_path: Path
+) -> None:
+    assert train_start(tmp_path / "2", **SHORT_START).losses == short_start.losses

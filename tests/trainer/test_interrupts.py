@@ -12,6 +12,7 @@ import pytest
 
 from ral.checkpoints import last_checkpoint
 from ral.interrupts import interruptible
+from tests.asked import asked
 from tests.trainer import killed_processes as dying
 from tests.trainer import tiny
 from tests.trainer.test_checkpoints import run_dying, straight
@@ -33,18 +34,31 @@ ENDS: dict[str, tuple[int, int | None, str]] = {
 }  # fmt: skip
 
 
+# Ctrl-C and SIGTERM are once each in the quick tier.
+slow = pytest.mark.slow(stands_in="test_a_signal_ends_training_with_a_checkpoint")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def interrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_dying(model, tmp_path_factory.mktemp("interrupted"), dying.INTERRUPTIONS)
+def interrupted(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    names = dict.fromkeys(parameters.get("name", "once") for parameters in asked(request))
+    return run_dying(model, tmp_path_factory.mktemp("interrupted"), names)
 
 
 @pytest.mark.xdist_group("interrupted")  # one worker interrupts them all
-@pytest.mark.parametrize("name", dying.INTERRUPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("once", "first batch") else slow)
+        for name in dying.INTERRUPTIONS
+    ],
+)
 def test_a_signal_ends_training_with_a_checkpoint(name: str, interrupted: Path) -> None:
     run = interrupted / name
     status, step, sentence = ENDS[name]

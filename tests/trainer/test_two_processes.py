@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ral.checkpoints import last_checkpoint, read_state, why_incomplete
+from tests.asked import asked
 from tests.trainer import tiny
 from tests.trainer.test_resuming import TIMES
 
@@ -24,19 +25,31 @@ EQUAL = {
     "lora": ["fsdp2"],
 }
 RESUMING = ["ddp", "fsdp2", "fsdp2-sharded"]
+# One case and one way to resume are in the quick tier: a run takes seconds of both processors.
+slow_train = pytest.mark.slow(stands_in="test_two_processes_train_as_one")
+slow_resume = pytest.mark.slow(stands_in="test_two_processes_resume_exactly")
 pytestmark = pytest.mark.xdist_group("two processes")  # one worker trains them all
+resuming = pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=() if how == "ddp" else slow_resume) for how in RESUMING]
+)
 # Of each process by itself, or of the first micro-batch, which accumulating splits differently.
 OF_A_PROCESS = ("attn/grad_share",)
 OF_A_MICRO_BATCH = ("attn/divergence", "attn/visual_share", "attn/entropy", "entropy", "clip_ratio")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     model = tiny.checkpoint(folder)
-    names = [f"{case}:one,{','.join(ways)}" for case, ways in EQUAL.items()]
-    ways = [f"{how} {what}" for how in RESUMING for what in ("stopped", "resumed")]
-    names.append(f"resuming:ddp,fsdp2,{','.join(ways)}")
+    runs: dict[str, list[str]] = {}
+    for parameters in asked(request):
+        how = parameters.get("how", "one")
+        ways = ["one", how]
+        if "case" not in parameters:
+            ways = [how.removesuffix("-sharded"), f"{how} stopped", f"{how} resumed"]
+        known = runs.setdefault(parameters.get("case", "resuming"), [])
+        known += [way for way in dict.fromkeys(ways) if way not in known]
+    names = [f"{case}:{','.join(ways)}" for case, ways in runs.items()]
     done = subprocess.run(
         [sys.executable, "-m", "tests.trainer.two_processes", str(model), str(folder), *names],
         capture_output=True, text=True, timeout=1200, check=False,
@@ -54,7 +67,14 @@ def load(results: Path, case: str, how: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("case, how", [(case, how) for case in EQUAL for how in EQUAL[case]])
+@pytest.mark.parametrize(
+    "case, how",
+    [
+        pytest.param(case, how, marks=() if case == "token mean" else slow_train)
+        for case in EQUAL
+        for how in EQUAL[case]
+    ],
+)
 def test_two_processes_train_as_one(case: str, how: str, results: Path) -> None:
     one, two = load(results, case, "one"), load(results, case, how)
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -79,7 +99,10 @@ def test_two_processes_train_as_one(case: str, how: str, results: Path) -> None:
     assert 0 < apart < 1e-8 * moved
 
 
-@pytest.mark.parametrize("case", EQUAL)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case == "token mean" else slow_train) for case in EQUAL],
+)
 def test_attention_term_mattered(case: str, results: Path) -> None:
     """Or the equality would say nothing of it: its share of the gradient, and its divergence."""
     log = load(results, case, "one")["log"]
@@ -92,7 +115,7 @@ def test_attention_term_mattered(case: str, results: Path) -> None:
     assert (first["completions/min_length"], first["completions/max_length"]) == (2, 8)
 
 
-@pytest.mark.parametrize("how", RESUMING)
+@resuming
 def test_two_processes_resume_exactly(how: str, results: Path) -> None:
     straight = load(results, "resuming", how.removesuffix("-sharded"))
     resumed = load(results, "resuming", f"{how} resumed")
@@ -107,7 +130,7 @@ def test_two_processes_resume_exactly(how: str, results: Path) -> None:
         assert torch.equal(weight, resumed["weights"][name]), name
 
 
-@pytest.mark.parametrize("how", RESUMING)
+@resuming
 def test_a_signal_to_one_process_stops_both(how: str, results: Path) -> None:
     """In its first step: both finish the rollout batch, and save at the same step."""
     folder = results / "resuming"
@@ -118,7 +141,7 @@ def test_a_signal_to_one_process_stops_both(how: str, results: Path) -> None:
     assert sentence not in (folder / f"{how} stopped.1.stderr").read_text()
 
 
-@pytest.mark.parametrize("how", RESUMING)
+@resuming
 def test_random_states_of_both_processes_are_sealed(how: str, results: Path) -> None:
     assert last_checkpoint(results / "resuming" / how) is not None
     checkpoint = results / "resuming" / how / "checkpoint-2"
