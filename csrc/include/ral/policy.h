@@ -1,4 +1,5 @@
-// C interface of the `policy` and `policy_divergence` ops, shared by every compiled backend.
+// C interface of the `policy`, `policy_divergence` and `divergence` ops, shared by every compiled
+// backend.
 //
 // A policy is the head average of attention, for some query rows, renormalised over the valid keys
 // (ral_kernels/ops/policy/README.md). Conventions as in attention.h.
