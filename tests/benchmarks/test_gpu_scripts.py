@@ -115,7 +115,8 @@ def test_commands_of_a_real_run(tmp_path: Path) -> None:
             parser.add_argument("--frames", type=int, nargs="+")
             parser.add_argument("--grid", type=int, nargs=2)
             runner.add_arguments(parser)
-            options = parser.parse_args(command[2:])
+            assert command[1:3] == ["-m", "benchmarks.frames_sweep"]
+            options = parser.parse_args(command[3:])
             assert options.device == "cuda" and options.dtype == "bfloat16"
             assert options.input == "random", "transformers may be missing there"
             assert 256 * max(options.frames) == 65536
