@@ -21,7 +21,7 @@ class AttentionArgs:
     a bound of -1 meaning "no bound". Causal attention is `window_right = 0`.
     """
 
-    # float32 | bfloat16 | float16 (reference: also float64), unit last stride
+    # float32 | bfloat16 | float16 (reference backend: also float64), unit last stride
     q: Tensor  # [B, H, T, D]
     k: Tensor  # [B, Hk, N, D]
     v: Tensor  # [B, Hk, N, Dv]
