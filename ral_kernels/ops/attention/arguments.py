@@ -13,8 +13,8 @@ class AttentionArgs:
 
     Packed (varlen) calls have `cu_seqlens_q` and `cu_seqlens_k`; their tensors have batch size 1
     and the packed sequences along the token dimension. Row `t` of a sequence with `T` queries and
-    `N` keys sits at the key position `t + offset`, where `offset` is `N - T` (bottom-right) or 0
-    (`top_left`), and it sees the keys `j` with
+    `N` keys sits at the key position `t + offset`. `offset` is `N - T` (bottom-right) or 0
+    (`top_left`). The row sees the keys `j` with
 
         t + offset - window_left <= j <= t + offset + window_right,
 

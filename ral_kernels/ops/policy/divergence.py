@@ -106,7 +106,7 @@ def attention_divergence(
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:
-        D, float32 [B, T]; differentiable in q, k, span_bias and in a reference tensor.
+        D, float32 [B, T]; differentiable in q, k, span_bias and in `reference` if it is a tensor.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
