@@ -1,4 +1,4 @@
-"""Attention policies as kernels: attention whose share of each span of keys has a gradient."""
+"""Attention kernels that also return each span's share of the attention, with its gradient."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,1 +1,1 @@
-"""The ops, a folder each: equations, arguments, interface and one module a backend."""
+"""The ops. A folder holds equations, arguments, interface and one module a backend."""

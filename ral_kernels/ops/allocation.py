@@ -1,4 +1,4 @@
-"""The tensors that ops return, before a backend fills them: their dtype, layout and memory."""
+"""Allocates the tensors that ops return: their dtype, layout and memory."""
 
 from __future__ import annotations
 

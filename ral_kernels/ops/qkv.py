@@ -1,4 +1,4 @@
-"""The tensors that ops take alike, checked and made ready: q, k, v, spans, their bias, padding."""
+"""Checks and prepares the inputs that ops share: q, k, v, spans, their bias, key padding."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def full_precision(q: Tensor) -> torch.autocast:
-    """Inside, a caller's autocast does not round float32 matrix products to its dtype."""
+    """A context in which a caller's autocast does not round float32 matrix products."""
     return torch.autocast(q.device.type, enabled=False)
 
 
 def check_qkv(
     op: str, q: Any, k: Any, v: Any, spans: Any, names: tuple[str, str, str] = ("q", "k", "v")
 ) -> None:
-    """Check what every form of the op has, in the layout [B, H, T, D], under the caller's names."""
+    """Check q, k, v and spans, in the layout [B, H, T, D]. Messages use the caller's `names`."""
     name_q, name_k, name_v = names
     checks.check_tensor(op, name_q, q, "a [B, H, T, D] tensor")
     checks.check_tensor(op, name_k, k, "a [B, Hk, N, D] tensor")
@@ -92,7 +92,7 @@ def check_qkv(
 
 
 def prepare_span_bias(op: str, span_bias: Any, spans: Spans | None, q: Tensor) -> Tensor:
-    """`span_bias` as the op takes it: float32, and expanded, so that autograd sums the gradient."""
+    """`span_bias` in float32 (float64 with float64 q), expanded: autograd sums its gradient."""
     checks.check_tensor(
         op, "span_bias", span_bias, "None or a tensor broadcastable to [B, H, T, S]"
     )

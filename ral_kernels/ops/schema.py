@@ -1,4 +1,4 @@
-"""How an op is registered with torch: its schema and its flat inputs, from its arguments dataclass.
+"""Registers ops with torch: schemas and flat inputs come from an op's arguments dataclass.
 
 torch's dispatcher takes flat lists of tensors and numbers. `Signature` derives that list from the
 dataclass that backends receive, so that the order of the fields stands once. `define` registers an
@@ -96,7 +96,7 @@ class Signature(Generic[Args]):
         return (*self._values(args), backend)
 
     def build(self, inputs: Sequence[Any]) -> tuple[Args, str, Sequence[Any]]:
-        """(arguments, name of the backend, what follows them), from the inputs of an op."""
+        """From the inputs of an op: (arguments, name of the backend, the inputs after these)."""
         last = self.num_inputs - 1
         return self._build(inputs[:last]), inputs[last], inputs[self.num_inputs :]
 
@@ -140,7 +140,7 @@ def _builder(
         else:
             positions.append(index[at])
             getters.append(operator.itemgetter(index[at]))
-    if positions == list(range(len(getters))):  # the usual case, and the quicker way
+    if positions == list(range(len(getters))):  # the usual case, which needs no list
         return lambda values: args_type(*values)
     return lambda values: args_type(*[get(values) for get in getters])
 
@@ -165,11 +165,13 @@ def define(
         kernel: computes the outputs from the inputs, on every device.
         fake: allocates the outputs, for tracing.
         derivative: `setup_context` and `backward` as in `torch.autograd.Function`, with
-            `ctx.set_materialize_grads(False)`; without it, a backward through the op raises.
+            `ctx.set_materialize_grads(False)`. Without a derivative, a backward through the op
+            raises.
 
     Returns:
-        `torch.ops.ral.name`, or a quicker way to the same where nobody watches: the dispatcher's
-        way from Python to Python costs more than a small kernel.
+        A function that does what `torch.ops.ral.name` does. It skips the dispatcher, whose way from
+        Python to Python costs more than a small kernel. It goes through the dispatcher under
+        `torch.compile`, tracing, a profiler or a dispatch mode, and for tensors that are not plain.
     """
     outputs = ", ".join(["Tensor"] * num_outputs)
     schema = f"{name}({inputs}) -> {f'({outputs})' if num_outputs > 1 else outputs}"
@@ -183,7 +185,7 @@ def define(
 
     def below_autograd(*inputs: Any) -> Any:
         if torch._C._len_torch_dispatch_stack() == 0 and _are_plain(tensors_of(inputs)):
-            return kernel(*inputs)  # nothing is left for the dispatcher to do
+            return kernel(*inputs)  # the dispatcher would do nothing else
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*inputs)
 

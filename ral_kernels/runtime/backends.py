@@ -1,4 +1,4 @@
-"""The seam between an op and its backends: what a backend offers, and which one runs a call."""
+"""What ops ask of their backends, and which backend runs a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
-ORDER = ("cuda", "triton", "cpu", "reference")  # fastest first; the reference runs everything
+ORDER = ("cuda", "triton", "cpu", "reference")  # fastest first; the reference backend last
 
 Args = TypeVar("Args", contravariant=True)
 Outputs = TypeVar("Outputs", contravariant=True)
@@ -16,7 +16,7 @@ Gradients = TypeVar("Gradients", contravariant=True)
 
 
 class Choice(Protocol[Args]):
-    """What the choice of a backend asks of it. Each answer is a reason, or None for "go ahead"."""
+    """What `choose` asks a backend. Each answer is a reason against the backend, or None."""
 
     def available(self) -> str | None:
         """Why this backend does not work on this machine."""
@@ -45,7 +45,8 @@ class Backend(Choice[Args], Protocol[Args, Outputs]):
 class DifferentiableBackend(Backend[Args, Outputs], Protocol[Args, Outputs, Gradients]):
     """A backend of an op that has a backward pass.
 
-    `Gradients` holds those that arrive (None counts as zero) and those to write (None: not wanted).
+    `Gradients` holds the gradients that arrive, where None counts as zero. It also holds those to
+    write, where None means that one is not wanted.
     """
 
     def bwd(self, args: Args, outputs: Outputs, gradients: Gradients, /) -> None:
@@ -92,7 +93,7 @@ def choose(op: str, table: Mapping[str, Chosen], args: Any, requested: str) -> C
         if name not in table:
             continue
         backend = table[name]
-        # can_run goes first: it knows the device of the tensors, which rules out most backends.
+        # can_run is asked first, because the device of the tensors rules out most backends.
         reason = backend.can_run(args) or _skipped(backend)
         if reason is None:
             return backend
@@ -126,9 +127,9 @@ def _skipped(backend: Choice[Any]) -> str | None:
 
 
 def automatic_order() -> dict[str, dict[str, str | None]]:
-    """What `backend=None` goes through on this machine: op -> {backend: why it is skipped}.
+    """The order in which `backend=None` asks backends: op -> {backend: why it is skipped}.
 
-    None stands for a backend that takes every call that its `can_run` allows.
+    The reason is None for a backend that gets every call that its `can_run` allows.
     """
     return {
         op: {name: _skipped(table[name]) for name in ORDER if name in table}

@@ -1,4 +1,4 @@
-"""What every compiled library shares: the structs of csrc/include/ral, filled from tensors."""
+"""The structs that both compiled libraries share (csrc/include/ral), filled from tensors."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ _FORMATS = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
 
 
 def packer(struct: type[ctypes.Structure]) -> Callable[..., bytes]:
-    """A function from the fields of `struct`, by keyword, to its bytes: quicker than ctypes.
+    """A function that takes the fields of `struct` by keyword and returns its bytes.
 
-    A pointer is an integer, 0 for NULL. A nested struct is a tuple of its fields.
+    It is quicker than ctypes. A pointer is an integer, 0 for NULL. A nested struct is a tuple of
+    its fields.
     """
     names, formats = [], ""
     fields: Any = struct._fields_
@@ -74,22 +75,26 @@ def broadcast_fields(x: Tensor | None) -> tuple[int, ...]:
 
 
 def address(x: Tensor | None) -> int:
-    """Where the elements lie; 0 for no tensor and for one without elements."""
+    """The address of the first element; 0 for None and for a tensor without elements."""
     return 0 if x is None or x.numel() == 0 else x.data_ptr()
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> str:
-    """For messages."""
+    """The shapes of tensors, for messages."""
     return ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
 
 
 def check_struct_sizes(
     library: ctypes.CDLL, symbol: str, structs: Sequence[type[ctypes.Structure] | None]
 ) -> None:
-    """Refuse a library whose structs are not the ones that this package fills.
+    """Check that the structs of a library are those that this package fills.
 
     Args:
-        structs: in the order in which `symbol` writes their sizes; None for one of another op.
+        structs: in the order in which `symbol` writes their sizes. None skips the struct of another
+            op.
+
+    Raises:
+        RuntimeError: a size differs.
     """
     sizes = (c_int64 * len(structs))()
     getattr(library, symbol)(sizes)

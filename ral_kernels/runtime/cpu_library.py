@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import c_interface, checks, native
 
-COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of q, k and v
-_WORTH_ADVICE = 4 << 20  # bytes of an output
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # supported dtypes of q, k and v
+_WORTH_ADVICE = 4 << 20  # bytes of an output: two huge pages
 # ral_status
 STATUS = {
     1: "out of memory for its scratch",
@@ -41,13 +41,13 @@ def library() -> ctypes.CDLL:
 
 
 def checked(symbol: str, structs: Sequence[type[ctypes.Structure] | None]) -> ctypes.CDLL:
-    """The library, if its structs are the ones that this package fills."""
+    """The library, after a check that its structs are those that this package fills."""
     c_interface.check_struct_sizes(library(), symbol, structs)
     return library()
 
 
 def available(load: Callable[[], object]) -> str | None:
-    """None if the library loads by `load`, else the reason why not."""
+    """None if `load` loads the library, else the reason why not."""
     try:
         load()
     except RuntimeError as error:
@@ -56,7 +56,7 @@ def available(load: Callable[[], object]) -> str | None:
 
 
 def cannot_run(x: Tensor) -> str | None:
-    """Why kernels cannot take a tensor of this device and dtype; None if they can."""
+    """Why the kernels cannot run on a tensor of this device and dtype; None if they can."""
     if not x.is_cpu:
         return checks.wrong_device("CPU", x.device)
     if x.dtype not in COMPUTED:
@@ -100,11 +100,11 @@ def chosen_isa() -> int:
 
 
 def expect_writes(*outputs: Tensor | None) -> None:
-    """Tell the system that fresh memory is about to be written, as dense tensors, entirely.
+    """Tell the system that every byte of these dense tensors is about to be written.
 
-    With 64 spans at 8k tokens, 25,000 page faults of a forward become 1,100, and its time in
-    bfloat16 0.94 (Emerald Rapids, 2026-11). Outputs of less than two huge pages are left alone:
-    their memory is rarely fresh.
+    With 64 spans at 8k tokens, a forward then has 1,100 page faults in place of 25,000. In bfloat16
+    it takes 0.94x the time (Emerald Rapids, 2026-11). Outputs smaller than two huge pages are left
+    alone, because their memory is rarely fresh.
     """
     for x in outputs:
         if x is not None and x.nbytes >= _WORTH_ADVICE:
@@ -112,9 +112,12 @@ def expect_writes(*outputs: Tensor | None) -> None:
 
 
 def run_tiles(dtype: torch.dtype, repeats: int) -> int:
-    """Run the matrix products' register tile on operands in L1; the floating-point operations done.
+    """Run the register tile of the matrix products on operands in L1.
 
-    What no op can exceed on this machine: benchmarks time it to say what bounds a kernel.
+    No op can exceed its rate on this machine. Benchmarks time it to say what bounds a kernel.
+
+    Returns:
+        How many floating-point operations it did.
     """
     return int(
         library().ral_cpu_tile_flops(

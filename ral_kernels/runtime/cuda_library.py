@@ -1,4 +1,4 @@
-"""What the `cuda` backends of all ops share: the library, what it can take, its errors."""
+"""What the `cuda` backends of all ops share: the library, what it can run, its errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from . import c_interface, checks, native
 
 HEAD_DIMS = (64, 128)
 COMPUTED = (torch.bfloat16, torch.float16)
-ALIGNMENT = 16  # bytes: what one copy to shared memory moves
-# Whether kernels have run on a GPU decides what `backend=None` does; see only_on_request.
+ALIGNMENT = 16  # bytes that one copy to shared memory moves
+# Whether the kernels have run on a GPU. Until then `backend=None` skips them (only_on_request).
 MEASURED = False
 NOT_TAKEN = -2  # kNotTaken of csrc/cuda/core/launch.h
 
@@ -38,16 +38,16 @@ def library() -> ctypes.CDLL:
 
 
 def checked(symbol: str, structs: Sequence[type[ctypes.Structure]]) -> ctypes.CDLL:
-    """The library, if its structs are the ones that this package fills."""
+    """The library, after a check that its structs are those that this package fills."""
     c_interface.check_struct_sizes(library(), symbol, structs)
     return library()
 
 
 def available(load: Callable[[], Any] | None = None) -> str | None:
-    """None if kernels can run on this machine, else the reason why not.
+    """None if the kernels can run on this machine, else the reason why not.
 
     Args:
-        load: of the library, default `library` itself.
+        load: loads the library; the default is `library`.
     """
     try:
         (load or library)()
@@ -64,14 +64,14 @@ def available(load: Callable[[], Any] | None = None) -> str | None:
 
 
 def only_on_request() -> str | None:
-    """Why the automatic choice leaves these kernels out; None where it does not."""
+    """Why the automatic choice skips these kernels; None if it does not."""
     if MEASURED:
         return None
     return "its kernels have run on no GPU yet, so no measurement says where they are fastest"
 
 
 def hopper() -> str | None:
-    """None if the kernels for Hopper take what they can of the current device, else why not."""
+    """None if the kernels for Hopper are on for the current device, else the reason why not."""
     if os.environ.get("RAL_CUDA_HOPPER", "0") in ("", "0"):
         return (
             "off until it has passed `make gpu` on a Hopper GPU; RAL_CUDA_HOPPER=1 switches it on"
@@ -97,14 +97,14 @@ def hopper_missing() -> str | None:
 
 
 def cannot_run(x: Tensor, *others: Tensor) -> str | None:
-    """Why kernels cannot take these queries, keys and values; None if they can."""
+    """Why the kernels cannot run on these queries, keys and values; None if they can."""
     if not x.is_cuda:
         return checks.wrong_device("CUDA", x.device)
     return cannot_compute(x, *others)
 
 
 def cannot_compute(*tensors: Tensor) -> str | None:
-    """The same without the device: dtypes and head dims."""
+    """The same for dtypes and head dims alone, on any device."""
     for tensor in tensors:
         if tensor.dtype not in COMPUTED:
             return f"supports bfloat16 and float16; got {checks.dtype_name(tensor.dtype)}"
@@ -124,12 +124,12 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def scratch(like: Tensor, *shape: int) -> Tensor:
-    """Undefined float32 numbers on the device of `like`."""
+    """Uninitialised float32 memory on the device of `like`."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Inside, launches go to the device of `x`."""
+    """A context in which launches go to the device of `x`."""
     if x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)

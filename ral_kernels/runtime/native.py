@@ -59,16 +59,17 @@ def openmp_runtime() -> int | None:
 
         void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags)
 
-    runs `function(data)` on every thread of a team (GNU's libgomp, and for compatibility Intel's
-    and LLVM's runtimes). The libraries of this package run their parallel regions through it and do
-    not link OpenMP themselves. A runtime keeps its worker threads spinning for a while after a
-    region in case another follows, so a second one beside torch's would have to compete with those
-    threads for the same cores in every operator; and a linked runtime would as a rule be a second
-    one, because torch ships its own copy and so do scikit-learn and others.
+    runs `function(data)` on every thread of a team. GNU's libgomp has it, and for compatibility so
+    do Intel's and LLVM's runtimes.
 
-    Hence the name is looked up where torch's own calls are bound, in the loader's order: among the
-    program's global symbols, where an LD_PRELOADed runtime is, then in `libtorch_cpu` and what it
-    was linked with. Nothing is loaded that was not loaded before.
+    The libraries of this package run their parallel regions through it and do not link OpenMP
+    themselves. Torch ships its own copy of a runtime, as scikit-learn and others do, so a linked
+    one would usually be a second one. After a region, worker threads spin for a while in case
+    another follows. A second runtime would compete with them for the same cores in every operator.
+
+    The name is looked up where torch's own calls are bound, in the loader's order. First come the
+    program's global symbols, which hold an LD_PRELOADed runtime. Then come `libtorch_cpu` and the
+    libraries that it was linked with. The look-up loads no library.
     """
     if not sys.platform.startswith("linux"):
         return None  # elsewhere no runtime has this entry point

@@ -13,15 +13,15 @@ class AttentionArgs:
 
     Packed (varlen) calls have `cu_seqlens_q` and `cu_seqlens_k`; their tensors have batch size 1
     and the packed sequences along the token dimension. Row `t` of a sequence with `T` queries and
-    `N` keys sits at the key position `t + offset`, where `offset` is `N - T` (bottom-right) or 0
-    (`top_left`), and it sees the keys `j` with
+    `N` keys sits at the key position `t + offset`. `offset` is `N - T` (bottom-right) or 0
+    (`top_left`). The row sees the keys `j` with
 
         t + offset - window_left <= j <= t + offset + window_right,
 
     a bound of -1 meaning "no bound". Causal attention is `window_right = 0`.
     """
 
-    # float32 | bfloat16 | float16 (reference: also float64), unit last stride
+    # float32 | bfloat16 | float16 (reference backend: also float64), unit last stride
     q: Tensor  # [B, H, T, D]
     k: Tensor  # [B, Hk, N, D]
     v: Tensor  # [B, Hk, N, Dv]

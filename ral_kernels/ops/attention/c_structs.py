@@ -81,7 +81,7 @@ _pack_params, _pack_outputs, _pack_gradients = map(packer, (Params, Outputs, Gra
 
 
 def params(args: AttentionArgs, isa: int = 0, num_threads: int = 0) -> bytes:
-    """The inputs of a call, by pointer alone: the caller's `args` keeps every tensor alive.
+    """The inputs of a call as pointers: the caller's `args` must keep every tensor alive.
 
     Args:
         args: with unit stride in ids, key padding and cu_seqlens (`with_unit_stride`).
@@ -145,7 +145,7 @@ def gradients(x: AttentionGradients) -> bytes:
 
 
 def with_unit_stride(args: AttentionArgs) -> AttentionArgs:
-    """The libraries walk ids and key padding with unit stride; others are rare and small."""
+    """`args` with unit stride in ids, key padding and cu_seqlens, which the libraries expect."""
     if args.span_ids is None and args.key_padding_mask is None and args.cu_seqlens_q is None:
         return args
     changes = {

@@ -81,7 +81,7 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
     def bwd(
         self, args: AttentionArgs, outputs: AttentionOutputs, gradients: AttentionGradients
     ) -> None:
-        """Write dq, dk and dv. `dspan_bias` is None, because there is no bias here."""
+        """Write dq, dk and dv. `dspan_bias` is None, because span_bias is not supported."""
         assert gradients.dspan_bias is None
         args = _prepared(args)
         if gradients.dout is not None:

@@ -37,8 +37,8 @@ def scaled_dot_product_attention(
 ) -> Any:
     """`torch.nn.functional.scaled_dot_product_attention`, with marginals on request.
 
-    Unlike in `attention`, `is_causal` is aligned to the top left for L != S, as in PyTorch. What
-    PyTorch does and this does not: dropout, gradients of `attn_mask`, a scale that is not > 0.
+    Unlike in `attention`, `is_causal` is aligned to the top left for L != S, as in PyTorch.
+    Dropout, gradients of `attn_mask` and a scale that is not > 0 are not supported.
 
     Args:
         query: [..., Hq, L, E], or [L, E]. Leading dimensions of all three broadcast.
@@ -131,7 +131,7 @@ def _heads(tensor: Tensor) -> int:
 
 
 def _share_kv_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value with equal heads: under enable_gqa PyTorch lets them differ."""
+    """Key and value with equally many heads: under enable_gqa PyTorch lets them differ."""
     num_heads = _heads(query)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() < 3 or num_heads % max(_heads(tensor), 1) != 0:
@@ -152,7 +152,7 @@ def _broadcast_lead(
 ) -> tuple[int, ...]:
     """The leading dimensions of the result, [..., Hq]."""
     leads: list[tuple[int, ...]] = [tensor.shape[:-2] for tensor in (query, key, value)]
-    if enable_gqa:  # heads were compared already; the result has those of query
+    if enable_gqa:  # _share_kv_heads compared heads; the result has those of query
         leads = [(*lead[:-1], _heads(query)) for lead in leads]
     try:
         return tuple(torch.broadcast_shapes(*leads))
@@ -217,8 +217,8 @@ def flash_attn_func(
 ) -> Any:
     """`flash_attn.flash_attn_func` ([B, S, H, D], bottom-right causal), plus marginals.
 
-    The backward is deterministic whatever `deterministic` says. Dropout and ALiBi are refused. A
-    query that sees no key has lse = -inf (flash-attn: +inf).
+    The backward is deterministic whatever `deterministic` says. Dropout and ALiBi are not
+    supported. A query that sees no key has lse = -inf (flash-attn: +inf).
 
     Returns:
         out [B, T, H, Dv]; with return_attn_probs (out, softmax_lse [B, H, T], None), as flash-attn
@@ -277,8 +277,9 @@ def flash_attn_varlen_func(
 ) -> Any:
     """`flash_attn.flash_attn_varlen_func` (packed [total, H, D]), plus marginals.
 
-    The values of `cu_seqlens_q` and `cu_seqlens_k` are checked where they lie in CPU memory; on a
-    device that would wait for it, so there they are trusted, as flash-attn does.
+    Dropout, ALiBi and block_table are not supported. The values of `cu_seqlens_q` and
+    `cu_seqlens_k` are checked in CPU memory. On a GPU a check would wait for the device, so they
+    are trusted there, as in flash-attn.
 
     Args:
         cu_seqlens_q: int32 [number of sequences + 1], from 0 to total_q, never decreasing;

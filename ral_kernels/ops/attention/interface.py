@@ -63,10 +63,10 @@ def attention(
         out = p v        marginals[..., s] = Σ_{i: σ(i) = s} p[..., i]        lse = log Σ exp(s)
 
     (README.md of this folder, equations 1 to 7; the marginals are the attention policy of arXiv
-    2602.04884 summed over spans). The matrix p is never stored: memory beyond the outputs does not
-    grow with T * N on the compiled backends. Everything accumulates in float32 and repeats bit for
-    bit. Kept for the backward: the inputs, `out`, `marginals` and `lse`. Gradients flow from all
-    three outputs into q, k, v and `span_bias`; they are not differentiable again.
+    2602.04884 summed over spans). The compiled backends never store the matrix p: their memory
+    beyond the outputs does not grow with T * N. Everything accumulates in float32 and repeats bit
+    for bit. The op keeps the inputs, `out`, `marginals` and `lse` for the backward. Gradients flow
+    from all three outputs into q, k, v and `span_bias`; they are not differentiable again.
 
     A query that sees no key gives out = 0, lse = -inf, marginals = 0, and has no gradient.
 
@@ -98,8 +98,8 @@ def attention(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: no backend, or not the requested one, can run this; attn_mask requires
-            grad.
+        NotImplementedError: the requested backend cannot run this call, or no backend can; or
+            attn_mask requires grad.
         RuntimeError: the requested backend is missing on this machine.
     """
     q, k, v = qkv.autocast_inputs(q, k, v)
@@ -170,7 +170,7 @@ def call_attention(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Call the op with tensors that passed `qkv.check_qkv` and options that are resolved.
 
-    The drop-ins come in here too; `op` is the name of the public function, for messages.
+    The drop-ins call it too; `op` is the name of the public function, for messages.
     """
     if span_bias is not None:
         span_bias = qkv.prepare_span_bias(op, span_bias, spans, q)
@@ -238,7 +238,7 @@ def _attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     args, backend, _ = _SIGNATURE.build(inputs)
     outputs = _allocate_outputs(args)
     chosen = backends.choose("attention", BACKENDS, args, backend)
-    if outputs.out.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
+    if outputs.out.numel() == 0 or args.seqlen_k == 0:  # empty calls never reach a backend
         outputs.out.zero_()
         outputs.marginals.zero_()
         outputs.lse.fill_(float("-inf"))
@@ -255,7 +255,7 @@ def _attention_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _attention_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> (dq, dk, dv, dspan_bias), the last of shape [0] if it is not wanted.
 
-    A gradient of None counts as zero and spares its share of the work.
+    A gradient of None counts as zero, and its share of the work is skipped.
     """
     args, backend, rest = _SIGNATURE.build(inputs)
     out, marginals, lse, dout, dmarginals, dlse, wants_dspan_bias = rest

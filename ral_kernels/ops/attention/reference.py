@@ -1,8 +1,8 @@
 """Reference backend of `attention`: plain PyTorch, with the backward written out by hand.
 
-Variables carry the names of README.md, whose equations the comments cite. Everything is computed in
-float32 (float64 for float64 inputs) and whole [T, N] matrices are formed, so this is the backend
-that explains and proves the others, not one to train with. It runs on every device.
+Variables carry the names of README.md, whose equations the comments cite. It computes in float32,
+or in float64 for float64 inputs, and forms whole [T, N] matrices. It explains the other backends
+and proves them; it is not meant for training. It runs on every device.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def _attend(
         s = s.masked_fill(hidden, float("-inf"))  # (3)
     if s.shape[-1] == 0:
         return s, s.new_full(s.shape[:-1], float("-inf")), dcap
-    # The stabiliser of a fully masked row is 0, so that exp(-inf - 0) = 0 where -inf - (-inf) is
-    # NaN. Weights are formed from the row maximum, not from lse: with scores of 1e4 lse itself is
+    # The stabiliser of a fully masked row is 0: exp(-inf - 0) is 0, but -inf - (-inf) is NaN.
+    # Weights are formed from the row maximum, not from lse: with scores of 1e4 lse itself is
     # rounded to 1e-3.
     stabiliser = s.amax(-1, keepdim=True)
     stabiliser = torch.where(stabiliser == float("-inf"), 0.0, stabiliser)
@@ -197,8 +197,8 @@ def _bwd(
     if gradients.dlse is not None:
         delta -= gradients.dlse[:, :, seq.q, None]  # (10)
 
-    # A weight of exactly 0 is a constant (masked, or underflowed): 0 * (inf or NaN) must not get
-    # through.
+    # A weight of exactly 0 (masked, or underflowed) is a constant. Without `where`, 0 times inf or
+    # NaN would be NaN.
     ds = torch.where(p == 0, 0.0, p * (dp - delta))  # (11)
     if gradients.dspan_bias is not None:
         gradients.dspan_bias[:, :, seq.q] = _to_spans(args, seq, ds)  # (12)

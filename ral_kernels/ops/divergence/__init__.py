@@ -1,4 +1,4 @@
-"""The `divergence` op: jsd, kl and reverse_kl of rows (equations: README.md)."""
+"""The `divergence` op: jsd, kl and reverse_kl of rows of probabilities (equations: README.md)."""
 
 from .interface import divergence
 

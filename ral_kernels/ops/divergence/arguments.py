@@ -13,7 +13,7 @@ KINDS = ("jsd", "kl", "reverse_kl")
 class DivergenceArgs:
     """The inputs of one `divergence` call. Backends get `p` and `r` as contiguous rows."""
 
-    p: Tensor  # [rows, N] float32 (reference: also float64), elements >= 0
+    p: Tensor  # [rows, N] float32 (reference backend: also float64), elements >= 0
     r: Tensor  # as p
     kind: str  # one of KINDS
     wants_dp: bool
@@ -22,7 +22,7 @@ class DivergenceArgs:
 
 @dataclass(slots=True)
 class DivergenceOutputs:
-    """What the forward writes. The gradients are for a gradient of 1 that arrives."""
+    """What the forward writes. Its gradients are those for dvalue = 1."""
 
     value: Tensor  # [rows], p's dtype
     dp: Tensor | None  # as p, contiguous; None where it is not wanted

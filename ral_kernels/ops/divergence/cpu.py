@@ -21,7 +21,7 @@ def _library() -> ctypes.CDLL:
 
 
 class CpuDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
-    """One sweep over each row in C++ (csrc/cpu/policy/divergence_fwd.h)."""
+    """A C++ kernel that sweeps over each row once (csrc/cpu/policy/divergence_fwd.h)."""
 
     def available(self) -> str | None:
         return cpu_library.available(_library)

@@ -33,19 +33,19 @@ def divergence(p: Tensor, r: Tensor, kind: str = "jsd", *, backend: str | None =
         reverse_kl  Σ r log(r/p)
 
     (README.md of this folder, equations 1 to 11.) Natural logarithms and no epsilon: 0 log 0 = 0,
-    kl is +inf where r = 0 < p, reverse_kl where p = 0 < r. Values are those of the formulas also
-    for rows that do not sum to 1. Near p = r nothing cancels, and p == r gives exactly 0.
-    Everything accumulates in float32 and repeats bit for bit. Kept for the backward: the gradients,
-    each of the size of its input.
+    kl is +inf where r = 0 < p, reverse_kl where p = 0 < r. The formulas hold for rows that do not
+    sum to 1 too. Near p = r nothing cancels, and p == r gives exactly 0. Everything accumulates in
+    float32 and repeats bit for bit. The op keeps the gradients for the backward, each of the size
+    of its input.
 
-    Gradients flow into p and into r. An element that is exactly 0 counts as a constant, so that it
-    has a gradient of 0 where the derivative is infinite; a row whose value is infinite has a
+    Gradients flow into p and into r. An element that is exactly 0 counts as a constant: it has a
+    gradient of 0, where the derivative may be infinite. A row whose value is infinite has a
     gradient of 0.
 
     Args:
         p: [..., N] in any floating dtype, elements >= 0 (not checked). Half precision is converted
             to float32; float64 runs on the reference backend.
-        r: the reference rows, in the shape of p.
+        r: the rows that p is compared with, in the shape of p.
         kind: "jsd", "kl" or "reverse_kl".
         backend: name of a backend, or None for the first that can run the call.
 
@@ -55,7 +55,7 @@ def divergence(p: Tensor, r: Tensor, kind: str = "jsd", *, backend: str | None =
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: no backend, or not the requested one, can run this.
+        NotImplementedError: the requested backend cannot run this call, or no backend can.
         RuntimeError: the requested backend is missing on this machine.
     """
     backend = backends.check_backend("divergence", backend)
@@ -111,7 +111,7 @@ def _allocate_outputs(args: DivergenceArgs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _divergence_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (value, dp, dr), the gradients for a gradient of 1, of shape [0] where not wanted."""
+    """-> (value, dp, dr): the gradients for dvalue = 1, of shape [0] where not wanted."""
     args, backend, _ = _SIGNATURE.build(inputs)
     value, dp, dr = _allocate_outputs(args)
     # Backends get contiguous rows, whatever the leading dimensions are.
@@ -137,11 +137,12 @@ def _divergence_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor, 0 where the gradient is: a backward that has only that left to do.
+    """gradient * factor, and 0 where the gradient is 0.
 
-    An op without a derivative, so that a second derivative raises instead of missing a part.
+    It is the backward of ops whose forward returns their gradients. As an op without a derivative
+    it makes a second derivative raise; PyTorch's product would give one that lacks a part.
     """
-    # 0 also if inf or NaN arrives for a row of infinite value
+    # `where`, because inf or NaN may arrive for a row of infinite value
     return torch.where(gradient == 0, 0.0, gradient * factor)
 
 

@@ -1,6 +1,7 @@
 """Reference backend of `divergence`: plain PyTorch in the dtype of its inputs.
 
-Comments cite the equations of README.md. The reference backend of `policy` uses `generalised` too.
+Comments cite the equations of README.md. The reference backend of `policy_divergence` uses
+`generalised` too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from ral_kernels.runtime.backends import Backend
 
 from .arguments import DivergenceArgs, DivergenceOutputs
 
-# Below this |x| differences of logarithms cancel, and series or log1p take over.
+# Below this |x|, differences of logarithms cancel: atanh, log1p or a series take their place.
 _NEAR = 0.5
 # atanh(x) - x by its series below this; the terms kept leave 1e-17 of x³ / 3.
 _SERIES = 0.1
@@ -65,10 +66,10 @@ def _generalised_kl_terms(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
 
 
 def generalised(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Terms >= 0 of each element, and their derivative by p.
+    """The term of each element, >= 0, and its derivative by p.
 
-    Those of jsd; for kl and reverse_kl those of Σ p log(p/r) − p + r and Σ r log(r/p) − r + p,
-    the same for rows that sum to 1. The derivative is 0 where p is 0.
+    For kl and reverse_kl the terms are those of Σ p log(p/r) − p + r and Σ r log(r/p) − r + p. For
+    rows that sum to 1 their sum is the divergence. The derivative is 0 where p is 0.
     """
     x = _relative_difference(p, r)
     if kind == "jsd":

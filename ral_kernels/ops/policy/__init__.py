@@ -1,4 +1,4 @@
-"""`attention_policy`, and its divergence from a reference (equations: README.md, divergence.md)."""
+"""Attention policies and how far they are from another (equations: README.md, divergence.md)."""
 
 from .divergence import attention_divergence
 from .interface import attention_policy

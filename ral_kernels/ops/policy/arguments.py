@@ -23,8 +23,8 @@ class PolicyArgs:
     not its self.
     """
 
-    q: Tensor  # [B, H, T, D] the chosen rows alone, float32 | bfloat16 | float16 (reference: also
-    #            float64), a strided view with unit last stride
+    q: Tensor  # [B, H, T, D] the chosen rows alone, float32 | bfloat16 | float16 (reference
+    #            backend: also float64), a strided view with unit last stride
     k: Tensor  # [B, Hk, N, D], unit last stride
     span_ids: Tensor | None  # int32 [N] or [B, N], -1 = no span; None: the policy is over keys
     span_bias: Tensor | None  # float32 (float64 with float64 q) [B, H, T, S], with span_ids only;
@@ -92,7 +92,7 @@ class PolicyGradients:
 
 @dataclass(slots=True)
 class ReferenceArgs:
-    """The reference side: what an `AttentionSnapshot` holds.
+    """The reference policy: what an `AttentionSnapshot` holds.
 
     Heads, kv heads, head dim and dtype may differ from the policy's. The batch, rows and their key
     positions, number of keys, scope, key padding and `exclude_self` are the policy's. Key j < N0 of
@@ -129,7 +129,7 @@ class ReferenceArgs:
 class PolicyDivergenceArgs:
     """Validated inputs of one streamed `attention_divergence`, as every backend receives them."""
 
-    # There are no spans here: each backend finds these fields empty.
+    # The op has no spans, so backends find these fields empty.
     policy: PolicyArgs = field(
         metadata=part(absent={"span_ids": None, "span_bias": None, "num_spans": 0})
     )
@@ -164,7 +164,7 @@ class LossOutputs:
     """What the loss of `policy_divergence` writes."""
 
     value: Tensor  # [B, T], the divergence of each row
-    reference_norm: Tensor  # [2, B, Hr, T], read instead of written if they are known
-    reference_z: Tensor  # [B, T]
-    dq: Tensor  # gradients of the sum over rows of weight times divergence
+    reference_norm: Tensor  # [2, B, Hr, T], an input if `normalised`
+    reference_z: Tensor  # [B, T], likewise
+    dq: Tensor  # gradients of Σ weight * divergence over rows
     dk: Tensor

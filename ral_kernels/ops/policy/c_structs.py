@@ -81,7 +81,7 @@ class Params(ctypes.Structure):
 class DivergenceParams(ctypes.Structure):
     """`ral_policy_divergence_params`."""
 
-    structs: CallStructs  # owns tensors that pointers lead to
+    structs: CallStructs  # keeps alive the tensors that pointers lead to
 
     _fields_ = [
         ("common", CommonStruct),
@@ -103,7 +103,7 @@ class CallStructs:
 
     Args:
         args: the caller keeps its tensors alive.
-        norm, z: the policy's statistics; None where the library keeps them to itself.
+        norm, z: the policy's statistics; None where the library does not return them.
         isa, num_threads: of the CPU library.
     """
 
@@ -152,7 +152,7 @@ class CallStructs:
         )
 
     def _rows(self, x: Tensor | None) -> tuple[int | None, int]:
-        """Address of [N], [1, N] or [B, N], made unit-stride, and the stride between samples."""
+        """The address of [N], [1, N] or [B, N] with unit last stride, and the stride of samples."""
         if x is None:
             return None, 0
         if x.stride(-1) != 1:

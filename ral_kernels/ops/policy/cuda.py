@@ -21,8 +21,8 @@ from .arguments import (
 )
 from .c_structs import CallStructs, DivergenceParams, SideStruct, divergence_params
 
-# Floats that ∂D/∂p of a chunk of rows, with the parts of U, may take; 64 rows are a chunk even if
-# they take more.
+# How many floats ∂D/∂p of a chunk of rows may take, together with the parts of U. A chunk of 64
+# rows may take more.
 CHUNK = 8 * 2**20
 
 

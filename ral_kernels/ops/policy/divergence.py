@@ -34,7 +34,7 @@ class PolicyDivergenceBackend(
     DifferentiableBackend[PolicyDivergenceArgs, PolicyDivergenceOutputs, PolicyDivergenceGradients],
     Protocol,
 ):
-    """A backend that also forms the loss in one go."""
+    """A backend that also forms the loss together with its gradients."""
 
     def loss(
         self,
@@ -84,16 +84,16 @@ def attention_divergence(
 
         D_t = divergence(attention_policy(q, k, ...)_t, r_t)
 
-    (README.md of this folder; eq. (2) of arXiv 2602.04884 without the advantage.) Against an
-    `AttentionSnapshot` without spans both policies are formed tile by tile: no tensor has a T x N
-    extent on the compiled backends, forward or backward, and a policy equal to its snapshot gives
-    exactly 0.0 with exactly zero gradients. A dense reference is compared with
-    `attention_policy`'s result. Everything accumulates in float32 and repeats bit for bit. Kept for
-    the backward of the streamed form: the inputs and float32 statistics of size [B, H, T].
+    (divergence.md of this folder; eq. (2) of arXiv 2602.04884 without the advantage.) Against an
+    `AttentionSnapshot` without spans, both policies are formed tile by tile. On the compiled
+    backends no tensor then has a T x N extent, forward or backward. A policy equal to its snapshot
+    gives exactly 0.0 with exactly zero gradients. A dense reference policy is compared with
+    `attention_policy`'s result. Everything accumulates in float32 and repeats bit for bit. The
+    streamed form keeps the inputs and float32 statistics of size [B, H, T] for the backward.
 
     kl and reverse_kl are Σ p log(p/r) − p + r and Σ r log(r/p) − r + p: the same for rows that sum
-    to 1, and ≥ 0 for others. A row without valid keys in either policy gives 0 and has no gradient,
-    a row whose value is infinite has none either.
+    to 1, and ≥ 0 for others. A row without valid keys in either policy gives 0 and has no gradient.
+    A row whose value is infinite has no gradient.
 
     Args:
         q, k, rows, spans, span_bias, scope, exclude_self, is_causal, scale, window, softcap,
@@ -106,12 +106,12 @@ def attention_divergence(
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:
-        D, float32 [B, T]; differentiable in q, k, span_bias and in a reference tensor.
+        D, float32 [B, T]; differentiable in q, k, span_bias and in `reference` if it is a tensor.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: no backend, or not the requested one, can run this.
+        NotImplementedError: the requested backend cannot run this call, or no backend can.
         RuntimeError: the requested backend is missing on this machine.
     """
     op = "attention_divergence"
@@ -124,7 +124,7 @@ def attention_divergence(
 
 
 def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend: str) -> Tensor:
-    """Dispatch on the kind of reference: dense and span-level ones are composed, others stream."""
+    """`policy`, then `divergence`, for tensors and spans; else the op that streams both."""
     check_kind(op, kind)
     if isinstance(reference, AttentionSnapshot):
         check_snapshot(op, reference, args)
@@ -145,8 +145,9 @@ def _composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
     """The divergence of two materialised policies, with the conventions of the streamed one."""
     value = call_divergence(p, r, kind, backend)
     if kind != "jsd":
-        # − p + r (or + p − r): takes the 1 out of log(p/r) + 1, which the renormalisation of p
-        # would cancel up to rounding only. Rows of infinite value stay without a gradient.
+        # Adding − p + r (or p − r) takes the constant out of the gradient by p, such as the 1 of
+        # log(p/r) + 1. The renormalisation of p would cancel it only up to rounding. Rows of
+        # infinite value stay without a gradient.
         excess = (p - r.to(p.dtype)).sum(-1).masked_fill(value.isinf(), 0.0)
         value = value - excess if kind == "kl" else value + excess
     nowhere = (p == 0).all(-1) | (r == 0).all(-1)
@@ -218,7 +219,7 @@ def _call_policy_divergence(
 def streaming_args(
     args: PolicyArgs, snapshot: AttentionSnapshot, kind: str
 ) -> PolicyDivergenceArgs:
-    """The arguments of the streaming ops."""
+    """The arguments of the ops that stream both policies."""
     reference = ReferenceArgs(
         q=snapshot.q,
         k=snapshot.k,
@@ -266,7 +267,7 @@ def _policy_divergence_fwd(*inputs: Any) -> tuple[Tensor, ...]:
     outputs = _allocate_outputs(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
     results = _tensors_of(outputs)
-    if outputs.value.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
+    if outputs.value.numel() == 0 or args.policy.seqlen_k == 0:  # never reaches a backend
         for result in results:
             result.zero_()
     else:
@@ -279,7 +280,7 @@ def _policy_divergence_fwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _policy_divergence_bwd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """-> (dq, dk). The reference gets no gradient."""
+    """-> (dq, dk). The reference policy gets no gradient."""
     args, backend, (*statistics, dvalue) = SIGNATURE.build(inputs)
     dq, dk = allocate_gradients(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
@@ -287,7 +288,7 @@ def _policy_divergence_bwd(*inputs: Any) -> tuple[Tensor, Tensor]:
         dq.zero_()
         dk.zero_()
     else:
-        # No backend needs the value: dvalue stands in its place.
+        # No backward reads the value: dvalue stands in its place.
         outputs = PolicyDivergenceOutputs(dvalue, *statistics)
         chosen.bwd(args, outputs, PolicyDivergenceGradients(dvalue.contiguous(), dq, dk))
     return dq, dk

@@ -48,12 +48,12 @@ def attention_policy(
     (README.md of this folder, equations 1 to 8; eq. (1) of arXiv 2602.04884, where the valid keys
     are those before the row's own). A row's valid keys are those it sees that are in the scope and
     not its own. Over spans, p_s is the sum over the valid keys of the span. The softmax is over all
-    keys that the row sees. No [H, T, N] tensor is kept. Everything accumulates in float32 and
-    repeats bit for bit. Kept for the backward: the inputs, `p`, a float32 [2, B, H, T] and a
-    [B, T].
+    keys that the row sees. Everything accumulates in float32 and repeats bit for bit. The op keeps
+    the inputs, `p` and float32 statistics [2, B, H, T] and [B, T] for the backward, but no
+    [H, T, N] tensor.
 
     A row without valid keys, or whose weight on them underflows to 0, is 0 and has no gradient. An
-    element of p that is exactly 0 is a constant: what a loss sends there is left out.
+    element of p that is exactly 0 is a constant: a gradient that arrives there counts as 0.
 
     Args:
         q: [B, H, Tq, D] queries after RoPE, in float32, bfloat16 or float16 (float64 on the
@@ -81,7 +81,7 @@ def attention_policy(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: no backend, or not the requested one, can run this.
+        NotImplementedError: the requested backend cannot run this call, or no backend can.
         RuntimeError: the requested backend is missing on this machine.
     """
     op = "attention_policy"
@@ -111,10 +111,10 @@ def resolve_call(
 ) -> PolicyArgs:
     """Check the arguments that the public functions share; `op` is the caller, for messages.
 
-    The tensors of the result still carry their autograd graph: the op comes after.
+    The tensors of the result are still part of the autograd graph.
     """
     q, k, _ = qkv.autocast_inputs(q, k, k)
-    qkv.check_qkv(op, q, k, k, spans)  # k stands for v too: same checks
+    qkv.check_qkv(op, q, k, k, spans)  # k in place of v, which a policy does not have
     checks.check_flag(op, "exclude_self", exclude_self)
     checks.check_flag(op, "is_causal", is_causal)
     start, stop = checks.resolve_rows(op, rows, q.shape[2])
@@ -207,13 +207,13 @@ def _allocate_gradients(args: PolicyArgs, wants_dspan_bias: bool) -> tuple[Tenso
 def _policy_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """-> (p, norm, z), as in PolicyOutputs.
 
-    Weights that are formed with `norm` are not rounded by the size of an lse.
+    `norm` keeps digits of the weights that a float32 lse would round away.
     """
     args, backend, _ = _SIGNATURE.build(inputs)
     outputs = _allocate_outputs(args)
     chosen = backends.choose("policy", BACKENDS, args, backend)
     results = outputs.p, outputs.norm, outputs.z
-    if outputs.p.numel() == 0 or args.seqlen_k == 0:  # no backend has to care
+    if outputs.p.numel() == 0 or args.seqlen_k == 0:  # empty calls never reach a backend
         for result in results:
             result.zero_()
     else:
@@ -249,7 +249,7 @@ def _policy_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(ctx: Any, dp: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dp is None:  # norm and z are not handed out
+    if dp is None:  # norm and z reach no user, so no gradient arrives there
         return _SIGNATURE.gradients()
     inputs, outputs = _SIGNATURE.saved(ctx)
     wants_dspan_bias = ctx.needs_input_grad[_SIGNATURE.index("span_bias")]

@@ -49,16 +49,17 @@ def ral_loss(
     key_padding_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The RAL objective: the policy's divergence from its reference, weighted by the advantage.
+    """The RAL objective: the divergence from a reference policy, weighted by the advantage.
 
         L = E_t[A_t D_t]        (eq. (2) of arXiv 2602.04884; D_t is `attention_divergence`)
 
-    Against a snapshot without spans the loss and its gradients are formed in one go, and the
-    backward only multiplies them (README.md of this folder): dq and dk are kept, nothing of T·N.
+    Against a snapshot without spans, the forward forms the loss together with the gradients, if any
+    are wanted (divergence.md of this folder). It then keeps dq and dk and nothing of size T·N, and
+    the backward only multiplies them. float16 takes the backward of `attention_divergence`.
 
-    Minimising it keeps a row with A > 0 near the reference and pushes one with A < 0 away. At
-    policy = reference value and gradient are exactly zero: it acts from the second step on the same
-    rollouts, or against another reference.
+    Minimising it keeps a row with A > 0 near the reference policy and pushes one with A < 0 away.
+    For a policy equal to its reference policy, value and gradient are exactly zero. So it acts from
+    the second step on the same rollouts, or against another reference policy.
 
     Args:
         q, k, reference, kind and the other options: as in `attention_divergence`.
@@ -151,7 +152,7 @@ def _row_weights(advantages: Tensor, mask: Tensor | None, reduction: str) -> Ten
 
 
 def _weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
-    # Not a product with a weight of 0: 0 * inf, in the loss or in its gradient, would be NaN.
+    # Rows of weight 0 are left out, not multiplied: 0 * inf would be NaN, here or in the gradient.
     used = weights != 0
     return torch.where(used, torch.where(used, value, 0.0) * weights, 0.0).sum()
 
@@ -168,7 +169,7 @@ def _fused_loss(
 ) -> Tensor:
     # The snapshot keeps its normalisers: every inner step compares the same rollouts with it.
     eager = not torch.compiler.is_compiling()
-    # A backend may compute the reference with the policy's dtype in mind.
+    # How a backend computes the reference policy may depend on the policy's dtype.
     kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')} {args.q.dtype}"
     given = snapshot.find_normalisers(args, kernels) if eager else None
     inputs = SIGNATURE.flatten(streaming_args(args, snapshot, kind), backend)
@@ -191,8 +192,8 @@ def _allocate(args: PolicyDivergenceArgs, normalised: bool) -> tuple[Tensor, ...
 def _policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
     """-> (sum over rows of weight times divergence, dq, dk, reference_norm, reference_z).
 
-    The reference's statistics are returned for a later call to give. They are empty if this call
-    was given them.
+    The last two are the reference policy's statistics, which a later call may receive. They are
+    empty if this call received them.
     """
     args, backend, (weights, given_norm, given_z) = SIGNATURE.build(inputs)
     weights = weights.contiguous()
@@ -200,7 +201,7 @@ def _policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
     results = _allocate(args, normalised)
     loss, dq, dk, norm, z = results
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
-    if weights.numel() == 0 or args.policy.seqlen_k == 0:  # no backend has to care
+    if weights.numel() == 0 or args.policy.seqlen_k == 0:  # never reaches a backend
         for result in results:
             result.zero_()
         return results
@@ -222,7 +223,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None, None, None)  # weights and the reference's statistics
+    rest = (None, None, None)  # weights and the reference policy's statistics
     if dloss is None:
         return *SIGNATURE.gradients(), *rest
     dq, dk = (scaled_gradient(x, dloss) for x in ctx.saved_tensors)

@@ -28,7 +28,7 @@ from .arguments import (
 
 ROWS_PER_CHUNK = 64
 LOG2_E = 1.4426950408889634
-SMALLEST_WEIGHT = 2.0**-100  # of all heads on the valid keys; less counts as none
+SMALLEST_WEIGHT = 2.0**-100  # of all heads together on the valid keys; less counts as 0
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
@@ -38,8 +38,8 @@ def _compute_dtype(q: Tensor) -> torch.dtype:
 def _as_computed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A fresh contiguous copy in `dtype`.
 
-    Always a copy: how a BLAS rounds may depend on strides and on alignment, and two policies that
-    are equal have to come out equal bit for bit, whatever views their inputs are.
+    It always copies, because how a BLAS rounds may depend on strides and alignment. Equal policies
+    must come out equal bit for bit, whatever views their inputs are.
     """
     return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -104,8 +104,8 @@ def _attend(
     if bias is not None:
         s = s + bias  # (2)
     s = s.masked_fill(~visible[:, None], float("-inf"))  # (2)
-    # The stabiliser of a fully masked row is 0, so that exp(-inf - 0) = 0 where -inf - (-inf) is
-    # NaN. Weights are formed from the row maximum, not from lse, which is rounded at large scores.
+    # The stabiliser of a fully masked row is 0: exp(-inf - 0) is 0, but -inf - (-inf) is NaN.
+    # Weights are formed from the row maximum, not from lse, which is rounded at large scores.
     stabiliser = s.amax(-1, keepdim=True)
     stabiliser = torch.where(stabiliser == float("-inf"), 0.0, stabiliser)
     p_h = torch.exp(s - stabiliser)
@@ -128,8 +128,8 @@ def _mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 def _score_gradient(p_h: Tensor, valid: Tensor, z: Tensor, centred: Tensor) -> Tensor:
     """P G = P (dp - c) / (Z H) on valid keys and 0 elsewhere, (10), from `centred` = dp - c.
 
-    A weight of exactly 0 is left out, whatever dp is there. z is as `fwd` wrote it, 0 where
-    it is below SMALLEST_WEIGHT.
+    A weight of exactly 0 gives 0, whatever dp is there. z is as `fwd` wrote it: 0 where it counts
+    as 0 (SMALLEST_WEIGHT).
     """
     z = torch.where(z == 0, 1.0, z)[:, None, :, None]
     share = torch.where(valid[:, None], p_h / z / p_h.shape[1], 0.0)
@@ -157,9 +157,6 @@ def _to_keys(args: PolicyArgs, per_span: Tensor) -> Tensor:
     while index.dim() < per_span.dim():
         index = index.unsqueeze(1)
     return padded.gather(-1, index.expand(*per_span.shape[:-1], index.shape[-1]))
-
-
-# ---- policy --------------------------------------------------------------------------------------
 
 
 class TorchPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients]):
@@ -219,13 +216,10 @@ def _policy_bwd(args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradi
     gradients.dk[:] = _per_kv_head(dk_h, args.num_kv_heads) * args.scale  # (16)
 
 
-# ---- policy_divergence: equations of divergence.md -----------------------------------------------
-
-
 class TorchPolicyDivergence(
     DifferentiableBackend[PolicyDivergenceArgs, PolicyDivergenceOutputs, PolicyDivergenceGradients]
 ):
-    """PyTorch in float32, or float64 for float64 inputs."""
+    """PyTorch in float32, or float64 for float64 inputs (equations: divergence.md)."""
 
     def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
         with full_precision(args.policy.q):
@@ -243,7 +237,7 @@ class TorchPolicyDivergence(
     def loss(
         self, args: PolicyDivergenceArgs, weights: Tensor, normalised: bool, outputs: LossOutputs
     ) -> None:
-        """Write the results. `normalised` changes nothing, because `fwd` forms all statistics."""
+        """Write the results. `normalised` saves no work, because `fwd` forms all statistics."""
         policy, value = args.policy, outputs.value
         norm, z = outputs.reference_norm, outputs.reference_z
         if normalised:  # they are inputs of the op, which it must not write to
