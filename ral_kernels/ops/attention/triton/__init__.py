@@ -42,7 +42,7 @@ def bwd(
     dv: Tensor,
     dspan_bias: Tensor | None,
 ) -> None:
-    """Write dq, dk, dv and, where asked for, dspan_bias."""
+    """Write dq, dk, dv and, if there is one, dspan_bias."""
     from .launch import launch_bwd
 
     launch_bwd(args, out, marginals, lse, dout, dmarginals, dlse, dq, dk, dv, dspan_bias)

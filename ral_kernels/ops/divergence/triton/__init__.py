@@ -1,4 +1,4 @@
-"""Triton backend of `divergence`: the kernels of kernels.py."""
+"""Triton backend of `divergence`: what it can run, and its launch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def can_run(args: DivergenceArgs) -> str | None:
 def fwd(
     p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
 ) -> None:
-    """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
+    """Write the value of each row and, where given, dp and dr for a gradient of 1."""
     from . import kernels
 
     kernels.fwd(p, r, kind, value, dp, dr)

@@ -1,4 +1,4 @@
-"""Triton backend of `policy`: launches of the kernels of triton_statistics, _fwd and _bwd."""
+"""Triton backend of `policy`: what it can run, and its launches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bwd(
     dk: Tensor,
     dspan_bias: Tensor | None,
 ) -> None:
-    """Write dq, dk and, where asked for, dspan_bias. p is not read: P_h shows where it is 0."""
+    """Write dq, dk and, if there is one, dspan_bias. p is not read: P_h shows where it is 0."""
     from . import bwd_launch
 
     bwd_launch.bwd(args, norm, z, dp, dq, dk, dspan_bias)
