@@ -16,9 +16,9 @@ def load_outcomes(x, b, offs_q, outcome, mask):
 @triton.jit
 def load_factor_and_c(terms, b, num_rows, offs_q, mask_q):
     """[BLOCK_Q], each."""
-    row = b * num_rows + offs_q
-    factor = tl.load(terms.factor_ptr + row, mask=mask_q, other=0.0)
-    return factor, tl.load(terms.c_ptr + row, mask=mask_q, other=0.0)
+    # Added in turn, the offsets stay int32 vectors, which take half the registers.
+    factor = tl.load(terms.factor_ptr + b * num_rows + offs_q, mask=mask_q, other=0.0)
+    return factor, tl.load(terms.c_ptr + b * num_rows + offs_q, mask=mask_q, other=0.0)
 
 
 @triton.jit
