@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,9 +165,17 @@ def launch(
         name = kernel.__name__
         _pretence.launches.append(Launch(kernel, name, grid, arguments, options))
         return
-    device = next((x.device for x in arguments.values() if isinstance(x, Tensor)), None)
-    with _on_device(device):
+    with _on_device(next((x.device for x in _tensors(arguments.values())), None)):
         kernel[grid](**arguments, **options)
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among arguments, within tuples too."""
+    for x in arguments:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from _tensors(x)
 
 
 def _on_device(device: torch.device | None) -> AbstractContextManager[object]:
