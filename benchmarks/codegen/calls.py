@@ -1,7 +1,7 @@
 """The calls whose kernels are compiled: every op, its variants, dtypes and head dims.
 
-Shapes matter to the compiler only through sizes that a kernel takes as constants and through
-divisibility by 16: they are realistic, and small enough to allocate on any machine.
+The compiler sees shapes only in constants and in divisibility by 16. They are realistic here, and
+small enough to allocate on any machine.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _decode(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def _packed(dtype: torch.dtype, head_dim: int) -> None:
-    """Sequences one behind the other; the drop-in takes the backend that comes first."""
+    """Packed sequences; the drop-in takes the first backend."""
     q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in _qkv(dtype, head_dim))
     bounds = torch.tensor([0, SEQLEN // 4, SEQLEN], dtype=torch.int32)
     out, lse, _, marginals = rk.flash_attn_varlen_func(

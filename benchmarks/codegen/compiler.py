@@ -2,8 +2,8 @@
 
 A launch is specialised exactly as Triton specialises it at run time (integers equal to 1 and None
 become constants, divisibility by 16 is noted), by Triton's own code. Registers, stack and local
-memory are read from the cubin with the cuobjdump of Triton's wheel, instructions from the PTX, and
-what ptxas remarks on wgmma from its log.
+memory are read from the cubin with the cuobjdump of Triton's wheel, instructions from the PTX,
+remarks of ptxas on wgmma from its log.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 from ral_kernels.runtime.triton_runtime import Launch
 
-# Bytes of shared memory that one block may have (CUDA C++ Programming Guide, table of technical
+# Bytes of shared memory that one CTA may have (CUDA C++ Programming Guide, table of technical
 # specifications): 163 KiB on 8.0, 227 KiB on 9.0 and 10.0.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-# What else is worth knowing of a kernel: tensor descriptors (TMA) and asynchronous copies.
+# Tensor copies (TMA) and asynchronous copies.
 COPY_INSTRUCTIONS = ("cp.async.bulk.tensor", "cp.async.cg", "cp.async.ca")
 
 
@@ -38,9 +38,9 @@ class Facts:
     num_warps: int
     num_stages: int
     registers: int  # of a thread
-    stack: int  # bytes of a thread: what spills lands here,
+    stack: int  # bytes of a thread; spills go here
     local: int  # or here
-    shared: int  # bytes of a block
+    shared: int  # bytes of a CTA
     multiplies: bool  # whether the kernel has a matrix product
     instructions: tuple[str, ...]  # of the two lists above, those in the PTX
     remarks: tuple[str, ...]  # codes of what ptxas says of wgmma: REMARKS in table.py
@@ -67,7 +67,7 @@ def compile_launches(launches: Sequence[Launch], architecture: str) -> list[Fact
 
 
 def failure(kernel: str, architecture: str, error: Exception) -> Facts:
-    """What stands for a kernel that did not compile."""
+    """Facts of a kernel that did not compile."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip(" ^")]
     text = f"{type(error).__name__}: {' / '.join(lines[-2:])}"
     return Facts(kernel, architecture, {}, 0, 0, 0, 0, 0, 0, False, (), (), 0.0, text)

@@ -1,4 +1,4 @@
-"""The facts of all kernels as a table that a person reads: benchmarks/results/codegen.md."""
+"""The facts of all kernels as a table: benchmarks/results/codegen.md."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def markdown(rows: Sequence[Row], versions: dict[str, str]) -> str:
         *_summary(rows, architectures),
         "",
         "A cell: tile (rows x keys, then features and spans) · warps · pipeline stages · registers "
-        "a thread · shared memory a block · matrix instruction (`mma` = mma.sync, "
+        "a thread · shared memory of a CTA · matrix instruction (`mma` = mma.sync, "
         "`wgmma` = wgmma.mma_async, `tcgen05` = "
         "tcgen05.mma) · TMA where the PTX has tensor copies · what ptxas says of its wgmma "
         f"instructions ({remarks}). Two lines in a cell: the call "

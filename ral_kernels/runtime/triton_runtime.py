@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +142,7 @@ def _architecture(index: int) -> str:
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """For how many programs to aim at: 132 where there is no device to ask."""
+    """Multiprocessors of the device; 132, those of an H100, where there is none."""
     if _pretence is not None or interpreted():
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -158,8 +158,8 @@ def launch(
 ) -> None:
     """Launch `kernel` with arguments by name, on the device of its tensors.
 
-    `fp_fusion` lets the compiler round a multiplication and an addition once. It is stated because
-    Triton's default has changed; kernels in which two results must agree bit for bit go without.
+    `fp_fusion` lets the compiler form FMAs. It is always passed, because Triton's default has
+    changed. Kernels in which two results must agree bit for bit go without.
     """
     if 0 in grid:
         return
@@ -168,9 +168,17 @@ def launch(
         name = kernel.__name__
         _pretence.launches.append(Launch(kernel, name, grid, arguments, options))
         return
-    device = next((x.device for x in arguments.values() if isinstance(x, Tensor)), None)
-    with _on_device(device):
+    with _on_device(next((x.device for x in _tensors(arguments.values())), None)):
         kernel[grid](**arguments, **options)
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among arguments, within tuples too."""
+    for x in arguments:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from _tensors(x)
 
 
 def _on_device(device: torch.device | None) -> AbstractContextManager[object]:
@@ -184,8 +192,8 @@ def _on_device(device: torch.device | None) -> AbstractContextManager[object]:
 def pretend(architecture: str) -> Iterator[None]:
     """Inside, tensors of the CPU are taken for those of a GPU of `architecture`.
 
-    Launches go to Triton's driver, which must be one that makes nothing of their pointers: kernels
-    are specialised, compiled and looked up as on that GPU, and nothing runs.
+    Kernels are specialised, compiled and looked up as on that GPU. Triton's driver must be one that
+    does not run them.
     """
     with _pretending(_Pretence(architecture, None)):
         yield
@@ -193,10 +201,10 @@ def pretend(architecture: str) -> Iterator[None]:
 
 @contextmanager
 def record_launches(architecture: str) -> Iterator[list[Launch]]:
-    """Inside, kernels are not run: what would be launched on `architecture` is recorded.
+    """Inside, launches on `architecture` are recorded. No kernel runs: outputs keep their values.
 
-    Outputs keep what was in them. This is how kernels are compiled ahead of time, for a GPU that is
-    not there, with exactly the arguments and tile sizes that a call would give them.
+    Kernels are so compiled ahead of time, for a GPU that is not there, with exactly the arguments
+    and tile sizes of a call.
     """
     launches: list[Launch] = []
     with _pretending(_Pretence(architecture, launches)):
@@ -225,11 +233,10 @@ def tuned(
 ) -> Tile:
     """The tile of a kernel: `default` from the table, or with RAL_AUTOTUNE=1 the fastest candidate.
 
-    `candidates` is called with RAL_AUTOTUNE=1 alone: a launch should not pay for a list that nobody
-    asked for. `key` is what the choice depends on (dtype, head dims, ...). `run` launches the
-    kernel with a tile on `device`; it may be called often. A choice is kept in a file per GPU and
-    triton release, in RAL_CACHE_DIR or ~/.cache/ral_kernels, and holds from then on whenever
-    RAL_AUTOTUNE=1.
+    `candidates` is called only with RAL_AUTOTUNE=1, so that other launches do not pay for the list.
+    `key` is what the choice depends on (dtype, head dims, ...). `run` launches the kernel with a
+    tile on `device`; it may be called often. Choices are kept in RAL_CACHE_DIR, by default
+    ~/.cache/ral_kernels: one file for each GPU and release of Triton.
     """
     if _pretence is not None or interpreted() or os.environ.get("RAL_AUTOTUNE", "0") != "1":
         return default
@@ -264,7 +271,7 @@ def _milliseconds(run: Callable[[Tile], None], tile: Tile) -> float:
 
 
 def _fingerprint(tiles: Sequence[Tile]) -> str:
-    """Part of an entry's name: another list of candidates is searched anew."""
+    """Part of an entry's name: another list of candidates needs another search."""
     return hashlib.sha256(repr(tiles).encode()).hexdigest()[:12]
 
 
@@ -288,7 +295,7 @@ def _tuning_cache() -> dict[str, int]:
 
 
 def _keep(cache: dict[str, int]) -> None:
-    """Write the choices; a folder that cannot be written costs the next process a search."""
+    """Write the choices. Where the folder cannot be written, the next process searches again."""
     path = _cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

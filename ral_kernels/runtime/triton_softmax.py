@@ -22,13 +22,13 @@ def stabiliser(m):
 
 @triton.jit
 def in_base_2(bias):
-    """A bias times log2 e. One of finfo.min must stay finite: it hides keys behind others only."""
+    """A bias times log2 e. finfo.min stays finite: such keys count where a row has no others."""
     return tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, LOWEST))
 
 
 @triton.jit
 def tanh(x):
-    """tanh to float32's accuracy: exp2 alone cancels near 0, there a polynomial (Cephes) serves."""
+    """tanh to float32's accuracy: near 0, where exp2 cancels, by a polynomial (Cephes)."""
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = series * square - 5.37397155531e-2

@@ -1,8 +1,8 @@
 """Which spans each block of keys holds: the table from which Triton kernels sum over spans.
 
-A kernel that walks over blocks of keys asks for the block's *kind*: one span (then the block's row
-sum is the span's sum), no span, or several, which the table then numbers from 0 within the block.
-One small kernel makes the table; nothing waits for it on the host. Ids need not be sorted.
+A kernel reads each block's *kind*: one span, no span, or several. With one span, the block's row
+sum is the span's sum. Several spans are numbered from 0 within the block. One small kernel makes
+the table, and the host does not wait for it. Ids need not be sorted.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,14 +26,14 @@ MIXED = tl.constexpr(-2)  # the block holds several spans, or some keys without 
 class SpanBlocks:
     """What `span_blocks` finds. B' is 1 where the batch shares its ids.
 
-    Block j of a dense call holds keys [j * block_k, (j + 1) * block_k). Packed sequences are cut
-    into blocks each for itself; see `sequence_of_block`.
+    Block j of a dense call holds keys [j * block_k, (j + 1) * block_k). Each packed sequence has
+    blocks of its own: see `sequence_of_block`.
     """
 
     block_k: int
     kinds: Tensor  # int32 [B', blocks]: the only span (>= 0), NO_SPAN or MIXED
     counts: Tensor  # int32 [B', blocks]: how many distinct spans
-    ids: Tensor  # int32 [B', blocks, block_k]: these, by first appearance; -1 behind the last one
+    ids: Tensor  # int32 [B', blocks, block_k]: these, by first appearance; then -1
     local: Tensor  # int32 [B', N]: every key's index into its block's `ids`, -1 for no span
 
     @property
@@ -48,10 +48,10 @@ class SpanBlocks:
 
 
 def num_blocks(total: int, block: int, num_sequences: int | None) -> int:
-    """How many blocks there are; packed sequences (a number, not None) count some that are empty.
+    """How many blocks there are. With packed sequences some of them are empty.
 
-    Sequence n owns the blocks from cu_seqlens[n] // block + n on: at least as many as it needs,
-    and found without reading cu_seqlens on the host.
+    Sequence n owns the blocks from cu_seqlens[n] // block + n on. They are at least as many as it
+    needs, and the host need not read cu_seqlens.
     """
     return triton.cdiv(total, block) if num_sequences is None else total // block + num_sequences
 
@@ -102,8 +102,7 @@ def span_blocks_kernel(
     # [BLOCK_K]
     ids = tl.load(span_ids_ptr + b * span_ids_stride_b + offs_k, mask=mask_k, other=-1)
 
-    # The first key of each span counts; a key's local id is how many such keys come before its own.
-    # To compare all pairs, the ids are read a second time, along the other axis.
+    # A key's local id is the number of spans whose first key comes before the first of its own.
     row, column = tl.expand_dims(offs, 1), tl.expand_dims(offs, 0)
     same = tl.expand_dims(ids, 1) == tl.expand_dims(ids, 0)
     first = tl.min(tl.where(same, column, BLOCK_K), 1)  # [BLOCK_K]

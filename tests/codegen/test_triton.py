@@ -94,7 +94,8 @@ def test_kernels(name: str, architecture: str, facts: Facts) -> None:
 def test_every_kernel_is_in_the_table(facts: Facts) -> None:
     """Each *_kernel of the package is launched by a call that is compiled here, in every dtype."""
     written = set()
-    for file in sorted(ROOT.glob("ral_kernels/**/*.py")):
+    files = [*ROOT.glob("ral_kernels/ops/*/triton/*.py"), *ROOT.glob("ral_kernels/runtime/*.py")]
+    for file in files:
         written |= set(re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE))
     compiled = {row.facts.kernel for rows in facts.values() for row in rows}
     assert written - compiled == set(), "kernels that no call of the table launches"

@@ -224,11 +224,12 @@ def test_launches_on_the_device_of_its_tensors(
             Kernel, "__getitem__", lambda self, grid: lambda **rest: seen.append(current[-1])
         )
         triton_runtime.launch(kernel, (3,), {"n": 5, "x_ptr": None, "y_ptr": x}, 4, 2)
+        triton_runtime.launch(kernel, (3,), {"n": 5, "y": (None, 1, (x, 1))}, 4, 2)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAL_AUTOTUNE", "1")
             patch.setattr(triton_runtime, "_fastest", lambda *rest: seen.append(current[-1]))
             triton_runtime.tuned("toy", (), TILES[0], lambda: TILES, lambda tile: None, x.device)
-    assert seen == [0, 0, 1, 1] and current == [0]
+    assert seen == [0, 0, 0, 1, 1, 1] and current == [0]
 
 
 def test_record_launches(compiled: None) -> None:
@@ -321,7 +322,7 @@ def test_candidates_are_made_for_a_search_alone(compiled: None) -> None:
     """A launch does not pay for a list of tiles."""
 
     def candidates() -> tuple[Tile, ...]:
-        raise AssertionError("nobody asked for a search")
+        raise AssertionError("a search without RAL_AUTOTUNE=1")
 
     found = triton_runtime.tuned("toy_fwd", (), TILES[0], candidates, lambda tile: None, CPU)
     assert found is TILES[0]

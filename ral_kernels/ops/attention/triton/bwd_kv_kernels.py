@@ -17,6 +17,7 @@ from .marginals import kind_of, moved_spans, shares
 from .scores import (
     HeadMasks,
     Place,
+    Queries,
     add_weighted_rows,
     backward_lse_log2,
     block_number,
@@ -91,7 +92,6 @@ def weights_and_gradient(
     place,
     masks,
     head_masks,
-    window,
     score,
     IS_EDGE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -99,13 +99,13 @@ def weights_and_gradient(
     """Equations (5) and (11): p, ds and the derivative of the soft cap."""
     HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
     if HAS_MASK or score.HAS_CAP or masks.span_bias.ptr is not None:
-        s, dcap = scores(dot, bias, place, masks, head_masks, window, score, IS_EDGE, TRANSPOSED)
+        s, dcap = scores(dot, bias, place, masks, head_masks, score, IS_EDGE, TRANSPOSED)
         # s <= lse, but not by much where a mask of finfo.min has rounded both.
         p = tl.exp2(tl.minimum(s - lse_log2, 0.0))
     else:
         dcap = 1.0
         if IS_EDGE:
-            dot = tl.where(in_window(place, window, TRANSPOSED), dot, float("-inf"))
+            dot = tl.where(in_window(place, masks, TRANSPOSED), dot, float("-inf"))
         p = tl.exp2(dot * score.scale - lse_log2)
     # A weight of exactly 0 is a constant: 0 · (inf or NaN) must not get through.
     ds = tl.where(p == 0.0, 0.0, p * (dp - delta))
@@ -120,13 +120,8 @@ def add_key_gradients(
     k,
     v,
     k_positions,
-    q_head,
-    dout_head,
+    queries,
     HAS_DOUT: tl.constexpr,
-    lse_ptr,
-    delta_ptr,
-    q_start,
-    length_q,
     diagonal,
     kind,
     spans,
@@ -136,7 +131,6 @@ def add_key_gradients(
     attn_mask_ptr,
     padding_ptr,
     masks,
-    window,
     score,
     tile,
     IS_EDGE: tl.constexpr,
@@ -145,14 +139,14 @@ def add_key_gradients(
     for i in range(0, blocks.number):
         block = block_number(i, blocks, IS_EDGE)
         q_positions = block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
-        q_tokens = q_start + q_positions
-        mask_q = exist(q_positions, length_q, IS_EDGE)
+        q_tokens = queries.start + q_positions
+        mask_q = exist(q_positions, queries.length, IS_EDGE)
         place = Place(q_positions, mask_q, k_positions, k.rows, k.mask, diagonal)
         # [BLOCK_Q, BLOCK_D]
-        q = row_tile(q_head, q_tokens, mask_q, tile.HEAD_DIM, tile.PART_D)
+        q = row_tile(queries.q, q_tokens, mask_q, tile.HEAD_DIM, tile.PART_D)
         # [BLOCK_Q]
-        lse = tl.load(lse_ptr + q_tokens, mask=mask_q, other=float("-inf"))
-        delta = tl.load(delta_ptr + q_tokens, mask=mask_q, other=0.0)
+        lse = tl.load(queries.lse_ptr + q_tokens, mask=mask_q, other=float("-inf"))
+        delta = tl.load(queries.delta_ptr + q_tokens, mask=mask_q, other=0.0)
         dp = tl.zeros([tile.BLOCK_K, tile.BLOCK_Q], tl.float32)
         if dmarginals_ptr is not None:  # (9)
             mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
@@ -171,12 +165,12 @@ def add_key_gradients(
         dot = dot_rows(dot, k, q, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if HAS_DOUT:
             # [BLOCK_Q, BLOCK_DV]
-            dout = row_tile(dout_head, q_tokens, mask_q, tile.HEAD_DIM_V, tile.PART_DV)
+            dout = row_tile(queries.dout, q_tokens, mask_q, tile.HEAD_DIM_V, tile.PART_DV)
             dp = dot_rows(dp, v, dout, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
         mask_offsets = q_tokens.to(tl.int64) * masks.attn_mask.stride_t
         p, ds, dcap = weights_and_gradient(
             dot, dp, bias, backward_lse_log2(lse)[None, :], delta[None, :], place, masks,
-            HeadMasks(attn_mask_ptr, mask_offsets, padding_ptr), window, score, IS_EDGE, True,
+            HeadMasks(attn_mask_ptr, mask_offsets, padding_ptr), score, IS_EDGE, True,
         )  # fmt: skip
         if HAS_DOUT:
             dv = add_weighted_rows(  # (8)
@@ -206,7 +200,6 @@ def attention_bwd_dkdv_kernel(
     sizes,
     num_k_blocks,
     span_rows,
-    window,
     score,
     tile,
 ):
@@ -237,16 +230,16 @@ def attention_bwd_dkdv_kernel(
     padding_ptr = padding_of(masks, b)
 
     # Which queries see some of the keys, and which of these see all of them?
-    diagonal = 0 if window.TOP_LEFT else length_k - length_q
+    diagonal = 0 if masks.window.TOP_LEFT else length_k - length_q
     low, full_low = 0, 0
     high, full_high = length_q, length_q
     first_key = block * tile.BLOCK_K - diagonal
     last_key = tl.minimum(block * tile.BLOCK_K + tile.BLOCK_K, length_k) - 1 - diagonal
-    if window.HAS_RIGHT:
-        low, full_low = first_key - window.right, last_key - window.right
-    if window.HAS_LEFT:
-        high = tl.minimum(length_q, last_key + window.left + 1)
-        full_high = tl.minimum(length_q, first_key + window.left + 1)
+    if masks.window.HAS_RIGHT:
+        low, full_low = first_key - masks.window.right, last_key - masks.window.right
+    if masks.window.HAS_LEFT:
+        high = tl.minimum(length_q, last_key + masks.window.left + 1)
+        full_high = tl.minimum(length_q, first_key + masks.window.left + 1)
     first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_Q)
 
     dk_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
@@ -255,6 +248,10 @@ def attention_bwd_dkdv_kernel(
     for member in range(0, group):
         h = kv_head * group + member
         rows = (b * sizes.num_heads + h) * sizes.seqlen_q
+        queries = Queries(
+            head_of(q, b, h), head_of(dout, b, h), lse_ptr + rows, delta_ptr + rows, q_start,
+            length_q,
+        )  # fmt: skip
         head_dmarginals_ptr = dmarginals_ptr
         if dmarginals_ptr is not None:
             num_rows = span_rows.stop - span_rows.start
@@ -263,11 +260,9 @@ def attention_bwd_dkdv_kernel(
         for IS_EDGE in tl.static_range(2):
             dk_sum, dv_sum = add_key_gradients(
                 dk_sum, dv_sum, blocks_of_loop(first, first_full, last_full, last, IS_EDGE),
-                k_tile, v_tile, k_positions, head_of(q, b, h), head_of(dout, b, h),
-                dout.ptr is not None, lse_ptr + rows, delta_ptr + rows, q_start, length_q,
-                diagonal, kind, block_spans, head_dmarginals_ptr, span_rows,
-                head_of(masks.span_bias, b, h).ptr, head_of(masks.attn_mask, b, h).ptr,
-                padding_ptr, masks, window, score, tile, IS_EDGE,
+                k_tile, v_tile, k_positions, queries, dout.ptr is not None, diagonal, kind,
+                block_spans, head_dmarginals_ptr, span_rows, head_of(masks.span_bias, b, h).ptr,
+                head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
             )  # fmt: skip
 
     store_rows(

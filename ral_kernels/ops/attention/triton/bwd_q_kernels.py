@@ -13,6 +13,7 @@ from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
 from .bwd_kv_kernels import weights_and_gradient
 from .marginals import Sums, add_mixed_block, add_to_span, kind_of, moved_spans, shares
 from .scores import (
+    Keys,
     Place,
     add_weighted_rows,
     backward_lse_log2,
@@ -39,12 +40,8 @@ def add_query_gradients(
     q_positions,
     lse_log2,
     delta,
-    k_head,
-    v_head,
-    k_start,
-    length_k,
+    keys,
     diagonal,
-    spans,
     HAS_SPANS: tl.constexpr,
     HAS_DOUT: tl.constexpr,
     dmarginals_ptr,
@@ -53,7 +50,6 @@ def add_query_gradients(
     span_bias_rows,
     masks,
     head_masks,
-    window,
     score,
     tile,
     IS_EDGE: tl.constexpr,
@@ -63,10 +59,12 @@ def add_query_gradients(
     for i in range(0, blocks.number):
         block = block_number(i, blocks, IS_EDGE)
         k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
-        k_tokens = k_start + k_positions
-        mask_k = exist(k_positions, length_k, IS_EDGE)
+        k_tokens = keys.start + k_positions
+        mask_k = exist(k_positions, keys.length, IS_EDGE)
         place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
-        block_spans = moved_spans(spans, block, k_start + block * tile.BLOCK_K, tile.BLOCK_K)
+        block_spans = moved_spans(
+            keys.spans, block, keys.start + block * tile.BLOCK_K, tile.BLOCK_K
+        )
         kind = kind_of(block_spans, HAS_SPANS)
         # 0 · NaN is NaN: padding keys are not read.
         real = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
@@ -84,15 +82,15 @@ def add_query_gradients(
                 q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = row_tile(k_head, k_tokens, real, tile.HEAD_DIM, tile.PART_D)
+        k = row_tile(keys.k, k_tokens, real, tile.HEAD_DIM, tile.PART_D)
         dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
         dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if HAS_DOUT:
             # [BLOCK_K, BLOCK_DV]
-            v = row_tile(v_head, k_tokens, mask_k, tile.HEAD_DIM_V, tile.PART_DV)
+            v = row_tile(keys.v, k_tokens, mask_k, tile.HEAD_DIM_V, tile.PART_DV)
             dp = dot_rows(dp, dout, v, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
         _, ds, dcap = weights_and_gradient(
-            dot, dp, bias, lse_log2[:, None], delta[:, None], place, masks, head_masks, window,
+            dot, dp, bias, lse_log2[:, None], delta[:, None], place, masks, head_masks,
             score, IS_EDGE, False,
         )  # fmt: skip
         dx = ds * dcap  # (13)
@@ -132,7 +130,6 @@ def attention_bwd_dq_kernel(
     sizes,
     num_q_blocks,
     span_rows,
-    window,
     score,
     tile,
 ):
@@ -162,21 +159,24 @@ def attention_bwd_dq_kernel(
     if dout.ptr is not None:
         dout_tile = row_tile(head_of(dout, b, h), q_tokens, mask_q, tile.HEAD_DIM_V, tile.PART_DV)
 
-    diagonal = 0 if window.TOP_LEFT else length_k - length_q
+    diagonal = 0 if masks.window.TOP_LEFT else length_k - length_q
     low, full_low = 0, 0
     high, full_high = length_k, length_k
     first_row = block * tile.BLOCK_Q + diagonal
     last_row = tl.minimum(block * tile.BLOCK_Q + tile.BLOCK_Q, length_q) - 1 + diagonal
-    if window.HAS_LEFT:
-        low, full_low = first_row - window.left, last_row - window.left
-    if window.HAS_RIGHT:
-        high = tl.minimum(length_k, last_row + window.right + 1)
-        full_high = tl.minimum(length_k, first_row + window.right + 1)
+    if masks.window.HAS_LEFT:
+        low, full_low = first_row - masks.window.left, last_row - masks.window.left
+    if masks.window.HAS_RIGHT:
+        high = tl.minimum(length_k, last_row + masks.window.right + 1)
+        full_high = tl.minimum(length_k, first_row + masks.window.right + 1)
     first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
 
     kv_head = h // (sizes.num_heads // sizes.num_kv_heads)
     IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
-    sample_spans = spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K)
+    keys = Keys(
+        head_of(k, b, kv_head), head_of(v, b, kv_head), k_start, length_k,
+        spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K),
+    )  # fmt: skip
     num_spans = span_rows.num_spans
     mask_rows = mask_q
     if dmarginals_ptr is not None:
@@ -201,11 +201,9 @@ def attention_bwd_dq_kernel(
     for IS_EDGE in tl.static_range(2):
         state = add_query_gradients(
             state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
-            dout_tile, q_positions, backward_lse_log2(lse), delta, head_of(k, b, kv_head),
-            head_of(v, b, kv_head), k_start, length_k, diagonal, sample_spans,
+            dout_tile, q_positions, backward_lse_log2(lse), delta, keys, diagonal,
             spans.kinds_ptr is not None, dout.ptr is not None, dmarginals_ptr, mask_rows,
-            dspan_bias, span_bias_rows, masks, head_masks, window,
-            score, tile, IS_EDGE,
+            dspan_bias, span_bias_rows, masks, head_masks, score, tile, IS_EDGE,
         )  # fmt: skip
     dq_sum, run, run_kind = state
     if dspan_bias_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)

@@ -27,6 +27,7 @@ from .marginals import (
 )
 from .scores import (
     LN2,
+    Keys,
     Place,
     add_weighted_rows,
     block_number,
@@ -51,19 +52,14 @@ def attend(
     blocks,
     q,
     q_positions,
-    k_head,
-    v_head,
-    k_start,
-    length_k,
+    keys,
     diagonal,
-    spans,
     HAS_SPANS: tl.constexpr,
     sums,
     has_rows,
     span_bias_rows,
     masks,
     head_masks,
-    window,
     score,
     tile,
     IS_EDGE: tl.constexpr,
@@ -79,10 +75,12 @@ def attend(
     for i in range(0, blocks.number):
         block = block_number(i, blocks, IS_EDGE)
         k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
-        k_tokens = k_start + k_positions
-        mask_k = exist(k_positions, length_k, IS_EDGE)
+        k_tokens = keys.start + k_positions
+        mask_k = exist(k_positions, keys.length, IS_EDGE)
         place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
-        block_spans = moved_spans(spans, block, k_start + block * tile.BLOCK_K, tile.BLOCK_K)
+        block_spans = moved_spans(
+            keys.spans, block, keys.start + block * tile.BLOCK_K, tile.BLOCK_K
+        )
         kind = kind_of(block_spans, HAS_SPANS)
         bias = 0.0
         if HAS_BIAS:
@@ -91,17 +89,17 @@ def attend(
                 q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = row_tile(k_head, k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)
+        k = row_tile(keys.k, k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)
         dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
         dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if GENERAL:
-            s, _ = scores(dot, bias, place, masks, head_masks, window, score, IS_EDGE, False)
+            s, _ = scores(dot, bias, place, masks, head_masks, score, IS_EDGE, False)
             m_new = tl.maximum(m, tl.max(s, 1))
             stable = stabiliser(m_new)
             p = tl.exp2(s - stable[:, None])
         else:
             if IS_EDGE:
-                dot = tl.where(in_window(place, window, False), dot, float("-inf"))
+                dot = tl.where(in_window(place, masks, False), dot, float("-inf"))
             # Scaling waits for the subtraction: one FMA.
             m_new = tl.maximum(m, tl.max(dot, 1) * score.scale)
             stable = stabiliser(m_new)
@@ -113,7 +111,7 @@ def attend(
         # 0 · NaN is NaN: values of padding keys are not read.
         mask_v = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
         # [BLOCK_K, BLOCK_DV]
-        v = row_tile(v_head, k_tokens, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
+        v = row_tile(keys.v, k_tokens, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
         acc = add_weighted_rows(  # (6)
             acc * alpha[:, None], p, v, tile.HEAD_DIM_V, tile.BLOCK_DV, tile.PART_DV,
             tile.PRECISION,
@@ -151,7 +149,6 @@ def attention_fwd_kernel(
     num_q_blocks,
     num_splits,
     span_rows,
-    window,
     score,
     tile,
 ):
@@ -192,16 +189,16 @@ def attention_fwd_kernel(
     q_tile = row_tile(Head(q.ptr, 1), q_rows, mask_q, tile.HEAD_DIM, tile.PART_D)
 
     # Which keys do the rows see, and which of these do all rows see?
-    diagonal = 0 if window.TOP_LEFT else length_k - length_q
+    diagonal = 0 if masks.window.TOP_LEFT else length_k - length_q
     low, full_low = 0, 0
     high, full_high = length_k, length_k
     first_row = block * TOKENS + diagonal
     last_row = tl.minimum(block * TOKENS + TOKENS, length_q) - 1 + diagonal
-    if window.HAS_LEFT:
-        low, full_low = first_row - window.left, last_row - window.left
-    if window.HAS_RIGHT:
-        high = tl.minimum(length_k, last_row + window.right + 1)
-        full_high = tl.minimum(length_k, first_row + window.right + 1)
+    if masks.window.HAS_LEFT:
+        low, full_low = first_row - masks.window.left, last_row - masks.window.left
+    if masks.window.HAS_RIGHT:
+        high = tl.minimum(length_k, last_row + masks.window.right + 1)
+        full_high = tl.minimum(length_k, first_row + masks.window.right + 1)
     first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
     blocks_per_split = tl.cdiv(last - first, num_splits)
     first = tl.minimum(first + split.to(tl.int32) * blocks_per_split, last)
@@ -228,7 +225,10 @@ def attention_fwd_kernel(
         span_bias_rows += b * masks.span_bias.stride_b
     head_masks = masks_of_rows(masks, b, heads, q_tokens)
     IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
-    sample_spans = spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K)
+    keys = Keys(
+        head_of(k, b, kv_head), head_of(v, b, kv_head), k_start, length_k,
+        spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K),
+    )  # fmt: skip
 
     acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
     normaliser = tl.zeros([tile.BLOCK_Q], tl.float32)
@@ -239,9 +239,8 @@ def attention_fwd_kernel(
     for IS_EDGE in tl.static_range(2):
         state = attend(
             state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
-            q_positions, head_of(k, b, kv_head), head_of(v, b, kv_head), k_start, length_k,
-            diagonal, sample_spans, spans.kinds_ptr is not None, sums, has_rows, span_bias_rows,
-            masks, head_masks, window, score, tile, IS_EDGE,
+            q_positions, keys, diagonal, spans.kinds_ptr is not None, sums, has_rows,
+            span_bias_rows, masks, head_masks, score, tile, IS_EDGE,
         )  # fmt: skip
     acc, normaliser, m, exponent, run, run_kind = state
 

@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels of `attention`: arguments by name, scratch, splits over keys."""
+"""Launches of the Triton kernels of `attention`: arguments, scratch, splits over keys."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from .parameters import (
 )
 
 LOG2E = math.log2(math.e)
-DECODED_TOKENS = 16  # up to so many queries a sequence, one program takes all heads of a kv head
+DECODED_TOKENS = 16  # up to 16 queries a sequence, one program takes all heads of a kv head
 FLOAT32_PART = 32  # features in one matrix product of float32
-BLOCKS_PER_SPLIT = 4  # at least: a split costs a read and a write of its partial results
+BLOCKS_PER_SPLIT = 4  # at least, because a split writes and reads partial results
 
 
 def _power_of_2(n: int) -> int:
@@ -69,13 +69,20 @@ def _masks(args: AttentionArgs) -> Masks:
         attn_mask = AttnMask(_as_bytes(args.attn_mask), b, h, t, n, is_bool)
     if args.key_padding_mask is not None:
         padding = Padding(_as_bytes(args.key_padding_mask), *args.key_padding_mask.stride())
-    return Masks(SpanValues.of(args.span_bias), attn_mask, padding)
+    longest = args.seqlen_q + args.seqlen_k  # a window beyond it must not overflow int32
+    window = Window(
+        min(args.window_left, longest),
+        min(args.window_right, longest),
+        constant(args.window_left >= 0),
+        constant(args.window_right >= 0),
+        constant(args.top_left),
+    )
+    return Masks(SpanValues.of(args.span_bias), attn_mask, padding, window)
 
 
 def _common_arguments(args: AttentionArgs) -> dict[str, Any]:
     """Arguments of the forward and of both backward kernels, but for tiles and span tables."""
     factor = LOG2E if args.softcap == 0.0 else 1 / args.softcap
-    longest = args.seqlen_q + args.seqlen_k  # a window beyond it must not overflow int32
     return {
         "q": Rows.of(args.q),
         "k": Rows.of(args.k),
@@ -84,13 +91,6 @@ def _common_arguments(args: AttentionArgs) -> dict[str, Any]:
         "packed": Packed(args.cu_seqlens_q, args.cu_seqlens_k, _num_sequences(args) or 0),
         "sizes": Sizes(args.num_heads, args.num_kv_heads, args.seqlen_q, args.seqlen_k),
         "span_rows": SpanRows(args.num_spans, args.row_start, args.row_stop),
-        "window": Window(
-            min(args.window_left, longest),
-            min(args.window_right, longest),
-            constant(args.window_left >= 0),
-            constant(args.window_right >= 0),
-            constant(args.top_left),
-        ),
         "score": Score(
             args.scale, args.scale * factor, args.softcap * LOG2E, constant(args.softcap != 0.0)
         ),
@@ -168,7 +168,7 @@ def _tile(
 
 
 def _num_splits(args: AttentionArgs, programs: int, block_k: int) -> int:
-    """Over how many programs the keys of a row are split: enough to fill the GPU."""
+    """Over how many programs to split the keys of a row: enough to fill the GPU."""
     sequences = _num_sequences(args) or 1
     blocks = math.ceil(args.seqlen_k / sequences / block_k)
     wanted = triton_runtime.num_multiprocessors(args.q.device) // programs
@@ -272,11 +272,11 @@ def launch_bwd(
     dv: Tensor,
     dspan_bias: Tensor | None,
 ) -> None:
-    """Write dq, dk, dv and, where asked for, dspan_bias."""
+    """Write dq, dk, dv and, if there is one, dspan_bias."""
     if dmarginals is not None and dmarginals.numel() == 0:
         dmarginals = None
     if dout is not None and _may_have_empty_rows(args):
-        # Such a row may get inf or NaN, which a product with its weights of 0 would spread.
+        # An empty row may get inf or NaN, and 0 · NaN is NaN: its weights of 0 would not hide it.
         dout = dout.masked_fill((lse == float("-inf"))[..., None], 0.0)
     delta = torch.empty_like(lse)
     arguments = {
@@ -308,7 +308,7 @@ def launch_bwd(
         "dmarginals_ptr": dmarginals,
     }
     if dout is None:
-        dv.zero_()  # (8): a loss on marginals alone does not touch the values
+        dv.zero_()  # (8): a loss on marginals alone has no gradient for the values
 
     # Triton 3.6 fails to pipeline a loop with matrix products in a branch (sm_90).
     is_pipelined = not (needs_spans and triton.__version__.startswith("3.6."))

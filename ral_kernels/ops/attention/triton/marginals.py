@@ -1,16 +1,15 @@
 """Products with the one-hot matrix E of spans within a Triton kernel, a block of keys at a time.
 
-x E, sums over spans: marginals in the forward, dspan_bias in the backward. x Eᵀ, every key's share:
-dmarginals in the backward.
+x E sums over spans: marginals in the forward, dspan_bias in the backward. x Eᵀ gives each key the
+value of its span: dmarginals in the backward.
 
-A program owns `[rows, num_spans]` of the output. It adds to it in global memory, and only when the
-walk over the keys leaves a span: while block after block lies within one span, the sum is a vector
-in registers. So the number of spans costs neither registers nor shared memory.
+A program owns `[rows, num_spans]` of the output, in global memory. While consecutive blocks lie
+within one span, their sum stays in registers, as a vector. The program adds it to the output when
+the loop over the keys leaves the span. So the number of spans costs neither registers nor shared
+memory.
 
-Threads of a program may read what another thread stored (layouts of tiles and vectors differ):
-every read-modify-write here starts with a barrier, which orders it after all earlier ones.
-`sums_ptr` points to row 0 of what the program owns, `rows` are int32 numbers of rows from there:
-offsets are formed where they are needed, to keep int64 vectors out of the registers of the loop.
+Layouts of tiles and vectors differ, so a thread may read what another thread stored. Every
+read-modify-write here starts with a barrier, which orders it after all earlier ones.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,8 +25,8 @@ from ral_kernels.runtime import triton_runtime
 from ral_kernels.runtime.triton_softmax import LOG2E
 from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
 
-# A stored sum is relative to 2^exponent. A running maximum may outgrow it by this much before the
-# stored sums have to be scaled down: far from float32's 2^128, far above rounding.
+# A stored sum is relative to 2^exponent. The running maximum may exceed the exponent by this much
+# before the stored sums are scaled down: far from float32's 2^128, far above rounding.
 HEADROOM = tl.constexpr(64.0)
 HIDDEN = tl.constexpr(-(2.0**100))
 MINUS_INFINITY = tl.constexpr(-(2.0**101))
@@ -77,9 +76,9 @@ def kind_of(spans, HAS_SPANS: tl.constexpr):
 def barrier(rows):
     """__syncthreads(); returns `rows`.
 
-    tl.debug_barrier() is the same, but a loop that has one is not pipelined. That `rows` pass
-    through it keeps the compiler from forming addresses before the loop, in registers for all of
-    it, that are only needed in a rare branch.
+    tl.debug_barrier() is the same, but Triton does not pipeline a loop that has one. `rows` pass
+    through the instruction, so the compiler cannot form the addresses of a rare branch before the
+    loop and keep them in registers throughout.
     """
     if not INTERPRETED:
         rows = tl.inline_asm_elementwise(
@@ -90,7 +89,7 @@ def barrier(rows):
 
 @triton.jit
 def here(offsets):
-    """Returns int64 `offsets`, and keeps what is made of them within the branch, as above."""
+    """Returns int64 `offsets`. What is formed from them stays within the branch, as above."""
     if not INTERPRETED:
         offsets = tl.inline_asm_elementwise(
             "mov.b64 $0, $1;", "=l,l", [offsets], tl.int64, False, 1
@@ -100,9 +99,10 @@ def here(offsets):
 
 @triton.jit
 def bias_in_base_2(bias):
-    """A span bias times log2 e, with numbers in place of what a product with 0 makes NaN.
+    """A span bias times log2 e. Finite numbers replace -inf and finfo.min, as 0 · inf is NaN.
 
-    finfo.min hides a span behind all others, as -2^100 does; -inf, here -2^101, hides it for good.
+    -2^100 replaces finfo.min: the span has weight only where it is alone. -2^101 replaces -inf: the
+    span has no weight.
     """
     return tl.where(bias == float("-inf"), MINUS_INFINITY, tl.maximum(bias * LOG2E, HIDDEN))
 
@@ -117,10 +117,10 @@ def bias_or_minus_infinity(bias):
 def one_hot_dot(x, one_hot, acc, TERMS: tl.constexpr, ONE_HOT_FIRST: tl.constexpr):
     """acc + x one_hot, or with ONE_HOT_FIRST acc + one_hot xᵀ, to nearly float32's accuracy.
 
-    x is split into TERMS bfloat16 numbers, of 8 bits each and of float32's range: two carry far
-    more than half-precision inputs do, three are exact.
+    x is split into TERMS bfloat16 numbers, which have 8 bits and float32's range. Two are far more
+    precise than half-precision inputs; three are exact.
     """
-    if INTERPRETED:  # where products of bfloat16 are wrong
+    if INTERPRETED:  # the interpreter multiplies bfloat16 wrongly
         if ONE_HOT_FIRST:
             acc = tl.dot(one_hot.to(tl.float32), tl.trans(x), acc)
         else:
@@ -148,8 +148,8 @@ def add_to_span(sums, span, x):
 @triton.jit
 def scale_rows(sums, factor):
     """sums[rows] *= factor."""
-    # Without this detour the compiler carries `factor`, and all it is made of, through the loop
-    # over the keys a second time, in the layout of the sums here.
+    # Without this gather the compiler keeps a second copy of `factor`, and of all it is made of, in
+    # registers throughout the loop over the keys: in the layout that the sums have here.
     factor = tl.gather(factor, tl.arange(0, factor.shape[0]), 0)
     rows = barrier(sums.rows)
     columns = tl.arange(0, GROUP)
@@ -234,9 +234,9 @@ def shares(
     [BLOCK_Q, BLOCK_K], or with TRANSPOSED [BLOCK_K, BLOCK_Q]. A bias is in natural units and
     becomes one in base 2; it may be -inf.
 
-    It is asked for before the products that it is added to: a tile that comes out of a branch
-    between two products keeps the compiler from giving both the same layout. The loop is a `while`
-    because the compiler would compute what comes out of a `for` once per layout that is wanted.
+    Kernels call this before the products that they add it to: with a branch between two products
+    the compiler gives them different layouts. The loop is a `while`, because the compiler computes
+    the result of a `for` once for each layout.
     """
     # [BLOCK_Q]
     pointers = per_span_ptr + row_offsets + tl.maximum(kind, 0).to(tl.int64) * stride_s

@@ -40,16 +40,27 @@ class Padding(NamedTuple):
     stride_n: Any
 
 
+class Window(NamedTuple):
+    """The keys that a query sees, from its own position on the diagonal."""
+
+    left: Any
+    right: Any
+    HAS_LEFT: Any
+    HAS_RIGHT: Any
+    TOP_LEFT: Any  # the diagonal starts at the first key, and otherwise ends at the last one
+
+
 NO_ATTN_MASK = AttnMask(None, 0, 0, 0, 0, constant(False))
 NO_PADDING = Padding(None, 0, 0)
 
 
 class Masks(NamedTuple):
-    """What is added to scores or hides keys, beside the window. Pointers may be None."""
+    """What is added to scores or hides keys. Pointers may be None."""
 
     span_bias: SpanValues
     attn_mask: AttnMask
     padding: Padding
+    window: Window
 
 
 class Packed(NamedTuple):
@@ -75,16 +86,6 @@ class SpanRows(NamedTuple):
     num_spans: Any
     start: Any
     stop: Any
-
-
-class Window(NamedTuple):
-    """The keys that a query sees, from its own position on the diagonal."""
-
-    left: Any
-    right: Any
-    HAS_LEFT: Any
-    HAS_RIGHT: Any
-    TOP_LEFT: Any  # the diagonal starts at the first key, and otherwise ends at the last one
 
 
 class Score(NamedTuple):

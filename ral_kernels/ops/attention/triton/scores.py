@@ -51,6 +51,27 @@ class Place(NamedTuple):
     diagonal: Any  # a query stands at the key position q_position + diagonal
 
 
+class Keys(NamedTuple):
+    """The keys of one sequence and head, as a loop over their blocks reads them."""
+
+    k: Any  # Head
+    v: Any  # Head
+    start: Any
+    length: Any
+    spans: Any  # SpanBlock of the first block
+
+
+class Queries(NamedTuple):
+    """The queries of one sequence and head, as a loop over their blocks reads them."""
+
+    q: Any  # Head
+    dout: Any  # Head
+    lse_ptr: Any
+    delta_ptr: Any
+    start: Any
+    length: Any
+
+
 class HeadMasks(NamedTuple):
     """Masks of one head: its pointers, 0 without a mask, and int64 offsets of the queries' rows."""
 
@@ -184,7 +205,7 @@ def add_weighted_rows(
 
 
 @triton.jit
-def in_window(place, window, TRANSPOSED: tl.constexpr):
+def in_window(place, masks, TRANSPOSED: tl.constexpr):
     """Which keys of a block exist and lie in the window of which queries."""
     # The axes along which vectors are expanded.
     QUERY: tl.constexpr = 0 if TRANSPOSED else 1
@@ -192,10 +213,10 @@ def in_window(place, window, TRANSPOSED: tl.constexpr):
     visible = tl.expand_dims(place.mask_k, KEY)
     at = tl.expand_dims(place.q_positions + place.diagonal, QUERY)
     keys = tl.expand_dims(place.k_positions, KEY)
-    if window.HAS_LEFT:
-        visible = visible & (keys >= at - window.left)
-    if window.HAS_RIGHT:
-        visible = visible & (keys <= at + window.right)
+    if masks.window.HAS_LEFT:
+        visible = visible & (keys >= at - masks.window.left)
+    if masks.window.HAS_RIGHT:
+        visible = visible & (keys <= at + masks.window.right)
     return visible
 
 
@@ -236,7 +257,6 @@ def scores(
     place,
     masks,
     head_masks,
-    window,
     score,
     IS_EDGE: tl.constexpr,  # whether keys of the block are beyond a window's edge or the last key
     TRANSPOSED: tl.constexpr,
@@ -267,5 +287,5 @@ def scores(
         else:
             s += in_base_2(a.to(tl.float32))
     if IS_EDGE:
-        s = tl.where(in_window(place, window, TRANSPOSED), s, float("-inf"))
+        s = tl.where(in_window(place, masks, TRANSPOSED), s, float("-inf"))
     return s, dcap

@@ -32,8 +32,8 @@ def divergence_fwd_kernel(
 ):
     """Sum the terms of a piece of BLOCK_R rows into partial [splits, rows]; write dp and dr.
 
-    GENERALISED leaves − p + r in the terms of kl (and − r + p), which rows that sum to 1 do not
-    see: gradients then have no constant. dp may be written over p.
+    With GENERALISED, terms of kl keep − p + r, and those of reverse_kl − r + p. Over rows that sum
+    to 1 these vanish, and gradients have no constant. dp may be p.
     """
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
@@ -96,7 +96,7 @@ def divergence_rows_kernel(
         partial += num_rows
     tl.store(value_ptr + offs_r, value, mask=mask_r)
     infinite = mask_r & (value == float("inf"))
-    # No row of most blocks is infinite: their loop is empty.
+    # Most blocks have no infinite row: their loop is empty.
     stop = tl.where(tl.max(infinite.to(tl.int32), 0) > 0, length, 0)
     for first in range(0, stop, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
@@ -148,7 +148,7 @@ def sweep(
 def fwd(
     p: Tensor, r: Tensor, kind: str, value: Tensor, dp: Tensor | None, dr: Tensor | None
 ) -> None:
-    """Write the value of each row and, where asked for, the gradients for a gradient of 1."""
+    """Write the value of each row and, where given, dp and dr for a gradient of 1."""
     partial = sweep(p, r, kind, False, dp, dr)
     num_rows, length = p.shape
     tile = _tile(p)

@@ -24,7 +24,7 @@ def atanh_series(s):
 
 @triton.jit
 def log_of(x):
-    """log(x) for x >= 0, subnormal too: the library's logarithm may take those for 0."""
+    """log(x) for x >= 0. The library's logarithm may take subnormal numbers for 0."""
     small = x < _SMALLEST_NORMAL
     return tl.log(tl.where(small, x * 16777216.0, x)) - tl.where(small, _LOG_2_24, 0.0)
 

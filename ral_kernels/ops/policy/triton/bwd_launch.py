@@ -23,7 +23,7 @@ from .parameters import Norm, Parts, RowTerms, Totals, ValueParts
 
 @dataclass(frozen=True)
 class RowGradient:
-    """What the gradient of a row's scores needs beside dp; the weight of the row is in it."""
+    """What the gradient of a row's scores needs beside dp. The row's weight is a factor of it."""
 
     factor: Tensor  # [B, T], 1 / (Z H), 0 for a row without gradient
     c: Tensor  # [B, T], (9)
@@ -60,7 +60,7 @@ def bwd(
     dk: Tensor,
     dspan_bias: Tensor | None,
 ) -> None:
-    """Write dq, dk and, where asked for, dspan_bias."""
+    """Write dq, dk and, if there is one, dspan_bias."""
     given = Gradient(Side.of(args), Keys.of(args), norm, dp)
     rows = rows_of(*sums(given, z), z)
     assert rows is not None
@@ -167,7 +167,7 @@ def rows_of(
 
 
 def query_gradient(given: Gradient, rows: RowGradient, dq: Tensor) -> None:
-    """Write dq, over pieces of the keys where there are too few rows and heads for the device."""
+    """Write dq. Where rows and heads are too few for the device, programs share the keys, too."""
     side, keys = given.side, given.keys
     parts = dq[None]
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the backward of `policy` that work out what each row and head needs: c, δ_h."""
+"""Triton kernels of the backward of `policy` for sums over a row: c and δ_h."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -127,10 +127,10 @@ def policy_bwd_rows_kernel(
     num_value_parts,
     BLOCK_R: tl.constexpr,
 ):
-    """From sums over pieces of the keys: c, and 1 / (Z H) and δ_h times the weight, where wanted.
+    """From sums over pieces of the keys: c, and the row's weight times 1 / (Z H) and times δ_h.
 
-    With value_parts this is `policy_divergence`, with D, U and W as further results: rows of
-    infinite value, and such as have no policy on one side, have no gradient.
+    `policy_divergence` passes value_parts, and gets D, U and W, too. Rows of infinite D, and rows
+    without a policy on one side, have no gradient.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_R)
     b = (tl.program_id(0) // row_blocks).to(tl.int64)

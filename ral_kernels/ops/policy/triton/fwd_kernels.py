@@ -48,7 +48,7 @@ def policy_fwd_kernel(
         tile.EXCLUDE_SELF,
     )  # fmt: skip
 
-    # A block without visible keys has no heads to walk over, and p = 0.
+    # A block without visible keys visits no head: p = 0.
     nearest = key_block * tile.BLOCK_K - (query_start + row_block * tile.BLOCK_Q + tile.BLOCK_Q - 1)
     farthest = nearest + tile.BLOCK_Q - 1 + tile.BLOCK_K - 1
     seen = (nearest <= window_right) & (farthest >= -window_left)
@@ -81,7 +81,7 @@ def policy_fwd_spans_kernel(
 ):
     """p of BLOCK_Q rows and BLOCK_S spans from p over keys, blocks of keys in order: (8).
 
-    Keys that no span of this program holds are passed over: with contiguous spans each key is read
+    Blocks of which no key is in these spans are skipped. With contiguous spans each key is read
     once or twice, however many spans there are.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_Q)

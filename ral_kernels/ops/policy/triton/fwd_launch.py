@@ -25,7 +25,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
         programs = cdiv(keys.num_rows, tile.block_q) * side.num_heads * side.batch_size
         splits, per_split = splits_of(programs, keys.seqlen_k, tile.block_k, norm.device)
         partial = norm.new_empty((3, splits, side.batch_size, side.num_heads, keys.num_rows))
-        # Without fusion: a shared prefix is another program, whose sums must be the same.
+        # Without FMAs: the kernel with a shared prefix must give the same sums as that without.
         triton_runtime.launch(
             policy_statistics_kernel,
             (programs * splits,),
@@ -69,8 +69,7 @@ def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
     if args.span_ids is None:
         over_keys(side, keys, norm, z, p)
         return
-    # Some rows at a time go through p over keys: one write and one read of it beside the products
-    # of all heads.
+    # Some rows at a time: p over keys is written and read once, beside the products of all heads.
     block_q = side.tile("heads").block_q
     chunks = row_chunks(args.batch_size, args.num_rows, args.seqlen_k, block_q, args.q.device)
     for batch, rows in chunks:
@@ -82,7 +81,7 @@ def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
 
 
 def over_keys(side: Side, keys: Keys, norm: Tensor, z: Tensor, p: Tensor) -> None:
-    """Write p [B, T, N], of the policy or of its reference: by one kernel, and so bit for bit."""
+    """Write p [B, T, N]. One kernel serves both policies: equal inputs give equal bits."""
 
     def run(tile: Tile) -> None:
         row_blocks = cdiv(keys.num_rows, tile.block_q)

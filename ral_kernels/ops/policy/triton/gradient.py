@@ -16,9 +16,9 @@ def load_outcomes(x, b, offs_q, outcome, mask):
 @triton.jit
 def load_factor_and_c(terms, b, num_rows, offs_q, mask_q):
     """[BLOCK_Q], each."""
-    row = b * num_rows + offs_q
-    factor = tl.load(terms.factor_ptr + row, mask=mask_q, other=0.0)
-    return factor, tl.load(terms.c_ptr + row, mask=mask_q, other=0.0)
+    # Added in turn, the offsets stay int32 vectors, which take half the registers.
+    factor = tl.load(terms.factor_ptr + b * num_rows + offs_q, mask=mask_q, other=0.0)
+    return factor, tl.load(terms.c_ptr + b * num_rows + offs_q, mask=mask_q, other=0.0)
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def load_delta(terms, b, head, num_heads, num_rows, offs_q, mask_q):
 
 @triton.jit
 def score_gradient(p, dp, visible, valid, factor, c, delta):
-    """dS_h from P_h, dp, and what policy_bwd_rows_kernel made of them: (10) to (12).
+    """dS_h from P_h, dp and `RowTerms`: (10) to (12).
 
     A weight of exactly 0 has a gradient of 0, whatever dp is there.
     """
@@ -49,9 +49,8 @@ def softcap_slope(s, score):
 def add_score_gradient(total, ds, x, PRECISION: tl.constexpr):
     """total + ds x.
 
-    With float16 inputs dS stays float32, and tf32 multiplies: it has float16's precision, holds
-    every float16 number, and a dS of 1e-9, as policies of thousands of keys have, does not
-    underflow in it.
+    With float16 inputs dS stays float32, in a product of tf32, which holds every float16 number.
+    Policies of thousands of keys have a dS of 1e-9, which underflows in float16.
     """
     if x.dtype == tl.float16:
         total = tl.dot(ds, x.to(tl.float32), total, input_precision="tf32")
@@ -62,7 +61,7 @@ def add_score_gradient(total, ds, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_per_span(total, x, one_hot):
-    """total + x one_hot in float32: two products of tf32, because one_hot needs no splitting."""
+    """total + x one_hot in float32, by two products of tf32: x is split, one_hot is exact."""
     high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits are tf32's
     total = tl.dot(high, one_hot, total, input_precision="tf32")
     return tl.dot(x - high, one_hot, total, input_precision="tf32")

@@ -29,7 +29,7 @@ def precision() -> str:
 
 @dataclass(frozen=True)
 class Keys:
-    """What the two policies of a comparison have in common: rows, and which keys count for them."""
+    """What the two policies of a comparison share: rows, and the keys that count for them."""
 
     num_rows: int
     seqlen_k: int
@@ -208,7 +208,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def splits_of(programs: int, seqlen_k: int, block_k: int, device: torch.device) -> tuple[int, int]:
-    """(number of pieces of the keys, keys of a piece), for so many programs a piece."""
+    """(number of pieces of the keys, keys of a piece), where a piece takes `programs` programs."""
     key_blocks = cdiv(seqlen_k, block_k)
     multiprocessors = triton_runtime.num_multiprocessors(device)
     splits = tiles.num_splits(programs, key_blocks, multiprocessors)
@@ -219,9 +219,9 @@ def splits_of(programs: int, seqlen_k: int, block_k: int, device: torch.device) 
 def row_chunks(
     batch_size: int, num_rows: int, seqlen_k: int, block_q: int, device: torch.device
 ) -> Iterator[tuple[slice, slice]]:
-    """(samples, rows) such that a float32 for each row and key fits the scratch of a call.
+    """(samples, rows) for which a float32 for each row and key fits the scratch of a call.
 
-    Whole samples where several fit, else blocks of rows of one sample.
+    Several whole samples, or blocks of rows of one sample.
     """
     fitting = tiles.scratch_elements(triton_runtime.architecture(device)) // seqlen_k
     if fitting >= num_rows:

@@ -98,17 +98,17 @@ def candidates(
 
 
 def scratch_elements(architecture: str) -> int:
-    """How many float32 a call may hold for some rows times all keys, unless one tile needs more.
+    """How many float32 of scratch a call may have, unless one tile of rows needs more.
 
-    32 MiB: 1,024 tiles of 64 x 128, eight for each multiprocessor of an H200.
+    32 MiB are 1,024 tiles of 64 x 128: eight for each multiprocessor of an H200.
     """
     return 2**14 if architecture == INTERPRETER else 2**23
 
 
 def num_splits(programs: int, key_blocks: int, multiprocessors: int) -> int:
-    """Over how many programs the keys of some rows are split, to have two a multiprocessor.
+    """In how many pieces to take the keys, so that a multiprocessor has two programs.
 
-    A piece has at least four blocks of keys: less would pay more for joining than it gains.
+    A piece has at least four blocks of keys: joining smaller ones would cost more than they gain.
     """
     wanted = -(-2 * multiprocessors // max(programs, 1))
     return max(1, min(wanted, key_blocks // 4, 64))
