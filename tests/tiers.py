@@ -6,7 +6,6 @@ every other test. Of neither does it keep what is marked `slow`. tests/README.md
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -21,9 +20,14 @@ def covering(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
     the most pairs of values that have not, then the values and pairs that were chosen least often.
     So where a long table of cases meets a few backends and dtypes, their pairs take turns.
     """
-    values = [list(row.items()) for row in rows]
-    pairs = [list(combinations(sorted(row, key=lambda value: value[0]), 2)) for row in values]
-    times: Counter[Hashable] = Counter()  # that a value or a pair was chosen
+    numbers: dict[Hashable, int] = {}  # of values and pairs: numbers are quick to look up
+
+    def numbered(found: Iterable[Hashable]) -> list[int]:
+        return [numbers.setdefault(x, len(numbers)) for x in found]
+
+    values = [numbered(row.items()) for row in rows]
+    pairs = [numbered(combinations(sorted(row), 2)) for row in values]
+    times = [0] * len(numbers)  # that a value or a pair was chosen
 
     def worth(index: int) -> tuple[int, int, int]:
         new, new_pairs = (sum(times[x] == 0 for x in xs[index]) for xs in (values, pairs))
@@ -36,8 +40,8 @@ def covering(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
         if chosen and worth(best)[0] == 0:
             break
         chosen.append(best)
-        times.update(values[best])
-        times.update(pairs[best])
+        for x in (*values[best], *pairs[best]):
+            times[x] += 1
         del remaining[best]
     return sorted(chosen)
 

@@ -51,6 +51,7 @@ def test_arms(arm) -> None:
             assert (arm.settings, arm.control) != (against.settings, against.control)
 
 
+@pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
 def test_controls_change_what_attention_learns_from_and_nothing_else(plan) -> None:
     losses = {}
     for name in ("ral", "ral_flipped", "ral_shuffled"):

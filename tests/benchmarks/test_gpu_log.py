@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.gpu import log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +73,7 @@ def test_good(i): assert not broken, "a context that is lost"
 """
 
 
+@pytest.mark.slow(stands_in="test_log_of_tests")
 def test_tests_do_not_take_each_other_along(tmp_path: Path) -> None:
     """A lost context, a crash and a hang cost one test each; xdist starts another worker."""
     run_tests(tmp_path, DEADLY, "-n", "1", "--dist", "load")

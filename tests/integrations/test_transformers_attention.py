@@ -350,7 +350,13 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
     assert_same_gradients(got[1], wanted[1])
 
 
-@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize(
+    "padding",
+    [
+        pytest.param(None, marks=pytest.mark.slow(stands_in="test_compile_of_a_text_model")),
+        "left",
+    ],
+)
 def test_compile_of_a_text_model(padding: str | None) -> None:
     batch = models.inputs("llama", padding=padding)
     model = models.build("llama", "ral")

@@ -147,14 +147,18 @@ def run(code: str) -> str:
     return done.stdout + done.stderr
 
 
+# Each is a process of its own that imports transformers.
+slow_import = pytest.mark.slow(stands_in="test_registration_by_import_alone")
+
+
 @pytest.mark.parametrize(
     "imports",
     [
         IMPORT_OURS + "import sys; assert 'transformers' not in sys.modules\n" + IMPORT_THEIRS,
-        IMPORT_THEIRS + IMPORT_OURS,
+        pytest.param(IMPORT_THEIRS + IMPORT_OURS, marks=slow_import),
         pytest.param(
             "import transformers\n" + IMPORT_OURS + IMPORT_THEIRS,
-            marks=pytest.mark.slow(stands_in="test_registration_by_import_alone"),
+            marks=slow_import,
         ),
     ],
     ids=["ours_first", "theirs_first", "lazy_theirs_first"],

@@ -129,7 +129,7 @@ def test_openmp_runtime_is_torchs_beside_anothers(openmp):
     code = (
         "import sklearn.utils._openmp_helpers as helpers, torch\n"
         "from tests.native.test_native import library_at, openmp_libraries\n"
-        "from ral_kernels import native\n"
+        "from ral_kernels.runtime import native\n"
         "torch.set_num_threads(3)\n"
         "print(library_at(native.openmp_runtime()).omp_get_max_threads(), len(openmp_libraries()))"
     )

@@ -56,7 +56,7 @@ class Tree:
         for name in re.findall(r"csrc/\S+\.cpp", (ROOT / "CMakeLists.txt").read_text()):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_text("")
-        self.entry = path / "csrc" / "cpu" / "entry.cpp"
+        self.entry = path / "csrc" / "cpu" / "core" / "entry.cpp"
         self.entry.write_text(ENTRY_POINT)
         self.hidden = path / "hidden"
         self.hidden.mkdir()
@@ -220,7 +220,7 @@ def test_a_library_asked_for_by_name_is_missed(tree):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_cuda_library_is_built_where_nvcc_is_and_its_failure_spares_the_other(tree):
     source = tree.path / "csrc" / "cuda" / "core" / "entry.cu"
-    source.parent.mkdir()
+    source.parent.mkdir(parents=True)
     source.write_text(f"__global__ void kernel() {{}}\n{ENTRY_POINT}")
     nvcc = str(shutil.which("nvcc"))
     result = tree.build(CUDACXX=nvcc)

@@ -64,7 +64,15 @@ def resumed(path: Path, tmp_path: Path, step: int, **config: Any) -> tuple[Any, 
     return straight, other
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+# Each trains twice: four are in the quick tier.
+QUICK_SCHEDULES = ("4 steps a batch", "steps across batches", "second epoch", "exploration")
+slow = pytest.mark.slow(stands_in="test_resumes_exactly")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK_SCHEDULES else slow) for name in SCHEDULES],
+)
 def test_resumes_exactly(name: str, path: Path, tmp_path: Path) -> None:
     step, config = SCHEDULES[name]
     straight, other = resumed(path, tmp_path, step, **config)
