@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import ctypes
+import functools
 import re
 import shutil
 import subprocess
@@ -105,7 +106,7 @@ def kernels() -> list[CudaKernel]:
         raise RuntimeError("cuobjdump is neither on PATH nor in a wheel of triton")
     path = cuda_library.library()._name
     usage = _run(cuobjdump, "-res-usage", path)
-    code = _count(_run(cuobjdump, "-sass", path))
+    code = _count(sass())
     found = []
     architecture = ""
     for line in usage.splitlines():
@@ -127,6 +128,19 @@ def kernels() -> list[CudaKernel]:
                     )
                 )  # fmt: skip
     return sorted(found, key=lambda k: (k.name, k.dtype, k.head_dim, k.architecture))
+
+
+@functools.cache  # it takes half a minute
+def sass() -> str:
+    """The machine code of the built library, for all architectures, as cuobjdump prints it.
+
+    Raises:
+        RuntimeError: the library, or cuobjdump, is missing.
+    """
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        raise RuntimeError("cuobjdump is neither on PATH nor in a wheel of triton")
+    return _run(cuobjdump, "-sass", cuda_library.library()._name)
 
 
 def _entries() -> Iterator[_Entry]:

@@ -8,6 +8,7 @@ of `compiled_in_tests` in benchmarks/codegen/calls.py. `make codegen` compiles t
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -24,6 +25,7 @@ from benchmarks.codegen.compiler import MATRIX_INSTRUCTIONS, SHARED_LIMIT
 from benchmarks.codegen.table import Row, markdown, problems
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.runtime.triton_runtime import ARCHITECTURES
+from tests.asked import asked
 from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.xdist_group("codegen")  # compile once
@@ -43,6 +45,17 @@ def compiled_for() -> tuple[str, ...]:
 
 
 PAIRS = [(call.name, on) for call, on in compiled_in_tests() if on in compiled_for()]
+NAMES = list(dict.fromkeys(name for name, _ in PAIRS))
+
+
+def in_turn(name: str) -> str:
+    """The architecture that a call is compiled for in the quick tier."""
+    possible = [on for other, on in PAIRS if other == name]
+    return possible[NAMES.index(name) % len(possible)]
+
+
+QUICK = [(name, in_turn(name)) for name in NAMES]
+SLOW = pytest.mark.slow(stands_in="test_kernels")
 Facts = Mapping[tuple[str, str], "list[Row]"]  # (call, architecture) -> its kernels
 
 
@@ -57,21 +70,27 @@ def rows_in(file: Path) -> list[Row]:
     return [Row.from_json(record) for record in json.loads(file.read_text())]
 
 
-@pytest.fixture(scope="session")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+@pytest.fixture(scope="module")
+def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Facts:
     if not triton_runtime._installed():
         skip_or_fail("triton", "triton is not installed")
-    file = tmp_path_factory.mktemp("codegen") / "facts.json"
-    done = codegen(file, "--tested", "--architectures", *compiled_for())
-    assert file.exists(), done.stderr
+    wanted = {(x["name"], x["architecture"]) for x in asked(request) if x} | set(QUICK)
     found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows_in(file):
-        name = Call(row.op, row.variant, row.dtype, row.head_dim, lambda: None).name
-        found.setdefault((name, row.facts.architecture), []).append(row)
+    for architecture in compiled_for():
+        names = [name for name in NAMES if (name, architecture) in wanted]
+        file = tmp_path_factory.mktemp("codegen") / "facts.json"
+        done = codegen(file, "--architectures", architecture, "--only", *names)
+        assert file.exists(), done.stderr
+        for row in rows_in(file):
+            name = Call(row.op, row.variant, row.dtype, row.head_dim, lambda: None).name
+            found.setdefault((name, row.facts.architecture), []).append(row)
     return found
 
 
-@pytest.mark.parametrize(("name", "architecture"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [pytest.param(*pair, marks=() if pair in QUICK else SLOW) for pair in PAIRS],
+)
 def test_kernels(name: str, architecture: str, facts: Facts) -> None:
     rows = facts[name, architecture]
     assert rows, "nothing was launched"
@@ -213,3 +232,15 @@ def test_the_interpreter_compiles_nothing(tmp_path: Path) -> None:
     assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr
     done = codegen(tmp_path / "f", "--only", "nothing of that name")
     assert done.returncode == 2 and "unknown" in done.stderr
+
+
+def test_no_kernel_takes_many_parameters() -> None:
+    """Strides, sizes and options travel in named tuples."""
+    counts: dict[str, int] = {}
+    for file in ROOT.glob("ral_kernels/**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef) or not node.name.endswith("_kernel"):
+                continue
+            if any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                counts[node.name] = len(node.args.args)
+    assert counts and max(counts.values()) <= 18, max(counts.items(), key=lambda x: x[1])

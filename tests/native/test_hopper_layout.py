@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.codegen.cuda import find_cuobjdump
+from benchmarks.codegen.cuda import find_cuobjdump, sass
 from ral_kernels.runtime import cuda_library, native
 from ral_kernels.runtime.c_interface import TensorStruct, tensor_struct
 from tests.conftest import skip_or_fail
@@ -307,14 +307,11 @@ def codes() -> dict[Form, Code]:
     missing = native.why_missing("ral_cuda") or cuda_library.hopper_missing()
     if missing is not None:
         skip_or_fail("cuda", missing)
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
+    if find_cuobjdump() is None:
         skip_or_fail("cuda", "no cuobjdump")
-    command = [cuobjdump, "-sass", "-arch", "sm_90a", cuda_library.library()._name]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[Form, Code] = {}
     code: Code = []
-    for line in sass.splitlines():
+    for line in sass().splitlines():
         if match := re.search(r"Function : (\S+)", line):
             kind = re.search(r"(attention_\w+_sm90_kernel)INS0_4(Bf16|Fp16)ELi(\d+)E", match[1])
             code = found.setdefault((kind[1], kind[2], int(kind[3])), []) if kind else []

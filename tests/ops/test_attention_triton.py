@@ -166,7 +166,7 @@ def test_span_bias_of_minus_infinity_hides_a_span() -> None:
 
 def test_head_dims_beyond_256_are_refused() -> None:
     q = torch.randn(1, 1, 2, 264)
-    with pytest.raises(NotImplementedError, match="head dims go up to 256; got 264 and 264"):
+    with pytest.raises(NotImplementedError, match="above 256 are not supported; got 264 and 264"):
         rk.attention(q, q, q, backend="triton")
 
 

@@ -75,7 +75,7 @@ def test_second_derivatives_are_refused(backend: str) -> None:
         (rk.divergence(p, r, backend=backend).sum(), p),
     ):
         (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="autograd"):
+        with pytest.raises(RuntimeError, match="has no derivative"):
             grad.square().sum().backward()
 
 
