@@ -62,8 +62,8 @@ def _library_loads(setting: Setting) -> str | None:
 
 
 def _build(setting: Setting) -> list[str]:
-    LIBRARY.unlink(missing_ok=True)
-    return python("setup.py", "--quiet", "build_ext", "--inplace")
+    build = python("setup.py", "--quiet", "build_ext", "--inplace")
+    return ["bash", "-c", 'rm -f "$0" && exec "$@"', str(LIBRARY), *build]
 
 
 def _build_alone(setting: Setting) -> dict[str, str]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import compilers, mock, points, profile, sanitizer, stages, work
+from benchmarks.gpu import compilers, mock, points, profile, sanitizer, scripts, stages, work
 from benchmarks.gpu.__main__ import main, run_stages
 from benchmarks.gpu.lines import STICKY, append, parsed
 from benchmarks.gpu.points import Point, Unit
@@ -125,6 +125,16 @@ def test_commands_of_a_real_run(tmp_path: Path) -> None:
             assert all(isinstance(word, str) for word in stage.command(setting))
     names = [stage.name for stage in SCRIPTS["all"]]
     assert len(set(names)) == len(names)
+
+
+def test_to_form_a_command_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library that a stage would build anew stays until the command runs."""
+    library = tmp_path / "libral_cuda.so"
+    library.write_text("old")
+    monkeypatch.setattr(scripts, "LIBRARY", library)
+    for stage in SCRIPTS["all"]:
+        stage.command(setting_of(tmp_path, 100.0))
+    assert library.read_text() == "old"
 
 
 def test_stages_are_isolated(tmp_path: Path) -> None:
