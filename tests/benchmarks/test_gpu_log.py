@@ -48,6 +48,7 @@ def test_log_of_tests(tmp_path: Path) -> None:
     assert "one is not two" in " ".join(failure["why"])
 
 
+@pytest.mark.slow(stands_in="test_log_of_tests")
 def test_log_of_tests_whose_time_is_over(tmp_path: Path) -> None:
     until = {"RAL_GPU_TEST_UNTIL": str(time.monotonic())}
     assert run_tests(tmp_path, TESTS.format(pause=0), **until) == 2

@@ -87,7 +87,7 @@ def test_a_bench_writes_where_it_is_told(folders: Path) -> None:
     assert written(folders) == sorted(["local", "mine", of_machine])
 
 
-@pytest.mark.long
+@pytest.mark.slow(stands_in="tests/benchmarks/test_sweeps.py::test_frames_sweep_on_pictures")
 def test_a_sweep_draws_beside_its_json(folders: Path) -> None:
     options = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--frames", "2"]
     options += ["--grid", "2", "2", "--input", "random", "--dtype", "float32", "--repeats", "1"]

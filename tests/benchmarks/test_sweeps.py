@@ -142,6 +142,7 @@ def test_resolution_sweep_fails_on_a_wrong_contestant(
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow(stands_in="test_frames_sweep_on_pictures")
 def test_resolution_sweep_on_random_input(tmp_path: Path) -> None:
     options = ["--tokens", "30", "--images", "2", "--spans", "image", "--input", "random"]
     options += ["--no-plot", "--out", str(tmp_path), "--contestants", "ral"]

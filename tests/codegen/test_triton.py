@@ -54,7 +54,8 @@ def in_turn(name: str) -> str:
     return possible[NAMES.index(name) % len(possible)]
 
 
-QUICK = [(name, in_turn(name)) for name in NAMES]
+# Left out: the same kernels at the head dim that takes longest to compile.
+QUICK = [(name, in_turn(name)) for name in NAMES if name != "attention spans bfloat16 256"]
 SLOW = pytest.mark.slow(stands_in="test_kernels")
 Facts = Mapping[tuple[str, str], "list[Row]"]  # (call, architecture) -> its kernels
 
