@@ -131,12 +131,12 @@ def _constants(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 @functools.cache
 def _remarks(ptx: str) -> tuple[str, ...]:
     """Codes in the log of ptxas. Triton throws it away, so ptxas is run once more."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [knobs.nvidia.ptxas.path, "-lineinfo", "-v", "--gpu-name=sm_90a", file.name]
+        command = [get_ptxas(90).path, "-lineinfo", "-v", "--gpu-name=sm_90a", file.name]
         log = subprocess.run(
             [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
         ).stderr
