@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         help="versions, devices, compiled libraries, and which backend each op chooses",
         description="What this installation has: versions, devices, compiled libraries, and which "
-        "backend each op chooses with backend=None, with the reason why others are passed over.",
+        "backend each op chooses with backend=None, with the reason why others are skipped.",
     )
     info.set_defaults(run=_info)
     return parser
@@ -107,7 +107,7 @@ def info_lines() -> Iterator[str]:
         yield ""
         yield f"{op}: the first of these that can run a call"
         for name, reason in order.items():
-            answer = "yes" if reason is None else f"passed over: {reason}"
+            answer = "yes" if reason is None else f"skipped: {reason}"
             yield f"  {name:<{max(map(len, order))}}  {answer}"
 
 

@@ -199,12 +199,15 @@ def define(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"ral_{name}", (torch.autograd.Function,), methods)
 
-    def autograd(*inputs: Any) -> Any:
+    def wants_gradient(inputs: tuple[Any, ...]) -> bool:
         if torch.is_grad_enabled():
             for x in tensors_of(inputs):
                 if x is not None and x.requires_grad:
-                    return function.apply(*inputs)
-        return below_autograd(*inputs)
+                    return True
+        return False
+
+    def autograd(*inputs: Any) -> Any:
+        return function.apply(*inputs) if wants_gradient(inputs) else below_autograd(*inputs)
 
     _LIBRARY.impl(name, autograd, "Autograd")
 
@@ -217,11 +220,7 @@ def define(
             or not _are_plain(tensors_of(inputs))
         ):
             return overload(*inputs)
-        if torch.is_grad_enabled():
-            for x in tensors_of(inputs):
-                if x is not None and x.requires_grad:
-                    return function.apply(*inputs)
-        return kernel(*inputs)
+        return function.apply(*inputs) if wants_gradient(inputs) else kernel(*inputs)
 
     return call
 

@@ -27,21 +27,6 @@ class BroadcastStruct(ctypes.Structure):
     _fields_ = [("data", c_void_p), *((f"stride_{d}", c_int64) for d in "bhts")]
 
 
-_EMPTY_TENSOR, _EMPTY_BROADCAST = TensorStruct(), BroadcastStruct()
-
-
-def tensor_struct(x: Tensor | None) -> TensorStruct:
-    return _EMPTY_TENSOR if x is None else TensorStruct(x.data_ptr(), *x.stride()[:3])
-
-
-def broadcast_struct(x: Tensor | None) -> BroadcastStruct:
-    return _EMPTY_BROADCAST if x is None else BroadcastStruct(x.data_ptr(), *x.stride())
-
-
-def pointer(x: Tensor | None) -> int | None:
-    return None if x is None or x.numel() == 0 else x.data_ptr()
-
-
 _FORMATS = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
 
 
@@ -72,6 +57,14 @@ def tensor_fields(x: Tensor | None) -> tuple[int, ...]:
 def broadcast_fields(x: Tensor | None) -> tuple[int, ...]:
     """The fields of a BroadcastStruct."""
     return (0, 0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride())
+
+
+def tensor_struct(x: Tensor | None) -> TensorStruct:
+    return TensorStruct(*tensor_fields(x))
+
+
+def broadcast_struct(x: Tensor | None) -> BroadcastStruct:
+    return BroadcastStruct(*broadcast_fields(x))
 
 
 def address(x: Tensor | None) -> int:

@@ -123,6 +123,16 @@ def only_on_request() -> str | None:
     return "the interpreter is for tests" if interpreted() and _pretence is None else None
 
 
+class TritonChoice:
+    """What every Triton backend answers alike to the choice of a backend."""
+
+    def available(self) -> str | None:
+        return available()
+
+    def only_on_request(self) -> str | None:
+        return only_on_request()
+
+
 def architecture(device: torch.device) -> str:
     """The row of the tables of tile sizes: "sm_80", "sm_90", "sm_100" or "interpreter"."""
     if _pretence is not None:

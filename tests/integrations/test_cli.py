@@ -200,7 +200,7 @@ def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the automatic choice does, and why: the kernels that no GPU has run are passed over."""
+    """What the automatic choice does, and why: the kernels that no GPU has run are skipped."""
     monkeypatch.setattr(backends._tables["attention"]["cuda"], "available", lambda: None)
     monkeypatch.setattr(cuda_library, "MEASURED", False)
     assert cli.main(["info"]) == 0
@@ -208,7 +208,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert head.startswith(f"ral_kernels {rk.__version__}\n") and "ral_cuda: " in head
     found = {op.split(":")[0]: op for op in ops}
     assert set(found) == {"attention", "policy", "divergence", "policy_divergence"}
-    assert "  cuda       passed over: its kernels have run on no GPU yet" in found["attention"]
+    assert "  cuda       skipped: its kernels have run on no GPU yet" in found["attention"]
     assert "  reference  yes" in found["attention"]
 
 

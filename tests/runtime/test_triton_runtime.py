@@ -129,7 +129,7 @@ def test_kernels_on_a_gpu_are_chosen_unasked(
     needs_triton()
     assert triton_runtime.only_on_request() is None
     for op, table in backends._tables.items():
-        for name in {"cuda", "triton"} & table.keys():  # those of C++ could, and are passed over
+        for name in {"cuda", "triton"} & table.keys():  # those of C++ could, and are skipped
             monkeypatch.setattr(table[name], "can_run", lambda args: None)
         assert backends.choose(op, table, None, "") is table["triton"]
 

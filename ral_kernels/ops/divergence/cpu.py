@@ -9,7 +9,7 @@ import torch
 
 from ral_kernels.runtime import checks, cpu_library
 from ral_kernels.runtime.backends import Backend
-from ral_kernels.runtime.c_interface import pointer
+from ral_kernels.runtime.c_interface import address
 
 from .arguments import KINDS, DivergenceArgs, DivergenceOutputs
 from .c_structs import Params
@@ -37,11 +37,11 @@ class CpuDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
         params = Params(
             num_rows=args.p.shape[0],
             length=args.p.shape[1],
-            p=pointer(args.p),
-            r=pointer(args.r),
-            value=pointer(outputs.value),
-            dp=pointer(outputs.dp),
-            dr=pointer(outputs.dr),
+            p=address(args.p),
+            r=address(args.r),
+            value=address(outputs.value),
+            dp=address(outputs.dp),
+            dr=address(outputs.dr),
             kind=KINDS.index(args.kind),
             isa=cpu_library.chosen_isa(),
             num_threads=torch.get_num_threads(),

@@ -12,8 +12,8 @@ from ral_kernels.runtime.c_interface import (
     DTYPES,
     BroadcastStruct,
     TensorStruct,
+    address,
     broadcast_struct,
-    pointer,
     tensor_struct,
 )
 
@@ -144,8 +144,8 @@ class CallStructs:
             q=tensor_struct(args.q),
             k=tensor_struct(args.k),
             span_bias=broadcast_struct(args.span_bias),
-            norm=pointer(norm),
-            z=pointer(z),
+            norm=address(norm),
+            z=address(z),
             scale=args.scale,
             softcap=args.softcap,
             dtype=DTYPES[args.q.dtype],
@@ -159,7 +159,7 @@ class CallStructs:
             x = x.contiguous()
             self._kept.append(x)
         shared = x.dim() == 1 or x.shape[0] == 1
-        return pointer(x), 0 if shared else x.stride(0)
+        return address(x), 0 if shared else x.stride(0)
 
 
 def divergence_params(
@@ -182,9 +182,9 @@ def divergence_params(
         q=tensor_struct(reference.q),
         k=tensor_struct(reference.k),
         k_prefix=tensor_struct(reference.k_prefix),
-        prefix_index=pointer(reference.prefix_index),
-        norm=pointer(reference_norm),
-        z=pointer(reference_z),
+        prefix_index=address(reference.prefix_index),
+        norm=address(reference_norm),
+        z=address(reference_z),
         scale=reference.scale,
         softcap=reference.softcap,
         dtype=DTYPES[reference.q.dtype],
@@ -194,8 +194,8 @@ def divergence_params(
         policy=structs.policy,
         reference=side,
         kind=KINDS.index(args.kind),
-        u=pointer(u),
-        w=pointer(w),
+        u=address(u),
+        w=address(w),
     )
     params.structs = structs
     return params

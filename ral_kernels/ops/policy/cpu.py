@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ral_kernels.runtime import checks, cpu_library
 from ral_kernels.runtime.backends import DifferentiableBackend
-from ral_kernels.runtime.c_interface import pointer, tensor_struct
+from ral_kernels.runtime.c_interface import address, tensor_struct
 
 from .arguments import (
     LossOutputs,
@@ -46,7 +46,7 @@ class CpuPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients
     def fwd(self, args: PolicyArgs, outputs: PolicyOutputs) -> None:
         cpu_library.expect_writes(outputs.p)
         structs = _structs_of(args, outputs.norm, outputs.z)
-        params = Params(common=structs.common, policy=structs.policy, p=pointer(outputs.p))
+        params = Params(common=structs.common, policy=structs.policy, p=address(outputs.p))
         status = _library().ral_cpu_policy_fwd(ctypes.byref(params))
         cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)
 
@@ -56,10 +56,10 @@ class CpuPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients
         params = Params(
             common=structs.common,
             policy=structs.policy,
-            dp=pointer(gradients.dp),
+            dp=address(gradients.dp),
             dq=tensor_struct(gradients.dq),
             dk=tensor_struct(gradients.dk),
-            dspan_bias=pointer(gradients.dspan_bias),
+            dspan_bias=address(gradients.dspan_bias),
         )
         status = _library().ral_cpu_policy_bwd(ctypes.byref(params))
         cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)
@@ -85,7 +85,7 @@ class CpuPolicyDivergence(
 
     def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
         params = _params(args, outputs)
-        params.value = pointer(outputs.value)
+        params.value = address(outputs.value)
         self._call("ral_cpu_policy_divergence_fwd", "attention_divergence", params, args)
 
     def bwd(
@@ -96,7 +96,7 @@ class CpuPolicyDivergence(
     ) -> None:
         cpu_library.expect_writes(gradients.dq, gradients.dk)
         params = _params(args, outputs)
-        params.dvalue = pointer(gradients.dvalue)
+        params.dvalue = address(gradients.dvalue)
         params.dq = tensor_struct(gradients.dq)
         params.dk = tensor_struct(gradients.dk)
         self._call("ral_cpu_policy_divergence_bwd", "attention_divergence", params, args)
@@ -110,8 +110,8 @@ class CpuPolicyDivergence(
             structs, args, outputs.reference_norm, outputs.reference_z, None, None
         )
         params.reference_normalised = normalised
-        params.value = pointer(outputs.value)
-        params.dvalue = pointer(weights)
+        params.value = address(outputs.value)
+        params.dvalue = address(weights)
         params.dq = tensor_struct(outputs.dq)
         params.dk = tensor_struct(outputs.dk)
         self._call("ral_cpu_policy_loss", "ral_loss", params, args)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ral_kernels.runtime import cuda_library
 from ral_kernels.runtime.backends import DifferentiableBackend
-from ral_kernels.runtime.c_interface import pointer, tensor_struct
+from ral_kernels.runtime.c_interface import address, tensor_struct
 
 from .arguments import (
     LossOutputs,
@@ -95,7 +95,7 @@ class CudaPolicyDivergence(
     def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
         args = _prepared(args)
         params = _params(args, outputs)
-        params.value = pointer(outputs.value)
+        params.value = address(outputs.value)
         _run("attention_divergence", "ral_cuda_policy_divergence_fwd", params, args.policy)
 
     def bwd(
@@ -106,7 +106,7 @@ class CudaPolicyDivergence(
     ) -> None:
         args = _prepared(args)
         params = _params(args, outputs)
-        params.dvalue = pointer(gradients.dvalue)
+        params.dvalue = address(gradients.dvalue)
         params.dq = tensor_struct(gradients.dq)
         params.dk = tensor_struct(gradients.dk)
         _run("attention_divergence", "ral_cuda_policy_divergence_bwd", params, args.policy)
@@ -120,8 +120,8 @@ class CudaPolicyDivergence(
             structs, args, outputs.reference_norm, outputs.reference_z, None, None
         )
         params.reference_normalised = normalised
-        params.value = pointer(outputs.value)
-        params.dvalue = pointer(weights)
+        params.value = address(outputs.value)
+        params.dvalue = address(weights)
         params.dq = tensor_struct(outputs.dq)
         params.dk = tensor_struct(outputs.dk)
         _run("ral_loss", "ral_cuda_policy_divergence_loss", params, args.policy)

@@ -8,14 +8,11 @@ from ral_kernels.runtime.backends import DifferentiableBackend
 from ..arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 
-class TritonAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients]):
+class TritonAttention(
+    triton_runtime.TritonChoice,
+    DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients],
+):
     """Triton kernels of this folder."""
-
-    def available(self) -> str | None:
-        return triton_runtime.available()
-
-    def only_on_request(self) -> str | None:
-        return triton_runtime.only_on_request()
 
     def can_run(self, args: AttentionArgs) -> str | None:
         reason = triton_runtime.cannot_run(args.q, args.k, args.v, args.attn_mask)

@@ -10,14 +10,8 @@ from ral_kernels.runtime.backends import Backend
 from ..arguments import DivergenceArgs, DivergenceOutputs
 
 
-class TritonDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
+class TritonDivergence(triton_runtime.TritonChoice, Backend[DivergenceArgs, DivergenceOutputs]):
     """Triton kernels of this folder."""
-
-    def available(self) -> str | None:
-        return triton_runtime.available()
-
-    def only_on_request(self) -> str | None:
-        return triton_runtime.only_on_request()
 
     def can_run(self, args: DivergenceArgs) -> str | None:
         reason = triton_runtime.cannot_run(args.p)

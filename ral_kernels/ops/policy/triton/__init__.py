@@ -29,14 +29,10 @@ def _cannot_run(args: PolicyArgs) -> str | None:
     return triton_runtime.cannot_run(args.q, args.k, args.span_bias)
 
 
-class TritonPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients]):
+class TritonPolicy(
+    triton_runtime.TritonChoice, DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients]
+):
     """Triton kernels of this folder."""
-
-    def available(self) -> str | None:
-        return triton_runtime.available()
-
-    def only_on_request(self) -> str | None:
-        return triton_runtime.only_on_request()
 
     def can_run(self, args: PolicyArgs) -> str | None:
         return _cannot_run(args)
@@ -62,15 +58,10 @@ class TritonPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradie
 
 
 class TritonPolicyDivergence(
-    DifferentiableBackend[PolicyDivergenceArgs, PolicyDivergenceOutputs, PolicyDivergenceGradients]
+    triton_runtime.TritonChoice,
+    DifferentiableBackend[PolicyDivergenceArgs, PolicyDivergenceOutputs, PolicyDivergenceGradients],
 ):
     """The same kernels over both policies, in chunks of rows."""
-
-    def available(self) -> str | None:
-        return triton_runtime.available()
-
-    def only_on_request(self) -> str | None:
-        return triton_runtime.only_on_request()
 
     def can_run(self, args: PolicyDivergenceArgs) -> str | None:
         reason = _cannot_run(args.policy)
