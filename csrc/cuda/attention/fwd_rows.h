@@ -2,8 +2,8 @@
 // before it and write the results after it.
 #pragma once
 
+#include "attention/marginals.h"
 #include "core/blocks.h"
-#include "core/softmax.h"
 
 namespace ral {
 namespace cuda {

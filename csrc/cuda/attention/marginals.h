@@ -2,22 +2,11 @@
 #pragma once
 
 #include "core/keys.h"
+#include "core/softmax.h"
 #include "core/tiles.h"
 
 namespace ral {
 namespace cuda {
-
-// What is subtracted from scores whose maximum is m. It is 0 where no key was seen, which avoids
-// the NaN of inf - inf.
-RAL_DEVICE float stabiliser(float m) {
-  return m == minus_infinity() ? 0.0f : m;
-}
-
-// log2(2^x + 2^y)
-RAL_DEVICE float add_in_log2(float x, float y) {
-  const float high = maximum(x, y), low = x > y ? y : x;
-  return high == minus_infinity() ? high : high + log2(1.0f + exp2(low - high));
-}
 
 // Where a warp's marginals go. It lies in shared memory because registers are scarce and it is read
 // rarely.

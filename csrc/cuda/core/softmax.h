@@ -1,12 +1,23 @@
 // Masks and online softmax of a warp's rows against a block of keys.
 #pragma once
 
-#include "attention/marginals.h"
 #include "core/keys.h"
 #include "core/tiles.h"
 
 namespace ral {
 namespace cuda {
+
+// What is subtracted from scores whose maximum is m. It is 0 where no key was seen, which avoids
+// the NaN of inf - inf.
+RAL_DEVICE float stabiliser(float m) {
+  return m == minus_infinity() ? 0.0f : m;
+}
+
+// log2(2^x + 2^y)
+RAL_DEVICE float add_in_log2(float x, float y) {
+  const float high = maximum(x, y), low = x > y ? y : x;
+  return high == minus_infinity() ? high : high + log2(1.0f + exp2(low - high));
+}
 
 // Writes `hidden` where a row does not see a key. first: the block's first key; warp_query: the
 // warp's first row.
