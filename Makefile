@@ -1,6 +1,7 @@
 # make run     the frames sweep, from a fresh clone with nothing but Python >= 3.10 and a C++ compiler
 # make test    the quick tier of the test suite: tests/README.md        make test-all    the whole suite
 # make lint    format, lint and types, as pre-commit runs them
+# make conformance    the table of docs/conformance.md: our cases of what torch, flash-attention and transformers do
 # make bench   the CPU figures       make bench-regress    the pytest-benchmark suite
 #
 # make codegen what the Triton kernels compile to, for GPUs that need not be here: benchmarks/results/codegen.md
@@ -30,7 +31,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all conformance lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -41,6 +42,9 @@ test: build
 # TIER=rest leaves out what `make test` runs.
 test-all: build
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier $(TIER)
+
+conformance: build
+	$(BIN)/python -m tests.conformance
 
 bench: build
 	$(BIN)/python -m benchmarks.attention_bench
