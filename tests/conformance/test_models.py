@@ -115,6 +115,12 @@ def batch_of(model: Any, padding: str | None, picture: bool = False) -> dict[str
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in names:
                 batch[name] = (ids == tiny.IMAGE_TOKEN).long()
+    if "bbox" in names:
+        batch["bbox"] = torch.zeros(*ids.shape, 4, dtype=torch.long)
+    if "input_ids" not in names:  # the prompt is the decoder's
+        return {"decoder_input_ids": ids, **batch}
+    if "decoder_input_ids" in names and model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids[:, :5]
     return {"input_ids": ids, **batch}
 
 

@@ -73,6 +73,10 @@ SIZES = {
     "max_position_embeddings": 512,
     "num_position_embeddings": 64,
     "out_hidden_size": WIDTH,
+    "projection_dim": WIDTH,
+    "projection_hidden_size": VISION_WIDTH,
+    "num_query_tokens": 4,
+    "base_channels": 32,
     "text_hidden_size": WIDTH,
     "projector_hidden_size": WIDTH,
     "initializer_range": SPREAD,
@@ -93,7 +97,8 @@ NO_GROUPS = {"text_config.num_key_value_heads": HEADS}
 IMAGE_VOCABULARY = {"<image>": IMAGE_TOKEN} | {f"IMGIMG{x}Z": 256 + i for i, x in enumerate("ABCD")}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4, 64: 8}},
-    "chameleon": {"vocabulary_map": IMAGE_VOCABULARY},
+    "blip-2": {"image_token_index": IMAGE_TOKEN},
+    "chameleon": {"vocabulary_map": IMAGE_VOCABULARY, "vq_config.num_embeddings": 4},
     "cohere_compass": {
         "text_config.rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -120,7 +125,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "emu3": {
         "vocabulary_map": IMAGE_VOCABULARY,
-        "vq_config.base_channels": 32,
         "vq_config.hidden_size": 32,
         "vq_config.channel_multiplier": [1, 1],
         "vq_config.num_res_blocks": 1,
@@ -130,6 +134,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config.rope_parameters.mrope_section": [3, 3, 2],
         "text_config.moe_k": 2,
     },
+    "florence2": {
+        "vision_config.embed_dim": [16, 16, 32, 32],
+        "vision_config.depths": [1, 1, 1, 1],
+        "vision_config.num_heads": [2, 2, 2, 2],
+        "vision_config.num_groups": [2, 2, 2, 2],
+    },
+    "gemma3": {"mm_tokens_per_image": 4},
     "glm46v": MROPE,
     "glm4v": MROPE,
     "glm4v_moe": HALF_MROPE,
@@ -152,12 +163,27 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_vl": {"text_config.head_dim": HEAD_DIM} | MROPE,
     "inkling_mm_model": {"vision_config.n_layers": 2, "vision_config.patch_size": 4},
+    "instructblip": {"image_token_index": IMAGE_TOKEN},
+    "instructblipvideo": {"video_token_index": IMAGE_TOKEN},
+    "janus": {"vq_config.image_token_embed_dim": WIDTH},
     "kimi_k25": {"text_config.head_dim": 8},
+    "llama4": {
+        "vision_config.intermediate_size": 4 * VISION_WIDTH,
+        "vision_config.projector_input_dim": WIDTH,
+        "vision_config.projector_output_dim": WIDTH,
+        "vision_config.vision_output_dim": WIDTH,
+    },
+    "mllama": {
+        "vision_config.intermediate_layers_indices": [0, 1],
+        "vision_config.vision_output_dim": 3 * VISION_WIDTH,
+        "vision_config.num_global_layers": 1,
+        "text_config.cross_attention_layers": [1],
+    },
     "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
     "paddleocr_vl": MROPE,
     "qwen2_5_omni_thinker": MROPE,
     "qwen2_5_vl": MROPE,
-    "qwen2_vl": MROPE,
+    "qwen2_vl": {**MROPE, "vision_config.hidden_size": WIDTH},
     "qwen3_5": HALF_MROPE,
     "qwen3_5_moe": HALF_MROPE,
     "qwen4_exp": {
@@ -168,8 +194,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config.indexer_compress_ratio": 2,
         "text_config.ngram_vocab_size_base": 200,
     },
+    "t5gemma2": {"encoder.mm_tokens_per_image": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
     "step3p7": {"text_config.sliding_window": 8},
     "unlimited_ocr": NO_GROUPS,
+    "vipllava": {"vision_feature_layer": [-1, -2]},
 }
 
 
@@ -193,7 +222,7 @@ class Shrink:
             if "rope" in name and isinstance(value, dict):
                 small[name] = value
             elif isinstance(value, dict):
-                vision = of_vision or any(x in name for x in ("vision", "image", "visual", "sam"))
+                vision = of_vision or "vision" in name or "sam" in name or "image_size" in value
                 small[name] = self(value, vision)
             elif isinstance(value, list) and layers and len(value) == layers:
                 several = [*dict.fromkeys(value)] if isinstance(value[0], str) else value
@@ -225,10 +254,15 @@ class Shrink:
 
 
 def _picture(vision: dict[str, Any]) -> None:
-    """Pictures of four by four patches."""
-    patch = vision.get("patch_size")
-    if isinstance(patch, int) and isinstance(vision.get("image_size"), int):
+    """Pictures of four by four patches, heads that fit the width."""
+    patch, size = vision.get("patch_size"), vision.get("image_size")
+    if "head_dim" in vision:
+        vision["head_dim"] = VISION_WIDTH // HEADS
+    if isinstance(patch, int) and isinstance(size, int):
         vision["image_size"] = 4 * patch
+    elif isinstance(size, (list, tuple)) and patch is not None:
+        side = 4 * (patch if isinstance(patch, int) else patch[0])
+        vision["image_size"] = [side, side]
 
 
 def families() -> dict[str, str]:
@@ -251,6 +285,8 @@ def build(family: str, attn_implementation: str) -> Any:
         for parent in parents:
             part = part[parent]
         part[name] = value
+    if "image_grid_pinpoints" in small:  # pictures of one tile
+        small["image_grid_pinpoints"] = [[small["vision_config"]["image_size"]] * 2]
     config = config_class.from_dict(small)
     torch.manual_seed(0)
     model_class: Any = getattr(transformers, families()[family])
@@ -262,9 +298,9 @@ def build(family: str, attn_implementation: str) -> Any:
                 parameter.normal_(std=SPREAD)
             elif not parameter.isfinite().all():
                 parameter.zero_()
-    # Not in the configuration: `generate` then never stops before its last token.
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    if model.can_generate():  # never stops before its last token
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
     return model.eval()
 
 
@@ -275,35 +311,106 @@ def parameters_of(model: Any) -> set[str]:
 def picture(model: Any) -> tuple[dict[str, Tensor], int]:
     """One picture as the model takes it, and how many tokens stand for it in the prompt."""
     config = model.config
-    vision = getattr(config, "vision_config", None)
+    vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)
     body = model if hasattr(model, "get_image_features") else getattr(model, "model", model)
     features = getattr(body, "get_image_features", None)
     names = parameters_of(model)
-    if features is not None:
-        names &= set(inspect.signature(features).parameters)
     patch = getattr(vision, "patch_size", None) or 14
-    generator = torch.Generator().manual_seed(3)
-    given: dict[str, Tensor] = {}
-    if "image_grid_thw" in names:
-        volume = 3 * patch**2 * getattr(vision, "temporal_patch_size", 1)
-        given["pixel_values"] = torch.randn(16, volume, generator=generator)
-        given["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+    patch = patch if isinstance(patch, int) else patch[0]
+    size = getattr(vision, "image_size", None) or 64
+    size = size if isinstance(size, int) else size[0]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+    if config.model_type in PICTURES:
+        given = PICTURES[config.model_type](noise, patch, size)
+    elif "image_grid_thw" in names:
+        times = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1)
+        given = {
+            "pixel_values": noise(16, 3 * patch**2 * times),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
     else:
-        size = getattr(vision, "image_size", None) or getattr(config, "image_size", None) or 56
-        size = size if isinstance(size, int) else size[0]
-        given["pixel_values"] = torch.randn(1, 3, size, size, generator=generator)
+        given = {"pixel_values": noise(1, 3, size, size)}
         if "image_sizes" in names:
             given["image_sizes"] = torch.tensor([[size, size]])
-    if features is None:
-        return given, 0
+        if hasattr(config, "image_grid_pinpoints"):  # the whole picture and its one tile
+            given["pixel_values"] = noise(1, 2, 3, size, size)
+    if features is None or "image_patches" in given:
+        return given, 4 if "image_patches" in given else 0
     with torch.no_grad():
         return given, _count(features(**given), config.get_text_config().hidden_size)
 
 
+def _frames(noise: Any, patch: int, size: int) -> dict[str, Tensor]:
+    return {
+        "pixel_values": noise(1, 1, 3, size, size),
+        "pixel_attention_mask": torch.ones(1, 1, size, size, dtype=torch.bool),
+    }
+
+
+def _patches(noise: Any, patch: int, size: int) -> dict[str, Tensor]:
+    return {
+        "pixel_values": noise(16, 3, patch, patch),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
+def _row_of_patches(noise: Any, patch: int, size: int) -> dict[str, Tensor]:
+    return {
+        "pixel_values": noise(1, 3, patch, 16 * patch),
+        "target_sizes": torch.tensor([[4, 4]]),
+    }
+
+
+def _with_question(noise: Any, patch: int, size: int) -> dict[str, Tensor]:
+    return {
+        "pixel_values": noise(1, 3, size, size),
+        "qformer_input_ids": torch.tensor([[5, 6, 7, 8]]),
+    }
+
+
+# Model types that take pictures in a form of their own.
+PICTURES: dict[str, Any] = {
+    "fuyu": lambda noise, patch, size: {"image_patches": noise(1, 4, 3 * patch**2)},
+    "idefics2": _frames,
+    "idefics3": _frames,
+    "smolvlm": _frames,
+    "instructblip": _with_question,
+    "instructblipvideo": lambda noise, patch, size: {
+        "pixel_values": noise(1, 1, 3, size, size),
+        "qformer_input_ids": torch.tensor([[5, 6, 7, 8]]),
+    },
+    "kimi_k25": _patches,
+    "paddleocr_vl": _patches,
+    "lfm2_vl": lambda noise, patch, size: {
+        "pixel_values": noise(1, 16, 3 * patch**2),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+    },
+    "minicpm_ocr": _row_of_patches,
+    "minicpmv4_6": _row_of_patches,
+    "minicpmv4_7": _row_of_patches,
+    "mllama": lambda noise, patch, size: {
+        "pixel_values": noise(1, 1, 4, 3, size, size),
+        "aspect_ratio_ids": torch.tensor([[1]]),
+        "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
+    },
+    "pix2struct": lambda noise, patch, size: {"flattened_patches": noise(1, 8, 770).abs()},
+    "video_llama_3": lambda noise, patch, size: {
+        "pixel_values": noise(16, 3 * patch**2),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "image_merge_sizes": torch.tensor([2]),
+    },
+}
+
+
 def _count(features: Any, width: int) -> int:
     """The rows of what `get_image_features` returns, in any of its forms."""
-    if hasattr(features, "pooler_output"):
-        features = features.pooler_output
+    if hasattr(features, "last_hidden_state"):
+        pooled = getattr(features, "pooler_output", None)
+        features = features.last_hidden_state if pooled is None else pooled
     if isinstance(features, (list, tuple)):
         if all(isinstance(x, Tensor) for x in features) and features[0].shape[-1] == width:
             return sum(x.numel() // width for x in features)
