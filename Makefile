@@ -1,5 +1,6 @@
 # make run     run the frames sweep; a fresh clone needs Python >= 3.10 and a C++ compiler
 # make test    run the quick tier of the tests (tests/README.md)        make test-all    run the whole suite
+# make coverage run the whole suite and name the lines of the packages that no test runs
 # make lint    check format, style and types, as pre-commit does
 # make bench   measure the CPU figures       make bench-regress    run the pytest-benchmark suite
 #
@@ -30,7 +31,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -41,6 +42,9 @@ test: build
 # TIER=rest leaves out what `make test` runs.
 test-all: build
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier $(TIER)
+
+coverage: build
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier $(TIER) --cov --cov-report=term-missing:skip-covered
 
 bench: build
 	$(BIN)/python -m benchmarks.attention_bench
