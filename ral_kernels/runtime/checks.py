@@ -14,8 +14,13 @@ HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether the elements can be read. Traced, fake and meta tensors have none."""
-    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+    """Whether the elements can be read, and kept: not traced, fake, meta or under torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 @functools.cache  # `choose` asks at every call

@@ -316,7 +316,7 @@ def op_inputs(name: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> tuple
     op = interface.policy_fwd
 
     def record(*args: Any) -> Any:
-        handed.append(args)
+        handed.append(interface._SIGNATURE.flatten(*args))
         return op(*args)
 
     monkeypatch.setattr(interface, "policy_fwd", record)
