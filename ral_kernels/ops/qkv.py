@@ -82,6 +82,7 @@ def check_qkv(
     if spans is not None:
         if not isinstance(spans, Spans):
             raise TypeError(f"{op}: spans must be None or Spans; got {type(spans).__name__}")
+        spans.check()
         ids = spans.ids
         if ids.shape[-1] != seqlen_k or (ids.dim() == 2 and ids.shape[0] != batch_size):
             raise ValueError(

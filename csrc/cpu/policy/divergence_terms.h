@@ -12,7 +12,7 @@ namespace RAL_ISA {
 // log(y) to a few ulp for normal y > 0. t = y - 1 comes apart, free of the rounding of y.
 RAL_INLINE Vec log_normal(Vec y, Vec t) {
   // y = 2^k f with f in [sqrt(1/2), sqrt(2)).
-  const IntVec bits = (IntVec)y + (0x3f800000 - 0x3f3504f3);
+  const IntVec bits = (IntVec)((UintVec)y + (0x3f800000u - 0x3f3504f3u));
   const IntVec k = (bits >> 23) - 127;
   const Vec f = (Vec)((bits & 0x7fffff) + 0x3f3504f3);
   const Vec u = select(k == 0, t, f - 1.f);

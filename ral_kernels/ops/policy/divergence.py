@@ -168,6 +168,7 @@ def _check_dense(op: str, reference: Tensor, args: PolicyArgs) -> None:
 
 
 def check_snapshot(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> None:
+    snapshot.check()
     for what, got, wanted in (
         ("of batch size B", snapshot.batch_size, args.batch_size),
         ("of T rows, T", snapshot.num_rows, args.num_rows),
