@@ -128,6 +128,29 @@ def test_format(text, think, direct):
     assert direct_format_reward([text], solution=["B"], trainer_state=None) == [direct]
 
 
+def test_a_think_tag_at_the_end_of_the_prompt_counts():
+    rest = THINK.removeprefix("<think>")
+    said = [{"role": "user", "content": "What barks?"}]
+    begun = [*said, {"role": "assistant", "content": "<think>\n"}]
+    ended = [*said, {"role": "assistant", "content": "<think></think>"}]
+    for prompts in (["What barks?\n<think>\n"] * 2, [begun] * 2):
+        assert format_reward([rest, THINK], prompts=prompts) == [1.0, 0.0]
+    for prompts in (["What is <think>?"] * 2, [said] * 2, [ended] * 2, None):
+        assert format_reward([rest, THINK], prompts=prompts) == [0.0, 1.0]
+    assert format_reward([rest, THINK], prompts=[said] * 2, prompt_end=["<think>", ""]) == [1.0] * 2
+    assert direct_format_reward([DIRECT], prompts=[begun], prompt_end=["<think>"]) == [1.0]
+    columns = {"solution": ["B"], "problem_type": ["multiple choice"], "prompts": [begun]}
+    assert paper_reward([rest], **columns) == [1.0]
+
+
+def test_thinking_that_trl_parsed_out_of_the_text_counts():
+    message = {"role": "assistant", "reasoning_content": "it barks", "content": DIRECT}
+    assert format_reward([[message]]) == [1.0]
+    assert format_reward([[message | {"reasoning_content": ""}]]) == [0.0]
+    assert format_reward([[message | {"content": [{"type": "text", "text": DIRECT}]}]]) == [1.0]
+    assert direct_format_reward([[message]]) == [0.0]
+
+
 def test_format_refuses_an_unknown_style():
     with pytest.raises(
         ValueError, match="format_reward: style must be one of think, direct; got 'x'"
