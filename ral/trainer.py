@@ -24,6 +24,7 @@ from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
 from .metrics import MeasuringTrainer
 from .references import References, taking_hidden_states, taking_snapshots
+from .rewards.tags import rendered_end
 from .vision import VisionLayout, lay_out
 
 logger = logging.get_logger(__name__)
@@ -173,6 +174,18 @@ class RALTrainer(MeasuringTrainer):
             if hidden is not None:
                 output["teacher_hidden"] = hidden
         return output
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], *completions: Any
+    ) -> Tensor:
+        """Reward functions see the `<think>` that a chat template ends its prompts with."""
+        end = rendered_end(
+            self.processing_class, prompts[0],
+            chat_template=self.chat_template, **self.chat_template_kwargs,
+        )  # fmt: skip
+        inputs = [{**row, "prompt_end": end} for row in inputs]
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, *completions)
+        return rewards
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._generations

@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .errors import DataError
 
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _VIDEOS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
     *(".ogv", ".webm", ".wmv"),
@@ -80,15 +79,16 @@ class FrameFinder:
         return full
 
     def _frames(self, path: str) -> list[tuple[str, int]]:
+        from ral_kernels.viz import PictureError, count_frames  # brings torch
+
         full = os.path.join(self.root, path)
         if not os.path.isdir(full):
             file = self._file(path)
             try:
-                with Image.open(file) as image:
-                    return [(file, i) for i in range(getattr(image, "n_frames", 1))]
-            except Exception as error:  # Pillow's decoders raise many kinds
+                return [(file, i) for i in range(count_frames(file))]
+            except (OSError, PictureError) as error:
                 raise DataError(
-                    f"path must be a readable image or animation; got {file!r}: {error}"
+                    f"path must be a readable image or animation; got {file!r}: {_reason(error)}"
                 ) from error
         with os.scandir(full) as entries:
             names = [entry.name for entry in entries if _is_frame(entry)]
@@ -98,9 +98,11 @@ class FrameFinder:
 
 
 def _is_frame(entry: os.DirEntry[str]) -> bool:
+    from ral_kernels.viz import PICTURE_SUFFIXES
+
     # A leading dot marks files of file managers, such as "._frame1.png".
     suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in _IMAGES and not entry.name.startswith(".") and entry.is_file()
+    return suffix in PICTURE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
 
 
 def _refuse_video(path: str) -> None:
@@ -115,7 +117,7 @@ def _refuse_video(path: str) -> None:
 
 
 def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
-    """Decode images to RGB, upright (EXIF) and on white where they are transparent.
+    """Decode images with the reader of `ral_kernels.viz`: RGB, upright, on white.
 
     Args:
         references: for each image its `path`, the index of its `frame` and its `source`
@@ -124,28 +126,20 @@ def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
     Raises:
         DataError: an image that cannot be decoded, by line and path.
     """
-    images = []
+    from ral_kernels.viz import PictureError, read_pictures
+
+    images: list[Image.Image] = []
     for path, group in itertools.groupby(references, key=lambda reference: reference["path"]):
         frames = list(group)
         try:
-            with Image.open(path) as file:
-                for frame in frames:
-                    file.seek(frame["frame"])
-                    images.append(_rgb(file))
-        except Exception as error:  # Pillow's decoders raise many kinds
+            images += read_pictures(path, [reference["frame"] for reference in frames])
+        except (OSError, PictureError) as error:
             raise DataError(
                 f"{frames[0]['source']}: path must be an image that can be decoded; "
-                f"got {path!r}: {error or type(error).__name__}"
+                f"got {path!r}: {_reason(error)}"
             ) from error
     return images
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling
-        image = image.point(lambda value: value / 256).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", error))
