@@ -7,6 +7,7 @@ from typing import Any
 
 from . import schedule
 from ._requirements import check_trl
+from .processes import check_parallelism, check_world_size
 
 check_trl()
 
@@ -39,7 +40,10 @@ class RALConfig(GRPOConfig):
     differs from the policy that starts the update.
 
     Raises:
-        ValueError: a setting has an invalid value, or settings contradict each other.
+        ValueError: a setting has an invalid value, or settings contradict each other; or a launcher
+            started another number of processes than accelerate counts.
+        NotImplementedError: parallelism_config, or accelerate's YAML, asks for more than data
+            parallelism.
     """
 
     disable_dropout: bool = _setting(
@@ -129,6 +133,8 @@ class RALConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_world_size(self)
+        check_parallelism(self)
         if isinstance(self.attn_layers, str) and self.attn_layers != "all":
             self.attn_layers = _parse_layers(self.attn_layers)
         for name, known in (

@@ -198,6 +198,7 @@ class EvalSettings:
         None, "Dtype of the weights; default bfloat16 on a GPU that has it, else float32."
     )
     device: str | None = _setting(None, "cpu, cuda, ...; default cuda if there is a GPU.")
+    trust_remote_code: bool = _setting(False, "Run Python code that comes with the model.")
     threads: int | None = _setting(
         None, "Threads of torch on the CPU; default torch's. Tiny models are fastest with one."
     )

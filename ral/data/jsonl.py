@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -107,12 +108,20 @@ def load_jsonl(
         "max_frames": max_frames,
         "skip": on_error == "skip",
     }
+    dataset: Dataset | IterableDataset
     if streaming:
-        return IterableDataset.from_generator(_stream, gen_kwargs=arguments)
-    table = _table(_rows(**arguments))
-    if not table.num_rows:
-        raise collected("load_jsonl", path, [f"{path}: rows must be one or more; got none"], 1)
-    return Dataset(table).with_transform(decode_batch)
+        dataset = IterableDataset.from_generator(_stream, gen_kwargs=arguments)
+    else:
+        table = _table(_rows(**arguments))
+        if not table.num_rows:
+            raise collected("load_jsonl", path, [f"{path}: rows must be one or more; got none"], 1)
+        dataset = Dataset(table).with_transform(decode_batch)
+    # By which `RALTrainer` sees whether a resumed run reads the same rows.
+    with open(path, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    size = os.path.getsize(path)
+    dataset.info.download_checksums = {path: {"num_bytes": size, "checksum": checksum}}
+    return dataset
 
 
 def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:

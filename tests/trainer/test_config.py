@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from accelerate.parallelism_config import ParallelismConfig
 
 from ral import RALConfig
 from ral.schedule import inner_step
@@ -48,6 +49,31 @@ BASE: dict[str, Any] = {
 def test_refused_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="RALConfig: " + message):
         RALConfig(**{**BASE, **settings})
+
+
+def test_processes_that_do_not_train_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a launcher starts two on CPUs, and the trainer takes itself for the only one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="got WORLD_SIZE=2 and num_processes=1"):
+        RALConfig(**{**BASE, "use_cpu": False})
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    RALConfig(**BASE)
+
+
+@pytest.mark.parametrize("name", ["cp", "sp", "tp", "dp_replicate", "dp_shard"])
+def test_parallelism_of_accelerate_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")
+    RALConfig(**BASE)
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "2")
+    with pytest.raises(NotImplementedError, match=f"is not supported .*; got {name}_size=2"):
+        RALConfig(**BASE)
+
+
+def test_parallelism_config_is_refused() -> None:
+    RALConfig(**BASE, parallelism_config=ParallelismConfig())
+    with pytest.raises(NotImplementedError, match=r"_config is not supported .*tp_size=2"):
+        RALConfig(**BASE, parallelism_config=ParallelismConfig(tp_size=2))
 
 
 @pytest.mark.parametrize(
