@@ -130,6 +130,11 @@ class RALConfig(GRPOConfig):
     attn_warn_grad_share: float = _setting(
         1.0, "‖∇RAL‖ / ‖∇GRPO‖ above which a warning says that RAL runs away."
     )
+    vllm_min_ratio: float = _setting(
+        0.9,
+        "Mean importance ratio of the tokens of the first rollout batch, each at most 1, below "
+        "which training with use_vllm stops; 0 = never.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,10 +168,11 @@ class RALConfig(GRPOConfig):
                 raise ValueError(
                     f"RALConfig: {name} must be finite and >= 0; got {getattr(self, name)!r}"
                 )
-        if not 0 <= self.distill_beta <= 1:
-            raise ValueError(
-                f"RALConfig: distill_beta must lie in [0, 1]; got {self.distill_beta!r}"
-            )
+        for name in ("distill_beta", "vllm_min_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"RALConfig: {name} must lie in [0, 1]; got {getattr(self, name)!r}"
+                )
         if len(self.attn_tile) != 2 or not all(n >= 1 for n in self.attn_tile):
             raise ValueError(
                 f"RALConfig: attn_tile must be [rows, columns], both >= 1; got {self.attn_tile!r}"

@@ -45,10 +45,13 @@ def failing_on_data(folder: Path) -> Iterator[None]:
 
     from ..checkpoints import CheckpointError, DiskFull, is_full
     from ..data import DataError
+    from ..rollouts import RolloutError
 
     try:
         yield
-    except (DataError, CheckpointError, DiskFull, torch.OutOfMemoryError) as error:
+    except (
+        DataError, CheckpointError, DiskFull, RolloutError, torch.OutOfMemoryError
+    ) as error:  # fmt: skip
         raise Refused(message(error)) from error
     except Exception as error:  # safetensors' errors are no OSError
         if not is_full(error, folder):

@@ -33,6 +33,7 @@ BASE: dict[str, Any] = {
         ({"attn_coef": -1.0}, "attn_coef must be finite and >= 0; got -1.0"),
         ({"attn_coef": float("nan")}, "attn_coef must be finite"),
         ({"distill_attn_coef": float("inf")}, "distill_attn_coef must be finite"),
+        ({"vllm_min_ratio": -0.1}, r"vllm_min_ratio must lie in \[0, 1\]; got -0.1"),
         ({"distill_beta": 1.5}, r"distill_beta must lie in \[0, 1\]; got 1.5"),
         ({"attn_tile": [4]}, r"attn_tile must be \[rows, columns\]"),
         ({"attn_tile": [0, 2]}, r"attn_tile must be \[rows, columns\], both >= 1"),
