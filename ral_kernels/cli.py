@@ -252,10 +252,12 @@ def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
 def _open(paths: Sequence[Path]) -> list[Any]:
     from PIL import Image
 
+    from .integrations.transformers.attention_map import FORMATS
+
     pictures = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 pictures.append(picture.convert("RGB"))
         except (OSError, Image.DecompressionBombError) as error:
             raise Refused(f"cannot read {path} as an image: {error}") from error

@@ -106,7 +106,11 @@ class DataSettings:
     )
     max_frames: int = _setting(16, "Frames of a video at most, evenly spread.")
     streaming: bool = _setting(False, "Read the file during training, not before.")
-    skip_bad_rows: bool = _setting(False, "Skip invalid rows, with a warning.")
+    skip_bad_rows: bool = _setting(
+        False,
+        "Skip invalid rows and rows with broken images, with a warning. All images are decoded for "
+        "it, before training unless streaming.",
+    )
     digits_rows: int = _setting(4096, "Rows of digits: data.")
     digits_extent: list[int] = field(
         default_factory=lambda: [8],

@@ -18,6 +18,8 @@ from .registration import check_transformers
 from .spans import VisionRegion, VisionSpans, spans_for
 
 _OP = "attention_map"
+# The formats of pictures that are opened: Pillow would hand an EPS to Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 ROWS = ("writing", "reading")
 
 
@@ -178,7 +180,7 @@ def _pictures(images: Any) -> list[Any]:
     pictures = []
     for image in given:
         if isinstance(image, (str, Path)):
-            with Image.open(image) as opened:
+            with Image.open(image, formats=FORMATS) as opened:
                 pictures.append(opened.convert("RGB"))
         elif isinstance(image, Image.Image):
             pictures.append(image.convert("RGB"))
