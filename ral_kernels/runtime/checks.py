@@ -19,25 +19,19 @@ HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 # a subclass that gives its memory another meaning would be misread.
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
+_KEYS = torch._C._TorchDispatchModeKey
+_TRACING_MODES = (_KEYS.FAKE, _KEYS.FUNCTIONAL, _KEYS.PROXY)
+
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether the elements can be read: not while they are traced, fake, meta or under `vmap`."""
-    if torch.compiler.is_compiling():
-        return False
-    if tensor.is_meta or isinstance(tensor, (FakeTensor, FunctionalTensor)):
-        return False
-    modes = torch._C._TorchDispatchModeKey
-    if any(
-        torch._C._get_dispatch_mode(mode) is not None
-        for mode in (modes.FAKE, modes.FUNCTIONAL, modes.PROXY)
-    ):
-        return False
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return False
-        tensor = functorch.get_unwrapped(tensor)
-    return True
+    """Whether the elements can be read, and kept: not traced, fake, meta or under torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or isinstance(tensor, (FakeTensor, FunctionalTensor))
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES)
+    )
 
 
 @functools.cache  # `choose` asks at every call

@@ -229,7 +229,7 @@ def call_attention(
         row_start=row_start,
         row_stop=row_stop,
     )
-    out, marginals, lse = attention_fwd(*_SIGNATURE.flatten(args, backend))
+    out, marginals, lse = attention_fwd(args, backend)
     return out, None if spans is None else marginals, lse
 
 
@@ -263,9 +263,8 @@ def _allocate_gradients(
     )
 
 
-def _attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_fwd(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """-> (out, marginals, lse)."""
-    args, backend, _ = _SIGNATURE.build(inputs)
     outputs = _allocate_outputs(args)
     chosen = backends.choose("attention", BACKENDS, args, backend)
     if outputs.out.numel() == 0 or args.seqlen_k == 0:  # empty calls never reach a backend
@@ -277,18 +276,26 @@ def _attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return outputs.out, outputs.marginals, outputs.lse
 
 
-def _attention_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _allocate_outputs(_SIGNATURE.build(inputs)[0])
+def _attention_fwd_fake(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _allocate_outputs(args)
     return outputs.out, outputs.marginals, outputs.lse
 
 
-def _attention_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _attention_bwd(
+    args: AttentionArgs,
+    backend: str,
+    out: Tensor,
+    marginals: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dmarginals: Tensor | None,
+    dlse: Tensor | None,
+    wants_dspan_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> (dq, dk, dv, dspan_bias), the last of shape [0] if it is not wanted.
 
     A gradient of None counts as zero, and its share of the work is skipped.
     """
-    args, backend, rest = _SIGNATURE.build(inputs)
-    out, marginals, lse, dout, dmarginals, dlse, wants_dspan_bias = rest
     gradients = _allocate_gradients(args, wants_dspan_bias)
     chosen = backends.choose("attention", BACKENDS, args, backend)
     if out.numel() == 0 or args.seqlen_k == 0:
@@ -313,35 +320,39 @@ def _attention_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return gradients
 
 
-def _attention_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _allocate_gradients(_SIGNATURE.build(inputs)[0], inputs[-1])
+def _attention_bwd_fake(
+    args: AttentionArgs, backend: str, *results_and_gradients: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _allocate_gradients(args, wants_dspan_bias=results_and_gradients[-1])
 
 
 def _backward(
     ctx: Any, dout: Tensor | None, dmarginals: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    inputs, outputs = _SIGNATURE.saved(ctx)
+    args, backend, outputs = _SIGNATURE.saved(ctx)
     wants_dspan_bias = ctx.needs_input_grad[_SIGNATURE.index("span_bias")]
     dq, dk, dv, dspan_bias = attention_bwd(
-        *inputs, *outputs, dout, dmarginals, dlse, wants_dspan_bias
+        args, backend, *outputs, dout, dmarginals, dlse, wants_dspan_bias
     )
     return _SIGNATURE.gradients(
         q=dq, k=dk, v=dv, span_bias=dspan_bias if wants_dspan_bias else None
     )
 
 
-attention_fwd = schema.define(
+attention_fwd = schema.define_with_args(
     "attention_fwd",
-    _SIGNATURE.inputs,
+    _SIGNATURE,
+    "",
     3,
     _attention_fwd,
     _attention_fwd_fake,
     (_SIGNATURE.save, _backward),
 )
-attention_bwd = schema.define(
+attention_bwd = schema.define_with_args(
     "attention_bwd",
-    f"{_SIGNATURE.inputs}, Tensor out, Tensor marginals, Tensor lse, Tensor? dout, "
-    "Tensor? dmarginals, Tensor? dlse, bool wants_dspan_bias",
+    _SIGNATURE,
+    "Tensor out, Tensor marginals, Tensor lse, Tensor? dout, Tensor? dmarginals, Tensor? dlse, "
+    "bool wants_dspan_bias",
     4,
     _attention_bwd,
     _attention_bwd_fake,
