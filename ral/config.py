@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import ral_kernels as rk
+
 from . import schedule
 from ._requirements import check_trl
 
@@ -157,6 +159,12 @@ class RALConfig(GRPOConfig):
                 raise ValueError(
                     f"RALConfig: {name} must be finite and >= 0; got {getattr(self, name)!r}"
                 )
+        backends = list(rk.available_backends())
+        if self.attn_backend is not None and self.attn_backend not in backends:
+            raise ValueError(
+                f"RALConfig: attn_backend must be None or one of {', '.join(backends)}; got "
+                f"{self.attn_backend!r}"
+            )
         if not 0 <= self.distill_beta <= 1:
             raise ValueError(
                 f"RALConfig: distill_beta must lie in [0, 1]; got {self.distill_beta!r}"
