@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import ral_kernels as rk
+from ral_kernels.ops.attention.interface import call_attention
 from tests.ops.attention_cases import BY_NAME
 from tests.ops.attention_eager import eager_attention
 
@@ -470,3 +471,30 @@ def test_flash_attn_varlen_func(
     wanted_grads = torch.autograd.grad(wanted, (q, k, v), douts)
     for a, b in zip(grads, wanted_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=exact, atol=exact * math.sqrt(max(*lengths_q, 1)))
+
+
+def test_tokens_of_no_packed_sequence(backend: str) -> None:
+    """After the last bound, which nobody checks on a GPU or in a graph: zeros, not old memory."""
+    q, k, v = (torch.randn(1, heads, 9, 16, requires_grad=True) for heads in (4, 2, 2))
+    spans = rk.Spans.from_lengths([4, 5])
+    bias = torch.randn(1, 4, 9, 2, requires_grad=True)
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
+
+    def call(count: int) -> tuple[Tensor, ...]:
+        ids = rk.Spans(spans.ids[:count], 2)
+        out, marginals, lse = call_attention(
+            "attention", *(x[:, :, :count] for x in (q, k, v)), ids, scale=0.25,
+            window=(-1, 0), softcap=0.0, span_bias=bias[:, :, :count], cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds, backend=backend,
+        )  # fmt: skip
+        assert marginals is not None
+        sums = (out.sum() + marginals.square().sum() + lse[:, :, :6].sum(),)
+        return (out, marginals, lse, *torch.autograd.grad(sums, (q, k, v, bias)))
+
+    got, wanted = call(9), call(6)
+    for a, b in zip(got[:3], wanted[:3], strict=True):
+        assert torch.equal(a[:, :, :6], b)
+    assert not got[0][:, :, 6:].any() and not got[1][:, :, 6:].any()
+    assert (got[2][:, :, 6:] == -math.inf).all()
+    for a, b in zip(got[3:], wanted[3:], strict=True):  # zeros from 6 on in `wanted`, by slicing
+        assert torch.equal(a, b)

@@ -267,11 +267,13 @@ def _attention_fwd(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor, T
     """-> (out, marginals, lse)."""
     outputs = _allocate_outputs(args)
     chosen = backends.choose("attention", BACKENDS, args, backend)
-    if outputs.out.numel() == 0 or args.seqlen_k == 0:  # empty calls never reach a backend
+    empty = outputs.out.numel() == 0 or args.seqlen_k == 0
+    if empty or args.cu_seqlens_q is not None:
+        # No backend gets an empty call, or writes to tokens that belong to no packed sequence.
         outputs.out.zero_()
         outputs.marginals.zero_()
         outputs.lse.fill_(float("-inf"))
-    else:
+    if not empty:
         chosen.fwd(args, outputs)
     return outputs.out, outputs.marginals, outputs.lse
 
@@ -298,9 +300,11 @@ def _attention_bwd(
     """
     gradients = _allocate_gradients(args, wants_dspan_bias)
     chosen = backends.choose("attention", BACKENDS, args, backend)
-    if out.numel() == 0 or args.seqlen_k == 0:
+    empty = out.numel() == 0 or args.seqlen_k == 0
+    if empty or args.cu_seqlens_q is not None:
         for gradient in gradients:
             gradient.zero_()
+    if empty:
         return gradients
     # Autograd passes any strides, e.g. all zero from `out.sum()`. Backends get a unit last stride.
     if dout is not None and dout.shape[3] > 1 and dout.stride(3) != 1:
