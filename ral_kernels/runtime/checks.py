@@ -126,14 +126,12 @@ def _finite_number(op: str, name: str, value: Any, wanted: str) -> float:
         return cast(float, value)  # a symbolic number has no value before the graph runs
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be {wanted}; got {type(value).__name__}")
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
+    # Comparisons alone: torch.compile traces them for a symbolic number, but not math.isfinite.
+    if not _LEAST <= value <= _GREATEST:
+        if 0 < value < math.inf:
+            wanted += " that float32 holds, 2**-126 to 2**126"
         raise ValueError(f"{op}: {name} must be {wanted}; got {value}")
-    if not _LEAST <= number <= _GREATEST:
-        raise ValueError(
-            f"{op}: {name} must be {wanted} that float32 holds, 2**-126 to 2**126; got {value}"
-        )
-    return number
+    return float(value)
 
 
 def resolve_scale(op: str, scale: Any, head_dim: int, name: str = "scale") -> float:
