@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import ral_kernels as rk
+
 from . import schedule
 from ._requirements import check_trl
 from .processes import check_parallelism, check_world_size
@@ -173,6 +175,12 @@ class RALConfig(GRPOConfig):
                 raise ValueError(
                     f"RALConfig: {name} must lie in [0, 1]; got {getattr(self, name)!r}"
                 )
+        backends = list(rk.available_backends())
+        if self.attn_backend is not None and self.attn_backend not in backends:
+            raise ValueError(
+                f"RALConfig: attn_backend must be None or one of {', '.join(backends)}; got "
+                f"{self.attn_backend!r}"
+            )
         if len(self.attn_tile) != 2 or not all(n >= 1 for n in self.attn_tile):
             raise ValueError(
                 f"RALConfig: attn_tile must be [rows, columns], both >= 1; got {self.attn_tile!r}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime.checks import dtype_name, has_values, is_int
+from .runtime.checks import dtype_name, has_values, is_int, to_int
 
 GRANULARITIES = ("frame", "image", "tile", "token")
 
@@ -91,7 +91,13 @@ class Spans:
                 span belong to none.
             device: of `ids` [N].
         """
-        lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        given: Any = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        if not isinstance(given, Iterable):
+            raise TypeError(
+                "Spans.from_lengths: lengths must be a sequence of integers, one a span; got "
+                f"{given!r}"
+            )
+        lengths = list(given)
         for length in lengths:
             if not is_int(length):
                 raise TypeError(f"Spans.from_lengths: lengths must hold integers; got {length!r}")
@@ -99,8 +105,14 @@ class Spans:
                 raise ValueError(f"Spans.from_lengths: lengths must be >= 0; got {length}")
         if not is_int(start) or start < 0:
             raise ValueError(f"Spans.from_lengths: start must be an int >= 0; got {start!r}")
+        if seqlen_k is not None and not is_int(seqlen_k):
+            raise TypeError(
+                f"Spans.from_lengths: seqlen_k must be None or an int; got {seqlen_k!r}"
+            )
+        lengths = [to_int(length) for length in lengths]
+        start = to_int(start)
         stop = start + sum(lengths)
-        total = stop if seqlen_k is None else seqlen_k
+        total = stop if seqlen_k is None else to_int(seqlen_k)
         if total < stop:
             raise ValueError(
                 f"Spans.from_lengths: seqlen_k must be at least start + sum(lengths) = {stop}; got "
@@ -306,14 +318,19 @@ def _token_ids(name: str, token_id: Any) -> list[int]:
         raise TypeError(
             f"{name}: token_id must be an int or a non-empty sequence of ints; got {token_id!r}"
         )
-    return list(token_ids)
+    return [to_int(token) for token in token_ids]
 
 
 def merged_grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, int]]:
     """The grids in tokens: (t, h / merge_size, w / merge_size) of each item."""
     if not is_int(merge_size) or merge_size < 1:
         raise ValueError(f"{name}: merge_size must be an int >= 1; got {merge_size!r}")
-    grid = torch.as_tensor(grid_thw)
+    try:
+        grid = torch.as_tensor(grid_thw)
+    except (TypeError, ValueError, RuntimeError):  # None, text, rows of different lengths
+        raise TypeError(
+            f"{name}: grid_thw must be integers [items, 3] of (t, h, w); got {grid_thw!r}"
+        ) from None
     if grid.numel() == 0:
         return []  # a batch of text alone
     if grid.is_floating_point() or grid.dtype == torch.bool:
@@ -329,7 +346,7 @@ def merged_grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, i
                 f"{name}: grid_thw must hold t >= 1 and h, w that are multiples of "
                 f"merge_size={merge_size}; got {(t, h, w)}"
             )
-        grids.append((t, h // merge_size, w // merge_size))
+        grids.append((t, h // to_int(merge_size), w // to_int(merge_size)))
     return grids
 
 
@@ -349,7 +366,7 @@ def check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int]
         or not all(is_int(side) and side >= 1 for side in tile)
     ):
         raise ValueError(f"{name}: tile must be (rows, columns) of tokens, both >= 1; got {tile!r}")
-    return tile[0], tile[1]
+    return to_int(tile[0]), to_int(tile[1])
 
 
 def number_tokens(

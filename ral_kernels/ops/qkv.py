@@ -34,6 +34,11 @@ def full_precision(q: Tensor) -> torch.autocast:
     return torch.autocast(q.device.type, enabled=False)
 
 
+def unit_last_stride(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where its last stride is not 1."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
 def check_qkv(
     op: str, q: Any, k: Any, v: Any, spans: Any, names: tuple[str, str, str] = ("q", "k", "v")
 ) -> None:

@@ -8,6 +8,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -104,6 +105,10 @@ def test_from_lengths() -> None:
     assert ids_of(spans) == [-1, 0, 0, 1, -1, -1]
     assert ids_of(rk.Spans.from_lengths(torch.tensor([1, 2]))) == [0, 1, 1]
     assert rk.Spans.from_lengths([]).num_spans == 0
+    numbers = rk.Spans.from_lengths(
+        np.array([1, 2], np.uint8), start=np.int8(1), seqlen_k=np.int8(5)
+    )
+    assert ids_of(numbers) == [-1, 0, 1, 1, -1]
 
 
 @REPRODUCIBLE
@@ -120,6 +125,10 @@ def test_from_lengths_counts(lengths: list[int], before: int, behind: int) -> No
 @pytest.mark.parametrize(
     ("arguments", "exception", "message"),
     [
+        ({"lengths": 3}, TypeError, "lengths must be a sequence of integers, one a span; got 3"),
+        ({"lengths": torch.tensor(3)}, TypeError, "lengths must be a sequence .*; got 3"),
+        ({"lengths": None}, TypeError, "lengths must be a sequence .*; got None"),
+        ({"lengths": [2], "seqlen_k": "7"}, TypeError, "seqlen_k must be None or an int; got '7'"),
         ({"lengths": [2, -1]}, ValueError, "lengths must be >= 0; got -1"),
         ({"lengths": [2.0]}, TypeError, "lengths must hold integers; got 2.0"),
         ({"lengths": [2], "start": -1}, ValueError, "start must be an int >= 0; got -1"),
@@ -294,6 +303,9 @@ BAD_GRIDS: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"grid_thw must be \[items, 3\] of \(t, h, w\); got \(1, 2\)",
     ),
     ({"grid_thw": [[1.0, 4.0, 4.0]]}, TypeError, "grid_thw must be integers; got float32"),
+    ({"grid_thw": None}, TypeError, r"grid_thw must be integers \[items, 3\] .*; got None"),
+    ({"grid_thw": "1x4x4"}, TypeError, r"grid_thw must be integers \[items, 3\] .*; got '1x4x4'"),
+    ({"grid_thw": [[1, 4], [4]]}, TypeError, r"grid_thw must be integers \[items, 3\] .*4\]\]?"),
     ({"input_ids": [1, 2]}, TypeError, "input_ids must be a tensor; got list"),
     ({"input_ids": torch.zeros(4)}, TypeError, "input_ids must be integers; got float32"),
     (

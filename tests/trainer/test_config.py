@@ -30,6 +30,7 @@ BASE: dict[str, Any] = {
         ({"attn_reference": "new"}, "attn_reference must be one of old, ref, teacher"),
         ({"attn_rows": "next"}, "attn_rows must be one of predicting, token"),
         ({"attn_reduction": "sum"}, "attn_reduction must be one of token_mean, sequence_mean"),
+        ({"attn_backend": "tpu"}, "attn_backend must be None or one of cuda, .*; got 'tpu'"),
         ({"attn_coef": -1.0}, "attn_coef must be finite and >= 0; got -1.0"),
         ({"attn_coef": float("nan")}, "attn_coef must be finite"),
         ({"distill_attn_coef": float("inf")}, "distill_attn_coef must be finite"),
