@@ -1,6 +1,7 @@
 # make run     run the frames sweep; a fresh clone needs Python >= 3.10 and a C++ compiler
 # make test    run the quick tier of the tests (tests/README.md)        make test-all    run the whole suite
 # make coverage run the whole suite and name the lines of the packages that no test runs
+# make conformance    compare with torch, flash-attention and transformers, into docs/conformance.md
 # make lint    check format, style and types, as pre-commit does
 # make bench   measure the CPU figures       make bench-regress    run the pytest-benchmark suite
 #
@@ -36,7 +37,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage sanitize fuzz lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -71,6 +72,9 @@ $(SANITIZED)/libral_cpu.so: $(NATIVE_SOURCES) | $(TOOLS)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/cmake -DRAL_SANITIZE=address,undefined \
 	  -DRAL_OUTPUT_DIR="$(abspath $(SANITIZED))"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel
+
+conformance: build
+	$(BIN)/python -m tests.conformance
 
 bench: build
 	$(BIN)/python -m benchmarks.attention_bench
