@@ -16,6 +16,7 @@ ABSOLUTE_TOLERANCE = 0.005
 RELATIVE_TOLERANCE = 0.02
 _FLOAT_NOISE = 1e-9
 
+_LONGEST = 400  # letters of a number with lead-in and unit; each lead-in is another look at them
 _CHARACTERS = str.maketrans("−–‐‑﹣－＋．，％／’⁄（）＝：", "------+.,%/'/()=:")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _POWER = re.compile(r"(?<=[0-9)}])[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
@@ -127,6 +128,8 @@ def parse_number(text: str) -> Number | None:
     if len(text) > MAX_ANSWER:
         return None
     text = clean_answer("".join(map(_plain_sign, text)).translate(_CHARACTERS))
+    if len(text) > _LONGEST:
+        return None
     text = _POWER.sub(lambda power: f"^{{{power[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _TIMES.sub("×", _without_lead_in(_bare(text)))
     sides = re.split(r" ?[=≈]+ ?", text)

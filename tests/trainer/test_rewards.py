@@ -600,14 +600,17 @@ def test_the_right_letter_in_tags_is_worth_1(letter):
             "word fox ",
         ),
         *("狗", "\ufdfa", "\x00", "\n", "-", "x=", "1 ", "٤"),
+        *("`", "*a ", "a:", "a is ", "≈", "~", "答案是", "\\frac{", "\\text{a}", "{,}"),
     ],
 )
 def test_a_megabyte_of_anything_is_no_right_answer(unit, problem_type):
     # A regular expression that backtracks, or a quadratic step, would not come back from these.
     text = unit * (MEGABYTE // len(unit))
+    shorter = text[:9_900]  # which is read
     completions = [text, f"<think>x</think><answer>{text}</answer>", f"<think>{text}"]
+    completions.append(f"<answer>{shorter}</answer>")
     solution = RIGHT[problem_type]
-    rewards = accuracy_reward(completions, [solution] * 3, [problem_type] * 3)
+    rewards = accuracy_reward(completions, [solution] * 4, [problem_type] * 4)
     assert all(0.0 <= reward < 0.01 for reward in rewards)
     assert max(format_reward(completions)) in (0.0, 1.0)
 
