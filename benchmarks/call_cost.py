@@ -2,22 +2,29 @@
 
     python -m benchmarks.call_cost               # 20 seconds
     python -m benchmarks.call_cost --out FILE    # and a JSON file with machine and commit
+    python -m benchmarks.call_cost --parts       # what `attention` spends it on
 
 One query, 16 keys, a head of 64, float32, one thread: the products take a microsecond. What is left
 is the call itself: checks, dispatch, allocation and the call of the library. Rounds alternate
 between the calls, so that a slow moment of the machine falls on all of them. The command prints the
 least and the median of each call, in microseconds.
+
+`--parts` replaces one part of `attention` at a time by its recorded result. What the call then
+saves is the price of the part, in the call's own order and with its own cold caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pkgutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +32,7 @@ import torch.nn.functional as F
 import ral_kernels as rk
 from benchmarks.harness import machine
 
-ROUNDS, CALLS = 40, 50  # a round times so many calls of each kind together
+ROUNDS, CALLS = 40, 50  # a round times so many calls of each kind
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -58,9 +65,64 @@ def calls() -> dict[str, Callable[[], object]]:
     }
 
 
-def measure() -> dict[str, dict[str, float]]:
+PARTS = {  # part of `attention` on the cpu backend -> where it is looked up
+    "checks of q, k and v": "ral_kernels.ops.qkv.check_qkv",
+    "three new tensors": "ral_kernels.ops.attention.interface._allocate_outputs",
+    "choice of a backend": "ral_kernels.runtime.backends.choose",
+    "packed inputs, with the variant": "ral_kernels.ops.attention.cpu._params",
+    "of these, the variant": "ral_kernels.runtime.cpu_library.chosen_isa",
+    "packed outputs": "ral_kernels.ops.attention.c_structs.outputs",
+    "whether the dispatcher is needed": "ral_kernels.ops.schema._are_plain",
+    "whether autograd records": "ral_kernels.ops.schema._is_recorded",
+    "backend: pack, call, status": "ral_kernels.ops.attention.cpu.CpuAttention.fwd",
+}
+
+
+def parts() -> dict[str, float]:
+    """Part of `attention` -> least microseconds that the call saves without it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, seqlen, 64) for seqlen in (1, 16, 16))
+
+    def whole() -> object:
+        return rk.attention(q, k, v)
+
+    def without(path: str) -> Callable[[], object]:
+        owner, _, attribute = path.rpartition(".")
+        target, results = pkgutil.resolve_name(owner), []
+        original = getattr(target, attribute)
+
+        def record(*args: Any) -> Any:
+            results.append(original(*args))
+            return results[-1]
+
+        with mock.patch.object(target, attribute, record):
+            whole()
+
+        def constant(*args: Any) -> Any:
+            return results[0]
+
+        def calls() -> None:
+            setattr(target, attribute, constant)
+            for _ in range(CALLS):
+                whole()
+            setattr(target, attribute, original)
+
+        return calls
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            whole()
+
+    table = {"attention": calls, **{name: without(path) for name, path in PARTS.items()}}
+    found = {name: row["least_us"] / CALLS for name, row in measure(table, calls=1).items()}
+    total = found.pop("attention")
+    return {"attention": total, **{name: total - least for name, least in found.items()}}
+
+
+def measure(
+    table: dict[str, Callable[[], object]], calls: int = CALLS
+) -> dict[str, dict[str, float]]:
     """Name -> least and median microseconds."""
-    table = calls()
     for call in table.values():
         for _ in range(20):
             call()
@@ -68,9 +130,9 @@ def measure() -> dict[str, dict[str, float]]:
     for _ in range(ROUNDS):
         for name, call in table.items():
             start = time.perf_counter()
-            for _ in range(CALLS):
+            for _ in range(calls):
                 call()
-            seconds[name].append((time.perf_counter() - start) / CALLS)
+            seconds[name].append((time.perf_counter() - start) / calls)
     return {
         name: {"least_us": 1e6 * min(times), "median_us": 1e6 * statistics.median(times)}
         for name, times in seconds.items()
@@ -80,9 +142,15 @@ def measure() -> dict[str, dict[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    out = parser.parse_args().out
+    parser.add_argument("--parts", action="store_true", help="what `attention` spends its time on")
+    given = parser.parse_args()
+    out = given.out
     torch.set_num_threads(1)
-    found = measure()
+    if given.parts:
+        for name, least in parts().items():
+            print(f"{name:36} {least:7.1f}")
+        return 0
+    found = measure(calls())
     print(f"{'microseconds a call':36} {'least':>7} {'median':>7}")
     for name, row in found.items():
         print(f"{name:36} {row['least_us']:7.1f} {row['median_us']:7.1f}")

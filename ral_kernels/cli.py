@@ -148,6 +148,11 @@ def _add_attention_map(commands: Any) -> None:
     )
     command.add_argument("--device", default="cpu", help="cpu, cuda, ...; default %(default)s")
     command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model",
+    )
+    command.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights; default the checkpoint's"
     )
     command.add_argument(
@@ -303,10 +308,11 @@ def _load(given: argparse.Namespace) -> tuple[Any, Any]:
             device = torch.device(given.device)
         except RuntimeError as error:
             raise Refused(f"--device: {_first_line(error)}") from error
-        processor = load_processor(name)
+        trusted = given.trust_remote_code
+        processor = load_processor(name, trust_remote_code=trusted)
         step()
         model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, dtype=given.dtype, **options
+            name, dtype=given.dtype, trust_remote_code=trusted, **options
         )
         try:
             model = model.to(device).eval()
@@ -331,6 +337,8 @@ def _refusing(what: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "trust_remote_code" in str(error):
+        return " ".join(lines)  # the last one says how
     return lines[0] if lines else type(error).__name__
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from .errors import DataError
+from .errors import DataError, shown_path
 
 _VIDEOS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -72,10 +72,11 @@ class FrameFinder:
         _refuse_video(path)
         if os.path.isdir(full):
             raise DataError(
-                f"path must be an image file, unless data_type is 'video'; got the folder {full!r}"
+                f"path must be an image file, unless data_type is 'video'; got the folder "
+                f"{shown_path(full)}"
             )
         if not os.path.isfile(full):
-            raise DataError(f"path must be an existing image file; got {full!r}")
+            raise DataError(f"path must be an existing image file; got {shown_path(full)}")
         return full
 
     def _frames(self, path: str) -> list[tuple[str, int]]:
@@ -88,12 +89,13 @@ class FrameFinder:
                 return [(file, i) for i in range(count_frames(file))]
             except (OSError, PictureError) as error:
                 raise DataError(
-                    f"path must be a readable image or animation; got {file!r}: {_reason(error)}"
+                    f"path must be a readable image or animation; got {shown_path(file)}: "
+                    f"{_reason(error)}"
                 ) from error
         with os.scandir(full) as entries:
             names = [entry.name for entry in entries if _is_frame(entry)]
         if not names:
-            raise DataError(f"path must be a folder with images; got none in {full!r}")
+            raise DataError(f"path must be a folder with images; got none in {shown_path(full)}")
         return [(os.path.join(full, name), 0) for name in sorted(names, key=natural_key)]
 
 
@@ -108,9 +110,11 @@ def _is_frame(entry: os.DirEntry[str]) -> bool:
 def _refuse_video(path: str) -> None:
     stem, suffix = os.path.splitext(path)
     if suffix.lower() in _VIDEOS:
+        long = len(path) > 300
+        given, path, stem = shown_path(path), "VIDEO" if long else path, "FOLDER" if long else stem
         raise DataError(
             "path must be an image, a list of images, a folder of frames or an animated GIF or "
-            f"WebP; got the video {path!r}. Extract frames into a folder, say two a second, with "
+            f"WebP; got the video {given}. Extract frames into a folder, say two a second, with "
             f"`mkdir -p '{stem}' && ffmpeg -i '{path}' -vf fps=2 '{stem}/frame%05d.jpg'`, "
             f"and give {stem!r}"
         )
@@ -136,7 +140,7 @@ def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
         except (OSError, PictureError) as error:
             raise DataError(
                 f"{frames[0]['source']}: path must be an image that can be decoded; "
-                f"got {path!r}: {_reason(error)}"
+                f"got {shown_path(path)}: {_reason(error)}"
             ) from error
     return images
 

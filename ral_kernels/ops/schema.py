@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Args = TypeVar("Args")
 Setup = Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
@@ -74,6 +75,7 @@ class Signature(Generic[Args]):
         inputs: as in a schema, "Tensor q, Tensor? span_ids, ..., str backend".
         num_tensors: how many inputs, from the first, are tensors or None.
         num_inputs: with the backend's name.
+        tensors: a function from the arguments to their tensors.
     """
 
     def __init__(self, args_type: type[Args]) -> None:
@@ -85,6 +87,7 @@ class Signature(Generic[Args]):
         self.num_tensors = len(tensors)
         self.num_inputs = len(ordered) + 1
         self._names = [x.name for x in ordered]
+        self.tensors = eval(f"lambda args: ({', '.join(f'args.{x.path}' for x in tensors)},)")
         # Python source, which torch.compile can trace, unlike operator.attrgetter.
         self._values = eval(f"lambda args: ({', '.join(f'args.{x.path}' for x in ordered)},)")
         self._build = _builder(
@@ -95,20 +98,22 @@ class Signature(Generic[Args]):
         """The inputs of a call, in the order of the schema."""
         return (*self._values(args), backend)
 
-    def build(self, inputs: Sequence[Any]) -> tuple[Args, str, Sequence[Any]]:
-        """From the inputs of an op: (arguments, name of the backend, the inputs after these)."""
+    def build(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """From the inputs of an op: (arguments, name of the backend, *the inputs after these)."""
         last = self.num_inputs - 1
-        return self._build(inputs[:last]), inputs[last], inputs[self.num_inputs :]
+        return (self._build(inputs[:last]), *inputs[last:])
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         """Keep a call for its backward; `saved` gives it back."""
         ctx.save_for_backward(*inputs[: self.num_tensors], *outputs)
         ctx.options = inputs[self.num_tensors : self.num_inputs]
 
-    def saved(self, ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-        """(inputs, outputs)."""
+    def saved(self, ctx: Any) -> tuple[Args, str, tuple[Tensor, ...]]:
+        """(arguments, name of the backend, outputs)."""
         tensors = ctx.saved_tensors
-        return (*tensors[: self.num_tensors], *ctx.options), tensors[self.num_tensors :]
+        *options, backend = ctx.options
+        args = self._build((*tensors[: self.num_tensors], *options))
+        return args, backend, tensors[self.num_tensors :]
 
     def index(self, name: str) -> int:
         """The position of an input."""
@@ -157,7 +162,7 @@ def define(
     fake: Callable[..., Any],
     derivative: tuple[Setup, Backward] | None = None,
 ) -> Callable[..., Any]:
-    """Register the functional op `ral::name`.
+    """Register the functional op `ral::name`, whose kernel takes what the schema says.
 
     Args:
         inputs: of the schema, without parentheses.
@@ -173,76 +178,167 @@ def define(
         Python to Python costs more than a small kernel. It goes through the dispatcher under
         `torch.compile`, tracing, a profiler or a dispatch mode, and for tensors that are not plain.
     """
-    outputs = ", ".join(["Tensor"] * num_outputs)
-    schema = f"{name}({inputs}) -> {f'({outputs})' if num_outputs > 1 else outputs}"
-    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ral::{name}", fake, lib=_LIBRARY)
-    overload = getattr(torch.ops.ral, name).default
-    arguments = enumerate(overload._schema.arguments)
-    tensors_of = operator.itemgetter(*(i for i, x in arguments if "Tensor" in str(x.type)))
-    setup, backward = derivative or (_keep_nothing, functools.partial(_no_derivative, name))
-
-    def below_autograd(*inputs: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack() == 0 and _are_plain(tensors_of(inputs)):
-            return kernel(*inputs)  # the dispatcher would do nothing else
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*inputs)
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        ctx.set_materialize_grads(False)  # a gradient of None spares its share of the work
-        results = below_autograd(*inputs)
-        setup(ctx, inputs, results if num_outputs > 1 else (results,))
-        return results
-
-    function: Any
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"ral_{name}", (torch.autograd.Function,), methods)
-
-    def wants_gradient(inputs: tuple[Any, ...]) -> bool:
-        if torch.is_grad_enabled():
-            for x in tensors_of(inputs):
-                if x is not None and x.requires_grad:
-                    return True
-        return False
-
-    def autograd(*inputs: Any) -> Any:
-        return function.apply(*inputs) if wants_gradient(inputs) else below_autograd(*inputs)
-
-    _LIBRARY.impl(name, autograd, "Autograd")
+    op = _Op(name, inputs, num_outputs, kernel, fake, derivative)
 
     def call(*inputs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._autograd._profiler_enabled()
-            or torch._C._get_tracing_state() is not None
-            or torch._C._len_torch_dispatch_stack() > 0
-            or not _are_plain(tensors_of(inputs))
-        ):
-            return overload(*inputs)
-        return function.apply(*inputs) if wants_gradient(inputs) else kernel(*inputs)
+        way = op.way(op.tensors_of(inputs))
+        return (way or kernel)(*inputs)
 
     return call
 
 
-_CPU_KEYS = torch._C._dispatch_keys(torch.empty(0))
+def define_with_args(
+    name: str,
+    signature: Signature[Args],
+    more_inputs: str,
+    num_outputs: int,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    derivative: tuple[Setup, Backward] | None = None,
+) -> Callable[..., Any]:
+    """`define` for an op whose first inputs are an arguments dataclass and a backend.
+
+    Args:
+        signature: of the first inputs.
+        more_inputs: of the schema, after those of `signature`.
+        kernel, fake: take (arguments, backend, *more inputs). So does the function returned. A
+            plain call passes the dataclass on as it is.
+    """
+
+    def flat_kernel(*inputs: Any) -> Any:
+        return kernel(*signature.build(inputs))
+
+    def flat_fake(*inputs: Any) -> Any:
+        return fake(*signature.build(inputs))
+
+    inputs = f"{signature.inputs}, {more_inputs}" if more_inputs else signature.inputs
+    op = _Op(name, inputs, num_outputs, flat_kernel, flat_fake, derivative)
+
+    def call(args: Args, backend: str, *more: Any) -> Any:
+        way = op.way((*signature.tensors(args), *more) if more else signature.tensors(args))
+        if way is None:
+            return kernel(args, backend, *more)
+        return way(*signature.flatten(args, backend), *more)
+
+    return call
+
+
+class _Op:
+    """A registered op and the ways to call it."""
+
+    def __init__(
+        self,
+        name: str,
+        inputs: str,
+        num_outputs: int,
+        kernel: Callable[..., Any],
+        fake: Callable[..., Any],
+        derivative: tuple[Setup, Backward] | None,
+    ) -> None:
+        outputs = ", ".join(["Tensor"] * num_outputs)
+        schema = f"{name}({inputs}) -> {f'({outputs})' if num_outputs > 1 else outputs}"
+        _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ral::{name}", fake, lib=_LIBRARY)
+        overload = getattr(torch.ops.ral, name).default
+        arguments = enumerate(overload._schema.arguments)
+        tensors_of = operator.itemgetter(*(i for i, x in arguments if "Tensor" in str(x.type)))
+        setup, backward = derivative or (_keep_nothing, functools.partial(_no_derivative, name))
+
+        def below_autograd(*inputs: Any) -> Any:
+            if torch._C._len_torch_dispatch_stack() == 0 and _are_plain(tensors_of(inputs)):
+                return kernel(*inputs)  # the dispatcher would do nothing else
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*inputs)
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
+            ctx.set_materialize_grads(False)  # a gradient of None spares its share of the work
+            setup(ctx, inputs, results if num_outputs > 1 else (results,))
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            results = below_autograd(*inputs)
+            setup_context(ctx, inputs, results)
+            return results
+
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(
+                f"ral::{name} has no forward-mode derivative (jvp); use reverse mode"
+            )
+
+        methods = {"backward": staticmethod(backward), "jvp": staticmethod(jvp)}
+        base = (torch.autograd.Function,)
+        function: Any = type(f"ral_{name}", base, {"forward": staticmethod(forward), **methods})
+        # torch.func takes functions of this form alone, which costs an ordinary call 30 us more.
+        transformed: Any = type(
+            f"ral_{name}_transformed",
+            base,
+            {
+                "forward": staticmethod(below_autograd),
+                "setup_context": staticmethod(setup_context),
+                "generate_vmap_rule": True,
+                **methods,
+            },
+        )
+
+        def autograd(*inputs: Any) -> Any:
+            recorded = _is_recorded(tensors_of(inputs))
+            return (function.apply if recorded else below_autograd)(*inputs)
+
+        _LIBRARY.impl(name, autograd, "Autograd")
+        self.tensors_of = tensors_of
+        self._dispatch, self._record, self._transform = (
+            overload, function.apply, transformed.apply
+        )  # fmt: skip
+
+    def way(self, tensors: Iterable[Any]) -> Callable[..., Any] | None:
+        """How to call the op with these tensors; None if its kernel alone does."""
+        if torch.compiler.is_compiling():
+            return self._dispatch
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() != _FUNCTIONALIZE:
+            return self._transform
+        if (
+            torch._C._autograd._profiler_enabled()
+            or torch._C._get_tracing_state() is not None
+            or torch._C._len_torch_dispatch_stack() > 0
+            or not _are_plain(tensors)
+        ):
+            return self._dispatch
+        return self._record if _is_recorded(tensors) else None
+
+
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+
+
+def _is_recorded(tensors: Iterable[Any]) -> bool:
+    """Whether autograd follows one of these tensors, backwards or forwards."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+_CPU_KEYS = torch._C._dispatch_keys(torch.empty(0)).raw_repr()
 
 
 @functools.cache
-def _cuda_keys() -> Any:
-    return torch._C._dispatch_keys(torch.empty(0, device="cuda"))
+def _cuda_keys() -> int:
+    return torch._C._dispatch_keys(torch.empty(0, device="cuda")).raw_repr()
 
 
-def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether all are ordinary tensors of the CPU or of a GPU.
+def _are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether all tensors are ordinary ones of the CPU or of a GPU.
 
     Other dispatch keys than theirs say that a tensor is of a subclass, is held by a transform of
     torch.func, or is negated lazily.
     """
     keys_of = torch._C._dispatch_keys
     for x in tensors:
-        if x is not None:
-            keys = keys_of(x)
+        if isinstance(x, Tensor):
+            keys = keys_of(x).raw_repr()
             if keys != _CPU_KEYS and not (x.is_cuda and keys == _cuda_keys()):
                 return False
     return True

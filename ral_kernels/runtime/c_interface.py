@@ -51,7 +51,10 @@ def packer(struct: type[ctypes.Structure]) -> Callable[..., bytes]:
 
 def tensor_fields(x: Tensor | None) -> tuple[int, ...]:
     """The fields of a TensorStruct."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    if x is None:
+        return 0, 0, 0, 0
+    stride_b, stride_h, stride_t, _ = x.stride()
+    return x.data_ptr(), stride_b, stride_h, stride_t
 
 
 def broadcast_fields(x: Tensor | None) -> tuple[int, ...]:

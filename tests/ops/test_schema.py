@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ral_kernels as rk
@@ -75,8 +76,9 @@ def test_nested_arguments_survive_the_flat_form() -> None:
     flat = signature.flatten(args, "cpu")
     assert len(flat) == signature.num_inputs
     assert all(x is None or isinstance(x, Tensor) for x in flat[: signature.num_tensors])
-    built, backend, rest = signature.build((*flat, "more"))
-    assert (backend, list(rest)) == ("cpu", ["more"])
+    built, *rest = signature.build((*flat, "more"))
+    assert rest == ["cpu", "more"]
+    assert all(x is y for x, y in zip(signature.tensors(args), flat, strict=False))
 
     def leaves(x: object) -> list[object]:
         if not dataclasses.is_dataclass(x):
@@ -127,11 +129,61 @@ def test_tensors_that_need_the_dispatcher_get_it() -> None:
     assert torch.equal(functional(-q), wanted)
 
 
-def test_a_second_derivative_raises() -> None:
+def every_op() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Public function -> a sum of it as a function of the queries."""
     q, k, v = inputs()
-    out = rk.attention(q.requires_grad_(), k, v).out
-    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="ral::attention_bwd has no derivative"):
+    snapshot, advantages = rk.AttentionSnapshot(1.1 * q, k), torch.ones(1)
+    spans = rk.Spans.from_lengths([3, 5])
+
+    def marginals(x: Tensor) -> Tensor:
+        found = rk.attention(x, k, v, spans).marginals
+        assert found is not None
+        return found.square().sum()
+
+    return {
+        "attention": lambda x: rk.attention(x, k, v).out.square().sum(),
+        "attention, marginals": marginals,
+        "scaled_dot_product_attention": lambda x: (
+            rk.scaled_dot_product_attention(x, k, v).square().sum()
+        ),
+        "attention_policy": lambda x: rk.attention_policy(x, k).square().sum(),
+        "attention_divergence": lambda x: rk.attention_divergence(x, k, snapshot).sum(),
+        "ral_loss": lambda x: rk.ral_loss(x, k, snapshot, advantages),
+        "divergence": lambda x: rk.divergence(x.softmax(-1), v[0, 0, 0].softmax(-1).expand_as(x))
+        .sum(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", every_op())
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func_takes_gradients(name: str) -> None:
+    """`grad`, and `vmap` around it, give what backward gives."""
+    function, (q, _, _) = every_op()[name], inputs()
+    leaf = q.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(function(leaf), leaf)
+    assert torch.count_nonzero(wanted) > 0
+    assert torch.equal(torch.func.grad(function)(q), wanted)
+    batched = torch.func.vmap(torch.func.grad(function))(torch.stack([0.5 * q, q]))
+    torch.testing.assert_close(batched[1], wanted)
+
+
+@pytest.mark.parametrize("name", every_op())
+def test_forward_mode_raises(name: str) -> None:
+    """A tangent of zero would be a wrong answer."""
+    function, (q, _, _) = every_op()[name], inputs()
+    with pytest.raises(NotImplementedError, match=r"ral::\w+ has no forward-mode derivative"):
+        torch.func.jvp(function, (q,), (q,))
+    with forward_ad.dual_level():
+        assert torch.equal(function(q), function(q))  # without a tangent
+        with pytest.raises(NotImplementedError, match=r"ral::\w+ has no forward-mode derivative"):
+            function(forward_ad.make_dual(q, q))
+
+
+@pytest.mark.parametrize("name", every_op())
+def test_a_second_derivative_raises(name: str) -> None:
+    function, q = every_op()[name], inputs()[0].requires_grad_()
+    (dq,) = torch.autograd.grad(function(q), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"ral::\w+ has no derivative"):
         torch.autograd.grad(dq.sum(), q)
 
 
@@ -150,18 +202,20 @@ def test_the_direct_call_gives_the_bits_of_the_dispatcher() -> None:
         key_padding_mask=None, cu_seqlens_q=None, cu_seqlens_k=None, num_spans=3, scale=0.25,
         window_left=-1, window_right=0, top_left=False, softcap=0.0, row_start=0, row_stop=4,
     )  # fmt: skip
-    flat = schema.Signature(AttentionArgs).flatten(args, "")
 
-    def results(call: Callable[..., Any]) -> list[Tensor]:
+    def dispatch(args: AttentionArgs, backend: str) -> Any:
+        return torch.ops.ral.attention_fwd(*schema.Signature(AttentionArgs).flatten(args, backend))
+
+    def results(call: Callable[[AttentionArgs, str], Any]) -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        outputs = call(*leaves, *flat[3:])
+        outputs = call(dataclasses.replace(args, q=leaves[0], k=leaves[1], v=leaves[2]), "")
         generator = torch.Generator().manual_seed(1)
         arriving = [torch.randn(x.shape, generator=generator) for x in outputs]
         with torch.no_grad():
-            unrecorded = call(*flat)
+            unrecorded = call(args, "")
         return [*outputs, *torch.autograd.grad(outputs, leaves, arriving), *unrecorded]
 
-    direct, dispatched = results(attention_fwd), results(torch.ops.ral.attention_fwd)
+    direct, dispatched = results(attention_fwd), results(dispatch)
     assert len(direct) == 9
     for a, b in zip(direct, dispatched, strict=True):
         assert torch.equal(a, b)

@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import pickle
@@ -8,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ral.data import (
     DataError,
@@ -452,6 +453,53 @@ def test_an_image_that_is_broken_names_line_and_path(folder, streaming):
             next(rows)
     with pytest.raises(DataError, match="here: path must be an image that can be decoded"):
         read_images([{"path": str(folder / "clip.gif"), "frame": 9, "source": "here"}])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_images_are_skipped(folder, streaming, caplog):
+    whole = (folder / "red.png").read_bytes()
+    broken = {
+        "cut.png": whole[: len(whole) // 2],
+        "empty.png": b"",
+        "page.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
+        "cut.gif": (folder / "clip.gif").read_bytes()[:-40],
+    }
+    for name, content in broken.items():
+        (folder / name).write_bytes(content)
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), RED).save(buffer, "JPEG")
+    (folder / "cut.jpg").write_bytes(buffer.getvalue()[:-40])
+    rows = [CHOICE | {"path": name} for name in (*broken, "cut.jpg")]
+    rows += [CHOICE | {"path": ["red.png", "empty.png"]}]  # one of a row's is enough
+    rows[3]["data_type"] = "video"
+    with caplog.at_level(logging.WARNING, logger="ral.data"):
+        dataset = load(folder, CHOICE, *rows, NUMBER, on_error="skip", streaming=streaming)
+        assert [row["problem_type"] for row in dataset] == ["multiple choice", "numerical"]
+    if streaming:
+        return  # the generator's logger is another process's, or a later one's
+    assert len(dataset) == 2
+    assert "left out 6 lines" in caplog.text and "cut.png'" in caplog.text
+
+
+def test_only_the_formats_that_are_named_are_opened(folder, monkeypatch):
+    """Pillow hands an EPS, whatever it is called, to Ghostscript."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
+    (folder / "a.png").write_bytes(eps)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("was called"))
+    dataset = load(folder, CHOICE | {"path": "a.png"})
+    with pytest.raises(DataError, match="cannot identify image file"):
+        dataset[0]
+    with pytest.raises(DataError, match="path must be a readable image or animation"):
+        load(folder, CHOICE | {"path": "a.png", "data_type": "video"})
+
+
+@pytest.mark.parametrize("fields", [{}, {"data_type": "video"}])
+def test_messages_show_the_ends_of_a_long_path(folder, fields):
+    uri, video = "data:image/png;base64," + "A" * 10**6, "a" * 10**6 + ".mp4"
+    for given in (uri, [uri], video, [video]):
+        with pytest.raises(DataError, match=r"path must be .*\.\.\..*characters\)") as caught:
+            load(folder, CHOICE | {"path": given} | fields)
+        assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ral_kernels.ops import qkv
 from ral_kernels.ops.attention import attention, flash_attn_varlen_func
 
 from .masks import PATTERNS, Pattern
@@ -99,7 +100,7 @@ def attention_forward(
     refuse_unsupported(module, dropout, keywords)
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
-    query, key, value = (_unit_last_stride(x) for x in (query, key, value))
+    query, key, value = (qkv.unit_last_stride(x) for x in (query, key, value))
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
 
@@ -189,10 +190,6 @@ def refuse_unsupported(module: Any, dropout: float, keywords: dict[str, Any]) ->
 def _given(lengths: tuple[Any, ...]) -> list[str]:
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     return [name for name, x in zip(names, lengths, strict=True) if x is not None]
-
-
-def _unit_last_stride(x: Tensor) -> Tensor:
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _dense_mask(module: Any, mask: Tensor, query: Tensor) -> Tensor:

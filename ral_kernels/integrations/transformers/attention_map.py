@@ -109,7 +109,7 @@ def attention_map(
         max_new_tokens: tokens to generate at most.
         layers: decoder layers, negative from the end, or "all"; as in `capture`.
         rows: "writing" for the query that predicts the token, one position before it; or
-            "reading" for the token's own query, the row that eq. (1) and `ral_loss` use.
+            "reading" for the token's own query, as in eq. (1) of arXiv 2602.04884.
         exclude_self: leave out each row's own key, which is text.
         generate_options: further arguments of `model.generate`; default greedy.
         processor_options: further arguments of the processor's call.

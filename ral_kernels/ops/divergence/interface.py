@@ -94,7 +94,7 @@ def call_divergence(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
         wants_dp=torch.is_grad_enabled() and p.requires_grad,
         wants_dr=torch.is_grad_enabled() and r.requires_grad,
     )
-    value, _, _ = divergence_fwd(*_SIGNATURE.flatten(args, backend))
+    value, _, _ = divergence_fwd(args, backend)
     return value
 
 
@@ -110,9 +110,8 @@ def _allocate_outputs(args: DivergenceArgs) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _divergence_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _divergence_fwd(args: DivergenceArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """-> (value, dp, dr): the gradients for dvalue = 1, of shape [0] where not wanted."""
-    args, backend, _ = _SIGNATURE.build(inputs)
     value, dp, dr = _allocate_outputs(args)
     # Backends get contiguous rows, whatever the leading dimensions are.
     length = args.p.shape[-1]
@@ -132,8 +131,8 @@ def _divergence_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return value, dp, dr
 
 
-def _divergence_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_outputs(_SIGNATURE.build(inputs)[0])
+def _divergence_fwd_fake(args: DivergenceArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_outputs(args)
 
 
 def _scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -165,9 +164,10 @@ def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[
     return _SIGNATURE.gradients(p=dp, r=dr)
 
 
-divergence_fwd = schema.define(
+divergence_fwd = schema.define_with_args(
     "divergence_fwd",
-    _SIGNATURE.inputs,
+    _SIGNATURE,
+    "",
     3,
     _divergence_fwd,
     _divergence_fwd_fake,

@@ -131,13 +131,8 @@ def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend:
         if args.span_ids is None:
             return _call_policy_divergence(args, reference, kind, backend)
         reference = _span_policy_of(op, reference, args, backend)
-    elif isinstance(reference, Tensor):
-        _check_dense(op, reference, args)
     else:
-        raise TypeError(
-            f"{op}: reference must be a [B, T, N] or [B, T, S] tensor or an AttentionSnapshot; got "
-            f"{type(reference).__name__}"
-        )
+        _check_dense(op, reference, args)
     return _composed(call_policy(args, backend), reference, kind, backend)
 
 
@@ -154,7 +149,9 @@ def _composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
     return value.masked_fill(nowhere, 0.0)
 
 
-def _check_dense(op: str, reference: Tensor, args: PolicyArgs) -> None:
+def _check_dense(op: str, reference: Any, args: PolicyArgs) -> None:
+    wanted = "a [B, T, N] or [B, T, S] tensor or an AttentionSnapshot"
+    checks.check_tensor(op, "reference", reference, wanted)
     if not reference.is_floating_point():
         raise TypeError(
             f"{op}: reference must be floating or an AttentionSnapshot; got "
@@ -168,6 +165,7 @@ def _check_dense(op: str, reference: Tensor, args: PolicyArgs) -> None:
 
 
 def check_snapshot(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> None:
+    snapshot.check()
     for what, got, wanted in (
         ("of batch size B", snapshot.batch_size, args.batch_size),
         ("of T rows, T", snapshot.num_rows, args.num_rows),
@@ -210,9 +208,7 @@ def _span_policy_of(op: str, snapshot: AttentionSnapshot, args: PolicyArgs, back
 def _call_policy_divergence(
     args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str
 ) -> Tensor:
-    value: Tensor = policy_divergence_fwd(
-        *SIGNATURE.flatten(streaming_args(args, snapshot, kind), backend)
-    )[0]
+    value: Tensor = policy_divergence_fwd(streaming_args(args, snapshot, kind), backend)[0]
     return value
 
 
@@ -261,9 +257,8 @@ def allocate_gradients(args: PolicyDivergenceArgs) -> tuple[Tensor, Tensor]:
     )
 
 
-def _policy_divergence_fwd(*inputs: Any) -> tuple[Tensor, ...]:
+def _policy_divergence_fwd(args: PolicyDivergenceArgs, backend: str) -> tuple[Tensor, ...]:
     """-> the fields of PolicyDivergenceOutputs."""
-    args, backend, _ = SIGNATURE.build(inputs)
     outputs = _allocate_outputs(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
     results = _tensors_of(outputs)
@@ -275,13 +270,15 @@ def _policy_divergence_fwd(*inputs: Any) -> tuple[Tensor, ...]:
     return results
 
 
-def _policy_divergence_fwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
-    return _tensors_of(_allocate_outputs(SIGNATURE.build(inputs)[0]))
+def _policy_divergence_fwd_fake(args: PolicyDivergenceArgs, backend: str) -> tuple[Tensor, ...]:
+    return _tensors_of(_allocate_outputs(args))
 
 
-def _policy_divergence_bwd(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _policy_divergence_bwd(
+    args: PolicyDivergenceArgs, backend: str, *statistics_and_dvalue: Tensor
+) -> tuple[Tensor, Tensor]:
     """-> (dq, dk). The reference policy gets no gradient."""
-    args, backend, (*statistics, dvalue) = SIGNATURE.build(inputs)
+    *statistics, dvalue = statistics_and_dvalue
     dq, dk = allocate_gradients(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
     if dvalue.numel() == 0 or args.policy.seqlen_k == 0:
@@ -294,8 +291,10 @@ def _policy_divergence_bwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     return dq, dk
 
 
-def _policy_divergence_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return allocate_gradients(SIGNATURE.build(inputs)[0])
+def _policy_divergence_bwd_fake(
+    args: PolicyDivergenceArgs, backend: str, *statistics_and_dvalue: Tensor
+) -> tuple[Tensor, Tensor]:
+    return allocate_gradients(args)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -305,23 +304,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...
 def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dvalue is None:
         return SIGNATURE.gradients()
-    inputs, statistics = SIGNATURE.saved(ctx)
-    dq, dk = policy_divergence_bwd(*inputs, *statistics, dvalue)
+    args, backend, statistics = SIGNATURE.saved(ctx)
+    dq, dk = policy_divergence_bwd(args, backend, *statistics, dvalue)
     return SIGNATURE.gradients(q=dq, k=dk)
 
 
-policy_divergence_fwd = schema.define(
+policy_divergence_fwd = schema.define_with_args(
     "policy_divergence_fwd",
-    SIGNATURE.inputs,
+    SIGNATURE,
+    "",
     7,
     _policy_divergence_fwd,
     _policy_divergence_fwd_fake,
     (_setup_context, _backward),
 )
-policy_divergence_bwd = schema.define(
+policy_divergence_bwd = schema.define_with_args(
     "policy_divergence_bwd",
-    f"{SIGNATURE.inputs}, Tensor norm, Tensor z, Tensor reference_norm, Tensor reference_z, "
-    "Tensor u, Tensor w, Tensor dvalue",
+    SIGNATURE,
+    "Tensor norm, Tensor z, Tensor reference_norm, Tensor reference_z, Tensor u, Tensor w, "
+    "Tensor dvalue",
     2,
     _policy_divergence_bwd,
     _policy_divergence_bwd_fake,

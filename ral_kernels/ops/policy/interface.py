@@ -154,8 +154,7 @@ def _resolve_scope(op: str, scope: Any, spans: Spans | None, k: Tensor) -> Tenso
         scope = spans  # rows over spans sum to 1
     if isinstance(scope, Spans):
         scope = scope.ids >= 0
-    if not isinstance(scope, Tensor):
-        raise TypeError(f"{op}: scope must be {wanted}; got {type(scope).__name__}")
+    checks.check_tensor(op, "scope", scope, wanted)
     if scope.dtype != torch.bool:
         raise TypeError(
             f"{op}: scope must be {wanted} (True = in the scope); got "
@@ -177,7 +176,7 @@ def _resolve_scope(op: str, scope: Any, spans: Spans | None, k: Tensor) -> Tenso
 
 def call_policy(args: PolicyArgs, backend: str) -> Tensor:
     """Call the op with checked arguments."""
-    p, _, _ = policy_fwd(*_SIGNATURE.flatten(args, backend))
+    p, _, _ = policy_fwd(args, backend)
     return p
 
 
@@ -204,12 +203,11 @@ def _allocate_gradients(args: PolicyArgs, wants_dspan_bias: bool) -> tuple[Tenso
     )
 
 
-def _policy_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _policy_fwd(args: PolicyArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """-> (p, norm, z), as in PolicyOutputs.
 
     `norm` keeps digits of the weights that a float32 lse would round away.
     """
-    args, backend, _ = _SIGNATURE.build(inputs)
     outputs = _allocate_outputs(args)
     chosen = backends.choose("policy", BACKENDS, args, backend)
     results = outputs.p, outputs.norm, outputs.z
@@ -221,14 +219,21 @@ def _policy_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return results
 
 
-def _policy_fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _allocate_outputs(_SIGNATURE.build(inputs)[0])
+def _policy_fwd_fake(args: PolicyArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _allocate_outputs(args)
     return outputs.p, outputs.norm, outputs.z
 
 
-def _policy_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _policy_bwd(
+    args: PolicyArgs,
+    backend: str,
+    p: Tensor,
+    norm: Tensor,
+    z: Tensor,
+    dp: Tensor,
+    wants_dspan_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> (dq, dk, dspan_bias), the last of shape [0] if it is not wanted."""
-    args, backend, (p, norm, z, dp, wants_dspan_bias) = _SIGNATURE.build(inputs)
     gradients = _allocate_gradients(args, wants_dspan_bias)
     chosen = backends.choose("policy", BACKENDS, args, backend)
     if p.numel() == 0 or args.seqlen_k == 0:
@@ -244,30 +249,34 @@ def _policy_bwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return gradients
 
 
-def _policy_bwd_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(_SIGNATURE.build(inputs)[0], inputs[-1])
+def _policy_bwd_fake(
+    args: PolicyArgs, backend: str, *results_and_gradients: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_gradients(args, wants_dspan_bias=results_and_gradients[-1])
 
 
 def _backward(ctx: Any, dp: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dp is None:  # norm and z reach no user, so no gradient arrives there
         return _SIGNATURE.gradients()
-    inputs, outputs = _SIGNATURE.saved(ctx)
+    args, backend, outputs = _SIGNATURE.saved(ctx)
     wants_dspan_bias = ctx.needs_input_grad[_SIGNATURE.index("span_bias")]
-    dq, dk, dspan_bias = policy_bwd(*inputs, *outputs, dp, wants_dspan_bias)
+    dq, dk, dspan_bias = policy_bwd(args, backend, *outputs, dp, wants_dspan_bias)
     return _SIGNATURE.gradients(q=dq, k=dk, span_bias=dspan_bias if wants_dspan_bias else None)
 
 
-policy_fwd = schema.define(
+policy_fwd = schema.define_with_args(
     "policy_fwd",
-    _SIGNATURE.inputs,
+    _SIGNATURE,
+    "",
     3,
     _policy_fwd,
     _policy_fwd_fake,
     (_SIGNATURE.save, _backward),
 )
-policy_bwd = schema.define(
+policy_bwd = schema.define_with_args(
     "policy_bwd",
-    f"{_SIGNATURE.inputs}, Tensor p, Tensor norm, Tensor z, Tensor dp, bool wants_dspan_bias",
+    _SIGNATURE,
+    "Tensor p, Tensor norm, Tensor z, Tensor dp, bool wants_dspan_bias",
     3,
     _policy_bwd,
     _policy_bwd_fake,

@@ -110,7 +110,8 @@ def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:
             f"{op}: advantages must be floating; got {checks.dtype_name(advantages.dtype)}"
         )
     shape = (args.batch_size, args.num_rows)
-    if advantages.shape not in (shape[:1], shape):
+    # not `in`, which under torch.compile does not find sizes that are symbolic
+    if not (advantages.shape == shape[:1] or advantages.shape == shape):
         raise ValueError(
             f"{op}: advantages must be [B] or [B, T] with B={shape[0]}, T={shape[1]}; got "
             f"{tuple(advantages.shape)}"
@@ -168,13 +169,14 @@ def _fused_loss(
     args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str, weights: Tensor
 ) -> Tensor:
     # The snapshot keeps its normalisers: every inner step compares the same rollouts with it.
-    eager = not torch.compiler.is_compiling()
+    keeps = checks.has_values(args.q)
     # How a backend computes the reference policy may depend on the policy's dtype.
     kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')} {args.q.dtype}"
-    given = snapshot.find_normalisers(args, kernels) if eager else None
-    inputs = SIGNATURE.flatten(streaming_args(args, snapshot, kind), backend)
-    loss, _, _, norm, z = policy_divergence_loss(*inputs, weights, *(given or (None, None)))
-    if eager and given is None:
+    given = snapshot.find_normalisers(args, kernels) if keeps else None
+    loss, _, _, norm, z = policy_divergence_loss(
+        streaming_args(args, snapshot, kind), backend, weights, *(given or (None, None))
+    )
+    if keeps and given is None:
         snapshot.keep_normalisers(args, kernels, norm.detach(), z.detach())
     result: Tensor = loss
     return result
@@ -189,13 +191,18 @@ def _allocate(args: PolicyDivergenceArgs, normalised: bool) -> tuple[Tensor, ...
     return loss, *allocate_gradients(args), norm, z
 
 
-def _policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
+def _policy_divergence_loss(
+    args: PolicyDivergenceArgs,
+    backend: str,
+    weights: Tensor,
+    given_norm: Tensor | None,
+    given_z: Tensor | None,
+) -> tuple[Tensor, ...]:
     """-> (sum over rows of weight times divergence, dq, dk, reference_norm, reference_z).
 
     The last two are the reference policy's statistics, which a later call may receive. They are
     empty if this call received them.
     """
-    args, backend, (weights, given_norm, given_z) = SIGNATURE.build(inputs)
     weights = weights.contiguous()
     normalised = given_norm is not None
     results = _allocate(args, normalised)
@@ -206,15 +213,20 @@ def _policy_divergence_loss(*inputs: Any) -> tuple[Tensor, ...]:
             result.zero_()
         return results
     value = allocation.new_empty(weights, weights.shape, weights.dtype)
-    if normalised:
+    if given_norm is not None and given_z is not None:
         norm, z = given_norm, given_z
     chosen.loss(args, weights, normalised, LossOutputs(value, norm, z, dq, dk))
     loss.copy_(_weighted_sum(value, weights))
     return results
 
 
-def _policy_divergence_loss_fake(*inputs: Any) -> tuple[Tensor, ...]:
-    args, _, (_, given_norm, _) = SIGNATURE.build(inputs)
+def _policy_divergence_loss_fake(
+    args: PolicyDivergenceArgs,
+    backend: str,
+    weights: Tensor,
+    given_norm: Tensor | None,
+    given_z: Tensor | None,
+) -> tuple[Tensor, ...]:
     return _allocate(args, given_norm is not None)
 
 
@@ -230,9 +242,10 @@ def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
     return *SIGNATURE.gradients(q=dq, k=dk), *rest
 
 
-policy_divergence_loss = schema.define(
+policy_divergence_loss = schema.define_with_args(
     "policy_divergence_loss",
-    f"{SIGNATURE.inputs}, Tensor weights, Tensor? reference_norm, Tensor? reference_z",
+    SIGNATURE,
+    "Tensor weights, Tensor? reference_norm, Tensor? reference_z",
     5,
     _policy_divergence_loss,
     _policy_divergence_loss_fake,
