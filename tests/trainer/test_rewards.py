@@ -135,7 +135,8 @@ def test_a_think_tag_at_the_end_of_the_prompt_counts():
     ended = [*said, {"role": "assistant", "content": "<think></think>"}]
     for prompts in (["What barks?\n<think>\n"] * 2, [begun] * 2):
         assert format_reward([rest, THINK], prompts=prompts) == [1.0, 0.0]
-    for prompts in (["What is <think>?"] * 2, [said] * 2, [ended] * 2, None):
+    others: list = [["What is <think>?"] * 2, [said] * 2, [ended] * 2, None]
+    for prompts in others:
         assert format_reward([rest, THINK], prompts=prompts) == [0.0, 1.0]
     assert format_reward([rest, THINK], prompts=[said] * 2, prompt_end=["<think>", ""]) == [1.0] * 2
     assert direct_format_reward([DIRECT], prompts=[begun], prompt_end=["<think>"]) == [1.0]
@@ -424,7 +425,7 @@ def test_formulas_are_read_in_any_thread_and_leave_the_alarm_clock_alone(caplog)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     wanted = [math.sqrt(i) / 7 for i in range(1, 9)] * 2
-    assert [number.value for number in numbers] == pytest.approx(wanted, rel=1e-12)
+    assert [number and number.value for number in numbers] == pytest.approx(wanted, rel=1e-12)
     assert not rang and caplog.text == ""
 
 
