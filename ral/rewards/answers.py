@@ -32,6 +32,7 @@ _REPLACED = [
             for command, sign in (
                 *(("times", "×"), ("cdot", "·"), ("div", "÷"), ("angle", "∠"), ("degree", "°")),
                 *(("mu", "µ"), ("Omega", "Ω"), ("euro", "€"), ("texteuro", "€"), ("pounds", "£")),
+                *(("therefore", "∴"), ("implies", "⇒"), ("Rightarrow", "⇒"), ("rightarrow", "→")),
             )
         ),
         (r"\\(?:approx|simeq|sim)(?![A-Za-z])", "≈"),

@@ -187,6 +187,7 @@ RIGHT_CHOICES = [
     ),
     *("答案是B", "正确答案为：B", "故选B。", "选项B", "B选项", "【B】", "「B」", "**B**: the dog"),
     *("B\nthe dog", "B\n\nbecause dogs bark", "B:\nthe dog", "B (the dog)", "B is correct"),
+    *("The most likely answer is B", "I'd go with option B", "Answer: Option B", "B — the dog"),
     *("So the answer is B.", "I choose B", "It's B", "#### B", "**Answer:** B", "Ans: B"),
 ]
 NO_CHOICES = [
@@ -315,6 +316,9 @@ def test_no_list_of_letters_is_a_choice(letters, data):
             ("It's 5", 5),
             ("一共有5个", 5),
         ),
+        *((r"1.5\times 10^{-4}\ \mathrm{mol\,L^{-1}}", 1.5e-4), ("5 ℃", 5), ("٥٫٥", 5.5)),
+        *((r"\therefore x = 5", 5), ("**Final Answer**\n\n\\[\n\\boxed{5}\n\\]", 5)),
+        *(("There are **5** red apples on the table in the room", 5), (r"(\frac{1}{2})", 0.5)),
         *(("22/7 ≈ 3.14", 3.14), ("x = 10 ÷ 2 = 5", 5), (r"72^\circ\text{F}", 72)),
     ],
 )
