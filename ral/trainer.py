@@ -183,8 +183,13 @@ class RALTrainer(MeasuringTrainer):
         self, inputs: list[dict[str, Any]], prompts: list[Any], *completions: Any
     ) -> Tensor:
         """Reward functions see the `<think>` that a chat template ends its prompts with."""
+        from trl.data_utils import prepare_multimodal_messages
+
+        prompt = prompts[0]
+        if self._is_vlm and not isinstance(prompt, str):  # as TRL renders it
+            prompt = prepare_multimodal_messages(prompt)
         end = rendered_end(
-            self.processing_class, prompts[0],
+            self.processing_class, prompt,
             chat_template=self.chat_template, **self.chat_template_kwargs,
         )  # fmt: skip
         inputs = [{**row, "prompt_end": end} for row in inputs]
