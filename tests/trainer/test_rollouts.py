@@ -118,7 +118,12 @@ def test_training_stops_where_vllm_reads_other_prompts(
         path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1,
     )  # fmt: skip
     given: list[int] = []
-    monkeypatch.setattr(trainer._unexpanded, "of", lambda ids: given.append(len(ids)) or ids)
+
+    def of(ids: list[int]) -> list[int]:
+        given.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(trainer._unexpanded, "of", of)
     with pytest.raises(
         RolloutError, match=r"mean importance ratio of 0\.\d+, below vllm_min_ratio"
     ):
