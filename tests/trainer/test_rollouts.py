@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
 
 from ral import RALTrainer
 from ral.rollouts import RolloutError, agreement, media_tokens
@@ -45,6 +47,28 @@ def test_media_tokens_of_a_family(family: str) -> None:
         for token in media_tokens(config, processor)
     }
     assert found == MEDIA[family]
+
+
+@pytest.mark.slow(stands_in="test_media_tokens_of_a_family")
+def test_media_tokens_of_every_family() -> None:
+    """That transformers has: its placeholders are found, and no token that text needs."""
+    families = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    checked = 0
+    for family in families:
+        try:
+            config = AutoConfig.for_model(family)
+        except ImportError:  # a backbone of timm
+            continue
+        found = media_tokens(config, object())
+        for name in ("image_token_id", "video_token_id", "audio_token_id"):
+            placeholder = getattr(config, name, None)
+            if isinstance(placeholder, int):
+                checked += 1
+                assert placeholder in found, (family, name)
+        text = config.get_text_config()
+        ends = {getattr(text, name, None) for name in ("eos_token_id", "pad_token_id")}
+        assert not found & {end for end in ends if isinstance(end, int)}, family
+    assert checked > 80
 
 
 def boost(model: Any, tokens: set[int]) -> None:
