@@ -30,7 +30,7 @@ def build(family: str, **options: Any) -> Any:
 
 
 def with_grids(processor_class: str, **tokens: str) -> Any:
-    """A processor that returns grids (t, h, w), as Qwen-VL's does; `tokens` are its special ones."""
+    """A processor that returns grids (t, h, w), as Qwen-VL's; `tokens` are its special ones."""
     import transformers
 
     processor = images_only(
