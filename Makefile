@@ -1,16 +1,21 @@
-# make run     the frames sweep, from a fresh clone with nothing but Python >= 3.10 and a C++ compiler
-# make test    the quick tier of the test suite: tests/README.md        make test-all    the whole suite
-# make lint    format, lint and types, as pre-commit runs them
-# make bench   the CPU figures       make bench-regress    the pytest-benchmark suite
+# make run     run the frames sweep; a fresh clone needs Python >= 3.10 and a C++ compiler
+# make test    run the quick tier of the tests (tests/README.md)        make test-all    run the whole suite
+# make coverage run the whole suite and name the lines of the packages that no test runs
+# make conformance    compare with torch, flash-attention and transformers, into docs/conformance.md
+# make lint    check format, style and types, as pre-commit does
+# make bench   measure the CPU figures       make bench-regress    run the pytest-benchmark suite
 #
-# make codegen what the Triton kernels compile to, for GPUs that need not be here: benchmarks/results/codegen.md
-# make codegen36, make test-triton36    the same, and its test, on sm_90 with triton 3.6.0, in .venv-triton36
-# make gpu     all that needs a GPU, with the machine's own $(PYTHON), into the folder OUT
-# make gpu-kit what to carry to a GPU machine whose minutes count: benchmarks/gpu/README.md
+# make sanitize run ASan, UBSan and TSan over every CPU variant of this machine
+# make fuzz    try random calls, valid and malformed, for FUZZ_MINUTES (10), watched by ASan and UBSan
 #
-# Everything else runs in .venv, which is made with the versions in constraints.txt. PYTHON chooses the interpreter.
-# pip compiles nothing to bytecode: Python does, and only what is imported, even where an image forbids it, as many do:
-# there, each of the tests' processes would compile transformers anew, for 15 s.
+# make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
+# make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
+# make gpu     run all that needs a GPU, with the machine's own $(PYTHON), into the folder OUT
+# make gpu-kit pack what a GPU machine needs when its minutes count: benchmarks/gpu/README.md
+#
+# The other targets run in .venv, with the versions of constraints.txt. PYTHON chooses the interpreter.
+# pip compiles nothing to bytecode: Python does it for what is imported. Many images forbid bytecode with a variable.
+# The Makefile takes it away, because each process of the tests would then compile transformers anew, for 15 s.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,10 +24,12 @@ TIER ?= all
 OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 KIT_SECONDS ?= 600
+FUZZ_MINUTES ?= 10
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
 LIBRARY := ral_kernels/lib/libral_cpu.so
+SANITIZED := build/sanitized
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP_INSTALL := $(BIN)/python $(PIP) -c constraints.txt
@@ -30,7 +37,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -41,6 +48,33 @@ test: build
 # TIER=rest leaves out what `make test` runs.
 test-all: build
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier $(TIER)
+
+coverage: build
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier $(TIER) --cov --cov-report=term-missing:skip-covered
+
+# The op tests run once in each variant. Leaks are Python's own; torch is linked before the preloaded runtime.
+sanitize: build $(SANITIZED)/libral_cpu.so
+	$(BIN)/python -m pytest -q tests/native/test_races.py
+	for isa in $$($(BIN)/python -c 'from ral_kernels.runtime import cpu_library; print(*cpu_library.supported_isas())'); do \
+	  echo "== ASan and UBSan: $$isa"; \
+	  RAL_CPU_ISA=$$isa $(SANITIZERS) $(BIN)/python -m pytest -q -p tests.native.sanitized --tier quick \
+	    tests/ops tests/native/test_entry_points.py -k "(cpu or entry_points) and not compile" || exit 1; \
+	done
+
+fuzz: build $(SANITIZED)/libral_cpu.so
+	FUZZ_MINUTES=$(FUZZ_MINUTES) $(SANITIZERS) $(BIN)/python -m tests.fuzz
+
+SANITIZERS = RAL_SANITIZED=$(SANITIZED) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+$(SANITIZED)/libral_cpu.so: $(NATIVE_SOURCES) | $(TOOLS)
+	@echo "== native library, with ASan and UBSan"
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/cmake -DRAL_SANITIZE=address,undefined \
+	  -DRAL_OUTPUT_DIR="$(abspath $(SANITIZED))"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel
+
+conformance: build
+	$(BIN)/python -m tests.conformance
 
 bench: build
 	$(BIN)/python -m benchmarks.attention_bench
@@ -63,31 +97,31 @@ test-triton36: triton36
 triton36: $(VENV36)/installed.stamp
 	@:
 
-# No venv, no pip, no network: torch and triton are those of the machine.
+# It uses the machine's own torch and Triton: no venv, no pip, no network.
 gpu:
 	$(PYTHON) -m benchmarks.gpu all --out $(OUT)
 
-# Kernels by the Triton 3.6.0 that such a machine has; the newer ptxas is that of the release in .venv.
+# The kernels are compiled by Triton 3.6.0, as such a machine has it. The newer ptxas is that of .venv.
 gpu-kit: build triton36
 	RAL_GPU_PYTHON=$(GPU_PYTHON) $(VENV36)/bin/python -m benchmarks.gpu.kit make --seconds $(KIT_SECONDS) --ptxas \
 	  "$$($(BIN)/python -c 'import triton; print(triton.__path__[0])')/backends/nvidia/bin/ptxas-blackwell"
 	$(VENV36)/bin/python -m benchmarks.gpu.kit check
 
-# The library needs the build tools alone: it is compiled while pip fetches the packages.
+# The library needs only the build tools, so it is compiled while pip fetches the packages.
 build:
 	@$(MAKE) --no-print-directory -j2 library-and-packages
 
 library-and-packages: $(LIBRARY) $(INSTALLED)
 	@:
 
-# The library is a file target, so that where there is no compiler each make looks for one anew.
+# The library is a file target: where there is no compiler, each make looks for one again.
 $(LIBRARY): $(TOOLS) $(NATIVE_SOURCES)
 	@echo "== native library"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@if [ -f $@ ]; then touch $@; fi
 
-# Without build isolation, so that constraints.txt holds for the build tools too and `setup.py build_ext` finds the
-# same ones afterwards.
+# Build isolation is off, so that constraints.txt holds for the build tools too. `setup.py build_ext` needs the same
+# ones afterwards.
 $(INSTALLED): $(TOOLS) pyproject.toml
 	@echo "== $(VENV): packages of constraints.txt"
 	RAL_BUILD_LATER=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
@@ -100,7 +134,7 @@ $(TOOLS): constraints.txt
 	$(PIP_INSTALL) setuptools cmake ninja
 	@touch $@
 
-# Last and without dependencies: triton, since torch may ask for another, and a numpy that its interpreter works with.
+# Triton comes last and without dependencies, because torch may ask for another. Its interpreter needs this numpy.
 $(VENV36)/installed.stamp: constraints.txt
 	@echo "== $(VENV36)"
 	@[ -x $(VENV36)/bin/python ] || $(PYTHON) -m venv $(VENV36)
@@ -108,8 +142,8 @@ $(VENV36)/installed.stamp: constraints.txt
 	$(PIP_INSTALL36) --no-deps triton==3.6.0 numpy==2.2.6
 	@touch $@
 
-# pre-commit's hooks call the five targets below, so a commit is held to exactly what CI is. A tree without git, as
-# from an archive, goes to them directly.
+# The hooks of pre-commit call the five targets below, so a commit must pass exactly what CI checks. A tree without git,
+# as from an archive, calls them directly.
 lint: $(INSTALLED)
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/pre-commit run --all-files; \
 	else $(MAKE) --no-print-directory ruff-format ruff-check mypy clang-format cited-files; fi

@@ -18,11 +18,13 @@ class Spans:
     """A map from keys to spans: `ids[i]` is the span of key `i`, or -1 for none.
 
     Spans may be contiguous, which is the fast path of every backend, or not. Treat the object as
-    immutable: `ids` is checked once, here, and kernels rely on the check. Under `torch.compile` the
-    values cannot be read, so ids out of range become -1 and do not raise.
+    immutable: kernels rely on the checks that are made here. Ids that torch edited since are
+    checked again by the next call. Under `torch.compile` the values cannot be read, so ids out of
+    range become -1 and do not raise.
 
     Args:
-        ids: integer tensor [N] for all samples of a batch, or [B, N]; kept as contiguous int32.
+        ids: integer tensor [N] for all samples of a batch, or [B, N]; kept as a copy, contiguous
+            int32.
         num_spans: number of spans S; every id is in [-1, S).
 
     Raises:
@@ -30,28 +32,46 @@ class Spans:
         ValueError: a shape or a value out of range.
     """
 
+    ids: Tensor
+    num_spans: int
+
     def __init__(self, ids: Tensor, num_spans: int) -> None:
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"Spans: ids must be an int32 tensor; got {type(ids).__name__}")
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"Spans: ids must be int32 or int64; got {dtype_name(ids.dtype)}")
-        if ids.dim() not in (1, 2):
-            raise ValueError(f"Spans: ids must be [N] or [B, N]; got {tuple(ids.shape)}")
-        if not is_int(num_spans):
-            raise TypeError(f"Spans: num_spans must be an int; got {type(num_spans).__name__}")
-        if num_spans < 0 or num_spans > torch.iinfo(torch.int32).max:
-            raise ValueError(f"Spans: num_spans must be in [0, 2**31); got {num_spans}")
-        if not has_values(ids):
+        _check_kinds(ids, num_spans)
+        if has_values(ids):
+            # The copy is what is checked: the caller's memory may change at any time.
+            ids = ids.to(ids.dtype, copy=True)
+            _check_values(ids, num_spans)
+        else:
             ids = torch.where((ids >= 0) & (ids < num_spans), ids, -1)
-        elif ids.numel() > 0:
-            low, high = (int(value) for value in torch.aminmax(ids))
-            if low < -1 or high >= num_spans:
-                raise ValueError(
-                    f"Spans: ids must be in [-1, num_spans={num_spans}); got values from {low} to "
-                    f"{high}"
-                )
-        self.ids = ids.to(torch.int32).contiguous()
+        self._keep(ids.to(torch.int32).contiguous(), num_spans)
+
+    def _keep(self, ids: Tensor, num_spans: int) -> None:
+        self.ids = ids
         self.num_spans = num_spans
+        self._checked = None if torch.compiler.is_compiling() else (ids, num_spans, _version(ids))
+
+    def check(self) -> None:
+        """Check `ids` and `num_spans` again if they were assigned, or edited in place, since.
+
+        Ops call it, because kernels rely on the check. It takes 2 us if nothing changed.
+        """
+        if torch.compiler.is_compiling():
+            return
+        ids, num_spans = self.ids, self.num_spans
+        last = self._checked
+        if last is None or last[0] is not ids or last[1:] != (num_spans, _version(ids)):
+            _check_kinds(ids, num_spans)
+            if ids.dtype != torch.int32:
+                raise TypeError(f"Spans: ids must stay int32; got {dtype_name(ids.dtype)}")
+            if has_values(ids):
+                _check_values(ids, num_spans)
+            self._keep(ids, num_spans)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ids": self.ids, "num_spans": self.num_spans}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state.get("ids"), state.get("num_spans"))  # type: ignore[misc]
 
     @classmethod
     def from_lengths(
@@ -249,9 +269,9 @@ class Spans:
 
     def _replace(self, ids: Tensor, num_spans: int) -> Spans:
         """Spans from valid ids, without a check of values, which would wait for the device."""
+        self.check()
         spans = object.__new__(Spans)
-        spans.ids = ids
-        spans.num_spans = num_spans
+        spans._keep(ids, num_spans)
         return spans
 
     def __eq__(self, other: object) -> bool:
@@ -262,6 +282,34 @@ class Spans:
     def __repr__(self) -> str:
         shape = ", ".join(str(size) for size in self.ids.shape)
         return f"Spans(ids=int32[{shape}] on {self.ids.device}, num_spans={self.num_spans})"
+
+
+def _check_kinds(ids: Any, num_spans: Any) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"Spans: ids must be an int32 tensor; got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"Spans: ids must be int32 or int64; got {dtype_name(ids.dtype)}")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"Spans: ids must be [N] or [B, N]; got {tuple(ids.shape)}")
+    if not is_int(num_spans):
+        raise TypeError(f"Spans: num_spans must be an int; got {type(num_spans).__name__}")
+    if num_spans < 0 or num_spans > torch.iinfo(torch.int32).max:
+        raise ValueError(f"Spans: num_spans must be in [0, 2**31); got {num_spans}")
+
+
+def _check_values(ids: Tensor, num_spans: int) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(ids))
+    if low < -1 or high >= num_spans:
+        raise ValueError(
+            f"Spans: ids must be in [-1, num_spans={num_spans}); got values from {low} to {high}"
+        )
+
+
+def _version(ids: Tensor) -> int | None:
+    """How often torch wrote into `ids`; None in inference mode, which does not count."""
+    return None if ids.is_inference() else ids._version
 
 
 def _token_ids(name: str, token_id: Any) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("transformers")
 
@@ -295,6 +296,25 @@ def test_images_prompts_and_defaults(tiny: tuple[Any, Any], tmp_path: Path) -> N
         model, processor, picture, "What?", response=ANSWER, exclude_self=False
     )
     assert (with_self.image_shares < maps[0].image_shares).all()
+
+
+def test_a_map_lies_as_the_picture_is_seen(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    """A phone stores pictures on their side, and says so in EXIF."""
+    model, processor = tiny
+    scene = load("coffee.png").resize((112, 56))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    with Image.open(tmp_path / "phone.png") as opened:
+        maps = [
+            attention_map(model, processor, picture, "What?", response=ANSWER)
+            for picture in (scene, tmp_path / "phone.png", opened)
+        ]
+    rows, columns = maps[0].grids[0].shape[1:]
+    assert columns == 2 * rows
+    for made in maps:
+        assert made.images[0].size == (112, 56)
+        assert made.grids[0].equal(maps[0].grids[0])
 
 
 def test_the_model_is_left_as_it_was(tiny: tuple[Any, Any]) -> None:

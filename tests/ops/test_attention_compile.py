@@ -36,7 +36,7 @@ def op_inputs(
     op = interface.attention_fwd
 
     def record(*args: Any) -> Any:
-        handed.append(args)
+        handed.append(interface._SIGNATURE.flatten(*args))
         return op(*args)
 
     monkeypatch.setattr(interface, "attention_fwd", record)

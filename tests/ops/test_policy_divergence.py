@@ -388,7 +388,7 @@ def op_inputs(monkeypatch: pytest.MonkeyPatch, backend: str, prefix: int) -> tup
     op = divergence_module.policy_divergence_fwd
 
     def record(*args: Any) -> Any:
-        handed.append(args)
+        handed.append(divergence_module.SIGNATURE.flatten(*args))
         return op(*args)
 
     monkeypatch.setattr(divergence_module, "policy_divergence_fwd", record)

@@ -165,6 +165,7 @@ def _check_dense(op: str, reference: Any, args: PolicyArgs) -> None:
 
 
 def check_snapshot(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> None:
+    snapshot.check()
     for what, got, wanted in (
         ("of batch size B", snapshot.batch_size, args.batch_size),
         ("of T rows, T", snapshot.num_rows, args.num_rows),
