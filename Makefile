@@ -5,6 +5,9 @@
 # make lint    check format, style and types, as pre-commit does
 # make bench   measure the CPU figures       make bench-regress    run the pytest-benchmark suite
 #
+# make sanitize run ASan, UBSan and TSan over every CPU variant of this machine
+# make fuzz    try random calls, valid and malformed, for FUZZ_MINUTES (10), watched by ASan and UBSan
+#
 # make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
 # make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
 # make gpu     run all that needs a GPU, with the machine's own $(PYTHON), into the folder OUT
@@ -21,10 +24,12 @@ TIER ?= all
 OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 KIT_SECONDS ?= 600
+FUZZ_MINUTES ?= 10
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
 LIBRARY := ral_kernels/lib/libral_cpu.so
+SANITIZED := build/sanitized
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP_INSTALL := $(BIN)/python $(PIP) -c constraints.txt
@@ -32,7 +37,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -46,6 +51,29 @@ test-all: build
 
 coverage: build
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier $(TIER) --cov --cov-report=term-missing:skip-covered
+
+# The op tests run once in each variant. Leaks are Python's own. libstdc++ comes first, or ASan does not find what
+# throws exceptions.
+sanitize: build $(SANITIZED)/libral_cpu.so
+	$(BIN)/python -m pytest -q tests/native/test_races.py
+	for isa in $$($(BIN)/python -c 'from ral_kernels.runtime import cpu_library; print(*cpu_library.supported_isas())'); do \
+	  echo "== ASan and UBSan: $$isa"; \
+	  RAL_CPU_ISA=$$isa $(SANITIZERS) $(BIN)/python -m pytest -q -p tests.native.sanitized --tier quick \
+	    tests/ops tests/native/test_entry_points.py -k "(cpu or entry_points) and not compile" || exit 1; \
+	done
+
+fuzz: build $(SANITIZED)/libral_cpu.so
+	FUZZ_MINUTES=$(FUZZ_MINUTES) $(SANITIZERS) $(BIN)/python -m tests.fuzz
+
+SANITIZERS = RAL_SANITIZED=$(SANITIZED) \
+  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+$(SANITIZED)/libral_cpu.so: $(NATIVE_SOURCES) | $(TOOLS)
+	@echo "== native library, with ASan and UBSan"
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/cmake -DRAL_SANITIZE=address,undefined \
+	  -DRAL_OUTPUT_DIR="$(abspath $(SANITIZED))"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel
 
 conformance: build
 	$(BIN)/python -m tests.conformance

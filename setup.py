@@ -33,7 +33,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 BUILD_DIR = ROOT / "build" / "cmake"
 LIBRARIES = ("ral_cpu", "ral_cuda")  # targets of CMakeLists.txt
-LIBRARY_FILE, NOTE_FILE = "lib{}.so", "{}.missing.txt"  # as ral_kernels.runtime.native finds them
+# As ral_kernels.runtime.native finds them.
+LIBRARY_FILE, CHECKSUM_FILE, NOTE_FILE = "lib{}.so", "lib{}.so.sha256", "{}.missing.txt"
 CMAKE_MINIMUM = (3, 18)  # as in CMakeLists.txt
 
 
@@ -221,7 +222,8 @@ class BuildNative(build_ext):
         self.distribution.native_missing = tuple(missing)
         for name, reason in missing.items():
             # An older library would not fit this version's Python code.
-            (output_dir / LIBRARY_FILE.format(name)).unlink(missing_ok=True)
+            for file in (LIBRARY_FILE, CHECKSUM_FILE):
+                (output_dir / file.format(name)).unlink(missing_ok=True)
             (output_dir / NOTE_FILE.format(name)).write_text(f"{reason}\n", encoding="utf-8")
         if set(missing) != set(requested_libraries()):
             for name, reason in missing.items():
@@ -244,8 +246,12 @@ class BuildNative(build_ext):
     def get_outputs(self) -> list[str]:
         missing = self.distribution.native_missing
         names = requested_libraries()
-        files = ((NOTE_FILE if n in missing else LIBRARY_FILE).format(n) for n in names)
-        return [str(self.output_dir() / file) for file in files]
+        built = LIBRARY_FILE, CHECKSUM_FILE
+        return [
+            str(self.output_dir() / file.format(name))
+            for name in names
+            for file in ((NOTE_FILE,) if name in missing else built)
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # an editable installation builds the libraries where they belong

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import ral_kernels as rk
+
 from . import schedule
 from ._requirements import check_trl
+from .processes import check_parallelism, check_world_size
 
 check_trl()
 
@@ -39,7 +42,10 @@ class RALConfig(GRPOConfig):
     differs from the policy that starts the update.
 
     Raises:
-        ValueError: a setting has an invalid value, or settings contradict each other.
+        ValueError: a setting has an invalid value, or settings contradict each other; or a launcher
+            started another number of processes than accelerate counts.
+        NotImplementedError: parallelism_config, or accelerate's YAML, asks for more than data
+            parallelism.
     """
 
     disable_dropout: bool = _setting(
@@ -126,9 +132,16 @@ class RALConfig(GRPOConfig):
     attn_warn_grad_share: float = _setting(
         1.0, "‖∇RAL‖ / ‖∇GRPO‖ above which a warning says that RAL runs away."
     )
+    vllm_min_ratio: float = _setting(
+        0.9,
+        "Mean importance ratio of the tokens of the first rollout batch, each at most 1, below "
+        "which training with use_vllm stops; 0 = never.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_world_size(self)
+        check_parallelism(self)
         if isinstance(self.attn_layers, str) and self.attn_layers != "all":
             self.attn_layers = _parse_layers(self.attn_layers)
         for name, known in (
@@ -157,9 +170,16 @@ class RALConfig(GRPOConfig):
                 raise ValueError(
                     f"RALConfig: {name} must be finite and >= 0; got {getattr(self, name)!r}"
                 )
-        if not 0 <= self.distill_beta <= 1:
+        for name in ("distill_beta", "vllm_min_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"RALConfig: {name} must lie in [0, 1]; got {getattr(self, name)!r}"
+                )
+        backends = list(rk.available_backends())
+        if self.attn_backend is not None and self.attn_backend not in backends:
             raise ValueError(
-                f"RALConfig: distill_beta must lie in [0, 1]; got {self.distill_beta!r}"
+                f"RALConfig: attn_backend must be None or one of {', '.join(backends)}; got "
+                f"{self.attn_backend!r}"
             )
         if len(self.attn_tile) != 2 or not all(n >= 1 for n in self.attn_tile):
             raise ValueError(

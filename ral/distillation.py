@@ -20,6 +20,7 @@ def load_teacher(teacher: Any, config: RALConfig, dtype: torch.dtype) -> nn.Modu
     if not isinstance(teacher, nn.Module):
         options = dict(config.model_init_kwargs or {})
         options.setdefault("dtype", dtype)
+        options.setdefault("trust_remote_code", config.trust_remote_code)
         teacher = create_model_from_path(teacher, **options)
     teacher.requires_grad_(False)
     add_fused_lm_head(teacher, temperature=config.temperature)
@@ -183,9 +184,10 @@ def _own_vocabulary(teacher: Any) -> dict[str, int] | None:
     if not name or not Path(name).is_dir():
         return None  # made in memory, or from the Hub: only the sizes and ids above are known
     try:
-        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
-    except OSError:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):  # none, or one of untrusted code
         return None
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary
 
 

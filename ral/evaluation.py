@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .rewards import accuracy_reward, format_reward
+from .rewards.tags import rendered_end
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def score(
             accuracies += accuracy_reward(
                 texts, columns["solution"], columns["problem_type"], columns.get("options")
             )
-            forms += format_reward(texts, style)
+            end = rendered_end(processor, batch[0]["prompt"])
+            forms += format_reward(texts, style, prompt_end=[end] * len(texts))
             visual += tokens
             if on_batch is not None:
                 on_batch(len(batch))

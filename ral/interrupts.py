@@ -96,7 +96,7 @@ class Interruption(TrainerCallback):
         what = f"Stopped by {_NAMES[self.signal]} at step {state.global_step} of {state.max_steps}"
         if ended and state.global_step >= state.max_steps > 0:
             return f"{what}: training is complete."
-        path = last_checkpoint(str(args.output_dir))
+        path = last_checkpoint(str(args.output_dir), contents=False)
         if path is None:
             because = ' (save_strategy="no")' if args.save_strategy == "no" else ""
             return f"{what}; there is no checkpoint to resume from{because}."
@@ -138,7 +138,8 @@ class Interruption(TrainerCallback):
             return
         self._stopped = True
         control.should_training_stop = True
-        control.should_log = True
+        # A checkpoint holds what the next log will average.
+        control.should_log |= args.save_strategy == "no"
         control.should_evaluate = False  # that may take longer than there is
         control.should_save = args.save_strategy != "no"
 

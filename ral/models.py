@@ -18,7 +18,11 @@ _PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|mm_projector|vision_proje
 
 
 def load_model(
-    name: str | Path, *, dtype: str | None = None, attn_implementation: str | None = None
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A model for training, with the head that its configuration names.
 
@@ -27,10 +31,12 @@ def load_model(
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16", or None for
             `default_dtype()`.
         attn_implementation: as in transformers; "ral" is registered first.
+        trust_remote_code: whether Python code beside the weights may run.
 
     Raises:
         OSError: there is no such model.
-        ValueError: transformers does not support the dtype or the attention.
+        ValueError: transformers does not support the dtype or the attention, or the model needs
+            code that is not trusted.
         ImportError: a package that the attention needs is not installed.
     """
     from trl.trainer.utils import create_model_from_path
@@ -39,9 +45,18 @@ def load_model(
     if base is not None:
         from peft import PeftModel
 
-        model = load_model(base, dtype=dtype, attn_implementation=attn_implementation)
+        model = load_model(
+            base,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
         return PeftModel.from_pretrained(model, str(name), is_trainable=True)
-    options: dict[str, Any] = {"dtype": dtype or default_dtype(), "device_map": None}
+    options: dict[str, Any] = {
+        "dtype": dtype or default_dtype(),
+        "device_map": None,
+        "trust_remote_code": trust_remote_code,
+    }
     if attn_implementation is not None:
         if attn_implementation == "ral":
             rk_transformers.register()
@@ -60,7 +75,11 @@ def has_bfloat16() -> bool:
 
 
 def load_processor(
-    name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+    name: str | Path,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A model's processor (for images only, without torchvision), with limits on images.
 
@@ -68,12 +87,16 @@ def load_processor(
         name: a folder, or a name on the Hub.
         min_pixels, max_pixels: images are enlarged or shrunk to lie within; None leaves the
             processor's own limits.
+        trust_remote_code: whether Python code beside the processor may run.
 
     Raises:
         OSError: there is no such processor.
-        ValueError: the processor does not support these limits.
+        ValueError: the processor does not support these limits, or it needs code that is not
+            trusted.
     """
-    processor = rk_transformers.load_processor(_base_of_adapters(name) or name)
+    processor = rk_transformers.load_processor(
+        _base_of_adapters(name) or name, trust_remote_code=trust_remote_code
+    )
     limit_pixels(processor, min_pixels=min_pixels, max_pixels=max_pixels)
     return processor
 

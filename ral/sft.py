@@ -12,11 +12,11 @@ check_trl()
 from transformers import TrainerCallback  # noqa: E402  (after the check, whose message is better)
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-from .weights import LoadsSavedWeights  # noqa: E402
+from .sealing import SealsCheckpoints  # noqa: E402
 
 
-class _SFTTrainer(LoadsSavedWeights, SFTTrainer):
-    """TRL's SFTTrainer, with checkpoints of Qwen-VL that can be resumed."""
+class _SFTTrainer(SealsCheckpoints, SFTTrainer):
+    """TRL's SFTTrainer, with checkpoints that can be resumed, of Qwen-VL, too."""
 
 
 def sft_trainer(

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import ral_kernels as rk
 
-from . import losses, schedule
+from . import losses, rollouts, schedule
 from .config import RALConfig
 from .distillation import (
     backbone_of,
@@ -24,6 +24,7 @@ from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
 from .metrics import MeasuringTrainer
 from .references import References, taking_hidden_states, taking_snapshots
+from .rewards.tags import rendered_end
 from .vision import VisionLayout, lay_out
 
 logger = logging.get_logger(__name__)
@@ -94,6 +95,9 @@ class RALTrainer(MeasuringTrainer):
         self._bias: Any = None  # [B, layers, S] of the rollout batch being made, if it explores
         self._num_spans = 0
         super().__init__(model, reward_funcs, args, *positional, **named)
+        rollouts.keep_media_out(self)
+        self._unexpanded = rollouts.UnexpandedPrompts(self)
+        self._agrees = not args.use_vllm or not rollouts.samples_the_whole_distribution(self)
         # TRL pads prompts on the left, but takes token types as the processor pads them. On another
         # side, image positions would be wrong in a batch of prompts of different lengths.
         self._tokenizer.padding_side = "left"
@@ -151,6 +155,7 @@ class RALTrainer(MeasuringTrainer):
         finally:
             self._rolling_out = False
         self._generations += 1
+        self._check_agreement(output)
         self._log_prefixes(output)
         if not self._has_terms:
             return output
@@ -174,6 +179,41 @@ class RALTrainer(MeasuringTrainer):
                 output["teacher_hidden"] = hidden
         return output
 
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], *completions: Any
+    ) -> Tensor:
+        """Reward functions see the `<think>` that a chat template ends its prompts with."""
+        from trl.data_utils import prepare_multimodal_messages
+
+        prompt = prompts[0]
+        if self._is_vlm and not isinstance(prompt, str):  # as TRL renders it
+            prompt = prepare_multimodal_messages(prompt)
+        end = rendered_end(
+            self.processing_class, prompt,
+            chat_template=self.chat_template, **self.chat_template_kwargs,
+        )  # fmt: skip
+        inputs = [{**row, "prompt_end": end} for row in inputs]
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, *completions)
+        return rewards
+
+    def _check_agreement(self, output: dict[str, Any]) -> None:
+        """Compare vLLM's probabilities with the model's, in the first rollout batch."""
+        ours, theirs = (
+            output.get(name) for name in ("old_per_token_logps", "sampling_per_token_logps")
+        )
+        if self._agrees or ours is None or theirs is None:
+            return
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        value = rollouts.agreement(ours, theirs, mask, self.accelerator.gather)
+        rollouts.check_agreement(value, self.args.vllm_min_ratio * self.top_p)
+        self._agrees = True
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None and self.use_vllm and self.vllm_mode == "colocate":
+            self._unexpanded.remember(prompts, ids)
+        return ids, images, fields
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._generations
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
@@ -190,6 +230,8 @@ class RALTrainer(MeasuringTrainer):
         *rest: Any,
         **kw: Any,
     ) -> Any:
+        if images is not None and self.use_vllm and self.vllm_mode == "colocate":
+            prompt_ids = [self._unexpanded.of(ids) for ids in prompt_ids]
         if not (self.args.explores and self._rolling_out):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
         ids, mask = self._pad_prompts(prompt_ids)

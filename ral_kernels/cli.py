@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from .integrations.pictures import PICTURE_SUFFIXES, PictureError, read_pictures, short_path
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FAILED = 2  # exit status of an error that the user can fix, as in argparse
 
@@ -120,7 +122,10 @@ def _add_attention_map(commands: Any) -> None:
         "frames (--granularity frame, the default for several).",
     )
     command.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image files, or a folder of frames"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files (the first frame of animations), or a folder of frames",
     )
     command.add_argument("--prompt", required=True, help="the question about the images")
     command.add_argument("--model", required=True, help="folder of a model, or its name on the Hub")
@@ -142,6 +147,11 @@ def _add_attention_map(commands: Any) -> None:
         "--frames", type=_positive, metavar="N", help="at most this many images, evenly spread"
     )
     command.add_argument("--device", default="cpu", help="cpu, cuda, ...; default %(default)s")
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model",
+    )
     command.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights; default the checkpoint's"
     )
@@ -225,15 +235,15 @@ def _image_paths(given: Sequence[str], most: int | None) -> list[Path]:
     paths: list[Path] = []
     for name in given:
         path = Path(name)
-        if path.is_dir():
-            inside = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+        if os.path.isdir(name):  # `Path.is_dir` raises for a name that is too long
+            inside = [file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES]
             if not inside:
-                raise Refused(f"{path} has no images ({', '.join(SUFFIXES)})")
+                raise Refused(f"{path} has no images ({', '.join(PICTURE_SUFFIXES)})")
             paths += sorted(inside, key=lambda file: _numbers_as_numbers(file.name))
-        elif path.is_file():
+        elif os.path.isfile(name):
             paths.append(path)
         else:
-            raise Refused(f"there is no image file {path}")
+            raise Refused(f"there is no image file {short_path(path)}")
     if most is not None and most < len(paths):
         last = len(paths) - 1
         paths = [paths[round(i * last / max(most - 1, 1))] for i in range(most)]
@@ -245,15 +255,14 @@ def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def _open(paths: Sequence[Path]) -> list[Any]:
-    from PIL import Image
-
     pictures = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                pictures.append(picture.convert("RGB"))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise Refused(f"cannot read {path} as an image: {error}") from error
+            pictures += read_pictures(path)
+        except (OSError, PictureError) as error:
+            raise Refused(
+                f"cannot read {path} as an image: {getattr(error, 'reason', error)}"
+            ) from error
     return pictures
 
 
@@ -299,10 +308,11 @@ def _load(given: argparse.Namespace) -> tuple[Any, Any]:
             device = torch.device(given.device)
         except RuntimeError as error:
             raise Refused(f"--device: {_first_line(error)}") from error
-        processor = load_processor(name)
+        trusted = given.trust_remote_code
+        processor = load_processor(name, trust_remote_code=trusted)
         step()
         model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, dtype=given.dtype, **options
+            name, dtype=given.dtype, trust_remote_code=trusted, **options
         )
         try:
             model = model.to(device).eval()
@@ -327,6 +337,8 @@ def _refusing(what: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "trust_remote_code" in str(error):
+        return " ".join(lines)  # the last one says how
     return lines[0] if lines else type(error).__name__
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from .ops.policy.arguments import PolicyArgs
 
 _OP = "AttentionSnapshot"
+_TENSORS = ("q", "k", "k_prefix", "prefix_index", "span_bias")
 _OPTIONS = ("query_start", "scale", "window_left", "window_right", "softcap")
+_PARTS = operator.attrgetter(*_TENSORS, *_OPTIONS)
 _FORMAT = "ral_kernels.AttentionSnapshot/1"
 
 
@@ -60,6 +63,8 @@ class AttentionSnapshot:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value; prefixes of a group that differ.
         RuntimeError: `pin_memory` without an accelerator.
+
+    `load`, `from_tensors` and unpickling make the same checks.
     """
 
     q: Tensor
@@ -75,6 +80,7 @@ class AttentionSnapshot:
     _normalisers: tuple[list[Any], Tensor, Tensor] | None = (
         None  # of this object only, not of its copies
     )
+    _checked: tuple[Any, ...] = (-1,)  # see `check`
 
     def __init__(
         self,
@@ -291,7 +297,7 @@ class AttentionSnapshot:
                 shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
                 parts = [x.expand(-1, *shape) for x in parts]
             joined[name] = torch.cat(parts)
-        return cls._make(joined, first._options())
+        return cls._make(f"{_OP}.cat", joined, first._options())
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors whose first dimension is the batch, for a trainer that shuffles or splits.
@@ -308,21 +314,25 @@ class AttentionSnapshot:
         """The inverse of `like.tensors()`, after the batch was permuted, repeated or cut.
 
         The options come from `like`, and so do the shared prefixes that are still in use.
+
+        Raises:
+            TypeError: a tensor of a wrong type or dtype.
+            ValueError: a tensor is missing, or has a wrong shape, device or value.
         """
+        op = f"{_OP}.from_tensors"
         wanted = list(like.tensors())
         if sorted(tensors) != sorted(wanted):
             raise ValueError(
-                f"{_OP}.from_tensors: tensors must be {', '.join(wanted)}; got "
-                f"{', '.join(sorted(tensors))}"
+                f"{op}: tensors must be {', '.join(wanted)}; got {', '.join(sorted(tensors))}"
             )
         taken = {name: tensors[name] for name in wanted}
         if like.k_prefix is not None:
+            _check_prefix_index(op, taken["prefix_index"], like.k_prefix)
             used, index = torch.unique(taken["prefix_index"], return_inverse=True)
-            check_prefix_index(used, like.k_prefix)
             taken["prefix_index"] = index  # int64, whatever the dtype was
             every = used.numel() == like.k_prefix.shape[0]
             taken["k_prefix"] = like.k_prefix if every else like.k_prefix[used.long()]
-        return cls._make({name: x.contiguous() for name, x in taken.items()}, like._options())
+        return cls._make(op, taken, like._options())
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -342,28 +352,56 @@ class AttentionSnapshot:
 
         Raises:
             ImportError: the package safetensors is missing.
-            ValueError: the file holds something else.
+            TypeError: a tensor or an option in the file is of a wrong type.
+            ValueError: the file holds something else, or tensors and options that do not fit
+                together.
         """
-        with _safetensors("load").safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{_OP}.load: {path} must be written by AttentionSnapshot.save ({_FORMAT}); "
-                    f"got format {metadata.get('format')!r}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return cls._make(tensors, json.loads(metadata["options"]))
+        op, safetensors = f"{_OP}.load", _safetensors("load")
+        wanted = f"{op}: {path} must be written by AttentionSnapshot.save ({_FORMAT})"
+        try:
+            with safetensors.safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{wanted}; got format {metadata.get('format')!r}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            options = json.loads(metadata.get("options", "null"))
+        except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{wanted}; it does not read: {error}") from error
+        if not isinstance(options, dict):
+            raise ValueError(f"{wanted}; got options {options!r}")
+        return cls._make(op, tensors, options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self._all_tensors(), **self._options()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {name: state[name] for name in _TENSORS if state.get(name) is not None}
+        caches = (*_TENSORS, "_normalisers", "_checked")
+        options = {name: value for name, value in state.items() if name not in caches}
+        self._adopt(self._make(_OP, tensors, options))
 
     # -- inside ----------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Check again what was assigned, or edited in place, since the last check.
+
+        Ops call it, because kernels rely on the checks. It takes 2 us if nothing changed.
+        """
+        if torch.compiler.is_compiling():
+            return
+        found = self._found()
+        if found[0] != self._checked[0] or not all(map(operator.is_, found[1:], self._checked[1:])):
+            _check(_OP, self._all_tensors(), self._options(), read_values=True)
+            self._checked, self._normalisers = found, None
+
+    def _found(self) -> tuple[Any, ...]:
+        """How often torch wrote into prefix_index (None if not counted), and what there is."""
+        index = self.prefix_index
+        version = index._version if isinstance(index, Tensor) and not index.is_inference() else None
+        return version, *_PARTS(self)
+
     def _all_tensors(self) -> dict[str, Tensor]:
-        tensors = {
-            "q": self.q,
-            "k": self.k,
-            "k_prefix": self.k_prefix,
-            "prefix_index": self.prefix_index,
-            "span_bias": self.span_bias,
-        }
+        tensors = {name: getattr(self, name) for name in _TENSORS}
         return {name: x for name, x in tensors.items() if x is not None}
 
     def _options(self) -> dict[str, Any]:
@@ -382,34 +420,123 @@ class AttentionSnapshot:
         }
 
     @classmethod
-    def _make(cls, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> AttentionSnapshot:
+    def _make(
+        cls,
+        op: str,
+        tensors: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        *,
+        read_values: bool = True,
+    ) -> AttentionSnapshot:
+        _check(op, tensors, options, read_values=read_values)
         snapshot = cls.__new__(cls)
-        for name in ("q", "k", "k_prefix", "prefix_index", "span_bias"):
-            setattr(snapshot, name, tensors.get(name))
+        for name in _TENSORS:
+            x = tensors.get(name)
+            setattr(snapshot, name, x if x is None or name == "span_bias" else x.contiguous())
         for name in _OPTIONS:
             setattr(snapshot, name, options[name])
+        if not torch.compiler.is_compiling():
+            snapshot._checked = snapshot._found()
         return snapshot
 
     def _map(self, f: Any) -> AttentionSnapshot:
-        return self._make(
-            {name: f(name, x) for name, x in self._all_tensors().items()}, self._options()
-        )
+        self.check()
+        tensors = {name: f(name, x) for name, x in self._all_tensors().items()}
+        # Reading values would wait for a copy to another device.
+        return self._make(_OP, tensors, self._options(), read_values=False)
 
     def _adopt(self, other: AttentionSnapshot) -> None:
         self.__dict__.update(other.__dict__)
 
 
-def check_prefix_index(index: Tensor, k_prefix: Tensor) -> None:
-    """Check the index, because kernels do not."""
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise TypeError(
-            f"{_OP}: prefix_index must be integer; got {checks.dtype_name(index.dtype)}"
-        )
+def _check(
+    op: str, tensors: Mapping[str, Any], options: Mapping[str, Any], *, read_values: bool
+) -> None:
+    """Check that parts form a snapshot: kernels rely on it, whichever way the parts came."""
+    for what, got, needed, known in (
+        ("tensors", tensors, ("q", "k"), _TENSORS),
+        ("options", options, _OPTIONS, _OPTIONS),
+    ):
+        wrong = [x for x in needed if x not in got] or sorted(set(got) - set(known), key=str)
+        if wrong:
+            raise ValueError(
+                f"{op}: {what} must hold {', '.join(needed)} and nothing but {', '.join(known)}; "
+                f"{wrong[0]} is {'unknown' if wrong[0] in got else 'missing'}"
+            )
+    q, k, bias = tensors["q"], tensors["k"], tensors.get("span_bias")
+    k_prefix, index = tensors.get("k_prefix"), tensors.get("prefix_index")
+    qkv.check_qkv(op, q, k, k, None)  # k in place of v: the same checks
+    if (k_prefix is None) != (index is None):
+        names = ("k_prefix", "prefix_index") if index is None else ("prefix_index", "k_prefix")
+        raise ValueError(f"{op}: {names[0]} needs {names[1]}; got none")
+    if k_prefix is not None and index is not None:
+        checks.check_tensor(op, "k_prefix", k_prefix, "a [P, Hk, N0, D] tensor")
+        if k_prefix.dtype != k.dtype:
+            raise TypeError(
+                f"{op}: k_prefix must have k's dtype {checks.dtype_name(k.dtype)}; got "
+                f"{checks.dtype_name(k_prefix.dtype)}"
+            )
+        if k_prefix.dim() != 4 or k_prefix.shape[1::2] != k.shape[1::2]:
+            raise ValueError(
+                f"{op}: k_prefix must be [P, Hk, N0, D] with Hk={k.shape[1]}, D={k.shape[3]}; got "
+                f"{tuple(k_prefix.shape)}"
+            )
+        checks.check_same_device(op, "k_prefix", k_prefix, q, "q")
+        _check_prefix_index(op, index, k_prefix, read_values=read_values)
+        if index.dtype != torch.int64:
+            raise TypeError(
+                f"{op}: prefix_index must be int64; got {checks.dtype_name(index.dtype)}"
+            )
+        if index.shape != q.shape[:1]:
+            raise ValueError(
+                f"{op}: prefix_index must be [B] with B={q.shape[0]}; got {tuple(index.shape)}"
+            )
+    if bias is not None:
+        checks.check_tensor(op, "span_bias", bias, "None or a [B, H, T, S] tensor")
+        if bias.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{op}: span_bias must be float32 or float64; got {checks.dtype_name(bias.dtype)}"
+            )
+        if bias.dim() != 4 or bias.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{op}: span_bias must be [B, H, T, S] with B={q.shape[0]}; got {tuple(bias.shape)}"
+            )
+        shape = (*q.shape[:3], bias.shape[3])
+        checks.check_broadcastable(op, "span_bias", bias, shape, "[B, H, T, S]")
+        checks.check_same_device(op, "span_bias", bias, q, "q")
+    _check_options(op, options)
+
+
+def _check_options(op: str, options: Mapping[str, Any]) -> None:
+    for name, low in (
+        ("query_start", -checks.FARTHEST),
+        ("window_left", -1),
+        ("window_right", -1),
+    ):
+        value = options[name]
+        if not checks.is_int(value):
+            raise TypeError(f"{op}: {name} must be an int; got {type(value).__name__}")
+        if not low <= value <= checks.FARTHEST:
+            raise ValueError(f"{op}: {name} must lie in [{low}, {checks.FARTHEST}]; got {value}")
+    if options["scale"] is None or options["softcap"] is None:
+        raise TypeError(f"{op}: scale and softcap must be numbers; got None")
+    checks.resolve_scale(op, options["scale"], 1)
+    if options["softcap"] != 0:  # no soft cap
+        checks.resolve_softcap(op, options["softcap"])
+
+
+def _check_prefix_index(op: str, index: Any, k_prefix: Tensor, *, read_values: bool = True) -> None:
+    checks.check_tensor(op, "prefix_index", index, "an int64 [B] tensor")
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"{op}: prefix_index must be integer; got {checks.dtype_name(index.dtype)}")
+    checks.check_same_device(op, "prefix_index", index, k_prefix, "k_prefix")
     count = k_prefix.shape[0]
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
+    if not read_values or index.numel() == 0 or not checks.has_values(index):
+        return
+    low, high = (int(value) for value in torch.aminmax(index))
+    if low < 0 or high >= count:
         raise ValueError(
-            f"{_OP}: prefix_index must lie in [0, {count}); got values from {int(index.min())} to "
-            f"{int(index.max())}"
+            f"{op}: prefix_index must lie in [0, {count}); got values from {low} to {high}"
         )
 
 

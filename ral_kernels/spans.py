@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime.checks import dtype_name, has_values, is_int
+from .runtime.checks import dtype_name, has_values, is_int, to_int
 
 GRANULARITIES = ("frame", "image", "tile", "token")
 
@@ -18,11 +18,13 @@ class Spans:
     """A map from keys to spans: `ids[i]` is the span of key `i`, or -1 for none.
 
     Spans may be contiguous, which is the fast path of every backend, or not. Treat the object as
-    immutable: `ids` is checked once, here, and kernels rely on the check. Under `torch.compile` the
-    values cannot be read, so ids out of range become -1 and do not raise.
+    immutable: kernels rely on the checks that are made here. Ids that torch edited since are
+    checked again by the next call. Under `torch.compile` the values cannot be read, so ids out of
+    range become -1 and do not raise.
 
     Args:
-        ids: integer tensor [N] for all samples of a batch, or [B, N]; kept as contiguous int32.
+        ids: integer tensor [N] for all samples of a batch, or [B, N]; kept as a copy, contiguous
+            int32.
         num_spans: number of spans S; every id is in [-1, S).
 
     Raises:
@@ -30,28 +32,46 @@ class Spans:
         ValueError: a shape or a value out of range.
     """
 
+    ids: Tensor
+    num_spans: int
+
     def __init__(self, ids: Tensor, num_spans: int) -> None:
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"Spans: ids must be an int32 tensor; got {type(ids).__name__}")
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"Spans: ids must be int32 or int64; got {dtype_name(ids.dtype)}")
-        if ids.dim() not in (1, 2):
-            raise ValueError(f"Spans: ids must be [N] or [B, N]; got {tuple(ids.shape)}")
-        if not is_int(num_spans):
-            raise TypeError(f"Spans: num_spans must be an int; got {type(num_spans).__name__}")
-        if num_spans < 0 or num_spans > torch.iinfo(torch.int32).max:
-            raise ValueError(f"Spans: num_spans must be in [0, 2**31); got {num_spans}")
-        if not has_values(ids):
+        _check_kinds(ids, num_spans)
+        if has_values(ids):
+            # The copy is what is checked: the caller's memory may change at any time.
+            ids = ids.to(ids.dtype, copy=True)
+            _check_values(ids, num_spans)
+        else:
             ids = torch.where((ids >= 0) & (ids < num_spans), ids, -1)
-        elif ids.numel() > 0:
-            low, high = (int(value) for value in torch.aminmax(ids))
-            if low < -1 or high >= num_spans:
-                raise ValueError(
-                    f"Spans: ids must be in [-1, num_spans={num_spans}); got values from {low} to "
-                    f"{high}"
-                )
-        self.ids = ids.to(torch.int32).contiguous()
+        self._keep(ids.to(torch.int32).contiguous(), num_spans)
+
+    def _keep(self, ids: Tensor, num_spans: int) -> None:
+        self.ids = ids
         self.num_spans = num_spans
+        self._checked = None if torch.compiler.is_compiling() else (ids, num_spans, _version(ids))
+
+    def check(self) -> None:
+        """Check `ids` and `num_spans` again if they were assigned, or edited in place, since.
+
+        Ops call it, because kernels rely on the check. It takes 2 us if nothing changed.
+        """
+        if torch.compiler.is_compiling():
+            return
+        ids, num_spans = self.ids, self.num_spans
+        last = self._checked
+        if last is None or last[0] is not ids or last[1:] != (num_spans, _version(ids)):
+            _check_kinds(ids, num_spans)
+            if ids.dtype != torch.int32:
+                raise TypeError(f"Spans: ids must stay int32; got {dtype_name(ids.dtype)}")
+            if has_values(ids):
+                _check_values(ids, num_spans)
+            self._keep(ids, num_spans)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ids": self.ids, "num_spans": self.num_spans}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state.get("ids"), state.get("num_spans"))  # type: ignore[misc]
 
     @classmethod
     def from_lengths(
@@ -71,7 +91,13 @@ class Spans:
                 span belong to none.
             device: of `ids` [N].
         """
-        lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        given: Any = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        if not isinstance(given, Iterable):
+            raise TypeError(
+                "Spans.from_lengths: lengths must be a sequence of integers, one a span; got "
+                f"{given!r}"
+            )
+        lengths = list(given)
         for length in lengths:
             if not is_int(length):
                 raise TypeError(f"Spans.from_lengths: lengths must hold integers; got {length!r}")
@@ -79,8 +105,14 @@ class Spans:
                 raise ValueError(f"Spans.from_lengths: lengths must be >= 0; got {length}")
         if not is_int(start) or start < 0:
             raise ValueError(f"Spans.from_lengths: start must be an int >= 0; got {start!r}")
+        if seqlen_k is not None and not is_int(seqlen_k):
+            raise TypeError(
+                f"Spans.from_lengths: seqlen_k must be None or an int; got {seqlen_k!r}"
+            )
+        lengths = [to_int(length) for length in lengths]
+        start = to_int(start)
         stop = start + sum(lengths)
-        total = stop if seqlen_k is None else seqlen_k
+        total = stop if seqlen_k is None else to_int(seqlen_k)
         if total < stop:
             raise ValueError(
                 f"Spans.from_lengths: seqlen_k must be at least start + sum(lengths) = {stop}; got "
@@ -237,9 +269,9 @@ class Spans:
 
     def _replace(self, ids: Tensor, num_spans: int) -> Spans:
         """Spans from valid ids, without a check of values, which would wait for the device."""
+        self.check()
         spans = object.__new__(Spans)
-        spans.ids = ids
-        spans.num_spans = num_spans
+        spans._keep(ids, num_spans)
         return spans
 
     def __eq__(self, other: object) -> bool:
@@ -252,20 +284,53 @@ class Spans:
         return f"Spans(ids=int32[{shape}] on {self.ids.device}, num_spans={self.num_spans})"
 
 
+def _check_kinds(ids: Any, num_spans: Any) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"Spans: ids must be an int32 tensor; got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"Spans: ids must be int32 or int64; got {dtype_name(ids.dtype)}")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"Spans: ids must be [N] or [B, N]; got {tuple(ids.shape)}")
+    if not is_int(num_spans):
+        raise TypeError(f"Spans: num_spans must be an int; got {type(num_spans).__name__}")
+    if num_spans < 0 or num_spans > torch.iinfo(torch.int32).max:
+        raise ValueError(f"Spans: num_spans must be in [0, 2**31); got {num_spans}")
+
+
+def _check_values(ids: Tensor, num_spans: int) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(ids))
+    if low < -1 or high >= num_spans:
+        raise ValueError(
+            f"Spans: ids must be in [-1, num_spans={num_spans}); got values from {low} to {high}"
+        )
+
+
+def _version(ids: Tensor) -> int | None:
+    """How often torch wrote into `ids`; None in inference mode, which does not count."""
+    return None if ids.is_inference() else ids._version
+
+
 def _token_ids(name: str, token_id: Any) -> list[int]:
     token_ids = [token_id] if is_int(token_id) else token_id
     if not isinstance(token_ids, (list, tuple)) or not token_ids or not all(map(is_int, token_ids)):
         raise TypeError(
             f"{name}: token_id must be an int or a non-empty sequence of ints; got {token_id!r}"
         )
-    return list(token_ids)
+    return [to_int(token) for token in token_ids]
 
 
 def merged_grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, int, int]]:
     """The grids in tokens: (t, h / merge_size, w / merge_size) of each item."""
     if not is_int(merge_size) or merge_size < 1:
         raise ValueError(f"{name}: merge_size must be an int >= 1; got {merge_size!r}")
-    grid = torch.as_tensor(grid_thw)
+    try:
+        grid = torch.as_tensor(grid_thw)
+    except (TypeError, ValueError, RuntimeError):  # None, text, rows of different lengths
+        raise TypeError(
+            f"{name}: grid_thw must be integers [items, 3] of (t, h, w); got {grid_thw!r}"
+        ) from None
     if grid.numel() == 0:
         return []  # a batch of text alone
     if grid.is_floating_point() or grid.dtype == torch.bool:
@@ -281,7 +346,7 @@ def merged_grids(name: str, grid_thw: Any, merge_size: Any) -> list[tuple[int, i
                 f"{name}: grid_thw must hold t >= 1 and h, w that are multiples of "
                 f"merge_size={merge_size}; got {(t, h, w)}"
             )
-        grids.append((t, h // merge_size, w // merge_size))
+        grids.append((t, h // to_int(merge_size), w // to_int(merge_size)))
     return grids
 
 
@@ -301,7 +366,7 @@ def check_granularity(name: str, granularity: Any, tile: Any) -> tuple[int, int]
         or not all(is_int(side) and side >= 1 for side in tile)
     ):
         raise ValueError(f"{name}: tile must be (rows, columns) of tokens, both >= 1; got {tile!r}")
-    return tile[0], tile[1]
+    return to_int(tile[0]), to_int(tile[1])
 
 
 def number_tokens(

@@ -74,6 +74,7 @@ def _place(file: Path, into: Path, found: dict[str, Any]) -> None:
     target = ROOT / "ral_kernels" / "lib" / LIBRARY
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.with_name(f"{LIBRARY}.sha256").unlink(missing_ok=True)  # of another build
         shutil.copy(file, target)
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 FAILED = 2  # exit status of what a person can mend, as argparse's own
 _WAIT = 20.0  # seconds
@@ -34,16 +35,28 @@ def refusing(what: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def failing_on_data() -> Iterator[None]:
-    """Turn errors of data and memory in training, which are no bugs, into `Refused`."""
+def failing_on_data(folder: Path) -> Iterator[None]:
+    """Turn errors of data, memory and disk in training, which are no bugs, into `Refused`.
+
+    Args:
+        folder: output_dir.
+    """
     import torch
 
+    from ..checkpoints import CheckpointError, DiskFull, is_full
     from ..data import DataError
+    from ..rollouts import RolloutError
 
     try:
         yield
-    except (DataError, torch.OutOfMemoryError) as error:
+    except (
+        DataError, CheckpointError, DiskFull, RolloutError, torch.OutOfMemoryError
+    ) as error:  # fmt: skip
         raise Refused(message(error)) from error
+    except Exception as error:  # safetensors' errors are no OSError
+        if not is_full(error, folder):
+            raise
+        raise Refused(f"the disk of {folder} is full: {message(error)}") from error
 
 
 def message(error: BaseException) -> str:
@@ -53,6 +66,8 @@ def message(error: BaseException) -> str:
     if isinstance(error, DataError):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "trust_remote_code" in str(error):
+        return " ".join(lines)  # the last one says how
     return lines[0] if lines else type(error).__name__
 
 

@@ -56,10 +56,11 @@ def _load(given: EvalSettings) -> tuple[Any, Any]:
 
     name = str(given.model)
     with refusing(f"cannot load {name}"):
-        processor = load_processor(name)
+        processor = load_processor(name, trust_remote_code=given.trust_remote_code)
         model = load_model(
             name, dtype=given.dtype or default_dtype(),
             attn_implementation=given.attn_implementation,
+            trust_remote_code=given.trust_remote_code,
         )  # fmt: skip
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -172,10 +172,11 @@ def _run(name: str, words: list[str]) -> int:
         return 0
     if not settings.values.get("verbose", False):
         _be_quiet()
-    if settings.values.get("threads"):
+    threads = settings.values.get("threads")
+    if threads is not None and threads >= 1:  # the command refuses others
         import torch
 
-        torch.set_num_threads(settings.values["threads"])
+        torch.set_num_threads(threads)
     return command.run(settings)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..lock import locked
 from ..models import freeze_vision, has_bfloat16, load_model, load_processor, lora_config
+from ..processes import check_world_size
 from .errors import Refused, is_first_process, refusing
 from .parsing import Settings
 from .settings import ModelSettings, RunSettings
@@ -18,8 +22,9 @@ CONFIG = "config.yaml"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
-def open_folder(settings: Settings, run: RunSettings) -> Path:
-    """The folder of the run, with the settings in it.
+@contextmanager
+def open_folder(settings: Settings, run: RunSettings) -> Iterator[Path]:
+    """The folder of the run, with the settings in it, locked against other runs.
 
     Raises:
         Refused: another run is in it, or it cannot be written.
@@ -33,11 +38,12 @@ def open_folder(settings: Settings, run: RunSettings) -> Path:
             "output_dir"
         )
     settings.values["output_dir"] = str(folder)
-    if is_first_process():
-        with refusing(f"output_dir {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG).write_text(settings.as_yaml(), "utf-8")
-    return folder
+    with ExitStack() as stack:
+        if is_first_process():
+            with refusing(f"output_dir {folder}"):
+                stack.enter_context(locked(folder))
+                (folder / CONFIG).write_text(settings.as_yaml(), "utf-8")
+        yield folder
 
 
 def trainer_config(settings: Settings, config: type) -> Any:
@@ -59,9 +65,11 @@ def trainer_config(settings: Settings, config: type) -> Any:
     _check_reports(values["report_to"])
     with refusing():
         try:
-            return config(**values)
+            made = config(**values)
         except TypeError as error:
             raise Refused(f"{settings.command.name}: {error}") from error
+        check_world_size(made)
+        return made
 
 
 def _check_reports(names: Any) -> None:
@@ -76,12 +84,13 @@ def _check_reports(names: Any) -> None:
             )
 
 
-def load(settings: ModelSettings, name: str) -> tuple[Any, Any, Any]:
+def load(settings: ModelSettings, name: str, trust_remote_code: bool) -> tuple[Any, Any, Any]:
     """Model, processor, and the configuration of LoRA if it is on.
 
     Args:
         settings: how.
         name: a folder, or a name on the Hub.
+        trust_remote_code: whether Python code beside the weights may run.
 
     Raises:
         Refused: they cannot be had as they are asked for.
@@ -93,9 +102,17 @@ def load(settings: ModelSettings, name: str) -> tuple[Any, Any, Any]:
     dtype = settings.dtype or ("bfloat16" if lora and has_bfloat16() else "float32")
     with refusing(f"cannot load {name}"):
         processor = load_processor(
-            name, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels
+            name,
+            min_pixels=settings.min_pixels,
+            max_pixels=settings.max_pixels,
+            trust_remote_code=trust_remote_code,
         )
-        model = load_model(name, dtype=dtype, attn_implementation=settings.attn_implementation)
+        model = load_model(
+            name,
+            dtype=dtype,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
     peft_config = None
     if hasattr(model, "peft_config"):
         if lora:

@@ -106,7 +106,11 @@ class DataSettings:
     )
     max_frames: int = _setting(16, "Frames of a video at most, evenly spread.")
     streaming: bool = _setting(False, "Read the file during training, not before.")
-    skip_bad_rows: bool = _setting(False, "Skip invalid rows, with a warning.")
+    skip_bad_rows: bool = _setting(
+        False,
+        "Skip invalid rows and rows with broken images, with a warning. All images are decoded for "
+        "it, before training unless streaming.",
+    )
     digits_rows: int = _setting(4096, "Rows of digits: data.")
     digits_extent: list[int] = field(
         default_factory=lambda: [8],
@@ -198,6 +202,7 @@ class EvalSettings:
         None, "Dtype of the weights; default bfloat16 on a GPU that has it, else float32."
     )
     device: str | None = _setting(None, "cpu, cuda, ...; default cuda if there is a GPU.")
+    trust_remote_code: bool = _setting(False, "Run Python code that comes with the model.")
     threads: int | None = _setting(
         None, "Threads of torch on the CPU; default torch's. Tiny models are fastest with one."
     )

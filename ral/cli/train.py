@@ -36,36 +36,41 @@ def train(settings: Settings) -> int:
     )
     _check_named(model_of, data)
     reward = reward_function(rewards, data.style)
-    folder = open_folder(settings, run)
-    config = trainer_config(settings, RALConfig)
-    if config.needs_teacher and teacher.teacher_model is None:
-        raise Refused(
-            "teacher_model must be given for distill_logit_coef, distill_attn_coef or "
-            "attn_reference=teacher"
-        )
-    if teacher.teacher_model not in (None, DIGITS):
-        check_model_name(teacher.teacher_model)
-    rows = training_rows(data, config.seed)
-    model, processor, peft_config = load(model_of, _path(model_of.model, "start", data, folder))
-    teacher_model: Any = teacher.teacher_model
-    if teacher_model is not None:
-        path = _path(teacher_model, "teacher", data, folder)
-        with refusing(f"cannot load {path}"):
-            # Frozen: it loses nothing in the dtype that it was published in.
-            teacher_model = load_model(
-                path, dtype=default_dtype(), attn_implementation=model_of.attn_implementation
+    with open_folder(settings, run) as folder:
+        config = trainer_config(settings, RALConfig)
+        if config.needs_teacher and teacher.teacher_model is None:
+            raise Refused(
+                "teacher_model must be given for distill_logit_coef, distill_attn_coef or "
+                "attn_reference=teacher"
             )
-    with refusing():
-        trainer = RALTrainer(
-            model,
-            reward,
-            config,
-            train_dataset=rows,
-            processing_class=processor,
-            peft_config=peft_config,
-            teacher_model=teacher_model,
+        if teacher.teacher_model not in (None, DIGITS):
+            check_model_name(teacher.teacher_model)
+        rows = training_rows(data, config.seed)
+        model, processor, peft_config = load(
+            model_of, _path(model_of.model, "start", data, folder), config.trust_remote_code
         )
-    return _go(trainer, settings, run, folder)
+        teacher_model: Any = teacher.teacher_model
+        if teacher_model is not None:
+            path = _path(teacher_model, "teacher", data, folder)
+            with refusing(f"cannot load {path}"):
+                # Frozen: it loses nothing in the dtype that it was published in.
+                teacher_model = load_model(
+                    path,
+                    dtype=default_dtype(),
+                    attn_implementation=model_of.attn_implementation,
+                    trust_remote_code=config.trust_remote_code,
+                )
+        with refusing():
+            trainer = RALTrainer(
+                model,
+                reward,
+                config,
+                train_dataset=rows,
+                processing_class=processor,
+                peft_config=peft_config,
+                teacher_model=teacher_model,
+            )
+        return _go(trainer, settings, run, folder)
 
 
 def sft(settings: Settings) -> int:
@@ -78,13 +83,15 @@ def sft(settings: Settings) -> int:
         settings.build(config) for config in (ModelSettings, DataSettings, RunSettings)
     )
     _check_named(model_of, data)
-    folder = open_folder(settings, run)
-    config = trainer_config(settings, SFTConfig)
-    rows = training_rows(data, config.seed, demonstrations=True)
-    model, processor, peft_config = load(model_of, _path(model_of.model, "start", data, folder))
-    with refusing():
-        trainer = sft_trainer(model, processor, rows, config, peft_config=peft_config)
-    return _go(trainer, settings, run, folder)
+    with open_folder(settings, run) as folder:
+        config = trainer_config(settings, SFTConfig)
+        rows = training_rows(data, config.seed, demonstrations=True)
+        model, processor, peft_config = load(
+            model_of, _path(model_of.model, "start", data, folder), config.trust_remote_code
+        )
+        with refusing():
+            trainer = sft_trainer(model, processor, rows, config, peft_config=peft_config)
+        return _go(trainer, settings, run, folder)
 
 
 def _check_named(model: ModelSettings, data: DataSettings) -> None:
@@ -109,31 +116,32 @@ def _go(trainer: Any, settings: Settings, run: RunSettings, folder: Path) -> int
     again = shlex.quote(str(folder / CONFIG))
     resume = f"{launcher} -m ral {settings.command.name} --config {again} resume=true"
     drawn = None
-    try:
-        with interruptible(trainer, resume), failing_on_data():
+    with interruptible(trainer, resume), failing_on_data(folder):
+        try:
             trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        if trainer.is_world_process_zero():
-            drawn = draw_curves(folder, title)
-    trainer.save_model(str(folder))
-    trainer.save_state()
+        finally:
+            if trainer.is_world_process_zero():
+                drawn = draw_curves(folder, title)
+    with failing_on_data(folder):
+        trainer.save_model(str(folder))
+        trainer.save_state()
     names = ["model", METRICS, *([CURVES] if drawn else [])]
     say(f"{folder}: {', '.join(names)}")
     return 0
 
 
-def _checkpoint(run: RunSettings, folder: Path) -> str | None:
-    """The checkpoint to go on from."""
-    if not run.resume:
-        return None
+def _checkpoint(run: RunSettings, folder: Path) -> str | bool:
+    """The checkpoint to go on from; True for the last one that is complete and undamaged."""
     from ..checkpoints import last_checkpoint, why_incomplete
 
-    if run.resume is True:
-        found = last_checkpoint(folder)
-        if found is None:
-            say(f"{folder} has no complete checkpoint: training starts from the beginning")
-        return None if found is None else str(found)
-    reason = why_incomplete(str(run.resume))
-    if reason is not None:
-        raise Refused(f"resume must be a complete checkpoint; got {run.resume}: {reason}")
-    return str(run.resume)
+    if not run.resume:
+        return False
+    if run.resume is not True:
+        reason = why_incomplete(run.resume, contents=False)
+        if reason is not None:
+            raise Refused(f"resume must be a complete checkpoint; got {run.resume}: {reason}")
+        return run.resume
+    if last_checkpoint(folder, contents=False) is None:
+        say(f"{folder} has no complete checkpoint: training starts from the beginning")
+        return False
+    return True

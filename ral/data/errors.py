@@ -32,3 +32,9 @@ def shown(value: object) -> str:
     """The value as an error message shows it, cut at 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def shown_path(path: str) -> str:
+    """A path as an error message shows it; of a long one, such as a data: URI, both ends."""
+    text = repr(path)
+    return text if len(text) <= 400 else f"{text[:60]}...{text[-60:]} ({len(path)} characters)"

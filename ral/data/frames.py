@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .errors import DataError
+from .errors import DataError, shown_path
 
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _VIDEOS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
     *(".ogv", ".webm", ".wmv"),
@@ -73,49 +72,56 @@ class FrameFinder:
         _refuse_video(path)
         if os.path.isdir(full):
             raise DataError(
-                f"path must be an image file, unless data_type is 'video'; got the folder {full!r}"
+                f"path must be an image file, unless data_type is 'video'; got the folder "
+                f"{shown_path(full)}"
             )
         if not os.path.isfile(full):
-            raise DataError(f"path must be an existing image file; got {full!r}")
+            raise DataError(f"path must be an existing image file; got {shown_path(full)}")
         return full
 
     def _frames(self, path: str) -> list[tuple[str, int]]:
+        from ral_kernels.viz import PictureError, count_frames  # brings torch
+
         full = os.path.join(self.root, path)
         if not os.path.isdir(full):
             file = self._file(path)
             try:
-                with Image.open(file) as image:
-                    return [(file, i) for i in range(getattr(image, "n_frames", 1))]
-            except Exception as error:  # Pillow's decoders raise many kinds
+                return [(file, i) for i in range(count_frames(file))]
+            except (OSError, PictureError) as error:
                 raise DataError(
-                    f"path must be a readable image or animation; got {file!r}: {error}"
+                    f"path must be a readable image or animation; got {shown_path(file)}: "
+                    f"{_reason(error)}"
                 ) from error
         with os.scandir(full) as entries:
             names = [entry.name for entry in entries if _is_frame(entry)]
         if not names:
-            raise DataError(f"path must be a folder with images; got none in {full!r}")
+            raise DataError(f"path must be a folder with images; got none in {shown_path(full)}")
         return [(os.path.join(full, name), 0) for name in sorted(names, key=natural_key)]
 
 
 def _is_frame(entry: os.DirEntry[str]) -> bool:
+    from ral_kernels.viz import PICTURE_SUFFIXES
+
     # A leading dot marks files of file managers, such as "._frame1.png".
     suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in _IMAGES and not entry.name.startswith(".") and entry.is_file()
+    return suffix in PICTURE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
 
 
 def _refuse_video(path: str) -> None:
     stem, suffix = os.path.splitext(path)
     if suffix.lower() in _VIDEOS:
+        long = len(path) > 300
+        given, path, stem = shown_path(path), "VIDEO" if long else path, "FOLDER" if long else stem
         raise DataError(
             "path must be an image, a list of images, a folder of frames or an animated GIF or "
-            f"WebP; got the video {path!r}. Extract frames into a folder, say two a second, with "
+            f"WebP; got the video {given}. Extract frames into a folder, say two a second, with "
             f"`mkdir -p '{stem}' && ffmpeg -i '{path}' -vf fps=2 '{stem}/frame%05d.jpg'`, "
             f"and give {stem!r}"
         )
 
 
 def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
-    """Decode images to RGB, upright (EXIF) and on white where they are transparent.
+    """Decode images with the reader of `ral_kernels.viz`: RGB, upright, on white.
 
     Args:
         references: for each image its `path`, the index of its `frame` and its `source`
@@ -124,28 +130,20 @@ def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
     Raises:
         DataError: an image that cannot be decoded, by line and path.
     """
-    images = []
+    from ral_kernels.viz import PictureError, read_pictures
+
+    images: list[Image.Image] = []
     for path, group in itertools.groupby(references, key=lambda reference: reference["path"]):
         frames = list(group)
         try:
-            with Image.open(path) as file:
-                for frame in frames:
-                    file.seek(frame["frame"])
-                    images.append(_rgb(file))
-        except Exception as error:  # Pillow's decoders raise many kinds
+            images += read_pictures(path, [reference["frame"] for reference in frames])
+        except (OSError, PictureError) as error:
             raise DataError(
                 f"{frames[0]['source']}: path must be an image that can be decoded; "
-                f"got {path!r}: {error or type(error).__name__}"
+                f"got {shown_path(path)}: {_reason(error)}"
             ) from error
     return images
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling
-        image = image.point(lambda value: value / 256).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", error))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -13,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 
 from ral.rewards.tags import check_style
 
-from .errors import MOST_SHOWN, collected
+from .errors import MOST_SHOWN, DataError, collected, shown_path
 from .frames import FrameFinder, read_images
 from .rows import RowReader
 
@@ -75,7 +77,9 @@ def load_jsonl(
         style: the form of response that prompts ask for, "think" or "direct" (RAL-zero).
         max_frames: how many frames of a video are taken, at equal steps from the first to the last.
         streaming: return an IterableDataset, which reads and checks line by line.
-        on_error: "raise", or "skip" to leave out lines with errors and log their number.
+        on_error: "raise", or "skip" to leave out lines with errors and log their number. "skip"
+            also leaves out lines whose images cannot be decoded. Without `streaming`, threads
+            decode every image for that.
 
     Returns:
         A dataset with the columns prompt (a conversation with images before the text),
@@ -85,7 +89,7 @@ def load_jsonl(
     Raises:
         DataError: invalid lines (the first 20 errors, and the number of the others), or no valid
             line at all. When a row is read, an image that cannot be decoded. With `streaming`, each
-            error when it is reached.
+            error when it is reached. Images that are skipped raise nothing.
         FileNotFoundError: no such file, or image_root is no folder.
         ValueError: another style, max_frames or on_error.
     """
@@ -96,10 +100,12 @@ def load_jsonl(
         raise ValueError(f"load_jsonl: on_error must be 'raise' or 'skip'; got {on_error!r}")
     path = os.path.abspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"load_jsonl: path must be a file of JSON lines; got {path!r}")
+        raise FileNotFoundError(
+            f"load_jsonl: path must be a file of JSON lines; got {shown_path(path)}"
+        )
     root = os.path.dirname(path) if image_root is None else os.path.abspath(image_root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"load_jsonl: image_root must be a folder; got {root!r}")
+        raise FileNotFoundError(f"load_jsonl: image_root must be a folder; got {shown_path(root)}")
     arguments: dict[str, Any] = {
         "path": path,
         "root": root,
@@ -107,12 +113,21 @@ def load_jsonl(
         "max_frames": max_frames,
         "skip": on_error == "skip",
     }
+    dataset: Dataset | IterableDataset
     if streaming:
-        return IterableDataset.from_generator(_stream, gen_kwargs=arguments)
-    table = _table(_rows(**arguments))
-    if not table.num_rows:
-        raise collected("load_jsonl", path, [f"{path}: rows must be one or more; got none"], 1)
-    return Dataset(table).with_transform(decode_batch)
+        dataset = IterableDataset.from_generator(_stream, gen_kwargs=arguments)
+    else:
+        table = _table(_rows(**arguments))
+        if not table.num_rows:
+            raise collected("load_jsonl", path, [f"{path}: rows must be one or more; got none"], 1)
+        dataset = Dataset(table).with_transform(decode_batch)
+    # By which `RALTrainer` sees whether a resumed run reads the same rows.
+    digest, size = hashlib.sha256(), os.path.getsize(path)
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    dataset.info.download_checksums = {path: {"num_bytes": size, "checksum": digest.hexdigest()}}
+    return dataset
 
 
 def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:
@@ -152,32 +167,81 @@ def _without_none(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stream(**arguments: Any) -> Iterator[dict[str, Any]]:
-    for row in _rows(**arguments, first_error=True):
-        yield {**row, "images": read_images(row["images"])}
+    return _rows(**arguments, streaming=True)
+
+
+class _Decoded:
+    """Checks once for each image whether it can be decoded."""
+
+    def __init__(self) -> None:
+        self._errors: dict[tuple[str, int], str | None] = {}
+
+    def errors(self, row: dict[str, Any]) -> list[str]:
+        """Of the images of a stored row."""
+        found = []
+        for reference in row["images"]:
+            key = (reference["path"], reference["frame"])
+            if key not in self._errors:
+                try:
+                    read_images([reference])
+                    self._errors[key] = None
+                except DataError as error:
+                    self._errors[key] = str(error).removeprefix(f"{reference['source']}: ")
+            error_text = self._errors[key]
+            if error_text is not None:
+                found.append(f"{reference['source']}: {error_text}")
+        return found
+
+
+def _in_order(function: Callable[[Any], Any], items: Iterator[Any], threads: int) -> Iterator[Any]:
+    """`map`, in threads, whose results wait for no more than the next few."""
+    with ThreadPoolExecutor(threads) as pool:
+        while chunk := list(itertools.islice(items, 16 * threads)):
+            yield from pool.map(function, chunk)
 
 
 def _rows(
-    path: str, root: str, style: str, max_frames: int, skip: bool, first_error: bool = False
+    path: str, root: str, style: str, max_frames: int, skip: bool, streaming: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Stored rows of the file; raises the errors of all lines at the end, or the first at once."""
+    """Rows of the file, with images if streaming.
+
+    Raises the errors of all lines at the end, or the first at once if streaming.
+    """
     reader = RowReader(FrameFinder(root, max_frames), style)
+    decoded = _Decoded()
     name = os.path.basename(path)
     stem = os.path.splitext(name)[0]
     errors: list[str] = []
     count = left_out = 0
+
+    def read(numbered: tuple[int, bytes]) -> tuple[int, bytes, dict[str, Any] | list[str]]:
+        number, line = numbered
+        row = reader.read(line, f"{name}:{number}", f"{stem}:{number}")
+        if streaming and isinstance(row, dict):
+            try:
+                row = {**row, "images": read_images(row["images"])}
+            except DataError as error:
+                row = [str(error)]
+        elif skip and isinstance(row, dict):
+            row = decoded.errors(row) or row
+        return number, line, row
+
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
-            row = reader.read(line, f"{name}:{number}", f"{stem}:{number}")
+        lines = (
+            (number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            for number, line in enumerate(file, start=1)
+        )
+        lines = (numbered for numbered in lines if numbered[1].strip())
+        threads = os.cpu_count() or 1
+        results = _in_order(read, lines, threads) if skip and not streaming else map(read, lines)
+        for number, line, row in results:
             if isinstance(row, dict):
                 yield row
                 continue
             errors += row[: MOST_SHOWN - len(errors)]
             count += len(row)
             left_out += 1
-            if first_error and not skip:
+            if streaming and not skip:
                 break
             if number == 1 and line.lstrip().startswith(b"["):
                 errors = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,9 @@ from .frames import FrameFinder
 from .prompts import conversation, letter, question_text
 
 _DATA_TYPES = ("image", "video")
-_OPTION_LETTER = re.compile(r"\s*\(?([A-Z])[.):]\s*(?=\S)")
+_OPTION_LETTER = re.compile(
+    r"\s*[(\[（【]?([A-Za-zＡ-Ｚａ-ｚ])(?:[)\]）】][.:、．：]?|[.:、．：])\s*(?=\S)"
+)
 
 
 @dataclass
@@ -71,9 +74,17 @@ class RowReader:
                 checked.errors.append(str(error))
         if checked.errors:
             return {}
-        text = question_text(problem, problem_type, options=options, style=self.style, video=video)
+        text = question_text(
+            problem, problem_type,
+            options=options, style=self.style, video=video, num_images=len(images),
+        )  # fmt: skip
+        try:
+            prompt = conversation(text, len(images))
+        except DataError as error:
+            checked.errors.append(str(error))
+            return {}
         return {
-            "prompt": conversation(text, len(images)),
+            "prompt": prompt,
             "images": [{"path": path, "frame": frame, "source": source} for path, frame in images],
             "solution": solution,
             "problem_type": problem_type,
@@ -120,7 +131,8 @@ class _Checked:
         if problem_type == "multiple choice" and not 2 <= len(options) <= 26:
             self.wrong("options", "2 to 26 texts for multiple choice")
         letters = [_OPTION_LETTER.match(option) for option in options]
-        if all(match and match[1] == letter(i) for i, match in enumerate(letters)):
+        given = [match and unicodedata.normalize("NFKC", match[1]).upper() for match in letters]
+        if given == [letter(i) for i in range(len(options))]:
             options = [_OPTION_LETTER.sub("", option, count=1) for option in options]
         return [option.strip() for option in options]
 

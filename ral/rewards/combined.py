@@ -49,10 +49,10 @@ def combined_reward(
         problem_type: Sequence[str],
         options: Sequence[Sequence[str] | None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> list[float]:
         accuracy = accuracy_reward(completions, solution, problem_type, options)
-        form = format_reward(completions, style)
+        form = format_reward(completions, style, **kwargs)
         if log_metric is not None and completions:
             log_metric("accuracy", sum(accuracy) / len(accuracy))
             log_metric("format", sum(form) / len(form))

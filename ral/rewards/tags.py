@@ -26,16 +26,21 @@ def completion_text(completion: object) -> str:
 
     Args:
         completion: a string, or a conversation (list of messages) whose last message counts. Of a
-            content made of parts, the text parts are joined.
+            content made of parts, the text parts are joined. Thinking that TRL has put into
+            `reasoning_content` gets its tags back.
     """
     if isinstance(completion, Sequence) and not isinstance(completion, str | bytes) and completion:
         completion = completion[-1]
+    thinking = ""
     if isinstance(completion, dict):
+        reasoning = completion.get("reasoning_content")
+        if isinstance(reasoning, str) and reasoning:
+            thinking = f"<think>{reasoning}</think>"
         completion = completion.get("content")
     if isinstance(completion, list):
         texts = [part.get("text") for part in completion if isinstance(part, dict)]
-        return "".join(text for text in texts if isinstance(text, str))
-    return completion if isinstance(completion, str) else ""
+        return thinking + "".join(text for text in texts if isinstance(text, str))
+    return thinking + completion if isinstance(completion, str) else thinking
 
 
 def has_tags(text: str) -> bool:
@@ -80,26 +85,62 @@ def has_format(text: str, style: str) -> bool:
     return not text.strip()
 
 
+def rendered_end(processor: Any, prompt: Any, **options: Any) -> str:
+    """The tag that the chat template ends a prompt with: "<think>", or "".
+
+    Args:
+        processor: a processor or tokenizer of transformers.
+        prompt: a conversation, or text.
+        options: of the processor's `apply_chat_template`.
+    """
+    if not isinstance(prompt, str):
+        prompt = processor.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True, **options
+        )
+    return _open_tag(prompt)
+
+
+def _open_tag(prompt: object) -> str:
+    if isinstance(prompt, list) and prompt and prompt[-1].get("role") != "assistant":
+        return ""  # only the chat template knows what comes after the user's message
+    return _TAGS[0] if completion_text(prompt).rstrip().endswith(_TAGS[0]) else ""
+
+
 def format_reward(
-    completions: Sequence[Any], style: str = "think", **kwargs: object
+    completions: Sequence[Any],
+    style: str = "think",
+    *,
+    prompts: Sequence[Any] | None = None,
+    prompt_end: Sequence[str] | None = None,
+    **kwargs: object,
 ) -> list[float]:
     """1.0 where the response has the form of Figure 2 of arXiv 2602.04884, else 0.0.
 
     "think" is `<think>…</think><answer>…</answer>`; "direct" (RAL-zero) is `<answer>…</answer>`.
-    Each tag occurs once, with only white space outside of the tags, and some text inside.
+    Each tag occurs once, with only white space outside of the tags, and some text inside. A
+    `<think>` at the prompt's end, where some chat templates put it, begins a "think" response.
 
     Args:
         completions: strings or conversations (`completion_text`).
         style: "think" or "direct".
-        kwargs: the columns that TRL passes; not used.
+        prompts: text, or conversations that may end in a message of the assistant.
+        prompt_end: for each completion "<think>" if its chat template ends so, else "". RALTrainer
+            passes this column.
+        kwargs: the other columns that TRL passes; not used.
 
     Raises:
         ValueError: another style.
     """
     check_style("format_reward", style)
-    return [float(has_format(completion_text(completion), style)) for completion in completions]
+    texts = [completion_text(completion) for completion in completions]
+    if style == "think":
+        for ends in (map(_open_tag, prompts or ()), prompt_end or ()):
+            if any(ends := list(ends)):
+                texts = [end + text for end, text in zip(ends, texts, strict=True)]
+                break
+    return [float(has_format(text, style)) for text in texts]
 
 
 def direct_format_reward(completions: Sequence[Any], **kwargs: object) -> list[float]:
     """`format_reward` of the direct style, to name in TRL's `reward_funcs`."""
-    return format_reward(completions, style="direct")
+    return format_reward(completions, "direct")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ral_kernels.spans import Spans
 from .allocation import accumulation_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_COLUMNS = 32
 
 
 def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +32,11 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
 def full_precision(q: Tensor) -> torch.autocast:
     """A context in which a caller's autocast does not round float32 matrix products."""
     return torch.autocast(q.device.type, enabled=False)
+
+
+def unit_last_stride(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where its last stride is not 1."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def check_qkv(
@@ -82,6 +89,7 @@ def check_qkv(
     if spans is not None:
         if not isinstance(spans, Spans):
             raise TypeError(f"{op}: spans must be None or Spans; got {type(spans).__name__}")
+        spans.check()
         ids = spans.ids
         if ids.shape[-1] != seqlen_k or (ids.dim() == 2 and ids.shape[0] != batch_size):
             raise ValueError(
@@ -105,7 +113,14 @@ def prepare_span_bias(op: str, span_bias: Any, spans: Spans | None, q: Tensor) -
     shape = (*q.shape[:3], spans.num_spans)
     checks.check_broadcastable(op, "span_bias", span_bias, shape, "[B, H, T, S]")
     checks.check_same_device(op, "span_bias", span_bias, q, "q")
-    return span_bias.to(accumulation_dtype(q)).expand(shape)
+    span_bias = span_bias.to(accumulation_dtype(q))
+    if span_bias.numel() != 1 or not span_bias.requires_grad:
+        return span_bias.expand(shape)
+    # PyTorch gives each of its threads a share of a sum to one number, so that rounding depends on
+    # how many there are. A sum to 32 numbers is one thread's, and so is that of the 32.
+    copies = math.prod(shape)
+    columns = span_bias.reshape(1).expand(_COLUMNS)
+    return columns.repeat(copies // _COLUMNS + 1)[:copies].view(shape)
 
 
 def check_key_padding_mask(op: str, key_padding_mask: Any, k: Tensor) -> None:

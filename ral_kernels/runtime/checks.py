@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
+import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+# Parameters, and what tensors are while a graph is traced. Kernels read the memory of a tensor, so
+# a subclass that gives its memory another meaning would be misread.
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+
+_KEYS = torch._C._TorchDispatchModeKey
+_TRACING_MODES = (_KEYS.FAKE, _KEYS.FUNCTIONAL, _KEYS.PROXY)
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -18,8 +28,9 @@ def has_values(tensor: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or tensor.is_meta
-        or isinstance(tensor, FakeTensor)
+        or isinstance(tensor, (FakeTensor, FunctionalTensor))
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES)
     )
 
 
@@ -34,13 +45,41 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_int(value: Any) -> bool:
-    """Whether an argument counts as an integer: a symbolic integer does, `True` does not."""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    """Whether an argument counts as an integer: symbolic and numpy's do, `True` does not."""
+    return isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, bool)
+
+
+def to_int(value: Any) -> int:
+    """An integer as `is_int` takes it, in Python's type; a symbolic one stays symbolic."""
+    return cast(int, value) if isinstance(value, (int, torch.SymInt)) else int(value)
+
+
+def to_number(value: Any) -> Any:
+    """For drop-ins of functions that take a tensor of no dimensions as a number: its value."""
+    if not isinstance(value, Tensor) or value.dim() > 0 or value.requires_grad:
+        return value
+    return value.item()
 
 
 def check_tensor(op: str, name: str, value: Any, what: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be {what}; got {type(value).__name__}")
+    """`value` must be a dense tensor, and of no subclass that kernels would misread."""
+    if type(value) is not Tensor:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be {what}; got {type(value).__name__}")
+        if type(value) not in _TENSOR_TYPES and not _waits_for_a_collective(value):
+            raise TypeError(
+                f"{op}: {name} must be {what}; got {type(value).__name__}, a subclass of Tensor "
+                "that is not supported"
+            )
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be a dense tensor; got a {kind} one")
+
+
+def _waits_for_a_collective(value: Any) -> bool:
+    """Whether it is a result of torch.distributed's functional collectives: read, it waits."""
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    return module is not None and type(value) is module.AsyncCollectiveTensor
 
 
 def check_flag(op: str, name: str, value: Any) -> None:
@@ -78,14 +117,22 @@ def check_broadcastable(
         )
 
 
+# Kernels hold the number in float32, and its reciprocal, and its product with log2 e.
+_LEAST, _GREATEST = 2.0**-126, 2.0**126
+
+
 def _finite_number(op: str, name: str, value: Any, wanted: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{op}: {name} must be {wanted}; got {type(value).__name__}")
-    if not isinstance(value, (int, float)):
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return cast(float, value)  # a symbolic number has no value before the graph runs
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{op}: {name} must be {wanted}; got {value}")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be {wanted}; got {type(value).__name__}")
+    number = cast(float, value)
+    # Comparisons alone: torch.compile traces them for a symbolic number, but not math.isfinite.
+    if not _LEAST <= number <= _GREATEST:
+        if 0 < number < math.inf:
+            wanted += " that float32 holds, 2**-126 to 2**126"
+        raise ValueError(f"{op}: {name} must be {wanted}; got {number}")
+    return float(number)
 
 
 def resolve_scale(op: str, scale: Any, head_dim: int, name: str = "scale") -> float:
@@ -114,7 +161,7 @@ def _window_bound(op: str, name: str, bound: Any) -> int:
         )
     if bound < -1:
         raise ValueError(f"{op}: {name} must hold bounds >= 0, or -1 for no bound; got {bound}")
-    return min(bound, FARTHEST)  # kernels add it to positions
+    return min(to_int(bound), FARTHEST)  # kernels add it to positions
 
 
 def resolve_window(op: str, window: Any, is_causal: bool, name: str = "window") -> tuple[int, int]:
@@ -159,10 +206,10 @@ def resolve_rows(op: str, rows: Any, seqlen_q: int) -> tuple[int, int]:
             f"{op}: rows must be None, a slice of step 1 or (start, stop); got "
             f"{type(rows).__name__}"
         )
-    start, stop = bounds
     for bound in bounds:
         if bound is not None and not is_int(bound):
             raise TypeError(f"{op}: rows must hold integers; got {bound!r}")
+    start, stop = (None if bound is None else to_int(bound) for bound in bounds)
     start = 0 if start is None else start + seqlen_q if start < 0 else start
     stop = seqlen_q if stop is None else stop + seqlen_q if stop < 0 else stop
     if not 0 <= start <= stop <= seqlen_q:

@@ -19,7 +19,12 @@ _WORTH_ADVICE = 4 << 20  # bytes of an output: two huge pages
 STATUS = {
     1: "out of memory for its scratch",
     2: "the chosen variant does not run on this processor",
+    3: "pointers or sizes do not fit together",
+    4: "a span id lies outside [-1, num_spans); were the ids changed after Spans checked them?",
+    5: "a prefix_index of the snapshot lies outside [0, number of prefixes)",
+    6: "cu_seqlens decrease, or end beyond the tokens",
 }
+_FIRST_OF_THE_CALLER = 3  # statuses from here on are about arguments
 
 
 @functools.cache
@@ -130,4 +135,5 @@ def raise_for_status(op: str, status: int, **tensors: Tensor) -> None:
     """Turn a status of the library into an exception that names op and shapes."""
     if status != 0:
         reason = STATUS.get(status, f"status {status}")
-        raise RuntimeError(f"{op}: backend 'cpu' failed: {reason}; {c_interface.shapes(tensors)}")
+        message = f"{op}: backend 'cpu' failed: {reason}; {c_interface.shapes(tensors)}"
+        raise ValueError(message) if status >= _FIRST_OF_THE_CALLER else RuntimeError(message)

@@ -1,15 +1,37 @@
 """Pictures of attention maps: over an image, token by token, along the frames of a video.
 
-Every function takes an `AttentionMap` of `rk.attention_map` and returns a matplotlib figure. If
+Every figure takes an `AttentionMap` of `rk.attention_map` and returns a matplotlib figure. If
 `path` is given, it also writes the figure to that file. Only this package needs matplotlib and
 Pillow: `ral-kernels[viz]`.
 
 Colours are inferno's, whose lightness rises evenly, over the picture in grey. Where a few visual
 tokens draw far more attention than the rest (attention sinks), the scale ends at a percentile. The
 colour bar then says so.
+
+`read_pictures` is how `attention_map`, the command line and `ral.data` read files of pictures.
 """
+
+from ral_kernels.integrations.pictures import (
+    PICTURE_SUFFIXES,
+    PictureError,
+    as_rgb,
+    count_frames,
+    read_pictures,
+)
 
 from .figures import film_strip, overlay, token_frame, token_grid
 from .parts import blend, colour_limit
 
-__all__ = ["blend", "colour_limit", "film_strip", "overlay", "token_frame", "token_grid"]
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "PictureError",
+    "as_rgb",
+    "blend",
+    "colour_limit",
+    "count_frames",
+    "film_strip",
+    "overlay",
+    "read_pictures",
+    "token_frame",
+    "token_grid",
+]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("transformers")
 
@@ -297,6 +298,25 @@ def test_images_prompts_and_defaults(tiny: tuple[Any, Any], tmp_path: Path) -> N
     assert (with_self.image_shares < maps[0].image_shares).all()
 
 
+def test_a_map_lies_as_the_picture_is_seen(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    """A phone stores pictures on their side, and says so in EXIF."""
+    model, processor = tiny
+    scene = load("coffee.png").resize((112, 56))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    with Image.open(tmp_path / "phone.png") as opened:
+        maps = [
+            attention_map(model, processor, picture, "What?", response=ANSWER)
+            for picture in (scene, tmp_path / "phone.png", opened)
+        ]
+    rows, columns = maps[0].grids[0].shape[1:]
+    assert columns == 2 * rows
+    for made in maps:
+        assert made.images[0].size == (112, 56)
+        assert made.grids[0].equal(maps[0].grids[0])
+
+
 def test_the_model_is_left_as_it_was(tiny: tuple[Any, Any]) -> None:
     model, processor = tiny
     hooks = [len(module._forward_hooks) for module in model.modules()]
@@ -307,6 +327,14 @@ def test_the_model_is_left_as_it_was(tiny: tuple[Any, Any]) -> None:
     assert model.config.to_dict() == config
     for layer in model.model.language_model.layers:
         assert layer.self_attn.config._attn_implementation == "eager"
+
+
+def test_only_the_formats_that_are_named_are_opened(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    """Pillow hands an EPS, whatever it is called, to Ghostscript."""
+    eps = tmp_path / "a.png"
+    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    with pytest.raises(OSError, match="cannot identify image file"):
+        attention_map(*tiny, eps, "What?", response=ANSWER)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

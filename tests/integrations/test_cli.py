@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "frames" / "notes.txt").write_text("not a picture")
     (folder / "empty").mkdir()
     (folder / "broken.png").write_bytes(b"no picture at all")
+    (folder / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
     return folder
 
 
@@ -122,6 +123,7 @@ def test_frames_are_in_the_order_of_their_numbers(folder: Path) -> None:
 FAILING: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "no image": ({}, ("nothing.png",), "there is no image "),
     "a broken image": ({}, ("broken.png",), "as an image: "),
+    "a picture for Ghostscript": ({}, ("eps.png",), "cannot identify image file"),
     "no frames": ({}, ("empty",), "has no images"),
     "no model folder": ({"model": "/no/such/folder"}, (), "there is no model folder /no/such"),
     "a folder without a model": ({"model": "{folder}/frames"}, (), "cannot load "),

@@ -236,6 +236,11 @@ def test_lora_autocast_and_compile():
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad(), steer(compiled, bias.expand(2, 2), spans=spans):  # one row a sample
+        got = compiled(**batch, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_policy_of_a_steered_layer():

@@ -1,8 +1,10 @@
 """Loading the compiled libraries: what is said when one is missing, and whose OpenMP they use."""
 
 import ctypes
+import hashlib
 import mmap
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,15 +55,87 @@ def test_library_that_the_loader_refuses(library_dir):
     assert "libral_cpu.so: " in reason.removeprefix("libral_cpu.so does not load: ")  # the loader's
 
 
+needs_library = pytest.mark.skipif(
+    native.why_missing("ral_cpu") is not None, reason="ral_cpu is not built"
+)
+BUILT = native.LIBRARY_DIR / "libral_cpu.so"
+
+
+def write_checksum(library: Path) -> None:
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    library.with_name(f"{library.name}.sha256").write_text(f"{digest}  {library.name}\n")
+
+
+@needs_library
+def test_the_build_leaves_a_checksum():
+    content = BUILT.with_name("libral_cpu.so.sha256").read_text().split()
+    assert content == [hashlib.sha256(BUILT.read_bytes()).hexdigest(), "libral_cpu.so"]
+
+
+@linux_only
+@needs_library
+@pytest.mark.parametrize("with_checksum", [True, False])
+def test_a_truncated_library_is_not_loaded(library_dir, with_checksum):
+    """The loader would map it, and the process would die of SIGBUS."""
+    library, content = library_dir / "libral_cpu.so", BUILT.read_bytes()
+    if with_checksum:
+        library.write_bytes(content)
+        write_checksum(library)
+    for size in (len(content) // 2, 4096, len(content) - 1, 100, 50, 0):
+        library.write_bytes(content[:size])
+        reason = native.why_missing("ral_cpu")
+        assert reason is not None
+        if size == 0 and not with_checksum:
+            assert reason.startswith("libral_cpu.so does not load: ")  # by the loader, safely
+        else:
+            assert reason.startswith("libral_cpu.so is damaged: it"), reason
+            assert "python setup.py build_ext --inplace" in reason
+        assert f"it has {size} of {len(content)} bytes" in reason or size <= 100
+    library.write_bytes(content)
+    assert native.why_missing("ral_cpu") is None
+
+
+@needs_library
+def test_a_flipped_byte_is_found(library_dir):
+    library, content = library_dir / "libral_cpu.so", bytearray(BUILT.read_bytes())
+    library.write_bytes(content)
+    write_checksum(library)
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+    reason = native.why_missing("ral_cpu")
+    assert reason is not None
+    assert re.match(r"libral_cpu.so is damaged: its SHA-256 is [0-9a-f]{64}, not that of", reason)
+
+
+@linux_only
+def test_another_library_under_its_name(library_dir):
+    (library_dir / "libral_cpu.so").symlink_to(some_library())
+    wanted = "libral_cpu.so has no symbol ral_cpu_attention_struct_sizes: it is another library"
+    with pytest.raises(RuntimeError, match=re.escape(wanted)):
+        native.load("ral_cpu")
+
+
+@linux_only
+@needs_library
+def test_a_symbol_that_is_missing_later(library_dir, monkeypatch):
+    """As in a library of older sources."""
+    shutil.copy(BUILT, library_dir)
+    library = native.load("ral_cpu")
+    with pytest.raises(RuntimeError, match=r"^libral_cpu.so has no symbol ral_cpu_of_tomorrow: "):
+        getattr(library, "ral_cpu_of_tomorrow")  # noqa: B009
+    assert not hasattr(library, "ral_cpu_of_tomorrow")
+
+
 def some_library() -> Path:
     """A shared library that loads wherever torch does."""
     return Path(torch.__file__).parent / "lib" / "libc10.so"
 
 
 @linux_only
+@needs_library
 def test_load_is_cached_and_a_failure_is_not(library_dir):
     assert native.why_missing("ral_cpu") is not None
-    (library_dir / "libral_cpu.so").symlink_to(some_library())  # built meanwhile
+    (library_dir / "libral_cpu.so").symlink_to(BUILT)  # built meanwhile
     assert native.why_missing("ral_cpu") is None
     library = native.load("ral_cpu")
     assert isinstance(library, ctypes.CDLL)
@@ -153,11 +227,6 @@ def test_openmp_runtime_runs_a_team(openmp):
     seen = []
     parallel(function_type(lambda data: seen.append((thread_num(), data))), 42, 3, 0)
     assert sorted(seen) == [(0, 42), (1, 42), (2, 42)]
-
-
-needs_library = pytest.mark.skipif(
-    native.why_missing("ral_cpu") is not None, reason="ral_cpu is not built"
-)
 
 
 @linux_only

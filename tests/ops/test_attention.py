@@ -198,20 +198,87 @@ def test_every_cpu_variant(name: str, dtype: torch.dtype, isa: str, threads: int
     check_case(BY_NAME[name], dtype, "cpu")
 
 
-@pytest.mark.parametrize("num_heads", range(1, 9))
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_a_step_of_decoding_reads_no_padding(num_heads: int, dtype: torch.dtype, isa: str) -> None:
+def outputs_and_gradients(inputs: AttentionInputs, backend: str) -> list[Tensor]:
+    """Both, by one call; `inputs` are not changed."""
+    leaves = AttentionInputs(
+        *(tensor.detach().clone() for tensor in (inputs.q, inputs.k, inputs.v)),
+        inputs.spans,
+        inputs.options,
+    ).requires_grad_()
+    result = rk.attention(
+        leaves.q, leaves.k, leaves.v, leaves.spans, backend=backend, **leaves.options
+    )
+    douts = [None if x is None else random_like(x, i) for i, x in enumerate(result)]
+    grads = gradients(result, leaves, douts)
+    return [*(x for x in result if x is not None), *grads.values()]
+
+
+def check_padding_is_not_read(case: AttentionCase, dtype: torch.dtype, backend: str) -> None:
     """A cache holds anything where there is no token, and NaN times 0 is NaN."""
-    case = AttentionCase("", 1, 100, num_heads=num_heads, head_dim=40, key_padding="right")
     inputs = case.inputs(dtype)
-    clean = rk.attention(inputs.q, inputs.k, inputs.v, backend="cpu", **inputs.options).out
-    assert not clean.isnan().any()
-    hidden = ~inputs.options["key_padding_mask"]
+    hidden = ~inputs.options["key_padding_mask"][:, None, :, None]
     assert hidden.any()
-    inputs.v[hidden[:, None].expand(-1, inputs.v.shape[1], -1)] = float("nan")
-    inputs.k[hidden[:, None].expand(-1, inputs.k.shape[1], -1)] = float("nan")
-    dirty = rk.attention(inputs.q, inputs.k, inputs.v, backend="cpu", **inputs.options).out
-    assert torch.equal(dirty, clean)
+    clean = outputs_and_gradients(inputs, backend)
+    assert not any(x.isnan().any() for x in clean)
+    inputs.k.masked_fill_(hidden, float("nan"))
+    inputs.v.masked_fill_(hidden, float("nan"))
+    for wanted, got in zip(clean, outputs_and_gradients(inputs, backend), strict=True):
+        assert torch.equal(wanted, got)
+
+
+@pytest.mark.parametrize("num_heads", range(1, 9))
+@pytest.mark.parametrize("seqlen_q", [1, 9])  # with and without packing
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_no_cpu_variant_reads_padding(
+    num_heads: int, seqlen_q: int, dtype: torch.dtype, isa: str
+) -> None:
+    case = AttentionCase("", seqlen_q, 100, num_heads=num_heads, head_dim=40, key_padding="right")
+    check_padding_is_not_read(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 33])
+def test_padding_keys_are_never_read(seqlen_q: int, backend: str) -> None:
+    case = AttentionCase("", seqlen_q, 40, batch_size=2, head_dim=16, key_padding="right",
+                         spans="equal", options={"softcap": 2.0})  # fmt: skip
+    check_padding_is_not_read(case, torch.float32, backend)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("seqlen_q", [2, 6, 50])
+@pytest.mark.parametrize("spans", ["none", "everything", "equal"])
+def test_nan_stays_where_it_is_on_every_cpu_variant(
+    poison: float, seqlen_q: int, spans: str, isa: str
+) -> None:
+    check_nan_stays(poison, seqlen_q, spans, "cpu")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_stays_where_it_is(poison: float, backend: str) -> None:
+    check_nan_stays(poison, 6, "equal", backend)
+
+
+def check_nan_stays(poison: float, seqlen_q: int, spans: str, backend: str) -> None:
+    """A bad number of q reaches its row and its kv head's keys, one of k or v its kv head alone."""
+    # 7 keys are no multiple of a tile's 6: padding follows them.
+    case = AttentionCase("", seqlen_q, 7, batch_size=2, num_heads=6, num_kv_heads=2, head_dim=8,
+                         spans=spans, num_spans=2)  # fmt: skip
+    inputs = case.inputs(torch.float32)
+    clean = outputs_and_gradients(inputs, backend)
+    for name in ("q", "k", "v"):
+        before = getattr(inputs, name).clone()
+        getattr(inputs, name)[0, 0, 1] = poison
+        got = outputs_and_gradients(inputs, backend)
+        getattr(inputs, name).copy_(before)
+        if poison != poison:
+            assert got[0][0, 0, 1].isnan().any()
+        for i, (x, wanted) in enumerate(zip(got, clean, strict=True)):
+            heads = x.shape[1] // 2  # of the kv head
+            of_keys = i >= len(got) - 2  # dk and dv
+            if name == "q" and not of_keys:
+                x[0, 0, 1] = wanted[0, 0, 1]
+            else:
+                x[0, :heads] = wanted[0, :heads]
+            assert torch.equal(x, wanted), (name, i)
 
 
 @pytest.mark.parametrize(
@@ -265,19 +332,61 @@ def test_shares_no_heads_across_batch(backend: str) -> None:
         assert torch.equal(together.marginals[one], alone.marginals)
 
 
-def test_padding_keys_are_never_read(backend: str) -> None:
-    """Whatever stands behind a masked key (here 1e4) reaches no output."""
-    case = BY_NAME["padding_right"]
+@pytest.mark.parametrize("seqlen_q", [3, 9, 70])  # without packing, and with one block and more
+@pytest.mark.parametrize("key_padding", ["none", "right"])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
+def test_an_only_key_has_a_weight_of_one(
+    size: float, key_padding: str, seqlen_q: int, isa: str
+) -> None:
+    """In the backward too, however large its score: dv is the sum of dout to the bit."""
+    seqlen_k = 1 if key_padding == "none" else 4  # of which 3 are padding
+    case = AttentionCase("", seqlen_q, seqlen_k, head_dim=24, key_padding=key_padding)
     inputs = case.inputs(torch.float32)
-    clean = rk.attention(
-        inputs.q, inputs.k, inputs.v, inputs.spans, backend=backend, **inputs.options
-    )
-    hidden = ~inputs.options["key_padding_mask"][:, None, :, None]
-    k = inputs.k.masked_fill(hidden, 1e4)
-    v = inputs.v.masked_fill(hidden, 1e4)
-    dirty = rk.attention(inputs.q, k, v, inputs.spans, backend=backend, **inputs.options)
-    for a, b in zip(clean, dirty, strict=True):
-        assert torch.equal(a, b)
+    inputs.q.mul_(size)
+    inputs.requires_grad_()
+    out = rk.attention(inputs.q, inputs.k, inputs.v, backend="cpu", **inputs.options).out
+    dout = random_like(out, 1).mul(8).round()  # whole numbers: every order of their sum is exact
+    (dv,) = torch.autograd.grad(out, inputs.v, dout)
+    assert torch.equal(dv[0, 0, 0], dout.sum((0, 1, 2)))
+    assert not dv[:, :, 1:].any()
+
+
+def test_large_scores_cost_no_accuracy(isa: str) -> None:
+    """The same error as PyTorch's kernel, though the backward has weights from lse alone."""
+    inputs = AttentionCase("", 128, 128, num_kv_heads=2, head_dim=64).inputs(torch.float32)
+    for tensor in (inputs.q, inputs.k):
+        tensor.mul_(300**0.5)  # scores of 1e3
+    truth, torchs = (inputs.to(x).requires_grad_() for x in (torch.float64, torch.float32))
+    inputs.requires_grad_()
+    dout = random_like(inputs.q, 1)
+    ours = rk.attention(inputs.q, inputs.k, inputs.v, backend="cpu").out
+    results = [(ours, inputs), (eager_attention(truth)[0], truth)]
+    results.append((torch.nn.functional.scaled_dot_product_attention(torchs.q, torchs.k, torchs.v),
+                    torchs))  # fmt: skip
+    grads = [torch.autograd.grad(out, (x.q, x.k, x.v), dout.to(out.dtype)) for out, x in results]
+    for name, got, exact, baseline in zip(("dq", "dk", "dv"), *grads, strict=True):
+        assert_accurate(name, got, exact, baseline, floor_of(torch.float32))
+
+
+@pytest.mark.parametrize("seqlen_q", [4, 16])  # without packing and with it
+@pytest.mark.parametrize("num_spans", [0, 1, 20000])
+def test_long_sums(num_spans: int, seqlen_q: int, isa: str) -> None:
+    """Values that do not average out show what sums over many keys lose."""
+    case = AttentionCase("", seqlen_q, 20000, head_dim=16, num_spans=num_spans,
+                         spans="equal" if num_spans else "none")  # fmt: skip
+    inputs = case.inputs(torch.float32)
+    inputs.v.add_(1)
+    result = rk.attention(inputs.q, inputs.k, inputs.v, inputs.spans, backend="cpu")
+    k = inputs.k.double().repeat_interleave(2, 1)
+    p = torch.softmax(inputs.q.double() @ k.mT / 4, -1)
+    floor = floor_of(torch.float32) / 4
+    baseline = sdpa_out(inputs)
+    assert baseline is not None
+    assert_accurate("out", result.out, p @ inputs.v.double(), baseline, floor, 0.0)
+    if num_spans == 20000:
+        baseline = torch.softmax(inputs.q @ k.float().mT / 4, -1)
+        assert result.marginals is not None
+        assert_accurate("marginals", result.marginals, p, baseline, floor, 0.0)
 
 
 @pytest.mark.parametrize("layout", ["bhtd", "bthd"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.attention.bias import causal_upper_left
 
 import ral_kernels as rk
 from ral_kernels.ops.attention import interface
@@ -47,6 +49,19 @@ def flash(**changes: Any) -> Any:
         "v": tensor(B, N, HK, D),
     }
     return rk.flash_attn_func(**{**arguments, **changes})
+
+
+def cached(**changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "q": tensor(B, 1, H, D),
+        "k_cache": tensor(B, N, HK, D),
+        "v_cache": tensor(B, N, HK, D),
+    }
+    return rk.flash_attn_with_kvcache(**{**arguments, **changes})
+
+
+class Tagged(torch.Tensor):
+    """A subclass: what its memory means, only it knows."""
 
 
 def cu_seqlens(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -210,6 +225,14 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^attention: softcap must .*got -3"),
     ("softcap_nan", lambda: call(softcap=NAN), ValueError, r"^attention: softcap must .*got nan"),
     ("softcap_text", lambda: call(softcap="30"), TypeError, r"^attention: softcap must .*got str"),
+    ("scale_above_float32", lambda: call(scale=1e39), ValueError,
+     r"^attention: scale must be None or a finite number > 0 that float32 holds, .*; got 1e\+39"),
+    ("scale_below_float32", lambda: call(scale=1e-60), ValueError,
+     r"^attention: scale must .* that float32 holds, .*; got 1e-60"),
+    ("softcap_below_float32", lambda: call(softcap=np.float64(1e-60)), ValueError,
+     r"^attention: softcap must .* that float32 holds, .*; got 1e-60"),
+    ("softcap_above_float32", lambda: call(softcap=10**300), ValueError,
+     r"^attention: softcap must .* that float32 holds, .*; got 1000"),
     # is_causal, window, rows
     ("causal_int", lambda: call(is_causal=1), TypeError,
      r"^attention: is_causal must be True or False; got 1"),
@@ -249,6 +272,32 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^attention: backend must be None or one of cuda, triton, cpu, reference; got 'tpu'"),
     ("backend_type", lambda: call(backend=3), TypeError,
      r"^attention: backend must be None or a name; got int"),
+    # dense tensors of no subclass
+    ("q_nested", lambda: call(q=torch.nested.nested_tensor([tensor(H, T, D)] * B)), TypeError,
+     r"^attention: q must be a dense tensor; got a nested one"),
+    ("q_sparse", lambda: call(q=tensor(B, H, T, D).to_sparse()), TypeError,
+     r"^attention: q must be a dense tensor; got a sparse_coo one"),
+    ("k_jagged",
+     lambda: call(k=torch.nested.nested_tensor([tensor(HK, N, D)] * B, layout=torch.jagged)),
+     TypeError, r"^attention: k must be .*got NestedTensor, a subclass of Tensor"),
+    *((f"{name}_subclass", lambda name=name, x=x: call(**{name: x.as_subclass(Tagged)}), TypeError,
+       rf"^attention: {name} must be .*got Tagged, a subclass of Tensor that is not supported")
+      for name, x in {
+          "q": tensor(B, H, T, D), "k": tensor(B, HK, N, D), "v": tensor(B, HK, N, D),
+          "span_bias": tensor(S), "attn_mask": tensor(T, N),
+          "key_padding_mask": tensor(B, N, dtype=torch.bool),
+      }.items()),
+    ("causal_bias_sizes", lambda: call(attn_mask=causal_upper_left(T, T)), ValueError,
+     r"^attention: attn_mask must be a CausalBias of 5 queries and 7 keys; got one of 5 and 5"),
+    ("causal_bias_window", lambda: call(attn_mask=causal_upper_left(T, N), window=2), ValueError,
+     r"^attention: attn_mask must not be causal_upper_left with is_causal or a window"),
+    ("sdpa_causal_bias",
+     lambda: torch_like(attn_mask=causal_upper_left(T, N), is_causal=True), ValueError,
+     r"^scaled_dot_product_attention: attn_mask must be None with is_causal=True; got CausalBias"),
+    ("sdpa_mask_subclass", lambda: torch_like(attn_mask=tensor(T, N).as_subclass(Tagged)),
+     TypeError, r"^scaled_dot_product_attention: attn_mask must be .*got Tagged"),
+    ("sdpa_nested", lambda: torch_like(query=torch.nested.nested_tensor([tensor(H, T, D)] * B)),
+     TypeError, r"^scaled_dot_product_attention: query must be a dense tensor; got a nested"),
     # scaled_dot_product_attention
     ("sdpa_dropout", lambda: torch_like(dropout_p=0.1), NotImplementedError,
      r"^scaled_dot_product_attention: dropout is not supported: dropout_p must be 0.0; got 0.1"),
@@ -298,13 +347,44 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^flash_attn_func: q must be \[B, S, H, D\]; got \(5, 4, 8\)"),
     ("flash_window", lambda: flash(window_size=3), TypeError,
      r"^flash_attn_func: window_size must be \(left, right\); got int"),
-    ("flash_softcap", lambda: flash(softcap=-1.0), ValueError, r"^flash_attn_func: softcap must"),
+    ("flash_window_triple", lambda: flash(window_size=torch.tensor([1, 2, 3])), ValueError,
+     r"^flash_attn_func: window_size must be .*got 3 elements"),
+    ("flash_softcap", lambda: flash(softcap=NAN), ValueError, r"^flash_attn_func: softcap must"),
+    ("flash_subclass", lambda: flash(v=tensor(B, N, HK, D).as_subclass(Tagged)), TypeError,
+     r"^flash_attn_func: v must be .*got Tagged"),
     ("flash_scale", lambda: flash(softmax_scale=NAN), ValueError,
      r"^flash_attn_func: softmax_scale must .*got nan"),
     ("flash_head_ratio", lambda: flash(k=tensor(B, N, 3, D), v=tensor(B, N, 3, D)), ValueError,
      r"^flash_attn_func: k must have .*divides H=4; got Hk=3"),
     ("flash_causal", lambda: flash(causal="yes"), TypeError,
      r"^flash_attn_func: causal must be True or False"),
+    ("kvpacked_shape",
+     lambda: rk.flash_attn_kvpacked_func(tensor(B, T, H, D), tensor(B, N, 3, HK, D)), ValueError,
+     r"^flash_attn_kvpacked_func: kv must be \[B, S, 2, Hk, D\]; got \(2, 7, 3, 2, 8\)"),
+    ("qkvpacked_rank", lambda: rk.flash_attn_qkvpacked_func(tensor(B, T, H, D)), ValueError,
+     r"^flash_attn_qkvpacked_func: qkv must be \[B, S, 3, H, D\]; got \(2, 5, 4, 8\)"),
+    ("qkvpacked_varlen", lambda: rk.flash_attn_varlen_qkvpacked_func(
+        tensor(T, 3, H, D), cu_seqlens(0, 2, T), 2), ValueError,
+     r"^flash_attn_varlen_qkvpacked_func: max_seqlen must be at least the longest sequence, 3"),
+    # flash_attn_with_kvcache
+    *((f"kvcache_{name}", lambda name=name: cached(**{name: tensor(1)}), NotImplementedError,
+       rf"^flash_attn_with_kvcache: {name} is not supported: it must be None; got Tensor")
+      for name in ("rotary_cos", "rotary_sin", "block_table", "alibi_slopes")),
+    ("kvcache_half", lambda: cached(k=tensor(B, 1, HK, D), cache_seqlens=3), ValueError,
+     r"^flash_attn_with_kvcache: k and v must be given together"),
+    ("kvcache_full", lambda: cached(k=tensor(B, 1, HK, D), v=tensor(B, 1, HK, D)), ValueError,
+     r"^flash_attn_with_kvcache: cache_seqlens must lie in 0 to 6, .*; got 7"),
+    ("kvcache_beyond", lambda: cached(cache_seqlens=cu_seqlens(3, 8)), ValueError,
+     r"^flash_attn_with_kvcache: cache_seqlens must lie in 0 to 7; got values from 3 to 8"),
+    ("kvcache_lengths_float", lambda: cached(cache_seqlens=tensor(B)), TypeError,
+     r"^flash_attn_with_kvcache: cache_seqlens must be int32; got float32"),
+    ("kvcache_lengths_text", lambda: cached(cache_seqlens="3"), TypeError,
+     r"^flash_attn_with_kvcache: cache_seqlens must be None, an int or .*; got str"),
+    ("kvcache_sample", lambda: cached(cache_batch_idx=cu_seqlens(0, 2)), ValueError,
+     r"^flash_attn_with_kvcache: cache_batch_idx must lie in 0 to 1; got values from 0 to 2"),
+    ("kvcache_new_shape", lambda: cached(
+        k=tensor(B, 1, H, D), v=tensor(B, 1, HK, D), cache_seqlens=3), ValueError,
+     r"^flash_attn_with_kvcache: k must be \(2, 1, 2, 8\); got \(2, 1, 4, 8\)"),
     # flash_attn_varlen_func
     ("varlen_dropout", lambda: varlen(dropout_p=0.5), NotImplementedError,
      r"^flash_attn_varlen_func: dropout is not supported"),
@@ -333,6 +413,8 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^flash_attn_varlen_func: max_seqlen_q must be at least the longest sequence, 3; got 2"),
     ("varlen_max_type", lambda: varlen(max_seqlen_k=4.0), TypeError,
      r"^flash_attn_varlen_func: max_seqlen_k must be an int; got float"),
+    ("varlen_max_vector", lambda: varlen(max_seqlen_q=torch.tensor([3])), TypeError,
+     r"^flash_attn_varlen_func: max_seqlen_q must be an int; got Tensor"),
     ("varlen_spans_batch",
      lambda: varlen(spans=rk.Spans(torch.zeros(1, N, dtype=torch.int32), 1)), ValueError,
      r"^flash_attn_varlen_func: spans must have ids \[total_k\]=7"),
@@ -362,7 +444,7 @@ def test_backend_that_is_missing_or_cannot_run(monkeypatch: pytest.MonkeyPatch) 
 
 def test_well_formed_calls_pass() -> None:
     """The calls that the table spoils are good ones."""
-    for good in (call, torch_like, flash, varlen):
+    for good in (call, torch_like, flash, varlen, cached):
         good()
 
 
@@ -380,6 +462,17 @@ def test_zero_sizes_are_valid(batch: int, queries: int, keys: int, backend: str)
     (result.out.sum() + result.marginals.sum()).backward()
     for tensor in (q, k, v):
         assert tensor.grad is not None and not tensor.grad.any()
+
+
+@pytest.mark.parametrize(
+    "change", [{"q": tensor(B, 1, H, D, dtype=torch.float16)}, {"softcap": NAN}]
+)
+def test_a_refused_call_leaves_the_cache_alone(change: dict[str, Any]) -> None:
+    caches = {"k_cache": tensor(B, N, HK, D), "v_cache": tensor(B, N, HK, D)}
+    new = torch.ones(B, 1, HK, D)
+    with pytest.raises((TypeError, ValueError), match=r"^flash_attn_with_kvcache: "):
+        cached(**caches, k=new, v=new, cache_seqlens=3, **change)
+    assert not any(cache.any() for cache in caches.values())
 
 
 def test_missing_build_is_a_runtime_error(monkeypatch: pytest.MonkeyPatch) -> None:

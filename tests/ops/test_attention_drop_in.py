@@ -6,12 +6,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import ral_kernels as rk
+from ral_kernels.ops.attention.interface import call_attention
 from tests.ops.attention_cases import BY_NAME
 from tests.ops.attention_eager import eager_attention
 
@@ -132,6 +135,31 @@ def test_sdpa_fully_masked_rows() -> None:
     got = run(rk.scaled_dot_product_attention, tensors, {"attn_mask": mask})
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (4, 9), (9, 4)])
+def test_sdpa_causal_bias(bias: Any, queries: int, keys: int) -> None:
+    """Masks that are known by name: their memory holds nothing."""
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (queries, keys, keys))
+    options = {"attn_mask": bias(queries, keys)}
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(
+        keys - queries if bias is causal_lower_right else 0
+    )
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(rk.scaled_dot_product_attention(q, k, v, **options), wanted)
+    torch.testing.assert_close(rk.attention(q, k, v, **options).out, wanted)
+    if queries <= keys:  # PyTorch gives NaN for rows without keys
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, **options), wanted)
+
+
+def test_sdpa_takes_numbers_of_other_types() -> None:
+    """As PyTorch does: scalars of numpy and tensors of no dimensions."""
+    q = torch.randn(2, 3, 5, 8)
+    wanted = rk.scaled_dot_product_attention(q, q, q, scale=0.5)
+    for scale in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        assert torch.equal(rk.scaled_dot_product_attention(q, q, q, scale=scale), wanted)
+        F.scaled_dot_product_attention(q, q, q, scale=scale)
 
 
 @pytest.mark.parametrize("transpose", ["query", "key", "value", "heads"])
@@ -255,6 +283,128 @@ def test_flash_results() -> None:
     assert out.shape == q.shape and marginals.shape == (1, 2, 5, 1)
 
 
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"window_size": torch.tensor([2, 1])}, {"window_size": (2, 1)}),
+        ({"window_size": np.array([2, 1])}, {"window_size": (2, 1)}),
+        ({"window_size": [torch.tensor(2), np.int8(1)]}, {"window_size": (2, 1)}),
+        ({"window_size": (-5, -5)}, {}),
+        ({"softcap": -1}, {}),
+        ({"softcap": np.float32(2)}, {"softcap": 2.0}),
+        ({"softmax_scale": torch.tensor(0.5)}, {"softmax_scale": 0.5}),
+        ({"causal": np.True_}, {"causal": True}),
+        ({"causal": 1}, {"causal": True}),
+    ],
+    ids=str,
+)
+def test_flash_takes_what_flash_attn_takes(given: dict[str, Any], plain: dict[str, Any]) -> None:
+    q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    wanted = rk.flash_attn_func(q, k, v, **plain)
+    assert torch.equal(rk.flash_attn_func(q, k, v, **given), wanted)
+    # flash-attn copies what has another last stride
+    turned = [x.mT.contiguous().mT for x in (q, k, v)]
+    assert turned[0].stride(-1) != 1
+    assert torch.equal(rk.flash_attn_func(*turned, **given), wanted)
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    for longest in (np.int64(5), torch.tensor(5), torch.tensor(5, dtype=torch.int32)):
+        x = turned[0][0]
+        out = rk.flash_attn_varlen_func(x, x, x, bounds, bounds, longest, longest, **given)
+        torch.testing.assert_close(out, rk.flash_attn_func(x[None], x[None], x[None], **plain)[0])
+
+
+@pytest.mark.parametrize("options", FLASH_OPTIONS, ids=lambda options: "-".join(options) or "plain")
+def test_flash_packed_forms(options: dict[str, Any]) -> None:
+    """The same as the function on separate tensors, with the gradient in the packed tensor."""
+    spans = rk.Spans.from_lengths([3, 4])
+    everything = {**options, "return_attn_probs": True, "spans": spans}
+    bounds = torch.tensor([0, 2, 7], dtype=torch.int32)
+    padded = torch.randn(2, 7, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    packed = padded.detach()[0].clone().requires_grad_()
+    cases: list[tuple[Tensor, Any, Any]] = [
+        (
+            padded,
+            lambda x: rk.flash_attn_func(*x.unbind(2), **everything),
+            lambda x: rk.flash_attn_qkvpacked_func(x, **everything),
+        ),
+        (
+            padded,
+            lambda x: rk.flash_attn_func(*x.unbind(2), **everything),
+            lambda x: rk.flash_attn_kvpacked_func(x[:, :, 0], x[:, :, 1:], **everything),
+        ),
+        (
+            packed,
+            lambda x: rk.flash_attn_varlen_func(*x.unbind(1), bounds, bounds, 5, 5, **everything),
+            lambda x: rk.flash_attn_varlen_qkvpacked_func(x, bounds, 5, **everything),
+        ),
+        (
+            packed,
+            lambda x: rk.flash_attn_varlen_func(*x.unbind(1), bounds, bounds, 5, 5, **everything),
+            lambda x: rk.flash_attn_varlen_kvpacked_func(
+                x[:, 0], x[:, 1:], bounds, bounds, 5, 5, **everything
+            ),
+        ),
+    ]
+    for x, separate, together in cases:
+        wanted, got = separate(x), together(x)
+        assert len(got) == len(wanted) == 4 and got[2] is None
+        tensors = [(a, b) for a, b in zip(got, wanted, strict=True) if a is not None]
+        assert all(torch.equal(a, b) for a, b in tensors)
+        grads = [
+            torch.autograd.grad(sum(y.sum() for y in ys), x)[0] for ys in zip(*tensors, strict=True)
+        ]
+        assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("options", FLASH_OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("lengths", ["full", "int", "tensor"])
+@pytest.mark.parametrize("rest", ["", "new", "samples", "new_samples_leftpad"])
+def test_flash_attn_with_kvcache(options: dict[str, Any], lengths: str, rest: str) -> None:
+    """Against one call a sample on the keys that count, and the cache against a loop."""
+    options = {name: x for name, x in options.items() if name != "deterministic"}
+    batch, queries, room, new = 3, 4, 12, 2 if "new" in rest else 0
+    q = torch.randn(batch, queries, 4, 8, dtype=torch.float64)
+    caches = [torch.randn(5, room, 2, dim, dtype=torch.float64) for dim in (8, 6)]
+    added = [torch.randn(batch, new, 2, dim, dtype=torch.float64) for dim in (8, 6)]
+    sample = [4, 0, 2] if "samples" in rest else [0, 1, 2]
+    if "samples" not in rest:
+        caches = [x[:batch].clone() for x in caches]
+    pads = [0, 3, 1] if "leftpad" in rest else [0, 0, 0]
+    counts = {"full": [room - new] * 3, "int": [7] * 3, "tensor": [9, 3, 0]}[lengths]
+    pads = [min(pad, count) for pad, count in zip(pads, counts, strict=True)]
+
+    wanted_caches = [x.clone() for x in caches]
+    outs, lses = [], []
+    for b in range(batch):
+        for cache, x in zip(wanted_caches, added, strict=True):
+            cache[sample[b], counts[b] : counts[b] + new] = x[b]
+        k, v = (x[sample[b], pads[b] : counts[b] + new][None] for x in wanted_caches)
+        out, lse, _ = rk.flash_attn_func(q[b : b + 1], k, v, return_attn_probs=True, **options)
+        outs.append(out)
+        lses.append(lse)
+
+    seqlens: Any = {"full": None, "int": np.int64(counts[0])}.get(
+        lengths, torch.tensor(counts, dtype=torch.int32)
+    )
+    if lengths == "full" and new:
+        seqlens = counts[0]
+    extra: dict[str, Any] = {"cache_seqlens": seqlens}
+    if new:
+        extra.update(k=added[0], v=added[1])
+    if "samples" in rest:
+        extra["cache_batch_idx"] = torch.tensor(sample, dtype=torch.int32)
+    if "leftpad" in rest:
+        extra["cache_leftpad"] = torch.tensor(pads, dtype=torch.int32)
+    out, lse = rk.flash_attn_with_kvcache(
+        q, *caches, **extra, return_softmax_lse=True, num_splits=1, **options
+    )
+    torch.testing.assert_close(out, torch.cat(outs))
+    torch.testing.assert_close(lse, torch.cat(lses))
+    assert all(torch.equal(a, b) for a, b in zip(caches, wanted_caches, strict=True))
+    again = rk.flash_attn_with_kvcache(q, *caches, **extra, **options)
+    assert isinstance(again, Tensor) and torch.equal(again, out)
+
+
 PACKS = (
     ([5, 7, 3], [5, 7, 3]),
     ([5, 0, 61, 1], [9, 4, 61, 130]),  # no queries, square, decoding
@@ -321,3 +471,30 @@ def test_flash_attn_varlen_func(
     wanted_grads = torch.autograd.grad(wanted, (q, k, v), douts)
     for a, b in zip(grads, wanted_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=exact, atol=exact * math.sqrt(max(*lengths_q, 1)))
+
+
+def test_tokens_of_no_packed_sequence(backend: str) -> None:
+    """After the last bound, which nobody checks on a GPU or in a graph: zeros, not old memory."""
+    q, k, v = (torch.randn(1, heads, 9, 16, requires_grad=True) for heads in (4, 2, 2))
+    spans = rk.Spans.from_lengths([4, 5])
+    bias = torch.randn(1, 4, 9, 2, requires_grad=True)
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
+
+    def call(count: int) -> tuple[Tensor, ...]:
+        ids = rk.Spans(spans.ids[:count], 2)
+        out, marginals, lse = call_attention(
+            "attention", *(x[:, :, :count] for x in (q, k, v)), ids, scale=0.25,
+            window=(-1, 0), softcap=0.0, span_bias=bias[:, :, :count], cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds, backend=backend,
+        )  # fmt: skip
+        assert marginals is not None
+        sums = (out.sum() + marginals.square().sum() + lse[:, :, :6].sum(),)
+        return (out, marginals, lse, *torch.autograd.grad(sums, (q, k, v, bias)))
+
+    got, wanted = call(9), call(6)
+    for a, b in zip(got[:3], wanted[:3], strict=True):
+        assert torch.equal(a[:, :, :6], b)
+    assert not got[0][:, :, 6:].any() and not got[1][:, :, 6:].any()
+    assert (got[2][:, :, 6:] == -math.inf).all()
+    for a, b in zip(got[3:], wanted[3:], strict=True):  # zeros from 6 on in `wanted`, by slicing
+        assert torch.equal(a, b)

@@ -196,6 +196,26 @@ def test_half_precision_span_bias_gets_its_gradient(backend: str) -> None:
     assert span_bias.grad.shape == span_bias.shape
 
 
+@pytest.mark.parametrize("shape", [(), (64,), (1, 999, 1)], ids=str)
+def test_gradient_of_a_span_bias_does_not_depend_on_threads(shape: tuple[int, ...]) -> None:
+    """PyTorch forms a sum to one number in as many parts as it has threads."""
+    case = AttentionCase("", 999, 70, head_dim=8, spans="equal", num_spans=64)
+    inputs = case.inputs(torch.float32)
+    found = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        span_bias = torch.zeros(shape, requires_grad=True)
+        marginals = rk.attention(
+            inputs.q, inputs.k, inputs.v, inputs.spans, span_bias=span_bias, backend="cpu"
+        ).marginals
+        assert marginals is not None
+        weights = torch.randn(marginals.shape, generator=torch.Generator().manual_seed(1))
+        found.append(torch.autograd.grad(marginals, span_bias, weights)[0])
+    assert found[0].shape == shape
+    for gradient in found[1:]:
+        assert torch.equal(gradient, found[0])
+
+
 @pytest.mark.parametrize(
     "frozen", [set(x) for n in (1, 2) for x in itertools.combinations("qkv", n)], ids=sorted
 )

@@ -187,12 +187,18 @@ def test_spans_are_sums_over_keys(backend: str) -> None:
 
 
 def test_padding_keys_are_never_read(backend: str) -> None:
-    """Whatever stands behind a padded key (here 1e4) reaches no output."""
+    """Whatever a padded key holds (here NaN) reaches neither outputs nor gradients."""
     inputs = BY_NAME["padding_right"].inputs(torch.float32)
     hidden = ~inputs.options["key_padding_mask"][:, None, :, None]
-    dirty = inputs.k.masked_fill(hidden, 1e4)
-    clean = attention_policy(inputs.q, inputs.k, backend=backend, **inputs.options)
-    assert torch.equal(clean, attention_policy(inputs.q, dirty, backend=backend, **inputs.options))
+
+    def run(k: Tensor) -> list[Tensor]:
+        q, k = inputs.q.clone().requires_grad_(), k.requires_grad_()
+        p = attention_policy(q, k, backend=backend, softcap=2.0, **inputs.options)
+        return [p, *torch.autograd.grad(p, (q, k), random_like(p, 1))]
+
+    clean = run(inputs.k.clone())
+    for wanted, got in zip(clean, run(inputs.k.masked_fill(hidden, float("nan"))), strict=True):
+        assert torch.equal(wanted, got)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 1e30])

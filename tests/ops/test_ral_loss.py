@@ -194,6 +194,18 @@ def test_without_gradient_only_the_value(backend: str) -> None:
     torch.testing.assert_close(loss, ral_loss(q, k, snapshot, advantages, backend=backend).detach())
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 5)], ids=str)
+def test_constants_in_a_graph_of_dynamic_sizes(shape: tuple[int, ...]) -> None:
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    snapshot = AttentionSnapshot(1.1 * q, k)
+
+    def objective(q: Tensor, k: Tensor) -> Tensor:
+        return ral_loss(q, k, snapshot, torch.ones(shape), torch.ones(2, 5, dtype=torch.bool))
+
+    compiled = torch.compile(objective, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k), objective(q, k)) and objective(q, k) > 0
+
+
 def test_opcheck_and_compile(backend: str) -> None:
     q, k, snapshot, advantages = _inputs(CASES[0], torch.float32)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import copy
+import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +265,176 @@ def test_span_bias_follows_the_batch() -> None:
     clean = attention_policy(q, k, spans=spans)
     steered = attention_policy(q, k, spans=spans, span_bias=bias)
     assert (clean - steered).abs().max() > 0.01
+
+
+# ---- Every way in makes the checks of `__init__` -------------------------------------------------
+
+
+def parts(snapshot: AttentionSnapshot) -> dict[str, Any]:
+    return dict(snapshot.__getstate__())
+
+
+def by_load(state: dict[str, Any], path: Path) -> AttentionSnapshot:
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    tensors = {name: x.contiguous() for name, x in state.items() if isinstance(x, Tensor)}
+    options = {name: x for name, x in state.items() if not isinstance(x, Tensor)}
+    metadata = {"format": "ral_kernels.AttentionSnapshot/1", "options": json.dumps(options)}
+    safetensors_torch.save_file(tensors, str(path / "x.safetensors"), metadata=metadata)
+    return AttentionSnapshot.load(path / "x.safetensors")
+
+
+def by_unpickling(state: dict[str, Any], path: Path) -> AttentionSnapshot:
+    snapshot = AttentionSnapshot.__new__(AttentionSnapshot)
+    snapshot.__setstate__(state)
+    return snapshot
+
+
+def by_assignment(state: dict[str, Any], path: Path) -> AttentionSnapshot:
+    snapshot = shared(span_bias=torch.zeros(B, 1, 1, 3))
+    for name in parts(snapshot):
+        setattr(snapshot, name, state.get(name))
+    snapshot.check()
+    return snapshot
+
+
+FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    # of prefix_index
+    "far_index": ({"prefix_index": lambda x: x * 10**9}, ValueError, r"prefix_index .* \[0, 3\)"),
+    "negative_index": ({"prefix_index": lambda x: x - 1}, ValueError, "prefix_index must lie in"),
+    "float_index": ({"prefix_index": Tensor.float}, TypeError, "prefix_index must be integer"),
+    "bool_index": ({"prefix_index": Tensor.bool}, TypeError, "prefix_index must be integer"),
+    "int32_index": ({"prefix_index": Tensor.int}, TypeError, "prefix_index must be int64"),
+    "short_index": ({"prefix_index": lambda x: x[:2]}, ValueError, r"prefix_index must be \[B\]"),
+    "index_2d": ({"prefix_index": lambda x: x[:, None]}, ValueError, r"prefix_index must be \[B\]"),
+    "no_index": ({"prefix_index": None}, ValueError, "k_prefix needs prefix_index"),
+    "no_prefix": ({"k_prefix": None}, ValueError, "prefix_index needs k_prefix"),
+    # of k_prefix
+    "prefix_dtype": ({"k_prefix": Tensor.half}, TypeError, "k_prefix must have k's dtype float32"),
+    "prefix_dim": ({"k_prefix": lambda x: x[..., :4]}, ValueError, r"k_prefix must be \[P, Hk"),
+    "prefix_heads": ({"k_prefix": lambda x: x[:, :1]}, ValueError, r"k_prefix must be \[P, Hk"),
+    "prefix_3d": ({"k_prefix": lambda x: x[0]}, ValueError, r"k_prefix must be \[P, Hk"),
+    # of k and q
+    "k_dtype": ({"k": Tensor.bfloat16}, TypeError, "k must have q's dtype float32; got bfloat16"),
+    "k_integer": ({"k": Tensor.int}, TypeError, "k must have q's dtype float32; got int32"),
+    "k_batch": ({"k": lambda x: x[:1]}, ValueError, r"k must be \[B, Hk, N, D\] with B=6, D=8"),
+    "k_dim": ({"k": lambda x: x[..., :4]}, ValueError, r"k must be \[B, Hk, N, D\] with B=6"),
+    "k_3d": ({"k": lambda x: x[0]}, ValueError, r"k must be \[B, Hk, N, D\] with B=6, D=8"),
+    "no_kv_heads": ({"k": lambda x: x[:, :0]}, ValueError, "Hk that divides H=4; got Hk=0"),
+    "three_kv_heads": ({"k": lambda x: x[:, [0, 1, 1]]}, ValueError, "Hk that divides H=4; got Hk"),
+    "no_k": ({"k": None}, ValueError, "k is missing|k must be"),
+    "q_integer": ({"q": Tensor.int}, TypeError, "q must be float32, bfloat16"),
+    "q_3d": ({"q": lambda x: x[0]}, ValueError, r"q must be \[B, H, T, D\]"),
+    # of the bias
+    "bias_dtype": ({"span_bias": Tensor.int}, TypeError, "span_bias must be float32 or float64"),
+    "bias_batch": ({"span_bias": lambda x: x[:1]}, ValueError, r"span_bias must be .* with B=6"),
+    "bias_heads": (
+        {"span_bias": lambda x: x.expand(-1, 3, -1, -1)}, ValueError, "span_bias must be broadcast"
+    ),
+    # of the options
+    "scale_negative": ({"scale": -0.5}, ValueError, "scale must be .* > 0; got -0.5"),
+    "scale_zero": ({"scale": 0.0}, ValueError, "scale must be .* > 0; got 0.0"),
+    "scale_nan": ({"scale": float("nan")}, ValueError, "scale must be .*; got nan"),
+    "scale_text": ({"scale": "1"}, TypeError, "scale must be .*; got str"),
+    "scale_none": ({"scale": None}, TypeError, "scale and softcap must be numbers; got None"),
+    "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap must be .*; got -1.0"),
+    "window": ({"window_left": -2}, ValueError, "window_left must lie in .*; got -2"),
+    "window_float": ({"window_right": 1.0}, TypeError, "window_right must be an int; got float"),
+    "query_start": ({"query_start": 2**40}, ValueError, "query_start must lie in .*; got 1099"),
+}  # fmt: skip
+WAYS = {"load": by_load, "unpickling": by_unpickling, "assignment": by_assignment}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_in_refuses(way: str, fault: str, tmp_path: Path) -> None:
+    changes, exception, message = FAULTS[fault]
+    state = parts(shared(span_bias=torch.zeros(B, 1, 1, 3)))
+    assert_same(WAYS[way](state, tmp_path), shared(span_bias=torch.zeros(B, 1, 1, 3)))
+    for name, change in changes.items():
+        state[name] = change(state[name]) if callable(change) else change
+        if change is None and name in ("k", "k_prefix", "prefix_index"):
+            del state[name]
+    with pytest.raises(exception, match=rf"^AttentionSnapshot(\.load)?: .*({message})"):
+        WAYS[way](state, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["load", "unpickling"])
+@pytest.mark.parametrize(("name", "word"), [("scale", "missing"), ("colour", "unknown")])
+def test_options_must_be_complete_and_known(way: str, name: str, word: str, tmp_path: Path) -> None:
+    state = parts(shared())
+    if word == "missing":
+        del state[name]
+    else:
+        state[name] = 3
+    with pytest.raises(ValueError, match=rf"options must hold .*; {name} is {word}"):
+        WAYS[way](state, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [name for name, (x, *_) in FAULTS.items() if {*x} <= {"q", "k", "prefix_index", "span_bias"}],
+)
+def test_from_tensors_refuses(fault: str) -> None:
+    changes, exception, message = FAULTS[fault]
+    snapshot = shared(span_bias=torch.zeros(B, 1, 1, 3))
+    tensors = snapshot.tensors()
+    for name, change in changes.items():
+        tensors[name] = change(tensors[name]) if change else None
+    if fault == "no_index":
+        exception, message = TypeError, "prefix_index must be an int64"
+    elif fault == "no_k":
+        exception, message = TypeError, r"k must be a \[B, Hk, N, D\] tensor; got NoneType"
+    elif fault == "int32_index":  # a trainer's buffer may narrow it
+        assert_same(AttentionSnapshot.from_tensors(tensors, like=snapshot), snapshot)
+        return
+    with pytest.raises(exception, match=rf"^AttentionSnapshot\.from_tensors: .*{message}"):
+        AttentionSnapshot.from_tensors(tensors, like=snapshot)
+
+
+def test_a_slip_in_a_trainer_does_not_read_beyond_the_heap() -> None:
+    snapshot = AttentionSnapshot(*draw())
+    slip = {"q": snapshot.q, "k": snapshot.k[:1].clone()}
+    with pytest.raises(ValueError, match=r"from_tensors: k must be \[B, Hk, N, D\] with B=6"):
+        AttentionSnapshot.from_tensors(slip, like=snapshot)
+
+
+def test_copies_and_pickles_are_the_same_snapshot() -> None:
+    snapshot = shared(span_bias=torch.randn(B, 1, 1, 3), softcap=2.0)
+    copies = copy.copy(snapshot), copy.deepcopy(snapshot), pickle.loads(pickle.dumps(snapshot))
+    for other in copies:
+        assert_same(other, snapshot)
+    snapshot.k = snapshot.k[:1]
+    with pytest.raises(ValueError, match=r"k must be \[B, Hk, N, D\] with B=6"):
+        copy.copy(snapshot)
+
+
+def test_ops_check_what_was_assigned_or_edited_since() -> None:
+    q, k = draw()
+    snapshot = shared()
+    assert not attention_divergence(q, k, snapshot).any()
+    assert snapshot.prefix_index is not None
+    snapshot.prefix_index[0] = 10**9
+    with pytest.raises(ValueError, match=r"prefix_index must lie in \[0, 3\); got values from 0"):
+        attention_divergence(q, k, snapshot)
+    with pytest.raises(ValueError, match="prefix_index must lie in"):
+        snapshot.to(torch.bfloat16)
+    snapshot.prefix_index[0] = 0
+    assert not attention_divergence(q, k, snapshot).any()
+    snapshot.k = snapshot.k[:1].clone()
+    with pytest.raises(ValueError, match=r"k must be \[B, Hk, N, D\] with B=6"):
+        rk.ral_loss(q.requires_grad_(), k, snapshot, torch.ones(B))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no JSON", "a list"])
+def test_load_refuses_damaged_files(damage: str, tmp_path: Path) -> None:
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "x.safetensors"
+    shared().save(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        options = "{" if damage == "no JSON" else "[1]"
+        metadata = {"format": "ral_kernels.AttentionSnapshot/1", "options": options}
+        safetensors_torch.save_file({"q": torch.zeros(2)}, str(path), metadata=metadata)
+    with pytest.raises(ValueError, match=r"^AttentionSnapshot\.load: .* must be written by"):
+        AttentionSnapshot.load(path)

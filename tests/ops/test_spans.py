@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import ral_kernels as rk
 from tests.hypothesis_settings import REPRODUCIBLE
@@ -29,6 +33,71 @@ def test_ids_become_contiguous_int32() -> None:
     assert ids_of(spans) == ids.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(7,), (2, 7)])
+def test_ids_are_a_copy(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    buffer = torch.zeros(shape, dtype=dtype).numpy()
+    spans = rk.Spans(torch.from_numpy(buffer), 3)
+    buffer[:] = 7 * 10**7
+    assert not spans.ids.any()
+
+
+def test_ids_that_change_are_checked_by_the_next_call(backend: str) -> None:
+    q = torch.randn(1, 1, 7, 8)
+    spans = rk.Spans(torch.zeros(7, dtype=torch.int32), 3)
+    spans.ids[2] = 2  # in place, and valid
+    marginals = rk.attention(q, q, q, spans, backend=backend).marginals
+    assert marginals is not None and bool((marginals[..., 2] > 0).all())
+    spans.ids[3] = 50
+    with pytest.raises(ValueError, match=r"ids must be in \[-1, num_spans=3\); got .* 0 to 50"):
+        rk.attention(q, q, q, spans, backend=backend)
+    with pytest.raises(ValueError, match="ids must be in"):
+        rk.attention_policy(q, q, spans=spans, backend=backend)
+    with pytest.raises(ValueError, match="ids must be in"):
+        spans.extend_to(9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "exception"),
+    [
+        ("ids", torch.full((7,), 3, dtype=torch.int32), ValueError),
+        ("ids", torch.zeros(7, dtype=torch.int64), TypeError),
+        ("ids", torch.zeros(7), TypeError),
+        ("ids", torch.zeros(1, 1, 7, dtype=torch.int32), ValueError),
+        ("ids", [0] * 7, TypeError),
+        ("num_spans", 0, ValueError),
+        ("num_spans", -1, ValueError),
+        ("num_spans", 2.0, TypeError),
+    ],
+)
+def test_every_way_in_is_checked(name: str, value: Any, exception: type[Exception]) -> None:
+    q = torch.randn(1, 1, 7, 8)
+    spans = rk.Spans(torch.zeros(7, dtype=torch.int32), 3)
+    setattr(spans, name, value)
+    with pytest.raises(exception, match=rf"^Spans: {name}|^Spans: ids must be in"):
+        rk.attention(q, q, q, spans)
+    if exception is TypeError and isinstance(value, Tensor) and value.dtype == torch.int64:
+        assert pickle.loads(pickle.dumps(spans)).ids.dtype == torch.int32
+        return
+    for again in (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        with pytest.raises(exception, match=r"^Spans: "):
+            again(spans)
+
+
+def test_copies_and_pickles_are_the_same_spans() -> None:
+    spans = rk.Spans.from_lengths([2, 3], start=1)
+    for other in (copy.copy(spans), copy.deepcopy(spans), pickle.loads(pickle.dumps(spans))):
+        assert other == spans and other.ids.data_ptr() != spans.ids.data_ptr()
+
+
+def test_inference_mode() -> None:
+    """Its tensors do not count their versions."""
+    with torch.inference_mode():
+        spans = rk.Spans(torch.zeros(7, dtype=torch.int32), 3)
+        q = torch.randn(1, 1, 7, 8)
+        assert rk.attention(q, q, q, spans.extend_to(7)).marginals is not None
+
+
 def test_from_lengths() -> None:
     spans = rk.Spans.from_lengths([2, 0, 3])
     assert ids_of(spans) == [0, 0, 2, 2, 2] and spans.num_spans == 3
@@ -36,6 +105,10 @@ def test_from_lengths() -> None:
     assert ids_of(spans) == [-1, 0, 0, 1, -1, -1]
     assert ids_of(rk.Spans.from_lengths(torch.tensor([1, 2]))) == [0, 1, 1]
     assert rk.Spans.from_lengths([]).num_spans == 0
+    numbers = rk.Spans.from_lengths(
+        np.array([1, 2], np.uint8), start=np.int8(1), seqlen_k=np.int8(5)
+    )
+    assert ids_of(numbers) == [-1, 0, 1, 1, -1]
 
 
 @REPRODUCIBLE
@@ -52,6 +125,10 @@ def test_from_lengths_counts(lengths: list[int], before: int, behind: int) -> No
 @pytest.mark.parametrize(
     ("arguments", "exception", "message"),
     [
+        ({"lengths": 3}, TypeError, "lengths must be a sequence of integers, one a span; got 3"),
+        ({"lengths": torch.tensor(3)}, TypeError, "lengths must be a sequence .*; got 3"),
+        ({"lengths": None}, TypeError, "lengths must be a sequence .*; got None"),
+        ({"lengths": [2], "seqlen_k": "7"}, TypeError, "seqlen_k must be None or an int; got '7'"),
         ({"lengths": [2, -1]}, ValueError, "lengths must be >= 0; got -1"),
         ({"lengths": [2.0]}, TypeError, "lengths must hold integers; got 2.0"),
         ({"lengths": [2], "start": -1}, ValueError, "start must be an int >= 0; got -1"),
@@ -226,6 +303,9 @@ BAD_GRIDS: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"grid_thw must be \[items, 3\] of \(t, h, w\); got \(1, 2\)",
     ),
     ({"grid_thw": [[1.0, 4.0, 4.0]]}, TypeError, "grid_thw must be integers; got float32"),
+    ({"grid_thw": None}, TypeError, r"grid_thw must be integers \[items, 3\] .*; got None"),
+    ({"grid_thw": "1x4x4"}, TypeError, r"grid_thw must be integers \[items, 3\] .*; got '1x4x4'"),
+    ({"grid_thw": [[1, 4], [4]]}, TypeError, r"grid_thw must be integers \[items, 3\] .*4\]\]?"),
     ({"input_ids": [1, 2]}, TypeError, "input_ids must be a tensor; got list"),
     ({"input_ids": torch.zeros(4)}, TypeError, "input_ids must be integers; got float32"),
     (

@@ -154,7 +154,7 @@ def test_without_cmake(tree):
 def test_wheel_with_the_library_is_tagged_with_the_platform_alone(tree, tmp_path):
     wheel, names, printed = tree.wheel()
     assert re.fullmatch(r"ral_kernels-[^-]+-py3-none-linux_\w+\.whl", wheel.name), printed
-    assert "ral_kernels/lib/libral_cpu.so" in names
+    assert {f"ral_kernels/lib/libral_cpu.so{x}" for x in ("", ".sha256")} <= set(names)
     assert "ral_kernels/lib/ral_cpu.missing.txt" not in names
     assert "ral_kernels/lib/libral_cuda.so" not in names
     assert "ral_kernels/lib/ral_cuda.missing.txt" in names

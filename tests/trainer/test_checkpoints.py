@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from ral import RALTrainer, checkpoints
-from ral.checkpoints import SEAL, last_checkpoint, read_state, rotate, seal, why_incomplete
+from ral.checkpoints import (
+    SEAL,
+    CheckpointError,
+    DiskFull,
+    add_checksums,
+    last_checkpoint,
+    read_state,
+    rotate,
+    seal,
+    why_incomplete,
+)
+from ral.lock import LOCK
 from tests.asked import asked
 from tests.trainer import killed_processes as dying
 from tests.trainer import tiny
-from tests.trainer.test_resuming import after, same_weights
+from tests.trainer.test_resuming import after, same_weights, warnings_of
 
 
 def run_dying(model: Path, folder: Path, names: Any) -> Path:
@@ -209,6 +225,43 @@ def test_seal_sees_every_file(plain: Path) -> None:
     assert why_incomplete(plain) == f"{SEAL} is not whole"
 
 
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_flipped_bit_is_named(
+    part: str, where: float, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_BLOCK", 1 << 14)  # several in a file
+    seal(plain, {})
+    add_checksums(plain)
+    assert why_incomplete(plain) is None
+    content = bytearray((plain / part).read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1
+    (plain / part).write_bytes(content)
+    assert why_incomplete(plain) == f"{part} is damaged: its checksum is not that of the save"
+    assert why_incomplete(plain, contents=False) is None
+
+
+def test_training_resumes_before_a_damaged_checkpoint(model: Path, tmp_path: Path) -> None:
+    """And a sentence names the damaged one."""
+    settings = {**dying.SETTINGS, "max_steps": 8, "save_total_limit": None}
+    tiny.trainer(model, tmp_path, **settings).train()
+    weights = tmp_path / "out" / "checkpoint-8" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    trainer = tiny.trainer(model, tmp_path, **settings)
+    with pytest.raises(CheckpointError, match=r"checkpoint-8: model\.safetensors is damaged"):
+        trainer.train(resume_from_checkpoint=weights.parent)
+    with warnings_of("ral.checkpoints") as said:
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer._resumed_from == tmp_path / "out" / "checkpoint-4"
+    assert [line for line in said if "damaged" in line] == [
+        f"last_checkpoint: {weights.parent} is not complete: model.safetensors is damaged: its "
+        "checksum is not that of the save"
+    ]
+    assert why_incomplete(weights.parent) is None  # it was written again
+
+
 def test_weights_alone_are_sealed_but_do_not_resume(plain: Path) -> None:
     (plain / "optimizer.pt").unlink()
     seal(plain, {})
@@ -271,15 +324,100 @@ def test_nothing_of_a_former_save_is_left(model: Path, tmp_path: Path) -> None:
 def test_rotation_comes_after_the_seal(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And after the checksums, which training does not wait for."""
     seen = []
-    original = checkpoints.rotate
+    original, fsync = checkpoints.rotate, os.fsync
+    synced = set()
+
+    def sync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
 
     def look(folder: Path, limit: int | None, newest: Path, best: str | None) -> None:
-        seen.append((limit, newest.name, (newest / SEAL).exists(), len(list(folder.glob("c*")))))
+        whole = "sha256" in (read_state(newest) or {})
+        seen.append((limit, newest.name, whole, len(list(folder.glob("c*")))))
+        # Also the folders: without their names files are lost.
+        wanted = {path.stat().st_ino for path in (folder, newest, *newest.rglob("*"))}
+        assert wanted <= synced
         original(folder, limit, newest, best)
 
+    later = threading.Event()
+    add = checkpoints.add_checksums
+
+    def wait_for_training(folder: Path) -> None:
+        assert later.wait(60)
+        add(folder)
+
+    class Later(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step > dying.FIRST:
+                later.set()
+
+    monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(checkpoints, "rotate", look)
-    trainer = tiny.trainer(model, tmp_path, **{**dying.SETTINGS, "max_steps": 8})
+    monkeypatch.setattr(checkpoints, "add_checksums", wait_for_training)
+    settings = {**dying.SETTINGS, "max_steps": 8}
+    trainer = tiny.trainer(model, tmp_path, callbacks=[Later()], **settings)
     trainer.train()
     assert seen == [(1, "checkpoint-4", True, 1), (1, "checkpoint-8", True, 2)]
     assert trainer.args.save_total_limit == 1
+
+
+# -- the folder and its disk ----------------------------------------------------------------------
+
+
+def test_one_run_in_a_folder(model: Path, tmp_path: Path) -> None:
+    settings = {**dying.SETTINGS, "max_steps": 1}
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / LOCK, "w") as held:  # as another process does
+        held.write("process 7 on there")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        trainer = tiny.trainer(model, tmp_path, **settings)
+        with pytest.raises(BlockingIOError, match="out, which is in use by process 7 on there"):
+            trainer.train()
+        assert trainer.state.global_step == 0 and not list(out.glob("checkpoint-*"))
+    trainer.train()
+    assert trainer.state.global_step == 1
+    with open(out / LOCK, "r+") as free:
+        fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# What a writer raises, the bytes that are free, whether the disk is full.
+FULL: dict[str, tuple[Exception, int, bool]] = {
+    "the system": (OSError(errno.ENOSPC, "No space left on device"), 1 << 40, True),
+    "a quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), 1 << 40, True),
+    "safetensors": (
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        1 << 40,
+        True,
+    ),
+    "torch": (RuntimeError("unexpected pos 704 vs 598"), 4096, True),
+    "torch, for another reason": (RuntimeError("unexpected pos 704 vs 598"), 1 << 40, False),
+    "no permission": (PermissionError(errno.EACCES, "Permission denied"), 0, False),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_disks_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, free, full = FULL[name]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert checkpoints.is_full(error, Path()) is full
+
+
+@pytest.mark.parametrize("name", ["torch", "torch, for another reason"])
+def test_a_full_disk_is_called_so(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, free, full = FULL[name]
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(RALTrainer, "_save_optimizer_and_scheduler", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    trainer = tiny.trainer(model, tmp_path, **{**dying.SETTINGS, "max_steps": 1})
+    wanted = "checkpoint-1 does not fit on its disk, which is full" if full else "unexpected pos"
+    with pytest.raises(DiskFull if full else RuntimeError, match=wanted):
+        trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -19,9 +20,11 @@ from safetensors.torch import load_file
 
 from ral.cli.main import main
 from ral.cli.progress import read_metrics
+from ral.lock import LOCK
 
 from . import cli_case
 from .cli_case import words
+from .test_resuming import warnings_of
 
 RL = (
     "num_generations=4", "max_completion_length=6", "learning_rate=1e-2", "temperature=1",
@@ -122,7 +125,7 @@ def test_distill(folder: Path, tmp_path: Path) -> None:
     assert "attn/loss" not in rows[0]
 
 
-def test_sft_then_resume(folder: Path, tmp_path: Path) -> None:
+def test_sft_then_resume(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that goes on from its checkpoint ends with the weights of one that never stopped."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     common = (
@@ -140,6 +143,18 @@ def test_sft_then_resume(folder: Path, tmp_path: Path) -> None:
     rows = [row for row in read_metrics(broken / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] < rows[0]["loss"] - 0.5
+    # It is complete: it stays as it is.
+    with warnings_of("ral.sealing") as said:
+        assert main(["sft", *given, "resume=true"]) == 0
+    assert [line.partition(" is at ")[2] for line in said] == ["step 4 of 4: training is complete"]
+    assert not changed(straight, broken)
+    assert {path.name for path in broken.glob("c*-*")} == {"checkpoint-2", "checkpoint-4"}
+    # With no checkpoint that is whole, it does not begin anew.
+    for path in broken.glob("checkpoint-*"):
+        (path / "optimizer.pt").write_bytes(bytes((path / "optimizer.pt").stat().st_size))
+    capsys.readouterr()
+    assert main(["sft", *given, "resume=true"]) == 2
+    assert "none in " in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,6 +280,58 @@ def test_errors_are_one_sentence(
     text = "\n".join(lines[[line.startswith("ral: ") for line in lines].index(True) :])
     assert said in text
     assert name == "bad rows" or "\n" not in text
+
+
+def test_one_run_in_a_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a second run, nor one of two processes that each take themselves for the only one."""
+    given = words(folder, tmp_path, "max_steps=1")
+    with open(tmp_path / LOCK, "w") as held:  # as another process does
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(["sft", *given]) == 2
+    assert "must not be in use by another run" in capsys.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert main(["sft", *given, "use_cpu=false"]) == 2
+    assert "got WORLD_SIZE=2 and num_processes=1" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+# Of a model whose folder holds code: command, words.
+REMOTE: dict[str, list[str]] = {
+    "train": ["data={folder}/rows.jsonl", "output_dir={out}", "use_cpu=true", *RL[:5]],
+    "eval": ["data={folder}/rows.jsonl"],
+    "attention-map": ["{folder}/images/0.png", "--prompt", "?", "--out", "{out}.png"],
+}
+
+
+@pytest.mark.parametrize("command", REMOTE)
+def test_code_of_a_model_runs_only_when_asked_by_name(
+    command: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    model.mkdir()
+    (model / "code.py").write_text(f"open({str(ran)!r}, 'w')\nraise ImportError('ran')\n")
+    of = {"AutoConfig": "code.Config", "AutoProcessor": "code.Processor"}
+    for name in ("config.json", "processor_config.json"):
+        (model / name).write_text(json.dumps({"model_type": "odd", "auto_map": of}))
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked at the terminal"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    given = [word.format(folder=folder, out=tmp_path / "run") for word in REMOTE[command]]
+    dashes = command == "attention-map"
+    given += ["--model", str(model)] if dashes else [f"model={model}"]
+    assert main([command, *given]) == 2
+    assert "trust_remote_code=True" in capsys.readouterr().err and not ran.exists()
+    assert (
+        main([command, *given, "--trust-remote-code" if dashes else "trust_remote_code=true"]) == 2
+    )
+    assert ran.exists()
 
 
 @pytest.mark.parametrize(

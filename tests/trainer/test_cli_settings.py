@@ -192,6 +192,15 @@ def test_a_setting_of_another_command_is_refused() -> None:
         parse(SFT, ("teacher_model=x",))
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_numbers_of_threads_are_refused(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (0, -1):
+        assert main([command.name, f"threads={number}"]) == 2
+        assert f"threads must be >= 1; got {number}" in capsys.readouterr().err
+
+
 # -- print-config and help ------------------------------------------------------------------------
 
 

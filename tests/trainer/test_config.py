@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from accelerate.parallelism_config import ParallelismConfig
 
 from ral import RALConfig
 from ral.schedule import inner_step
@@ -29,9 +30,11 @@ BASE: dict[str, Any] = {
         ({"attn_reference": "new"}, "attn_reference must be one of old, ref, teacher"),
         ({"attn_rows": "next"}, "attn_rows must be one of predicting, token"),
         ({"attn_reduction": "sum"}, "attn_reduction must be one of token_mean, sequence_mean"),
+        ({"attn_backend": "tpu"}, "attn_backend must be None or one of cuda, .*; got 'tpu'"),
         ({"attn_coef": -1.0}, "attn_coef must be finite and >= 0; got -1.0"),
         ({"attn_coef": float("nan")}, "attn_coef must be finite"),
         ({"distill_attn_coef": float("inf")}, "distill_attn_coef must be finite"),
+        ({"vllm_min_ratio": -0.1}, r"vllm_min_ratio must lie in \[0, 1\]; got -0.1"),
         ({"distill_beta": 1.5}, r"distill_beta must lie in \[0, 1\]; got 1.5"),
         ({"attn_tile": [4]}, r"attn_tile must be \[rows, columns\]"),
         ({"attn_tile": [0, 2]}, r"attn_tile must be \[rows, columns\], both >= 1"),
@@ -48,6 +51,31 @@ BASE: dict[str, Any] = {
 def test_refused_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="RALConfig: " + message):
         RALConfig(**{**BASE, **settings})
+
+
+def test_processes_that_do_not_train_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a launcher starts two on CPUs, and the trainer takes itself for the only one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="got WORLD_SIZE=2 and num_processes=1"):
+        RALConfig(**{**BASE, "use_cpu": False})
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    RALConfig(**BASE)
+
+
+@pytest.mark.parametrize("name", ["cp", "sp", "tp", "dp_replicate", "dp_shard"])
+def test_parallelism_of_accelerate_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")
+    RALConfig(**BASE)
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "2")
+    with pytest.raises(NotImplementedError, match=f"is not supported .*; got {name}_size=2"):
+        RALConfig(**BASE)
+
+
+def test_parallelism_config_is_refused() -> None:
+    RALConfig(**BASE, parallelism_config=ParallelismConfig())
+    with pytest.raises(NotImplementedError, match=r"_config is not supported .*tp_size=2"):
+        RALConfig(**BASE, parallelism_config=ParallelismConfig(tp_size=2))
 
 
 @pytest.mark.parametrize(

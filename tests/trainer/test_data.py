@@ -1,13 +1,15 @@
+import io
 import json
 import logging
 import pickle
 import re
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ral.data import (
     DataError,
@@ -21,6 +23,7 @@ from ral.data import (
     to_sft,
     uniform_indices,
 )
+from ral.data.prompts import escaped
 from ral.rewards import PROBLEM_TYPES, STYLES, format_reward, paper_reward
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -126,6 +129,23 @@ def test_options_lose_their_letters_and_the_prompt_gives_them(folder):
     assert text_of(row).splitlines()[:4] == [
         *("What barks?", "A. the cat", "B. the dog", "C. it: a fox")
     ]
+    for options in (
+        *(
+            ["A、the cat", "B、the dog"],
+            ["A．the cat", "B． the dog"],
+            ["a) the cat", "b) the dog"],
+        ),
+        *(
+            ["（A）the cat", "（B）the dog"],
+            ["A：the cat", "B：the dog"],
+            ["Ａ.the cat", "Ｂ.the dog"],
+        ),
+        *(["[A] the cat", "[B] the dog"], ["(a). the cat", "(b). the dog"]),
+    ):
+        row = load(folder, CHOICE | {"options": options})[0]
+        assert row["options"] == ["the cat", "the dog"]
+    numbers = ["A. .5", "B. -.5"]
+    assert load(folder, CHOICE | {"options": numbers})[0]["options"] == [".5", "-.5"]
     # Only all letters in order are letters of options.
     options = ["A. Turing", "E. Noether"]
     assert load(folder, CHOICE | {"options": options})[0]["options"] == options
@@ -209,9 +229,9 @@ def test_columns_without_images_decode_nothing_and_a_batch_decodes_once(folder, 
     opened = []
     real = Image.open
 
-    def counted(path):
-        opened.append(str(path))
-        return real(path)
+    def counted(file, **options):
+        opened.append(file.name)
+        return real(file, **options)
 
     monkeypatch.setattr(Image, "open", counted)
     assert list(dataset.select_columns("solution")) == [{"solution": "B"}, {"solution": "1,234"}]
@@ -435,6 +455,53 @@ def test_an_image_that_is_broken_names_line_and_path(folder, streaming):
         read_images([{"path": str(folder / "clip.gif"), "frame": 9, "source": "here"}])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_images_are_skipped(folder, streaming, caplog):
+    whole = (folder / "red.png").read_bytes()
+    broken = {
+        "cut.png": whole[: len(whole) // 2],
+        "empty.png": b"",
+        "page.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
+        "cut.gif": (folder / "clip.gif").read_bytes()[:-40],
+    }
+    for name, content in broken.items():
+        (folder / name).write_bytes(content)
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), RED).save(buffer, "JPEG")
+    (folder / "cut.jpg").write_bytes(buffer.getvalue()[:-40])
+    rows = [CHOICE | {"path": name} for name in (*broken, "cut.jpg")]
+    rows += [CHOICE | {"path": ["red.png", "empty.png"]}]  # one of a row's is enough
+    rows[3]["data_type"] = "video"
+    with caplog.at_level(logging.WARNING, logger="ral.data"):
+        dataset = load(folder, CHOICE, *rows, NUMBER, on_error="skip", streaming=streaming)
+        assert [row["problem_type"] for row in dataset] == ["multiple choice", "numerical"]
+    if streaming:
+        return  # the generator's logger is another process's, or a later one's
+    assert len(dataset) == 2
+    assert "left out 6 lines" in caplog.text and "cut.png'" in caplog.text
+
+
+def test_only_the_formats_that_are_named_are_opened(folder, monkeypatch):
+    """Pillow hands an EPS, whatever it is called, to Ghostscript."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
+    (folder / "a.png").write_bytes(eps)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("was called"))
+    dataset = load(folder, CHOICE | {"path": "a.png"})
+    with pytest.raises(DataError, match="cannot identify image file"):
+        dataset[0]
+    with pytest.raises(DataError, match="path must be a readable image or animation"):
+        load(folder, CHOICE | {"path": "a.png", "data_type": "video"})
+
+
+@pytest.mark.parametrize("fields", [{}, {"data_type": "video"}])
+def test_messages_show_the_ends_of_a_long_path(folder, fields):
+    uri, video = "data:image/png;base64," + "A" * 10**6, "a" * 10**6 + ".mp4"
+    for given in (uri, [uri], video, [video]):
+        with pytest.raises(DataError, match=r"path must be .*\.\.\..*characters\)") as caught:
+            load(folder, CHOICE | {"path": given} | fields)
+        assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -480,6 +547,100 @@ def test_prompts_differ_by_style_type_and_kind_of_images():
 def test_marks_of_other_formats_around_a_question_are_left_out():
     text = question_text("<image><image>\nWhat is in <image>? <video>", "OCR")
     assert text.startswith("What is in <image>?\n")
+
+
+def parts_of(row):
+    return [part.get("text", part["type"]) for part in row["prompt"][0]["content"]]
+
+
+def test_images_stand_where_the_problem_marks_them(folder):
+    two = {"path": ["red.png", "green.png"], "options": []} | {"problem_type": "OCR"}
+
+    def parts(problem, **change):
+        *first, last = parts_of(load(folder, CHOICE | two | {"problem": problem} | change)[0])
+        return [*first, last.split("\nThe answer")[0]]
+
+    images = ["image", "image"]
+    middle = ["Is ", "image", " as red as ", "image", "?"]
+    assert parts("Is <image> as red as <image>?") == middle
+    assert parts("<image> or\n<image>") == ["image", " or\n", "image", ""]
+    assert parts("Which? <image><image>") == ["Which? ", *images, ""]
+    # Before the text, without marks or with all of them before it.
+    assert parts("<image><image>\nWhich?") == parts("Which?") == [*images, "Which?"]
+    assert parts("<image>\nWhich? <image><image>") == [*images, "Which?"]
+    chosen = {"options": ["<image>", "<image>"], "problem_type": "multiple choice"}
+    assert parts("Which barks?", **chosen) == ["Which barks?\nA. ", "image", "\nB. ", "image", ""]
+    # The frames of a video stand where its mark does.
+    video = {"path": "clip.gif", "data_type": "video"}
+    *frames, last = parts("Is it <video> or not?", **video)
+    assert frames[0].endswith("in the order of time.\nIs it ")
+    assert frames[1:] == ["image"] * 5 and last == " or not?"
+    assert parts("<video>\nIs it?", **video)[:5] == ["image"] * 5
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"problem": "Is <image> red?", "path": ["red.png", "red.png"]}, "2 times.*got 1 and 0"),
+        ({"problem": "Is <image> as red as <image>?"}, "1 times.*got 2 and 0"),
+        ({"options": ["<image>", "<image>"]}, "1 times.*got 2 and 0"),
+        ({"problem": "Is <video> red?"}, "1 times.*got 0 and 1 <video>"),
+        (
+            {"problem": "Is <video> as <video>?", "path": "clip.gif", "data_type": "video"},
+            "5 times.*got 0 and 2 <video>",
+        ),
+    ],
+)
+def test_marks_in_the_middle_that_do_not_match_are_refused(folder, change, got):
+    message = rf"data\.jsonl:1: problem must hold <image> once for each image, {got}"
+    with pytest.raises(DataError, match=message):
+        load(folder, CHOICE | change)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
+def test_rows_with_images_in_the_middle_go_to_trl_and_sft(folder):
+    from trl import data_utils
+
+    line = {"problem": "Is <image> as red as <image>?", "path": ["red.png", "green.png"]}
+    [row] = to_sft(load(folder, CHOICE | line | {"process": "So."}))
+    [message] = data_utils.prepare_multimodal_messages(row["prompt"], images=row["images"])
+    assert [part.get("image") for part in message["content"]] == [
+        *(None, row["images"][0], None, row["images"][1], None)
+    ]
+
+
+def test_special_tokens_in_texts_are_taken_apart(folder):
+    from tests.integrations import tiny_checkpoint
+
+    tokens = [
+        *("<|image_pad|>", "<ctx>", "<boi>", "<|im_end|>", "</s>", "[IMG]", "<IMG_CONTEXT>"),
+        *("<start_of_image>", "<image_soft_token>", "<|image_1|>", "<row_1_col_2>", "<｜User｜>"),
+        *("<fake_token_around_image>", "<end_of_turn>", "[/INST]", "<eos>", "<IMAGE>"),
+    ]
+    for token in tokens:
+        line = {"problem": f"Read {token} <b>, a<b or [1].", "options": [token, "no"]}
+        row = load(folder, CHOICE | line | {"process": f"It says {token}."})
+        apart = f"{token[0]} {token[1:]}"
+        [image, text] = parts_of(row[0])
+        assert image == "image"
+        assert text.startswith(f"Read {apart} <b>, a<b or [1].\nA. {apart}\nB. no\n")
+        [message] = to_sft(row)[0]["completion"]
+        assert message["content"] == f"<think>It says {apart}.</think>\n<answer>B</answer>"
+    tokenizer = tiny_checkpoint.tokenizer()
+    text = escaped("".join(tiny_checkpoint.SPECIAL))
+    assert not {*tokenizer(text)["input_ids"]} & {*tokenizer.all_special_ids}
+
+
+def test_placeholders_of_all_processors_are_taken_apart():
+    import transformers
+
+    sources = Path(transformers.__file__).parent.glob("models/*/processing_*.py")
+    named = (
+        r'(?:image|img|video|audio|sound|vision|patch|[be]oi)\w*_token\b[^\n]*?"([<\[]\S+?[>\]])"'
+    )
+    found = {token for source in sources for token in re.findall(named, source.read_text())}
+    assert {"<|image_pad|>", "<image>", "[IMG]", "<|patch|>"} < found and len(found) > 25
+    assert [token for token in sorted(found) if escaped(token) == token] == []
 
 
 def test_prompts_refuse_unknown_styles_and_types():

@@ -101,6 +101,12 @@ def test_score(folder: Path, parts: tuple[Any, Any], monkeypatch: pytest.MonkeyP
     assert found.format == pytest.approx(0.4) and found.visual_tokens == 3
     with pytest.raises(ValueError, match="rows must not be empty"):
         score(model, processor, [])
+    # A template that writes the <think> leaves the rest to the response.
+    monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['role'] }}<think>\n")
+    assert score(model, processor, rows).format == 0.0
+    begun = "B</think><answer>B</answer>"
+    monkeypatch.setattr(evaluation, "answers_of", lambda *_, **__: ([begun] * 5, 0))
+    assert score(model, processor, rows).format == 1.0
 
 
 CELLS = [

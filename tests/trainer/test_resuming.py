@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import GRPOConfig, GRPOTrainer
 
 from ral.checkpoints import read_state
-from tests.trainer import tiny
+from ral.data import load_jsonl
+from ral_kernels.integrations.transformers import load_processor
+from tests.trainer import cli_case, tiny
 
 SAVING: dict[str, Any] = {
     "save_strategy": "steps", "save_steps": 3, "max_steps": 12, "attn_coef": 5.0,
@@ -47,6 +52,20 @@ def after(trainer: Any, step: int) -> list[dict[str, float]]:
         for entry in trainer.state.log_history
         if entry["step"] > step
     ]
+
+
+@contextmanager
+def warnings_of(module: str) -> Iterator[list[str]]:
+    """What a module warns of; transformers' loggers do not propagate."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(module)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def same_weights(one: Any, other: Any) -> bool:
@@ -141,20 +160,78 @@ def test_resume_inside_a_rollout_batch_gets_back_into_step(
     assert batches == [6, 8]
 
 
-def test_resume_with_another_schedule_warns(
-    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tiny.trainer(path, tmp_path, **{**SAVING, "max_steps": 4}).train()
-    other = tiny.trainer(path, tmp_path, **{**SAVING, "num_iterations": 3, "max_steps": 5})
-    # transformers' loggers do not propagate
-    logger = logging.getLogger("ral.resuming")
-    logger.addHandler(caplog.handler)
-    try:
+def test_resume_with_another_schedule_or_other_data_warns(path: Path, tmp_path: Path) -> None:
+    data = cli_case.make(tmp_path) / "rows.jsonl"
+    tiny.trainer(
+        path, tmp_path, train_dataset=load_jsonl(data), **{**SAVING, "max_steps": 4}
+    ).train()
+    data.write_text(data.read_text().replace("cat", "cow"))
+    other = tiny.trainer(
+        path, tmp_path, train_dataset=load_jsonl(data),
+        **{**SAVING, "num_iterations": 3, "max_steps": 5},
+    )  # fmt: skip
+    with warnings_of("ral.sealing") as said:
         other.train(resume_from_checkpoint=True)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "micro_steps_per_rollout_batch=4, and now it is 6" in caplog.text
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    otherwise = "training continues, but not as the uninterrupted run would have"
+    assert said == [
+        f"train: the data have changed since {checkpoint} was written (rows.jsonl): {otherwise}",
+        f"train: {checkpoint} has micro_steps_per_rollout_batch=4, and now it is 6: {otherwise}",
+    ]
     assert other.state.global_step == 5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param(
+            {"max_steps": -1, "num_train_epochs": 0.25},
+            marks=pytest.mark.slow(stands_in="test_a_complete_run_stays_as_it_is"),
+        ),
+    ],
+)
+def test_a_complete_run_stays_as_it_is(settings: Any, path: Path, tmp_path: Path) -> None:
+    config = {**SAVING, "max_steps": 4, "save_total_limit": 1, **settings}
+    straight = tiny.trainer(path, tmp_path, **config)
+    straight.train()
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    before = {file: file.read_bytes() for file in checkpoint.rglob("*")}
+    other = tiny.trainer(path, tmp_path, **config)
+    with warnings_of("ral.sealing") as said:
+        other.train(resume_from_checkpoint=True)
+    assert said == [f"train: {checkpoint} is at step 4 of 4: training is complete"]
+    assert other.state.global_step == 4 and same_weights(straight, other)
+    assert {file: file.read_bytes() for file in checkpoint.rglob("*")} == before
+
+
+def test_plain_grpo_logs_as_trl_does(path: Path, tmp_path: Path) -> None:
+    """No log more at a save: who reads log_history[-1] of TRL's trainer gets the same here."""
+    settings = {**SAVING, "attn_coef": 0.0, "logging_steps": 3, "max_steps": 4}
+    plain = {
+        name: value
+        for name, value in {**tiny.DEFAULTS, **settings}.items()
+        if not name.startswith("attn_")
+    }
+
+    def theirs() -> Any:
+        return GRPOTrainer(
+            str(path),
+            tiny.reward,
+            GRPOConfig(**plain, output_dir=str(tmp_path / "theirs"), disable_dropout=True),
+            train_dataset=tiny.dataset(),
+            processing_class=load_processor(path),
+        )
+
+    histories = []
+    for make in (theirs, lambda: tiny.trainer(path, tmp_path, **settings)):
+        trainer = make()
+        trainer.train()
+        histories.append(
+            [(entry["step"], entry.get("loss")) for entry in trainer.state.log_history]
+        )
+    assert histories[0] == histories[1]
+    assert [step for step, _ in histories[1]] == [3, 4]
 
 
 def test_resume_refuses_what_is_not_complete(path: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
 import math
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import example, given, settings
@@ -22,6 +24,8 @@ from ral.rewards import (
     word_error_rate,
 )
 from tests.hypothesis_settings import REPRODUCIBLE
+
+from . import reward_table
 
 MEGABYTE = 1_000_000
 EXAMPLES = settings(REPRODUCIBLE, max_examples=500)
@@ -124,6 +128,30 @@ def test_format(text, think, direct):
     assert direct_format_reward([text], solution=["B"], trainer_state=None) == [direct]
 
 
+def test_a_think_tag_at_the_end_of_the_prompt_counts():
+    rest = THINK.removeprefix("<think>")
+    said = [{"role": "user", "content": "What barks?"}]
+    begun = [*said, {"role": "assistant", "content": "<think>\n"}]
+    ended = [*said, {"role": "assistant", "content": "<think></think>"}]
+    for prompts in (["What barks?\n<think>\n"] * 2, [begun] * 2):
+        assert format_reward([rest, THINK], prompts=prompts) == [1.0, 0.0]
+    others: list = [["What is <think>?"] * 2, [said] * 2, [ended] * 2, None]
+    for prompts in others:
+        assert format_reward([rest, THINK], prompts=prompts) == [0.0, 1.0]
+    assert format_reward([rest, THINK], prompts=[said] * 2, prompt_end=["<think>", ""]) == [1.0] * 2
+    assert direct_format_reward([DIRECT], prompts=[begun], prompt_end=["<think>"]) == [1.0]
+    columns = {"solution": ["B"], "problem_type": ["multiple choice"], "prompts": [begun]}
+    assert paper_reward([rest], **columns) == [1.0]
+
+
+def test_thinking_that_trl_parsed_out_of_the_text_counts():
+    message = {"role": "assistant", "reasoning_content": "it barks", "content": DIRECT}
+    assert format_reward([[message]]) == [1.0]
+    assert format_reward([[message | {"reasoning_content": ""}]]) == [0.0]
+    assert format_reward([[message | {"content": [{"type": "text", "text": DIRECT}]}]]) == [1.0]
+    assert direct_format_reward([[message]]) == [0.0]
+
+
 def test_format_refuses_an_unknown_style():
     with pytest.raises(
         ValueError, match="format_reward: style must be one of think, direct; got 'x'"
@@ -149,6 +177,18 @@ RIGHT_CHOICES = [
         "B. it's the dog's",
         "The final answer is **B**",
     ),
+    *(
+        r"\(B\)",
+        r"\textbf{B}",
+        r"$\boxed{\textbf{(B)}}$",
+        r"\textbf{(B)}\ 5 cm",
+        "B。",
+        "B、the dog",
+    ),
+    *("答案是B", "正确答案为：B", "故选B。", "选项B", "B选项", "【B】", "「B」", "**B**: the dog"),
+    *("B\nthe dog", "B\n\nbecause dogs bark", "B:\nthe dog", "B (the dog)", "B is correct"),
+    *("The most likely answer is B", "I'd go with option B", "Answer: Option B", "B — the dog"),
+    *("So the answer is B.", "I choose B", "It's B", "#### B", "**Answer:** B", "Ans: B"),
 ]
 NO_CHOICES = [
     *("A B C D", "A or B", "B or A", "A, B", "A,B", "A/B", "AB", "BB", "A and B", "A B", "(A)(B)"),
@@ -169,6 +209,14 @@ NO_CHOICES = [
         "The answer is A or B",
         "B" * 100,
         "B " * 6000,
+        "A\nB",
+        "B\nor C",
+        "B是错的",
+        "不是B",
+        "选AB",
+        "B: wrong",
+        "B is wrong",
+        "B. not the right answer",
         "B. " + "dog " * 3000,
         "nan",
     ),
@@ -199,6 +247,16 @@ def test_known_options_settle_what_a_text_means():
     assert accuracy("B. 4 g", "B", "multiple choice", options=options) == 0.0
     assert accuracy("B. 4 g", "A", "multiple choice", options=options) == 0.0
     assert accuracy("B. 5 g C. vitamin A", "B", "multiple choice", options=options) == 0.0
+    assert accuracy("B\n4 g", "B", "multiple choice", options=options) == 0.0
+    assert accuracy("B (4 g)", "B", "multiple choice", options=options) == 0.0
+    # An option's text stands for its letter.
+    assert accuracy("B, 5 g", "B", "multiple choice", options=options) == 1.0
+    assert accuracy("B 5 g", "B", "multiple choice", options=options) == 1.0
+    assert accuracy("5 g", "B", "multiple choice", options=options) == 1.0
+    assert accuracy("The answer is vitamin A.", "C", "multiple choice", options=options) == 1.0
+    assert accuracy("5 g or 4 g", "B", "multiple choice", options=options) == 0.0
+    assert accuracy("5 g", "B", "multiple choice", options=["5 g", "5 g"]) == 0.0
+    assert accuracy("B. .5", "B", "multiple choice", options=["5", ".5"]) == 1.0
     assert accuracy("B", "B", "multiple choice", options=None) == 1.0
     assert accuracy("B", "B", "multiple choice", options=[]) == 1.0
 
@@ -242,6 +300,26 @@ def test_no_list_of_letters_is_a_choice(letters, data):
         *(("5 apples", 5), ("1.5 million", 1.5e6), ("2 dozen", 24), (r"5 \text{cm}", 5)),
         *(("about 5", 5), ("≈ 5", 5), ("x = 5", 5), ("The answer is 5.", 5), (r"\boxed{5}", 5)),
         *(("**5**", 5), ("5\x00", 5), ("\u200b5", 5)),
+        *(("10²", 100), ("½", 0.5), ("5½", 5.5), ("-½", -0.5), ("10⁻³", 0.001)),
+        *(
+            (r"\sqrt{2}/2", 0.5**0.5),
+            (r"\frac{1+\sqrt{5}}{2}", 1.618033988749895),
+            ("2π", 2 * math.pi),
+        ),
+        *((r"\sqrt[3]{8}", 2), ("6.02 x 10^2", 602), (r"2\pi\text{cm}", 2 * math.pi)),
+        *(("1.234,5", 1234.5), ("1 234,5", 1234.5), ("1.234.567", 1234567), ("A$5", 5)),
+        *(("5M", 5e6), ("$5.2B", 5.2e9), ("5 bn", 5e9), ("5k", 5e3), ("300 K", 300), ("5 m", 5)),
+        *(("5 hundred thousand", 5e5), ("5万", 5e4), ("1.2亿个", 1.2e8), ("12 o'clock", 12)),
+        *(
+            ("The length of AB is 5 cm.", 5),
+            ("Number of dogs: 5", 5),
+            ("It's 5", 5),
+            ("一共有5个", 5),
+        ),
+        *((r"1.5\times 10^{-4}\ \mathrm{mol\,L^{-1}}", 1.5e-4), ("5 ℃", 5), ("٥٫٥", 5.5)),
+        *((r"\therefore x = 5", 5), ("**Final Answer**\n\n\\[\n\\boxed{5}\n\\]", 5)),
+        *(("There are **5** red apples on the table in the room", 5), (r"(\frac{1}{2})", 0.5)),
+        *(("22/7 ≈ 3.14", 3.14), ("x = 10 ÷ 2 = 5", 5), (r"72^\circ\text{F}", 72)),
     ],
 )
 def test_numbers(text, value):
@@ -250,7 +328,7 @@ def test_numbers(text, value):
     assert number.value == pytest.approx(value, rel=1e-12)
     assert accuracy(text, str(value), "numerical") == 1.0
     assert accuracy(str(value), f"<answer>{text}</answer>", "numerical") == 1.0
-    assert accuracy(text, str(value + 1), "numerical") == 0.0
+    assert accuracy(text, str(value + max(1, abs(value))), "numerical") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -284,10 +362,7 @@ def test_numbers(text, value):
         ),
         *("1,234,5", "1.2.3", "1/2/3", "12:30", "1 in 4", "5%-10%", "5x6", "5 × 6", "--5", "-$-5"),
         *(
-            "10²",
-            "5½",
             "²",
-            "½",
             "0x10",
             "1_000",
             "5 6 7 8",
@@ -297,6 +372,10 @@ def test_numbers(text, value):
             "0 1 2 3 4",
         ),
         "5 a b c d e f",
+        *("5 a", "5y", r"2\pi r", "5-", "5 and a half", "5 point two", r"\frac{1}{2} \frac{1}{3}"),
+        *(r"2 \pi 3", r"\frac{3}{4}-6", "3×10^3 - 4×10^3", r"\sqrt{-1}", r"\frac{1}{0}", "9^{999}"),
+        *("5 = 6", "a = 5, b = 6", "5 =", "x ≠ 5", "|x| = 5", "-x = 5", "1 = 1 = 1 = 1 = 1 = 1"),
+        *("不是5", "可能是5", "The wrong answer is 5", "isn't 5", "5 millions or six"),
     ],
 )
 def test_what_is_not_one_number(text):
@@ -304,6 +383,54 @@ def test_what_is_not_one_number(text):
     for solution in ("5", "1", "10", "0", "2"):
         assert accuracy(text, solution, "numerical") == 0.0
         assert accuracy(text, solution, "regression") == 0.0
+
+
+def test_right_answers_are_right_and_wrong_ones_and_hedges_earn_nothing():
+    found = list(reward_table.rows())
+    rewards = {
+        name: [reward for table, *_, reward, _ in found if table == name]
+        for name in ("right", "wrong", "hedge")
+    }
+    assert len(rewards["right"]) == 91 and sum(rewards["right"]) >= 0.95 * 91
+    assert len(rewards["wrong"]) == 39 and sum(rewards["wrong"]) == 0.0
+    assert sum(rewards["hedge"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        *(
+            "9^{9^{9^{9}}}",
+            "9^999^999",
+            "(9^{999})^{9999}",
+            r"\sqrt{" * 40,
+            r"\frac{1}" * 60,
+            "((" * 90,
+        ),
+        *(r"\frac{" + "(" * 9 + "1" + ")" * 9 + "}{2}", r"\frac{1}{2^{1}}" * 9, r"\pi" * 300),
+    ],
+)
+def test_formulas_that_take_long_are_not_evaluated(formula, monkeypatch):
+    monkeypatch.setattr("ral.rewards.formulas._value", lambda text: pytest.fail(text))
+    assert parse_number(formula) is None
+
+
+def test_formulas_are_read_in_any_thread_and_leave_the_alarm_clock_alone(caplog):
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 60)
+        texts = [rf"\frac{{\sqrt{{{i}}}}}{{7}}" for i in range(1, 9)]
+        with ThreadPoolExecutor(4) as pool:
+            numbers = list(pool.map(parse_number, texts * 2))
+        assert [parse_number(text) for text in texts] * 2 == numbers
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0.0  # still set
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    wanted = [math.sqrt(i) / 7 for i in range(1, 9)] * 2
+    assert [number and number.value for number in numbers] == pytest.approx(wanted, rel=1e-12)
+    assert not rang and caplog.text == ""
 
 
 @pytest.mark.parametrize(
@@ -478,14 +605,17 @@ def test_the_right_letter_in_tags_is_worth_1(letter):
             "word fox ",
         ),
         *("狗", "\ufdfa", "\x00", "\n", "-", "x=", "1 ", "٤"),
+        *("`", "*a ", "a:", "a is ", "≈", "~", "答案是", "\\frac{", "\\text{a}", "{,}"),
     ],
 )
 def test_a_megabyte_of_anything_is_no_right_answer(unit, problem_type):
     # A regular expression that backtracks, or a quadratic step, would not come back from these.
     text = unit * (MEGABYTE // len(unit))
+    shorter = text[:9_900]  # which is read
     completions = [text, f"<think>x</think><answer>{text}</answer>", f"<think>{text}"]
+    completions.append(f"<answer>{shorter}</answer>")
     solution = RIGHT[problem_type]
-    rewards = accuracy_reward(completions, [solution] * 3, [problem_type] * 3)
+    rewards = accuracy_reward(completions, [solution] * 4, [problem_type] * 4)
     assert all(0.0 <= reward < 0.01 for reward in rewards)
     assert max(format_reward(completions)) in (0.0, 1.0)
 

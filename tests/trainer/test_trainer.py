@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from ral import RALTrainer, attention_statistics
+from ral.rewards import paper_reward
 
 from . import by_hand, tiny
 
@@ -160,6 +162,40 @@ def test_text_alone(paths, tmp_path) -> None:
     trainer.train()
     assert tiny.logged(trainer, "attn/divergence")[1] > 0
     assert tiny.logged(trainer, "attn/visual_share") == [0.0]
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_rewards_see_a_think_tag_that_the_template_writes(opening, paths, tmp_path) -> None:
+    written = {
+        "": "<think>it barks</think><answer>B</answer>",
+        "<think>\n": "it barks\n</think><answer>B</answer>",
+    }
+    forms: list[dict[str, list[float]]] = []
+
+    def reward(completions, **columns):
+        count = len(completions)
+        columns |= {"solution": ["B"] * count, "problem_type": ["multiple choice"] * count}
+        forms.append(
+            {start: paper_reward([text] * count, **columns) for start, text in written.items()}
+        )
+        return tiny.reward(completions)
+
+    rows = tiny.dataset().remove_columns("images")
+    trainer = tiny.trainer(
+        paths["qwen2_5_vl"], tmp_path, reward_funcs=reward, max_steps=1, train_dataset=rows
+    )
+    processor: Any = trainer.processing_class
+    template = processor.chat_template
+    assert template.endswith("assistant\n{% endif %}")
+    strict = "{% if messages[0]['content'] is string %}{{ raise_exception('no parts') }}{% endif %}"
+    processor.chat_template = (
+        strict + template.removesuffix("{% endif %}") + opening + "{% endif %}"
+    )
+    trainer.train()
+    assert forms
+    for of in forms:
+        for start, rewards in of.items():
+            assert set(rewards) == {0.9 + 0.1 * (start == opening)}
 
 
 def test_wrong_arguments(paths, tmp_path) -> None:

@@ -123,6 +123,14 @@ class Problem {
   Rows key_rows(const ral_tensor& tensor, const Sequence& s, int64_t kv_head) const {
     return rows(tensor, s, kv_head, s.k_begin, s.seqlen_k);
   }
+  // Those of them that are not padding.
+  Rows real_key_rows(const ral_tensor& tensor, const Sequence& s, int64_t kv_head) const {
+    Rows rows = key_rows(tensor, s, kv_head);
+    if (params.key_padding_mask) {
+      rows.real = params.key_padding_mask + s.batch * params.key_padding_mask_stride_b + s.k_begin;
+    }
+    return rows;
+  }
 
   static constexpr int32_t kMixed = -2;
   static constexpr int32_t kContinues = -2;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/bwd_keys.h"
+#include "attention/fwd_direct.h"
 
 namespace ral {
 namespace RAL_ISA {
@@ -29,10 +30,14 @@ class AttentionBackward
   using Base::Base;
 
  private:
+  // Whether the forward formed its scores without packing. With rounded weights it does not matter.
+  const bool is_direct_ = !Compute::kRoundsWeights && has_few_queries(params_);
+
   // P^T and dS^T for the key groups of `seen`.
   RAL_INLINE void differentiate(const ScoreTransform<V>& transform, const Sequence& s,
                                 const View& v, int64_t kv_head, GroupRange seen,
                                 uint32_t* scratch) const {
+    if (is_direct_) unpack_few_queries(v, scratch);
     for (int64_t panel = 0; panel < kPanels; ++panel) {  // outside: a panel of Q and dO stays in L1
       for (int64_t group = seen.begin; group < seen.end; ++group) {
         const GroupRange panel_seen = groups_of_keys(
@@ -75,9 +80,13 @@ class AttentionBackward
     {
       Vec p[kTileRows][V];
       clear(p);
-      multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(
-          p, this->key_rows_ + index * kTileRows * qk_steps_, 0,
-          view.q_columns + panel * round_up(qk_steps_, kLanes) * kWidth, kWidth, qk_steps_);
+      const uint32_t* q = view.q_columns + panel * round_up(qk_steps_, kLanes) * kWidth;
+      if (__builtin_expect(is_direct_, 0)) {
+        multiply_directly(s, kv_head, group, view.block.count, scratch, p);
+      } else {
+        multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(
+            p, this->key_rows_ + index * kTileRows * qk_steps_, 0, q, kWidth, qk_steps_);
+      }
       float factor = params_.scale;
       if (__builtin_expect(!transform.is_plain(view.block, panel, group), 0)) {
         transform.apply(p, view.block, panel, group, view.bias, kColumns, slope);
@@ -92,7 +101,8 @@ class AttentionBackward
       RAL_UNROLL for (int v = 0; v < V; ++v) {
         const Vec lse = load(view.lse + column + v * kLanes);
         RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
-          p[r][v] = exp2((p[r][v] * factor - lse) * kLog2e);
+          // Rounded as in the forward: a weight of 1 is then exp2(0).
+          p[r][v] = exp2((rounded(p[r][v] * factor) - lse) * kLog2e);
           store(probs[r] + v * kLanes, p[r][v]);
         }
       }
@@ -146,6 +156,39 @@ class AttentionBackward
       }
     }
     store_ds(ds, row_group, panel, scratch);
+  }
+
+  // Rows of queries, as multiply_keys takes them.
+  void unpack_few_queries(const View& view, uint32_t* scratch) const {
+    const int64_t ld = round_up(params_.head_dim, kLanes);
+    float* rows = reinterpret_cast<float*>(scratch + scratch_layout_.few_queries);
+    const float* columns = reinterpret_cast<const float*>(view.q_columns);
+    for (int64_t i = 0; i < kFewQueries; ++i) {
+      for (int64_t d = 0; d < ld; ++d) rows[i * ld + d] = columns[d * kWidth + i];
+    }
+  }
+
+  // K Q^T of one tile, with the bits that the forward without packing gave it.
+  RAL_NOINLINE void multiply_directly(const Sequence& s, int64_t kv_head, int64_t group,
+                                      int64_t count, uint32_t* scratch,
+                                      Vec (&products)[kTileRows][V]) const {
+    static_assert(kWidth >= kFewQueries, "all are in the first panel");
+    constexpr int64_t kQueries = kLanes < kFewQueries ? kLanes : kFewQueries;
+    const Rows keys = problem_.key_rows(params_.k, s, kv_head);
+    const Rows real = problem_.real_key_rows(params_.k, s, kv_head);
+    const int64_t ld = round_up(params_.head_dim, kLanes);
+    const float* rows = reinterpret_cast<const float*>(scratch + scratch_layout_.few_queries);
+    for (int64_t first = 0; first < count; first += kQueries) {
+      alignas(64) float scores[kTileRows][kLanes] = {};
+      with_dtype(params_.dtype, [&](auto dtype) {
+        multiply_keys<dtype>(keys, group * kTileRows, params_.head_dim, rows + first * ld, ld,
+                             count - first < kQueries ? count - first : kQueries, scores);
+      });
+      for (int r = 0; r < kTileRows; ++r) {
+        const bool is_read = real.row(group * kTileRows + r) != nullptr;
+        products[r][first / kLanes] = is_read ? load(scores[r]) : Vec{};
+      }
+    }
   }
 
   // Span sums of dS^T on a tile with a span boundary.

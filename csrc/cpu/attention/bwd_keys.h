@@ -12,6 +12,7 @@
 #pragma once
 
 #include "attention/bwd_queries.h"
+#include "core/kernels.h"
 
 namespace ral {
 namespace RAL_ISA {
@@ -72,6 +73,8 @@ class BackwardKeys {
     scratch_layout_.ds_pairs = Compute::kPair == 1
                                    ? scratch_layout_.ds_rows
                                    : scratch_layout_.add(kKeysPerBlock / Compute::kPair * kColumns);
+    scratch_layout_.few_queries = scratch_layout_.add(
+        has_few_queries(params_) ? kFewQueries * round_up(head_dim, kLanes) : 0);
     scratch_layout_.dbias = scratch_layout_.add(gradients_.dspan_bias ? span_rows : 0);
     const size_t scratch = arena.reserve(scratch_layout_.size * threads, 4);
     if (!arena.allocate()) return RAL_OUT_OF_MEMORY;
@@ -96,7 +99,7 @@ class BackwardKeys {
   alignas(64) static constexpr float kNoGradient[kWidth] = {};  // dM of keys in no span
 
   struct ScratchLayout : Layout {
-    int64_t stage, dk, dv, p_rows, ds_rows, ds_pairs, dbias;
+    int64_t stage, dk, dv, p_rows, ds_rows, ds_pairs, few_queries, dbias;
   };
 
   Backward& self() { return static_cast<Backward&>(*this); }
@@ -125,15 +128,15 @@ class BackwardKeys {
       const Sequence& s = problem_.find(i, &Sequence::first_group, &Sequence::num_groups);
       const int64_t kv_head = (i - s.first_group * params_.num_kv_heads) / s.num_groups;
       const int64_t group = i - problem_.groups_before(s, kv_head);
-      const Rows keys = problem_.key_rows(params_.k, s, kv_head);
+      const Rows keys = problem_.real_key_rows(params_.k, s, kv_head);
       pack_a_rows<Compute>(keys, group, params_.head_dim, stage,
                            key_rows_ + i * kTileRows * qk_steps_);
       uint32_t* columns = key_columns_of(s, kv_head);
       const FeatureRows layout = key_layout(s);
       pack_a_columns<Compute>(keys, group, params_.head_dim, layout, stage, columns);
       if (has_dout_) {
-        pack_a_rows<Compute>(problem_.key_rows(params_.v, s, kv_head), group, params_.head_dim_v,
-                             stage, value_rows_ + i * kTileRows * v_steps_);
+        pack_a_rows<Compute>(problem_.real_key_rows(params_.v, s, kv_head), group,
+                             params_.head_dim_v, stage, value_rows_ + i * kTileRows * v_steps_);
       }
     }
   }

@@ -46,6 +46,9 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
         const GroupRange range =
             groups_of_keys(block.some_first[panel], block.some_last[panel], GroupRange{begin, end});
         if (range.begin == range.end) continue;
+        // Empty already, unless a query is NaN: its padded keys leave NaN, which is not this
+        // panel's.
+        memset(state.part, 0, sizeof state.part);
         for (int64_t group = range.begin; group < range.end; ++group) {
           Vec top[V];
           multiply_scores(panel, group, range.begin, keys + group * kTileRows * qk_steps_, top,
@@ -53,19 +56,20 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
           Vec factors[V];
           finish_scores(transform, block, panel, group, range.begin, top, tile, state, factors);
         }
-        exponentiate_tile(tile, panel, range.end - 1, range.begin, state);
+        exponentiate_tile(tile, panel, range.end - 1, range.begin, true, state);
+        this->fold_sums(panel, state);
         accumulate_out(s, block, panel, range, end == visible.end, values, state);
       }
     }
   }
 
-  // The same for one panel of few queries. The rows of O lie in state.rows, which raise_stabiliser
-  // does not rescale, so this does.
+  // The same for one panel of few queries. The rows of O lie in state.rows for some blocks of keys.
+  // raise_stabiliser does not rescale them, so this does.
   void walk_directly(const Sequence& s, int64_t kv_head, const Block& block,
                      const ScoreTransform<V>& transform, GroupRange visible, State& state) const {
     static_assert(kPacks || (V == 1 && kPanels == 1), "one vector of queries");
     const Rows keys = problem_.key_rows(params_.k, s, kv_head);
-    const Rows values = problem_.key_rows(params_.v, s, kv_head);
+    const Rows values = problem_.real_key_rows(params_.v, s, kv_head);
     const int64_t ld_q = round_up(params_.head_dim, kLanes);
     const int64_t ld_out = round_up(params_.head_dim_v, kLanes);
     memset(state.rows, 0, block.count * ld_out * sizeof(float));
@@ -74,7 +78,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
           begin + kGroupsPerBlock < visible.end ? begin + kGroupsPerBlock : visible.end;
       for (int64_t group = begin; group < end; ++group) {
         alignas(64) float scores[kTileRows][kLanes] = {};
-        with_dtype([&](auto dtype) {
+        with_dtype(params_.dtype, [&](auto dtype) {
           multiply_keys<dtype>(keys, group * kTileRows, params_.head_dim,
                                reinterpret_cast<const float*>(state.queries), ld_q, block.count,
                                scores);
@@ -88,33 +92,32 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
             for (int64_t d = 0; d < ld_out; ++d) state.rows[c * ld_out + d] *= factors[0][c];
           }
         }
-        exponentiate_tile(tile, 0, group, begin, state);
+        exponentiate_tile(tile, 0, group, begin, group == end - 1, state);
       }
+      this->fold_sums(0, state);
       const int64_t last = end * kTileRows < s.seqlen_k ? end * kTileRows : s.seqlen_k;
-      with_dtype([&](auto dtype) {
+      with_dtype(params_.dtype, [&](auto dtype) {
         accumulate_values<dtype>(values, begin * kTileRows, last, params_.head_dim_v,
                                  reinterpret_cast<const float*>(state.probs), block.count,
                                  state.rows, ld_out);
       });
-    }
-    for (int64_t c = 0; c < block.count; ++c) {
-      for (int64_t d = 0; d < params_.head_dim_v; ++d) {
-        state.out[d * kColumns + c] = state.rows[c * ld_out + d];
+      if (++state.out_blocks[0] == kFoldedBlocks || end == visible.end) {
+        move_rows(block, ld_out, state);
       }
     }
-    state.out_rows[0] = params_.head_dim_v;
   }
 
-  template <class Fn>
-  RAL_INLINE void with_dtype(const Fn& fn) const {
-    switch (params_.dtype) {
-      case RAL_FLOAT32:
-        return fn(std::integral_constant<int32_t, RAL_FLOAT32>());
-      case RAL_BFLOAT16:
-        return fn(std::integral_constant<int32_t, RAL_BFLOAT16>());
-      default:
-        return fn(std::integral_constant<int32_t, RAL_FLOAT16>());
+  // Adds O to its transpose, and clears it.
+  void move_rows(const Block& block, int64_t ld_out, State& state) const {
+    for (int64_t c = 0; c < block.count; ++c) {
+      for (int64_t d = 0; d < params_.head_dim_v; ++d) {
+        float* out = state.out + d * kColumns + c;
+        *out = state.rows[c * ld_out + d] + (state.out_rows[0] > 0 ? *out : 0.f);
+      }
     }
+    memset(state.rows, 0, block.count * ld_out * sizeof(float));
+    state.out_rows[0] = params_.head_dim_v;
+    state.out_blocks[0] = 0;
   }
 
   // Turns products into scores and makes room for them below the stabiliser. Returns whether it was
@@ -122,20 +125,31 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
   RAL_INLINE bool finish_scores(const ScoreTransform<V>& transform, const Block& block,
                                 int64_t panel, int64_t group, int64_t first_group, Vec (&top)[V],
                                 Tile<V>& tile, State& state, Vec (&factors)[V]) const {
-    tile.factor = params_.scale * kLog2e;
+    tile.factor = params_.scale;
+    tile.to_log2 = kLog2e;
     if (__builtin_expect(!transform.is_plain(block, panel, group), 0)) {
       transform.apply(tile.scores, block, panel, group, state.bias, kColumns, nullptr);
-      // Rounded here: an FMA would take the stabiliser of a row of finfo.min far from it.
-      for (int r = 0; r < kTileRows; ++r) {
-        for (int v = 0; v < V; ++v) tile.scores[r][v] = tile.scores[r][v] * kLog2e;
-      }
       tile.factor = 1.f;
-      for (int v = 0; v < V; ++v) top[v] = highest(tile.scores, v);
+      bool coarse = false;
+      for (int v = 0; v < V; ++v) {
+        top[v] = highest(tile.scores, v);
+        const Vec finite = select(top[v] == -__builtin_inff(), Vec{}, top[v]);
+        coarse |= any_greater(max(finite, -finite), broadcast(kCoarseScore * kLn2));
+      }
+      if (coarse) {  // rounded here, for want of fractions
+        for (int r = 0; r < kTileRows; ++r) {
+          for (int v = 0; v < V; ++v) tile.scores[r][v] = tile.scores[r][v] * kLog2e;
+        }
+        tile.to_log2 = 1.f;
+      }
     }
     const float* stabiliser = state.stabiliser + panel * kWidth;
     bool exceeded = false;
     RAL_UNROLL for (int v = 0; v < V; ++v) {
+      float* highest_so_far = state.top + panel * kWidth + v * kLanes;
       top[v] = top[v] * tile.factor;
+      store(highest_so_far, max(load(highest_so_far), top[v]));
+      top[v] = top[v] * kLog2e;
       exceeded |= any_greater(top[v], load(stabiliser + v * kLanes) + kSlack);
     }
     if (__builtin_expect(exceeded, 0)) {
@@ -166,7 +180,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
       int64_t larger = qk_steps_ % kShares;  // this many shares have one step more
       for (int64_t step = 0; step < kStepsPerGroup; ++step) {
         float* target[Compute::kPair] = {};
-        if (pending) find_sums(panel, group - 1, step, state, target);
+        if (pending) find_sums(panel, group - 1, step, false, state, target);
         for (int64_t v = 0; v < V; ++v) {
           if (larger-- == 0) --share;
           multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(p, a, 0, b, kWidth, share);
@@ -178,7 +192,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
         }
       }
     } else {
-      if (pending) exponentiate_tile(tile, panel, group - 1, first_group, state);
+      if (pending) exponentiate_tile(tile, panel, group - 1, first_group, false, state);
       multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(p, a, 0, b, kWidth, qk_steps_);
     }
     RAL_UNROLL for (int v = 0; v < V; ++v)
@@ -190,10 +204,10 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
   }
 
   RAL_NOINLINE void exponentiate_tile(const Tile<V>& tile, int64_t panel, int64_t group,
-                                      int64_t first_group, State& state) const {
+                                      int64_t first_group, bool last, State& state) const {
     for (int64_t step = 0; step < kStepsPerGroup; ++step) {
       float* target[Compute::kPair];
-      find_sums(panel, group, step, state, target);
+      find_sums(panel, group, step, last, state, target);
       for (int64_t v = 0; v < V; ++v) {
         exponentiate(tile, panel, group - first_group, step, v, target, state);
       }
@@ -207,13 +221,17 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
                                State& state) const {
     const int64_t column = panel * kWidth + v * kLanes;
     const Vec m = load(state.stabiliser + column);
+    float* all = state.sums + column;
     Vec part = load(state.part + v * kLanes);
     Vec p[Compute::kPair];
     RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
-      p[i] = exp2_bounded(tile.scores[step * Compute::kPair + i][v] * tile.factor - m);
+      const Vec score = tile.scores[step * Compute::kPair + i][v] * tile.factor;
+      p[i] = exp2_bounded(score * tile.to_log2 - m);
       part += p[i];
       if (target[i]) {
-        store(target[i] + v * kLanes, load(target[i] + v * kLanes) + part);
+        float* sum = target[i] + v * kLanes;
+        store(all, load(all) + part);
+        if (sum != all) store(sum, load(sum) + part);
         part = Vec{};
       }
     }
@@ -222,15 +240,20 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
                         state.rounded_sum + column);
   }
 
-  // The sums to which the tile's part is added after each key of `step`. Null if the next key
-  // belongs to the same sum.
-  RAL_INLINE void find_sums(int64_t panel, int64_t group, int64_t step, const State& state,
-                            float* (&target)[Compute::kPair]) const {
+  // The sums to which `part` is added after each key of `step`. Null if the next key belongs to the
+  // same sum, in this tile or, unless it is the `last`, in the next.
+  RAL_INLINE void find_sums(int64_t panel, int64_t group, int64_t step, bool last,
+                            const State& state, float* (&target)[Compute::kPair]) const {
     float* sums = state.sums + panel * kWidth;
     RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
       const int64_t r = step * Compute::kPair + i;
-      int32_t span = r == kTileRows - 1 ? -1 : Problem::kContinues;
-      if (state.run_ends) span = state.run_ends[group * kTileRows + r];
+      const bool is_last_key = r == kTileRows - 1;
+      int32_t span = last && is_last_key ? -1 : Problem::kContinues;
+      if (state.run_ends) {
+        span = state.run_ends[group * kTileRows + r];
+        const bool goes_on = is_last_key && !last;
+        if (goes_on && state.span_ids[(group + 1) * kTileRows] == span) span = Problem::kContinues;
+      }
       target[i] = span == Problem::kContinues ? nullptr : sums + (span + 1) * kColumns;
     }
   }
@@ -255,6 +278,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
           state.out + d * kColumns + panel * kWidth, kColumns, state.out_rows[panel] > 0, product);
     }
     state.out_rows[panel] = params_.head_dim_v;
+    if (++state.out_blocks[panel] == kFoldedBlocks && !last) this->fold_out(panel, state);
   }
 };
 

@@ -264,8 +264,10 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
       part += p[i];
       if (x.ends >> i & 1) {
         const int64_t row = x.run_ends ? x.run_ends[x.key + i] + 1 : 0;
-        float* sum = x.sums + row * kColumns + v * kLanes;
-        store(sum, load(sum) + part);
+        float* all = x.sums + v * kLanes;
+        float* sum = all + row * kColumns;
+        store(all, load(all) + part);
+        if (sum != all) store(sum, load(sum) + part);
         part = Vec{};
       }
     }

@@ -13,12 +13,19 @@ namespace ral {
 namespace RAL_ISA {
 
 constexpr float kSlack = 8.f;  // P is at most 2^8, far from overflow in any sum
+// From here on in base 2 float32 has no fractions, and an FMA's exact product is far from it.
+constexpr float kCoarseScore = 16777216.f;
+// Sums of O over this many blocks of keys are added up on their own: a plain sum over 32k keys has
+// twice the error (float32).
+constexpr int64_t kFoldedBlocks = 16;
 
-// Scores of some keys and queries, before `factor` and the exponential.
+// Scores of some keys and queries, before the factors and the exponential. Natural scores are
+// rounded before they come to base 2, so that the backward can form the same.
 template <int V>
 struct Tile {
   Vec scores[kTileRows][V];
-  float factor;
+  float factor;            // to natural scores
+  float to_log2 = kLog2e;  // from there to base 2
 };
 
 // A task is one column block. The derived class `Forward` takes it through the keys in walk(),
@@ -58,6 +65,8 @@ class ForwardBlocks {
     layout.queries = layout.add(kPanels * padded_qk_steps_ * kWidth);
     layout.probs = layout.add(kKeptBlocks * kGroupsPerBlock * kStepsPerGroup * kColumns);
     layout.out = layout.add(padded_v_ * kColumns);
+    const bool folds = params_.seqlen_k > kFoldedBlocks * Compute::kForwardKeys;
+    layout.folded_out = layout.add(folds ? padded_v_ * kColumns : 0);
     layout.sums = layout.add((outputs_.marginals ? padded_spans_ + 1 : 1) * kColumns);
     layout.bias = layout.add(params_.span_bias.data ? padded_spans_ * kColumns : 0);
     const size_t scratch = arena.reserve(layout.size * threads, 4);
@@ -79,21 +88,30 @@ class ForwardBlocks {
   // The running softmax of one column block.
   struct State {
     alignas(64) float stabiliser[kColumns];  // base 2, a whole number
+    alignas(64) float top[kColumns];         // the highest score, natural
     // Row sum of the rounded P that is multiplied with V. Dividing O by it keeps the sum of the
     // weights at 1. A query with one dominant key then gets that key's value exactly, as dO.O in
     // the backward needs.
     alignas(64) float rounded_sum[kColumns];
-    alignas(64) float part[kWidth];  // row sum of a tile since the span last changed
+    // Row sums are row_sum + lost + row 0 of `sums`. A row of tiles moves from row 0 to row_sum,
+    // and what that rounds off to `lost`.
+    alignas(64) float row_sum[kColumns];
+    alignas(64) float lost[kColumns];
+    alignas(64) float part[kWidth];  // of a row sum, since the span last changed
     bool started[kPanels];           // whether the panel has met a tile of scores
     int64_t out_rows[kPanels];       // rows of O^T that hold something
+    int64_t out_blocks[kPanels];     // blocks of keys in O^T
+    int64_t folded_rows[kPanels];    // rows of folded_out that hold something
     const int32_t* run_ends;         // null if no marginals of this block are wanted
-    // Sums of P over the keys of each span. Row s + 1 belongs to span s, row 0 to keys in no span.
-    // Without marginals row 0 is the only one. A row sum is the sum of all rows, equation (7).
+    const int32_t* span_ids;         // so is this
+    // Sums of P over the keys of each span. Row s + 1 belongs to span s, row 0 to all keys.
+    // Without marginals row 0 is the only one.
     float* sums;
     int64_t sum_rows;
     uint32_t* queries;
     uint32_t* probs;
     float* out;
+    float* folded_out;  // the part of O^T that is not in `out`
     float* bias;
     float* rows;  // room for a float32 row of V per query
   };
@@ -102,7 +120,7 @@ class ForwardBlocks {
     return packed_k_ + problem_.groups_before(s, kv_head) * kTileRows * qk_steps_;
   }
   struct ScratchLayout : Layout {
-    int64_t stage, queries, probs, out, sums, bias;
+    int64_t stage, queries, probs, out, folded_out, sums, bias;
   };
 
   static void pack_task(void* self, int64_t task, int worker) {
@@ -121,9 +139,9 @@ class ForwardBlocks {
       const int64_t kv_head = (i - s.first_group * params_.num_kv_heads) / s.num_groups;
       const int64_t before = problem_.groups_before(s, kv_head);
       const int64_t group = i - before;
-      pack_a_rows<Compute>(problem_.key_rows(params_.k, s, kv_head), group, params_.head_dim, stage,
-                           packed_k_ + i * kTileRows * qk_steps_);
-      const Rows values = problem_.key_rows(params_.v, s, kv_head);
+      pack_a_rows<Compute>(problem_.real_key_rows(params_.k, s, kv_head), group, params_.head_dim,
+                           stage, packed_k_ + i * kTileRows * qk_steps_);
+      const Rows values = problem_.real_key_rows(params_.v, s, kv_head);
       uint32_t* packed_v = values_of(s, kv_head);
       const FeatureRows layout = value_layout(s);
       pack_a_columns<Compute>(values, group, params_.head_dim_v, layout, stage, packed_v);
@@ -152,12 +170,14 @@ class ForwardBlocks {
     state.queries = scratch + layout_.queries;
     state.probs = scratch + layout_.probs;
     state.out = reinterpret_cast<float*>(scratch + layout_.out);
+    state.folded_out = reinterpret_cast<float*>(scratch + layout_.folded_out);
     state.sums = reinterpret_cast<float*>(scratch + layout_.sums);
     state.bias =
         params_.span_bias.data ? reinterpret_cast<float*>(scratch + layout_.bias) : nullptr;
     state.rows = reinterpret_cast<float*>(stage);
     state.run_ends =
         outputs_.marginals && has_marginal_rows(block) ? problem_.run_ends(s) : nullptr;
+    state.span_ids = state.run_ends ? problem_.span_ids(s) : nullptr;
     if constexpr (kPacks) {
       pack_b_columns<Compute, Block, kWidth>(problem_, s, params_.q, block, nullptr,
                                              params_.head_dim, stage, state.queries);
@@ -177,11 +197,12 @@ class ForwardBlocks {
     memset(state.sums, 0, state.sum_rows * kColumns * sizeof(float));
     for (int64_t c = 0; c < kColumns; ++c) {
       state.stabiliser[c] = kEmptyRow;
-      state.rounded_sum[c] = 0.f;
+      state.top[c] = -__builtin_inff();
+      state.rounded_sum[c] = state.row_sum[c] = state.lost[c] = 0.f;
     }
     for (int64_t panel = 0; panel < kPanels; ++panel) {
       state.started[panel] = false;
-      state.out_rows[panel] = 0;
+      state.out_rows[panel] = state.out_blocks[panel] = state.folded_rows[panel] = 0;
     }
     memset(state.part, 0, sizeof state.part);
 
@@ -210,14 +231,17 @@ class ForwardBlocks {
       const Vec factor = exp2(old - raised);
       factors[v] = factor;
       store(state.stabiliser + c, raised);
-      store(state.rounded_sum + c, load(state.rounded_sum + c) * factor);
+      const auto rescale = [factor](float* x) { store(x, load(x) * factor); };
+      rescale(state.rounded_sum + c);
+      rescale(state.row_sum + c);
+      rescale(state.lost + c);
+      rescale(state.part + v * kLanes);
       for (int64_t row = 0; state.started[panel] && row < state.sum_rows; ++row) {
-        float* x = state.sums + row * kColumns + c;
-        store(x, load(x) * factor);
+        rescale(state.sums + row * kColumns + c);
       }
-      for (int64_t d = 0; d < state.out_rows[panel]; ++d) {
-        float* x = state.out + d * kColumns + c;
-        store(x, load(x) * factor);
+      for (int64_t d = 0; d < state.out_rows[panel]; ++d) rescale(state.out + d * kColumns + c);
+      for (int64_t d = 0; d < state.folded_rows[panel]; ++d) {
+        rescale(state.folded_out + d * kColumns + c);
       }
       for (int64_t step = 0; step < groups_done * kStepsPerGroup; ++step) {
         Compute::rescale(state.probs + step * kColumns + c, factor);
@@ -225,19 +249,59 @@ class ForwardBlocks {
     }
   }
 
+  // Moves O^T of a panel to folded_out.
+  void fold_out(int64_t panel, State& state) const {
+    const int64_t column = panel * kWidth;
+    for (int64_t d = 0; d < state.out_rows[panel]; ++d) {
+      for (int64_t c = d * kColumns + column; c < d * kColumns + column + kWidth; c += kLanes) {
+        const Vec x = load(state.out + c);
+        store(state.folded_out + c,
+              d < state.folded_rows[panel] ? load(state.folded_out + c) + x : x);
+      }
+    }
+    if (state.folded_rows[panel] < state.out_rows[panel]) {
+      state.folded_rows[panel] = state.out_rows[panel];
+    }
+    state.out_rows[panel] = state.out_blocks[panel] = 0;
+  }
+
+  // Moves row 0 of the sums to the row sums, and what that rounds off to `lost`.
+  RAL_INLINE void fold_sums(int64_t panel, State& state) const {
+    RAL_UNROLL for (int v = 0; v < V; ++v) {
+      const int64_t c = panel * kWidth + v * kLanes;
+      const Vec before = load(state.row_sum + c), added = load(state.sums + c);
+      const Vec after = before + added, share = after - before;
+      store(state.lost + c, load(state.lost + c) + ((before - (after - share)) + (added - share)));
+      store(state.row_sum + c, after);
+      store(state.sums + c, Vec{});
+    }
+  }
+
   // Normalises and writes out, lse and marginals of the block.
-  void finish(const Sequence& s, const Block& block, const State& state) const {
+  void finish(const Sequence& s, const Block& block, State& state) const {
     alignas(64) float sum[kColumns];
+    alignas(64) float top_weight[kColumns];   // P of the highest score
     alignas(64) float inverse[kColumns];      // of the row sum, for marginals
     alignas(64) float inverse_out[kColumns];  // of the sum of the weights that O was formed with
+    // Hidden from the compiler, which would else share products and form no FMA where
+    // exponentiate() has one.
+    const Vec to_log2 = rounded(broadcast(kLog2e));
     for (int64_t c = 0; c < kColumns; c += kLanes) {
-      Vec total = load(state.sums + c);
-      for (int64_t row = 1; row < state.sum_rows; ++row) {
-        total += load(state.sums + row * kColumns + c);
-      }
-      store(sum + c, total);
+      store(sum + c, load(state.sums + c) + load(state.lost + c) + load(state.row_sum + c));
+      const Vec top = load(state.top + c), m = load(state.stabiliser + c);
+      const IntVec is_coarse = max(top, -top) > kCoarseScore * kLn2;
+      const Vec coarse = rounded(top * kLog2e) - m;
+      store(top_weight + c, exp2_bounded(select(is_coarse, coarse, top * to_log2 - m)));
     }
     for (int64_t panel = 0; panel < kPanels; ++panel) {
+      if (state.folded_rows[panel] > 0) {
+        fold_out(panel, state);
+        for (int64_t d = 0; d < state.folded_rows[panel]; ++d) {
+          memcpy(state.out + d * kColumns + panel * kWidth,
+                 state.folded_out + d * kColumns + panel * kWidth, kWidth * sizeof(float));
+        }
+        state.out_rows[panel] = state.folded_rows[panel];
+      }
       for (int64_t d = state.out_rows[panel]; d < params_.head_dim_v; ++d) {
         memset(state.out + d * kColumns + panel * kWidth, 0, kWidth * sizeof(float));
       }
@@ -251,8 +315,12 @@ class ForwardBlocks {
     }
     for (int64_t c = 0; c < block.count; ++c) {
       const typename Block::Column& column = block.column[c];
+      float lse = (state.stabiliser[c] + log2f(sum[c])) * kLn2;
+      // From the highest score on: where one key has all the weight, lse is its score to the bit,
+      // and the backward forms a weight of exactly 1.
+      if (!Compute::kTilesInMemory) lse = state.top[c] + logf(sum[c] / top_weight[c]);
       outputs_.lse[(s.batch * params_.num_heads + column.head) * params_.seqlen_q + column.token] =
-          sum[c] == 0.f ? -__builtin_inff() : (state.stabiliser[c] + log2f(sum[c])) * kLn2;
+          sum[c] == 0.f ? -__builtin_inff() : lse;
     }
     write_columns<kColumns>(
         state.out, params_.head_dim_v, inverse_out, block.count, params_.dtype,

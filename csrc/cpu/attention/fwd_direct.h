@@ -2,10 +2,25 @@
 // take longer than the products. Vectors hold features, not queries.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/block.h"
 
 namespace ral {
 namespace RAL_ISA {
+
+// Calls fn(dtype).
+template <class Fn>
+RAL_INLINE void with_dtype(int32_t dtype, const Fn& fn) {
+  switch (dtype) {
+    case RAL_FLOAT32:
+      return fn(std::integral_constant<int32_t, RAL_FLOAT32>());
+    case RAL_BFLOAT16:
+      return fn(std::integral_constant<int32_t, RAL_BFLOAT16>());
+    default:
+      return fn(std::integral_constant<int32_t, RAL_FLOAT16>());
+  }
+}
 
 // The first `count` numbers of a row as float32, then 0; all of them if count >= kLanes.
 template <int32_t kDtype>
@@ -142,18 +157,15 @@ RAL_INLINE void accumulate_part(const Rows& values, int64_t first, int64_t last,
                                 int64_t features, const float* weights, float* out, int64_t ld,
                                 bool prefetches) {
   const int64_t ahead = kTilesAhead * kTileRows * values.stride_bytes;
-  Vec sums[kQueries][kVectors];
-  RAL_UNROLL for (int i = 0; i < kQueries; ++i) {
-    RAL_UNROLL for (int v = 0; v < kVectors; ++v)
-      sums[i][v] = load(out + i * ld + d + v * kLanes);
-  }
+  Vec sums[kQueries][kVectors] = {};
   for (int64_t key = first; key < last; ++key, weights += kLanes) {
     uint32_t bits[kQueries], seen = 0;
     memcpy(bits, weights, sizeof bits);
     RAL_UNROLL for (int i = 0; i < kQueries; ++i)
       seen |= bits[i];
-    if (!seen) continue;  // its value may be NaN
-    const char* from = values.row(key) + d * element_size(kDtype);
+    const char* row = values.row(key);
+    if (!row || !seen) continue;  // its value may be NaN
+    const char* from = row + d * element_size(kDtype);
     RAL_UNROLL for (int v = 0; v < kVectors; ++v) {
       const char* part = from + v * kLanes * element_size(kDtype);
       if (prefetches) __builtin_prefetch(part + ahead);
@@ -164,7 +176,7 @@ RAL_INLINE void accumulate_part(const Rows& values, int64_t first, int64_t last,
   }
   RAL_UNROLL for (int i = 0; i < kQueries; ++i) {
     RAL_UNROLL for (int v = 0; v < kVectors; ++v)
-      store(out + i * ld + d + v * kLanes, sums[i][v]);
+      store(out + i * ld + d + v * kLanes, load(out + i * ld + d + v * kLanes) + sums[i][v]);
   }
 }
 

@@ -203,13 +203,8 @@ inline void pack_a_columns<AmxCompute>(const Rows& source, int64_t group, int64_
   const int64_t padded = layout.groups * kTileRows;
   for (int64_t step = 0; step < kAmxRows; ++step, stage += padded) {
     const int64_t key = group * kTileRows + 2 * step;
-    const char* first = source.row(key);
-    if (first) {
-      AmxCompute::load_row_pair(source.dtype, first, source.row(key + 1), features, stage);
-      memset(stage + features, 0, (padded - features) * sizeof(uint32_t));
-    } else {
-      memset(stage, 0, padded * sizeof(uint32_t));
-    }
+    AmxCompute::load_row_pair(source.dtype, source.row(key), source.row(key + 1), features, stage);
+    memset(stage + features, 0, (padded - features) * sizeof(uint32_t));
   }
   stage -= kAmxRows * padded;
   for (int64_t g = 0; g < layout.groups; ++g) {

@@ -148,9 +148,13 @@ struct Float32Compute {
   static void load_row(int32_t dtype, const void* src, int64_t features, uint32_t* dst) {
     convert_to_float(dtype, src, features, reinterpret_cast<float*>(dst));
   }
-  // Elements that hold rows 2j and 2j + 1 of a source as pairs; here just one row.
+  // Elements that hold rows 2j and 2j + 1 of a source as pairs; here just one row. Null rows are 0.
   static void load_row_pair(int32_t dtype, const void* src, const void*, int64_t features,
                             uint32_t* dst) {
+    if (!src) {
+      memset(dst, 0, features * sizeof(uint32_t));
+      return;
+    }
     convert_to_float(dtype, src, features, reinterpret_cast<float*>(dst));
   }
   // Stores one vector of kPair rows, contracted over the rows. If storing rounds, it adds the
@@ -199,9 +203,9 @@ struct BFloat16Compute {
   static void load_row_pair(int32_t, const void* even, const void* odd, int64_t features,
                             uint32_t* dst) {
     const uint16_t* low = static_cast<const uint16_t*>(even);
-    const uint16_t* high = static_cast<const uint16_t*>(odd);  // null past the end
+    const uint16_t* high = static_cast<const uint16_t*>(odd);
     for (int64_t i = 0; i < features; ++i) {
-      dst[i] = low[i] | (high ? static_cast<uint32_t>(high[i]) << 16 : 0u);
+      dst[i] = (low ? low[i] : 0u) | (high ? static_cast<uint32_t>(high[i]) << 16 : 0u);
     }
   }
   static RAL_INLINE void store_pair(const Vec (&x)[kPair], uint32_t* dst, float* total) {

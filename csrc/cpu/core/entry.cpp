@@ -1,11 +1,23 @@
-// C entry points of the CPU backend. Each looks up the call's variant and calls its kernel.
+// C entry points of the CPU backend. Each checks the call, looks up its variant and calls its
+// kernel.
 #include "core/kernels.h"
 #include "core/threads.h"
+#include "ral/check.h"
 
 #define RAL_EXPORT extern "C" __attribute__((visibility("default")))
 
+using ral::DivergencePass;
 using ral::Kernels;
 using ral::kernels_of;
+using ral::Memory;
+
+// Returns what the call returns, or the status that says why it must not run.
+#define RAL_RUN(status, isa, call)                          \
+  do {                                                      \
+    if (const int32_t wrong = (status)) return wrong;       \
+    const Kernels* kernels = kernels_of(isa);               \
+    return kernels ? kernels->call : RAL_ISA_NOT_AVAILABLE; \
+  } while (false)
 
 // sizeof of each parameter struct, for the caller to compare with its own.
 RAL_EXPORT void ral_cpu_attention_struct_sizes(int64_t sizes[3]) {
@@ -22,56 +34,53 @@ RAL_EXPORT void ral_cpu_policy_struct_sizes(int64_t sizes[3]) {
 
 RAL_EXPORT int32_t ral_cpu_attention_fwd(const ral_attention_params* params,
                                          const ral_attention_outputs* outputs) {
-  const Kernels* kernels = kernels_of(params->isa);
-  return kernels ? kernels->attention_fwd(*params, *outputs) : RAL_ISA_NOT_AVAILABLE;
+  RAL_RUN(ral::check_attention(Memory::kHost, params, outputs, nullptr), params->isa,
+          attention_fwd(*params, *outputs));
 }
 
 RAL_EXPORT int32_t ral_cpu_attention_bwd(const ral_attention_params* params,
                                          const ral_attention_outputs* outputs,
                                          const ral_attention_gradients* gradients) {
-  const Kernels* kernels = kernels_of(params->isa);
-  return kernels ? kernels->attention_bwd(*params, *outputs, *gradients) : RAL_ISA_NOT_AVAILABLE;
+  RAL_RUN(ral::check_attention_bwd(Memory::kHost, params, outputs, gradients), params->isa,
+          attention_bwd(*params, *outputs, *gradients));
 }
 
 RAL_EXPORT int32_t ral_cpu_policy_fwd(const ral_policy_params* params) {
-  const Kernels* kernels = kernels_of(params->common.isa);
-  return kernels ? kernels->policy_fwd(*params) : RAL_ISA_NOT_AVAILABLE;
+  RAL_RUN(ral::check_policy(Memory::kHost, params, false), params->common.isa, policy_fwd(*params));
 }
 
 RAL_EXPORT int32_t ral_cpu_policy_bwd(const ral_policy_params* params) {
-  const Kernels* kernels = kernels_of(params->common.isa);
-  return kernels ? kernels->policy_bwd(*params) : RAL_ISA_NOT_AVAILABLE;
+  RAL_RUN(ral::check_policy(Memory::kHost, params, true), params->common.isa, policy_bwd(*params));
 }
 
 RAL_EXPORT int32_t ral_cpu_policy_divergence_fwd(const ral_policy_divergence_params* params) {
-  const Kernels* kernels = kernels_of(params->common.isa);
-  return kernels ? kernels->policy_divergence_fwd(*params) : RAL_ISA_NOT_AVAILABLE;
+  RAL_RUN(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kForward),
+          params->common.isa, policy_divergence_fwd(*params));
 }
 
 RAL_EXPORT int32_t ral_cpu_policy_divergence_bwd(const ral_policy_divergence_params* params) {
-  const Kernels* kernels = kernels_of(params->common.isa);
-  return kernels ? kernels->policy_divergence_bwd(*params) : RAL_ISA_NOT_AVAILABLE;
+  RAL_RUN(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kBackward),
+          params->common.isa, policy_divergence_bwd(*params));
 }
 
 // value, dq and dk for row weights `dvalue`. It stores nothing for a separate backward.
 RAL_EXPORT int32_t ral_cpu_policy_loss(const ral_policy_divergence_params* params) {
-  const Kernels* kernels = kernels_of(params->common.isa);
-  return kernels ? kernels->policy_loss(*params) : RAL_ISA_NOT_AVAILABLE;
+  RAL_RUN(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kLoss),
+          params->common.isa, policy_loss(*params));
 }
 
 RAL_EXPORT int32_t ral_cpu_divergence_fwd(const ral_divergence_params* params) {
-  const Kernels* kernels = kernels_of(params->isa);
-  return kernels ? kernels->divergence_fwd(*params) : RAL_ISA_NOT_AVAILABLE;
+  RAL_RUN(ral::check_divergence(params), params->isa, divergence_fwd(*params));
 }
 
 RAL_EXPORT void ral_cpu_expect_writes(void* memory, int64_t bytes) {
-  ral::expect_writes(memory, static_cast<size_t>(bytes));
+  if (memory && bytes > 0) ral::expect_writes(memory, static_cast<size_t>(bytes));
 }
 
 // Runs `repeats` register tiles per thread in L1. Returns their floating-point operations, for the
 // caller to time, or 0 if the variant is not available.
 RAL_EXPORT int64_t ral_cpu_tile_flops(int32_t isa, int32_t dtype, int32_t num_threads,
                                       int64_t repeats) {
-  const Kernels* kernels = kernels_of(isa);
+  const Kernels* kernels = num_threads >= 1 && repeats >= 0 ? kernels_of(isa) : nullptr;
   return kernels ? kernels->tile_flops(dtype, num_threads, repeats) : 0;
 }

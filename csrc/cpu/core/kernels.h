@@ -6,14 +6,15 @@
 
 namespace ral {
 
+constexpr int64_t kFewQueries = 8;
+
 // Whether a forward has so few queries per key, like a step of decoding, that packing K and V would
 // take longer than the products. Without packing, eight queries per kv head take 0.8x the time of
 // bfloat16 packed for AMX. In float32 they take less than 0.5x (8,192 keys, Emerald Rapids,
 // 2026-11).
 static inline bool has_few_queries(const ral_attention_params& params) {
-  constexpr int64_t kFew = 8;
   if (params.cu_seqlens_q || params.num_kv_heads == 0) return false;
-  return params.seqlen_q * (params.num_heads / params.num_kv_heads) <= kFew;
+  return params.seqlen_q * (params.num_heads / params.num_kv_heads) <= kFewQueries;
 }
 
 struct Kernels {

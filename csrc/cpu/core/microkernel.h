@@ -133,7 +133,8 @@ inline void prefetch_packed(const uint32_t* a, int64_t steps) {
   for (int64_t i = 0; i < steps * kTileRows; i += 16) __builtin_prefetch(a + i);
 }
 
-// Rows of a source tensor: `prefix_count` from `prefix`, then `count` from `data`.
+// Rows of a source tensor: `prefix_count` from `prefix`, then `count` from `data`. Rows past the
+// end and rows that `real` rules out are null: 0 takes their place, because 0 * NaN is NaN.
 struct Rows {
   int32_t dtype;
   const char* data;
@@ -142,8 +143,10 @@ struct Rows {
   const char* prefix = nullptr;
   int64_t prefix_stride_bytes = 0;
   int64_t prefix_count = 0;
+  const uint8_t* real = nullptr;  // 0 = not read; or null
 
   const char* row(int64_t i) const {
+    if (real && i < prefix_count + count && !real[i]) return nullptr;
     if (i < prefix_count) return prefix + i * prefix_stride_bytes;
     i -= prefix_count;
     return i < count ? data + i * stride_bytes : nullptr;
@@ -213,13 +216,8 @@ void pack_a_columns(const Rows& source, int64_t group, int64_t features, const F
   dst += place.offset;
   memset(stage + features, 0, (layout.groups * kTileRows - features) * sizeof(uint32_t));
   for (int64_t step = group * kSteps; step < (group + 1) * kSteps; ++step, dst += kTileRows) {
-    const char* first = source.row(step * Compute::kPair);
-    if (first) {
-      Compute::load_row_pair(source.dtype, first, source.row(step * Compute::kPair + 1), features,
-                             stage);
-    } else {
-      memset(stage, 0, features * sizeof(uint32_t));
-    }
+    Compute::load_row_pair(source.dtype, source.row(step * Compute::kPair),
+                           source.row(step * Compute::kPair + 1), features, stage);
     for (int64_t g = 0; g < layout.groups; ++g) {
       memcpy(dst + g * place.group_stride, stage + g * kTileRows, kTileRows * sizeof(uint32_t));
     }

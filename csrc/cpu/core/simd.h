@@ -42,6 +42,7 @@ constexpr int kFeaturePadding = kLanes;  // write_columns reads features in mult
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));  // wraps round
 
 RAL_INLINE Vec load(const float* p) {
   Vec x;

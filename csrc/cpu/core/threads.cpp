@@ -3,6 +3,9 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -84,6 +87,10 @@ void expect_writes(void* memory, size_t bytes) {
 
 size_t Arena::reserve(int64_t count, size_t size) {
   const size_t offset = bytes_;
+#ifdef __SANITIZE_ADDRESS__
+  guards_.push_back(offset + static_cast<size_t>(count) * size);
+  bytes_ += 64;
+#endif
   bytes_ += (static_cast<size_t>(count) * size + 63) / 64 * 64;
   return offset;
 }
@@ -113,10 +120,17 @@ bool Arena::allocate() {
   if (posix_memalign(&memory, large ? kHugePage : 64, capacity_) != 0) return false;
   if (large) expect_writes(memory, capacity_);
   data_ = static_cast<char*>(memory);
+#ifdef __SANITIZE_ADDRESS__
+  for (const size_t guard : guards_) ASAN_POISON_MEMORY_REGION(data_ + guard, 64);
+#endif
   return true;
 }
 
 Arena::~Arena() {
+#ifdef __SANITIZE_ADDRESS__
+  free(data_);  // kept memory would have the guards of this call
+  return;
+#endif
   if (data_ && capacity_ <= kKeptBytes) {
     std::lock_guard<std::mutex> lock(kept_mutex);
     if (!kept_data || kept_capacity < capacity_) {

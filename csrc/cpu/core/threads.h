@@ -3,6 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#ifdef __SANITIZE_ADDRESS__
+#include <vector>
+#endif
 
 namespace ral {
 
@@ -43,6 +46,9 @@ class Arena {
   char* data_ = nullptr;
   size_t bytes_ = 0;
   size_t capacity_ = 0;
+#ifdef __SANITIZE_ADDRESS__
+  std::vector<size_t> guards_;  // 64 bytes after each array that must not be touched
+#endif
 };
 
 }  // namespace ral

@@ -57,12 +57,9 @@ class DivergenceForward {
       for (int64_t i = part; i < part + kPart && i < params_.length; i += kLanes) {
         const int64_t count = params_.length - i;
         const Vec a = load_some(p + i, count), b = load_some(r + i, count);
-        const DivergenceTerm term = divergence_term(params_.kind, a, b);
+        const DivergenceTerm term = term_of(a, b);
         sum += term.value;
-        // The terms are for distributions of equal sum; the op's definition does not ask for that.
-        if (params_.kind == RAL_KL) sum += a - b;
-        if (params_.kind == RAL_REVERSE_KL) sum += b - a;
-        if (dp) store_some(dp + i, count, gradient_p(a, b, term.gradient));
+        if (dp) store_some(dp + i, count, term.gradient);
         if (dr) store_some(dr + i, count, gradient_r(a, b));
       }
       for (int lane = 0; lane < kLanes; ++lane) total += static_cast<double>(sum[lane]);
@@ -74,16 +71,24 @@ class DivergenceForward {
     }
   }
 
-  Vec gradient_p(Vec p, Vec r, Vec l) const {
-    if (params_.kind == RAL_KL) return select((p > 0.f) & (r > 0.f), l + 1.f, Vec{});
-    if (params_.kind == RAL_REVERSE_KL) return select(p > 0.f, -r / p, Vec{});
-    return l;
+  // The terms of the definition, which does not ask for distributions of equal sum.
+  DivergenceTerm term_of(Vec p, Vec r) const {
+    if (params_.kind == RAL_KL) return {literal_kl_term(p, r), gradient_of_first(p, r)};
+    if (params_.kind == RAL_REVERSE_KL) return {literal_kl_term(r, p), gradient_of_second(r, p)};
+    return divergence_term<RAL_JSD>(p, r);
   }
   Vec gradient_r(Vec p, Vec r) const {
-    const IntVec both = (p > 0.f) & (r > 0.f);
-    if (params_.kind == RAL_KL) return select(r > 0.f, -p / r, Vec{});
-    if (params_.kind == RAL_REVERSE_KL) return select(both, log_quotient(r, p) + 1.f, Vec{});
+    if (params_.kind == RAL_KL) return gradient_of_second(p, r);
+    if (params_.kind == RAL_REVERSE_KL) return gradient_of_first(r, p);
     return divergence_term<RAL_JSD>(r, p).gradient;
+  }
+
+  // Those of a log(a / b): (9) by a, and (10) by b.
+  static Vec gradient_of_first(Vec a, Vec b) {
+    return select((a > 0.f) & (b > 0.f), log_quotient(a, b) + 1.f, Vec{});
+  }
+  static Vec gradient_of_second(Vec a, Vec b) {
+    return select(b > 0.f, max(broadcast(kLowestReverseKlGradient), -a / b), Vec{});
   }
 
   const ral_divergence_params& params_;

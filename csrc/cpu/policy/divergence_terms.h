@@ -12,7 +12,7 @@ namespace RAL_ISA {
 // log(y) to a few ulp for normal y > 0. t = y - 1 comes apart, free of the rounding of y.
 RAL_INLINE Vec log_normal(Vec y, Vec t) {
   // y = 2^k f with f in [sqrt(1/2), sqrt(2)).
-  const IntVec bits = (IntVec)y + (0x3f800000 - 0x3f3504f3);
+  const IntVec bits = (IntVec)((UintVec)y + (0x3f800000u - 0x3f3504f3u));
   const IntVec k = (bits >> 23) - 127;
   const Vec f = (Vec)((bits & 0x7fffff) + 0x3f3504f3);
   const Vec u = select(k == 0, t, f - 1.f);
@@ -63,13 +63,28 @@ RAL_INLINE Vec jsd_term(Vec p, Vec r, Vec m, Vec x) {
   return select(z < kJsdSeriesBelow, m * jsd_series(z) * z, direct);
 }
 
-// a log(a / b) - a + b. Where it would cancel, it is a series in s = (a - b) / (a + b):
-// (a + b) s^2 (1 + s (1 + s) (1/3 + s^2/5 + s^4/7 + ...)).
+// a log(a / b) - a + b where the two are so close that it would cancel. It is a series in
+// s = (a - b) / (a + b): (a + b) s^2 (1 + s (1 + s) (1/3 + s^2/5 + s^4/7 + ...)), where z = s^2.
+RAL_INLINE Vec close_kl_term(Vec a, Vec b, Vec s, Vec z) {
+  return (a + b) * z * (s * (1.f + s) * kl_series(z) + 1.f);
+}
+
+// a log(a / b) - a + b.
 RAL_INLINE Vec kl_term(Vec a, Vec b, Vec s) {
   const Vec z = s * s;
-  const Vec series = (a + b) * z * (s * (1.f + s) * kl_series(z) + 1.f);
   const Vec direct = times_log_quotient(a, b) - a + b;
-  return select(z < kKlSeriesBelow, series, direct);
+  return select(z < kKlSeriesBelow, close_kl_term(a, b, s, z), direct);
+}
+
+// a log(a / b), +inf where b = 0 < a. Only close terms are formed from the one above: in rows far
+// from normalised, its - a + b would cancel with what takes it back.
+RAL_INLINE Vec literal_kl_term(Vec a, Vec b) {
+  const Vec s = (a - b) / (a + b);
+  const Vec z = s * s;
+  const IntVec infinite = (b == 0.f) & (a > 0.f);
+  const Vec direct = select(infinite, broadcast(__builtin_inff()), times_log_quotient(a, b));
+  const Vec close = close_kl_term(a, b, s, z) + (a - b);
+  return select(z < kKlSeriesBelow, close, select(b == b, direct, b));
 }
 
 // Terms between p and r of two distributions that each sum to 1. Two zeros give exactly 0. A

@@ -129,6 +129,9 @@ class PolicySide {
       source.prefix_stride_bytes = side.k_prefix.stride_t * size;
       source.prefix_count = side.shared_prefix;
     }
+    if (common.key_padding_mask) {
+      source.real = common.key_padding_mask + sample * common.key_padding_mask_stride_b;
+    }
     return source;
   }
 

@@ -7,6 +7,8 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_bwd(const ral_attention_params*
                                                      const ral_attention_outputs* outputs,
                                                      const ral_attention_gradients* gradients,
                                                      float* scratch, void* stream) {
+  RAL_CHECK(scratch != nullptr &&
+            ral::check_attention_bwd(ral::Memory::kDevice, call, outputs, gradients) == RAL_OK);
   const int64_t num_rows = call->batch_size * call->num_heads * call->seqlen_q;
   const ral::cuda::AttentionBwdParams params{*call,   *outputs,           *gradients,
                                              scratch, scratch + num_rows, 0};

@@ -37,6 +37,7 @@ int attention_fwd_sm90(const ral_attention_params& call, const ral_attention_out
 extern "C" RAL_EXPORT int32_t ral_cuda_attention_fwd_sm90(const ral_attention_params* call,
                                                           const ral_attention_outputs* outputs,
                                                           void* stream) {
+  RAL_CHECK(ral::check_attention(ral::Memory::kDevice, call, outputs, nullptr) == RAL_OK);
   RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_fwd_sm90, *call, *outputs, stream);
 }
 

@@ -41,6 +41,7 @@ extern "C" RAL_EXPORT const char* ral_cuda_failed_kernel() {
 
 extern "C" RAL_EXPORT const char* ral_cuda_error_string(int32_t error) {
   if (error == ral::cuda::kNoKernel) return "there is no kernel for this dtype and head dim";
+  if (error == ral::cuda::kBadArgument) return "pointers or sizes that do not fit together";
   if (error == ral::cuda::kNotTaken) return "this kernel leaves the call to another one";
 #ifdef RAL_CUDA_ON_HOST
   return "the host harness reports a violation";

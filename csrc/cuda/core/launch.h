@@ -5,6 +5,7 @@
 
 #include "core/device.h"
 #include "ral/attention.h"
+#include "ral/check.h"
 
 #define RAL_EXPORT __attribute__((visibility("default")))
 
@@ -22,12 +23,19 @@
     return ral::cuda::failed(#function, ral::cuda::kNoKernel); \
   } while (false)
 
+// Leaves an entry point whose call does not pass its check in ral/check.h.
+#define RAL_CHECK(passes)                                                       \
+  do {                                                                          \
+    if (!(passes)) return ral::cuda::failed(__func__, ral::cuda::kBadArgument); \
+  } while (false)
+
 namespace ral {
 namespace cuda {
 
 // Statuses besides those of cudaError_t, which are positive.
 constexpr int kNoKernel = -1;
 constexpr int kNotTaken = -2;  // another kernel takes the call; this one launched nothing
+constexpr int kBadArgument = -3;
 
 // Records the name of what failed in this thread, for ral_cuda_failed_kernel. Returns `error`.
 int failed(const char* kernel, int error);

@@ -13,8 +13,11 @@ namespace cuda {
 // What an entry point computes.
 struct Pass {
   bool wants_statistics, wants_sums, wants_gradient;
+  DivergencePass checked_as;
 };
-constexpr Pass kFwd{true, true, false}, kBwd{false, false, true}, kLoss{true, true, true};
+constexpr Pass kFwd{true, true, false, DivergencePass::kForward};
+constexpr Pass kBwd{false, false, true, DivergencePass::kBackward};
+constexpr Pass kLoss{true, true, true, DivergencePass::kLoss};
 
 // Hands out scratch memory. Without memory it counts what is needed.
 class Scratch {
@@ -194,6 +197,22 @@ class PolicyDivergence {
   float* ref_w_;
 };
 
+static bool passes(const ral_policy_divergence_params* call, const Pass& pass) {
+  return check_policy_divergence(Memory::kDevice, call, pass.checked_as) == RAL_OK;
+}
+
+static int64_t scratch_of(const ral_policy_divergence_params* call, const Pass& pass,
+                          int64_t limit) {
+  return passes(call, pass) ? PolicyDivergence(*call, pass, limit, nullptr, nullptr).scratch_used()
+                            : 0;
+}
+
+static int32_t run_pass(const ral_policy_divergence_params* call, const Pass& pass, int64_t limit,
+                        float* scratch, void* stream) {
+  RAL_CHECK(scratch != nullptr && passes(call, pass));
+  return PolicyDivergence(*call, pass, limit, scratch, stream).run_all();
+}
+
 }  // namespace cuda
 }  // namespace ral
 
@@ -203,37 +222,32 @@ extern "C" RAL_EXPORT void ral_cuda_policy_struct_sizes(int64_t sizes[2]) {
   sizes[1] = sizeof(ral_policy_divergence_params);
 }
 
-// Floats of scratch memory that the entry point of that name needs, with the same `limit`.
+// Floats of scratch memory that the entry point of that name needs, with the same `limit`. 0 for a
+// call that it refuses.
 extern "C" RAL_EXPORT int64_t
 ral_cuda_policy_divergence_fwd_scratch(const ral_policy_divergence_params* call, int64_t limit) {
-  using namespace ral::cuda;
-  return PolicyDivergence(*call, kFwd, limit, nullptr, nullptr).scratch_used();
+  return ral::cuda::scratch_of(call, ral::cuda::kFwd, limit);
 }
 extern "C" RAL_EXPORT int64_t
 ral_cuda_policy_divergence_bwd_scratch(const ral_policy_divergence_params* call, int64_t limit) {
-  using namespace ral::cuda;
-  return PolicyDivergence(*call, kBwd, limit, nullptr, nullptr).scratch_used();
+  return ral::cuda::scratch_of(call, ral::cuda::kBwd, limit);
 }
 extern "C" RAL_EXPORT int64_t
 ral_cuda_policy_divergence_loss_scratch(const ral_policy_divergence_params* call, int64_t limit) {
-  using namespace ral::cuda;
-  return PolicyDivergence(*call, kLoss, limit, nullptr, nullptr).scratch_used();
+  return ral::cuda::scratch_of(call, ral::cuda::kLoss, limit);
 }
 
 // `limit`: floats that l of a chunk of rows and its parts of U may take. A chunk of 64 rows may
 // take more. It must be the `limit` that the scratch was sized for.
 extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_fwd(
     const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
-  using namespace ral::cuda;
-  return PolicyDivergence(*call, kFwd, limit, scratch, stream).run_all();
+  return ral::cuda::run_pass(call, ral::cuda::kFwd, limit, scratch, stream);
 }
 extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_bwd(
     const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
-  using namespace ral::cuda;
-  return PolicyDivergence(*call, kBwd, limit, scratch, stream).run_all();
+  return ral::cuda::run_pass(call, ral::cuda::kBwd, limit, scratch, stream);
 }
 extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_loss(
     const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
-  using namespace ral::cuda;
-  return PolicyDivergence(*call, kLoss, limit, scratch, stream).run_all();
+  return ral::cuda::run_pass(call, ral::cuda::kLoss, limit, scratch, stream);
 }

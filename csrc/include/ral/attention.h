@@ -21,7 +21,10 @@ typedef enum {
   RAL_OK = 0,
   RAL_OUT_OF_MEMORY = 1,
   RAL_ISA_NOT_AVAILABLE = 2,
-  RAL_BAD_ARGUMENT = 3,
+  RAL_BAD_ARGUMENT = 3,      // pointers or sizes do not fit together: ral/check.h
+  RAL_BAD_SPAN_ID = 4,       // outside [-1, num_spans)
+  RAL_BAD_PREFIX_INDEX = 5,  // outside [0, num_prefixes)
+  RAL_BAD_BOUNDS = 6,        // of packed sequences
 } ral_status;
 
 // One tensor [batch, head, token, feature] with unit feature stride.

@@ -21,6 +21,7 @@ typedef enum {
 typedef struct {
   int64_t num_heads, num_kv_heads, head_dim;
   int64_t shared_prefix;  // keys that come from k_prefix, before those of k
+  int64_t num_prefixes;   // P
   int64_t window_left, window_right;
   ral_tensor q;                 // [B, H, T, D]
   ral_tensor k;                 // [B, Hk, N - shared_prefix, D]

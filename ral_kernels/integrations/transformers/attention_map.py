@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ral_kernels.integrations.pictures import as_rgb, read_pictures
 from ral_kernels.runtime.checks import is_int
 
 from .processors import token_texts
@@ -36,7 +37,7 @@ class AttentionMap:
             fractions; outside [0, 1] where the processor padded.
         image_shares: float32 [T, images], the part of the policy on each image.
         text_shares: float32 [T], the part on text; with the images' it adds up to 1.
-        images: the pictures, as Pillow images.
+        images: the pictures as the model saw them, as Pillow images.
         layers: the layers whose policies were averaged.
     """
 
@@ -100,7 +101,8 @@ def attention_map(
             training mode its dropout changes the map.
         processor: its processor. Images do not need torchvision: see `load_processor`.
         images: one picture or several, as Pillow images, files or uint8 arrays [H, W, 3]. The
-            frames of a video are several images.
+            frames of a video are several images; of an animated file the first frame is taken.
+            Pictures are turned upright (EXIF), and put on white where they are transparent.
         prompt: the question, which the processor's chat template puts after the images; or text
             with the processor's image token for each image; or messages of a chat.
         response: text to look at instead of generating.
@@ -118,8 +120,10 @@ def attention_map(
 
     Raises:
         ImportError: transformers is missing or older than supported.
-        TypeError, ValueError: an argument of a wrong type or value; a processor without a chat
-            template; images that the prompt does not hold.
+        OSError: a file cannot be opened.
+        TypeError, ValueError: an argument of a wrong type or value; a file that is no picture
+            (`viz.PictureError`); a processor without a chat template; images that the prompt does
+            not hold.
         NotImplementedError: a model family that is not supported, or a layer that `capture` cannot
             reproduce.
     """
@@ -178,10 +182,9 @@ def _pictures(images: Any) -> list[Any]:
     pictures = []
     for image in given:
         if isinstance(image, (str, Path)):
-            with Image.open(image) as opened:
-                pictures.append(opened.convert("RGB"))
+            pictures += read_pictures(image)
         elif isinstance(image, Image.Image):
-            pictures.append(image.convert("RGB"))
+            pictures.append(as_rgb(image))
         elif hasattr(image, "__array_interface__") or isinstance(image, Tensor):
             array = image.cpu().numpy() if isinstance(image, Tensor) else image
             if str(array.dtype) != "uint8" or array.ndim != 3 or array.shape[2] != 3:

@@ -21,7 +21,8 @@ def load_processor(model: str | Path, **options: Any) -> Any:
 
     Args:
         model: a folder, or a name on the Hub.
-        options: further keyword arguments of `from_pretrained`.
+        options: further keyword arguments of `from_pretrained`. Unless they say
+            trust_remote_code=True, no Python code beside the processor runs.
 
     Raises:
         ImportError: transformers, or something else than a video processor, is missing.
@@ -29,6 +30,8 @@ def load_processor(model: str | Path, **options: Any) -> Any:
     """
     check_transformers("load_processor")
     from transformers import AutoProcessor
+
+    options.setdefault("trust_remote_code", False)  # None asks at the terminal
 
     try:
         return AutoProcessor.from_pretrained(model, **options)

@@ -120,7 +120,11 @@ class Steer:
         if is_causal is None:
             is_causal = bool(getattr(tap.module, "is_causal", True))
         batch_size, seqlen_q, seqlen_k = k.shape[0], q.shape[2], k.shape[2]
-        if self.bias.shape[0] not in (1, batch_size) or self.bias.shape[2] not in (1, seqlen_q):
+        bias_batch, _, bias_rows, _ = self.bias.shape
+        # not `in`, which under torch.compile does not find sizes that are symbolic
+        if not (bias_batch == 1 or bias_batch == batch_size) or not (
+            bias_rows == 1 or bias_rows == seqlen_q
+        ):
             raise ValueError(
                 f"{_OP}: span_bias must be broadcastable to [B, H, T, S] with B={batch_size}, "
                 f"T={seqlen_q}; got {tuple(self.bias.shape)} (generated tokens have T=1, and "

@@ -79,7 +79,8 @@ def attention(
         span_bias: floating, broadcastable to [B, H, T, S]; added to the scores of a span's keys
             after the soft cap, in natural units. ∂lse/∂span_bias are the marginals.
         attn_mask: broadcastable to [B, H, T, N]; bool (True = attend), or floating (float32 or q's
-            dtype), added to the scores. It gets no gradient.
+            dtype), added to the scores. It gets no gradient. A `CausalBias` of
+            torch.nn.attention.bias is causal attention in its alignment.
         is_causal: query t of T sees keys up to N - T + t (bottom-right aligned).
         scale: factor on q kᵀ, finite and > 0; default 1/sqrt(D).
         key_padding_mask: bool [B, N], True = a real key, as in a boolean attn_mask.
@@ -149,6 +150,32 @@ def _prepare_attn_mask(op: str, attn_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     return attn_mask.expand(shape)
 
 
+def is_causal_bias(attn_mask: Any) -> bool:
+    """Whether it is one of torch.nn.attention.bias, a mask that is known by its name."""
+    if type(attn_mask) is Tensor or not isinstance(attn_mask, Tensor):
+        return False
+    from torch.nn.attention.bias import CausalBias
+
+    return isinstance(attn_mask, CausalBias)
+
+
+def _causal_alignment(op: str, bias: Any, q: Tensor, k: Tensor, window: tuple[int, int]) -> bool:
+    """Whether a `CausalBias` aligns the first query with the first key, and not the last ones."""
+    sizes = (bias.seq_len_q, bias.seq_len_kv)
+    if sizes[0] != q.shape[2] or sizes[1] != k.shape[2]:
+        raise ValueError(
+            f"{op}: attn_mask must be a CausalBias of {q.shape[2]} queries and {k.shape[2]} keys; "
+            f"got one of {sizes[0]} and {sizes[1]}"
+        )
+    top_left = sizes[0] != sizes[1] and bias.variant.name == "UPPER_LEFT"
+    if top_left and window != (-1, -1):
+        raise ValueError(
+            f"{op}: attn_mask must not be causal_upper_left with is_causal or a window, which are "
+            f"aligned to the lower right; got {sizes[0]} queries and {sizes[1]} keys"
+        )
+    return top_left
+
+
 def call_attention(
     op: str,
     q: Tensor,
@@ -174,7 +201,10 @@ def call_attention(
     """
     if span_bias is not None:
         span_bias = qkv.prepare_span_bias(op, span_bias, spans, q)
-    if attn_mask is not None:
+    if is_causal_bias(attn_mask):
+        top_left = _causal_alignment(op, attn_mask, q, k, window)
+        window, attn_mask = (window[0], 0), None
+    elif attn_mask is not None:
         attn_mask = _prepare_attn_mask(op, attn_mask, q, k)
     if key_padding_mask is not None:
         qkv.check_key_padding_mask(op, key_padding_mask, k)
@@ -237,11 +267,13 @@ def _attention_fwd(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor, T
     """-> (out, marginals, lse)."""
     outputs = _allocate_outputs(args)
     chosen = backends.choose("attention", BACKENDS, args, backend)
-    if outputs.out.numel() == 0 or args.seqlen_k == 0:  # empty calls never reach a backend
+    empty = outputs.out.numel() == 0 or args.seqlen_k == 0
+    if empty or args.cu_seqlens_q is not None:
+        # No backend gets an empty call, or writes to tokens that belong to no packed sequence.
         outputs.out.zero_()
         outputs.marginals.zero_()
         outputs.lse.fill_(float("-inf"))
-    else:
+    if not empty:
         chosen.fwd(args, outputs)
     return outputs.out, outputs.marginals, outputs.lse
 
@@ -268,9 +300,11 @@ def _attention_bwd(
     """
     gradients = _allocate_gradients(args, wants_dspan_bias)
     chosen = backends.choose("attention", BACKENDS, args, backend)
-    if out.numel() == 0 or args.seqlen_k == 0:
+    empty = out.numel() == 0 or args.seqlen_k == 0
+    if empty or args.cu_seqlens_q is not None:
         for gradient in gradients:
             gradient.zero_()
+    if empty:
         return gradients
     # Autograd passes any strides, e.g. all zero from `out.sum()`. Backends get a unit last stride.
     if dout is not None and dout.shape[3] > 1 and dout.stride(3) != 1:

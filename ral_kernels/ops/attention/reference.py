@@ -61,6 +61,14 @@ def _per_kv_head(args: AttentionArgs, tensor: Tensor) -> Tensor:
     return tensor if group == 1 else tensor.unflatten(1, (-1, group)).sum(2)
 
 
+def _of_keys(args: AttentionArgs, seq: _Sequence, tensor: Tensor) -> Tensor:
+    """k or v [B, H, N, D] of each query head; padding keys are 0, because 0 * NaN is NaN."""
+    tensor = _compute(tensor[:, :, seq.k])
+    if args.key_padding_mask is not None:
+        tensor = tensor.masked_fill(~args.key_padding_mask[:, None, :, None], 0.0)
+    return _per_query_head(args, tensor)
+
+
 def _span_index(args: AttentionArgs, seq: _Sequence) -> Tensor:
     """The span of each key as [B or 1, 1, 1, N], with S for "no span"."""
     assert args.span_ids is not None
@@ -163,8 +171,7 @@ class TorchAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atte
 
 def _fwd(args: AttentionArgs, seq: _Sequence, outputs: AttentionOutputs) -> None:
     q = _compute(args.q[:, :, seq.q])
-    k = _per_query_head(args, _compute(args.k[:, :, seq.k]))
-    v = _per_query_head(args, _compute(args.v[:, :, seq.k]))
+    k, v = _of_keys(args, seq, args.k), _of_keys(args, seq, args.v)
     p, outputs.lse[:, :, seq.q], _ = _attend(args, seq, q, k)
     outputs.out[:, :, seq.q] = p @ v  # (6)
     if args.num_spans > 0:
@@ -175,8 +182,7 @@ def _bwd(
     args: AttentionArgs, seq: _Sequence, outputs: AttentionOutputs, gradients: AttentionGradients
 ) -> None:
     q = _compute(args.q[:, :, seq.q])
-    k = _per_query_head(args, _compute(args.k[:, :, seq.k]))
-    v = _per_query_head(args, _compute(args.v[:, :, seq.k]))
+    k, v = _of_keys(args, seq, args.k), _of_keys(args, seq, args.v)
     p, _, dcap = _attend(args, seq, q, k)
     empty = (outputs.lse[:, :, seq.q] == float("-inf"))[..., None]  # its outputs are constants
 

@@ -18,7 +18,6 @@ _NEAR = 0.5
 # atanh(x) - x by its series below this; the terms kept leave 1e-17 of x³ / 3.
 _SERIES = 0.1
 _SERIES_TERMS = 8
-_SHIFT = {"jsd": 0.0, "kl": 1.0, "reverse_kl": -1.0}  # derivative of the sum less `generalised`'s
 _SWAPPED = {"jsd": "jsd", "kl": "reverse_kl", "reverse_kl": "kl"}  # the kind of (r, p)
 
 
@@ -82,24 +81,36 @@ def generalised(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     )  # (10)
 
 
+def _as_defined(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The term of each element in (1) to (3), and its derivative by p; 0 where p is 0.
+
+    Only close p and r take the generalised term. In rows far from normalised, its - p + r would
+    cancel with what takes it back.
+    """
+    x = _relative_difference(p, r)
+    if kind == "jsd":
+        return generalised(p, r, kind)
+    a, b, x = (p, r, x) if kind == "kl" else (r, p, -x)
+    near = _generalised_kl_terms(a, b, x) + (a - b)
+    log_ratio = _log_ratio(a, b, x)
+    terms = torch.where(x.abs() < _NEAR, near, a * log_ratio)  # (2), (3)
+    if kind == "kl":
+        return terms, torch.where(p == 0, 0.0, log_ratio + 1)  # (9)
+    safe = torch.where(p == 0, 1.0, p)
+    return terms, torch.where(p == 0, 0.0, (-r / safe).clamp_min(-1e34))  # (10)
+
+
 class TorchDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
     """PyTorch in the dtype of the inputs."""
 
     def fwd(self, args: DivergenceArgs, outputs: DivergenceOutputs) -> None:
         p, r, kind = args.p, args.r, args.kind
-        terms, dterms = generalised(p, r, kind)
-        if kind == "kl":
-            terms = terms + (p - r)  # (2)
-        elif kind == "reverse_kl":
-            terms = terms + (r - p)  # (3)
+        terms, dterms = _as_defined(p, r, kind)
         outputs.value[:] = terms.sum(-1)
         infinite = outputs.value.isinf()[..., None]
         if outputs.dp is not None:
-            shift = _SHIFT[kind]
-            outputs.dp[:] = torch.where((p == 0) | infinite, 0.0, dterms + shift)  # (8) to (10)
+            outputs.dp[:] = torch.where(infinite, 0.0, dterms)  # (8) to (10)
         if outputs.dr is not None:
             # By symmetry: jsd(p, r) = jsd(r, p), and reverse_kl(p, r) = kl(r, p).
-            swapped = _SWAPPED[kind]
-            _, dterms = generalised(r, p, swapped)
-            shift = _SHIFT[swapped]
-            outputs.dr[:] = torch.where((r == 0) | infinite, 0.0, dterms + shift)  # (11)
+            _, dterms = _as_defined(r, p, _SWAPPED[kind])
+            outputs.dr[:] = torch.where(infinite, 0.0, dterms)  # (11)

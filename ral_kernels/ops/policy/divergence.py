@@ -131,13 +131,8 @@ def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend:
         if args.span_ids is None:
             return _call_policy_divergence(args, reference, kind, backend)
         reference = _span_policy_of(op, reference, args, backend)
-    elif isinstance(reference, Tensor):
-        _check_dense(op, reference, args)
     else:
-        raise TypeError(
-            f"{op}: reference must be a [B, T, N] or [B, T, S] tensor or an AttentionSnapshot; got "
-            f"{type(reference).__name__}"
-        )
+        _check_dense(op, reference, args)
     return _composed(call_policy(args, backend), reference, kind, backend)
 
 
@@ -154,7 +149,9 @@ def _composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
     return value.masked_fill(nowhere, 0.0)
 
 
-def _check_dense(op: str, reference: Tensor, args: PolicyArgs) -> None:
+def _check_dense(op: str, reference: Any, args: PolicyArgs) -> None:
+    wanted = "a [B, T, N] or [B, T, S] tensor or an AttentionSnapshot"
+    checks.check_tensor(op, "reference", reference, wanted)
     if not reference.is_floating_point():
         raise TypeError(
             f"{op}: reference must be floating or an AttentionSnapshot; got "
@@ -168,6 +165,7 @@ def _check_dense(op: str, reference: Tensor, args: PolicyArgs) -> None:
 
 
 def check_snapshot(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> None:
+    snapshot.check()
     for what, got, wanted in (
         ("of batch size B", snapshot.batch_size, args.batch_size),
         ("of T rows, T", snapshot.num_rows, args.num_rows),

@@ -154,8 +154,7 @@ def _resolve_scope(op: str, scope: Any, spans: Spans | None, k: Tensor) -> Tenso
         scope = spans  # rows over spans sum to 1
     if isinstance(scope, Spans):
         scope = scope.ids >= 0
-    if not isinstance(scope, Tensor):
-        raise TypeError(f"{op}: scope must be {wanted}; got {type(scope).__name__}")
+    checks.check_tensor(op, "scope", scope, wanted)
     if scope.dtype != torch.bool:
         raise TypeError(
             f"{op}: scope must be {wanted} (True = in the scope); got "

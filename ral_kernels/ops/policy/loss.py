@@ -110,7 +110,8 @@ def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:
             f"{op}: advantages must be floating; got {checks.dtype_name(advantages.dtype)}"
         )
     shape = (args.batch_size, args.num_rows)
-    if advantages.shape not in (shape[:1], shape):
+    # not `in`, which under torch.compile does not find sizes that are symbolic
+    if not (advantages.shape == shape[:1] or advantages.shape == shape):
         raise ValueError(
             f"{op}: advantages must be [B] or [B, T] with B={shape[0]}, T={shape[1]}; got "
             f"{tuple(advantages.shape)}"

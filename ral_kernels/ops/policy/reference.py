@@ -49,10 +49,12 @@ def _row_chunks(num_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + ROWS_PER_CHUNK, num_rows))
 
 
-def _per_query_head(k: Tensor, num_heads: int) -> Tensor:
-    """[B, Hk, ...] -> [B, H, ...]: query head h reads kv head h // (H / Hk)."""
-    group = num_heads // k.shape[1]
-    return k if group == 1 else k.repeat_interleave(group, dim=1)
+def _keys(args: PolicyArgs, k: Tensor, num_heads: int) -> Tensor:
+    """k as float, one head per query head. Padding keys are 0, because 0 * NaN is NaN."""
+    if args.key_padding_mask is not None:
+        k = k.masked_fill(~args.key_padding_mask[:, None, :, None], 0.0)
+    k = k.repeat_interleave(num_heads // k.shape[1], dim=1)
+    return _as_computed(k, _compute_dtype(args.q))
 
 
 def _per_kv_head(dk: Tensor, num_kv_heads: int) -> Tensor:
@@ -173,7 +175,7 @@ class TorchPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradien
 
 def _policy_fwd(args: PolicyArgs, outputs: PolicyOutputs) -> None:
     dtype = _compute_dtype(args.q)
-    k = _as_computed(_per_query_head(args.k, args.num_heads), dtype)
+    k = _keys(args, args.k, args.num_heads)
     one_hot = None if args.span_ids is None else _one_hot(args, dtype)
     for rows in _row_chunks(args.num_rows):
         visible = _visible_keys(args, rows, args.window_left, args.window_right)
@@ -187,7 +189,7 @@ def _policy_fwd(args: PolicyArgs, outputs: PolicyOutputs) -> None:
 
 def _policy_bwd(args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradients) -> None:
     dtype = _compute_dtype(args.q)
-    k = _as_computed(_per_query_head(args.k, args.num_heads), dtype)
+    k = _keys(args, args.k, args.num_heads)
     dk_h = torch.zeros_like(k)
     one_hot = None if args.span_ids is None else _one_hot(args, dtype)
     for rows in _row_chunks(args.num_rows):
@@ -258,8 +260,7 @@ class TorchPolicyDivergence(
 
 def _policy_keys(args: PolicyDivergenceArgs) -> Tensor:
     """The policy's keys as float, one head per query head."""
-    policy = args.policy
-    return _as_computed(_per_query_head(policy.k, policy.num_heads), _compute_dtype(policy.q))
+    return _keys(args.policy, args.policy.k, args.policy.num_heads)
 
 
 def _reference_keys(args: PolicyDivergenceArgs) -> Tensor:
@@ -269,7 +270,7 @@ def _reference_keys(args: PolicyDivergenceArgs) -> Tensor:
     if reference.k_prefix is not None:
         assert reference.prefix_index is not None
         k = torch.cat([reference.k_prefix[reference.prefix_index], k], dim=2)
-    return _as_computed(_per_query_head(k, reference.num_heads), _compute_dtype(args.policy.q))
+    return _keys(args.policy, k, reference.num_heads)
 
 
 def _reference_rows(

@@ -29,6 +29,7 @@ from .scores import (
     length_of,
     locate,
     padding_of,
+    real_keys,
     row_tile,
     scores,
 )
@@ -219,15 +220,17 @@ def attention_bwd_dkdv_kernel(
     k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
     k_tokens = k_start + k_positions
     mask_k = k_positions < length_k
+    padding_ptr = padding_of(masks, b)
+    # 0 · NaN is NaN: padding keys are not read.
+    real = real_keys(masks, padding_ptr, k_tokens, mask_k)
     # [BLOCK_K, BLOCK_D], [BLOCK_K, BLOCK_DV]
-    k_tile = row_tile(head_of(k, b, kv_head), k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)
-    v_tile = row_tile(head_of(v, b, kv_head), k_tokens, mask_k, tile.HEAD_DIM_V, tile.PART_DV)
+    k_tile = row_tile(head_of(k, b, kv_head), k_tokens, real, tile.HEAD_DIM, tile.PART_D)
+    v_tile = row_tile(head_of(v, b, kv_head), k_tokens, real, tile.HEAD_DIM_V, tile.PART_DV)
     block_spans = moved_spans(
         spans, b * spans.stride_b + k_block,
         b * spans.local_stride_b + k_start + block * tile.BLOCK_K, tile.BLOCK_K,
     )  # fmt: skip
     kind = kind_of(block_spans, spans.kinds_ptr is not None)
-    padding_ptr = padding_of(masks, b)
 
     # Which queries see some of the keys, and which of these see all of them?
     diagonal = 0 if masks.window.TOP_LEFT else length_k - length_q

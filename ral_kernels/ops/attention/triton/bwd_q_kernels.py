@@ -87,7 +87,7 @@ def add_query_gradients(
         dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if HAS_DOUT:
             # [BLOCK_K, BLOCK_DV]
-            v = row_tile(keys.v, k_tokens, mask_k, tile.HEAD_DIM_V, tile.PART_DV)
+            v = row_tile(keys.v, k_tokens, real, tile.HEAD_DIM_V, tile.PART_DV)
             dp = dot_rows(dp, dout, v, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
         _, ds, dcap = weights_and_gradient(
             dot, dp, bias, lse_log2[:, None], delta[:, None], place, masks, head_masks,

@@ -12,7 +12,7 @@ from ral_kernels.runtime import triton_runtime
 
 from ..arguments import KINDS
 from . import tiles
-from .terms import JSD, KL, REVERSE_KL, divergence_gradient, divergence_terms
+from .terms import JSD, divergence_gradient, divergence_terms
 
 
 @triton.jit(do_not_specialize=["num_rows", "length_per_split"])
@@ -48,28 +48,14 @@ def divergence_fwd_kernel(
         # [BLOCK_R, BLOCK_N]
         p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
         r = tl.load(r_ptr + offsets, mask=mask, other=0.0)
-        terms = divergence_terms(p, r, KIND)
-        if GENERALISED or KIND == JSD:
-            pass
-        elif KIND == KL:
-            terms += tl.where(terms == float("inf"), 0.0, p - r)  # (2)
-        else:
-            terms += tl.where(terms == float("inf"), 0.0, r - p)  # (3)
-        value += terms
+        value += divergence_terms(p, r, KIND, GENERALISED)
         if dp_ptr is not None:
-            dp = divergence_gradient(p, r, KIND)
-            if KIND == KL and not GENERALISED:
-                dp += 1.0  # (9)
-            elif KIND == REVERSE_KL and not GENERALISED:
-                dp -= 1.0  # (10)
-            tl.store(dp_ptr + offsets, tl.where(p == 0.0, 0.0, dp), mask=mask)
+            dp = divergence_gradient(p, r, KIND, GENERALISED)  # (8) to (10)
+            tl.store(dp_ptr + offsets, dp, mask=mask)
         if dr_ptr is not None:
-            dr = divergence_gradient(r, p, JSD if KIND == JSD else 3 - KIND)  # (11)
-            if KIND == KL and not GENERALISED:
-                dr -= 1.0
-            elif KIND == REVERSE_KL and not GENERALISED:
-                dr += 1.0
-            tl.store(dr_ptr + offsets, tl.where(r == 0.0, 0.0, dr), mask=mask)
+            swapped: tl.constexpr = JSD if KIND == JSD else 3 - KIND
+            dr = divergence_gradient(r, p, swapped, GENERALISED)  # (11)
+            tl.store(dr_ptr + offsets, dr, mask=mask)
     tl.store(partial_ptr + split.to(tl.int64) * num_rows + offs_r, tl.sum(value, 1), mask=mask_r)
 
 

@@ -58,40 +58,54 @@ def jsd_terms(p, r, x):
 
 
 @triton.jit
-def kl_terms(a, b, x):
-    """a log(a/b) - a + b >= 0, +inf where b = 0 < a; x belongs to (a, b)."""
+def kl_terms(a, b, x, GENERALISED: tl.constexpr):
+    """a log(a/b), or with GENERALISED that - a + b >= 0; +inf where b = 0 < a; x is of (a, b).
+
+    Only close a and b take the latter for the former. In rows far from normalised, - a + b would
+    cancel with what takes it back.
+    """
     z = x * x
     q = 1.0 / 7.0 + z * (1.0 / 9.0 + z * (1.0 / 11.0 + z * (1.0 / 13.0)))
     q = 1.0 / 3.0 + z * (1.0 / 5.0 + z * q)
     near = (a + b) * z * (1.0 + x * (1.0 + x) * q)  # (7)
-    far = a * log_quotient(a, b, x) - a + b
+    far = a * log_quotient(a, b, x)
+    alone = b  # the term where a is 0
+    if GENERALISED:
+        far = far - a + b
+    else:
+        near += a - b
+        alone = tl.zeros_like(b)
     term = tl.where(z < 0.1, near, far)
-    return tl.where(a == 0.0, b, tl.where(b == 0.0, a * float("inf"), term))
+    return tl.where(a == 0.0, alone, tl.where(b == 0.0, a * float("inf"), term))
 
 
 @triton.jit
-def divergence_terms(p, r, KIND: tl.constexpr):
-    """Terms >= 0; those of kl and reverse_kl are Σ p log(p/r) − p + r and Σ r log(r/p) − r + p."""
+def divergence_terms(p, r, KIND: tl.constexpr, GENERALISED: tl.constexpr):
+    """The terms of (1) to (3). With GENERALISED those of kl keep − p + r, and are >= 0."""
     x = relative_difference(p, r)
     if KIND == JSD:
         terms = jsd_terms(p, r, x)
     elif KIND == KL:
-        terms = kl_terms(p, r, x)
+        terms = kl_terms(p, r, x, GENERALISED)
     else:
-        terms = kl_terms(r, p, -x)
+        terms = kl_terms(r, p, -x, GENERALISED)
     return terms
 
 
 @triton.jit
-def divergence_gradient(p, r, KIND: tl.constexpr):
-    """l = ∂term/∂p; 0 where p is 0, and where r = 0 < p makes the row infinite."""
+def divergence_gradient(p, r, KIND: tl.constexpr, GENERALISED: tl.constexpr):
+    """∂term/∂p; 0 where p is 0, and where r = 0 < p makes the row infinite."""
     x = relative_difference(p, r)
     if KIND == JSD:
         gradient = 0.5 * log_quotient(p, 0.5 * (p + r), x / (2.0 + x))  # (8)
     elif KIND == KL:
-        gradient = tl.where(r == 0.0, 0.0, log_quotient(p, r, x))  # (9)
+        gradient = log_quotient(p, r, x)  # (9)
+        if not GENERALISED:
+            gradient += 1.0
+        gradient = tl.where(r == 0.0, 0.0, gradient)
     else:
-        quotient = (p - r) / tl.where(p == 0.0, 1.0, p)  # (10)
+        difference = p - r if GENERALISED else -r
+        quotient = difference / tl.where(p == 0.0, 1.0, p)  # (10)
         # Bounded, so that a subnormal p does not turn sums over the row into infinities.
         gradient = tl.where(quotient < -1e34, -1e34, quotient)
     return tl.where(p == 0.0, 0.0, gradient)
