@@ -322,8 +322,7 @@ PACKED = ["qkvpacked", "kvpacked", "varlen_qkvpacked", "varlen_kvpacked"]
 
 
 @pairs_of(
-    "test_flash_varlen",
-    quick=0,
+    "test_flash2_packed",
     kind=PACKED,
     dtype=DTYPES,
     local=[False, True],
@@ -355,8 +354,7 @@ def test_flash2_packed(row: Row) -> None:
 
 
 @pairs_of(
-    "test_flash_varlen",
-    quick=0,
+    "test_flash_kvcache",
     dtype=DTYPES,
     heads=list(KV_HEADS),
     new_kv=[False, True],
@@ -448,7 +446,6 @@ def test_flash_refused(kind: str, refused: Refused) -> None:
         call()
 
 
-@slow("test_flash_refused")
 @pytest.mark.parametrize("kind", ["block_table", "rotary_cos", "alibi_slopes"])
 def test_flash_kvcache_refused(kind: str, refused: Refused) -> None:
     q = _q()
