@@ -281,6 +281,17 @@ def test_a_mask_that_a_model_concatenates_is_dense() -> None:
     assert mask is not None and torch.equal(mask[0, 0], torch.ones(3, 3).tril().bool())
 
 
+def test_a_causal_chunk_of_modules_that_attend_both_ways_has_a_mask() -> None:
+    """PaliGemma's: without one, queries over a cache would see the keys after them."""
+    mask = masks.key_mask(
+        batch_size=1, q_length=2, q_offset=3, kv_length=5, kv_offset=0,
+        mask_function=masking_utils.causal_mask_function, allow_is_causal_skip=True,
+        config=SimpleNamespace(use_bidirectional_attention=True),
+    )  # fmt: skip
+    assert mask is not None and masks.PATTERNS[mask.dtype] == masks.Pattern(True, False)
+    assert torch.equal(mask, torch.ones(1, 5, dtype=torch.uint8))
+
+
 def test_positions_of_transformers_4() -> None:
     """There the mask function is given the positions of the queries."""
     padding = torch.ones(2, 13, dtype=torch.bool)

@@ -151,7 +151,10 @@ def key_mask(
         if has_values(keys) and bool(keys[:, kv_offset:].all()):
             keys = None
     if keys is None:
-        if stop == kv_offset + kv_length and not has_window:
+        # PaliGemma's modules say that they attend both ways: a causal chunk needs a mask.
+        both_ways = getattr(config, "use_bidirectional_attention", None) is True
+        says_so = both_ways and pattern.is_causal and 1 < q_length < kv_length
+        if stop == kv_offset + kv_length and not has_window and not says_so:
             return None
         keys = torch.ones(batch_size, stop, dtype=torch.bool, device=device)
     return dense() if _cuts_by_rows(config) else keys.to(KEY_MASK_DTYPES[pattern])
