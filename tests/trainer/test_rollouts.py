@@ -163,6 +163,7 @@ def test_training_stops_where_vllm_samples_from_another_distribution(
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.slow(stands_in="test_training_stops_where_vllm_reads_images_in_another_size")
 def test_trl_alone_has_vllm_expand_placeholders_again(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
