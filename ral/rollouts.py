@@ -12,7 +12,8 @@ from torch import Tensor
 # Fields of configurations and processors that name tokens of images, videos and audio: what stands
 # for them in a prompt, and what stands around that.
 _MEDIA = re.compile(
-    r"(image|img|video|vision|visual|frame|audio)\w*token_(id|index)s?$|bo[ia]_token|eo[ia]_token"
+    r"(image|img|video|vision|visual|frame|audio)\w*(token|patch|col)_(id|index)s?$"
+    r"|bo[ia]_token|eo[ia]_token"
 )
 _NEVER = -100.0  # vLLM's lowest bias
 
@@ -32,7 +33,8 @@ def media_tokens(model_config: Any, processor: Any) -> set[int]:
         processor: a processor or a tokenizer.
     """
     found: set[int] = set()
-    for fields in (*_configs(model_config.to_dict()), vars(processor), _properties(processor)):
+    given = (getattr(processor, "__dict__", {}), _properties(processor))
+    for fields in (*_configs(model_config.to_dict()), *given):
         for name, value in fields.items():
             if _MEDIA.search(str(name)):
                 ids = value if isinstance(value, list | tuple | set) else [value]

@@ -51,7 +51,7 @@ def is_int(value: Any) -> bool:
 
 def to_int(value: Any) -> int:
     """An integer as `is_int` takes it, in Python's type; a symbolic one stays symbolic."""
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    return cast(int, value) if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
 def to_number(value: Any) -> Any:
@@ -126,12 +126,13 @@ def _finite_number(op: str, name: str, value: Any, wanted: str) -> float:
         return cast(float, value)  # a symbolic number has no value before the graph runs
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be {wanted}; got {type(value).__name__}")
+    number = cast(float, value)
     # Comparisons alone: torch.compile traces them for a symbolic number, but not math.isfinite.
-    if not _LEAST <= value <= _GREATEST:
-        if 0 < value < math.inf:
+    if not _LEAST <= number <= _GREATEST:
+        if 0 < number < math.inf:
             wanted += " that float32 holds, 2**-126 to 2**126"
-        raise ValueError(f"{op}: {name} must be {wanted}; got {value}")
-    return float(value)
+        raise ValueError(f"{op}: {name} must be {wanted}; got {number}")
+    return float(number)
 
 
 def resolve_scale(op: str, scale: Any, head_dim: int, name: str = "scale") -> float:

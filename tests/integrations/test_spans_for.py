@@ -210,6 +210,102 @@ def test_images_and_videos_in_one_prompt(family: str) -> None:
     assert torch.equal(union[0], spans_for(processor, inputs, "frame").spans.ids[0])
 
 
+GLM_TOKENS = {
+    "image_token": "<|image|>",
+    "video_token": "<|video|>",
+    "start": "<|begin_of_video|>",
+    "end": "<|end_of_video|>",
+}
+ERNIE_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    **{
+        f"{kind}_{edge}_token": f"<{kind}{edge}>"
+        for kind in ("image", "video")
+        for edge in ("start", "end")
+    },
+}
+# model type -> (its processor, its special tokens, steps of the grid a frame of the prompt takes)
+WITH_GRIDS: dict[str, tuple[str, dict[str, str], int]] = {
+    "qwen3_5": ("Qwen3VLProcessor", {}, 1),
+    "qwen3_vl_moe": ("Qwen3VLProcessor", {}, 1),
+    "qwen2_5_omni": ("Qwen2_5_VLProcessor", {}, 1),
+    "glm4v": ("Glm4vProcessor", GLM_TOKENS, 1),
+    "glm46v": ("Glm46VProcessor", GLM_TOKENS, 1),
+    "ernie4_5_vl_moe": ("Ernie4_5_VLMoeProcessor", ERNIE_TOKENS, 2),
+    "video_llama_3": ("VideoLlama3Processor", {}, 1),
+}
+
+
+@pytest.mark.parametrize("model_type", WITH_GRIDS)
+def test_models_whose_processors_return_grids(model_type: str) -> None:
+    """A video of 3 frames of 2 x 4 tokens and pictures, as the processor itself writes them."""
+    from transformers import AutoConfig
+
+    processor_class, tokens, steps = WITH_GRIDS[model_type]
+    processor = tiny_processors.with_grids(processor_class, **tokens)
+    video = {
+        "video_grid_thw": torch.tensor([[3 * steps, 4, 8]]),
+        "video_metadata": [
+            SimpleNamespace(
+                fps=2.0, frames_indices=list(range(6)), timestamps=[0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+            )
+        ],
+    }
+    pictures: dict[str, Any] = {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 4]])}
+    if model_type == "video_llama_3":
+        video["video_metadata"][0].timestamps = [0.0, 0.5, 1.0]
+        video["video_merge_sizes"] = torch.tensor([2])
+        video["video_compression_mask"] = torch.ones(24, dtype=torch.bool)
+        pictures["image_merge_sizes"] = torch.tensor([2, 2])
+    written = processor.replace_video_token(video, 0)
+    if "start" in tokens:
+        written = f"{tokens['start']}{written}{tokens['end']}"
+    if model_type == "qwen2_5_omni":  # with the sound of each second between
+        third = len(written) // 3
+        written = f"{written[:third]} a {written[third:]} b"
+    first, second = (processor.replace_image_token(pictures, i) for i in range(2))
+    texts = [f"Where {written} or {first}?", f"{second} cat"]
+    inputs = dict(processor.tokenizer(texts, return_tensors="pt", padding=True))
+    del video["video_metadata"]
+    inputs.update(video, **pictures)
+
+    found = spans_for(processor, inputs, "token")
+    assert [(r.sample, r.item, r.kind, r.frame, tuple(r.keys.shape)) for r in found.regions] == [
+        *((0, 0, "video", frame, (2, 4)) for frame in range(3)),
+        (0, 1, "image", 0, (2, 3)),
+        (1, 0, "image", 0, (1, 2)),
+    ]
+    shared = "start" in tokens
+    for region in found.regions:
+        of_kind = (
+            processor.image_token_id if shared else getattr(processor, f"{region.kind}_token_id")
+        )
+        assert (inputs["input_ids"][region.sample, region.keys] == of_kind).all()
+        assert (region.keys.flatten().diff() >= 1).all()
+    assert len({int(key) for r in found.regions if r.sample == 0 for key in r.keys.flatten()}) == 30
+
+    config = AutoConfig.for_model(model_type)
+    part = config.thinker_config if model_type == "qwen2_5_omni" else config
+    part.image_token_id, part.video_token_id = processor.image_token_id, processor.video_token_id
+    if shared:
+        part.video_start_token_id = processor.video_start_id
+        part.video_end_token_id = processor.video_end_id
+        types = processor.create_mm_token_type_ids(inputs["input_ids"].tolist())
+        typed = {**inputs, "mm_token_type_ids": torch.tensor(types)}
+        assert spans_for(processor, typed, "token").spans == found.spans
+    assert spans_for(config, inputs, "token").spans == found.spans
+
+
+def test_a_video_with_dropped_tokens_is_refused() -> None:
+    processor = tiny_processors.with_grids("VideoLlama3Processor")
+    inputs = dict(processor.tokenizer("<|video_pad|>" * 3, return_tensors="pt"))
+    inputs["video_grid_thw"] = torch.tensor([[1, 4, 4]])
+    inputs["video_compression_mask"] = torch.tensor([True, False, True, True])
+    with pytest.raises(NotImplementedError, match=r"video_compression_mask .* keeps 3 of 4"):
+        spans_for(processor, inputs)
+
+
 def test_video_of_llava_onevision_and_internvl() -> None:
     processor = tiny_processors.build("llava_onevision")
     text = video_prompt("llava_onevision", processor, 3, 0, 0)

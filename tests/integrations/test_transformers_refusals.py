@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ral_kernels.integrations.transformers import register, registration
 from ral_kernels.integrations.transformers.attention import attention_forward
+from ral_kernels.integrations.transformers.capture import capture
 from tests.integrations import models
 
 
@@ -25,6 +27,10 @@ def registered() -> Iterator[None]:
 def tiny(batch_size: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = (torch.zeros(batch_size, heads, 3, 8) for heads in (4, 2, 2))
     return query, key, value
+
+
+class Tagged(Tensor):
+    """A subclass: what its memory means, only it knows."""
 
 
 class SomeAttention(torch.nn.Module):
@@ -76,14 +82,67 @@ def test_keywords_that_are_refused(keyword: str, what: str) -> None:
     attention_forward(SomeAttention(), *tiny(), None, **{keyword: None})
 
 
-def test_unknown_keyword_is_refused() -> None:
+class NewAttention(SomeAttention):
+    """A module whose attention takes what no other one does."""
+
+    def forward(self, attend: Any, **keywords: Any) -> Any:
+        return attend(self, *tiny(), None, scaling=0.5, new_bias=1, **keywords)
+
+
+def test_keywords_that_attention_reads_are_refused() -> None:
+    """What a module names in its call. What only passes through, such as labels, is ignored."""
     with pytest.raises(
-        NotImplementedError, match="layer 3: unknown keyword 'new_bias' of type int"
+        NotImplementedError,
+        match=r"NewAttention, layer 3: new_bias, which its attention reads, is not .*; got int",
     ):
-        attention_forward(SomeAttention(), *tiny(), None, new_bias=1)
-    attention_forward(
-        SomeAttention(), *tiny(), None, image_sizes=torch.ones(1, 2), logits_to_keep=1
+        NewAttention()(attention_forward)
+    attention_forward(NewAttention(), *tiny(), None, new_bias=None, labels=torch.ones(1, 3))
+    out, _ = attention_forward(SomeAttention(), *tiny(), None, new_bias=1, position_ids=1)
+    assert torch.equal(out, attention_forward(SomeAttention(), *tiny(), None)[0])
+
+
+FAMILIES_WITH_LABELS = (*models.FAMILIES, "gemma4")
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_LABELS)
+def test_labels_pass_through(family: str) -> None:
+    """The base classes hand the labels of the whole model down to attention."""
+    base = tiny_gemma4 if family == "gemma4" else functools.partial(models.build, family)
+    batch = models.inputs("llama" if family == "gemma4" else family)
+    given = {**batch, "labels": batch["input_ids"], "a_keyword_of_a_later_version": True}
+    with torch.no_grad():
+        wanted = base("sdpa")(**batch, labels=batch["input_ids"])
+        got = base("ral")(**given)
+    torch.testing.assert_close(got.loss, wanted.loss)
+    torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+
+
+def tiny_gemma4(implementation: str) -> Any:
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    sizes = {**models.TEXT, "head_dim": 16, "global_head_dim": 16}
+    sizes["vocab_size_per_layer_input"] = models.VOCABULARY
+    config = Gemma4Config(text_config=sizes, vision_config=None, audio_config=None)
+    torch.manual_seed(0)
+    made: Any = Gemma4ForConditionalGeneration._from_config(
+        config, attn_implementation=implementation
     )
+    return made.eval()
+
+
+def test_labels_with_capture_and_in_a_compiled_model() -> None:
+    """Which keywords are read is found while the graph is traced."""
+    model = models.build("llama", "ral")
+    with capture(model) as captured:
+        model(**models.inputs("llama"), labels=models.inputs("llama")["input_ids"])
+    torch.testing.assert_close(captured.policy()[:, 1:].sum(-1), torch.ones(2, 6))
+    batch = {"input_ids": models.inputs("llama")["input_ids"]}
+    compiled: Any = torch.compile(model.model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        wanted = model.model(**batch, use_cache=False).last_hidden_state
+        got = compiled(**batch, use_cache=False, labels=batch["input_ids"]).last_hidden_state
+    torch.testing.assert_close(got, wanted)
+    torch._dynamo.reset()
 
 
 def test_sinks_that_are_not_passed_are_refused() -> None:
@@ -103,6 +162,9 @@ def test_output_attentions_is_refused() -> None:
 @pytest.mark.parametrize(
     ("mask", "error", "match"),
     [
+        (torch.ones(3, dtype=torch.long), TypeError, "packed sequences go by cu_seq_lens_q"),
+        (torch.ones(1, 3, 3, dtype=torch.bool), TypeError, r"\(1, 3, 3\).* go by cu_seq_lens_q"),
+        (torch.ones(1, 3).as_subclass(Tagged), TypeError, "got Tagged, a subclass of Tensor"),
         (torch.zeros(1, 3), TypeError, r"bool or integer \[B, N\].* got torch.float32 \(1, 3\)"),
         (torch.ones(3, dtype=torch.bool), TypeError, r"got torch.bool \(3,\)"),
         (torch.ones(1, 4, dtype=torch.bool), ValueError, r"N <= 3 keys; got \(1, 4\)"),

@@ -29,6 +29,19 @@ def build(family: str, **options: Any) -> Any:
     return globals()[f"_{family}"](**options)
 
 
+def with_grids(processor_class: str, **tokens: str) -> Any:
+    """A processor that returns grids (t, h, w), as Qwen-VL's; `tokens` are its special ones."""
+    import transformers
+
+    processor = images_only(
+        getattr(transformers, processor_class),
+        tiny_checkpoint.image_processor(),
+        tiny_checkpoint.tokenizer(**tokens),
+    )
+    processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    return processor
+
+
 def _qwen(processor_class: str, patch: int, **options: Any) -> Any:
     import transformers
 

@@ -464,6 +464,17 @@ def test_zero_sizes_are_valid(batch: int, queries: int, keys: int, backend: str)
         assert tensor.grad is not None and not tensor.grad.any()
 
 
+@pytest.mark.parametrize(
+    "change", [{"q": tensor(B, 1, H, D, dtype=torch.float16)}, {"softcap": NAN}]
+)
+def test_a_refused_call_leaves_the_cache_alone(change: dict[str, Any]) -> None:
+    caches = {"k_cache": tensor(B, N, HK, D), "v_cache": tensor(B, N, HK, D)}
+    new = torch.ones(B, 1, HK, D)
+    with pytest.raises((TypeError, ValueError), match=r"^flash_attn_with_kvcache: "):
+        cached(**caches, k=new, v=new, cache_seqlens=3, **change)
+    assert not any(cache.any() for cache in caches.values())
+
+
 def test_missing_build_is_a_runtime_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """An explicit backend runs or raises; the automatic choice goes on to the next."""
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
 
 from ral import RALTrainer
 from ral.rollouts import RolloutError, agreement, media_tokens
@@ -45,6 +47,28 @@ def test_media_tokens_of_a_family(family: str) -> None:
         for token in media_tokens(config, processor)
     }
     assert found == MEDIA[family]
+
+
+@pytest.mark.slow(stands_in="test_media_tokens_of_a_family")
+def test_media_tokens_of_every_family() -> None:
+    """That transformers has: its placeholders are found, and no token that text needs."""
+    families = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    checked = 0
+    for family in families:
+        try:
+            config = AutoConfig.for_model(family)
+        except ImportError:  # a backbone of timm
+            continue
+        found = media_tokens(config, object())
+        for name in ("image_token_id", "video_token_id", "audio_token_id"):
+            placeholder = getattr(config, name, None)
+            if isinstance(placeholder, int):
+                checked += 1
+                assert placeholder in found, (family, name)
+        text = config.get_text_config()
+        ends = {getattr(text, name, None) for name in ("eos_token_id", "pad_token_id")}
+        assert not found & {end for end in ends if isinstance(end, int)}, family
+    assert checked > 80
 
 
 def boost(model: Any, tokens: set[int]) -> None:
@@ -118,7 +142,12 @@ def test_training_stops_where_vllm_reads_other_prompts(
         path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1,
     )  # fmt: skip
     given: list[int] = []
-    monkeypatch.setattr(trainer._unexpanded, "of", lambda ids: given.append(len(ids)) or ids)
+
+    def of(ids: list[int]) -> list[int]:
+        given.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(trainer._unexpanded, "of", of)
     with pytest.raises(
         RolloutError, match=r"mean importance ratio of 0\.\d+, below vllm_min_ratio"
     ):
@@ -153,9 +182,11 @@ def test_unexpanded_prompts_of_a_family(family: str) -> None:
     )["input_ids"][0]
     unexpanded = UnexpandedPrompts(trainer)
     unexpanded.remember(prompts, [expanded])
-    found = unexpanded.of([*expanded, 40, 41])
+    # A turn with a tool adds a picture of three tokens.
+    added = [40, *[processor.image_token_id] * 3, 41]
+    found = unexpanded.of(expanded + added)
     text = f"<|im_start|>user\n{mark}one cat{mark}one cat<|im_end|>\n<|im_start|>assistant\n"
-    assert found == processor.tokenizer(text)["input_ids"] + [40, 41]
+    assert found == [*processor.tokenizer(text)["input_ids"], 40, processor.image_token_id, 41]
     assert len(expanded) > len(found)
 
 

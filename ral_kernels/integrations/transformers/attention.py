@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,31 +14,13 @@ from torch import Tensor
 
 from ral_kernels.ops import qkv
 from ral_kernels.ops.attention import attention, flash_attn_varlen_func
+from ral_kernels.runtime import checks
 
 from .masks import PATTERNS, Pattern
 
-# Keywords of a model's forward that reach its attention and do not change what it computes. Every
-# other keyword with a value is refused: a model that passes one (sinks, a bias) needs it.
-HARMLESS_KEYWORDS = {
-    # what the outputs are to hold
-    "logits_to_keep",
-    "output_hidden_states",
-    "output_router_logits",
-    "return_dict",
-    "use_cache",
-    # used before attention: positions by RoPE and the mask function, types of tokens by the mask
-    # function, sizes by the vision tower
-    "cache_position",
-    "image_sizes",
-    "mm_token_type_ids",
-    "position_ids",
-    "token_type_ids",
-    # of the loss
-    "num_items_in_batch",
-    "shift_labels",
-    # always true here
-    "deterministic",
-}
+# Keywords that attention modules name in their calls, and that change nothing here: positions are
+# used by RoPE and by the mask function, and the backward is always deterministic.
+HARMLESS_KEYWORDS = {"deterministic", "position_ids"}
 
 REFUSED_KEYWORDS = {
     "s_aux": "attention sinks",
@@ -82,13 +69,14 @@ def attention_forward(
         dropout: must be 0.
         scaling: factor on the scores; default 1/sqrt(D).
         sliding_window: keys that a causal query sees, its own included. Other queries see
-            sliding_window - 1 keys to either side. If a mask of `masks.key_mask` has a window, the
-            configuration's window takes its place.
+            sliding_window - 1 keys to either side, in packed sequences or if the mask has a window.
+            If a mask of `masks.key_mask` has a window, the configuration's takes its place.
         softcap: as in `ral_kernels.attention`.
         cu_seq_lens_q: int [number of sequences + 1] with cu_seq_lens_k, max_length_q and
             max_length_k: packed sequences. Used if attention_mask is None; a dense mask already
             separates the sequences.
-        keywords: see `HARMLESS_KEYWORDS` and `REFUSED_KEYWORDS`.
+        keywords: what else reaches attention. Those of the model, such as its labels, are ignored;
+            those that attention reads are refused. See `reads`.
 
     Returns:
         (out [B, T, H, Dv] contiguous, None).
@@ -104,6 +92,10 @@ def attention_forward(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
 
+    if attention_mask is not None and type(attention_mask) is not Tensor:
+        checks.check_tensor(
+            f"ral attention: {_name(module)}", "attention_mask", attention_mask, "None or a tensor"
+        )
     if attention_mask is not None and attention_mask.dim() == 4:
         result = attention(
             query,
@@ -127,7 +119,7 @@ def attention_forward(
         window = _window(module, is_causal, sliding_window)
         return _packed(query, key, value, lengths, is_causal, window, scaling, softcap), None
 
-    keys = None
+    keys, pattern = None, None
     if attention_mask is not None:
         keys, pattern = _key_mask(module, attention_mask, key.shape[2])
         key, value = key[:, :, : keys.shape[1]], value[:, :, : keys.shape[1]]
@@ -135,6 +127,8 @@ def attention_forward(
             is_causal = pattern.is_causal
             if pattern.has_window:
                 sliding_window = _configured_window(module, is_causal, sliding_window)
+    if not is_causal and not (pattern and pattern.has_window):
+        sliding_window = None  # as under eager and sdpa: DiffusionGemma's decoder passes one
     result = attention(
         query,
         key,
@@ -180,11 +174,49 @@ def refuse_unsupported(module: Any, dropout: float, keywords: dict[str, Any]) ->
             raise NotImplementedError(
                 f"ral attention: {_name(module)}: {what} ({keyword}) is not supported"
             )
-        raise NotImplementedError(
-            f"ral attention: {_name(module)}: unknown keyword {keyword!r} of type "
-            f"{type(value).__name__}. If it does not change what attention computes, add it to "
-            "ral_kernels.integrations.transformers.attention.HARMLESS_KEYWORDS"
-        )
+        if reads(module, keyword):
+            raise NotImplementedError(
+                f"ral attention: {_name(module)}: {keyword}, which its attention reads, is not "
+                f"supported: it must be None; got {type(value).__name__}"
+            )
+
+
+def reads(module: Any, keyword: str) -> bool:
+    """Whether a keyword may change what the attention of this module computes.
+
+    Attention also gets the keywords of the whole model, such as labels. It reads those that the
+    module names in its call, and the parameters of the functions that the module may call: its own
+    eager one, and those of transformers.
+    """
+    return keyword in _keywords_read(type(module).forward)
+
+
+@torch._dynamo.assume_constant_result  # it reads source, which a graph cannot
+def _keywords_read(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return _keywords_in_source(inspect.unwrap(forward))
+
+
+@functools.cache
+def _keywords_in_source(forward: Any) -> tuple[str, ...]:
+    """See `reads`; `forward` is the method of the module's class."""
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    names = forward.__globals__
+    functions = [ALL_ATTENTION_FUNCTIONS[name] for name in ALL_ATTENTION_FUNCTIONS]
+    functions.append(_flash_attention_forward)  # gets the keywords that flash attention is given
+    if "eager_attention_forward" in names:
+        functions.append(names["eager_attention_forward"])
+    found = {name for function in functions for name in inspect.signature(function).parameters}
+    try:  # the class, as its other methods may make the call
+        source = inspect.getsource(names.get(forward.__qualname__.partition(".")[0], forward))
+    except (OSError, TypeError):  # made at run time
+        return tuple(found)
+    for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        named = {x.arg for x in node.keywords if x.arg} if isinstance(node, ast.Call) else set()
+        if "scaling" in named:  # the call of an attention function
+            found |= named
+    return tuple(found)
 
 
 def _given(lengths: tuple[Any, ...]) -> list[str]:
@@ -204,9 +236,10 @@ def _dense_mask(module: Any, mask: Tensor, query: Tensor) -> Tensor:
 def _key_mask(module: Any, mask: Tensor, seqlen_k: int) -> tuple[Tensor, Pattern | None]:
     """Which of the first keys are real, and the pattern of the mask's dtype, if it has one."""
     if mask.dim() != 2 or mask.is_floating_point():
+        hint = " (packed sequences go by cu_seq_lens_q)" if mask.dim() in (1, 3) else ""
         raise TypeError(
             f"ral attention: {_name(module)}: attention_mask must be None, bool or integer "
-            f"[B, N], or of four dimensions; got {mask.dtype} {tuple(mask.shape)}"
+            f"[B, N], or of four dimensions; got {mask.dtype} {tuple(mask.shape)}{hint}"
         )
     pattern = PATTERNS.get(mask.dtype)
     if mask.shape[1] > seqlen_k:

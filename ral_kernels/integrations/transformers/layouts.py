@@ -76,8 +76,9 @@ class Source:
             raise ValueError(f"{NAME}: {self.what} must have {path}, which is missing")
         return value
 
-    def find(self, path: str) -> Any:
-        """The value at a dotted name, None where it is missing."""
+    def find(self, in_config: str, in_processor: str | None = None) -> Any:
+        """The value at a dotted name, the same in both by default; None where it is missing."""
+        path = in_config if self.processor is None or in_processor is None else in_processor
         value = self.config if self.processor is None else self.processor
         for name in path.split("."):
             value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
@@ -86,14 +87,16 @@ class Source:
         return value
 
 
-def source_of(source: Any) -> Source:
+def source_of(source: Any, inputs: Mapping[str, Any]) -> Source:
     """Find the family of a processor, a model or a configuration.
+
+    Where no family has its name, it is one whose processor returns the grid of each picture, if it
+    says how many patches become one token.
 
     Raises:
         TypeError: it is none of these.
         NotImplementedError: its family is not supported.
     """
-    known = ", ".join(sorted(_MODEL_TYPES))
     for cls in type(source).__mro__:
         if cls.__name__ in _PROCESSORS:
             return Source(_PROCESSORS[cls.__name__], processor=source)
@@ -108,21 +111,35 @@ def source_of(source: Any) -> Source:
     model_type = getattr(config, "model_type", None)
     if model_type in _MODEL_TYPES:
         return Source(_MODEL_TYPES[model_type], config=config)
-    if model_type:
-        raise NotImplementedError(
-            f"{NAME}: model type {model_type!r} is not supported; supported are {known}. With the "
-            "grid (t, h, w) of each picture, Spans.from_vision_grid makes the spans of any model"
+    is_processor = hasattr(source, "tokenizer") or hasattr(source, "image_processor")
+    if not model_type and not is_processor:
+        raise TypeError(
+            f"{NAME}: processor_or_model_config must be a processor, a model or its configuration; "
+            f"got {type(source).__name__}"
         )
-    if hasattr(source, "tokenizer") or hasattr(source, "image_processor"):
-        raise NotImplementedError(
-            f"{NAME}: processor {type(source).__name__!r} is not supported; supported are "
-            f"{', '.join(sorted(_PROCESSORS))}. With the grid (t, h, w) of each picture, "
-            "Spans.from_vision_grid makes the spans of any model"
-        )
-    raise TypeError(
-        f"{NAME}: processor_or_model_config must be a processor, a model or its configuration; got "
-        f"{type(source).__name__}"
+    found = (
+        Source("grids", config=_with_vision(config))
+        if model_type
+        else Source("grids", processor=source)
     )
+    merge = found.find("vision_config.spatial_merge_size", "image_processor.merge_size")
+    if found.find("image_token_id") is not None and (
+        merge is not None or "image_merge_sizes" in inputs or "video_merge_sizes" in inputs
+    ):
+        return found
+    what = f"model type {model_type!r}" if model_type else f"processor {type(source).__name__!r}"
+    raise NotImplementedError(
+        f"{NAME}: {what} is not supported; supported are {', '.join(sorted(_MODEL_TYPES))}, and "
+        "models whose processor returns image_grid_thw. With the grid (t, h, w) of each picture, "
+        "Spans.from_vision_grid makes the spans of any model"
+    )
+
+
+def _with_vision(config: Any) -> Any:
+    """The part of a configuration that has the vision tower: omni models hold several models."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
+    having = (x for x in (config, *parts) if getattr(x, "vision_config", None) is not None)
+    return next(having, config)
 
 
 def read_items(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
@@ -130,24 +147,85 @@ def read_items(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] 
     return _READERS[source.family](source, inputs, sizes)
 
 
-def _qwen(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
-    """Qwen2-VL to Qwen3-VL: a grid (t, h, w) an item. Qwen3-VL's timestamps only split its runs."""
-    merge = source.read("image_processor.merge_size", "vision_config.spatial_merge_size")
-    found: Items = {}
-    for kind in ("image", "video"):
-        token_id = source.read(f"{kind}_token_id", f"{kind}_token_id")
-        grid = inputs.get(f"{kind}_grid_thw")
-        if grid is None and bool((inputs["input_ids"] == token_id).any()):
+def _grids(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
+    """A grid (t, h, w) an item, as Qwen-VL: timestamps and audio between only split its runs."""
+    input_ids = inputs["input_ids"]
+    ids = {
+        "image": source.read("image_token_id", "image_token_id"),
+        "video": source.find("video_token_id"),
+    }
+    held = {
+        kind: 0 if token_id is None else int((input_ids == token_id).sum())
+        for kind, token_id in ids.items()
+    }
+    items = {kind: _grid_items(source, inputs, kind, held[kind]) for kind in ids}
+    # GLM-V writes the frames of a video with the placeholder of images.
+    both = sum(item.length for queue in items.values() for item in queue)
+    shares = bool(items["video"]) and held == {"image": both, "video": 0}
+    for kind, count in held.items():
+        if count > 0 and f"{kind}_grid_thw" not in inputs and not (shares and kind == "image"):
             raise ValueError(
                 f"{NAME}: inputs must have {kind}_grid_thw, because input_ids holds {kind} tokens; "
                 f"got {', '.join(inputs)}"
             )
-        grids = [] if grid is None else merged_grids(NAME, grid, merge)
-        found[token_id] = [
-            Item(kind, math.prod(shape), (View(torch.arange(math.prod(shape)).view(shape)),))
-            for shape in grids
-        ]
-    return found
+    if shares:
+        return {ids["image"]: _in_order(source, inputs, ids["image"], items)}
+    return {ids[kind]: items[kind] for kind in ids if ids[kind] is not None}
+
+
+def _grid_items(source: Source, inputs: Mapping[str, Any], kind: str, held: int) -> list[Item]:
+    """The items of a kind; `held` is how many placeholders of the kind the batch holds."""
+    grid = inputs.get(f"{kind}_grid_thw")
+    if grid is None:
+        return []
+    mask = inputs.get("video_compression_mask")
+    if kind == "video" and mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise NotImplementedError(
+            f"{NAME}: video_compression_mask is not supported where it drops tokens; it keeps "
+            f"{int(mask.sum())} of {mask.numel()}"
+        )
+    merges = inputs.get(f"{kind}_merge_sizes")  # of each item (VideoLlama 3)
+    if merges is None:
+        merge = source.find("vision_config.spatial_merge_size", f"{kind}_processor.merge_size")
+        if merge is None:  # a processor for images only
+            merge = source.read("image_processor.merge_size", "vision_config.spatial_merge_size")
+        shapes = merged_grids(NAME, grid, merge)
+    else:
+        merges = torch.as_tensor(merges).tolist()
+        shapes = [merged_grids(NAME, grid[i : i + 1], x)[0] for i, x in enumerate(merges)]
+    wanted = sum(math.prod(shape) for shape in shapes)
+    steps = source.find("vision_config.temporal_merge_size", "video_processor.temporal_patch_size")
+    if kind == "video" and steps and held > 0 and wanted == held * steps:
+        # Ernie 4.5's grid counts frames before they are merged, Qwen's after.
+        shapes = [(t // steps, h, w) for t, h, w in shapes]
+    return [
+        Item(kind, math.prod(shape), (View(torch.arange(math.prod(shape)).view(shape)),))
+        for shape in shapes
+    ]
+
+
+def _in_order(
+    source: Source, inputs: Mapping[str, Any], token_id: int, items: Mapping[str, list[Item]]
+) -> list[Item]:
+    """Images and videos of one placeholder, in the order of the batch."""
+    input_ids = inputs["input_ids"]
+    types = inputs.get("mm_token_type_ids")
+    if types is not None:
+        in_video = torch.as_tensor(types).reshape(input_ids.shape) == 2
+    else:
+        edges = (
+            source.read(f"video_{edge}_id", f"video_{edge}_token_id") for edge in ("start", "end")
+        )
+        starts, ends = ((input_ids == edge).cumsum(-1) for edge in edges)
+        in_video = starts > ends
+    left = {kind: list(queue) for kind, queue in items.items()}
+    found: list[Item] = []
+    for row, video in zip(input_ids, in_video, strict=True):
+        marks, used = video[row == token_id].tolist(), 0
+        while used < len(marks) and (queue := left["video" if marks[used] else "image"]):
+            found.append(queue.pop(0))
+            used += found[-1].length
+    return found + left["image"] + left["video"]  # `spans.py` counts them
 
 
 def _gemma3(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
@@ -361,24 +439,17 @@ def _check_sizes(sizes: Sequence[Size] | None, count: int) -> None:
 
 
 _READERS: dict[str, Reader] = {
-    "qwen": _qwen,
+    "grids": _grids,
     "gemma3": _gemma3,
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
 }
 _MODEL_TYPES = {
-    "qwen2_vl": "qwen",
-    "qwen2_5_vl": "qwen",
-    "qwen3_vl": "qwen",
-    "qwen3_vl_moe": "qwen",
     "gemma3": "gemma3",
     "internvl": "internvl",
     "llava_onevision": "llava_onevision",
 }
 _PROCESSORS = {
-    "Qwen2VLProcessor": "qwen",
-    "Qwen2_5_VLProcessor": "qwen",
-    "Qwen3VLProcessor": "qwen",
     "Gemma3Processor": "gemma3",
     "InternVLProcessor": "internvl",
     "LlavaOnevisionProcessor": "llava_onevision",

@@ -122,7 +122,8 @@ def spans_for(
 ) -> VisionSpans:
     """Spans over the images and videos of a batch, from what the model's processor returned.
 
-    It supports Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Gemma 3, InternVL and LLaVA-OneVision. A prompt may
+    It supports Gemma 3, InternVL, LLaVA-OneVision, and every model whose processor returns the grid
+    (t, h, w) of each picture: Qwen-VL and Qwen-Omni, GLM-V, Ernie 4.5 VL and more. A prompt may
     hold several images and videos in any order, and samples may be padded on either side. Where a
     model separates the frames of a video only by text (InternVL), each frame is an image. Tokens
     that end a row or a picture (LLaVA-OneVision's newlines) belong to the image, but to none of its
@@ -152,8 +153,8 @@ def spans_for(
             match it.
         NotImplementedError: a family that is not supported.
     """
-    source = source_of(processor_or_model_config)
     input_ids = _check_inputs(inputs)
+    source = source_of(processor_or_model_config, inputs)
     tile = check_granularity(NAME, granularity, tile)
     if not isinstance(text, bool):
         raise TypeError(f"{NAME}: text must be a bool; got {type(text).__name__}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import HARMLESS_KEYWORDS
+from .attention import HARMLESS_KEYWORDS, REFUSED_KEYWORDS, reads
 from .decoder import DecoderLayer
 
 # A name with "flash" in it, or with "sdpa" at its start, would change what transformers does.
@@ -97,7 +97,13 @@ class Sink:
             if not self.keep_prompt_rows and before.q.shape[2] > 1:
                 before.q = before.q[:, :, -1:].clone()
         is_causal = given.get("is_causal")
-        refused = [name for name, x in given.items() if x is not None and name not in KNOWN]
+        refused = [
+            name
+            for name, x in given.items()
+            if x is not None
+            and name not in KNOWN
+            and (name in REFUSED_KEYWORDS or reads(module, name))
+        ]
         self.newest = Call(
             q,
             k[:, :, -1:].clone() if is_step else k,

@@ -239,11 +239,16 @@ def flash_attn_with_kvcache(
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _check_rank(op, name, tensor, "[B, S, H, D]")
     batch_size, seqlen_q, capacity = q.shape[0], q.shape[1], k_cache.shape[1]
-    of_samples = {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    of_samples: dict[str, Any] = {
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+    }
     seqlens: Any = capacity if cache_seqlens is None else checks.to_number(cache_seqlens)
     if isinstance(seqlens, Tensor):
         of_samples["cache_seqlens"] = seqlens
-    elif not checks.is_int(seqlens):
+    elif checks.is_int(seqlens):
+        seqlens = checks.to_int(seqlens)
+    else:
         raise TypeError(
             f"{op}: cache_seqlens must be None, an int or an integer tensor [B]; got "
             f"{type(seqlens).__name__}"
@@ -251,16 +256,26 @@ def flash_attn_with_kvcache(
     seqlen_new = _check_new_keys(op, k, v, k_cache, v_cache, batch_size)
     room = capacity - seqlen_new
     limits = {"cache_batch_idx": k_cache.shape[0] - 1, "cache_leftpad": capacity}
-    for name, tensor in of_samples.items():
-        if tensor is not None:
-            _check_of_samples(op, name, tensor, q, limits.get(name, room))
+    for name, per_sample in of_samples.items():
+        if per_sample is not None:
+            _check_of_samples(op, name, per_sample, q, limits.get(name, room))
     if not isinstance(seqlens, Tensor) and not 0 <= seqlens <= room:
         raise ValueError(
             f"{op}: cache_seqlens must lie in 0 to {room}, the cache without the new keys; got "
             f"{seqlens}"
         )
 
-    if k is not None and v is not None:
+    window: Any = _window(op, window_size, causal)
+    scale, cap = _scale(op, softmax_scale, q.shape[3]), _softcap(op, softcap)
+    caches = (
+        (k_cache, v_cache)
+        if cache_batch_idx is None
+        else (x[:1].expand(batch_size, -1, -1, -1) for x in (k_cache, v_cache))
+    )
+    views = tuple(qkv.unit_last_stride(x).transpose(1, 2) for x in (q, *caches))
+    qkv.check_qkv(op, views[0], views[1], views[2], None, names=("q", "k_cache", "v_cache"))
+
+    if k is not None and v is not None:  # after every check: a call that raises writes nothing
         sample = (
             torch.arange(batch_size, device=q.device)
             if cache_batch_idx is None
@@ -272,7 +287,6 @@ def flash_attn_with_kvcache(
         v_cache[sample[:, None], places] = v
     if cache_batch_idx is not None:
         k_cache, v_cache = k_cache[cache_batch_idx.long()], v_cache[cache_batch_idx.long()]
-    window: Any = _window(op, window_size, causal)
     seqlens = seqlens + seqlen_new
     mask = None
     if isinstance(seqlens, Tensor):
@@ -290,19 +304,16 @@ def flash_attn_with_kvcache(
     if cache_leftpad is not None:
         real = torch.arange(k_cache.shape[1], device=q.device) >= cache_leftpad[:, None, None]
         mask = real if mask is None else mask & real
-    q, k_cache, v_cache = (
-        qkv.unit_last_stride(x).transpose(1, 2) for x in qkv.autocast_inputs(q, k_cache, v_cache)
-    )
-    qkv.check_qkv(op, q, k_cache, v_cache, None, names=("q", "k_cache", "v_cache"))
+    q, k_cache, v_cache = (qkv.unit_last_stride(x).transpose(1, 2) for x in (q, k_cache, v_cache))
     out, _, lse = call_attention(
         op,
         q,
         k_cache,
         v_cache,
         None,
-        scale=_scale(op, softmax_scale, q),
+        scale=scale,
         window=window,
-        softcap=_softcap(op, softcap),
+        softcap=cap,
         attn_mask=None if mask is None else mask[:, None],
     )
     out = out.transpose(1, 2)
@@ -391,7 +402,7 @@ def _padded(
         k,
         v,
         spans,
-        scale=_scale(op, softmax_scale, q),
+        scale=_scale(op, softmax_scale, q.shape[3]),
         window=window,
         softcap=_softcap(op, softcap),
     )
@@ -442,7 +453,7 @@ def _packed(
         k,
         v,
         spans,
-        scale=_scale(op, softmax_scale, q),
+        scale=_scale(op, softmax_scale, q.shape[3]),
         window=window,
         softcap=_softcap(op, softcap),
         cu_seqlens_q=cu_seqlens_q,
@@ -511,9 +522,9 @@ def _flag(value: Any) -> Any:
     return bool(value) if is_flag else value
 
 
-def _scale(op: str, softmax_scale: Any, q: Tensor) -> float:
+def _scale(op: str, softmax_scale: Any, head_dim: int) -> float:
     scale = checks.to_number(softmax_scale)
-    return checks.resolve_scale(op, scale, q.shape[3], name="softmax_scale")
+    return checks.resolve_scale(op, scale, head_dim, name="softmax_scale")
 
 
 def _softcap(op: str, softcap: Any) -> float:
