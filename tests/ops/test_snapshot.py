@@ -377,7 +377,7 @@ def test_options_must_be_complete_and_known(way: str, name: str, word: str, tmp_
 def test_from_tensors_refuses(fault: str) -> None:
     changes, exception, message = FAULTS[fault]
     snapshot = shared(span_bias=torch.zeros(B, 1, 1, 3))
-    tensors = snapshot.tensors()
+    tensors: dict[str, Any] = snapshot.tensors()
     for name, change in changes.items():
         tensors[name] = change(tensors[name]) if change else None
     if fault == "no_index":
