@@ -237,7 +237,9 @@ class Spans:
 
     def extend_to(self, seqlen_k: int) -> Spans:
         """The same spans over more keys, such as generated text; the new keys belong to none."""
-        extra = seqlen_k - self.seqlen_k
+        if not is_int(seqlen_k):
+            raise TypeError(f"Spans.extend_to: seqlen_k must be an int; got {seqlen_k!r}")
+        extra = to_int(seqlen_k) - self.seqlen_k
         if extra < 0:
             raise ValueError(
                 f"Spans.extend_to: seqlen_k must be at least {self.seqlen_k}; got {seqlen_k}"

@@ -214,6 +214,9 @@ def test_extend_to() -> None:
     assert ids_of(rk.Spans(torch.tensor([[0], [1]]), 2).extend_to(2)) == [[0, -1], [1, -1]]
     with pytest.raises(ValueError, match=r"^Spans.extend_to: seqlen_k must be at least 3; got 2"):
         spans.extend_to(2)
+    with pytest.raises(TypeError, match=r"^Spans.extend_to: seqlen_k must be an int; got '5'"):
+        spans.extend_to("5")  # type: ignore[arg-type]
+    assert spans.extend_to(np.int8(5)) == spans.extend_to(5)
 
 
 def test_equality_and_repr() -> None:
