@@ -52,7 +52,8 @@ test-all: build
 coverage: build
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --tier $(TIER) --cov --cov-report=term-missing:skip-covered
 
-# The op tests run once in each variant. Leaks are Python's own; torch is linked before the preloaded runtime.
+# The op tests run once in each variant. Leaks are Python's own. libstdc++ comes first, or ASan does not find what
+# throws exceptions.
 sanitize: build $(SANITIZED)/libral_cpu.so
 	$(BIN)/python -m pytest -q tests/native/test_races.py
 	for isa in $$($(BIN)/python -c 'from ral_kernels.runtime import cpu_library; print(*cpu_library.supported_isas())'); do \
@@ -64,7 +65,8 @@ sanitize: build $(SANITIZED)/libral_cpu.so
 fuzz: build $(SANITIZED)/libral_cpu.so
 	FUZZ_MINUTES=$(FUZZ_MINUTES) $(SANITIZERS) $(BIN)/python -m tests.fuzz
 
-SANITIZERS = RAL_SANITIZED=$(SANITIZED) LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
+SANITIZERS = RAL_SANITIZED=$(SANITIZED) \
+  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
 $(SANITIZED)/libral_cpu.so: $(NATIVE_SOURCES) | $(TOOLS)

@@ -93,11 +93,11 @@ class SealsCheckpoints(LoadsSavedWeights):
             # transformers looks only after a step.
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._finish_sealing()  # it deletes checkpoints
-        return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        return super()._finalize_training(*args, **kwargs)
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class SealsCheckpoints(LoadsSavedWeights):
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             state = self._sealed_state()
             if self.args.should_save:

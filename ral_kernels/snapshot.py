@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _OP = "AttentionSnapshot"
 _TENSORS = ("q", "k", "k_prefix", "prefix_index", "span_bias")
 _OPTIONS = ("query_start", "scale", "window_left", "window_right", "softcap")
+_PARTS = operator.attrgetter(*_TENSORS, *_OPTIONS)
 _FORMAT = "ral_kernels.AttentionSnapshot/1"
 
 
@@ -78,7 +80,7 @@ class AttentionSnapshot:
     _normalisers: tuple[list[Any], Tensor, Tensor] | None = (
         None  # of this object only, not of its copies
     )
-    _checked: tuple[Any, ...] = ()  # see `check`
+    _checked: tuple[Any, ...] = (-1,)  # see `check`
 
     def __init__(
         self,
@@ -383,23 +385,20 @@ class AttentionSnapshot:
     def check(self) -> None:
         """Check again what was assigned, or edited in place, since the last check.
 
-        Ops call it, because kernels rely on the checks. It takes microseconds if nothing changed.
+        Ops call it, because kernels rely on the checks. It takes 2 us if nothing changed.
         """
         if torch.compiler.is_compiling():
             return
         found = self._found()
-        if len(found) != len(self._checked) or not all(
-            a is b or (not isinstance(a, Tensor) and a == b)
-            for a, b in zip(found, self._checked, strict=True)
-        ):
+        if found[0] != self._checked[0] or not all(map(operator.is_, found[1:], self._checked[1:])):
             _check(_OP, self._all_tensors(), self._options(), read_values=True)
             self._checked, self._normalisers = found, None
 
     def _found(self) -> tuple[Any, ...]:
+        """How often torch wrote into prefix_index (None if not counted), and what there is."""
         index = self.prefix_index
-        version = None if index is None or index.is_inference() else index._version
-        state = self.__dict__
-        return (*(state.get(name) for name in (*_TENSORS, *_OPTIONS)), version)
+        version = index._version if isinstance(index, Tensor) and not index.is_inference() else None
+        return version, *_PARTS(self)
 
     def _all_tensors(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in _TENSORS}

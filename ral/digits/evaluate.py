@@ -82,7 +82,7 @@ def evaluate(
 
         processor = load_processor(model) if processor is None else processor
         model = AutoModelForImageTextToText.from_pretrained(
-            model, attn_implementation=attn_implementation
+            model, attn_implementation=attn_implementation, trust_remote_code=False
         )
     if processor is None:
         raise ValueError("evaluate: processor must be given with a model that is not a folder")

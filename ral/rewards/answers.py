@@ -32,13 +32,16 @@ _REPLACED = [
             for command, sign in (
                 *(("times", "×"), ("cdot", "·"), ("div", "÷"), ("angle", "∠"), ("degree", "°")),
                 *(("mu", "µ"), ("Omega", "Ω"), ("euro", "€"), ("texteuro", "€"), ("pounds", "£")),
+                *(("therefore", "∴"), ("implies", "⇒"), ("Rightarrow", "⇒"), ("rightarrow", "→")),
             )
         ),
         (r"\\(?:approx|simeq|sim)(?![A-Za-z])", "≈"),
         (r"\\([%$#&_])", r"\1"),
     )
 ]
-_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|_{1,3}|`+)(?=\S)(.{1,300}?)(?<=\S)\1(?![\w*])")
+_EMPHASIS = re.compile(
+    r"(?<![\w*`])(\*{1,3}|_{1,3}|`{1,3})(?=[^\s*_`])(.{1,300}?)(?<=\S)\1(?![\w*])"
+)
 _HEADING = re.compile(r"#+ ")
 
 

@@ -11,10 +11,11 @@ from .answers import MAX_ANSWER, clean_answer
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?"
     r"(?:"
-    r"(?:(?:my|the) )?(?:(?:correct|final|best|right) )?"
+    r"(?:(?:my|the) )?(?:(?:most )?(?:correct|final|best|right|likely|appropriate) )?"
     r"(?:answer|option|choice|letter|ans\b)(?: is)? ?[:：\-–—]? ?"
     r"(?:(?:the )?(?:option|choice|letter) )?"
-    r"|(?:i(?:'d| would)? (?:choose|pick|select)|it(?:'s| is)) (?:(?:option|choice|letter) )?"
+    r"|(?:i(?:'d| would)? (?:choose|pick|select|go with)|it(?:'s| is)) "
+    r"(?:(?:option|choice|letter) )?"
     r"|(?:(?:正确|最终)?的?(?:答案|选项) ?(?:应?该?[是为选])?|(?:故|应该?)?选(?:择|项)?) ?[:：]? ?"
     r")",
     re.IGNORECASE,

@@ -16,7 +16,8 @@ ABSOLUTE_TOLERANCE = 0.005
 RELATIVE_TOLERANCE = 0.02
 _FLOAT_NOISE = 1e-9
 
-_CHARACTERS = str.maketrans("−–‐‑﹣－＋．，％／’⁄（）＝：", "------+.,%/'/()=:")
+_LONGEST = 400  # letters of a number with lead-in and unit; each lead-in is another look at them
+_CHARACTERS = str.maketrans("−–‐‑﹣－＋．，％／’⁄（）＝：٫٬٪", "------+.,%/'/()=:.,%")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _POWER = re.compile(r"(?<=[0-9)}])[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
@@ -64,7 +65,7 @@ _VARIABLE = re.compile(
 _LEAD_INS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"(?:so|thus|hence|therefore|ergo),? ",
+        r"(?:so|thus|hence|therefore|ergo),? |[∴⇒→] ?",
         r"(?:(?:my|the) )?(?:(?:final|correct|right) )?(?:answer|ans\b) ?:? ?",
         r"(?:(?:正确|最终)?的?(?:答案|结果)|总共|一共|共|总数) ?(?:[是为有]|等于)? ?:? ?",
         r"(?:there (?:are|is)|equals|i (?:count|see|counted)) ",
@@ -94,7 +95,7 @@ _NUMERAL = re.compile(
 )
 _PERCENT = re.compile(r" ?(?:%|per ?cent\b|pct\b|％)", re.IGNORECASE)
 _UNIT = re.compile(
-    r"(?:\b(?:[cdkmµ]?m|ft|in|s|yd|mi|h|units?)(?:\^?\{?-?[1-3]\}?|\^?[²³])"
+    r"(?:\b(?:[cdkmµ]?[mgLJNW]|K|mol|ft|in|s|yd|mi|h|units?)(?:\^?\{?-?[1-3]\}?|\^?[²³])"
     r"|(?<=[^\W\d_])\*(?=[^\W\d_])|[^\W\d_]|[°′″'\"$€£¥₹¢./·() -])*"
 )
 _WORD = re.compile(r"[^\W\d_]+")
@@ -127,6 +128,8 @@ def parse_number(text: str) -> Number | None:
     if len(text) > MAX_ANSWER:
         return None
     text = clean_answer("".join(map(_plain_sign, text)).translate(_CHARACTERS))
+    if len(text) > _LONGEST:
+        return None
     text = _POWER.sub(lambda power: f"^{{{power[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _TIMES.sub("×", _without_lead_in(_bare(text)))
     sides = re.split(r" ?[=≈]+ ?", text)
@@ -158,12 +161,12 @@ def relative_closeness(answer: Number, solution: Number) -> float:
 
 
 def _plain_sign(sign: str) -> str:
-    """Digits of any script as 0 to 9, and ½ as 1/2."""
+    """Digits of any script as 0 to 9, ½ as 1/2, ℃ as °C."""
     if sign.isdecimal():
         return str(unicodedata.decimal(sign))
     if unicodedata.decomposition(sign).startswith("<fraction>"):
         return " " + unicodedata.normalize("NFKC", sign)
-    return sign
+    return unicodedata.normalize("NFKC", sign) if unicodedata.category(sign) == "So" else sign
 
 
 def _bare(text: str) -> str:
@@ -267,7 +270,7 @@ def _suffix_scale(rest: str) -> float | None:
     if words[-1:] == ["times"]:  # "5 times", but not "5 times six"
         words.pop()
     refused = _NOT_UNITS | _SCALES.keys() | {"times"}
-    if len(words) > 5 or not refused.isdisjoint(words) or any(map(_NOT_UNITS_HAN.search, words)):
+    if len(words) > 8 or not refused.isdisjoint(words) or any(map(_NOT_UNITS_HAN.search, words)):
         return None
     return None if math.isnan(scale) else scale
 

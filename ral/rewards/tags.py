@@ -33,8 +33,9 @@ def completion_text(completion: object) -> str:
         completion = completion[-1]
     thinking = ""
     if isinstance(completion, dict):
-        thinking = completion.get("reasoning_content")
-        thinking = f"<think>{thinking}</think>" if isinstance(thinking, str) and thinking else ""
+        reasoning = completion.get("reasoning_content")
+        if isinstance(reasoning, str) and reasoning:
+            thinking = f"<think>{reasoning}</think>"
         completion = completion.get("content")
     if isinstance(completion, list):
         texts = [part.get("text") for part in completion if isinstance(part, dict)]

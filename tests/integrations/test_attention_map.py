@@ -329,6 +329,14 @@ def test_the_model_is_left_as_it_was(tiny: tuple[Any, Any]) -> None:
         assert layer.self_attn.config._attn_implementation == "eager"
 
 
+def test_only_the_formats_that_are_named_are_opened(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    """Pillow hands an EPS, whatever it is called, to Ghostscript."""
+    eps = tmp_path / "a.png"
+    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    with pytest.raises(OSError, match="cannot identify image file"):
+        attention_map(*tiny, eps, "What?", response=ANSWER)
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"images": []}, ValueError, "images must hold at least one picture; got none"),
     ({"images": 3}, TypeError, "images must be Pillow images, files or uint8 arrays; got int"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ral_kernels.integrations.transformers import register
@@ -333,6 +334,21 @@ def test_packed_sequences_by_their_lengths() -> None:
         torch.testing.assert_close(got, torch.cat(wanted, 1))
     with pytest.raises(NotImplementedError, match=r"packed sequences need .* got cu_seq_lens_q"):
         attention_forward(module, query, key, value, cu_seq_lens_q=bounds)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8], ids=["no mask", "padding"])
+def test_both_ways_the_mask_alone_has_a_window(dtype: torch.dtype | None) -> None:
+    """DiffusionGemma's decoder names a window and makes no mask of it: eager and sdpa see all."""
+    query, key, value = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    mask = None
+    if dtype is not None:  # of masks.KEY_MASK_DTYPES: padding, both ways, no window
+        mask = torch.ones(1, 9, dtype=dtype)
+        mask[:, 7:] = 0
+    module = SimpleNamespace(is_causal=False)
+    got, _ = attention_forward(module, query, key, value, mask, sliding_window=3)
+    seen = None if mask is None else mask[:, None, None].bool()
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    torch.testing.assert_close(got, wanted.transpose(1, 2))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -1,6 +1,6 @@
 """A pytest plugin for `make sanitize`: kernels come from the library in RAL_SANITIZED.
 
-LD_PRELOAD=$(g++ -print-file-name=libasan.so) RAL_SANITIZED=... pytest -p tests.native.sanitized
+LD_PRELOAD=... RAL_SANITIZED=build/sanitized pytest -p tests.native.sanitized ...
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-// What simd.h and compute.h promise of single vectors: exponentials within their error, exact where
-// they say so, and one rounding to bfloat16 whether it is done by vectors or one by one.
+// What simd.h, compute.h and divergence_terms.h promise of single vectors: exponentials within
+// their error, exact where they say so, one rounding to bfloat16 whether it is done by vectors or
+// one by one, and divergences of any two floats without overflow of their bits.
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 
 #include <initializer_list>
 
 #include "core/compute.h"
+#include "policy/divergence_terms.h"
 
 using namespace ral::RAL_ISA;
 
@@ -47,6 +50,15 @@ void check_bfloat16(uint32_t bits) {
          bfloat16_to_float(halves[kLanes - 1]));
 }
 
+void check_divergence(int32_t kind, float p, float r) {
+  const float value = divergence_term(kind, broadcast(p), broadcast(r)).value[0];
+  if (isnan(p) && r > 0.f) {
+    expect(isnan(value), "divergence of NaN", r, value);
+  } else if (p <= 1.f && r <= 1.f) {
+    expect(p == r ? value == 0.f : value >= 0.f, "divergence", p, value);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -58,6 +70,12 @@ int main() {
   for (const uint32_t bits : {0x3f808000u, 0x3f818000u, 0x7f7fffffu, 0x7f800000u, 0x7f800001u,
                               0x7fffffffu, 0xffffffffu, 0xff800000u, 0x00000001u}) {
     check_bfloat16(bits);
+  }
+  const auto numbers = {0.f, 1e-45f, FLT_MIN, 1e-30f, 0.5f, 1.f, FLT_MAX, INFINITY, NAN, -NAN};
+  for (const int32_t kind : {RAL_JSD, RAL_KL, RAL_REVERSE_KL}) {
+    for (const float p : numbers) {
+      for (const float r : numbers) check_divergence(kind, p, r);
+    }
   }
   if (failures == 0) printf("simd_check: ok\n");
   return failures != 0;

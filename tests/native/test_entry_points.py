@@ -77,11 +77,14 @@ def attention_call(*, packed: bool = False, backward: bool = False) -> Call:
             attention_structs.outputs(AttentionOutputs(out, marginals, lse))
         ),
     ]
-    tensors = {"ids": ids, "q_bounds": args.cu_seqlens_q, "k_bounds": args.cu_seqlens_k}
+    tensors = {"ids": ids}
+    if bounds is not None:
+        tensors.update(q_bounds=bounds, k_bounds=keys)
     if backward:
         gradients = AttentionGradients(dout, dmarginals, None, dq, dk, dv, torch.zeros_like(bias))
         packed_bytes = attention_structs.gradients(gradients)
         structs.append(attention_structs.Gradients.from_buffer_copy(packed_bytes))
+        assert gradients.dspan_bias is not None
         tensors["dspan_bias"] = gradients.dspan_bias
     kept = dict(zip("abcdefghijklm", (q, out, dout, dq, k, v, dk, dv, bias, marginals, dmarginals,
                                       lse), strict=False))  # fmt: skip

@@ -95,12 +95,15 @@ def _before_seal() -> None:
     _instead(checkpoints, "seal", seal)
 
 
-def _in_seal() -> None:
-    original = os.replace
+def _in_seal(time: int) -> None:
+    """As it is written for the first time, with sizes, or for the second, with checksums."""
+    original, seen = os.replace, []
 
     def replace(source: Any, target: Any) -> None:
         if f"checkpoint-{SECOND}" in str(target) and Path(target).name == checkpoints.SEAL:
-            _half(source)
+            seen.append(target)
+            if len(seen) == time:
+                _half(source)
         original(source, target)
 
     _instead(os, "replace", replace)
@@ -125,7 +128,8 @@ KILLS: dict[str, tuple[Callable[[], None], int]] = {
     "rng_state.pth": (partial(_in_torch_save, "rng_state.pth"), FIRST),
     "trainer_state.json": (_in_state, FIRST),
     "before the seal": (_before_seal, SECOND),
-    "in the seal": (_in_seal, SECOND),
+    "in the seal": (partial(_in_seal, 1), SECOND),
+    "in the checksums": (partial(_in_seal, 2), SECOND),
     "in the rotation": (_in_rotation, SECOND),
 }
 

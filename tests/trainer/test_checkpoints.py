@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from ral import RALTrainer, checkpoints
 from ral.checkpoints import (
@@ -322,6 +324,7 @@ def test_nothing_of_a_former_save_is_left(model: Path, tmp_path: Path) -> None:
 def test_rotation_comes_after_the_seal(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And after the checksums, which training does not wait for."""
     seen = []
     original, fsync = checkpoints.rotate, os.fsync
     synced = set()
@@ -338,9 +341,23 @@ def test_rotation_comes_after_the_seal(
         assert wanted <= synced
         original(folder, limit, newest, best)
 
+    later = threading.Event()
+    add = checkpoints.add_checksums
+
+    def wait_for_training(folder: Path) -> None:
+        assert later.wait(60)
+        add(folder)
+
+    class Later(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step > dying.FIRST:
+                later.set()
+
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(checkpoints, "rotate", look)
-    trainer = tiny.trainer(model, tmp_path, **{**dying.SETTINGS, "max_steps": 8})
+    monkeypatch.setattr(checkpoints, "add_checksums", wait_for_training)
+    settings = {**dying.SETTINGS, "max_steps": 8}
+    trainer = tiny.trainer(model, tmp_path, callbacks=[Later()], **settings)
     trainer.train()
     assert seen == [(1, "checkpoint-4", True, 1), (1, "checkpoint-8", True, 2)]
     assert trainer.args.save_total_limit == 1
@@ -389,7 +406,16 @@ def test_full_disks_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert checkpoints.is_full(error, Path()) is full
 
 
-@pytest.mark.parametrize("name", ["torch", "torch, for another reason"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch",
+        pytest.param(
+            "torch, for another reason",
+            marks=pytest.mark.slow(stands_in="test_full_disks_are_recognised"),
+        ),
+    ],
+)
 def test_a_full_disk_is_called_so(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from ral.lock import LOCK
 
 from . import cli_case
 from .cli_case import words
+from .test_resuming import warnings_of
 
 RL = (
     "num_generations=4", "max_completion_length=6", "learning_rate=1e-2", "temperature=1",
@@ -124,7 +125,7 @@ def test_distill(folder: Path, tmp_path: Path) -> None:
     assert "attn/loss" not in rows[0]
 
 
-def test_sft_then_resume(folder: Path, tmp_path: Path) -> None:
+def test_sft_then_resume(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that goes on from its checkpoint ends with the weights of one that never stopped."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     common = (
@@ -142,6 +143,18 @@ def test_sft_then_resume(folder: Path, tmp_path: Path) -> None:
     rows = [row for row in read_metrics(broken / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] < rows[0]["loss"] - 0.5
+    # It is complete: it stays as it is.
+    with warnings_of("ral.sealing") as said:
+        assert main(["sft", *given, "resume=true"]) == 0
+    assert [line.partition(" is at ")[2] for line in said] == ["step 4 of 4: training is complete"]
+    assert not changed(straight, broken)
+    assert {path.name for path in broken.glob("c*-*")} == {"checkpoint-2", "checkpoint-4"}
+    # With no checkpoint that is whole, it does not begin anew.
+    for path in broken.glob("checkpoint-*"):
+        (path / "optimizer.pt").write_bytes(bytes((path / "optimizer.pt").stat().st_size))
+    capsys.readouterr()
+    assert main(["sft", *given, "resume=true"]) == 2
+    assert "none in " in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,8 @@ def test_a_think_tag_at_the_end_of_the_prompt_counts():
     ended = [*said, {"role": "assistant", "content": "<think></think>"}]
     for prompts in (["What barks?\n<think>\n"] * 2, [begun] * 2):
         assert format_reward([rest, THINK], prompts=prompts) == [1.0, 0.0]
-    for prompts in (["What is <think>?"] * 2, [said] * 2, [ended] * 2, None):
+    others: list = [["What is <think>?"] * 2, [said] * 2, [ended] * 2, None]
+    for prompts in others:
         assert format_reward([rest, THINK], prompts=prompts) == [0.0, 1.0]
     assert format_reward([rest, THINK], prompts=[said] * 2, prompt_end=["<think>", ""]) == [1.0] * 2
     assert direct_format_reward([DIRECT], prompts=[begun], prompt_end=["<think>"]) == [1.0]
@@ -186,6 +187,7 @@ RIGHT_CHOICES = [
     ),
     *("答案是B", "正确答案为：B", "故选B。", "选项B", "B选项", "【B】", "「B」", "**B**: the dog"),
     *("B\nthe dog", "B\n\nbecause dogs bark", "B:\nthe dog", "B (the dog)", "B is correct"),
+    *("The most likely answer is B", "I'd go with option B", "Answer: Option B", "B — the dog"),
     *("So the answer is B.", "I choose B", "It's B", "#### B", "**Answer:** B", "Ans: B"),
 ]
 NO_CHOICES = [
@@ -314,6 +316,9 @@ def test_no_list_of_letters_is_a_choice(letters, data):
             ("It's 5", 5),
             ("一共有5个", 5),
         ),
+        *((r"1.5\times 10^{-4}\ \mathrm{mol\,L^{-1}}", 1.5e-4), ("5 ℃", 5), ("٥٫٥", 5.5)),
+        *((r"\therefore x = 5", 5), ("**Final Answer**\n\n\\[\n\\boxed{5}\n\\]", 5)),
+        *(("There are **5** red apples on the table in the room", 5), (r"(\frac{1}{2})", 0.5)),
         *(("22/7 ≈ 3.14", 3.14), ("x = 10 ÷ 2 = 5", 5), (r"72^\circ\text{F}", 72)),
     ],
 )
@@ -424,7 +429,7 @@ def test_formulas_are_read_in_any_thread_and_leave_the_alarm_clock_alone(caplog)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     wanted = [math.sqrt(i) / 7 for i in range(1, 9)] * 2
-    assert [number.value for number in numbers] == pytest.approx(wanted, rel=1e-12)
+    assert [number and number.value for number in numbers] == pytest.approx(wanted, rel=1e-12)
     assert not rang and caplog.text == ""
 
 
@@ -600,14 +605,17 @@ def test_the_right_letter_in_tags_is_worth_1(letter):
             "word fox ",
         ),
         *("狗", "\ufdfa", "\x00", "\n", "-", "x=", "1 ", "٤"),
+        *("`", "*a ", "a:", "a is ", "≈", "~", "答案是", "\\frac{", "\\text{a}", "{,}"),
     ],
 )
 def test_a_megabyte_of_anything_is_no_right_answer(unit, problem_type):
     # A regular expression that backtracks, or a quadratic step, would not come back from these.
     text = unit * (MEGABYTE // len(unit))
+    shorter = text[:9_900]  # which is read
     completions = [text, f"<think>x</think><answer>{text}</answer>", f"<think>{text}"]
+    completions.append(f"<answer>{shorter}</answer>")
     solution = RIGHT[problem_type]
-    rewards = accuracy_reward(completions, [solution] * 3, [problem_type] * 3)
+    rewards = accuracy_reward(completions, [solution] * 4, [problem_type] * 4)
     assert all(0.0 <= reward < 0.01 for reward in rewards)
     assert max(format_reward(completions)) in (0.0, 1.0)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
 
 from ral import RALTrainer
-from ral.rollouts import RolloutError, agreement, media_tokens
+from ral.models import limit_pixels
+from ral.rollouts import RolloutError, UnexpandedPrompts, agreement, media_tokens
 from tests.integrations import tiny_checkpoint, tiny_processors
 from tests.trainer import fake_vllm, tiny
 
@@ -45,6 +49,28 @@ def test_media_tokens_of_a_family(family: str) -> None:
         for token in media_tokens(config, processor)
     }
     assert found == MEDIA[family]
+
+
+@pytest.mark.slow(stands_in="test_media_tokens_of_a_family")
+def test_media_tokens_of_every_family() -> None:
+    """That transformers has: its placeholders are found, and no token that text needs."""
+    families = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    checked = 0
+    for family in families:
+        try:
+            config = AutoConfig.for_model(family)
+        except ImportError:  # a backbone of timm
+            continue
+        found = media_tokens(config, object())
+        for name in ("image_token_id", "video_token_id", "audio_token_id"):
+            placeholder = getattr(config, name, None)
+            if isinstance(placeholder, int):
+                checked += 1
+                assert placeholder in found, (family, name)
+        text = config.get_text_config()
+        ends = {getattr(text, name, None) for name in ("eos_token_id", "pad_token_id")}
+        assert not found & {end for end in ends if isinstance(end, int)}, family
+    assert checked > 80
 
 
 def boost(model: Any, tokens: set[int]) -> None:
@@ -109,21 +135,49 @@ def test_vllm_reads_the_prompts_that_are_trained_on(
     assert len(differences) == 2 and max(differences) < 0.015
 
 
-def test_training_stops_where_vllm_reads_other_prompts(
+def test_training_stops_where_vllm_reads_images_in_another_size(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As TRL alone hands them over."""
+    """It reads the processor of the model's folder, which may have other limits."""
     fake_vllm.install(monkeypatch)
-    trainer = tiny.trainer(
-        path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1,
-    )  # fmt: skip
-    given: list[int] = []
-    monkeypatch.setattr(trainer._unexpanded, "of", lambda ids: given.append(len(ids)) or ids)
+    trainer = tiny.trainer(path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1)
+    limit_pixels(trainer.processing_class, max_pixels=2 * 28 * 28)
+    with pytest.raises(RolloutError, match="got 6 image tokens from vLLM and 1 from the trainer's"):
+        trainer.train()
+
+
+def test_training_stops_where_vllm_samples_from_another_distribution(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has other weights here, and the weights of the trainer do not reach it."""
+    fake_vllm.install(monkeypatch)
+    trainer = tiny.trainer(path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1)
+    engine = trainer.vllm_generation.llm
+    monkeypatch.setattr(engine, "load_weights", lambda weights: None)
+    with torch.no_grad():
+        engine.model.lm_head.weight.copy_(engine.model.lm_head.weight.flip(0))
     with pytest.raises(
         RolloutError, match=r"mean importance ratio of 0\.\d+, below vllm_min_ratio"
     ):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.slow(stands_in="test_training_stops_where_vllm_reads_images_in_another_size")
+def test_trl_alone_has_vllm_expand_placeholders_again(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_vllm.install(monkeypatch)
+    trainer = tiny.trainer(path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1)
+    given: list[int] = []
+
+    def of(ids: list[int]) -> list[int]:
+        given.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(trainer._unexpanded, "of", of)
+    with pytest.raises(RolloutError, match="got 11 image tokens from vLLM and 6 from the trainer"):
+        trainer.train()
     # A picture of 2 x 3 tokens has 5 placeholders more.
     assert trainer.vllm_generation.llm.lengths == [length + 5 for length in given]
 
@@ -131,10 +185,6 @@ def test_training_stops_where_vllm_reads_other_prompts(
 @pytest.mark.parametrize("family", ["gemma3", "internvl", "llava_onevision", "qwen2_5_vl"])
 def test_unexpanded_prompts_of_a_family(family: str) -> None:
     """Gemma 3 and InternVL put more around an image than its placeholders."""
-    from types import SimpleNamespace
-
-    from ral.rollouts import UnexpandedPrompts
-
     processor = tiny_processors.build(family)
     mark = tiny_processors.PLACEHOLDER[family]
     template = tiny_checkpoint.CHAT_TEMPLATE.replace(
@@ -153,9 +203,11 @@ def test_unexpanded_prompts_of_a_family(family: str) -> None:
     )["input_ids"][0]
     unexpanded = UnexpandedPrompts(trainer)
     unexpanded.remember(prompts, [expanded])
-    found = unexpanded.of([*expanded, 40, 41])
+    # A turn with a tool adds a picture of three tokens.
+    added = [40, *[processor.image_token_id] * 3, 41]
+    found = unexpanded.of(expanded + added)
     text = f"<|im_start|>user\n{mark}one cat{mark}one cat<|im_end|>\n<|im_start|>assistant\n"
-    assert found == processor.tokenizer(text)["input_ids"] + [40, 41]
+    assert found == [*processor.tokenizer(text)["input_ids"], 40, processor.image_token_id, 41]
     assert len(expanded) > len(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -179,11 +180,17 @@ def test_rewards_see_a_think_tag_that_the_template_writes(opening, paths, tmp_pa
         )
         return tiny.reward(completions)
 
-    trainer = tiny.trainer(paths["qwen2_5_vl"], tmp_path, reward_funcs=reward, max_steps=1)
-    template = trainer.processing_class.chat_template
+    rows = tiny.dataset().remove_columns("images")
+    trainer = tiny.trainer(
+        paths["qwen2_5_vl"], tmp_path, reward_funcs=reward, max_steps=1, train_dataset=rows
+    )
+    processor: Any = trainer.processing_class
+    template = processor.chat_template
     assert template.endswith("assistant\n{% endif %}")
-    trainer.processing_class.chat_template = template.removesuffix("{% endif %}") + opening
-    trainer.processing_class.chat_template += "{% endif %}"
+    strict = "{% if messages[0]['content'] is string %}{{ raise_exception('no parts') }}{% endif %}"
+    processor.chat_template = (
+        strict + template.removesuffix("{% endif %}") + opening + "{% endif %}"
+    )
     trainer.train()
     assert forms
     for of in forms:

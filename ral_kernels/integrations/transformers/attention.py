@@ -69,8 +69,8 @@ def attention_forward(
         dropout: must be 0.
         scaling: factor on the scores; default 1/sqrt(D).
         sliding_window: keys that a causal query sees, its own included. Other queries see
-            sliding_window - 1 keys to either side. If a mask of `masks.key_mask` has a window, the
-            configuration's window takes its place.
+            sliding_window - 1 keys to either side, in packed sequences or if the mask has a window.
+            If a mask of `masks.key_mask` has a window, the configuration's takes its place.
         softcap: as in `ral_kernels.attention`.
         cu_seq_lens_q: int [number of sequences + 1] with cu_seq_lens_k, max_length_q and
             max_length_k: packed sequences. Used if attention_mask is None; a dense mask already
@@ -119,7 +119,7 @@ def attention_forward(
         window = _window(module, is_causal, sliding_window)
         return _packed(query, key, value, lengths, is_causal, window, scaling, softcap), None
 
-    keys = None
+    keys, pattern = None, None
     if attention_mask is not None:
         keys, pattern = _key_mask(module, attention_mask, key.shape[2])
         key, value = key[:, :, : keys.shape[1]], value[:, :, : keys.shape[1]]
@@ -127,6 +127,8 @@ def attention_forward(
             is_causal = pattern.is_causal
             if pattern.has_window:
                 sliding_window = _configured_window(module, is_causal, sliding_window)
+    if not is_causal and not (pattern and pattern.has_window):
+        sliding_window = None  # as under eager and sdpa: DiffusionGemma's decoder passes one
     result = attention(
         query,
         key,
