@@ -66,7 +66,7 @@ class Spans:
                 raise TypeError(f"Spans: ids must stay int32; got {dtype_name(ids.dtype)}")
             if has_values(ids):
                 _check_values(ids, num_spans)
-            self._keep(ids, num_spans)
+            self._keep(ids.contiguous(), num_spans)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"ids": self.ids, "num_spans": self.num_spans}

@@ -1,6 +1,7 @@
 """Run every conformance suite and write the table: `python -m tests.conformance`.
 
-Arguments are pytest's, for instance `-n 2`. The table goes to docs/conformance.md.
+The table goes to docs/conformance.md. With arguments for pytest, such as `-k test_flex`, the run is
+a part of the suites, and the table is printed alone.
 """
 
 from __future__ import annotations
@@ -121,13 +122,12 @@ def _shape(reason: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments and importlib.util.find_spec("xdist"):
-        arguments = ["-n", "auto", "--dist", "loadgroup"]
+    workers = ["-n", "auto", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     table = Table()
-    status = pytest.main(["-q", "-p", "no:cacheprovider", str(HERE), *arguments], plugins=[table])
-    if not table.counts:
-        return int(status)
-    TABLE.write_text(table.markdown())
+    options = ["-q", "-p", "no:cacheprovider", *(arguments or workers)]
+    status = pytest.main([*options, str(HERE)], plugins=[table])
+    if table.counts and not arguments:
+        TABLE.write_text(table.markdown())
     print(table.markdown())
     return int(status)
 

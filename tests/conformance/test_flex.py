@@ -329,8 +329,9 @@ def test_documents_packed(dtype: torch.dtype) -> None:
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     wanted = flex_forward(KINDS["documents"], [q, k, v])
     for b in range(BATCH_SIZE):
+        packed = [x[b].transpose(0, 1) for x in (q, k, v)]
         got = rk.flash_attn_varlen_func(
-            *(x[b].transpose(0, 1) for x in (q, k, v)), bounds, bounds, 22, 22, causal=True
+            packed[0], packed[1], packed[2], bounds, bounds, 22, 22, causal=True
         )
         tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
         torch.testing.assert_close(got.transpose(0, 1), wanted[b], rtol=tolerance, atol=tolerance)

@@ -181,7 +181,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
     "paddleocr_vl": MROPE,
-    "qwen2_5_omni_thinker": MROPE,
+    "qwen2_5_omni_thinker": {**MROPE, "vision_start_token_id": FIRST_FREE_TOKEN + 15},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": FIRST_FREE_TOKEN + 15},
     "qwen2_5_vl": MROPE,
     "qwen2_vl": {**MROPE, "vision_config.hidden_size": WIDTH},
     "qwen3_5": HALF_MROPE,
@@ -208,7 +209,7 @@ class Shrink:
     def __init__(self) -> None:
         self.tokens: dict[str, int] = {}
 
-    def __call__(self, config: dict[str, Any], of_vision: bool = False) -> dict[str, Any]:
+    def __call__(self, config: dict[Any, Any], of_vision: bool = False) -> dict[str, Any]:
         layers = config.get("num_hidden_layers")
         kinds = len(set(config.get("layer_types") or ()))
         count = max(LAYERS, kinds)
@@ -316,9 +317,9 @@ def picture(model: Any) -> tuple[dict[str, Tensor], int]:
     features = getattr(body, "get_image_features", None)
     names = parameters_of(model)
     patch = getattr(vision, "patch_size", None) or 14
-    patch = patch if isinstance(patch, int) else patch[0]
+    patch = int(patch if isinstance(patch, int) else patch[0])
     size = getattr(vision, "image_size", None) or 64
-    size = size if isinstance(size, int) else size[0]
+    size = int(size if isinstance(size, int) else size[0])
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(3))
@@ -326,7 +327,8 @@ def picture(model: Any) -> tuple[dict[str, Tensor], int]:
     if config.model_type in PICTURES:
         given = PICTURES[config.model_type](noise, patch, size)
     elif "image_grid_thw" in names:
-        times = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1)
+        names_of_times = ("temporal_patch_size", "patch_temporal")
+        times = next((getattr(vision, x) for x in names_of_times if hasattr(vision, x)), 1)
         given = {
             "pixel_values": noise(16, 3 * patch**2 * times),
             "image_grid_thw": torch.tensor([[1, 4, 4]]),

@@ -271,6 +271,16 @@ def test_a_token_over_a_full_window_has_no_mask() -> None:
     assert mask is None
 
 
+def test_a_mask_that_a_model_concatenates_is_dense() -> None:
+    """`generate` makes T5Gemma 2's masks for a static cache: with no skip, of four dimensions."""
+    mask = masks.key_mask(
+        batch_size=1, q_length=3, q_offset=0, kv_length=3, kv_offset=0,
+        mask_function=masking_utils.causal_mask_function, allow_is_causal_skip=True,
+        config=SimpleNamespace(model_type="t5gemma2_decoder"),
+    )  # fmt: skip
+    assert mask is not None and torch.equal(mask[0, 0], torch.ones(3, 3).tril().bool())
+
+
 def test_positions_of_transformers_4() -> None:
     """There the mask function is given the positions of the queries."""
     padding = torch.ones(2, 13, dtype=torch.bool)

@@ -93,6 +93,13 @@ def test_copies_and_pickles_are_the_same_spans() -> None:
         assert other == spans and other.ids.data_ptr() != spans.ids.data_ptr()
 
 
+def test_ids_that_are_assigned_become_contiguous() -> None:
+    spans = rk.Spans(torch.zeros(2, 7, dtype=torch.int32), 3)
+    spans.ids = torch.arange(14, dtype=torch.int32).reshape(7, 2).mT % 3
+    spans.check()
+    assert spans.ids.is_contiguous() and ids_of(spans)[1][:3] == [1, 0, 2]
+
+
 def test_inference_mode() -> None:
     """Its tensors do not count their versions."""
     with torch.inference_mode():

@@ -45,6 +45,8 @@ PATTERNS = {dtype: pattern for pattern, dtype in KEY_MASK_DTYPES.items()}
 
 # Layers of Gemma 4 that share keys take the last rows of the mask, so it must have rows.
 CUT_BY_ROWS = {"gemma4_text", "gemma4_unified_text"}
+# The decoder of T5Gemma 2 concatenates its mask with that of the encoder's keys.
+CONCATENATED = {"t5gemma2", "t5gemma2_decoder"}
 
 
 def key_mask(
@@ -113,6 +115,8 @@ def key_mask(
             **options,
         )
 
+    if getattr(config, "model_type", None) in CONCATENATED:
+        return dense()
     # transformers allows a skip only for its own patterns, with nothing added to them: one of the
     # two functions, or one of them with a window or chunks of local_size.
     if allow_is_causal_skip:
