@@ -450,6 +450,7 @@ def test_well_formed_calls_pass() -> None:
     """The calls that the table spoils are good ones."""
     for good in (call, torch_like, flash, varlen, cached):
         good()
+    call(q=torch.nn.Parameter(tensor(B, H, T, D)))  # the one subclass that means what it holds
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, T, N), (B, 0, N), (B, T, 0), (0, 0, 0)])

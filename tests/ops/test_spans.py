@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from functorch.compile import aot_function, nop
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.compilers import nop
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ral_kernels as rk
