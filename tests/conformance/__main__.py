@@ -65,6 +65,8 @@ class Table:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             return "failed", crash.message if crash else str(report.longrepr)
+        if hasattr(report, "wasxfail"):  # known to fail, and counted as such where it does
+            return ("passed", "") if report.passed else ("failed", report.wasxfail)
         if report.skipped:
             _, _, why = report.longrepr  # type: ignore[misc]
             return "not applicable", why.removeprefix("Skipped: ")

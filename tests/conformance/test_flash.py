@@ -2,7 +2,8 @@
 
 The largest error against float64 is at most twice that of PyTorch, or three times with a soft cap,
 plus the absolute terms of those tests. They are twice the rounding of the result at 0.3, and 1e-5,
-or 3e-4 for gradients with a soft cap. PyTorch is attention written out in the same dtype.
+or 3e-4 for gradients with a soft cap. To them comes the rounding of a float32 sum over the queries.
+PyTorch is attention written out in the same dtype.
 
 Every pair of values of a grid occurs, rather than their whole product. There are two samples and
 four heads, or one sample and one key head where a head has half a million scores.
@@ -134,7 +135,9 @@ def assert_flash_rule(
         assert x.shape == true.shape
         rounded = true.to(x.dtype)
         atol = 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max()) if true.numel() else 0.0
-        atol += 3e-4 if softcap and name != "out" else 1e-5
+        # Of one key the true gradients vanish: what is left is the rounding of a sum over queries.
+        noise = 4 * torch.finfo(torch.float32).eps * math.sqrt(truth[0].shape[-3:-1].numel())
+        atol += 3e-4 if softcap and name != "out" else max(1e-5, noise)
         if of_gradients is not None and name != "out":
             factor, atol = of_gradients
         wanted = factor * largest(base - true) + atol
@@ -322,8 +325,7 @@ PACKED = ["qkvpacked", "kvpacked", "varlen_qkvpacked", "varlen_kvpacked"]
 
 
 @pairs_of(
-    "test_flash_varlen",
-    quick=0,
+    "test_flash2_packed",
     kind=PACKED,
     dtype=DTYPES,
     local=[False, True],
@@ -355,8 +357,7 @@ def test_flash2_packed(row: Row) -> None:
 
 
 @pairs_of(
-    "test_flash_varlen",
-    quick=0,
+    "test_flash_kvcache",
     dtype=DTYPES,
     heads=list(KV_HEADS),
     new_kv=[False, True],
@@ -448,7 +449,6 @@ def test_flash_refused(kind: str, refused: Refused) -> None:
         call()
 
 
-@slow("test_flash_refused")
 @pytest.mark.parametrize("kind", ["block_table", "rotary_cos", "alibi_slopes"])
 def test_flash_kvcache_refused(kind: str, refused: Refused) -> None:
     q = _q()

@@ -273,7 +273,7 @@ def families() -> dict[str, str]:
     return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
-def build(family: str, attn_implementation: str) -> Any:
+def build(family: str, attn_implementation: str | dict[str, str]) -> Any:
     """The model with a head, in float32 and eval mode; the same weights at every call."""
     import transformers
     from transformers import CONFIG_MAPPING
