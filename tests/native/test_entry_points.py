@@ -38,7 +38,7 @@ needs_library = pytest.mark.skipif(
 
 @dataclass
 class Call:
-    """The structs of a call, the tensors behind them, and the entry point."""
+    """The structs of a call, the tensors that they point into, and the entry point."""
 
     entry: str
     structs: list[Any]
