@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,32 @@ class UnexpandedPrompts:
         ids: list[int] = tokenizer(text, add_special_tokens=not begins)["input_ids"]
         return ids
 
+    def around(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """The engine's `generate` for prompts of the processor.
+
+        Raises:
+            RolloutError: when called; the engine makes another number of tokens of an image.
+        """
+
+        def generate_unexpanded(
+            prompts: list[list[int]], images: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            if images is None:
+                return generate(prompts, images, *args, **kwargs)
+            output = generate([self.of(ids) for ids in prompts], images, *args, **kwargs)
+            for ids, read in zip(prompts, output[0], strict=True):
+                ours, theirs = (list(each).count(self._image_token) for each in (ids, read))
+                if ours != theirs:
+                    raise RolloutError(
+                        "train: vLLM must read the images of a prompt as the trainer does; got "
+                        f"{theirs} image tokens from vLLM and {ours} from the trainer's processor: "
+                        "save the processor, with its min_pixels and max_pixels, into the folder "
+                        "of the model"
+                    )
+            return output
+
+        return generate_unexpanded
+
     def of(self, ids: list[int]) -> list[int]:
         """A prompt for the engine, from the processor's ids and what turns with tools added."""
         for length in sorted({len(prompt) for prompt in self._unexpanded}, reverse=True):
@@ -167,8 +193,7 @@ def check_agreement(value: float, bound: float) -> None:
         raise RolloutError(
             f"train: vLLM's probabilities of the first rollouts must agree with the model's; got a "
             f"mean importance ratio of {value:.3f}, below vllm_min_ratio={bound:g}: vLLM reads "
-            "other prompts or weights (a max_pixels that its model folder lacks, or a version that "
-            "TRL does not support)"
+            "other prompts or weights, as with a version that TRL does not support"
         )
 
 

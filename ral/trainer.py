@@ -97,6 +97,9 @@ class RALTrainer(MeasuringTrainer):
         super().__init__(model, reward_funcs, args, *positional, **named)
         rollouts.keep_media_out(self)
         self._unexpanded = rollouts.UnexpandedPrompts(self)
+        if args.use_vllm and args.vllm_mode == "colocate":
+            engine = self.vllm_generation
+            engine.generate = self._unexpanded.around(engine.generate)
         self._agrees = not args.use_vllm or not rollouts.samples_the_whole_distribution(self)
         # TRL pads prompts on the left, but takes token types as the processor pads them. On another
         # side, image positions would be wrong in a batch of prompts of different lengths.
@@ -230,8 +233,6 @@ class RALTrainer(MeasuringTrainer):
         *rest: Any,
         **kw: Any,
     ) -> Any:
-        if images is not None and self.use_vllm and self.vllm_mode == "colocate":
-            prompt_ids = [self._unexpanded.of(ids) for ids in prompt_ids]
         if not (self.args.explores and self._rolling_out):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
         ids, mask = self._pad_prompts(prompt_ids)

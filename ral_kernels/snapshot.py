@@ -276,6 +276,7 @@ class AttentionSnapshot:
                 raise TypeError(
                     f"{_OP}.cat: snapshots must hold snapshots; got {type(snapshot).__name__}"
                 )
+            snapshot.check()
         first = snapshots[0]
         for i, snapshot in enumerate(snapshots):
             if (got := snapshot._signature()) != (wanted := first._signature()):
@@ -320,6 +321,7 @@ class AttentionSnapshot:
             ValueError: a tensor is missing, or has a wrong shape, device or value.
         """
         op = f"{_OP}.from_tensors"
+        like.check()
         wanted = list(like.tensors())
         if sorted(tensors) != sorted(wanted):
             raise ValueError(
@@ -521,8 +523,9 @@ def _check_options(op: str, options: Mapping[str, Any]) -> None:
     if options["scale"] is None or options["softcap"] is None:
         raise TypeError(f"{op}: scale and softcap must be numbers; got None")
     checks.resolve_scale(op, options["scale"], 1)
-    if options["softcap"] != 0:  # no soft cap
-        checks.resolve_softcap(op, options["softcap"])
+    softcap = options["softcap"]
+    if type(softcap) not in (int, float) or softcap != 0:  # 0 = no soft cap
+        checks.resolve_softcap(op, softcap)
 
 
 def _check_prefix_index(op: str, index: Any, k_prefix: Tensor, *, read_values: bool = True) -> None:

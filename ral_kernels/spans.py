@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime.checks import dtype_name, has_values, is_int, to_int
+from .runtime.checks import check_tensor, dtype_name, has_values, is_int, to_int
 
 GRANULARITIES = ("frame", "image", "tile", "token")
 
@@ -37,6 +37,7 @@ class Spans:
 
     def __init__(self, ids: Tensor, num_spans: int) -> None:
         _check_kinds(ids, num_spans)
+        num_spans = to_int(num_spans)
         if has_values(ids):
             # The copy is what is checked: the caller's memory may change at any time.
             ids = ids.to(ids.dtype, copy=True)
@@ -65,7 +66,7 @@ class Spans:
                 raise TypeError(f"Spans: ids must stay int32; got {dtype_name(ids.dtype)}")
             if has_values(ids):
                 _check_values(ids, num_spans)
-            self._keep(ids, num_spans)
+            self._keep(ids.contiguous(), num_spans)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"ids": self.ids, "num_spans": self.num_spans}
@@ -236,7 +237,9 @@ class Spans:
 
     def extend_to(self, seqlen_k: int) -> Spans:
         """The same spans over more keys, such as generated text; the new keys belong to none."""
-        extra = seqlen_k - self.seqlen_k
+        if not is_int(seqlen_k):
+            raise TypeError(f"Spans.extend_to: seqlen_k must be an int; got {seqlen_k!r}")
+        extra = to_int(seqlen_k) - self.seqlen_k
         if extra < 0:
             raise ValueError(
                 f"Spans.extend_to: seqlen_k must be at least {self.seqlen_k}; got {seqlen_k}"
@@ -285,8 +288,7 @@ class Spans:
 
 
 def _check_kinds(ids: Any, num_spans: Any) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"Spans: ids must be an int32 tensor; got {type(ids).__name__}")
+    check_tensor("Spans", "ids", ids, "an int32 tensor")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"Spans: ids must be int32 or int64; got {dtype_name(ids.dtype)}")
     if ids.dim() not in (1, 2):

@@ -51,7 +51,8 @@ def load_jsonl(
 
     The fields of a line:
 
-    - `problem`: the question.
+    - `problem`: the question. `<image>` in it, once for each image, says where the images stand;
+      one `<video>` stands for all frames.
     - `options`: texts, with or without their letters. Multiple choice needs two or more; other
       types need none.
     - `solution`: with or without `<answer>` tags.
@@ -82,9 +83,9 @@ def load_jsonl(
             decode every image for that.
 
     Returns:
-        A dataset with the columns prompt (a conversation with images before the text),
-        images (PIL, RGB), solution (bare), problem_type, problem_id, options (texts without
-        letters) and process (str or None).
+        A dataset with the columns prompt (a conversation with images before the text, or where it
+        marks them), images (PIL, RGB), solution (bare), problem_type, problem_id, options (texts
+        without letters) and process (str or None).
 
     Raises:
         DataError: invalid lines (the first 20 errors, and the number of the others), or no valid

@@ -121,7 +121,7 @@ def conversation(text: str, num_images: int) -> list[dict[str, Any]]:
     if marks not in (0, num_images) or VIDEO in text:
         raise DataError(
             f"problem must hold {IMAGE} once for each image, {num_images} times, or only at its "
-            f"beginning and end; got {marks} and {text.count(VIDEO)} {VIDEO}"
+            f"beginning and end; got {marks} {IMAGE} and {text.count(VIDEO)} {VIDEO}"
         )
     texts = text.split(IMAGE) if marks else [""] * num_images + [text]
     content = [{"type": "text", "text": texts[0]}]

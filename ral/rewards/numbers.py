@@ -35,7 +35,9 @@ _SCALES = {
     **dict.fromkeys(("trillion", "tn", "trn", "万亿"), 1e12),
 }
 # With the space before them: "5 K" is a temperature, "5 m" a length.
-_LETTERS = {"k": 1e3, " k": 1e3, "K": 1e3, "M": 1e6, " M": 1e6, "B": 1e9, "T": 1e12}
+_LETTERS = {"k": 1e3, " k": 1e3, "K": 1e3, "M": 1e6, " M": 1e6, "B": 1e9, " B": 1e9, "T": 1e12}
+_LETTERS_OF_MONEY = {"m": 1e6, " m": 1e6, "b": 1e9, " b": 1e9, "t": 1e12}
+_MONEY = re.compile(r"[^0-9$]*(?:[€£¥₹]|\$[^$]*$)")  # and not $5m$
 _HAN_SCALES = re.compile(r"[百千万萬亿億]+")
 # Words that take a number back, or leave it open.
 _DENIALS = set(
@@ -58,9 +60,8 @@ _NOT_UNITS = _DENIALS | set(
 )
 _NOT_UNITS_HAN = re.compile(r"[或和与到至不没非错误半点又几多]|以[上下]|左右")
 _DENIALS_HAN = re.compile(r"[或不没非未错误]|可能|也许")
-_VARIABLE = re.compile(
-    r" ?([abeijnopqruvwxyz])(?![^\W\d_]|['’])"
-)  # "5i", "2\pi r"; but "5x" is 5 times
+# "5i", "2\pi r"; but "5x" is 5 times.
+_VARIABLE = re.compile(r" ?([abeijnopqruvwxyz])(?![^\W\d_]|['’])")
 
 _LEAD_INS = [
     re.compile(pattern, re.IGNORECASE)
@@ -127,6 +128,7 @@ def parse_number(text: str) -> Number | None:
     """
     if len(text) > MAX_ANSWER:
         return None
+    money = _MONEY.match(text) is not None
     text = clean_answer("".join(map(_plain_sign, text)).translate(_CHARACTERS))
     if len(text) > _LONGEST:
         return None
@@ -138,7 +140,7 @@ def parse_number(text: str) -> Number | None:
     if len(sides) > 4:
         return None
     *others, last = sides
-    number = _one_number(last)
+    number = _one_number(last, money=money)
     if number is None or not all(_agrees(_one_number(side, sums=True), number) for side in others):
         return None
     return number
@@ -196,7 +198,7 @@ def _denies(text: str) -> bool:
     return not words.isdisjoint(_DENIALS) or _DENIALS_HAN.search(text) is not None
 
 
-def _one_number(text: str, *, sums: bool = False) -> Number | None:
+def _one_number(text: str, *, sums: bool = False, money: bool = False) -> Number | None:
     """The number of a text without lead-in, with its unit; `sums` also reads "2+3"."""
     text = _bare(text)
     signs = _SIGN.match(text)
@@ -219,10 +221,10 @@ def _one_number(text: str, *, sums: bool = False) -> Number | None:
         value = -read if sign == "-" else read
         rest = text[numeral.end() :]
     variable = _VARIABLE.match(rest)
-    if variable and (formula or variable[1] != "x"):
+    if variable and (formula or variable[1] != "x") and not (money and variable[1] == "b"):
         return None
     percent = _PERCENT.match(rest)
-    scale = _suffix_scale(rest[percent.end() :] if percent else rest)
+    scale = _suffix_scale(rest[percent.end() :] if percent else rest, money)
     if scale is None or not math.isfinite(value * scale):
         return None
     return Number(value * scale, percent is not None)
@@ -244,7 +246,7 @@ def _numeral(match: re.Match[str]) -> float:
     return float(f"{digits}e{match['e'] or 0}")
 
 
-def _suffix_scale(rest: str) -> float | None:
+def _suffix_scale(rest: str, money: bool) -> float | None:
     """The factor that the text after a number stands for; None if that is not a unit."""
     # "10²" and "5¼" were rewritten; other such signs are other numbers.
     if (
@@ -258,8 +260,9 @@ def _suffix_scale(rest: str) -> float | None:
         return 1.0
     scale = 1.0
     letters = rest[: rest.index(words[0]) + len(words[0])]
-    if letters in _LETTERS:
-        scale = _LETTERS[letters]
+    letter = _LETTERS.get(letters) or (_LETTERS_OF_MONEY.get(letters) if money else None)
+    if letter is not None:
+        scale = letter
         del words[0]
     elif han := _HAN_SCALES.match(words[0]):
         scale = _SCALES.get(han[0], math.nan)

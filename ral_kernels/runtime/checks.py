@@ -124,7 +124,7 @@ _LEAST, _GREATEST = 2.0**-126, 2.0**126
 def _finite_number(op: str, name: str, value: Any, wanted: str) -> float:
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return cast(float, value)  # a symbolic number has no value before the graph runs
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{op}: {name} must be {wanted}; got {type(value).__name__}")
     number = cast(float, value)
     # Comparisons alone: torch.compile traces them for a symbolic number, but not math.isfinite.

@@ -68,7 +68,7 @@ class Table:
         if hasattr(report, "wasxfail"):  # known to fail, and counted as such where it does
             return ("passed", "") if report.passed else ("failed", report.wasxfail)
         if report.skipped:
-            _, _, why = report.longrepr  # type: ignore[misc]
+            why = str(report.longrepr[2])  # type: ignore[index]
             return "not applicable", why.removeprefix("Skipped: ")
         return next(
             (("refused", str(x)) for key, x in report.user_properties if key == "refused"),

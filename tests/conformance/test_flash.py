@@ -398,8 +398,10 @@ def test_flash_kvcache(row: Row) -> None:
     integers = {"dtype": torch.int32}
     out = rk.flash_attn_with_kvcache(
         q,
-        *caches,
-        *(new if row["new_kv"] else (None, None)),
+        caches[0],
+        caches[1],
+        k=new[0] if row["new_kv"] else None,
+        v=new[1] if row["new_kv"] else None,
         cache_seqlens=torch.tensor(lengths, **integers) if row["per_sample"] else room,
         cache_batch_idx=torch.tensor(chosen, **integers) if row["batch_idx"] else None,
         cache_leftpad=torch.tensor(pads, **integers) if row["leftpad"] else None,

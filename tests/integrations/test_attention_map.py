@@ -333,7 +333,7 @@ def test_only_the_formats_that_are_named_are_opened(tiny: tuple[Any, Any], tmp_p
     """Pillow hands an EPS, whatever it is called, to Ghostscript."""
     eps = tmp_path / "a.png"
     eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
-    with pytest.raises(OSError, match="cannot identify image file"):
+    with pytest.raises(viz.PictureError, match="cannot identify image file"):
         attention_map(*tiny, eps, "What?", response=ANSWER)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import ral_kernels as rk
 from ral_kernels.integrations.transformers import register
 from ral_kernels.integrations.transformers.capture import capture
 from tests.integrations.eager_maps import eager_policy, footprint, leaves_nothing
-from tests.integrations.models import FAMILIES, build, inputs
+from tests.integrations.models import FAMILIES, TEXT, build, inputs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,6 +27,7 @@ def model() -> Any:
 
 
 BATCH = inputs("qwen2")
+SPAN = rk.Spans.from_lengths([3])
 OTHER = {"input_ids": BATCH["input_ids"].flip(-1)}
 
 
@@ -380,3 +382,29 @@ def test_a_static_cache_is_refused_in_single_steps_too(model):
             model(BATCH["input_ids"][:, :1], past_key_values=cache, use_cache=True)
     with pytest.raises(NotImplementedError, match="static cache"):
         captured.policy()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "1 .*got 2, a Lfm2Decoder"),
+        (
+            "MllamaText",
+            {"cross_attention_layers": [2], "rope_parameters": {"rope_type": "default"}},
+            "0, 1 .*got 2, a MllamaCrossAttentionDecoderLayer",
+        ),
+    ],
+)
+def test_layers_without_self_attention_are_told_from_those_with_it(
+    name: str, options: dict[str, Any], wanted: str
+) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{**TEXT, "num_hidden_layers": 3, **options})
+    model_class = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
+    hybrid = model_class._from_config(config, attn_implementation="sdpa")
+    for user in (capture, functools.partial(rk.steer, span_bias=torch.zeros(1), spans=SPAN)):
+        with pytest.raises(
+            NotImplementedError, match=f"layers must pick .* self-attention .* are {wanted}"
+        ):
+            user(hybrid, layers=-1)

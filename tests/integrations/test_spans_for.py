@@ -244,7 +244,7 @@ def test_models_whose_processors_return_grids(model_type: str) -> None:
 
     processor_class, tokens, steps = WITH_GRIDS[model_type]
     processor = tiny_processors.with_grids(processor_class, **tokens)
-    video = {
+    video: dict[str, Any] = {
         "video_grid_thw": torch.tensor([[3 * steps, 4, 8]]),
         "video_metadata": [
             SimpleNamespace(

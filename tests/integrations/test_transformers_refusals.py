@@ -132,7 +132,7 @@ def tiny_gemma4(implementation: str) -> Any:
 
 def test_labels_with_capture_and_in_a_compiled_model() -> None:
     """Which keywords are read is found while the graph is traced."""
-    model = models.build("llama", "ral")
+    model = models.build("llama", "ral", num_hidden_layers=1)
     with capture(model) as captured:
         model(**models.inputs("llama"), labels=models.inputs("llama")["input_ids"])
     torch.testing.assert_close(captured.policy()[:, 1:].sum(-1), torch.ones(2, 6))
@@ -174,6 +174,14 @@ def test_output_attentions_is_refused() -> None:
 def test_masks_that_are_refused(mask: Tensor, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=f"SomeAttention, layer 3: .*{match}"):
         attention_forward(SomeAttention(), *tiny(), mask)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_masks_of_packed_batches_are_told_what_to_use(dimensions: int) -> None:
+    model, ids = models.build("llama", "ral"), models.inputs("llama")["input_ids"]
+    shape = ids.shape[1:] if dimensions == 1 else (*ids.shape, ids.shape[1])
+    with pytest.raises(TypeError, match=r"attention_mask must be \[B, N\].*go by cu_seq_lens_q"):
+        model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.long))
 
 
 def test_windows_that_are_refused() -> None:

@@ -38,7 +38,7 @@ needs_library = pytest.mark.skipif(
 
 @dataclass
 class Call:
-    """The structs of a call, the tensors behind them, and the entry point."""
+    """The structs of a call, the tensors that they point into, and the entry point."""
 
     entry: str
     structs: list[Any]
@@ -232,7 +232,7 @@ CALLS: dict[str, tuple[Callable[[], Call], dict[str, tuple[Any, ...]]]] = {
     ),
     "divergence_fwd": (
         rows_call,
-        {"0.num_rows": (-1, 2**31, 2**62), "0.length": (-1, 2**31, 2**62), "0.p": (None,),
+        {"0.num_rows": (-1, 2**31, 2**62), "0.length": (-1, 2**31, 2**63 - 1), "0.p": (None,),
          "0.r": (None,), "0.value": (None,), "0.kind": (-1, 3), "0.num_threads": (0, -1)},
     ),
 }  # fmt: skip

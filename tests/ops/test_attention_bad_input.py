@@ -163,6 +163,10 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^Spans: ids must be .*got bool"),
     ("spans_ids_list", lambda: rk.Spans([0, 1], 3), TypeError,
      r"^Spans: ids must be an int32 tensor; got list"),  # type: ignore[arg-type]
+    ("spans_ids_subclass", lambda: rk.Spans(torch.zeros(7).int().as_subclass(Tagged), 3), TypeError,
+     r"^Spans: ids must be an int32 tensor; got Tagged, a subclass of Tensor"),
+    ("spans_ids_sparse", lambda: rk.Spans(torch.zeros(7).int().to_sparse(), 3), TypeError,
+     r"^Spans: ids must be a dense tensor; got a sparse_coo one"),
     ("spans_ids_rank", lambda: rk.Spans(torch.zeros(1, 2, 3, dtype=torch.int32), 3), ValueError,
      r"^Spans: ids must be \[N\] or \[B, N\]; got \(1, 2, 3\)"),
     ("spans_number_float", lambda: rk.Spans(torch.zeros(7, dtype=torch.int32), 3.0), TypeError,
@@ -446,6 +450,7 @@ def test_well_formed_calls_pass() -> None:
     """The calls that the table spoils are good ones."""
     for good in (call, torch_like, flash, varlen, cached):
         good()
+    call(q=torch.nn.Parameter(tensor(B, H, T, D)))  # the one subclass that means what it holds
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, T, N), (B, 0, N), (B, T, 0), (0, 0, 0)])

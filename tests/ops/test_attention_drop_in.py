@@ -396,12 +396,12 @@ def test_flash_attn_with_kvcache(options: dict[str, Any], lengths: str, rest: st
     if "leftpad" in rest:
         extra["cache_leftpad"] = torch.tensor(pads, dtype=torch.int32)
     out, lse = rk.flash_attn_with_kvcache(
-        q, *caches, **extra, return_softmax_lse=True, num_splits=1, **options
+        q, caches[0], caches[1], **extra, return_softmax_lse=True, num_splits=1, **options
     )
     torch.testing.assert_close(out, torch.cat(outs))
     torch.testing.assert_close(lse, torch.cat(lses))
     assert all(torch.equal(a, b) for a, b in zip(caches, wanted_caches, strict=True))
-    again = rk.flash_attn_with_kvcache(q, *caches, **extra, **options)
+    again = rk.flash_attn_with_kvcache(q, caches[0], caches[1], **extra, **options)
     assert isinstance(again, Tensor) and torch.equal(again, out)
 
 
@@ -483,7 +483,7 @@ def test_tokens_of_no_packed_sequence(backend: str) -> None:
     def call(count: int) -> tuple[Tensor, ...]:
         ids = rk.Spans(spans.ids[:count], 2)
         out, marginals, lse = call_attention(
-            "attention", *(x[:, :, :count] for x in (q, k, v)), ids, scale=0.25,
+            "attention", q[:, :, :count], k[:, :, :count], v[:, :, :count], ids, scale=0.25,
             window=(-1, 0), softcap=0.0, span_bias=bias[:, :, :count], cu_seqlens_q=bounds,
             cu_seqlens_k=bounds, backend=backend,
         )  # fmt: skip

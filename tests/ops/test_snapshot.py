@@ -336,6 +336,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "scale_nan": ({"scale": float("nan")}, ValueError, "scale must be .*; got nan"),
     "scale_text": ({"scale": "1"}, TypeError, "scale must be .*; got str"),
     "scale_none": ({"scale": None}, TypeError, "scale and softcap must be numbers; got None"),
+    "softcap_false": ({"softcap": False}, TypeError, "softcap must be .*; got bool"),
     "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap must be .*; got -1.0"),
     "window": ({"window_left": -2}, ValueError, "window_left must lie in .*; got -2"),
     "window_float": ({"window_right": 1.0}, TypeError, "window_right must be an int; got float"),
@@ -377,7 +378,7 @@ def test_options_must_be_complete_and_known(way: str, name: str, word: str, tmp_
 def test_from_tensors_refuses(fault: str) -> None:
     changes, exception, message = FAULTS[fault]
     snapshot = shared(span_bias=torch.zeros(B, 1, 1, 3))
-    tensors = snapshot.tensors()
+    tensors: dict[str, Any] = snapshot.tensors()
     for name, change in changes.items():
         tensors[name] = change(tensors[name]) if change else None
     if fault == "no_index":
@@ -421,6 +422,12 @@ def test_ops_check_what_was_assigned_or_edited_since() -> None:
     snapshot.prefix_index[0] = 0
     assert not attention_divergence(q, k, snapshot).any()
     snapshot.k = snapshot.k[:1].clone()
+    for use in (
+        lambda: AttentionSnapshot.cat([snapshot, shared()]),
+        lambda: AttentionSnapshot.from_tensors(shared().tensors(), like=snapshot),
+    ):
+        with pytest.raises(ValueError, match=r"k must be \[B, Hk, N, D\] with B=6"):
+            use()
     with pytest.raises(ValueError, match=r"k must be \[B, Hk, N, D\] with B=6"):
         rk.ral_loss(q.requires_grad_(), k, snapshot, torch.ones(B))
 

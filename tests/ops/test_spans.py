@@ -14,6 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.compilers import nop
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ral_kernels as rk
 from tests.hypothesis_settings import REPRODUCIBLE
@@ -90,12 +93,35 @@ def test_copies_and_pickles_are_the_same_spans() -> None:
         assert other == spans and other.ids.data_ptr() != spans.ids.data_ptr()
 
 
+def test_ids_that_are_assigned_become_contiguous() -> None:
+    spans = rk.Spans(torch.zeros(2, 7, dtype=torch.int32), 3)
+    spans.ids = torch.arange(14, dtype=torch.int32).reshape(7, 2).mT % 3
+    spans.check()
+    assert spans.ids.is_contiguous() and ids_of(spans)[1][:3] == [1, 0, 2]
+
+
 def test_inference_mode() -> None:
     """Its tensors do not count their versions."""
     with torch.inference_mode():
         spans = rk.Spans(torch.zeros(7, dtype=torch.int32), 3)
         q = torch.randn(1, 1, 7, 8)
         assert rk.attention(q, q, q, spans.extend_to(7)).marginals is not None
+
+
+def test_ids_whose_values_cannot_be_read() -> None:
+    """Under vmap and in a graph that is traced, ids out of range become -1."""
+    ids = torch.tensor([[0, 1, 2], [2, 3, -5]])
+    mapped = torch.vmap(lambda row: rk.Spans(row, np.int64(3)).ids)(ids)
+    assert mapped.tolist() == [[0, 1, 2], [2, -1, -1]]
+    q = torch.randn(2, 1, 3, 4)
+
+    def marginals(q: torch.Tensor, ids: torch.Tensor) -> Any:
+        return rk.attention(q, q, q, rk.Spans(ids, 3)).marginals
+
+    traced = aot_function(marginals, fw_compiler=nop)(q, ids)
+    assert torch.equal(traced, marginals(q, torch.tensor([[0, 1, 2], [2, -1, -1]])))
+    graph = make_fx(marginals, tracing_mode="fake")(q, ids)
+    assert torch.equal(graph(q, ids), traced)
 
 
 def test_from_lengths() -> None:
@@ -196,6 +222,9 @@ def test_extend_to() -> None:
     assert ids_of(rk.Spans(torch.tensor([[0], [1]]), 2).extend_to(2)) == [[0, -1], [1, -1]]
     with pytest.raises(ValueError, match=r"^Spans.extend_to: seqlen_k must be at least 3; got 2"):
         spans.extend_to(2)
+    with pytest.raises(TypeError, match=r"^Spans.extend_to: seqlen_k must be an int; got '5'"):
+        spans.extend_to("5")  # type: ignore[arg-type]
+    assert spans.extend_to(np.int8(5)) == spans.extend_to(5)
 
 
 def test_equality_and_repr() -> None:

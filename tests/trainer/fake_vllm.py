@@ -56,14 +56,15 @@ class LLM:
         return [self._answer(prompt, sampling_params) for prompt in prompts]
 
     def _answer(self, prompt: dict[str, Any], sampling: Any) -> Any:
-        ids, fields = list(prompt["prompt_token_ids"]), {}
+        ids, fields, counts = list(prompt["prompt_token_ids"]), {}, []
         if "multi_modal_data" in prompt:
             images = prompt["multi_modal_data"]["image"]
             images = images if isinstance(images, list) else [images]
             fields = dict(self._processor.image_processor(images, return_tensors="pt"))
-            ids = self._expand(ids, (fields["image_grid_thw"].prod(1) // 4).tolist())
+            counts = (fields["image_grid_thw"].prod(1) // 4).tolist()
+            ids = self._expand(ids, counts)
         self.lengths.append(len(ids))
-        given = torch.tensor([ids])
+        given = torch.tensor([self._words(ids, sum(counts))])
         fields["mm_token_type_ids"] = (given == self._pad).int()
         made = self.model.generate(
             given, **fields, return_dict_in_generate=True, output_scores=True,
@@ -90,14 +91,16 @@ class LLM:
             start = ids.index(self._pad, start)
             ids[start : start + 1] = [self._pad] * count
             start += count
-        # Those that were left are embedded like words; our model would look for their images.
+        return ids
+
+    def _words(self, ids: list[int], images: int) -> list[int]:
+        """Placeholders after those of the images as words: our model would look for an image."""
         word = self._processor.tokenizer.convert_tokens_to_ids("?")
-        kept, left = sum(counts), []
-        for token in ids:
-            is_pad = token == self._pad
-            left.append(word if is_pad and kept == 0 else token)
-            kept -= is_pad and kept > 0
-        return left
+        first = [index for index, token in enumerate(ids) if token == self._pad][:images]
+        return [
+            word if token == self._pad and index not in first else token
+            for index, token in enumerate(ids)
+        ]
 
 
 class SamplingParams(SimpleNamespace):

@@ -406,7 +406,16 @@ def test_full_disks_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert checkpoints.is_full(error, Path()) is full
 
 
-@pytest.mark.parametrize("name", ["torch", "torch, for another reason"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch",
+        pytest.param(
+            "torch, for another reason",
+            marks=pytest.mark.slow(stands_in="test_full_disks_are_recognised"),
+        ),
+    ],
+)
 def test_a_full_disk_is_called_so(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -581,13 +581,16 @@ def test_images_stand_where_the_problem_marks_them(folder):
 @pytest.mark.parametrize(
     ("change", "got"),
     [
-        ({"problem": "Is <image> red?", "path": ["red.png", "red.png"]}, "2 times.*got 1 and 0"),
-        ({"problem": "Is <image> as red as <image>?"}, "1 times.*got 2 and 0"),
-        ({"options": ["<image>", "<image>"]}, "1 times.*got 2 and 0"),
-        ({"problem": "Is <video> red?"}, "1 times.*got 0 and 1 <video>"),
+        (
+            {"problem": "Is <image> red?", "path": ["red.png", "red.png"]},
+            "2 times.*got 1 <image> and 0",
+        ),
+        ({"problem": "Is <image> as red as <image>?"}, "1 times.*got 2 <image> and 0"),
+        ({"options": ["<image>", "<image>"]}, "1 times.*got 2 <image> and 0"),
+        ({"problem": "Is <video> red?"}, "1 times.*got 0 <image> and 1 <video>"),
         (
             {"problem": "Is <video> as <video>?", "path": "clip.gif", "data_type": "video"},
-            "5 times.*got 0 and 2 <video>",
+            "5 times.*got 0 <image> and 2 <video>",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 from ral import RALTrainer
-from ral.rollouts import RolloutError, agreement, media_tokens
+from ral.models import limit_pixels
+from ral.rollouts import RolloutError, UnexpandedPrompts, agreement, media_tokens
 from tests.integrations import tiny_checkpoint, tiny_processors
 from tests.trainer import fake_vllm, tiny
 
@@ -133,14 +135,40 @@ def test_vllm_reads_the_prompts_that_are_trained_on(
     assert len(differences) == 2 and max(differences) < 0.015
 
 
-def test_training_stops_where_vllm_reads_other_prompts(
+def test_training_stops_where_vllm_reads_images_in_another_size(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As TRL alone hands them over."""
+    """It reads the processor of the model's folder, which may have other limits."""
     fake_vllm.install(monkeypatch)
-    trainer = tiny.trainer(
-        path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1,
-    )  # fmt: skip
+    trainer = tiny.trainer(path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1)
+    limit_pixels(trainer.processing_class, max_pixels=2 * 28 * 28)
+    with pytest.raises(RolloutError, match="got 6 image tokens from vLLM and 1 from the trainer's"):
+        trainer.train()
+
+
+def test_training_stops_where_vllm_samples_from_another_distribution(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has other weights here, and the weights of the trainer do not reach it."""
+    fake_vllm.install(monkeypatch)
+    trainer = tiny.trainer(path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1)
+    engine = trainer.vllm_generation.llm
+    monkeypatch.setattr(engine, "load_weights", lambda weights: None)
+    with torch.no_grad():
+        engine.model.lm_head.weight.copy_(engine.model.lm_head.weight.flip(0))
+    with pytest.raises(
+        RolloutError, match=r"mean importance ratio of 0\.\d+, below vllm_min_ratio"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.slow(stands_in="test_training_stops_where_vllm_reads_images_in_another_size")
+def test_trl_alone_has_vllm_expand_placeholders_again(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_vllm.install(monkeypatch)
+    trainer = tiny.trainer(path, tmp_path, use_vllm=True, vllm_mode="colocate", max_steps=1)
     given: list[int] = []
 
     def of(ids: list[int]) -> list[int]:
@@ -148,11 +176,8 @@ def test_training_stops_where_vllm_reads_other_prompts(
         return ids
 
     monkeypatch.setattr(trainer._unexpanded, "of", of)
-    with pytest.raises(
-        RolloutError, match=r"mean importance ratio of 0\.\d+, below vllm_min_ratio"
-    ):
+    with pytest.raises(RolloutError, match="got 11 image tokens from vLLM and 6 from the trainer"):
         trainer.train()
-    assert trainer.state.global_step == 0
     # A picture of 2 x 3 tokens has 5 placeholders more.
     assert trainer.vllm_generation.llm.lengths == [length + 5 for length in given]
 
@@ -160,10 +185,6 @@ def test_training_stops_where_vllm_reads_other_prompts(
 @pytest.mark.parametrize("family", ["gemma3", "internvl", "llava_onevision", "qwen2_5_vl"])
 def test_unexpanded_prompts_of_a_family(family: str) -> None:
     """Gemma 3 and InternVL put more around an image than its placeholders."""
-    from types import SimpleNamespace
-
-    from ral.rollouts import UnexpandedPrompts
-
     processor = tiny_processors.build(family)
     mark = tiny_processors.PLACEHOLDER[family]
     template = tiny_checkpoint.CHAT_TEMPLATE.replace(

@@ -357,12 +357,13 @@ class ScoreTransform {
     return true;
   }
 
-  // acc: raw products in, scores out; -inf where a query does not see a key. bias: span bias
-  // [S][kColumns] or null. slope: receives d score / d (scaled product), [6][V], if softcap is on;
-  // may be null.
+  // acc: products in, which `scale` makes scores; scores out; -inf where a query does not see a
+  // key. bias: span bias [S][kColumns] or null. slope: receives d score / d (scaled product),
+  // [6][V], if softcap is on; may be null.
   template <class Block>
   RAL_NOINLINE void apply(Vec (&acc)[kTileRows][V], const Block& block, int64_t panel,
-                          int64_t group, const float* bias, int64_t bias_stride, Vec* slope) const {
+                          int64_t group, float scale, const float* bias, int64_t bias_stride,
+                          Vec* slope) const {
     const ral_attention_params& p = problem_.params;
     const int64_t column = panel * V * kLanes;
     float mask[kTileRows][V * kLanes];
@@ -373,7 +374,7 @@ class ScoreTransform {
       const int32_t span = bias && !hidden ? span_ids_[key] : -1;
       for (int v = 0; v < V; ++v) {
         const int64_t c = column + v * kLanes;
-        Vec x = acc[r][v] * p.scale;
+        Vec x = acc[r][v] * scale;
         if (p.softcap > 0) {
           const Vec t = tanh(x / p.softcap);
           x = t * p.softcap;

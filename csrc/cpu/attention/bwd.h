@@ -89,7 +89,7 @@ class AttentionBackward
       }
       float factor = params_.scale;
       if (__builtin_expect(!transform.is_plain(view.block, panel, group), 0)) {
-        transform.apply(p, view.block, panel, group, view.bias, kColumns, slope);
+        transform.apply(p, view.block, panel, group, params_.scale, view.bias, kColumns, slope);
         factor = 1.f;
         // If every score is about finfo.min, lse is too coarse to subtract. min() keeps P at 1 or
         // below.

@@ -90,7 +90,8 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
                                 int64_t group, Products& tile) const {
     tile.factor = params_.scale;
     if (__builtin_expect(transform.is_plain(view.block, panel, group), 1)) return;
-    transform.apply(tile.scores, view.block, panel, group, view.bias, kColumns, tile.slope);
+    transform.apply(tile.scores, view.block, panel, group, params_.scale, view.bias, kColumns,
+                    tile.slope);
     tile.factor = 1.f;
     // If every score is about finfo.min, lse is too coarse to subtract. min() keeps P at 1 or
     // below.

@@ -84,7 +84,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
                                scores);
         });
         Tile<V> tile;
-        for (int r = 0; r < kTileRows; ++r) tile.scores[r][0] = load(scores[r]);
+        for (int r = 0; r < kTileRows; ++r) tile.scores[r][0] = load(scores[r]) * params_.scale;
         Vec top[V] = {highest(tile.scores, 0)};
         Vec factors[V];
         if (finish_scores(transform, block, 0, group, begin, top, tile, state, factors)) {
@@ -120,16 +120,14 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     state.out_blocks[0] = 0;
   }
 
-  // Turns products into scores and makes room for them below the stabiliser. Returns whether it was
+  // Applies options to scores and makes room for them below the stabiliser. Returns whether it was
   // raised; `factors` is then what all sums were multiplied by.
   RAL_INLINE bool finish_scores(const ScoreTransform<V>& transform, const Block& block,
                                 int64_t panel, int64_t group, int64_t first_group, Vec (&top)[V],
                                 Tile<V>& tile, State& state, Vec (&factors)[V]) const {
-    tile.factor = params_.scale;
-    tile.to_log2 = kLog2e;
+    tile.factor = kLog2e;
     if (__builtin_expect(!transform.is_plain(block, panel, group), 0)) {
-      transform.apply(tile.scores, block, panel, group, state.bias, kColumns, nullptr);
-      tile.factor = 1.f;
+      transform.apply(tile.scores, block, panel, group, 1.f, state.bias, kColumns, nullptr);
       bool coarse = false;
       for (int v = 0; v < V; ++v) {
         top[v] = highest(tile.scores, v);
@@ -140,14 +138,13 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
         for (int r = 0; r < kTileRows; ++r) {
           for (int v = 0; v < V; ++v) tile.scores[r][v] = tile.scores[r][v] * kLog2e;
         }
-        tile.to_log2 = 1.f;
+        tile.factor = 1.f;
       }
     }
     const float* stabiliser = state.stabiliser + panel * kWidth;
     bool exceeded = false;
     RAL_UNROLL for (int v = 0; v < V; ++v) {
       float* highest_so_far = state.top + panel * kWidth + v * kLanes;
-      top[v] = top[v] * tile.factor;
       store(highest_so_far, max(load(highest_so_far), top[v]));
       top[v] = top[v] * kLog2e;
       exceeded |= any_greater(top[v], load(stabiliser + v * kLanes) + kSlack);
@@ -195,12 +192,15 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
       if (pending) exponentiate_tile(tile, panel, group - 1, first_group, false, state);
       multiply_tile<Compute, AOperand::kPacked, kTileRows, V>(p, a, 0, b, kWidth, qk_steps_);
     }
+    // Rounded before they come to base 2, so that the backward can form the same scores.
+    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
+      RAL_UNROLL for (int v = 0; v < V; ++v) {
+        p[r][v] = p[r][v] * params_.scale;
+        tile.scores[r][v] = p[r][v];
+      }
+    }
     RAL_UNROLL for (int v = 0; v < V; ++v)
       top[v] = highest(p, v);
-    RAL_UNROLL for (int r = 0; r < kTileRows; ++r) {
-      RAL_UNROLL for (int v = 0; v < V; ++v)
-        tile.scores[r][v] = p[r][v];
-    }
   }
 
   RAL_NOINLINE void exponentiate_tile(const Tile<V>& tile, int64_t panel, int64_t group,
@@ -225,8 +225,7 @@ class AttentionForward : public ForwardBlocks<AttentionForward<Compute, V, kPane
     Vec part = load(state.part + v * kLanes);
     Vec p[Compute::kPair];
     RAL_UNROLL for (int i = 0; i < Compute::kPair; ++i) {
-      const Vec score = tile.scores[step * Compute::kPair + i][v] * tile.factor;
-      p[i] = exp2_bounded(score * tile.to_log2 - m);
+      p[i] = exp2_bounded(tile.scores[step * Compute::kPair + i][v] * tile.factor - m);
       part += p[i];
       if (target[i]) {
         float* sum = target[i] + v * kLanes;

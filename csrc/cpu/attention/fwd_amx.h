@@ -160,7 +160,8 @@ class AmxForward : public ForwardBlocks<AmxForward<kPanels>, AmxCompute, 2, kPan
                                 Tile<2>& tile) const {
     tile.factor = params_.scale * kLog2e;
     if (__builtin_expect(!w.transform.is_plain(w.block, panel, group), 0)) {
-      w.transform.apply(tile.scores, w.block, panel, group, w.state.bias, kColumns, nullptr);
+      w.transform.apply(tile.scores, w.block, panel, group, params_.scale, w.state.bias, kColumns,
+                        nullptr);
       // Rounded here because of rows of finfo.min: see AttentionForward.
       for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < 2; ++v) tile.scores[r][v] = tile.scores[r][v] * kLog2e;

@@ -19,13 +19,11 @@ constexpr float kCoarseScore = 16777216.f;
 // twice the error (float32).
 constexpr int64_t kFoldedBlocks = 16;
 
-// Scores of some keys and queries, before the factors and the exponential. Natural scores are
-// rounded before they come to base 2, so that the backward can form the same.
+// Scores of some keys and queries, before `factor` brings them to base 2.
 template <int V>
 struct Tile {
   Vec scores[kTileRows][V];
-  float factor;            // to natural scores
-  float to_log2 = kLog2e;  // from there to base 2
+  float factor;
 };
 
 // A task is one column block. The derived class `Forward` takes it through the keys in walk(),
@@ -251,18 +249,19 @@ class ForwardBlocks {
 
   // Moves O^T of a panel to folded_out.
   void fold_out(int64_t panel, State& state) const {
-    const int64_t column = panel * kWidth;
-    for (int64_t d = 0; d < state.out_rows[panel]; ++d) {
-      for (int64_t c = d * kColumns + column; c < d * kColumns + column + kWidth; c += kLanes) {
-        const Vec x = load(state.out + c);
-        store(state.folded_out + c,
-              d < state.folded_rows[panel] ? load(state.folded_out + c) + x : x);
+    add_out(panel, state.out, state.out_rows[panel], state.folded_out, state.folded_rows[panel]);
+    state.out_rows[panel] = state.out_blocks[panel] = 0;
+  }
+
+  // Adds `rows` rows of a panel to those of `to`, which holds `to_rows`: as many, or none.
+  static void add_out(int64_t panel, const float* from, int64_t rows, float* to, int64_t& to_rows) {
+    for (int64_t d = 0; d < rows; ++d) {
+      const int64_t first = d * kColumns + panel * kWidth;
+      for (int64_t c = first; c < first + kWidth; c += kLanes) {
+        store(to + c, to_rows > 0 ? load(to + c) + load(from + c) : load(from + c));
       }
     }
-    if (state.folded_rows[panel] < state.out_rows[panel]) {
-      state.folded_rows[panel] = state.out_rows[panel];
-    }
-    state.out_rows[panel] = state.out_blocks[panel] = 0;
+    if (rows > 0) to_rows = rows;
   }
 
   // Moves row 0 of the sums to the row sums, and what that rounds off to `lost`.
@@ -294,14 +293,7 @@ class ForwardBlocks {
       store(top_weight + c, exp2_bounded(select(is_coarse, coarse, top * to_log2 - m)));
     }
     for (int64_t panel = 0; panel < kPanels; ++panel) {
-      if (state.folded_rows[panel] > 0) {
-        fold_out(panel, state);
-        for (int64_t d = 0; d < state.folded_rows[panel]; ++d) {
-          memcpy(state.out + d * kColumns + panel * kWidth,
-                 state.folded_out + d * kColumns + panel * kWidth, kWidth * sizeof(float));
-        }
-        state.out_rows[panel] = state.folded_rows[panel];
-      }
+      add_out(panel, state.folded_out, state.folded_rows[panel], state.out, state.out_rows[panel]);
       for (int64_t d = state.out_rows[panel]; d < params_.head_dim_v; ++d) {
         memset(state.out + d * kColumns + panel * kWidth, 0, kWidth * sizeof(float));
       }

@@ -76,8 +76,8 @@ RAL_INLINE Vec kl_term(Vec a, Vec b, Vec s) {
   return select(z < kKlSeriesBelow, close_kl_term(a, b, s, z), direct);
 }
 
-// a log(a / b), +inf where b = 0 < a. Only close terms are formed from the one above: in rows far
-// from normalised, its - a + b would cancel with what takes it back.
+// a log(a / b), +inf where b = 0 < a. Only close elements form it from the series above: in rows
+// far from normalised, - a + b would cancel with what takes it back.
 RAL_INLINE Vec literal_kl_term(Vec a, Vec b) {
   const Vec s = (a - b) / (a + b);
   const Vec z = s * s;

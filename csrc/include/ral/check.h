@@ -176,7 +176,8 @@ static inline int32_t check_divergence(const ral_divergence_params* params) {
   if (!in_range(x.kind, RAL_JSD, RAL_REVERSE_KL) || x.num_threads < 1) return RAL_BAD_ARGUMENT;
   if (x.num_rows == 0) return RAL_OK;
   const bool given = x.value && (x.length == 0 || (x.p && x.r));
-  return given && are_sizes(x.num_rows, x.length + 1) ? RAL_OK : RAL_BAD_ARGUMENT;
+  const bool fits = in_range(x.length, 0, INT32_MAX - 1) && are_sizes(x.num_rows, x.length + 1);
+  return given && fits ? RAL_OK : RAL_BAD_ARGUMENT;
 }
 
 }  // namespace ral

@@ -52,7 +52,7 @@ def find_layers(op: str, model: Any, layers: Any) -> list[DecoderLayer]:
     """
     found = _decoder_layers(op, _find_model(op, model))
     if layers == "all" and isinstance(layers, str):
-        chosen = [layer for layer in found if layer is not None]
+        chosen = [layer for layer in found if isinstance(layer, DecoderLayer)]
         if not chosen:
             raise NotImplementedError(f"{op}: model must have attention layers; found none")
     else:
@@ -82,8 +82,11 @@ def _find_model(op: str, model: Any) -> PreTrainedModel:
     return outermost[0]
 
 
-def _decoder_layers(op: str, model: PreTrainedModel) -> list[DecoderLayer | None]:
-    """Every layer of the text decoder; None for one without attention, such as a state space."""
+def _decoder_layers(op: str, model: PreTrainedModel) -> list[DecoderLayer | str]:
+    """Every layer of the text decoder; the class of one without self-attention.
+
+    That is a state space, say, or cross-attention to pictures.
+    """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     stack = getattr(decoder, "layers", None)
     if stack is None:  # one wrapper more, such as torch.compile around the decoder
@@ -95,7 +98,10 @@ def _decoder_layers(op: str, model: PreTrainedModel) -> list[DecoderLayer | None
             f"{op}: model must have its decoder layers in a ModuleList `layers` of its text "
             f"decoder; {type(model).__name__} has none in {type(decoder).__name__}"
         )
-    return [_decoder_layer(index, len(stack), decoder, layer) for index, layer in enumerate(stack)]
+    return [
+        _decoder_layer(index, len(stack), decoder, layer) or type(layer).__name__
+        for index, layer in enumerate(stack)
+    ]
 
 
 def _decoder_layer(
@@ -134,12 +140,14 @@ def _indices(op: str, layers: Any, count: int) -> list[int]:
     return sorted({index % count for index in given})
 
 
-def _pick(op: str, found: list[DecoderLayer | None], index: int) -> DecoderLayer:
+def _pick(op: str, found: list[DecoderLayer | str], index: int) -> DecoderLayer:
     layer = found[index]
-    if layer is None:
+    if isinstance(layer, str):
+        having = [str(i) for i, other in enumerate(found) if isinstance(other, DecoderLayer)]
         raise NotImplementedError(
-            f"{op}: layers must pick layers with attention; layer {index} has none that goes "
-            "through transformers' attention interface"
+            f"{op}: layers must pick layers with self-attention through transformers' attention "
+            f"interface, which are {', '.join(having) or 'none'} of this model; got {index}, a "
+            f"{layer}"
         )
     return layer
 

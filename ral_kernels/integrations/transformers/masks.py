@@ -87,6 +87,11 @@ def key_mask(
     """
     from transformers import masking_utils
 
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise TypeError(
+            "ral attention: attention_mask must be [B, N], or of four dimensions; got "
+            f"{tuple(attention_mask.shape)} (packed sequences go by cu_seq_lens_q)"
+        )
     queries: dict[str, Any]
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
