@@ -22,7 +22,13 @@ FLAGS = {  # CMakeLists.txt's
 }
 
 
-@pytest.mark.parametrize("isa", FLAGS)
+@pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(isa, marks=() if isa == "avx2" else pytest.mark.slow(stands_in="test_vectors"))
+        for isa in FLAGS
+    ],
+)
 def test_vectors(isa: str, tmp_path: Path) -> None:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no compiler {COMPILER}")

@@ -83,8 +83,8 @@ def resumed(path: Path, tmp_path: Path, step: int, **config: Any) -> tuple[Any, 
     return straight, other
 
 
-# Each trains twice: four are in the quick tier.
-QUICK_SCHEDULES = ("4 steps a batch", "steps across batches", "second epoch", "exploration")
+# Each trains twice: two are in the quick tier.
+QUICK_SCHEDULES = ("4 steps a batch", "steps across batches")
 slow = pytest.mark.slow(stands_in="test_resumes_exactly")
 
 
