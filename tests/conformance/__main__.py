@@ -51,7 +51,7 @@ class Table:
         # A test counts once: by its call, or by a setup or teardown that did not pass.
         if report.when != "call" and report.passed:
             return
-        path, _, name = report.nodeid.partition("::")
+        path, _, name = report.nodeid.partition("@")[0].partition("::")  # "@": the xdist group
         suite = Path(path).stem
         outcome, reason = self._outcome(report)
         self.counts[suite, name.partition("[")[0]][outcome] += 1
