@@ -116,8 +116,8 @@ def parse_number(text: str) -> Number | None:
     math-verify where that is a formula. It reads digits of any script: "1,234.5", "1 234",
     "1.234,5", "12,5", "−3", "1e3", "1.2 × 10^3", "3/4", "1 1/2", "½". A comma that cannot separate
     thousands is a decimal one. Money, percent and scales count: "$5", "50%", "1.5 million", "5M",
-    "5 bn". A lead-in ("about", "x =", "答案是") may come before the number, and the words or signs of
-    a unit after it; units are not compared. Sides of an equation must agree: "1/2 = 0.5". Two
+    "5 bn". A lead-in ("about", "x =", "答案是") may come before the number, and the words or signs
+    of a unit after it; units are not compared. Sides of an equation must agree: "1/2 = 0.5". Two
     numbers, ranges, "5 is wrong", "nan", "inf" and values beyond the range of floats give None.
 
     Args:
