@@ -154,7 +154,7 @@ def test_pip_builds_again_once_there_is_a_compiler(tree):
         shutil.copy(ROOT / name, tree.path / name)
     assert tree.setup("sdist").returncode == 0
     (archive,) = (tree.path / "dist").glob("*.tar.gz")
-    options = "--no-deps --no-build-isolation --cache-dir cache --target".split()
+    options = ["--no-deps", "--no-build-isolation", "--cache-dir", "cache", "--target"]
     for target, environment, found in (
         ("first", {"CXX": NO_COMPILER}, ["ral_cpu.missing.txt", "ral_cuda.missing.txt"]),
         ("second", {}, ["libral_cpu.so", "libral_cpu.so.sha256", "ral_cuda.missing.txt"]),
