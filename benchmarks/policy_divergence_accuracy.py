@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import machine, results
-from ral_kernels.ops.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS, Kind
 from ral_kernels.ops.policy import attention_policy, ral_loss
+from ral_kernels.runtime.backends import BackendName
 from ral_kernels.snapshot import AttentionSnapshot
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -85,7 +86,7 @@ def make_problem(sizes: argparse.Namespace, dtype: torch.dtype, distance: float)
     return Problem(q, k, q_old, k_old, rows, advantages, measured)
 
 
-def run(problem: Problem, form: str, kind: str, backend: str | None) -> Result:
+def run(problem: Problem, form: str, kind: Kind, backend: BackendName | None) -> Result:
     """Loss and gradients with the reference kept in `form`."""
     q, k = (x.detach().requires_grad_() for x in (problem.q, problem.k))
     reference: AttentionSnapshot | Tensor

@@ -286,7 +286,7 @@ def _check_packages() -> None:
             __import__(package)
         except ImportError as error:
             raise Refused(
-                f"attention-map needs {name}: pip install 'ral-kernels[viz]' ({error})"
+                f"attention-map needs {name}: pip install matplotlib pillow ({error})"
             ) from error
 
 

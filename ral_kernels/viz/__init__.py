@@ -2,7 +2,7 @@
 
 Every figure takes an `AttentionMap` of `rk.attention_map` and returns a matplotlib figure. If
 `path` is given, it also writes the figure to that file. Only this package needs matplotlib and
-Pillow: `ral-kernels[viz]`.
+Pillow.
 
 Colours are inferno's, whose lightness rises evenly, over the picture in grey. Where a few visual
 tokens draw far more attention than the rest (attention sinks), the scale ends at a percentile. The

@@ -218,6 +218,17 @@ def test_cited_files_exist() -> None:
     assert {name: cited for name, cited in found.items() if cited} == {}
 
 
+def test_nothing_advises_an_index_that_does_not_have_the_package() -> None:
+    advice = re.compile(r"pip install [^`\n]*\bral[-_]kernels\b(?! @)|\bral-kernels\[")
+    files = [
+        *cited_files.files(),
+        *(ROOT / "ral_kernels").rglob("*.py"),
+        *(ROOT / "ral").rglob("*.py"),
+    ]
+    guilty = [path for path in files if path != Path(__file__) and advice.search(path.read_text())]
+    assert guilty == []
+
+
 def test_a_missing_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cited_files, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +88,70 @@ def _imported(tree: ast.AST) -> Iterator[tuple[str, str | tuple[str, str]]]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 yield node.module, alias.name
+
+
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None  # importing it raises
+import ral_kernels as rk
+names = ["attention_map", "capture", "spans_for", "steer"]
+assert set(names) <= set(dir(rk))
+for name in names:
+    try:
+        getattr(rk, name)(None, None, None, None)
+    except Exception as error:
+        print(name, type(error).__name__, error)
+"""
+
+
+def test_names_that_need_transformers_say_so() -> None:
+    """`spans_for` works without it, on what processors return."""
+    command = [sys.executable, "-c", WITHOUT_TRANSFORMERS]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    advice = "transformers >= 4.57 must be installed (pip install 'transformers>=4.57'); it is not"
+    said = dict(line.split(" ", 1) for line in printed.splitlines())
+    assert "TypeError" in said.pop("spans_for")
+    assert said == {x: f"ImportError {x}: {advice}" for x in ("attention_map", "capture", "steer")}
+
+
+TWICE = """
+import importlib.util, sys, torch
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, "ral_kernels/__init__.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+import ral_kernels
+copies = [ral_kernels, load("_ral_kernels_cpu_1a2b"), load("hub.ral-kernels")]
+q = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+found = []
+for rk in copies:
+    compiled = torch.compile(rk.attention, backend="aot_eager", fullgraph=True)
+    out = [attend(q, q, q, rk.Spans.from_lengths([3, 5])) for attend in (rk.attention, compiled)]
+    gradients = [torch.autograd.grad(x.marginals[..., 0].sum(), q)[0] for x in out]
+    found.append([out[0].marginals, out[1].marginals, *gradients])
+for tensors in found:
+    for x, wanted in zip(tensors, found[0]):
+        assert torch.equal(x, wanted)
+spaces = ["ral", "_ral_kernels_cpu_1a2b", "hub_ral_kernels"]
+ops = [getattr(torch.ops, space).attention_fwd.default for space in spaces]
+assert len(set(ops)) == 3
+from transformers.modeling_utils import AttentionInterface
+attend = AttentionInterface()["ral"]
+assert attend.__module__.startswith("ral_kernels."), attend.__module__
+"""
+
+
+def test_copies_of_the_package_live_in_one_process() -> None:
+    """As the Hub's `kernels` loads it: from a path, under a name of its own."""
+    result = subprocess.run([sys.executable, "-c", TWICE], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_imports_inside_the_package_are_relative() -> None:
+    """An absolute one would take the names of another copy."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        modules = {name for name, _ in _imported(ast.parse(path.read_text()))}
+        assert not any(x.partition(".")[0] == PACKAGE.name for x in modules), path
