@@ -132,7 +132,7 @@ def measure(
 
 
 def measure_unchanged(
-    sizes: argparse.Namespace, dtype: str, backend: str | None
+    sizes: argparse.Namespace, dtype: str, backend: BackendName | None
 ) -> list[dict[str, Any]]:
     problem = make_problem(sizes, DTYPES[dtype], 0.0)
     rows = []
