@@ -3,6 +3,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -86,6 +87,26 @@ def load(folder, *rows, **options):
 
 def text_of(row):
     return row["prompt"][-1]["content"][-1]["text"]
+
+
+# --- checksums
+
+
+def test_checksums_of_the_file_and_of_the_sizes_of_its_images(folder, tmp_path_factory):
+    """Another folder changes nothing, an image of another size does."""
+    before = load(folder, CHOICE, NUMBER).info.download_checksums
+    path = str(folder / "data.jsonl")
+    assert list(before) == [path, f"{path}: sizes of images"]
+    copy = tmp_path_factory.mktemp("copy") / "data"
+    shutil.copytree(folder, copy)
+    moved = load_jsonl(copy / "data.jsonl").info.download_checksums
+    assert list(moved.values()) == list(before.values())
+    (copy / "clip" / "frame3.png").write_bytes((folder / "red.png").read_bytes() + b"more")
+    changed = load_jsonl(copy / "data.jsonl").info.download_checksums
+    same = [x == y for x, y in zip(changed.values(), before.values(), strict=True)]
+    assert same == [True, False]
+    streamed = load_jsonl(folder / "data.jsonl", streaming=True).info.download_checksums
+    assert streamed == {path: before[path]}
 
 
 # --- rows
