@@ -33,7 +33,7 @@ INCLUDED = {
 }
 PICTURES = (".png", ".svg")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
-FENCE = re.compile(r"^ *```")
+FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
 
 
 def source_of(page: str) -> str:
@@ -70,12 +70,8 @@ def rewrite(markdown: str, page: str, repository: str | None) -> str:
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         return f"[{text}]({repository}/{kind}/main/{path}{anchor})"
 
-    lines, fenced = [], False
-    for line in markdown.splitlines():
-        if FENCE.match(line):
-            fenced = not fenced
-        lines.append(line if fenced else LINK.sub(one, line))
-    return "\n".join(lines) + "\n"
+    parts = FENCED.split(markdown)  # every second one is a fenced block
+    return "".join(part if i % 2 else LINK.sub(one, part) for i, part in enumerate(parts))
 
 
 def pictures() -> dict[str, str]:

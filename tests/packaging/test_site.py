@@ -135,15 +135,16 @@ def test_the_readme_is_short() -> None:
         ("install.md", "![a](../benchmarks/x/y.png)", "![a](pictures/y.png)"),
         ("index.md", "[a](ral/launch)", "[a](HERE/tree/main/ral/launch)"),
         ("index.md", "[a](setup.py)", "[a](HERE/blob/main/setup.py)"),
+        ("index.md", "[a\nb](ral/README.md)", "[a\nb](training.md)"),
         ("index.md", "```sh\n[a](setup.py)\n```", "```sh\n[a](setup.py)\n```"),
     ],
 )
 def test_links_of_the_tree_become_links_of_the_site(page: str, written: str, shown: str) -> None:
-    assert hook.rewrite(written, page, "HERE") == shown + "\n"
+    assert hook.rewrite(written, page, "HERE") == shown
 
 
 def test_without_a_repository_the_text_of_a_link_stands_alone() -> None:
-    assert hook.rewrite("see [`setup.py`](setup.py).", "index.md", None) == "see `setup.py`.\n"
+    assert hook.rewrite("see [`setup.py`](setup.py).", "index.md", None) == "see `setup.py`."
 
 
 def test_every_document_is_a_page() -> None:
