@@ -20,7 +20,7 @@ INCLUDED = {
     "ral/README.md": "training.md",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/gpu/README.md": "gpu.md",
-    "ral_kernels/ops/README.md": "equations/index.md",
+    "ral_kernels/ops/README.md": "equations/ops.md",
     "ral_kernels/ops/attention/README.md": "equations/attention.md",
     "ral_kernels/ops/policy/README.md": "equations/policy.md",
     "ral_kernels/ops/policy/divergence.md": "equations/policy_divergence.md",
@@ -108,4 +108,6 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Called by mkdocs for each page."""
+    if page.file.src_uri == "index.md":  # a section of one page needs no list beside it
+        page.meta["hide"] = ["navigation"]
     return rewrite(markdown, page.file.src_uri, repository())

@@ -228,7 +228,7 @@ class DemoSettings:
     title = "demo"
     out: str = _setting("ral-demo", "Folder for the pictures.")
     frames: int = _setting(8, "Frames of the puzzle, 1 to 100.")
-    seed: int = _setting(0, "Which puzzle.")
+    seed: int = _setting(7, "Which puzzle.")
 
     def __post_init__(self) -> None:
         _check("frames", self.frames, 1 <= self.frames <= 100, "within 1..100")

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ral_kernels.integrations.transformers.attention_map import AttentionMap
 
 COLUMNS = 8  # frames in a line
-_INCHES, _DPI = 11.0, 160  # width
+_INCHES, _DPI = 11.0, 130  # width
 _LEFT, _RIGHT, _GAP = 1.5, 0.3, 0.1
-_TOP, _NAME, _BARS, _BETWEEN = 1.05, 0.24, 0.62, 0.22  # heights of what is no picture
+_TOP, _NAME, _BARS, _BETWEEN = 1.05, 0.24, 0.75, 0.24  # heights of what is no picture
 _INK, _SOFT, _QUIET, _ACCENT = "#1f2328", "#59636e", "#c9ced6", "#e8590c"
 _LONGEST = 120  # letters of a question or an answer
 _NARROWEST = 0.5  # height of a picture by its width, the most
@@ -31,7 +31,7 @@ def attention_over_frames(
     answer: str | None = None,
     names: Sequence[str] = (),
     tokens: Sequence[int] | None = None,
-    clip: float = 98.0,
+    clip: float = 100.0,
     path: str | Path | None = None,
 ) -> Figure:
     """Frames or images as the model saw them, where it looked, and the share of each as a bar.
@@ -103,7 +103,9 @@ def attention_over_frames(
             )  # fmt: skip
             shares = [row.shares[image] for image in chosen]
             page.bars(places[0], top + height, width, shares, max(row.shares), tallest)
-            page.write(0.3, top + height + 0.42, f"{row.text:.0%} on text", size=10, colour=_SOFT)
+            page.write(
+                0.3, top + height + _BARS - 0.12, f"{row.text:.0%} on text", size=10, colour=_SOFT
+            )
             top += height + _BARS + _BETWEEN
     if path is not None:
         figure.savefig(path, facecolor="white")
@@ -162,7 +164,7 @@ class _Page:
         colours = [_ACCENT if share == most else _QUIET for share in shares]
         axes.bar(middles, shares, width=0.55 * width, color=colours)
         axes.set_xlim(0, len(shares) * step - _GAP)
-        axes.set_ylim(0, 1.6 * max(tallest, 1e-9))  # room for the numbers
+        axes.set_ylim(0, 1.45 * max(tallest, 1e-9))  # room for the numbers
         axes.axhline(0, color=_QUIET, linewidth=0.8)
         for middle, share, colour in zip(middles, shares, colours, strict=True):
             axes.annotate(

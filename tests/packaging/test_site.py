@@ -129,7 +129,7 @@ def test_the_readme_is_short() -> None:
         ("index.md", "[a](docs/install.md#x)", "[a](install.md#x)"),
         ("training.md", "[a](../docs/figure3.md)", "[a](figure3.md)"),
         ("equations/policy.md", "[a](divergence.md)", "[a](policy_divergence.md)"),
-        ("equations/index.md", "[a](attention/README.md)", "[a](attention.md)"),
+        ("equations/ops.md", "[a](attention/README.md)", "[a](attention.md)"),
         ("install.md", "[a](environment.md) [b](#x)", "[a](environment.md) [b](#x)"),
         ("install.md", "[a](https://b.c/d.md)", "[a](https://b.c/d.md)"),
         ("install.md", "![a](../benchmarks/x/y.png)", "![a](pictures/y.png)"),
