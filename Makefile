@@ -77,7 +77,7 @@ $(SANITIZED)/libral_cpu.so: $(NATIVE_SOURCES) | $(TOOLS)
 	  -DRAL_OUTPUT_DIR="$(abspath $(SANITIZED))"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel
 
-# From a folder or any server: the site asks for nothing from elsewhere.
+# Any server shows it: the site asks for nothing from elsewhere.
 docs: $(DOCUMENTED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
