@@ -10,7 +10,7 @@ same number of rollouts. It is evaluated on held-out digits, up to sizes that no
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
 interval. Every run is a file, so a stopped study resumes.
 
-docs/figure3.md has the results. `python -m benchmarks.study.report FILE` prints its tables, and
+docs/figure3.md has the result. `python -m benchmarks.study.report FILE` prints its tables, and
 `python -m benchmarks.study.plot FILE` draws its pictures again.
 """
 

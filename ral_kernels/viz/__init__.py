@@ -20,12 +20,14 @@ from ral_kernels.integrations.pictures import (
 )
 
 from .figures import film_strip, overlay, token_frame, token_grid
+from .frames import attention_over_frames
 from .parts import blend, colour_limit
 
 __all__ = [
     "PICTURE_SUFFIXES",
     "PictureError",
     "as_rgb",
+    "attention_over_frames",
     "blend",
     "colour_limit",
     "count_frames",
