@@ -11,14 +11,13 @@ colour bar then says so.
 `read_pictures` is how `attention_map`, the command line and `ral.data` read files of pictures.
 """
 
-from ral_kernels.integrations.pictures import (
+from ..integrations.pictures import (
     PICTURE_SUFFIXES,
     PictureError,
     as_rgb,
     count_frames,
     read_pictures,
 )
-
 from .figures import film_strip, overlay, token_frame, token_grid
 from .frames import attention_over_frames
 from .parts import blend, colour_limit

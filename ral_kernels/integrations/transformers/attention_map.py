@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.integrations.pictures import as_rgb, read_pictures
-from ral_kernels.runtime.checks import is_int
-
+from ...runtime.checks import is_int
+from ..pictures import as_rgb, read_pictures
 from .processors import token_texts
 from .registration import check_transformers
 from .spans import VisionRegion, VisionSpans, spans_for

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ral_kernels.runtime.checks import has_values
+from ...runtime.checks import has_values
 
 
 class Pattern(NamedTuple):

@@ -6,8 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from ral_kernels.runtime.checks import is_int
-
+from ...runtime.checks import is_int
 from .registration import check_transformers
 
 _PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor")
