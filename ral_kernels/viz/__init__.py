@@ -8,23 +8,27 @@ Colours are inferno's, whose lightness rises evenly, over the picture in grey. W
 tokens draw far more attention than the rest (attention sinks), the scale ends at a percentile. The
 colour bar then says so.
 
-`read_pictures` is how `attention_map`, the command line and `ral.data` read files of pictures.
+`read_pictures` and `read_video` read files for `attention_map`, the command line and `ral.data`.
 """
 
+from ral_kernels.integrations.media_errors import PictureError
 from ral_kernels.integrations.pictures import (
     PICTURE_SUFFIXES,
-    PictureError,
     as_rgb,
     count_frames,
     read_pictures,
 )
+from ral_kernels.integrations.video_file import VIDEO_SUFFIXES
+from ral_kernels.integrations.videos import Video, read_video
 
 from .figures import film_strip, overlay, token_frame, token_grid
 from .parts import blend, colour_limit
 
 __all__ = [
     "PICTURE_SUFFIXES",
+    "VIDEO_SUFFIXES",
     "PictureError",
+    "Video",
     "as_rgb",
     "blend",
     "colour_limit",
@@ -32,6 +36,7 @@ __all__ = [
     "film_strip",
     "overlay",
     "read_pictures",
+    "read_video",
     "token_frame",
     "token_grid",
 ]
