@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .integrations.media_errors import PictureError, short_path
-from .integrations.pictures import PICTURE_SUFFIXES, read_pictures
+from .media.errors import PictureError, short_path
+from .media.pictures import PICTURE_SUFFIXES, read_pictures
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FAILED = 2  # exit status of an error that the user can fix, as in argparse

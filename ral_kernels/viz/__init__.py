@@ -11,15 +11,15 @@ colour bar then says so.
 `read_pictures` and `read_video` read files for `attention_map`, the command line and `ral.data`.
 """
 
-from ral_kernels.integrations.media_errors import PictureError
-from ral_kernels.integrations.pictures import (
+from ral_kernels.media.errors import PictureError
+from ral_kernels.media.pictures import (
     PICTURE_SUFFIXES,
     as_rgb,
     count_frames,
     read_pictures,
 )
-from ral_kernels.integrations.video_file import VIDEO_SUFFIXES
-from ral_kernels.integrations.videos import Video, read_video
+from ral_kernels.media.video_file import VIDEO_SUFFIXES
+from ral_kernels.media.videos import Video, read_video
 
 from .figures import film_strip, overlay, token_frame, token_grid
 from .parts import blend, colour_limit

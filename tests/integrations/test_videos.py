@@ -13,7 +13,7 @@ pytest.importorskip("av")
 from PIL import Image
 
 from ral_kernels import viz
-from ral_kernels.integrations import video_file, videos
+from ral_kernels.media import video_file, videos
 
 from . import films
 

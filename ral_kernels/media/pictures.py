@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import video_file
-from .media_errors import FORMATS, PictureError, opened_file, short_path
+from .errors import FORMATS, PictureError, opened_file, short_path
 
 PICTURE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",

@@ -61,6 +61,8 @@ def read_video(
         TypeError, ValueError: fps or num_frames is not positive, or both are given.
         PictureError: the file is no video or animation, or cannot be decoded.
     """
+    if fps is not None and num_frames is not None:
+        raise ValueError(f"read_video: fps must be None where num_frames is given; got {fps!r}")
     rate, count = check_sampling("read_video", fps, num_frames)
     times, duration = video_file.times_of(path) if video_file.is_video(path) else frame_times(path)
     wanted = count or min(MOST, max(1, round(duration * rate)))
@@ -71,8 +73,6 @@ def read_video(
 
 def check_sampling(op: str, fps: Any, num_frames: Any) -> tuple[float, int | None]:
     """fps or its default, and num_frames, checked."""
-    if fps is not None and num_frames is not None:
-        raise ValueError(f"{op}: fps must be None where num_frames is given; got {fps!r}")
     for name, value, kinds in (("fps", fps, (int, float)), ("num_frames", num_frames, (int,))):
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
             raise TypeError(f"{op}: {name} must be a number; got {value!r}")
