@@ -142,8 +142,6 @@ def test_every_form_of_a_video(tiny: tuple[Any, Any], tmp_path: Path) -> None:
         {"videos": tmp_path / "a.webp", "prompt": "What?"},
         {"videos": [str(tmp_path / "a.webp")], "prompt": "What?"},
         {"videos": viz.read_video(tmp_path / "a.webp"), "prompt": "What?"},
-        {"videos": stacked([f for f in given for _ in (0, 1)])[:-1], "num_frames": 4, "fps": 4,
-         "prompt": "What?"},
         {"prompt": in_chat},
         {"prompt": by_path},
         {"prompt": in_url},
@@ -152,6 +150,10 @@ def test_every_form_of_a_video(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     for made in maps:
         assert made.times == (0.0, 1.0) and made.prompt == "What?"
         assert all(torch.equal(a, b) for a, b in zip(made.grids, maps[0].grids, strict=True))
+    spread = attention_map(
+        model, processor, videos=array, fps=4, num_frames=2, prompt="What?", response="A"
+    )
+    assert spread.times == (0.0,) and np.array_equal(np.asarray(spread.images[0]), array[0])
     assert in_chat[0]["content"][0]["video"] is array  # the caller's messages are left alone
 
 
