@@ -2,6 +2,7 @@
 # make test    run the quick tier of the tests (tests/README.md)        make test-all    run the whole suite
 # make coverage run the whole suite and name the lines of the packages that no test runs
 # make conformance    compare with torch, flash-attention and transformers, into docs/conformance.md
+# make docs    build the site of the documents into build/site
 # make lint    check format, style and types, as pre-commit does
 # make bench   measure the CPU figures       make bench-regress    run the pytest-benchmark suite
 #
@@ -31,6 +32,7 @@ JOBS := $(or $(MAX_JOBS),$(CMAKE_BUILD_PARALLEL_LEVEL),$(shell nproc))
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
+DOCUMENTED := $(VENV)/documented.stamp
 LIBRARY := ral_kernels/lib/libral_cpu.so
 SANITIZED := build/sanitized
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
@@ -40,7 +42,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit wheel build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit wheel build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -77,6 +79,10 @@ $(SANITIZED)/libral_cpu.so: $(NATIVE_SOURCES) | $(TOOLS)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/cmake -DRAL_SANITIZE=address,undefined \
 	  -DRAL_OUTPUT_DIR="$(abspath $(SANITIZED))"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel $(JOBS)
+
+# Any server shows it: the site asks for nothing from elsewhere.
+docs: $(DOCUMENTED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 conformance: build
 	$(BIN)/python -m tests.conformance
@@ -140,6 +146,11 @@ $(LIBRARY): $(TOOLS) $(NATIVE_SOURCES)
 $(INSTALLED): $(TOOLS) pyproject.toml
 	@echo "== $(VENV): packages of constraints.txt"
 	RAL_BUILD_LATER=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(DOCUMENTED): $(INSTALLED)
+	@echo "== $(VENV): packages of the site"
+	RAL_BUILD_LATER=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev,docs]'
 	@touch $@
 
 $(TOOLS): constraints.txt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ral_kernels as rk
 
@@ -15,12 +15,22 @@ check_trl()
 
 from trl import GRPOConfig  # noqa: E402  (after the check, whose message is clearer)
 
-GRANULARITIES = ("token", "tile", "frame", "image")
-SCOPES = ("context", "visual")
-DIVERGENCES = ("jsd", "kl", "reverse_kl")
-REFERENCES = ("old", "ref", "teacher")
-ROWS = ("predicting", "token")
-REDUCTIONS = ("token_mean", "sequence_mean")
+# Literals, from which `HfArgumentParser` and `TrlParser` take the choices of an option.
+Granularity = Literal["token", "tile", "frame", "image"]
+Scope = Literal["context", "visual"]
+Divergence = Literal["jsd", "kl", "reverse_kl"]
+Reference = Literal["old", "ref", "teacher"]
+Rows = Literal["predicting", "token"]
+Reduction = Literal["token_mean", "sequence_mean"]
+TRACKERS = ("tensorboard", "wandb")  # that `attn_map_every` gives pictures to
+_CHOICES = {
+    "attn_granularity": get_args(Granularity),
+    "attn_scope": get_args(Scope),
+    "attn_divergence": get_args(Divergence),
+    "attn_reference": get_args(Reference),
+    "attn_rows": get_args(Rows),
+    "attn_reduction": get_args(Reduction),
+}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -54,37 +64,36 @@ class RALConfig(GRPOConfig):
     attn_coef: float = _setting(
         1.0, "λ, weight of the advantage-weighted attention divergence, eq. (3). 0 = plain GRPO."
     )
-    attn_layers: list[int] | int | str = field(
-        default=-1,
-        metadata={
-            "help": "Text decoder layers of the term: a number, negative from the end, a list, or "
-            "'all'."
-        },
+    # Of a union with None, both parsers read the second type: a str, as "-1" or "3,-1".
+    attn_layers: list[int] | str | int | None = _setting(
+        -1, "Text decoder layers of the term: a number, negative from the end, a list, or 'all'."
     )
-    attn_granularity: str = _setting(
+    attn_granularity: Granularity = _setting(
         "token", "What attention is a distribution over: 'token', 'tile', 'frame' or 'image'."
     )
     attn_tile: list[int] = field(
         default_factory=lambda: [4, 4],
         metadata={"help": "Rows and columns of visual tokens in a tile, for 'tile'."},
     )
-    attn_scope: str = _setting(
+    attn_scope: Scope = _setting(
         "context", "'context': all keys. 'visual': only visual tokens, renormalised over them."
     )
-    attn_divergence: str = _setting("jsd", "'jsd', 'kl' (policy from reference) or 'reverse_kl'.")
-    attn_reference: str = _setting(
+    attn_divergence: Divergence = _setting(
+        "jsd", "'jsd', 'kl' (policy from reference) or 'reverse_kl'."
+    )
+    attn_reference: Reference = _setting(
         "old",
         "What the policy's attention is compared with: 'old' (the policy that wrote the rollouts), "
         "'ref' (TRL's reference model, with beta > 0) or 'teacher'.",
     )
-    attn_rows: str = _setting(
+    attn_rows: Rows = _setting(
         "predicting",
         "Which query belongs to a response token: the one that predicts it, or ('token') its own.",
     )
     attn_exclude_self: bool = _setting(
         True, "Whether the query's own key is left out and the rest renormalised, eq. (1)."
     )
-    attn_reduction: str = _setting(
+    attn_reduction: Reduction = _setting(
         "token_mean",
         "'token_mean': over all response tokens of an optimizer step, on every process; "
         "'sequence_mean': the mean of each response first.",
@@ -114,12 +123,10 @@ class RALConfig(GRPOConfig):
     distill_beta: float = _setting(
         0.5, "β of the generalised JSD on tokens: 0 = KL from the teacher, 1 = reverse KL."
     )
-    distill_teacher_layers: list[int] | int | None = field(
-        default=None,
-        metadata={
-            "help": "Teacher's layers for attn_layers, paired in the order of the models; None = "
-            "at the same distance from the end."
-        },
+    distill_teacher_layers: list[int] | str | int | None = _setting(
+        None,
+        "Teacher's layers for attn_layers, paired in the order of the models; None = at the same "
+        "distance from the end.",
     )
     attn_metrics_every: int = _setting(
         10,
@@ -132,6 +139,14 @@ class RALConfig(GRPOConfig):
     attn_warn_grad_share: float = _setting(
         1.0, "‖∇RAL‖ / ‖∇GRPO‖ above which a warning says that RAL runs away."
     )
+    attn_map_every: int = _setting(
+        0,
+        "Optimizer steps between pictures of the policy's attention in fixed rows, in tensorboard "
+        "and wandb, as far as report_to has them; 0 = never.",
+    )
+    attn_map_rows: int = _setting(
+        2, "How many of the first rows, of the evaluation set or else of the training set."
+    )
     vllm_min_ratio: float = _setting(
         0.9,
         "Mean importance ratio of the tokens of the first rollout batch, each at most 1, below "
@@ -142,16 +157,18 @@ class RALConfig(GRPOConfig):
         super().__post_init__()
         check_world_size(self)
         check_parallelism(self)
+        if self.attn_layers is None:
+            self.attn_layers = -1
         if isinstance(self.attn_layers, str) and self.attn_layers != "all":
-            self.attn_layers = _parse_layers(self.attn_layers)
-        for name, known in (
-            ("attn_granularity", GRANULARITIES),
-            ("attn_scope", SCOPES),
-            ("attn_divergence", DIVERGENCES),
-            ("attn_reference", REFERENCES),
-            ("attn_rows", ROWS),
-            ("attn_reduction", REDUCTIONS),
-        ):
+            self.attn_layers = _parse_layers("attn_layers", self.attn_layers, "'all'")
+        if isinstance(self.distill_teacher_layers, str):
+            given = self.distill_teacher_layers
+            self.distill_teacher_layers = (
+                None
+                if given.lower() == "none"
+                else _parse_layers("distill_teacher_layers", given, "none")
+            )
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"RALConfig: {name} must be one of {', '.join(known)}; got "
@@ -165,6 +182,7 @@ class RALConfig(GRPOConfig):
             "distill_logit_coef",
             "distill_attn_coef",
             "attn_metrics_every",
+            "attn_map_every",
         ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
@@ -181,6 +199,8 @@ class RALConfig(GRPOConfig):
                 f"RALConfig: attn_backend must be None or one of {', '.join(backends)}; got "
                 f"{self.attn_backend!r}"
             )
+        if self.attn_map_rows < 1:
+            raise ValueError(f"RALConfig: attn_map_rows must be >= 1; got {self.attn_map_rows!r}")
         if len(self.attn_tile) != 2 or not all(n >= 1 for n in self.attn_tile):
             raise ValueError(
                 f"RALConfig: attn_tile must be [rows, columns], both >= 1; got {self.attn_tile!r}"
@@ -209,6 +229,11 @@ class RALConfig(GRPOConfig):
         return self.attn_explore_sigma > 0
 
     def _check_together(self) -> None:
+        if self.attn_map_every > 0 and not set(TRACKERS).intersection(self.report_to):
+            raise ValueError(
+                f"RALConfig: attn_map_every needs report_to with {' or '.join(TRACKERS)}, which "
+                f"keep pictures; got report_to={self.report_to!r}"
+            )
         if self.attn_coef > 0 and self.attn_reference == "ref" and self.beta == 0:
             raise ValueError(
                 "RALConfig: attn_reference='ref' needs beta > 0, for which TRL keeps its "
@@ -240,12 +265,17 @@ class RALConfig(GRPOConfig):
             raise ValueError(f"RALConfig: {reason}")
 
 
-def _parse_layers(text: str) -> list[int] | int:
-    """Layers as a command line gives them: "-1" or "3,-1"."""
+def _parse_layers(name: str, text: str, word: str) -> list[int] | int:
+    """Layers as a command line gives them: "-1" or "3,-1".
+
+    Args:
+        name, text: of the setting.
+        word: what else the setting may be.
+    """
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"RALConfig: attn_layers must be a number, a list of numbers, or 'all'; got {text!r}"
+            f"RALConfig: {name} must be a number, a list of numbers, or {word}; got {text!r}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers

@@ -54,15 +54,24 @@ def _properties(processor: Any) -> dict[str, Any]:
     return {name: getattr(processor, name, None) for name in names}
 
 
-def keep_media_out(trainer: Any) -> None:
-    """Keep media tokens out of what a GRPO trainer's generation, or its vLLM, samples.
+def kept_out(trainer: Any) -> set[int]:
+    """The media tokens that a GRPO trainer's model could write.
 
     Args:
         trainer: TRL's, made.
     """
     config = trainer.accelerator.unwrap_model(trainer.model).config
     tokens = media_tokens(config, trainer.processing_class) - set(trainer.eos_token_ids)
-    tokens = {token for token in tokens if token < config.get_text_config().vocab_size}
+    return {token for token in tokens if token < config.get_text_config().vocab_size}
+
+
+def keep_media_out(trainer: Any) -> None:
+    """Keep media tokens out of what a GRPO trainer's generation, or its vLLM, samples.
+
+    Args:
+        trainer: TRL's, made.
+    """
+    tokens = kept_out(trainer)
     if not tokens:
         return
     if trainer.use_vllm:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 import ral_kernels as rk
 
 from . import losses, rollouts, schedule
+from .attention_maps import LogsAttentionMaps
 from .config import RALConfig
 from .distillation import (
     backbone_of,
@@ -107,10 +108,12 @@ class RALTrainer(MeasuringTrainer):
         if args.explores:
             check_can_explore(self)
         # It raises now, and not in the first step, if the layers cannot be captured.
-        probe = rk.capture(self.model, args.attn_layers)
-        self._layers: list[int] = probe.layers
+        assert args.attn_layers is not None  # RALConfig has put the last one
+        self._layers: list[int] = rk.capture(self.model, args.attn_layers).layers
         if args.needs_teacher:
             self._set_up_teacher(teacher_model)
+        if args.attn_map_every > 0:
+            self.add_callback(LogsAttentionMaps(self))
         if schedule.stands_still(args):
             logger.warning(
                 "RALTrainer: rl_coef=0 with attn_reference='old': the policy's divergence from "
@@ -292,7 +295,7 @@ class RALTrainer(MeasuringTrainer):
             taken = None
             if wanted:
                 taken = stack.enter_context(
-                    taking_snapshots(model, self.args.attn_layers, rows, steered=False)
+                    taking_snapshots(model, self._layers, rows, steered=False)
                 )
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -357,7 +360,7 @@ class RALTrainer(MeasuringTrainer):
                 seen = stack.enter_context(
                     steered(model, self._layers, inputs["explore_bias"], spans)
                 )
-            captured = stack.enter_context(rk.capture(model, self.args.attn_layers))
+            captured = stack.enter_context(rk.capture(model, self._layers))
             hidden = []
             if self.args.distill_logit_coef > 0:
                 backbone = backbone_of(self.accelerator.unwrap_model(model))

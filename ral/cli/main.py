@@ -13,6 +13,7 @@ from .help import help_text, overview
 from .parsing import Command, Settings, parse
 from .settings import (
     DataSettings,
+    DemoSettings,
     EvalSettings,
     ModelSettings,
     RewardSettings,
@@ -53,6 +54,12 @@ def _evaluate(settings: Settings) -> int:
     return evaluate(settings)
 
 
+def _demo(settings: Settings) -> int:
+    from .demo import demo
+
+    return demo(settings)
+
+
 def _ral_config() -> Any:
     from ..config import RALConfig
 
@@ -69,6 +76,14 @@ def _sft_config() -> Any:
 
 
 COMMANDS = (
+    Command(
+        "demo",
+        "a first picture of attention, in seconds",
+        "Ask the bundled model which digit is in a tile of some frames, and draw where it looks "
+        "as it answers. It needs no network and no GPU.",
+        (DemoSettings,),
+        _demo,
+    ),
     Command(
         "sft",
         "supervised fine-tuning on worked answers",

@@ -219,3 +219,17 @@ class EvalSettings:
         for name in ("frames", "grids", "max_pixels"):
             values = getattr(self, name)
             _check(name, values, all(n >= 1 for n in values), "a list of numbers >= 1")
+
+
+@dataclass
+class DemoSettings:
+    """The first picture."""
+
+    title = "demo"
+    out: str = _setting("ral-demo", "Folder for the pictures.")
+    frames: int = _setting(8, "Frames of the puzzle, 1 to 100.")
+    seed: int = _setting(7, "Which puzzle.")
+
+    def __post_init__(self) -> None:
+        _check("frames", self.frames, 1 <= self.frames <= 100, "within 1..100")
+        _check("seed", self.seed, self.seed >= 0, ">= 0")

@@ -121,8 +121,10 @@ def test_without_compiler_the_wheel_is_pure_and_says_why(tree, tmp_path, monkeyp
     wheel, names, printed = tree.wheel(CXX=NO_COMPILER)
     reason = "no working C++17 compiler; install g++ or clang++, or set CXX"
     assert wheel.name == f"ral_kernels-{ral_kernels.__version__}-py3-none-any.whl"
-    for package in ("ral", "ral_kernels"):  # with presets, and configurations of accelerate
-        files = [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.yaml")]
+    # With presets, configurations of accelerate, and the trained tiny model.
+    for package in ("ral", "ral_kernels"):
+        kinds = ("*.py", "*.yaml", "*.safetensors")
+        files = [path for kind in kinds for path in (ROOT / package).rglob(kind)]
         assert files and {str(path.relative_to(ROOT)) for path in files} <= names
     assert f"the native libraries were NOT built: {reason}" in printed
     assert "ral_kernels/ops/attention/reference.py" in names

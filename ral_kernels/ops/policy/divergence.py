@@ -96,8 +96,9 @@ def attention_divergence(
     A row whose value is infinite has no gradient.
 
     Args:
-        q, k, rows, spans, span_bias, scope, exclude_self, is_causal, scale, window, softcap,
-            key_padding_mask: the policy, as in `attention_policy`.
+        q, k: the policy, as in `attention_policy`.
+        rows, spans, span_bias, scope, exclude_self: as there.
+        is_causal, scale, window, softcap, key_padding_mask: as there.
         reference: the reference policy: rows [B, T, N], or [B, T, S] with spans, in any floating
             dtype; or an `AttentionSnapshot` of the same batch, keys and row positions, with heads
             and head dim of its own. A snapshot brings its own span_bias, is_causal, scale, window

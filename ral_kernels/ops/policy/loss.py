@@ -76,7 +76,7 @@ def ral_loss(
 
     Raises:
         TypeError, ValueError, NotImplementedError, RuntimeError: as `attention_divergence`;
-        NotImplementedError also for advantages that require grad.
+            NotImplementedError also for advantages that require grad.
     """
     op = "ral_loss"
     if not isinstance(reduction, str):
