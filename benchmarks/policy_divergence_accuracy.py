@@ -104,7 +104,7 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 
 
 def measure(
-    sizes: argparse.Namespace, dtype: str, distance: float, backend: str | None
+    sizes: argparse.Namespace, dtype: str, distance: float, backend: BackendName | None
 ) -> list[dict[str, Any]]:
     problem = make_problem(sizes, DTYPES[dtype], distance)
     rows = []

@@ -70,8 +70,8 @@ def test_wheel_runs_the_readme_in_an_empty_environment(wheel: Path, tmp_path: Pa
 
     empty = tmp_path / "empty"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", empty / "bin" / "python", "install"]
-    subprocess.run([*pip, "--quiet", "--no-index", "--no-deps", wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(empty / "bin" / "python"), "install"]
+    subprocess.run([*pip, "--quiet", "--no-index", "--no-deps", str(wheel)], check=True)
     # For torch. A folder in a .pth file comes last, and the .pth files in it do not count.
     (site,) = (empty / "lib").glob("python*/site-packages")
     (site / "torch.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
