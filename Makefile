@@ -120,7 +120,7 @@ gpu-kit: build triton36
 	$(VENV36)/bin/python -m benchmarks.gpu.kit check
 
 # auditwheel refuses a library that needs more than the platform has, and names the lowest platforms that do.
-# No container: the compiler of the machine makes nothing newer, if it is GCC 12 or older (CMakeLists.txt, old glibc).
+# No container is needed: what GCC 12 on glibc 2.36 makes needs glibc 2.27 (CMakeLists.txt says how).
 WHEEL_PLATFORM ?= manylinux_2_28_x86_64
 
 wheel: build

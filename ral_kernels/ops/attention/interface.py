@@ -30,7 +30,16 @@ backends.register("attention", BACKENDS)
 
 Marginals = TypeVar("Marginals", bound="Tensor | None", default="Tensor | None", covariant=True)
 
-if TYPE_CHECKING or sys.version_info >= (3, 11):
+if not TYPE_CHECKING and sys.version_info < (3, 11):  # where a NamedTuple cannot be generic
+
+    class AttentionOutput(NamedTuple):
+        """As below."""
+
+        out: Tensor
+        marginals: Tensor | None
+        lse: Tensor
+
+else:
 
     class AttentionOutput(NamedTuple, Generic[Marginals]):
         """What `attention` returns.
@@ -42,15 +51,6 @@ if TYPE_CHECKING or sys.version_info >= (3, 11):
 
         out: Tensor
         marginals: Marginals
-        lse: Tensor
-
-else:  # where a NamedTuple cannot be generic
-
-    class AttentionOutput(NamedTuple):
-        """As above."""
-
-        out: Tensor
-        marginals: Tensor | None
         lse: Tensor
 
 
