@@ -132,7 +132,7 @@ def _share_kv_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> tuple
     """Key and value with equally many heads: under enable_gqa PyTorch lets them differ."""
     num_heads = _heads(query)
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dim() < 3 or num_heads % max(_heads(tensor), 1) != 0:
+        if tensor.dim() < 3 or _heads(tensor) < 1 or num_heads % _heads(tensor) != 0:
             raise ValueError(
                 f"{op}: {name} must have heads that divide Hq={num_heads} with enable_gqa=True; "
                 f"got {tuple(tensor.shape)}"
