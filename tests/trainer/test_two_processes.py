@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ral.checkpoints import last_checkpoint, read_state, why_incomplete
 from tests.asked import asked
@@ -23,6 +27,7 @@ EQUAL = {
     "accumulating": ["ddp", "fsdp2"],
     "teacher": ["fsdp2"],
     "lora": ["fsdp2"],
+    "pictures": ["ddp", "fsdp2"],
 }
 RESUMING = ["ddp", "fsdp2", "fsdp2-sharded"]
 # One case and one way to resume are in the quick tier: a run takes seconds of both processors.
@@ -97,6 +102,27 @@ def test_two_processes_train_as_one(case: str, how: str, results: Path) -> None:
         moved += (ours - one["start"][name]).square().sum().item()
         apart += error.square().sum().item()
     assert 0 < apart < 1e-8 * moved
+
+
+@pytest.mark.slow(stands_in="test_two_processes_train_as_one")
+@pytest.mark.parametrize("case, how", [("pictures", how) for how in EQUAL["pictures"]])
+def test_pictures_are_those_of_one_process(case: str, how: str, results: Path) -> None:
+    """One process logs them: the first alone, or under FSDP2 with the forwards of both."""
+    folder = results / case
+
+    def drawn(way: str) -> list[tuple[int, bytes]]:
+        load(results, case, way)  # or say what it wrote to stderr
+        (run,) = {file.parent for file in (folder / way).rglob("events.out.tfevents.*")}
+        events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+        images = events.Images("attn_map/row_0")
+        return [(image.step, image.encoded_image_string) for image in images]
+
+    one, two = drawn("one"), drawn(how)
+    assert [step for step, _ in two] == [step for step, _ in one] == [0, 2, 4]
+    assert two[0] == one[0] and one[0][1] != one[1][1]
+    for (_, ours), (_, theirs) in zip(one, two, strict=True):
+        ours, theirs = (np.asarray(Image.open(io.BytesIO(x))).astype(int) for x in (ours, theirs))
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 1.0  # of 255
 
 
 @pytest.mark.parametrize(

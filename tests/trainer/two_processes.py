@@ -54,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "teacher": {"attn_coef": 0.0, "distill_attn_coef": 5.0, "distill_logit_coef": 1.0},
     "lora": {"peft_config": tiny.lora()},
+    "pictures": {"attn_map_every": 2, "report_to": ["tensorboard"], "attn_map_rows": 1},
     "resuming": {"optim": "adamw_torch", "learning_rate": 1e-3},
 }
 
