@@ -213,7 +213,7 @@ def test_every_page_in_a_browser(site: Path, address: str, browser_page: Any) ->
     assert len(pages) > 25
     ids, links, wrong = {}, {}, []
     for page in pages:
-        browser_page.goto(f"{address}/{page}", wait_until="load")
+        browser_page.goto(f"{address}/{page}", wait_until="networkidle")
         browser_page.evaluate("for (const x of document.images) x.loading = 'eager'")
         browser_page.wait_for_function("[...document.images].every(x => x.complete)")
         seen = browser_page.evaluate(LOOK)
