@@ -151,11 +151,20 @@ def test_without_a_repository_the_text_of_a_link_stands_alone() -> None:
 def test_every_document_is_a_page() -> None:
     """Or generated, or a subject of one folder."""
     named = {path.relative_to(ROOT).as_posix() for path in cited_files.files()}
-    documents = {name for name in named if name.endswith(".md") and not name.startswith("docs/")}
+    documents = {n for n in named if n.endswith(".md") and not n.startswith(("docs/", "."))}
     assert documents - set(hook.INCLUDED) <= {"SECURITY.md", "examples/README.md"}
     nav = (ROOT / "mkdocs.yml").read_text()
     pages = {*hook.INCLUDED.values(), *(path.name for path in (ROOT / "docs").glob("*.md"))}
     assert {page for page in pages if f": {page}\n" not in nav} == set()
+
+
+def test_the_table_of_settings_has_each_with_its_default() -> None:
+    config = ast.parse((ROOT / "ral" / "config.py").read_text())
+    named = [x.target.id for x in ast.walk(config)
+             if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]  # fmt: skip
+    rows = hook.settings().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == named and len(named) > 20
+    assert next(row for row in rows if "`attn_coef`" in row).startswith("| `attn_coef` | `1.0` | λ")
 
 
 # -- the site -------------------------------------------------------------------------------------
