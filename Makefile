@@ -11,6 +11,8 @@
 #
 # make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
 # make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
+# make wheel   build the wheel that serves every Python, torch and glibc from 2.28 on, into dist/
+#
 # make gpu     run all that needs a GPU, with the machine's own $(PYTHON), into the folder OUT
 # make gpu-kit pack what a GPU machine needs when its minutes count: benchmarks/gpu/README.md
 #
@@ -26,6 +28,7 @@ OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 KIT_SECONDS ?= 600
 FUZZ_MINUTES ?= 10
+JOBS := $(or $(MAX_JOBS),$(CMAKE_BUILD_PARALLEL_LEVEL),$(shell nproc))
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
@@ -39,7 +42,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit wheel build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -75,7 +78,7 @@ $(SANITIZED)/libral_cpu.so: $(NATIVE_SOURCES) | $(TOOLS)
 	@echo "== native library, with ASan and UBSan"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/cmake -DRAL_SANITIZE=address,undefined \
 	  -DRAL_OUTPUT_DIR="$(abspath $(SANITIZED))"
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel $(JOBS)
 
 # Any server shows it: the site asks for nothing from elsewhere.
 docs: $(DOCUMENTED)
@@ -114,6 +117,16 @@ gpu-kit: build triton36
 	RAL_GPU_PYTHON=$(GPU_PYTHON) $(VENV36)/bin/python -m benchmarks.gpu.kit make --seconds $(KIT_SECONDS) --ptxas \
 	  "$$($(BIN)/python -c 'import triton; print(triton.__path__[0])')/backends/nvidia/bin/ptxas-blackwell"
 	$(VENV36)/bin/python -m benchmarks.gpu.kit check
+
+# auditwheel refuses a library that needs more than the platform has, and names the lowest platforms that do.
+# No container: the compiler of the machine makes nothing newer, if it is GCC 12 or older (CMakeLists.txt, old glibc).
+WHEEL_PLATFORM ?= manylinux_2_28_x86_64
+
+wheel: build
+	rm -rf build/lib build/bdist.* build/wheel dist/*.whl
+	RAL_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) --wheel-dir dist build/wheel/*.whl
+	@ls -l dist/*.whl
 
 # The library needs only the build tools, so it is compiled while pip fetches the packages.
 build:

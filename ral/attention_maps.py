@@ -21,7 +21,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import ral_kernels as rk
-from ral_kernels import viz
+from ral_kernels.viz import attention_over_frames
 
 from . import rollouts
 
@@ -86,7 +86,7 @@ class LogsAttentionMaps(TrainerCallback):
             model.train(was_training)
         if state.is_world_process_zero:
             for number, ((_, prompt), seen) in enumerate(zip(self._rows, maps, strict=True)):
-                figure = viz.attention_over_frames(seen, question=_question(prompt))
+                figure = attention_over_frames(seen, question=_question(prompt))
                 self._show(NAME.format(number), _pixels(figure), state.global_step)
 
     def _map(self, images: list[Any], prompt: Any) -> Any:

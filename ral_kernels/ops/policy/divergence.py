@@ -8,13 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation, schema
-from ral_kernels.ops.divergence.interface import call_divergence, check_kind
-from ral_kernels.runtime import backends, checks
-from ral_kernels.runtime.backends import DifferentiableBackend
-from ral_kernels.snapshot import AttentionSnapshot
-from ral_kernels.spans import Spans
-
+from ...runtime import backends, checks
+from ...runtime.backends import DifferentiableBackend
+from ...snapshot import AttentionSnapshot
+from ...spans import Spans
+from .. import allocation, schema
+from ..divergence.interface import call_divergence, check_kind
 from .arguments import (
     LossOutputs,
     PolicyArgs,
