@@ -115,7 +115,7 @@ def settings() -> str:
 def repository() -> str | None:
     """What pyproject.toml says where the sources are."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^Repository *= *"([^"]+)"', text, re.MULTILINE)
+    found = re.search(r'^Homepage *= *"([^"]+)"', text, re.MULTILINE)
     return None if found is None else found.group(1).rstrip("/")
 
 

@@ -102,8 +102,14 @@ def read_variables(path: Path) -> set[str]:
     """Environment variables that a file of the tree names as such."""
     if path.suffix == ".py":
         tree = ast.parse(path.read_text())
-        constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-        return {text for text in constants if isinstance(text, str) and VARIABLE.fullmatch(text)}
+        nodes = list(ast.walk(tree))
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        calls = (node for node in nodes if isinstance(node, ast.Call))
+        kept = {  # names in CMake's cache, which setup.py reads
+            argument.value for call in calls for argument in call.args
+            if ast.unparse(call.func) == "cached" and isinstance(argument, ast.Constant)
+        }  # fmt: skip
+        return {x for x in texts - kept if isinstance(x, str) and VARIABLE.fullmatch(x)}
     return set(re.findall(r"(?<![\w-])(?<!-D)(RAL_[A-Z0-9_]+)=", path.read_text()))
 
 
