@@ -131,8 +131,6 @@ def test_notebooks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     notebook = nbformat.read(EXAMPLES / "notebooks" / name, as_version=4)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()  # raises at an error in a cell, also of its asserts
-    if keep := os.environ.get("KEEP"):
-        nbformat.write(notebook, keep + "/" + name)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
     assert pictures, "a notebook shows something"
