@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .figures import finish, mean_of, name_of, picture_of, source_of, what_of
 from .parts import (
     FONT,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from .maps import AttentionMap
 
-PIXELS = 160  # a side of a panel at most; a figure of 28 x 28 would show no more
+PIXELS = 160  # a side of a panel at most
 LABELLED = 40  # panels at most that say their share
 
 
@@ -76,8 +78,14 @@ def layer_head_grid(
     left, top = (0.75, 1.3) if both else (0.15, 0.95)
     full = (columns * (width + gap), rows * (height + gap + head_room))
     figure = new_figure(left + max(full[0], 3.6) + 1.5, top + max(full[1], 1.8) + 0.1)
-    picture.thumbnail((PIXELS, PIXELS))
+    side = max(48, round(2 * figure.dpi * max(width, height)))  # twice what the figure shows
+    picture.thumbnail((min(PIXELS, side),) * 2)
     high = figure.get_figheight()
+    if both and not labelled:
+        axes = axes_at(figure, left, high - top - full[1] + gap, full[0] - gap, full[1] - gap)
+        axes.imshow(_mosaic(maps, image, grids, limit, picture, gap / width), aspect="auto")
+        axes.set_axis_off()
+        cells = []
     for number, (layer, head) in enumerate(cells):
         row, column = divmod(number, columns)
         x = left + column * (width + gap)
@@ -113,6 +121,26 @@ def layer_head_grid(
     bar = (left + max(full[0], 3.6) + 0.1, high - top - long, 0.14, long)
     colour_bar(figure, bar, limit, note, what=what_of(maps))
     return finish(figure, path)
+
+
+def _mosaic(
+    maps: AttentionMap, image: int, grids: Tensor, limit: float, picture: Any, gap: float
+) -> Any:
+    """All panels as one array: hundreds of axes would take a minute."""
+    import numpy as np
+
+    layers, heads = grids.shape[:2]
+    across = picture.width + max(1, round(gap * picture.width))
+    down = picture.height + max(1, round(gap * picture.width))
+    whole = np.full((layers * down, heads * across, 3), 255, np.uint8)
+    for layer in range(layers):
+        for head in range(heads):
+            panel = blend(picture, grids[layer, head], limit, maps.boxes[image])
+            y, x = layer * down, head * across
+            whole[y : y + picture.height, x : x + picture.width] = panel
+    return whole[
+        : down * layers - (down - picture.height), : across * heads - (across - picture.width)
+    ]
 
 
 def _columns(count: int, aspect: float) -> int:
