@@ -159,8 +159,11 @@ def _views(maps: AttentionMap, coarse: int) -> Iterator[dict[str, Any]]:
 
 def _by_word(values: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
     """Values [T, ...] as their mean over all tokens, and then over those of each word."""
-    rows = [values.mean(0), *(values[list(numbers)].mean(0) for numbers in tokens)]
-    return torch.stack(rows).float()
+    weights = torch.zeros(len(tokens) + 1, len(values))
+    weights[0] = 1 / len(values)
+    for row, numbers in enumerate(tokens, 1):
+        weights[row, list(numbers)] = 1 / len(numbers)
+    return torch.tensordot(weights, values.float(), dims=1)
 
 
 def _cells(shape: tuple[int, int], factor: int) -> int:
@@ -177,7 +180,7 @@ def _pooled(grid: Tensor, factor: int) -> Tensor:
 
 def _jpeg(image: Any, side: int) -> bytes:
     picture = image.convert("RGB")
-    picture.thumbnail((side, side))
+    picture.thumbnail((side, side), reducing_gap=2.0)
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=QUALITY, optimize=True)
     return stream.getvalue()
