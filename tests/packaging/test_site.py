@@ -100,8 +100,11 @@ def test_a_wrong_quote_is_seen() -> None:
 
 def read_variables(path: Path) -> set[str]:
     """Environment variables that a file of the tree names as such."""
+    source = path.read_text()
+    if "RAL_" not in source:
+        return set()
     if path.suffix == ".py":
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(source)
         nodes = list(ast.walk(tree))
         texts = {node.value for node in nodes if isinstance(node, ast.Constant)}
         calls = (node for node in nodes if isinstance(node, ast.Call))
@@ -110,7 +113,7 @@ def read_variables(path: Path) -> set[str]:
             if ast.unparse(call.func) == "cached" and isinstance(argument, ast.Constant)
         }  # fmt: skip
         return {x for x in texts - kept if isinstance(x, str) and VARIABLE.fullmatch(x)}
-    return set(re.findall(r"(?<![\w-])(?<!-D)(RAL_[A-Z0-9_]+)=", path.read_text()))
+    return set(re.findall(r"(?<![\w-])(?<!-D)(RAL_[A-Z0-9_]+)=", source))
 
 
 def test_every_environment_variable_is_in_the_table() -> None:
