@@ -146,8 +146,18 @@ def _first_rows(trainer: Any) -> Iterator[tuple[list[Any], Any]]:
             )
         prompt = row["prompt"]
         if not isinstance(prompt, str):
-            prompt = prepare_multimodal_messages(prompt, images=images)
+            prompt = [
+                _without_images(m) for m in prepare_multimodal_messages(prompt, images=images)
+            ]
         yield images, prompt
+
+
+def _without_images(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose images are places for those that come beside it."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = [{"type": "image"} if part["type"] == "image" else part for part in content]
+    return {**message, "content": content}
 
 
 def _question(prompt: Any) -> str:

@@ -90,7 +90,7 @@ def attention_over_frames(
                 left + width / 2, top + 0.13, names[image], size=11, colour=_SOFT, align="center"
             )
             page.picture(left, top + _NAME, width, height, pictures[image])
-        page.write(0.3, top + _NAME + height / 2, "frames" if count > 1 else "image", colour=_SOFT)
+        page.write(0.3, top + _NAME + height / 2, "it sees", colour=_SOFT)
         top += _NAME + height + _BETWEEN
         for row in rows:
             for left, image in zip(places, chosen, strict=True):
