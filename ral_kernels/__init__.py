@@ -69,8 +69,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module = importlib.import_module(f".integrations.transformers.{_LAZY[name]}", __name__)
+    try:
+        module = importlib.import_module(f".integrations.transformers.{_LAZY[name]}", __name__)
+    except ImportError:
+        from .integrations.transformers.registration import check_transformers
+
+        check_transformers(name)  # says what to install
+        raise
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if __name__ == "ral_kernels":  # a copy under another name leaves transformers' table alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What this installation has: versions, devices, compiled libraries, and which "
         "backend each op chooses with backend=None, with the reason why others are skipped.",
     )
+    info.add_argument("--json", action="store_true", help="as JSON, for a report of a bug")
     info.set_defaults(run=_info)
     return parser
 
@@ -75,45 +77,13 @@ def _backends(given: argparse.Namespace) -> int:
 
 
 def _info(given: argparse.Namespace) -> int:
-    for line in info_lines():
-        print(line)
+    from . import info
+
+    if given.json:
+        print(json.dumps(info.facts(), indent=1))
+    else:
+        print(*info.lines(), sep="\n")
     return 0
-
-
-def info_lines() -> Iterator[str]:
-    """The lines of `info`."""
-    import platform
-    from importlib import metadata
-
-    import torch
-
-    from . import __version__
-    from .runtime import backends, cuda_library, native
-
-    yield f"ral_kernels {__version__}"
-    yield f"Python {platform.python_version()}, torch {torch.__version__}"
-    for name in ("triton", "transformers"):
-        try:
-            yield f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            yield f"{name} is not installed"
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index in range(count):
-        device = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}: {device.name}, compute capability {device.major}.{device.minor}"
-    if count == 0:
-        yield "torch sees no CUDA device"
-    for name in ("ral_cpu", "ral_cuda"):
-        missing = native.why_missing(name)
-        yield f"{name}: {missing or native.LIBRARY_DIR / f'lib{name}.so'}"
-    hopper = cuda_library.hopper()
-    yield f"ral_cuda's kernels for Hopper: {hopper or 'on'}"
-    for op, order in backends.automatic_order().items():
-        yield ""
-        yield f"{op}: the first of these that can run a call"
-        for name, reason in order.items():
-            answer = "yes" if reason is None else f"skipped: {reason}"
-            yield f"  {name:<{max(map(len, order))}}  {answer}"
 
 
 def _add_attention_map(commands: Any) -> None:
@@ -348,7 +318,7 @@ def _check_packages() -> None:
             __import__(package)
         except ImportError as error:
             raise Refused(
-                f"attention-map needs {name}: pip install 'ral-kernels[viz]' ({error})"
+                f"attention-map needs {name}: pip install matplotlib pillow ({error})"
             ) from error
 
 

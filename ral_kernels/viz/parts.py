@@ -108,8 +108,7 @@ def need_matplotlib(function: str) -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"viz.{function} needs matplotlib and Pillow; install them with "
-            "`pip install ral-kernels[viz]` (or `pip install matplotlib pillow`)"
+            f"viz.{function} needs matplotlib and Pillow: `pip install matplotlib pillow`"
         ) from error
 
 

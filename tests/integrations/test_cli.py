@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ral_kernels as rk
 from ral_kernels import cli, viz
@@ -261,6 +264,27 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert set(found) == {"attention", "policy", "divergence", "policy_divergence"}
     assert "  cuda       skipped: its kernels have run on no GPU yet" in found["attention"]
     assert "  reference  yes" in found["attention"]
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a report of a bug needs, with py-cpuinfo and without."""
+    monkeypatch.setenv("RAL_CPU_ISA", "portable")
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ral_kernels"] == rk.__version__
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu_variant"] == "portable" or "not built" in found["cpu_variant"]
+    assert found["environment"]["RAL_CPU_ISA"] == "portable"
+    assert list(found["backends"]["attention"]) == ["cuda", "triton", "cpu", "reference"]
+    library = found["libraries"]["ral_cpu"]
+    if library["missing"] is None:
+        content = Path(library["path"]).read_bytes()
+        assert library["sha256"] == hashlib.sha256(content).hexdigest()
+    assert {"name", "family", "model"} <= set(found["cpu"])
+    monkeypatch.setitem(sys.modules, "cpuinfo", None)
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cpu"]["name"]
 
 
 def test_help_is_quick(capsys: pytest.CaptureFixture[str]) -> None:

@@ -355,7 +355,7 @@ def test_without_matplotlib_the_message_says_what_to_install(
     maps = maps_of()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for function in (viz.overlay, viz.token_grid, viz.film_strip, viz.token_frame):
-        with pytest.raises(ImportError, match=r"pip install ral-kernels\[viz\]"):
+        with pytest.raises(ImportError, match="pip install matplotlib pillow"):
             function(maps)
 
 

@@ -242,6 +242,14 @@ def after(words: list[str], option: str) -> str:
     return words[words.index(option) + 1]
 
 
+def test_nothing_advises_an_index_that_does_not_have_the_package() -> None:
+    advice = re.compile(r"\bral-kernels\[")
+    files = {*cited_files.files()} - {Path(__file__)}
+    assert ROOT / "ral_kernels" / "cli.py" in files
+    guilty = [path for path in files if advice.search(path.read_text())]
+    assert guilty == []
+
+
 def test_a_missing_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether all of the tree exist, `make lint` says."""
     monkeypatch.setattr(cited_files, "ROOT", tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ def refuse_dropout(op: str, dropout_p: Any) -> None:
         )
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ...,
+    enable_gqa: bool = ..., *, spans: None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ...,
+    enable_gqa: bool = ..., *, spans: Spans,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
