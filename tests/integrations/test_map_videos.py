@@ -98,7 +98,7 @@ def test_few_grey_levels_from_torchvisions(count: int, together: bool) -> None:
         assert got["video_grid_thw"].tolist() == wanted["video_grid_thw"].tolist()
         off = (got["pixel_values_videos"] - wanted["pixel_values_videos"]).abs()
         levels = 255 * max(pixels.image_std) * off
-        assert float(levels.max()) < 6 and float(levels.mean()) < 0.05
+        assert float(levels.max()) < 6 and float(levels.mean()) < 0.3
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
