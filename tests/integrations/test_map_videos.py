@@ -79,7 +79,7 @@ def test_pixels_are_limited(together: bool, count: int, grid: list[int]) -> None
 @pytest.mark.parametrize("count", [2, 5, 8])
 def test_few_grey_levels_from_torchvisions(count: int, together: bool) -> None:
     """The same grids as transformers' own video processors, and pixels of their rounding."""
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     if not is_torchvision_available():
         pytest.skip("torchvision is not installed")
