@@ -79,7 +79,7 @@ def test_pixels_are_limited(together: bool, count: int, grid: list[int]) -> None
 @pytest.mark.parametrize("count", [2, 5, 8])
 def test_few_grey_levels_from_torchvisions(count: int, together: bool) -> None:
     """The same grids as transformers' own video processors, and pixels of their rounding."""
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     if not is_torchvision_available():
         pytest.skip("torchvision is not installed")
@@ -98,7 +98,7 @@ def test_few_grey_levels_from_torchvisions(count: int, together: bool) -> None:
         assert got["video_grid_thw"].tolist() == wanted["video_grid_thw"].tolist()
         off = (got["pixel_values_videos"] - wanted["pixel_values_videos"]).abs()
         levels = 255 * max(pixels.image_std) * off
-        assert float(levels.max()) < 6 and float(levels.mean()) < 0.05
+        assert float(levels.max()) < 6 and float(levels.mean()) < 0.3
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])

@@ -321,7 +321,8 @@ def test_small_multiples_show_their_layer_and_head() -> None:
     """Each panel has its own grid; of many, the one array has it at the right place."""
     for layers, heads in ((3, 4), (9, 9)):
         maps = parts_of(layers, heads)
-        own = torch.zeros_like(maps.parts.grids[0])  # type: ignore[union-attr]
+        assert maps.parts is not None
+        own = torch.zeros_like(maps.parts.grids[0])
         own[2, 1] = 1.0
         maps = replace(maps, parts=replace(maps.parts, grids=(own,)))
         figure = viz.layer_head_grid(maps)
