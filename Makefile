@@ -2,6 +2,7 @@
 # make test    run the quick tier of the tests (tests/README.md)        make test-all    run the whole suite
 # make coverage run the whole suite and name the lines of the packages that no test runs
 # make conformance    compare with torch, flash-attention and transformers, into docs/conformance.md
+# make docs    build the site of the documents into build/site
 # make lint    check format, style and types, as pre-commit does
 # make bench   measure the CPU figures       make bench-regress    run the pytest-benchmark suite
 #
@@ -10,6 +11,8 @@
 #
 # make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
 # make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
+# make wheel   build the wheel that serves every Python, torch and glibc from 2.28 on, into dist/
+#
 # make gpu     run all that needs a GPU, with the machine's own $(PYTHON), into the folder OUT
 # make gpu-kit pack what a GPU machine needs when its minutes count: benchmarks/gpu/README.md
 #
@@ -25,9 +28,11 @@ OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 KIT_SECONDS ?= 600
 FUZZ_MINUTES ?= 10
+JOBS := $(or $(MAX_JOBS),$(CMAKE_BUILD_PARALLEL_LEVEL),$(shell nproc))
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
+DOCUMENTED := $(VENV)/documented.stamp
 LIBRARY := ral_kernels/lib/libral_cpu.so
 SANITIZED := build/sanitized
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
@@ -37,7 +42,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit wheel build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -73,7 +78,11 @@ $(SANITIZED)/libral_cpu.so: $(NATIVE_SOURCES) | $(TOOLS)
 	@echo "== native library, with ASan and UBSan"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/cmake -DRAL_SANITIZE=address,undefined \
 	  -DRAL_OUTPUT_DIR="$(abspath $(SANITIZED))"
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake --target ral_cpu --parallel $(JOBS)
+
+# Any server shows it: the site asks for nothing from elsewhere.
+docs: $(DOCUMENTED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 conformance: build
 	$(BIN)/python -m tests.conformance
@@ -109,6 +118,16 @@ gpu-kit: build triton36
 	  "$$($(BIN)/python -c 'import triton; print(triton.__path__[0])')/backends/nvidia/bin/ptxas-blackwell"
 	$(VENV36)/bin/python -m benchmarks.gpu.kit check
 
+# auditwheel refuses a library that needs more than the platform has, and names the lowest platforms that do.
+# No container: the compiler of the machine makes nothing newer, if it is GCC 12 or older (CMakeLists.txt, old glibc).
+WHEEL_PLATFORM ?= manylinux_2_28_x86_64
+
+wheel: build
+	rm -rf build/lib build/bdist.* build/wheel dist/*.whl
+	RAL_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) --wheel-dir dist build/wheel/*.whl
+	@ls -l dist/*.whl
+
 # The library needs only the build tools, so it is compiled while pip fetches the packages.
 build:
 	@$(MAKE) --no-print-directory -j2 library-and-packages
@@ -127,6 +146,11 @@ $(LIBRARY): $(TOOLS) $(NATIVE_SOURCES)
 $(INSTALLED): $(TOOLS) pyproject.toml
 	@echo "== $(VENV): packages of constraints.txt"
 	RAL_BUILD_LATER=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(DOCUMENTED): $(INSTALLED)
+	@echo "== $(VENV): packages of the site"
+	RAL_BUILD_LATER=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev,docs]'
 	@touch $@
 
 $(TOOLS): constraints.txt

@@ -9,7 +9,8 @@ even then.
 `RAL_BUILD_LATER=1` lets an editable installation leave them as they are, for the command below.
 `RAL_LIBRARIES=ral_cuda` builds that one alone and leaves the other as it is, and
 `RAL_CUDA_ARCHITECTURES=90-real` builds it for these GPUs alone: minutes less on a rented one.
-`MAX_JOBS` limits how many compilers run at once.
+`MAX_JOBS`, or `CMAKE_BUILD_PARALLEL_LEVEL`, limits how many compilers run at once.
+`CXX` may have several words: `ccache g++`.
 
 `python setup.py build_ext --inplace` rebuilds in a checkout, without pip, without a network, and
 without the `cmake` and `ninja` modules where the system has a CMake.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,10 @@ LIBRARIES = ("ral_cpu", "ral_cuda")  # targets of CMakeLists.txt
 # As ral_kernels.runtime.native finds them.
 LIBRARY_FILE, CHECKSUM_FILE, NOTE_FILE = "lib{}.so", "lib{}.so.sha256", "{}.missing.txt"
 CMAKE_MINIMUM = (3, 18)  # as in CMakeLists.txt
+INSTALL_AGAIN = (
+    "pip install --no-cache-dir --force-reinstall --no-deps . "
+    "(or, in a checkout: python setup.py build_ext --inplace)"
+)
 
 
 class BuildError(Exception):
@@ -98,8 +104,14 @@ def is_cache_stale(ninja: str | None) -> bool:
     return generator is not None and (
         (generator == "Ninja") != (ninja is not None)
         or cached("CMAKE_HOME_DIRECTORY") != str(ROOT)  # the tree was moved, build/ with it
-        or (compiler is not None and cached("CMAKE_CXX_COMPILER") != shutil.which(compiler))
+        or (compiler is not None and not is_cached_compiler(compiler))
     )
+
+
+def is_cached_compiler(compiler: str) -> bool:
+    """Whether an earlier build had this CXX, and it still is the same program."""
+    program = shutil.which(shlex.split(compiler)[0]) if compiler.strip() else None
+    return cached("RAL_CXX") == compiler and cached("CMAKE_CXX_COMPILER") == program
 
 
 def requested_libraries() -> tuple[str, ...]:
@@ -126,6 +138,8 @@ def build_native(output_dir: Path, libraries: Sequence[str]) -> dict[str, str]:
     configure = [cmake, "-S", str(ROOT), "-B", str(BUILD_DIR), f"-DRAL_OUTPUT_DIR={output_dir}"]
     # Also when it is empty: the cache holds that of an earlier build.
     configure += [f"-DRAL_CUDA_ARCHITECTURES={';'.join(words('RAL_CUDA_ARCHITECTURES'))}"]
+    if compiler := os.environ.get("CXX"):
+        configure += [f"-DRAL_CXX={compiler}"]
     if ninja is not None:
         # By its path: the cache may name the ninja of an isolated build, which is gone since.
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -135,9 +149,7 @@ def build_native(output_dir: Path, libraries: Sequence[str]) -> dict[str, str]:
         if "CMAKE_CXX_COMPILER" in output:
             raise BuildError("no working C++17 compiler; install g++ or clang++, or set CXX")
         raise BuildError(f"CMake could not configure the build:\n{tail(output)}")
-    limits = (os.environ.get(name) for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"))
-    jobs = next(filter(None, limits), str(os.cpu_count()))
-    build = [cmake, "--build", str(BUILD_DIR), "--parallel", jobs, "--target"]
+    build = [cmake, "--build", str(BUILD_DIR), "--parallel", num_jobs(), "--target"]
     if "ral_cpu" in libraries:
         status, output = run([*build, "ral_cpu"])
         if status != 0:
@@ -153,6 +165,14 @@ def build_native(output_dir: Path, libraries: Sequence[str]) -> dict[str, str]:
         if is_required():
             raise BuildError(reason)
     return {"ral_cuda": reason}
+
+
+def num_jobs() -> str:
+    """How many compilers run at once: as many as asked for, else one a CPU of this process."""
+    limits = (os.environ.get(name) for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"))
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return next(filter(None, limits), str(cpus))
 
 
 def is_required() -> bool:
@@ -237,7 +257,7 @@ class BuildNative(build_ext):
         print(
             f"{rule}\n{message}\n"
             f"The installation goes on without {' and '.join(missing)}; other backends work.\n"
-            "Afterwards install again, or in a checkout: python setup.py build_ext --inplace\n"
+            f"Afterwards: {INSTALL_AGAIN}\n"
             f"{rule}",
             file=sys.stderr,
             flush=True,
@@ -258,14 +278,20 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags a wheel with its platform if it carries native libraries, and as pure if it does not."""
+    """Tags a wheel with its platform if it carries native libraries, and as pure if it does not.
+
+    pip keeps the wheel that it builds, and takes it at every later installation. One without the
+    libraries gets a tag that no platform has: pip installs it now, and builds again next time.
+    uv would refuse it, and rebuilds on request anyway.
+    """
 
     distribution: NativeDistribution
 
     def get_tag(self) -> tuple[str, str, str]:
         if set(self.distribution.native_missing) == set(requested_libraries()):
             self.root_is_pure = True
-            return "py3", "none", "any"
+            is_pip = "PIP_BUILD_TRACKER" in os.environ  # which pip sets for the builds it starts
+            return "py3", "none", "incomplete" if is_pip else "any"
         return "py3", "none", super().get_tag()[2]
 
 

@@ -1,6 +1,6 @@
 """The CPU targets of `attention`, each measured against its peer in one interleaved run.
 
-    python -m benchmarks.attention_bench            # the whole table, about 5 minutes on 2 cores
+    python -m benchmarks.attention_bench
     python -m benchmarks.attention_bench --quick    # two lengths, fewer repeats
     python -m benchmarks.attention_bench --keep-memory    # no page faults on the clock
 
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import cpu_bench, examine, machine
+from benchmarks.harness import cpu_bench, examine, machine, results
 from benchmarks.harness.cpu_bench import CPU, DTYPES
 from benchmarks.harness.gate import verdict
 from benchmarks.harness.inputs import QUESTION_TEXT, SYSTEM_TEXT, Heads
@@ -231,16 +231,14 @@ def print_accuracy(row: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="two lengths and fewer repeats")
     parser.add_argument("--seqlens", type=int, nargs="+", help="default: 1024 2048 4096 8192")
-    cpu_bench.add_arguments(parser)
+    cpu_bench.add_arguments(parser, quick="two lengths and fewer repeats")
     cpu_bench.add_keep_memory(parser)
-    options = parser.parse_args(arguments)
-    cpu_bench.settle(options)
+    options = cpu_bench.parse(parser, arguments)
     seqlens = options.seqlens or ([1024, 2048] if options.quick else [1024, 2048, 4096, 8192])
     settings = {"heads": "16:2 of 128", "causal": True, "num_spans": 32}
     settings |= {"quick": options.quick, "keep_memory": options.keep_memory}
-    run = cpu_bench.begin("attention_bench", settings)
+    run = results.begin("attention_bench", options, settings)
     print("attention with 32 span marginals / SDPA without (causal, 16:2 heads of 128)")
     run["speed"] = []
     for dtype in DTYPES:
@@ -272,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{per_token:5.1f} KiB a token  (outputs {row['outputs_mib']:.0f} MiB; "
             f"one H x N x N matrix {row['one_score_matrix_mib']:.0f} MiB)"
         )
-    cpu_bench.write(run, options)
+    results.finish(run, options)
     rows = run["speed"] + run["marginals"] + run["memory"]
     return int(any(row.get("wrong") for row in rows))
 

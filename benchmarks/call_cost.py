@@ -1,7 +1,6 @@
 """What one call costs the host, apart from its arithmetic: every op over 16 keys on the CPU.
 
-    python -m benchmarks.call_cost               # 20 seconds
-    python -m benchmarks.call_cost --out FILE    # and a JSON file with machine and commit
+    python -m benchmarks.call_cost
     python -m benchmarks.call_cost --parts       # what `attention` spends it on
 
 One query, 16 keys, a head of 64, float32, one thread: the products take a microsecond. What is left
@@ -16,13 +15,10 @@ saves is the price of the part, in the call's own order and with its own cold ca
 from __future__ import annotations
 
 import argparse
-import json
 import pkgutil
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -30,9 +26,11 @@ import torch
 import torch.nn.functional as F
 
 import ral_kernels as rk
-from benchmarks.harness import machine
+from benchmarks.harness import results
+from benchmarks.harness.measure import quantiles
 
 ROUNDS, CALLS = 40, 50  # a round times so many calls of each kind
+QUICK_ROUNDS = 10
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -78,8 +76,8 @@ PARTS = {  # part of `attention` on the cpu backend -> where it is looked up
 }
 
 
-def parts() -> dict[str, float]:
-    """Part of `attention` -> least microseconds that the call saves without it."""
+def parts(rounds: int) -> dict[str, dict[str, Any]]:
+    """Part of `attention` -> microseconds that the call saves without it, by the least."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, seqlen, 64) for seqlen in (1, 16, 16))
 
@@ -114,49 +112,46 @@ def parts() -> dict[str, float]:
             whole()
 
     table = {"attention": calls, **{name: without(path) for name, path in PARTS.items()}}
-    found = {name: row["least_us"] / CALLS for name, row in measure(table, calls=1).items()}
-    total = found.pop("attention")
-    return {"attention": total, **{name: total - least for name, least in found.items()}}
+    found = measure(table, rounds, calls=1)
+    least = {name: row["least_us"] / CALLS for name, row in found.items()}
+    total = least.pop("attention")
+    saved = {"attention": total, **{name: total - us for name, us in least.items()}}
+    return {name: {"least_us": us} for name, us in saved.items()}
 
 
 def measure(
-    table: dict[str, Callable[[], object]], calls: int = CALLS
-) -> dict[str, dict[str, float]]:
-    """Name -> least and median microseconds."""
+    table: dict[str, Callable[[], object]], rounds: int, calls: int = CALLS
+) -> dict[str, dict[str, Any]]:
+    """Name -> least microseconds, and those of each round with their median."""
     for call in table.values():
         for _ in range(20):
             call()
     seconds: dict[str, list[float]] = {name: [] for name in table}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in table.items():
             start = time.perf_counter()
             for _ in range(calls):
                 call()
-            seconds[name].append((time.perf_counter() - start) / calls)
+            seconds[name].append(1e6 * (time.perf_counter() - start) / calls)
     return {
-        name: {"least_us": 1e6 * min(times), "median_us": 1e6 * statistics.median(times)}
-        for name, times in seconds.items()
+        name: {"least_us": min(times), "us": quantiles(times)} for name, times in seconds.items()
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    results.add_arguments(parser, quick="fewer rounds")
     parser.add_argument("--parts", action="store_true", help="what `attention` spends its time on")
-    given = parser.parse_args()
-    out = given.out
+    options = results.parse(parser, arguments)
     torch.set_num_threads(1)
-    if given.parts:
-        for name, least in parts().items():
-            print(f"{name:36} {least:7.1f}")
-        return 0
-    found = measure(calls())
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    run = results.begin("call_cost", options, {"rounds": rounds, "parts": options.parts})
+    run["calls"] = parts(rounds) if options.parts else measure(calls(), rounds)
     print(f"{'microseconds a call':36} {'least':>7} {'median':>7}")
-    for name, row in found.items():
-        print(f"{name:36} {row['least_us']:7.1f} {row['median_us']:7.1f}")
-    if out is not None:
-        facts = {"machine": machine.describe(torch.device("cpu")), "commit": machine.commit()}
-        out.write_text(json.dumps({**facts, "torch": torch.__version__, "calls": found}, indent=1))
+    for name, row in run["calls"].items():
+        median = f"{row['us']['median']:7.1f}" if "us" in row else f"{'-':>7}"
+        print(f"{name:36} {row['least_us']:7.1f} {median}")
+    results.finish(run, options)
     return 0
 
 

@@ -1,6 +1,6 @@
 """A step of decoding on the CPU: `attention` with span marginals beside PyTorch's SDPA without.
 
-    python -m benchmarks.decode_bench            # a minute on 2 cores
+    python -m benchmarks.decode_bench
     python -m benchmarks.decode_bench --quick    # fewer shapes and repeats
 
 One query a sequence over cached keys, 32 spans. The peer is the faster of two calls of SDPA: with
@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import ral_kernels as rk
-from benchmarks.harness import cpu_bench
+from benchmarks.harness import cpu_bench, results
 from benchmarks.harness.cpu_bench import DTYPES
 from benchmarks.harness.gate import relative_errors, verdict
 from benchmarks.harness.measure import quantiles
@@ -115,12 +115,10 @@ def show(row: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
-    cpu_bench.add_arguments(parser)
-    options = parser.parse_args(arguments)
-    cpu_bench.settle(options)
+    cpu_bench.add_arguments(parser, quick="fewer shapes and repeats")
+    options = cpu_bench.parse(parser, arguments)
     settings = {"head_dim": 128, "num_spans": NUM_SPANS, "quick": options.quick}
-    run = cpu_bench.begin("decode_bench", settings)
+    run = results.begin("decode_bench", options, settings)
     print("one query with span marginals / the faster of two calls of SDPA without")
     run["rows"] = []
     for dtype in DTYPES:
@@ -128,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = measure(case, dtype, 9 if options.quick else 41)
             run["rows"].append(row)
             show(row)
-    cpu_bench.write(run, options)
+    results.finish(run, options)
     return int(any(row["wrong"] for row in run["rows"]))
 
 

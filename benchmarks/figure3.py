@@ -1,6 +1,6 @@
 """What reinforcing attention does to accuracy as frames and resolution grow: the paper's Figure 3.
 
-    python -m benchmarks.figure3 --quick               # some arms, two seeds, five minutes
+    python -m benchmarks.figure3 --quick               # some arms, two seeds, short runs
     python -m benchmarks.figure3 --seeds 5 --workers 2 # the whole study
     python -m benchmarks.figure3 --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
 
@@ -10,7 +10,7 @@ same number of rollouts. It is evaluated on held-out digits, up to sizes that no
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
 interval. Every run is a file, so a stopped study resumes.
 
-docs/figure3.md has the results. `python -m benchmarks.study.report FILE` prints its tables, and
+docs/figure3.md has the result. `python -m benchmarks.study.report FILE` prints its tables, and
 `python -m benchmarks.study.plot FILE` draws its pictures again.
 """
 
@@ -18,18 +18,16 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import cpu_bench, results
+from benchmarks.harness import results
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BY_NAME, QUICK
 from benchmarks.study.plot import draw
@@ -66,21 +64,20 @@ def _all(pool: Any, function: Any, plan: one.Plan, jobs: list[Any], what: str) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="some arms, two seeds, frames alone")
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--arms", nargs="+", choices=BY_NAME)
     parser.add_argument("--seeds", type=int, help="runs of each arm (default: 5; --quick: 2)")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--start-seed", type=int, default=0, help="of the supervised start")
     parser.add_argument(
-        "--batches", type=int, help="rollout batches (default: the task's; --quick: 10)"
+        "--batches", type=int, help="rollout batches (default: the task's; --quick: 3)"
     )
-    parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 96)")
+    parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 32)")
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
-    parser.add_argument("--tag", help="told apart by it: figure3-TAG-<commit>.json")
-    results.add_arguments(parser)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--tag", help="first in the name of the file: figure3-TAG-...")
+    results.add_arguments(parser, quick="some arms, two seeds, short runs, frames alone")
+    options = results.parse(parser, arguments, always=("tag",))
     quick = options.quick
     tasks = options.tasks or (["frames"] if quick else list(TASKS))
     arms = options.arms or (list(QUICK) if quick else [arm.name for arm in ARMS])
@@ -88,12 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tasks": tasks, "arms": arms,
         "seeds": options.seeds or (2 if quick else 5), "first_seed": options.first_seed,
         "start_seed": options.start_seed,
-        "batches": options.batches or (10 if quick else None),
-        "test_rows": options.test_rows or (96 if quick else 256),
+        "batches": options.batches or (3 if quick else None),
+        "test_rows": options.test_rows or (32 if quick else 256),
+        "tag": options.tag,
     }  # fmt: skip
-    began = time.perf_counter()
-    tag = options.tag or ("quick" if quick else None)
-    run = cpu_bench.begin("figure3" if tag is None else f"figure3-{tag}", settings)
+    run = results.begin("figure3", options, settings)
     commit = run["commit"]["hash"] or "none"
     default = Path(os.environ.get("RAL_CACHE_DIR", Path.home() / ".cache" / "ral_kernels"))
     length = settings["batches"] or "full"
@@ -117,17 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _all(pool, _prepare, plan, kinds, "starts")
         _all(pool, _prepare, plan, [(task, "teacher") for task in taught], "teachers")
         run["runs"] = _all(pool, _work, plan, jobs, "runs")
-    run["seconds"] = time.perf_counter() - began
     for task in tasks:
         print(f"\n{task}: right answers, %, mean ± 95 % over {settings['seeds']} seeds")
         print(f"endpoint: {TASKS[task].endpoint_label}\n")
         for make in (table, comparisons, curves):
             if lines := make(task, run["runs"]):
                 print(plain(lines) + "\n")
-    file = results.folder(options, run["machine"]) / f"{run['benchmark']}-{commit}.json"
-    file.write_text(json.dumps(run) + "\n")
-    pictures = " and ".join(picture.name for picture in draw(file))
-    print(f"\n{run['seconds']:.0f} s; written to {file} and {pictures}")
+    pictures = draw(results.finish(run, options))
+    print(f"drew {' and '.join(picture.name for picture in pictures)}")
     return 0
 
 

@@ -23,6 +23,7 @@ from benchmarks.harness.runner import DTYPES, Size, add_arguments, heads_of, par
 
 FRAMES = (4, 8, 16, 32, 64)
 FULL_FRAMES = (*FRAMES, 128, 256)
+QUICK_FRAMES = FRAMES[:3]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--frames",
         type=int,
         nargs="+",
-        help=f"numbers of frames (default: {FRAMES}; --full: {FULL_FRAMES})",
+        help=f"numbers of frames (default: {FRAMES}; --full: {FULL_FRAMES}; "
+        f"--quick: {QUICK_FRAMES})",
     )
     parser.add_argument(
         "--grid",
@@ -43,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     options = parse(parser, arguments)
     rows, columns = options.grid
-    frames = options.frames or (FULL_FRAMES if options.full else FRAMES)
+    default = QUICK_FRAMES if options.quick else FULL_FRAMES if options.full else FRAMES
+    frames = options.frames or default
     heads, dtype = heads_of(options), DTYPES[options.dtype]
     model = ModelInputs(heads, dtype, options.device) if options.input == "model" else None
 

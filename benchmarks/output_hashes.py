@@ -1,7 +1,7 @@
 """Hashes of what the CPU backend computes, to show that a change leaves every bit in place.
 
-    python -m benchmarks.output_hashes --out before.json       # 8 seconds
-    python -m benchmarks.output_hashes --compare before.json   # after it: status 1 if one differs
+    python -m benchmarks.output_hashes                      # before it, and after it
+    python -m benchmarks compare BEFORE.json AFTER.json     # names the calls that differ
 
 The calls are the tests' tables of cases in float32, bfloat16 and float16, forward and every
 gradient. Bits depend on the instruction set (RAL_CPU_ISA chooses one), so compare on one machine.
@@ -13,14 +13,13 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from benchmarks.harness import machine
+from benchmarks.harness import results
 from tests.ops import attention_cases, policy_cases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,26 +97,16 @@ def hashes() -> Iterator[tuple[str, str]]:
             )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--compare", type=Path, help="JSON file of an earlier run")
-    options = parser.parse_args()
-    found = dict(hashes())
-    whole = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
-    print(f"{len(found)} calls, all together {whole}")
-    if options.out is not None:
-        facts = {"machine": machine.describe(torch.device("cpu")), "commit": machine.commit()}
-        text = {**facts, "torch": torch.__version__, "together": whole, "calls": found}
-        options.out.write_text(json.dumps(text, indent=1) + "\n")
-    if options.compare is None:
-        return 0
-    before = json.loads(options.compare.read_text())["calls"]
-    different = sorted(name for name in before | found if before.get(name) != found.get(name))
-    for name in different:
-        print(f"differs: {name}")
-    print(f"{len(different)} of {len(before)} calls differ from {options.compare}")
-    return 1 if different else 0
+    results.add_arguments(parser, quick="nothing, because it takes seconds")
+    options = results.parse(parser, arguments)
+    run = results.begin("output_hashes", options, {})
+    run["calls"] = dict(hashes())
+    whole = hashlib.sha256(json.dumps(run["calls"], sort_keys=True).encode()).hexdigest()[:16]
+    print(f"{len(run['calls'])} calls, all together {whole}")
+    results.finish(run, options)
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ snapshot, loss and gradient must be exactly 0.0, or the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import machine, results
+from benchmarks.harness import cpu_bench, results
 from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_policy, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FORMS = ("snapshot", "rows float32", "rows bfloat16")
-CPU = torch.device("cpu")
 Result = tuple[Tensor, Tensor, Tensor]  # loss, dq, dk
 
 
@@ -160,29 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--backend", help="default: the automatic choice")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    results.add_arguments(parser)
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    facts, commit = machine.describe(CPU), machine.commit()
-    record: dict[str, Any] = {
-        "benchmark": "policy_divergence_accuracy",
-        "machine": facts,
-        "versions": machine.versions(),
-        "commit": commit,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "settings": {
-            name: getattr(options, name)
-            for name in ("batch", "rows", "seqlen", "heads", "kv_heads", "head_dim", "backend")
-        },
-        "near": [],
-        "unchanged": [],
-    }
+    cpu_bench.add_arguments(parser, quick="nothing, because it takes seconds")
+    options = cpu_bench.parse(parser, arguments)
+    names = ("batch", "rows", "seqlen", "heads", "kv_heads", "head_dim", "backend")
+    settings = {name: getattr(options, name) for name in names}
+    record = results.begin("policy_divergence_accuracy", options, settings)
+    record |= {"near": [], "unchanged": []}
     print(
-        f"machine   {facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores\n"
-        f"versions  {', '.join(f'{k} {v}' for k, v in record['versions'].items())}\n"
-        f"commit    {commit['hash']}{' with changes' if commit['dirty'] else ''}\n"
         f"problem   T={options.rows} rows, N={options.seqlen} keys, {options.heads}:"
         f"{options.kv_heads} heads of {options.head_dim}, batch {options.batch}\n"
     )
@@ -211,10 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{row['largest_gradient']:9.1e}{'  WRONG' if wrong(row) else ''}",
                 flush=True,
             )
-    name = f"policy_divergence_accuracy-{commit['hash'] or 'none'}.json"
-    file = results.folder(options, facts) / name
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {file}")
+    results.finish(record, options)
     return int(any(row["wrong"] for row in record["unchanged"]))
 
 

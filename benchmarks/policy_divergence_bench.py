@@ -1,6 +1,6 @@
 """The CPU targets of the token-level RAL loss, each measured against its peers in one run.
 
-    python -m benchmarks.policy_divergence_bench            # T=256, N=8192: some minutes on 2 cores
+    python -m benchmarks.policy_divergence_bench            # T=256, N=8192
     python -m benchmarks.policy_divergence_bench --quick    # N=2048
     python -m benchmarks.policy_divergence_bench --keep-memory    # no page faults on the clock
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import cpu_bench, machine
+from benchmarks.harness import cpu_bench, machine, results
 from benchmarks.harness.cpu_bench import CPU, DTYPES
 from benchmarks.harness.examine import FreshProcesses
 from benchmarks.harness.inputs import Heads
@@ -134,7 +134,10 @@ def print_row(row: dict[str, Any]) -> None:
         errors = "  ".join(f"{key} {error:.0e}" for key, error in record["errors"].items())
         line = f"  {label:33} "
         if name in row.get("ms", {}):
-            line += f"{row['ms'][name]['median']:9.1f} ms"
+            times = row["ms"][name]
+            line += (
+                f"{times['median']:9.1f} ms, {len(times['all'])} run{'s' * (len(times['all']) > 1)}"
+            )
         line += f"  {record['peak_bytes'] / 2**20:9.1f} MiB  {errors}"
         if name in row.get("ratio", {}):
             ratio = row["ratio"][name]
@@ -168,17 +171,15 @@ def print_growth(growth: dict[str, Any], num_heads: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="N=2048 and fewer repeats")
     parser.add_argument("--seqlen", type=int, help="N; default 8192")
     parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help="T; default %(default)s")
-    cpu_bench.add_arguments(parser)
+    cpu_bench.add_arguments(parser, quick="N=2048 and fewer repeats")
     cpu_bench.add_keep_memory(parser)
-    options = parser.parse_args(arguments)
-    cpu_bench.settle(options)
+    options = cpu_bench.parse(parser, arguments)
     seqlen = options.seqlen or (2048 if options.quick else 8192)
     settings = {"heads": "16:2 of 128", "causal": True, "quick": options.quick}
     settings["keep_memory"] = options.keep_memory
-    run = cpu_bench.begin("policy_divergence_bench", settings)
+    run = results.begin("policy_divergence_bench", options, settings)
     print("token-level RAL loss against a snapshot, forward and backward to q and k, 16:2 of 128")
     print("(MiB: peak beyond the inputs; eager runs once, cold, in the process of its memory)\n")
     examiner = Examiner()
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_growth(run["growth"], Heads().num_heads)
     finally:
         examiner.close()
-    cpu_bench.write(run, options)
+    results.finish(run, options)
     return int(any(_failed(row) for row in run["speed"]) or "wrong" in run["growth"])
 
 

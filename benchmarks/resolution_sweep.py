@@ -26,6 +26,7 @@ from benchmarks.harness.runner import DTYPES, Size, add_arguments, heads_of, par
 
 TOKENS = (256, 512, 1024, 2048, 4096)
 FULL_TOKENS = (*TOKENS, 8192, 16384)
+QUICK_TOKENS = TOKENS[:3]
 
 
 def grid_of(tokens: int) -> tuple[int, int]:
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tokens",
         type=int,
         nargs="+",
-        help=f"visual tokens an image (default: {TOKENS}; --full: {FULL_TOKENS})",
+        help=f"visual tokens an image (default: {TOKENS}; --full: {FULL_TOKENS}; "
+        f"--quick: {QUICK_TOKENS})",
     )
     add("--images", type=int, default=1, help="pictures in the prompt (default: %(default)s)")
     add(
@@ -62,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     options = parse(parser, arguments)
-    tokens = options.tokens or (FULL_TOKENS if options.full else TOKENS)
+    default = QUICK_TOKENS if options.quick else FULL_TOKENS if options.full else TOKENS
+    tokens = options.tokens or default
     heads, dtype = heads_of(options), DTYPES[options.dtype]
     model = ModelInputs(heads, dtype, options.device) if options.input == "model" else None
     tile = tuple(options.tile) if options.spans == "tile" else None

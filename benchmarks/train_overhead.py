@@ -1,6 +1,6 @@
 """What RAL adds to the GRPO step that it extends, by frames: time and peak memory.
 
-    python -m benchmarks.train_overhead                     # 4 to 32 frames, two minutes on a core
+    python -m benchmarks.train_overhead                     # 4 to 32 frames
     python -m benchmarks.train_overhead --frames 16 --worked-out
 
 A camera pans over a picture. Each frame is an image of a prompt for a small random Qwen2.5-VL. The
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 
 import ral_kernels as rk
-from benchmarks.harness import cpu_bench, machine
+from benchmarks.harness import cpu_bench, machine, results
 from benchmarks.harness.cpu_bench import CPU
 from benchmarks.harness.measure import quantiles
 
@@ -151,8 +150,8 @@ def measure(frames: int, options: argparse.Namespace, arguments: Sequence[str]) 
         }
         row[kind]["peak_bytes"] = peak_in_fresh_process(kind, frames, arguments)
     for part in ("step", "old_policy", "update"):
-        row[f"{part}_ratio"] = statistics.median(
-            ral[part] / grpo[part] for ral, grpo in zip(taken["ral"], taken["grpo"], strict=True)
+        row[f"{part}_ratio"] = quantiles(
+            [ral[part] / grpo[part] for ral, grpo in zip(taken["ral"], taken["grpo"], strict=True)]
         )
     row["peak_ratio"] = row["ral"]["peak_bytes"] / row["grpo"]["peak_bytes"]
     return row
@@ -241,26 +240,28 @@ def worked_out(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--frames", type=int, nargs="+", default=list(FRAMES))
+    parser.add_argument("--frames", type=int, nargs="+", help=f"default: {FRAMES}")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (default: 4)")
     parser.add_argument("--width", type=int, default=256, help="hidden size (default: 256)")
     parser.add_argument("--response", type=int, default=32, help="tokens (default: 32)")
-    parser.add_argument("--repeats", type=int, default=7, help="rollout batches (default: 7)")
+    parser.add_argument("--repeats", type=int, help="rollout batches (default: 7)")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--worked-out", action="store_true", help="also for 7B at 32k tokens")
     parser.add_argument("--measured-at", type=int, default=4096, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    cpu_bench.add_arguments(parser)
+    cpu_bench.add_arguments(parser, quick="4 and 8 frames, 3 rollout batches")
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
-    cpu_bench.settle(options)
+    options = cpu_bench.parse(parser, arguments)
+    options.frames = options.frames or (FRAMES[:2] if options.quick else FRAMES)
+    options.repeats = options.repeats or (3 if options.quick else 7)
     if options.child is not None:
         with tempfile.TemporaryDirectory(prefix="ral-bench-") as folder:
             peak = peak_of(options.child[0], int(options.child[1]), options, Path(folder))
         print(json.dumps({"peak": peak}))
         return 0
     names = ("frames", "layers", "width", "response", "repeats", "checkpointing")
-    run = cpu_bench.begin("train_overhead", {name: getattr(options, name) for name in names})
+    settings = {name: getattr(options, name) for name in names}
+    run = results.begin("train_overhead", options, settings)
     print(
         f"{ROLLOUTS} rollouts of {options.response} tokens, two updates; {options.layers} layers, "
         f"{options.width} wide; seconds are medians, ratios RAL / GRPO of the same turn\n"
@@ -277,14 +278,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"{frames:6} {row['sequence']:7} {grpo['step']['median']:10.2f} "
             f"{grpo['rollout']['median']:8.2f} {grpo['old_policy']['median']:7.2f} "
-            f"{grpo['update']['median']:7.2f} {row['step_ratio']:7.3f} {row['update_ratio']:7.3f} "
-            f"{row['old_policy_ratio']:6.3f} {grpo['peak_bytes'] / 2**20:9.0f} "
-            f"{row['peak_ratio']:7.3f}",
+            f"{grpo['update']['median']:7.2f} {row['step_ratio']['median']:7.3f} "
+            f"{row['update_ratio']['median']:7.3f} {row['old_policy_ratio']['median']:6.3f} "
+            f"{grpo['peak_bytes'] / 2**20:9.0f} {row['peak_ratio']:7.3f}",
             flush=True,
         )
     if options.worked_out:
         run["worked_out"] = worked_out(options)
-    cpu_bench.write(run, options)
+    results.finish(run, options)
     return 0
 
 

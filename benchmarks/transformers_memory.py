@@ -1,6 +1,6 @@
 """Peak memory and time of a padded forward of one decoder layer, under "ral" and under "sdpa".
 
-    python -m benchmarks.transformers_memory                # 16k tokens, a minute on one core
+    python -m benchmarks.transformers_memory                # 16k tokens
     python -m benchmarks.transformers_memory --seqlen 4096
 
 A left-padded batch goes through a Llama of one layer (narrow MLP, one logit a sample), with each
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import cpu_bench, machine
+from benchmarks.harness import cpu_bench, machine, results
 from benchmarks.harness.cpu_bench import CPU, DTYPES
 
 IMPLEMENTATIONS = ("ral", "sdpa")
@@ -97,7 +97,7 @@ def in_fresh_process(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--seqlen", type=int, default=16384)
+    parser.add_argument("--seqlen", type=int, help="default: 16384")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
@@ -105,10 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--padded", action="store_true", help=argparse.SUPPRESS)
-    cpu_bench.add_arguments(parser)
+    cpu_bench.add_arguments(parser, quick="4096 tokens")
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
-    cpu_bench.settle(options)
+    options = cpu_bench.parse(parser, arguments)
+    options.seqlen = options.seqlen or (4096 if options.quick else 16384)
     if options.child is not None:
         implementation, file = options.child
         torch.save(measure(implementation, options.padded, options), file)
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     names = ("seqlen", "batch", "heads", "kv_heads", "head_dim", "dtype")
     settings = {name: getattr(options, name) for name in names}
-    run = cpu_bench.begin("transformers_memory", settings)
+    run = results.begin("transformers_memory", options, settings)
     mask_bytes = options.batch * options.seqlen**2
     print(
         f"{options.batch} x {options.seqlen} tokens, {options.heads}:{options.kv_heads} heads of "
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{f'  WRONG, off by {off:.1e}' if wrong else ''}",
                     flush=True,
                 )
-    cpu_bench.write(run, options)
+    results.finish(run, options)
     return int(wrong)
 
 

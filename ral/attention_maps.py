@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 import ral_kernels as rk
-from ral_kernels import viz
+from ral_kernels.viz import attention_over_frames
 
 from . import rollouts
 
@@ -82,7 +82,7 @@ class LogsAttentionMaps(TrainerCallback):
             tokenizer = self._trainer._tokenizer
             for number, ((_, prompt), seen) in enumerate(zip(self._rows, maps, strict=True)):
                 answer = tokenizer.decode(seen.token_ids, skip_special_tokens=True)
-                figure = viz.attention_over_frames(seen, question=_question(prompt), answer=answer)
+                figure = attention_over_frames(seen, question=_question(prompt), answer=answer)
                 self._show(NAME.format(number), _pixels(figure), state.global_step)
 
     def _map(self, images: list[Any], prompt: Any) -> Any:

@@ -71,4 +71,5 @@ def __getattr__(name: str) -> Any:
     return getattr(module, name)
 
 
-_autoregister.install()  # attn_implementation="ral", as soon as transformers is there
+if __name__ == "ral_kernels":  # a copy under another name leaves transformers' table alone
+    _autoregister.install()  # attn_implementation="ral", as soon as transformers is there

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .integrations.pictures import PICTURE_SUFFIXES, PictureError, read_pictures, short_path
+from .media.errors import PictureError, short_path
+from .media.pictures import PICTURE_SUFFIXES, read_pictures
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FAILED = 2  # exit status of an error that the user can fix, as in argparse

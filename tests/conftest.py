@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -26,9 +26,11 @@ import ral_kernels as rk
 from ral_kernels.ops import allocation
 from ral_kernels.runtime import triton_runtime
 from tests import interpreter, tiers
+from tests.browser import browser, browser_page  # noqa: F401  # fixtures of every folder
 from tests.gpu.on_gpu import kernels_on
 
 REQUIRED = [name for name in os.environ.get("RAL_REQUIRE", "").split(",") if name]
+PROGRAMS = {"chromium"}  # what else than a backend may be required
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # of all tiers
 QUICK = pytest.StashKey[set[pytest.Item]]()  # those of them that are the quick tier
 
@@ -60,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "in_interpreter(when): with backend triton in the interpreter, where a case takes seconds, "
         "run those for which `when`, a function of parameters of the test, is true",
     )
-    unknown = set(REQUIRED) - set(rk.available_backends())
+    unknown = set(REQUIRED) - set(rk.available_backends()) - PROGRAMS
     if unknown:
         raise pytest.UsageError(f"RAL_REQUIRE names unknown backends: {', '.join(sorted(unknown))}")
 
@@ -123,8 +125,8 @@ def supported_isas() -> Sequence[str]:
     return cpu_library.supported_isas()
 
 
-def skip_or_fail(backend: str, reason: str) -> None:
-    """Skip a test of a missing backend, or fail it if RAL_REQUIRE names the backend."""
+def skip_or_fail(backend: str, reason: str) -> NoReturn:
+    """Skip a test of a missing backend or program, or fail it if RAL_REQUIRE names that."""
     if backend in REQUIRED:
         pytest.fail(f"RAL_REQUIRE={','.join(REQUIRED)}, but {backend}: {reason}")
     pytest.skip(f"{backend}: {reason}")

@@ -122,7 +122,7 @@ def time(
     record.pop("seconds")
     milliseconds = [1e3 * s for s in seconds[""]]
     flops = which.flops_per_pair[mode] * problem.heads.head_dim * problem.pairs
-    record["ms"] = {**quantiles(milliseconds), "all": [round(ms, 4) for ms in milliseconds]}
+    record["ms"] = quantiles(milliseconds)
     record["tflops"] = flops / record["ms"]["median"] / 1e9
     if "peer" in seconds:
         record["peer_ms"] = quantiles([1e3 * s for s in seconds["peer"]])

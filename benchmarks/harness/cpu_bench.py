@@ -1,11 +1,9 @@
-"""What the CPU benches share: interleaved timing, the head of a run, its JSON."""
+"""What the CPU benches share: options and interleaved timing."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +16,10 @@ CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every bench."""
+def add_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
+    """The options of every bench; `quick` as in `results.add_arguments`."""
     parser.add_argument("--threads", type=int, help="threads of torch")
-    results.add_arguments(parser)
+    results.add_arguments(parser, quick)
 
 
 def add_keep_memory(parser: argparse.ArgumentParser) -> None:
@@ -32,16 +30,20 @@ def add_keep_memory(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def settle(options: argparse.Namespace) -> None:
-    """Apply these options to the process.
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parse, and apply the options to the process.
 
     Raises:
         RuntimeError: --keep-memory where the allocator is not glibc's.
     """
+    options = results.parse(parser, arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if getattr(options, "keep_memory", False):
         machine.keep_freed_memory()
+    return options
 
 
 def runner(objective: Objective, name: str, problem: Problem, backward: bool) -> Callable[[], Any]:
@@ -62,32 +64,3 @@ def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
         for name in [*names[turn:], *names[:turn]]:
             seconds[name].append(machine.clock(runs[name], CPU))
     return seconds
-
-
-def begin(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a run: printed, and returned as the JSON has it."""
-    run: dict[str, Any] = {
-        "benchmark": benchmark,
-        "machine": machine.describe(CPU),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "settings": settings,
-    }
-    facts = run["machine"]
-    print(
-        f"machine   {facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores, "
-        f"{' '.join(facts['vector_extensions'])}"
-    )
-    print("versions  " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()))
-    print(f"commit    {run['commit']['hash']}{' with changes' if run['commit']['dirty'] else ''}\n")
-    return run
-
-
-def write(run: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the JSON of a run: one a machine and commit, and another with --keep-memory."""
-    kept = "-kept" if run["settings"].get("keep_memory") else ""
-    name = f"{run['benchmark']}{kept}-{run['commit']['hash'] or 'none'}.json"
-    file = results.folder(options, run["machine"]) / name
-    file.write_text(json.dumps(run, indent=1) + "\n")
-    print(f"\nwritten to {file}")

@@ -35,6 +35,29 @@ def _proc(path: str, key: str) -> str | None:
     return found.group(1).strip() if found else None
 
 
+VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
+
+
+def cpu_id() -> str:
+    """Vendor, family, model and stepping, as in `intel-6-207-2`: names of models repeat."""
+    vendor = _proc("/proc/cpuinfo", "vendor_id")
+    if vendor is not None:
+        first, keys = VENDORS.get(vendor, vendor), ["cpu family", "model", "stepping"]
+    else:  # ARM's names for the same
+        first = platform.machine()
+        keys = ["CPU implementer", "CPU part", "CPU variant", "CPU revision"]
+    parts = [first, *(_proc("/proc/cpuinfo", key) for key in keys)]
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(part for part in parts if part).lower())
+
+
+def load() -> float | None:
+    """The load average of the last minute."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """CPU, cores, threads, vector extensions, memory and, where one is used, the GPU."""
     flags = (_proc("/proc/cpuinfo", "flags") or "").split()
@@ -42,7 +65,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     total = _proc("/proc/meminfo", "MemTotal")
     facts: dict[str, Any] = {
         "cpu": _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "cpu_family_model": [_proc("/proc/cpuinfo", key) for key in ("cpu family", "model")],
+        "cpu_id": cpu_id(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "vector_extensions": [flag for flag in wanted if flag in flags],
@@ -75,8 +98,9 @@ def keep_freed_memory() -> None:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A folder name: `amd-epyc-2-cores` or the GPU's name."""
-    name = machine.get("gpu") or f"{machine['cpu']} {machine['cores']} cores"
+    """A folder name: `amd-epyc-26-2-1-2-cores` or the GPU's name."""
+    model = machine["cpu_id"].partition("-")[2]
+    name = machine.get("gpu") or f"{machine['cpu']} {model} {machine['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 

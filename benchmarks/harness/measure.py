@@ -19,7 +19,7 @@ from .objective import Contestant, Objective, Problem
 
 MODES = {"forward": False, "forward+backward": True}
 MEMORY_SHARE = 0.8  # of what is available; the rest is for errors of the estimate
-FEWEST = 3  # rotations of the peers and ours, whatever the time
+FEWEST = 3  # rotations, whatever the time
 TIMING_SHARE = 0.4  # of a size's time, kept for timing if the gate took long (it compiles, too)
 # of a size's time: one run of each in the gate, and as much again for one timed run of each
 EXAMINE_SHARE = 0.55
@@ -34,7 +34,6 @@ class Entry:
     essential: bool  # a peer or ours: it always runs
     record: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    rotations: int = 0
     host_seconds: float | None = None  # what a call takes the host; None where that is all of it
 
     @property
@@ -42,22 +41,23 @@ class Entry:
         return MODES[self.mode]
 
     @property
-    def planned(self) -> float:
-        """Seconds that timing it is expected to take."""
-        return self.rotations * float(self.record["seconds"])
+    def once(self) -> float:
+        """Seconds of one run, by its examination."""
+        return max(float(self.record["seconds"]), 1e-6)
 
     @property
     def in_the_race(self) -> bool:
         return self.record.get("status") == "ok"
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, p20 and p80, by linear interpolation."""
+def quantiles(values: Sequence[float]) -> dict[str, Any]:
+    """Median, p20 and p80, by linear interpolation, and all the values for a later comparison."""
     ordered = torch.tensor(sorted(values), dtype=torch.float64)
     median, p20, p80 = torch.quantile(
         ordered, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     ).tolist()
-    return {"median": median, "p20": p20, "p80": p80}
+    every = [float(f"{value:.6g}") for value in values]
+    return {"median": median, "p20": p20, "p80": p80, "all": every}
 
 
 class Sweep:
@@ -113,12 +113,14 @@ class Sweep:
         deadline = max(deadline, time.perf_counter() + TIMING_SHARE * share)
         gemm = gemm_gflops(self.dtype, self.device) if known_gemm is None else known_gemm
         left = deadline - time.perf_counter()
-        racing = [entry for entry in entries if entry.in_the_race]
-        _allot_rotations(racing, left, self.repeats)
-        planned = sum(entry.planned for entry in racing)
+        rotations = _allot_rotations(entries, left, self.repeats)
+        whole = sum(entry.once for entry in entries if entry.in_the_race)
         for mode in self.modes:
-            share = sum(e.planned for e in racing if e.mode == mode) / max(planned, 1e-6)
-            self._time([entry for entry in entries if entry.mode == mode], problem, left * share)
+            racing = [entry for entry in entries if entry.mode == mode and entry.in_the_race]
+            share = sum(entry.once for entry in racing) / max(whole, 1e-6)
+            self._time(racing, problem, rotations, left * share)
+            for _ in range(self.repeats * (len(self.contestants) - len(racing))):
+                self.advance("")
         if known_gemm is None:
             gemm = max(gemm, gemm_gflops(self.dtype, self.device))
         self.gemm = gemm
@@ -190,31 +192,30 @@ class Sweep:
         fastest = min([entry.record["seconds"], *entry.seconds])
         self._last[(entry.contestant.name, entry.mode)] = (entry.contestant.work(problem), fastest)
 
-    def _time(self, entries: Sequence[Entry], problem: Problem, share: float) -> None:
-        """Run all, with the peers, once in each rotation; each rotation starts with another one.
+    def _time(
+        self, racing: Sequence[Entry], problem: Problem, rotations: int, share: float
+    ) -> None:
+        """Run all of a mode once in each rotation; each rotation starts with another one.
 
-        When time is short, slow contestants skip later rotations. The peers and ours run in all, or
-        in `FEWEST` if even that takes longer than `share` seconds.
+        If it takes longer than `share` seconds, the last rotations are left out for all of them.
         """
-        racing = [entry for entry in entries if entry.in_the_race]
-        if not any(entry.contestant.name in self.peers for entry in racing):
+        if racing and not any(entry.contestant.name in self.peers for entry in racing):
+            for entry in racing:
+                entry.record = {**entry.record, "status": "skipped", "reason": "no peer ran"}
             racing = []
         runs: dict[str, Callable[[], object]] = {}
         for entry in racing:
             runs[entry.contestant.name] = self._runner(entry, problem)
-            if entry.rotations == self.repeats or entry.contestant.compiles:
+            if rotations == self.repeats or entry.contestant.compiles:
                 runs[entry.contestant.name]()  # compile, and touch what is made once
         deadline = time.perf_counter() + share  # warming up, which compiles, does not count
         for rotation in range(self.repeats):
-            late = time.perf_counter() > deadline
+            late = rotation >= FEWEST and time.perf_counter() > deadline
             turn = rotation % max(len(racing), 1)
             for entry in [*racing[turn:], *racing[:turn]]:
                 self.advance(f"{entry.contestant.name} {entry.mode}: {rotation + 1}/{self.repeats}")
-                fewest = FEWEST if entry.essential else 1
-                if rotation < (min(entry.rotations, fewest) if late else entry.rotations):
+                if rotation < rotations and not late:
                     entry.seconds.append(clock(runs[entry.contestant.name], self.device))
-            for _ in range(len(entries) - len(racing)):
-                self.advance("")
         for entry in racing:
             self._remember(entry, problem)
             if self.device.type == "cuda":  # `clock` hides it
@@ -249,7 +250,6 @@ class Sweep:
         gflops = flops / statistics.median(entry.seconds) / 1e9
         row["repeats"] = len(entry.seconds)
         row["ms"] = quantiles([1e3 * s for s in entry.seconds])
-        row["ms"]["all"] = [round(1e3 * s, 4) for s in entry.seconds]
         row["ratio"] = quantiles([s / p for s, p in zip(entry.seconds, peer.seconds, strict=False)])
         row["gflops"] = gflops
         row["gemm_share"] = gflops / self.gemm
@@ -258,14 +258,20 @@ class Sweep:
         return row
 
 
-def _allot_rotations(entries: Sequence[Entry], left: float, repeats: int) -> None:
-    """Share `left` seconds: all rotations to the essential, then even shares, cheapest first.
+def _allot_rotations(entries: Sequence[Entry], left: float, repeats: int) -> int:
+    """The rotations that fit into `left` seconds, the same for all contestants of a size.
 
-    Time that a cheap contestant does not need goes to the others. All run at least once.
+    The peers and ours take part in any case. Others, cheapest first, take part where `FEWEST`
+    rotations of all fit; the rest are skipped with the reason, because the median of one run beside
+    that of five misleads.
     """
-    waiting = sorted(entries, key=lambda e: (not e.essential, e.record["seconds"]))
-    for index, entry in enumerate(waiting):
-        once = max(entry.record["seconds"], 1e-6)
-        fits = math.floor(left / (len(waiting) - index) / once)
-        entry.rotations = repeats if entry.essential else min(max(fits, 1), repeats)
-        left = max(left - entry.rotations * once, 0.0)
+    fewest, whole = min(FEWEST, repeats), 0.0
+    racing = [entry for entry in entries if entry.in_the_race]
+    for entry in sorted(racing, key=lambda e: (not e.essential, e.once)):
+        if fewest * (whole + entry.once) > left and not entry.essential:
+            reason = f"{fewest} runs take about {fewest * entry.once:.0f} s, beyond the time left "
+            reason += "(--budget, --full)"
+            entry.record = {**entry.record, "status": "skipped", "reason": reason}
+        else:
+            whole += entry.once
+    return min(max(math.floor(left / max(whole, 1e-6)), fewest), repeats)

@@ -72,9 +72,9 @@ def draw(path: Path, mode: str | None = None) -> Path:
     mode = mode or run["settings"]["modes"][-1]
     target = path.with_suffix(".png")
     lines = {
-        "time, ms": _series(run, mode, lambda row: row["ms"]["median"]),
+        "time, ms": _series(run, mode, "ms", lambda row: row["ms"]["median"]),
         "peak memory beyond the inputs, MiB": _series(
-            run, mode, lambda row: row["peak_bytes"] / 2**20
+            run, mode, "peak_bytes", lambda row: row["peak_bytes"] / 2**20
         ),
     }
     costs = _layout_costs(run)
@@ -88,6 +88,7 @@ def draw(path: Path, mode: str | None = None) -> Path:
         panel.yaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
         _draw_lines(panel, series, STYLES, labels, GAP)
+    _mark_fewer_runs(panels[0][0], run, mode)
     for row, (ours, by_mode) in zip(panels[1:], costs.items(), strict=True):
         for panel, each in zip(row, MODES, strict=True):
             if each not in by_mode:
@@ -137,15 +138,29 @@ def _layout_costs(run: Mapping[str, Any]) -> dict[str, dict[str, Series]]:
     return costs
 
 
-def _series(run: Mapping[str, Any], mode: str, value: Any) -> Series:
+def _series(run: Mapping[str, Any], mode: str, field: str, value: Any) -> Series:
     """contestant -> [(visual tokens, value)] of the sizes at which it was right and measured."""
     series: Series = {}
     for size in run["sizes"]:
         for row in size["results"]:
-            if row["mode"] == mode and "ms" in row:
+            if row["mode"] == mode and field in row and row.get("status") != "wrong":
                 point = (size["visual_tokens"], max(value(row), 1e-2))
                 series.setdefault(row["contestant"], []).append(point)
     return series
+
+
+def _mark_fewer_runs(panel: Axes, run: Mapping[str, Any], mode: str) -> None:
+    """The number of runs at each point that has fewer than others of its size."""
+    for size in run["sizes"]:
+        rows = [row for row in size["results"] if row["mode"] == mode and "repeats" in row]
+        most = max((row["repeats"] for row in rows), default=0)
+        for row in rows:
+            if row["repeats"] < most:
+                panel.annotate(
+                    f"n={row['repeats']}",
+                    (size["visual_tokens"], row["ms"]["median"]),
+                    xytext=(0, 7), textcoords="offset points", ha="center", fontsize=FONT - 3,
+                )  # fmt: skip
 
 
 def _draw_panel(panel: Axes, what: str, run: Mapping[str, Any]) -> None:

@@ -1,37 +1,22 @@
-"""The tables of a sweep, and the JSON that plots are drawn from."""
+"""The tables of a sweep."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .layouts import BLOCKS, LABELS
 from .objective import Objective
 
 
-def header(run: Mapping[str, Any]) -> str:
-    """Machine, versions and commit, a line each."""
-    machine, commit = run["machine"], run["commit"]
-    extensions = " ".join(machine["vector_extensions"]) or "no AVX2"
-    where = (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {extensions}"
-    )
-    if "gpu" in machine:
-        where = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB; {where}"
-    state = " with changes" if commit["dirty"] else ""
+def problem(run: Mapping[str, Any]) -> str:
+    """What is computed, in a line."""
     settings = run["settings"]
     heads = "{num_heads}:{num_kv_heads} heads of {head_dim}".format(**settings["heads"])
     rows = f", the last {settings['rows']} rows" if settings.get("rows") else ""
-    return "\n".join(
-        (
-            f"machine   {where}, {machine['memory_gib']} GiB",
-            "versions  " + ", ".join(f"{name} {text}" for name, text in run["versions"].items()),
-            f"commit    {commit['hash'] or 'none yet'}{state}",
-            f"problem   {run['objective']}: {settings['input']} inputs, causal, {heads}, "
-            f"{settings['dtype']}{rows}, up to {settings['repeats']} interleaved repeats",
-        )
+    return (
+        f"problem   {run['objective']}: {settings['input']} inputs, causal, {heads}, "
+        f"{settings['dtype']}{rows}, up to {settings['repeats']} interleaved repeats"
     )
 
 
@@ -128,12 +113,6 @@ def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
         lines.append("  " + "  ".join(cells))
     rule = "  " + "-" * (sum(widths) + 2 * (len(widths) - 1))
     return [lines[0], rule, *lines[1:]]
-
-
-def save(run: Mapping[str, Any], path: Path) -> None:
-    """Write the JSON of a run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=1) + "\n")
 
 
 def mistakes(objective: Objective, run: Mapping[str, Any]) -> list[str]:

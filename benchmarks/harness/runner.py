@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from .objective import Objective, Problem
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
 # for measuring; imports, the model, the plot and the layouts come on top
 DEFAULT_SECONDS = 140.0
+QUICK_SECONDS = 30.0
 FULL_SECONDS = 3 * 3600.0
 LAYOUT_SHARE = 0.2  # of a size's time, for each of ours that is measured in the layouts
 LAYOUT_ROTATIONS = 4  # for each of --repeats: a cost of percents shows in more of them
@@ -66,10 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", "of q, k, v and the model", choices=DTYPES, default="bfloat16")
     add("--device", "cpu or cuda", default="cpu")
     add("--threads", "threads of torch (default: torch's own choice)", type=int)
-    add("--repeats", "rotations, each contestant once in each", type=int, default=5)
+    add("--repeats", "rotations at most, each contestant once in each", type=int, default=5)
     add(
         "--budget",
-        f"seconds to measure (default: {DEFAULT_SECONDS:.0f} and the layouts', with --full hours)",
+        f"seconds to measure (default: {DEFAULT_SECONDS:.0f} and the layouts', with --full hours, "
+        f"with --quick {QUICK_SECONDS:.0f})",
         type=float,
     )
     names = "; ".join(f"{name}: {', '.join(OBJECTIVES[name].registry)}" for name in OBJECTIVES)
@@ -78,13 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", "query heads", type=int, default=16)
     add("--kv-heads", "key and value heads", type=int, default=2)
     add("--head-dim", "of q, k and v", type=int, default=128)
-    results.add_arguments(parser)
+    results.add_arguments(parser, quick="three small sizes, no layouts")
     add("--no-plot", "no PNG beside the JSON", action="store_true")
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse, and check what argparse cannot."""
-    options = parser.parse_args(arguments)
+    options = results.parse(parser, arguments, always=("objective", "dtype"))
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if options.repeats < 1:
@@ -118,7 +119,7 @@ def _layouts(
     parser: argparse.ArgumentParser, options: argparse.Namespace, objective: Objective
 ) -> list[str]:
     if options.layouts is None:
-        return list(layouts.FRAME_TOKENS) if objective.layout_pairs else []
+        return list(layouts.FRAME_TOKENS) if objective.layout_pairs and not options.quick else []
     if options.layouts == "none":
         return []
     if not objective.layout_pairs:
@@ -147,33 +148,25 @@ def run_sweep(
         extra: settings of this sweep alone, for the JSON.
     """
     objective = OBJECTIVES[options.objective]
-    device, began = torch.device(options.device), time.perf_counter()
+    device = torch.device(options.device)
     modes = [mode for mode, backward in MODES.items() if not (backward and options.no_backward)]
     sizes = sorted(sizes, key=lambda size: size.visual_tokens)
-    run: dict[str, Any] = {
-        "benchmark": benchmark,
-        "objective": objective.name,
-        "schema": 1,
-        "machine": machine.describe(device),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "settings": {
-            "input": options.input,
-            "dtype": options.dtype,
-            "device": options.device,
-            "repeats": options.repeats,
-            "heads": asdict(heads_of(options)),
-            "modes": modes,
-            "rows": options.rows,
-            "layout": options.layout,
-            "layouts": options.layouts,
-            **extra,
-        },
-        "sizes": [],
+    settings = {
+        "input": options.input,
+        "dtype": options.dtype,
+        "device": options.device,
+        "repeats": options.repeats,
+        "heads": asdict(heads_of(options)),
+        "modes": modes,
+        "rows": options.rows,
+        "layout": options.layout,
+        "layouts": options.layouts,
+        **extra,
     }
-    print(report.header(run), flush=True)
-    path = _path(benchmark, options, run)
+    run = results.begin(benchmark, options, settings, device)
+    run |= {"objective": objective.name, "schema": 1, "sizes": []}
+    print(report.problem(run), flush=True)
+    file: Path | None = None
     # disable=None: no bar where stderr is a file, which a bar would fill with its frames
     with tqdm(unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
         sweep = Sweep(
@@ -188,7 +181,8 @@ def run_sweep(
         in_layouts = _layout_sweeps(sweep, options)
         main_share = 1 - LAYOUT_SHARE * len(in_layouts)
         default = FULL_SECONDS if options.full else DEFAULT_SECONDS / main_share
-        deadline = began + (options.budget or default)
+        default = QUICK_SECONDS if options.quick else default
+        deadline = time.perf_counter() + (options.budget or default)
         bar.total = len(sizes) * sum(one.steps_per_size for one in (sweep, *in_layouts))
         try:
             for index, size in enumerate(sizes):
@@ -198,14 +192,15 @@ def run_sweep(
                 weights = [s.visual_tokens**2 for s in sizes[index:]]
                 left = max(deadline - time.perf_counter(), 10.0)
                 # a floor for small sizes, whose time is start-up and compilation rather than N^2
-                share = min(max(left * weights[0] / sum(weights), 12.0), left)
+                floor = QUICK_SECONDS / 4 if options.quick else 12.0
+                share = min(max(left * weights[0] / sum(weights), floor), left)
                 run["sizes"].append(_measure(sweep, in_layouts, size, problem, share))
-                run["seconds"] = round(time.perf_counter() - began, 1)
-                report.save(run, path)  # after each size, so that a killed run keeps what it has
+                file = file or results.new_file(run, options)
+                results.save(run, file)  # after each size, so that a killed run keeps what it has
                 bar.write(f"\n{report.table(objective, run['sizes'][-1])}", file=sys.stdout)
         finally:
             sweep.close()
-    return _finish(objective, options, run, path)
+    return _finish(objective, options, run, file)
 
 
 def laid_out(layer: LayerInputs, layout: str | None) -> LayerInputs:
@@ -269,22 +264,14 @@ def _measure(
     }
 
 
-def _path(benchmark: str, options: argparse.Namespace, run: dict[str, Any]) -> Path:
-    """The path of the JSON: one a machine, objective, dtype and commit."""
-    commit = run["commit"]
-    version = (commit["hash"] or "uncommitted") + ("-dirty" if commit["dirty"] else "")
-    name = f"{benchmark}-{run['objective']}-{options.dtype}-{version}.json"
-    return results.folder(options, run["machine"]) / name
-
-
 def _finish(
-    objective: Objective, options: argparse.Namespace, run: dict[str, Any], path: Path
+    objective: Objective, options: argparse.Namespace, run: dict[str, Any], file: Path | None
 ) -> int:
-    print(f"\n{run['seconds']:.0f} s in all; wrote {path}")
+    file = results.finish(run, options, file)
     if not options.no_plot:
         from . import plot
 
-        print(f"wrote {plot.draw(path)}")
+        print(f"drew {plot.draw(file)}")
     wrong = report.mistakes(objective, run)
     for line in wrong:
         print(f"FAILED: {line}", file=sys.stderr)

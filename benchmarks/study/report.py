@@ -1,8 +1,8 @@
 """The study's tables, from its JSON.
 
-python -m benchmarks.study.report FILE.json ...                          # Markdown
-python -m benchmarks.study.report --into docs/figure3.md FILE.json ...   # into its place there
-python -m benchmarks.study.report FILE.json ... --compare noise grpo_t15   # any two arms
+python -m benchmarks.study.report FILE.json ...                           # Markdown
+python -m benchmarks.study.report --into docs/figure3-tables.md FILE...   # into its place there
+python -m benchmarks.study.report FILE.json ... --compare noise grpo_t15  # any two arms
 """
 
 from __future__ import annotations

@@ -50,10 +50,10 @@ def _look(given: DemoSettings) -> tuple[Any, Any]:
 
 
 def _draw(puzzle: Any, maps: Any, folder: Path) -> list[Path]:
-    from ral_kernels import viz
+    from ral_kernels.viz import attention_over_frames, overlay, token_frame
 
     digit = _digit(maps)
-    viz.attention_over_frames(
+    attention_over_frames(
         maps,
         question=_question(puzzle),
         answer=_answer(maps),
@@ -61,8 +61,8 @@ def _draw(puzzle: Any, maps: Any, folder: Path) -> list[Path]:
         tokens=[0, digit],
         path=folder / PICTURE,
     )
-    viz.overlay(maps, puzzle.frame, digit, path=folder / OVERLAY)
-    viz.token_frame(maps, path=folder / TOKENS)
+    overlay(maps, puzzle.frame, digit, path=folder / OVERLAY)
+    token_frame(maps, path=folder / TOKENS)
     return [folder / name for name in (PICTURE, OVERLAY, TOKENS)]
 
 

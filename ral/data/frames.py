@@ -12,11 +12,6 @@ from PIL import Image
 
 from .errors import DataError, shown_path
 
-_VIDEOS = {
-    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
-    *(".ogv", ".webm", ".wmv"),
-}
-
 
 def natural_key(name: str) -> list[Any]:
     """A sorting key under which frame2 stands before frame10."""
@@ -56,9 +51,12 @@ class FrameFinder:
             DataError: "path must be …; got …", where a file is missing or is not what is needed.
         """
         if not isinstance(path, str):
+            for each in path:
+                _refuse_video(each)
             files = [(self._file(each), 0) for each in path]
             return self._sample(files) if video else files
         if not video:
+            _refuse_video(path)
             return [(self._file(path), 0)]
         if path not in self._found:
             self._found[path] = self._sample(self._frames(path))
@@ -69,14 +67,13 @@ class FrameFinder:
 
     def _file(self, path: str) -> str:
         full = os.path.join(self.root, path)
-        _refuse_video(path)
         if os.path.isdir(full):
             raise DataError(
                 f"path must be an image file, unless data_type is 'video'; got the folder "
                 f"{shown_path(full)}"
             )
         if not os.path.isfile(full):
-            raise DataError(f"path must be an existing image file; got {shown_path(full)}")
+            raise DataError(f"path must be an existing file; got {shown_path(full)}")
         return full
 
     def _frames(self, path: str) -> list[tuple[str, int]]:
@@ -87,9 +84,11 @@ class FrameFinder:
             file = self._file(path)
             try:
                 return [(file, i) for i in range(count_frames(file))]
+            except ImportError as error:
+                raise DataError(_without_pyav(path)) from error
             except (OSError, PictureError) as error:
                 raise DataError(
-                    f"path must be a readable image or animation; got {shown_path(file)}: "
+                    f"path must be a readable image, animation or video; got {shown_path(file)}: "
                     f"{_reason(error)}"
                 ) from error
         with os.scandir(full) as entries:
@@ -108,16 +107,25 @@ def _is_frame(entry: os.DirEntry[str]) -> bool:
 
 
 def _refuse_video(path: str) -> None:
-    stem, suffix = os.path.splitext(path)
-    if suffix.lower() in _VIDEOS:
-        long = len(path) > 300
-        given, path, stem = shown_path(path), "VIDEO" if long else path, "FOLDER" if long else stem
+    from ral_kernels.viz import VIDEO_SUFFIXES  # brings torch
+
+    if path.lower().endswith(VIDEO_SUFFIXES):
         raise DataError(
-            "path must be an image, a list of images, a folder of frames or an animated GIF or "
-            f"WebP; got the video {given}. Extract frames into a folder, say two a second, with "
-            f"`mkdir -p '{stem}' && ffmpeg -i '{path}' -vf fps=2 '{stem}/frame%05d.jpg'`, "
-            f"and give {stem!r}"
+            "path must be an image, a list of images, or one video with data_type 'video'; got the "
+            f"video {shown_path(path)}"
         )
+
+
+def _without_pyav(path: str) -> str:
+    """What to do where PyAV is missing."""
+    stem, long = os.path.splitext(path)[0], len(path) > 300
+    given, path, stem = shown_path(path), "VIDEO" if long else path, "FOLDER" if long else stem
+    return (
+        f"path must be a video that can be read; got {given}, and PyAV is missing. Install it with "
+        "`pip install av`; or extract frames into a folder, say two a second, with "
+        f"`mkdir -p '{stem}' && ffmpeg -i '{path}' -vf fps=2 '{stem}/frame%05d.jpg'`, "
+        f"and give {stem!r}"
+    )
 
 
 def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:

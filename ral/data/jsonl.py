@@ -58,8 +58,8 @@ def load_jsonl(
     - `solution`: with or without `<answer>` tags.
     - `problem_type`: one of `ral.rewards.PROBLEM_TYPES`.
     - `data_type`: "image" or "video".
-    - `path`: an image or a list of images. For a video also an animated GIF or WebP, or a folder of
-      frames in natural order: frame2 before frame10.
+    - `path`: an image or a list of images. For a video a file such as .mp4 (with PyAV), an animated
+      GIF or WebP, or a folder of frames in natural order: frame2 before frame10.
     - `problem_id`, optional.
     - `process`, optional: a worked thinking text for SFT.
 
@@ -127,8 +127,23 @@ def load_jsonl(
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
-    dataset.info.download_checksums = {path: {"num_bytes": size, "checksum": digest.hexdigest()}}
+    checksums = {path: {"num_bytes": size, "checksum": digest.hexdigest()}}
+    if not streaming:
+        checksums[f"{path}: sizes of images"] = _sizes_of_images(table)
+    dataset.info.download_checksums = checksums
     return dataset
+
+
+def _sizes_of_images(table: pa.Table) -> dict[str, Any]:
+    """A checksum of the sizes of all image files, in the order of the rows.
+
+    Their contents would take minutes to read. Paths and times are left out, because they differ
+    where the data were copied.
+    """
+    paths = table["images"].combine_chunks().flatten().field("path").unique().to_pylist()
+    sizes = [os.path.getsize(path) for path in paths]
+    digest = hashlib.sha256(" ".join(map(str, sizes)).encode())
+    return {"num_bytes": sum(sizes), "checksum": digest.hexdigest()}
 
 
 def _table(rows: Iterator[dict[str, Any]]) -> pa.Table:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.runtime import checks
-from ral_kernels.spans import Spans
-
+from ..runtime import checks
+from ..spans import Spans
 from .allocation import accumulation_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -22,7 +23,17 @@ Args = TypeVar("Args")
 Setup = Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
-_LIBRARY = torch.library.Library("ral", "FRAGMENT")
+
+def namespace(package: str) -> str:
+    """Of the ops of this package: `ral`, or one of its own if it is loaded under another name.
+
+    So several copies, such as versions from a hub of kernels, live in one process.
+    """
+    return "ral" if package == "ral_kernels" else re.sub(r"\W", "_", package)
+
+
+NAMESPACE = namespace(__name__.removesuffix(".ops.schema"))
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -239,8 +250,8 @@ class _Op:
         schema = f"{name}({inputs}) -> {f'({outputs})' if num_outputs > 1 else outputs}"
         _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ral::{name}", fake, lib=_LIBRARY)
-        overload = getattr(torch.ops.ral, name).default
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         arguments = enumerate(overload._schema.arguments)
         tensors_of = operator.itemgetter(*(i for i, x in arguments if "Tensor" in str(x.type)))
         setup, backward = derivative or (_keep_nothing, functools.partial(_no_derivative, name))
@@ -262,7 +273,7 @@ class _Op:
 
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise NotImplementedError(
-                f"ral::{name} has no forward-mode derivative (jvp); use reverse mode"
+                f"{NAMESPACE}::{name} has no forward-mode derivative (jvp); use reverse mode"
             )
 
         methods = {"backward": staticmethod(backward), "jvp": staticmethod(jvp)}
@@ -349,4 +360,6 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
 
 
 def _no_derivative(name: str, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(f"ral::{name} has no derivative: a gradient is not differentiable again")
+    raise RuntimeError(
+        f"{NAMESPACE}::{name} has no derivative: a gradient is not differentiable again"
+    )

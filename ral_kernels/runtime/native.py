@@ -16,8 +16,9 @@ import torch
 LIBRARY_DIR = Path(__file__).resolve().parents[1] / "lib"
 
 _HOW_TO_BUILD = (
-    "to build it, install a C++17 compiler (g++ or clang++) and reinstall the package, "
-    "or in a checkout run `python setup.py build_ext --inplace`"
+    "to build it, install a C++17 compiler (g++ or clang++) and run, where the sources are, "
+    "`pip install --no-cache-dir --force-reinstall --no-deps .`, "
+    "or in a checkout `python setup.py build_ext --inplace`"
 )
 
 

@@ -8,24 +8,27 @@ Colours are inferno's, whose lightness rises evenly, over the picture in grey. W
 tokens draw far more attention than the rest (attention sinks), the scale ends at a percentile. The
 colour bar then says so.
 
-`read_pictures` is how `attention_map`, the command line and `ral.data` read files of pictures.
+`read_pictures` and `read_video` read files for `attention_map`, the command line and `ral.data`.
 """
 
-from ral_kernels.integrations.pictures import (
+from ..media.errors import PictureError
+from ..media.pictures import (
     PICTURE_SUFFIXES,
-    PictureError,
     as_rgb,
     count_frames,
     read_pictures,
 )
-
+from ..media.video_file import VIDEO_SUFFIXES
+from ..media.videos import Video, read_video
 from .figures import film_strip, overlay, token_frame, token_grid
 from .frames import attention_over_frames
 from .parts import blend, colour_limit
 
 __all__ = [
     "PICTURE_SUFFIXES",
+    "VIDEO_SUFFIXES",
     "PictureError",
+    "Video",
     "as_rgb",
     "attention_over_frames",
     "blend",
@@ -34,6 +37,7 @@ __all__ = [
     "film_strip",
     "overlay",
     "read_pictures",
+    "read_video",
     "token_frame",
     "token_grid",
 ]

@@ -34,7 +34,7 @@ from .parts import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ral_kernels.integrations.transformers.attention_map import AttentionMap
+    from ..integrations.transformers.attention_map import AttentionMap
 
 
 def overlay(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ral_kernels.integrations.transformers.attention_map import AttentionMap
+    from ..integrations.transformers.attention_map import AttentionMap
 
 COLUMNS = 8  # frames in a line
 _INCHES, _DPI = 11.0, 130  # width
@@ -117,7 +117,7 @@ class _Row:
         self.limit, _ = colour_limit(self.grids, clip)
         self.shares = maps.image_shares[chosen].float().mean(0).tolist()
         self.text = float(maps.text_shares[chosen].float().mean())
-        self.name = "its answer" if token is None else readable(maps.tokens[token], 12)
+        self.name = "its answer" if token is None else readable(maps.tokens[token], 10)
 
 
 class _Page:

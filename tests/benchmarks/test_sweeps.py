@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import ral_kernels as rk
@@ -90,6 +91,7 @@ def test_frames_sweep_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert size["gemm_gflops"] > 0
         rows = {(row["contestant"], row["mode"]): row for row in size["results"]}
         assert len(rows) == 2 * 8  # the peer comes by itself
+        assert {row["repeats"] for row in rows.values() if row["status"] == "ok"} == {2}
         for (name, mode), row in rows.items():
             if name == "sdpa_flash" or (name == "per_span" and mode == "forward+backward"):
                 assert row["status"] == "skipped"
@@ -493,6 +495,52 @@ def test_without_time_the_peer_is_measured_and_the_rest_say_why(
     for name in ("eager", "chunked"):
         assert rows[name]["status"] == "skipped"
         assert rows[name]["reason"].startswith("no time left")
+
+
+@pytest.mark.parametrize(
+    ("left", "rotations", "skipped"),
+    [(100.0, 5, []), (20.0, 4, []), (14.0, 5, ["eager"]), (0.0, 3, ["chunked", "eager"])],
+)
+def test_all_of_a_size_run_equally_often(left: float, rotations: int, skipped: list[str]) -> None:
+    seconds = {"sdpa": 1.0, "eager": 3.0, "chunked": 1.0}
+    entries = [
+        measure.Entry(ATTENTION.registry[name], "forward", name == "sdpa",
+                      {"status": "ok", "reason": None, "seconds": once})
+        for name, once in seconds.items()
+    ]  # fmt: skip
+    assert measure._allot_rotations(entries, left, 5) == rotations
+    out = {e.contestant.name: e.record["reason"] for e in entries if not e.in_the_race}
+    assert sorted(out) == skipped
+    assert all(reason.startswith("3 runs take about") for reason in out.values())
+
+
+def test_a_late_rotation_is_left_out_for_all(
+    problem: AttentionProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = make_sweep(monkeypatch)
+    sweep.repeats = 5
+    names = ("sdpa", "eager", "chunked")
+    ok = {"status": "ok", "reason": None, "seconds": 1e-3}
+    for share, times in ((0.0, measure.FEWEST), (7200.0, 5)):
+        entries = [
+            measure.Entry(ATTENTION.registry[name], "forward", False, dict(ok)) for name in names
+        ]
+        sweep._time(entries, problem, 5, share)
+        assert [len(entry.seconds) for entry in entries] == [times] * 3
+    lonely = [measure.Entry(ATTENTION.registry["eager"], "forward", False, dict(ok))]
+    sweep._time(lonely, problem, 5, 7200.0)
+    assert lonely[0].record["reason"] == "no peer ran" and not lonely[0].seconds
+
+
+def test_a_point_of_fewer_runs_is_marked() -> None:
+    """Files from before all ran equally often are still drawn."""
+    rows = [
+        {"contestant": name, "mode": "forward", "ms": {"median": 1.0}, "repeats": repeats}
+        for name, repeats in (("ral", 5), ("sdpa", 5), ("eager", 1))
+    ]
+    panel = Figure().subplots()
+    plot._mark_fewer_runs(panel, {"sizes": [{"visual_tokens": 240, "results": rows}]}, "forward")
+    assert [text.get_text() for text in panel.texts] == ["n=1"]
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,7 @@ def test_markdown(toys: list[Row]) -> None:
     assert Row.from_json(json.loads(json.dumps(toys[0].as_json()))) == toys[0]
 
 
+@pytest.mark.slow(stands_in="test_kernels")
 def test_the_interpreter_compiles_nothing(tmp_path: Path) -> None:
     if not triton_runtime._installed():
         skip_or_fail("triton", "triton is not installed")

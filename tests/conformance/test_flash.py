@@ -53,14 +53,19 @@ def pairs_of(test: str, quick: int = 1, **grid: Sequence[Any]) -> Any:
     """`parametrize` over rows of the grid among which every pair of values occurs."""
     rows = [dict(zip(grid, values, strict=True)) for values in combined(*grid.values())]
     random.Random(0).shuffle(rows)
-    new = [{*combinations([(k, str(v)) for k, v in row.items()], 2)} for row in rows]
+    numbers: dict[Any, int] = {}  # of pairs: a set of them is the bits of an int
+    new = [
+        sum(
+            1 << numbers.setdefault(pair, len(numbers))
+            for pair in combinations([(k, str(v)) for k, v in row.items()], 2)
+        )
+        for row in rows
+    ]
     chosen: list[Row] = []
-    seen: set[Any] = set()
+    seen = 0
     for least in range(math.comb(len(grid), 2), 0, -1):  # first the rows of many new pairs
         for row, pairs in zip(rows, new, strict=True):
-            if len(pairs) >= least:
-                pairs -= seen
-            if len(pairs) >= least:
+            if (pairs & ~seen).bit_count() >= least:
                 chosen.append(row)
                 seen |= pairs
     small = sorted(chosen, key=lambda row: max(row.get("lengths", (row.get("length", 0),))))[:quick]

@@ -22,8 +22,6 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 QUICK = ("qwen2_5_vl",)
 BATCH_SIZE, LENGTH = 2, 12
-# Families that fail with an error that names nothing. They count as failed.
-KNOWN = {"blip": "its text part has attention of its own, which cannot read the mask of ral"}
 Record = Callable[[str, Any], None]
 
 
@@ -107,10 +105,6 @@ def check_as_eager(
             raise
         record("refused", str(error))
         return
-    except RuntimeError:
-        if subject.family in KNOWN:
-            pytest.xfail(KNOWN[subject.family])
-        raise
     finally:
         register()
     if not calls:

@@ -3,12 +3,17 @@
 They ship with torch. Ours may have at most twice the error of torch's, both against float64. Torch
 has two kernels. The fused one rounds `out` before its backward, as ours does. The larger of their
 errors counts.
+
+Both fused kernels keep lse in float32. Half an ulp of it moves every weight of a row. Where scores
+are large and rows few, chance decides whose half ulp is larger. So dq and dk may be off by half an
+ulp of the largest lse, relative to the gradient. `test_errors_over_draws` bounds the mean.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import sys
 import types
 import unittest
@@ -96,17 +101,9 @@ QUICK = [
 ]
 
 
-# Counted as failed: rounding is another on other machines, so they may pass there.
-KNOWN = {
-    (13, torch.float32, "one_sample_expanded", True): "dq has 2.02 times torch's error, not 2",
-}
-
-
 def case(number: int, dtype: torch.dtype, layout: str, gradient: bool) -> Any:
     quick = (number, dtype, layout, gradient) in QUICK
     marks = [] if quick else [slow("test_opinfo")]
-    if why := KNOWN.get((number, dtype, layout, gradient)):
-        marks.append(pytest.mark.xfail(reason=why, strict=False))
     name = f"{number}-{str(dtype)[6:]}-{layout}-{'gradient' if gradient else 'forward'}"
     return pytest.param(number, dtype, layout, gradient, id=name, marks=marks)
 
@@ -156,10 +153,44 @@ def test_opinfo(
     got = run(ours, dtype)
     truth = run(F.scaled_dot_product_attention, torch.float64)
     baselines = [run(F.scaled_dot_product_attention, dtype), run(torch_flash, dtype)]
+    half_ulp = 0.0
+    if dtype == torch.float32 and gradient:
+        q, k, _ = (x.double() for x in tensors)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        half_ulp = float(scores.logsumexp(-1).abs().max()) * torch.finfo(dtype).eps / 2
     for i, (name, x) in enumerate(zip(("out", "dq", "dk", "dv"), got, strict=False)):
         base = max((b[i] for b in baselines), key=lambda b: error(b, truth[i]))
         assert x.dtype == dtype
-        assert_accurate(name, x, truth[i], base, floor_of(dtype))
+        floor = max(floor_of(dtype), half_ulp if name in ("dq", "dk") else 0.0)
+        assert_accurate(name, x, truth[i], base, floor)
+
+
+@pytest.mark.parametrize("lengths", [(3, 6), (16, 32)], ids=str)
+def test_errors_over_draws(lengths: tuple[int, int]) -> None:
+    """Scores up to 100, as in the samples: the mean squared error is torch's, not twice or more."""
+    ours, theirs = torch.zeros(4), torch.zeros(4)
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(1, 4, n, 8) for n in (*lengths, lengths[1])]
+        tensors = [18 * torch.rand(shape, generator=generator) - 9 for shape in shapes]
+        dout = torch.randn(shapes[0], generator=generator)
+
+        def run(
+            f: Any, cast: torch.dtype, tensors: list[Tensor] = tensors, dout: Tensor = dout
+        ) -> list[Tensor]:
+            inputs = [x.to(cast).requires_grad_() for x in tensors]
+            out = f(*inputs)
+            return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(cast))]
+
+        truth = run(F.scaled_dot_product_attention, torch.float64)
+        for total, f in ((ours, rk.scaled_dot_product_attention), (theirs, torch_flash)):
+            got = run(f, torch.float32)
+            squared = [
+                (error(x, t) / float(t.norm())) ** 2 for x, t in zip(got, truth, strict=True)
+            ]
+            total += torch.tensor(squared)
+    ratios = (ours / theirs).sqrt()
+    assert (ratios <= 1.25).all(), f"out, dq, dk, dv: {ratios.tolist()} times torch's error"
 
 
 def test_every_sample_is_run() -> None:

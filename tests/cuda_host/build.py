@@ -78,7 +78,8 @@ def build(
     for_harness = [*flags, *FLAGS, "-O2", f"-I{HARNESS}"]
     for_kernels = [*_known_flags(FILL), *flags, *FLAGS, optimised]
     for_kernels += [f"-I{INCLUDE}", f"-I{cuda}", f"-I{HARNESS}"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels first: they take longest
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:  # the kernels first: they take longest
         kernels = [
             pool.submit(_compile, cuda / source, folder, for_kernels, [INCLUDE, cuda, HARNESS])
             for source in sources

@@ -327,6 +327,7 @@ def test_patches_change_a_copy(
         build(["answer.cu"], build_folder, [("answer.h", "kAnswer", "kNone")], cuda=cuda)
 
 
+@pytest.mark.slow(stands_in="test_exchange")
 def test_the_portable_switch_of_threads(build_folder: Path) -> None:
     """What other machines than x86-64 use."""
     kernels = small_kernels_in(build_folder, ("-DRAL_HOST_UCONTEXT",))

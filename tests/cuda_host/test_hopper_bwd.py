@@ -233,8 +233,16 @@ BUGS: list[tuple[str, Patch, str]] = [
 ]
 
 
+# Those of one of the two kernels are in the quick tier.
+slow_bug = pytest.mark.slow(stands_in="test_seeded_bug_is_found")
+
+
 @pytest.mark.parametrize(
-    ("patch", "report"), [bug[1:] for bug in BUGS], ids=[bug[0] for bug in BUGS]
+    ("patch", "report"),
+    [
+        pytest.param(patch, report, id=name, marks=slow_bug if patch[0] == DKDV else ())
+        for name, patch, report in BUGS
+    ],
 )
 def test_seeded_bug_is_found(
     patch: Patch, report: str, build_folder: Path, hopper: Kernels

@@ -18,10 +18,10 @@ from benchmarks.harness.photographs import load
 from ral_kernels import viz
 from ral_kernels.integrations.transformers.attention_map import (
     AttentionMap,
-    _inputs,
     _spread,
     attention_map,
 )
+from ral_kernels.integrations.transformers.map_inputs import gather, model_inputs
 from ral_kernels.integrations.transformers.processors import load_processor, token_texts
 
 from . import planted, tiny_checkpoint, tiny_processors
@@ -385,7 +385,8 @@ def test_a_template_that_begins_the_text_does_it_alone(text: str, wanted: bool |
 
     processor.__class__ = Watched
     model = tiny_processors.model_for("internvl", processor)
-    _inputs(model, processor, [load("coffee.png")], text, {})
+    media, _ = gather([load("coffee.png")], None, text, None, None)
+    model_inputs(model, processor, media, text, {})
     assert seen == [wanted]
 
 

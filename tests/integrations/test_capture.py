@@ -104,6 +104,7 @@ def test_policy_is_that_of_eager_maps(family, padding, implementation):
         )
 
 
+@pytest.mark.slow(stands_in="test_policy_is_that_of_eager_maps")
 def test_flex_attention():
     batch = inputs("qwen2", padding="left")
     wanted = eager_policy(eager_maps(build("qwen2", "eager"), batch)[-1])

@@ -157,7 +157,13 @@ def test_autocast_captures_what_attention_is_given(plain):
     assert all(torch.isfinite(x).all() for x in found.values())
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "ral"])
+slow_compile = pytest.mark.slow(stands_in="test_compile_makes_one_graph_and_not_again")
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param("sdpa", marks=slow_compile), pytest.param("eager", marks=slow_compile), "ral"],
+)
 def test_compile_makes_one_graph_and_not_again(implementation):
     import torch._dynamo
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -194,6 +200,7 @@ def test_compile_makes_one_graph_and_not_again(implementation):
     torch._dynamo.reset()
 
 
+@slow_compile
 def test_compiled_layers_and_compiled_in_place(plain):
     batch, snapshot, wanted = plain
     for whole in (True, False):
@@ -224,6 +231,12 @@ def distributed(tmp_path_factory):
     return torch.load(folder / "out.pt")
 
 
+slow_processes = pytest.mark.slow(
+    stands_in="tests/trainer/test_two_processes.py::test_two_processes_train_as_one"
+)
+
+
+@slow_processes
 @pytest.mark.xdist_group("capture in two processes")
 @pytest.mark.parametrize("how", two_processes.SETUPS)
 def test_two_processes_have_the_gradients_of_one(plain, distributed, how):
@@ -231,6 +244,7 @@ def test_two_processes_have_the_gradients_of_one(plain, distributed, how):
     assert_same_gradients(distributed[how], wanted)
 
 
+@slow_processes
 @pytest.mark.xdist_group("capture in two processes")
 def test_fsdp2_needs_a_loss_that_touches_the_output(distributed):
     """Documented in `capture`; if this fails, FSDP2 has learned it and the note can go."""

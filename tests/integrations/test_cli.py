@@ -189,7 +189,7 @@ def test_a_bug_keeps_its_trace(folder: Path, monkeypatch: Any) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("ral_kernels.integrations.transformers.attention_map._policy", broken)
+    monkeypatch.setattr("ral_kernels.integrations.transformers.attention_map._policies", broken)
     with pytest.raises(KeyError, match="a bug"):
         cli.main(command(folder))
 

@@ -17,8 +17,8 @@ import tifffile
 from PIL import EpsImagePlugin, Image, ImageSequence
 
 from ral_kernels import cli, viz
-from ral_kernels.integrations import pictures
-from ral_kernels.integrations.transformers.attention_map import _pictures
+from ral_kernels.media import pictures
+from ral_kernels.media.given import pictures_of
 
 WHITE, RED, GREEN, BLUE = (255,) * 3, (255, 0, 0), (0, 255, 0), (0, 0, 255)
 RAMP = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
@@ -97,7 +97,7 @@ def from_data(path: Path) -> Image.Image:
 
 
 READERS: dict[str, Callable[[Path], Image.Image]] = {
-    "attention_map": lambda path: _pictures([str(path)])[0],
+    "attention_map": lambda path: pictures_of("attention_map", str(path))[0].image,
     "command line": lambda path: cli._open([path])[0],
     "ral.data": from_data,
 }
@@ -248,7 +248,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_a_pillow_image_that_is_cut_short(tmp_path: Path) -> None:
     cut = Image.open(io.BytesIO(jpeg()[:-200]))
     with pytest.raises(viz.PictureError, match=r"got 'JpegImageFile': .*truncated"):
-        _pictures(cut)
+        pictures_of("attention_map", cut)
 
 
 def test_a_broken_exif_block_leaves_the_picture(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_a_bias_of_zero_changes_nothing(family, padding, implementation):
     torch.testing.assert_close(got[real], wanted[real], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow(stands_in="test_a_bias_of_zero_changes_nothing")
 def test_a_bias_of_zero_under_flex_attention():
     batch = inputs("qwen2", padding="left")
     model = build("qwen2", "flex_attention")
@@ -215,6 +216,7 @@ def test_gradient_checkpointing(reentrant):
     assert wanted["bias"].abs().max() > 1e-4
 
 
+@pytest.mark.slow(stands_in="test_gradient_checkpointing")
 def test_lora_autocast_and_compile():
     import peft
     from torch._dynamo.testing import CompileCounterWithBackend

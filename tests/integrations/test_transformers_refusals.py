@@ -66,6 +66,24 @@ def test_position_bias_is_refused() -> None:
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
+def test_models_with_attention_of_their_own_are_refused() -> None:
+    """They add a dense mask to scores. Without one, Bloom saw the tokens after each."""
+    from transformers import BlipTextConfig, BlipTextModel, BloomConfig, BloomForCausalLM
+
+    bloom = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    blip = BlipTextConfig(
+        vocab_size=32, hidden_size=16, encoder_hidden_size=16, intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    for config, cls, own in (
+        (bloom, BloomForCausalLM, "BloomAttention"),
+        (blip, BlipTextModel, "BlipTextSelfAttention"),
+    ):
+        model: Any = cls._from_config(config, attn_implementation="ral")
+        with pytest.raises(NotImplementedError, match=f"^ral attention: {own} is not supported"):
+            model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
 @pytest.mark.parametrize(
     ("keyword", "what"),
     [

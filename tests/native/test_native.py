@@ -31,7 +31,8 @@ def library_dir(tmp_path, monkeypatch):
 def test_missing_library_says_how_to_build_it(library_dir):
     message = (
         "libral_cpu.so is not built; to build it, install a C++17 compiler (g++ or clang++) and "
-        "reinstall the package, or in a checkout run `python setup.py build_ext --inplace`"
+        "run, where the sources are, `pip install --no-cache-dir --force-reinstall --no-deps .`, "
+        "or in a checkout `python setup.py build_ext --inplace`"
     )
     assert native.why_missing("ral_cpu") == message
     with pytest.raises(RuntimeError, match=re.escape(message)):

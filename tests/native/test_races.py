@@ -94,12 +94,13 @@ def run(program: Path, isa: str) -> None:
     assert "race_check: ok" in done.stdout
 
 
+@pytest.mark.slow(stands_in="tests/ops/test_attention.py::test_repeats_bit_for_bit")
 @pytest.mark.xdist_group("race_check")
 def test_no_races_and_results_do_not_depend_on_threads(programs: Programs) -> None:
     run(programs.build("thread", ("portable",)), "portable")
 
 
-@pytest.mark.slow(stands_in="test_no_races_and_results_do_not_depend_on_threads")
+@pytest.mark.slow(stands_in="tests/ops/test_attention.py::test_every_cpu_variant")
 @pytest.mark.xdist_group("race_check")
 @pytest.mark.parametrize("isa", VARIANTS)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ral_kernels as rk
@@ -241,6 +243,35 @@ def test_padding_keys_are_never_read(seqlen_q: int, backend: str) -> None:
     case = AttentionCase("", seqlen_q, 40, batch_size=2, head_dim=16, key_padding="right",
                          spans="equal", options={"softcap": 2.0})  # fmt: skip
     check_padding_is_not_read(case, torch.float32, backend)
+
+
+@pytest.mark.parametrize("hidden_by", ["mask", "window"])
+@pytest.mark.parametrize("seqlen_q", [4, 33])
+def test_a_hidden_value_gives_the_right_numbers_or_nan(
+    hidden_by: str, seqlen_q: int, backend: str
+) -> None:
+    """A mask or window gives a key a weight of 0, and 0 * NaN is NaN, as in torch."""
+    inputs = AttentionCase("", seqlen_q, 40, head_dim=16).inputs(torch.float32)
+    mask = torch.ones(seqlen_q, 40, dtype=torch.bool)
+    if hidden_by == "mask":
+        mask[:, 1] = False
+        options: dict[str, Any] = {"attn_mask": mask}
+    else:
+        rows = torch.arange(seqlen_q)[:, None] + 40 - seqlen_q
+        mask &= torch.arange(40) >= rows - 3
+        options = {"window": (3, None)}
+    found = []
+    for value in (0.0, float("nan")):
+        v = inputs.v.clone()
+        v[:, :, 1] = value
+        found.append(rk.attention(inputs.q, inputs.k, v, backend=backend, **options))
+        theirs = F.scaled_dot_product_attention(inputs.q, inputs.k, v, attn_mask=mask)
+    assert theirs.isnan().all()
+    wanted, got = found
+    assert torch.equal(got.lse, wanted.lse)
+    right = (got.out == wanted.out).all(-1)
+    assert (right | got.out.isnan().all(-1)).all()
+    assert got.out[:, :, mask[:, 1]].isnan().all()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])

@@ -7,6 +7,7 @@ tested is CMakeLists.txt and setup.py, and the real sources take longer to compi
 import ctypes
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the native libraries are built on Linux"
 )
 needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None
+    shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None
     and "cpu" not in os.environ.get("RAL_REQUIRE", "").split(","),
     reason="no C++ compiler",
 )
@@ -35,7 +36,11 @@ int not_exported() { return 0; }
 """
 
 # What the test session's own environment may ask for is no matter of these builds.
-ASKED = ("RAL_REQUIRE_NATIVE", "RAL_LIBRARIES", "RAL_CUDA_ARCHITECTURES", "MAX_JOBS")
+ASKED = (
+    "RAL_REQUIRE_NATIVE", "RAL_LIBRARIES", "RAL_CUDA_ARCHITECTURES", "MAX_JOBS",
+    "CMAKE_BUILD_PARALLEL_LEVEL", "PIP_BUILD_TRACKER",
+)  # fmt: skip
+NO_COMPILER = "/nonexistent/c++"
 
 
 class Tree:
@@ -72,12 +77,15 @@ class Tree:
         program.chmod(0o755)
 
     def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.python("setup.py", *arguments, **environment)
+
+    def python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if k not in ASKED}
         env["PYTHONPATH"] = str(self.hidden)
         env["PATH"] = f"{self.hidden}{os.pathsep}{env['PATH']}"
         env["CUDACXX"] = "/nonexistent/nvcc"  # asking nvcc takes seconds: one test does
         return subprocess.run(
-            [sys.executable, "setup.py", *arguments],
+            [sys.executable, *arguments],
             cwd=self.path,
             env=env | environment,
             capture_output=True,
@@ -110,7 +118,7 @@ def test_version_has_one_source(tree):
 
 
 def test_without_compiler_the_wheel_is_pure_and_says_why(tree, tmp_path, monkeypatch):
-    wheel, names, printed = tree.wheel(CXX="/nonexistent/c++")
+    wheel, names, printed = tree.wheel(CXX=NO_COMPILER)
     reason = "no working C++17 compiler; install g++ or clang++, or set CXX"
     assert wheel.name == f"ral_kernels-{ral_kernels.__version__}-py3-none-any.whl"
     # With presets, configurations of accelerate, and the trained tiny model.
@@ -134,8 +142,34 @@ def test_without_compiler_the_wheel_is_pure_and_says_why(tree, tmp_path, monkeyp
     assert f"not built (at installation: {reason}); to build it, " in missing
 
 
+def test_pip_does_not_take_a_wheel_without_the_libraries_for_later(tree):
+    wheel, _, printed = tree.wheel(CXX=NO_COMPILER, PIP_BUILD_TRACKER="/tmp/pip-build-tracker")
+    assert wheel.name == f"ral_kernels-{ral_kernels.__version__}-py3-none-incomplete.whl"
+    assert "Afterwards: pip install --no-cache-dir --force-reinstall --no-deps . (or, " in printed
+
+
+@needs_compiler
+@pytest.mark.slow(stands_in="test_pip_does_not_take_a_wheel_without_the_libraries_for_later")
+def test_pip_builds_again_once_there_is_a_compiler(tree):
+    """By name and from an archive, as from an index: pip keeps the wheels of those."""
+    for name in ("CHANGELOG.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, tree.path / name)
+    assert tree.setup("sdist").returncode == 0
+    (archive,) = (tree.path / "dist").glob("*.tar.gz")
+    options = ["--no-deps", "--no-build-isolation", "--cache-dir", "cache", "--target"]
+    for target, environment, found in (
+        ("first", {"CXX": NO_COMPILER}, ["ral_cpu.missing.txt", "ral_cuda.missing.txt"]),
+        ("second", {}, ["libral_cpu.so", "libral_cpu.so.sha256", "ral_cuda.missing.txt"]),
+    ):
+        requirement = f"ral-kernels @ {archive.as_uri()}"
+        result = tree.python("-m", "pip", "install", *options, target, requirement, **environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        lib = tree.path / target / "ral_kernels" / "lib"
+        assert sorted(path.name for path in lib.iterdir()) == found, result.stdout
+
+
 def test_required_library_that_does_not_build_is_an_error(tree):
-    result = tree.build(CXX="/nonexistent/c++", RAL_REQUIRE_NATIVE="1")
+    result = tree.build(CXX=NO_COMPILER, RAL_REQUIRE_NATIVE="1")
     assert result.returncode != 0
     assert "the native libraries were NOT built: no working C++17 compiler" in result.stderr
 
@@ -209,13 +243,74 @@ def test_one_library_for_chosen_gpus(tree):
     assert "RAL_LIBRARIES: cuda is none of ral_cpu, ral_cuda" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "asked, jobs",
+    [
+        ({"MAX_JOBS": "1"}, "1"),
+        ({"CMAKE_BUILD_PARALLEL_LEVEL": "1"}, "1"),
+        ({"MAX_JOBS": "2", "CMAKE_BUILD_PARALLEL_LEVEL": "1"}, "2"),
+        ({}, None),  # one a CPU of this process
+    ],
+)
+def test_compilers_at_once(tree, asked, jobs):
+    tree.hide_module("cmake")
+    tree.hide_program("cmake")
+    (tree.hidden / "cmake").write_text(CMAKE)
+    assert tree.build(**asked).returncode == 0
+    jobs = jobs or len(os.sched_getaffinity(0))
+    builds = [
+        line for line in (tree.path / "cmake.log").read_text().splitlines() if "ral_c" in line
+    ]
+    assert [f"--parallel {jobs} --target" in line for line in builds[-2:]] == [True, True]
+
+
+CCACHE = """#!/bin/sh
+for word; do case "$word" in *.cpp) echo "$word" >> ccache.log;; esac; done
+exec "$@"
+"""
+
+
+@needs_compiler
+@pytest.mark.slow(stands_in="test_rebuild_in_place_and_broken_sources")
+def test_a_compiler_of_two_words_builds_what_has_changed(tree):
+    tree.hide_program("ccache")
+    (tree.hidden / "ccache").write_text(CCACHE.replace("ccache.log", str(tree.path / "ccache.log")))
+
+    def compiled(compiler: str) -> list[str]:
+        (tree.path / "ccache.log").write_text("")
+        assert tree.build(CXX=compiler, RAL_REQUIRE_NATIVE="1").returncode == 0
+        log = (tree.path / "ccache.log").read_text().split()
+        return sorted({Path(name).name for name in log if str(tree.path / "csrc") in name})
+
+    assert {"entry.cpp", "kernels.cpp", "variants.cpp"} <= set(compiled("ccache c++"))
+    assert compiled("ccache c++") == []
+    tree.entry.write_text(ENTRY_POINT.replace("42", "43"))
+    assert compiled("ccache c++") == ["entry.cpp"]
+    assert "variants.cpp" in compiled("ccache c++ -DOTHER")  # another compiler
+
+
 def test_a_library_asked_for_by_name_is_missed(tree):
-    result = tree.build(CXX="/nonexistent/c++", RAL_LIBRARIES="ral_cuda")
+    result = tree.build(CXX=NO_COMPILER, RAL_LIBRARIES="ral_cuda")
     assert result.returncode == 0, result.stderr
     assert "the native libraries were NOT built: no working C++17 compiler" in result.stderr
     assert [path.name for path in tree.lib.iterdir()] == ["ral_cuda.missing.txt"]
-    result = tree.build(CXX="/nonexistent/c++", RAL_LIBRARIES="ral_cuda", RAL_REQUIRE_NATIVE="1")
+    result = tree.build(CXX=NO_COMPILER, RAL_LIBRARIES="ral_cuda", RAL_REQUIRE_NATIVE="1")
     assert result.returncode != 0
+
+
+def newest_glibc(library: Path) -> tuple[int, ...]:
+    """The newest glibc of which it needs a symbol."""
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.gnuversions import GNUVerNeedSection
+
+    with library.open("rb") as file:
+        sections = ELFFile(file).iter_sections()
+        needed = (
+            x for s in sections if isinstance(s, GNUVerNeedSection) for x in s.iter_versions()
+        )
+        names = [aux.name for _, parts in needed for aux in parts]
+    versions = [name.removeprefix("GLIBC_") for name in names if name.startswith("GLIBC_2")]
+    return max(tuple(map(int, version.split("."))) for version in versions)
 
 
 @needs_compiler
@@ -228,6 +323,7 @@ def test_cuda_library_is_built_where_nvcc_is_and_its_failure_spares_the_other(tr
     result = tree.build(CUDACXX=nvcc)
     assert result.returncode == 0, result.stderr
     library = ctypes.CDLL(str(tree.lib / "libral_cuda.so"))
+    assert newest_glibc(tree.lib / "libral_cuda.so") <= (2, 28)
     assert library.answer() == 42
     assert not hasattr(library, "_Z12not_exportedv")
     assert not (tree.lib / "ral_cuda.missing.txt").exists()
@@ -247,7 +343,7 @@ def test_library_is_not_packaged_by_chance(tree):
     """One that lies in the checkout belongs to another build."""
     tree.lib.mkdir()
     (tree.lib / "libral_cpu.so").write_bytes(b"left behind")
-    _, names, _ = tree.wheel(CXX="/nonexistent/c++")
+    _, names, _ = tree.wheel(CXX=NO_COMPILER)
     assert "ral_kernels/lib/libral_cpu.so" not in names
 
 

@@ -80,18 +80,12 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return straight(model, tmp_path_factory.mktemp("straight"))
 
 
-# A checkpoint that is not whole and one that is are once each in the quick tier.
-slow = pytest.mark.slow(stands_in="test_last_checkpoint_of_a_killed_save_is_complete")
+slow = pytest.mark.slow(stands_in="test_training_resumes_before_a_damaged_checkpoint")
 
 
+@slow
 @pytest.mark.xdist_group("killed")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in ("weights", "in the rotation") else slow)
-        for name in dying.KILLS
-    ],
-)
+@pytest.mark.parametrize("name", dying.KILLS)
 def test_last_checkpoint_of_a_killed_save_is_complete(name: str, killed: Path) -> None:
     run = killed / name
     assert (run / "status").read_text() == "-9", (run / "stderr").read_text()
@@ -101,10 +95,9 @@ def test_last_checkpoint_of_a_killed_save_is_complete(name: str, killed: Path) -
         assert why_incomplete(run / "out" / f"checkpoint-{dying.SECOND}") is not None
 
 
+@slow
 @pytest.mark.xdist_group("killed")
-@pytest.mark.parametrize(
-    "name", ["weights", pytest.param("in the seal", marks=slow), "in the rotation"]
-)
+@pytest.mark.parametrize("name", ["weights", "in the seal", "in the rotation"])
 def test_training_resumes_after_a_killed_save(
     name: str, model: Path, killed: Path, reference: Any, tmp_path: Path
 ) -> None:

@@ -176,7 +176,7 @@ def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert picture.stat().st_size > 5000
 
 
-@pytest.mark.slow(stands_in="test_ctrl_c_and_the_command_that_it_names")
+@pytest.mark.slow(stands_in="test_train")
 @pytest.mark.long
 def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -210,6 +210,9 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     assert done.returncode != 0 and done.stderr.count("there is no command 'sfd'") == 1
 
 
+@pytest.mark.slow(
+    stands_in="tests/trainer/test_interrupts.py::test_a_signal_ends_training_with_a_checkpoint"
+)
 @pytest.mark.long
 def test_ctrl_c_and_the_command_that_it_names(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "a run"  # the space is quoted

@@ -3,6 +3,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ral.data import (
 )
 from ral.data.prompts import escaped
 from ral.rewards import PROBLEM_TYPES, STYLES, format_reward, paper_reward
+from tests.integrations import films
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 CHOICE = {
@@ -86,6 +88,26 @@ def load(folder, *rows, **options):
 
 def text_of(row):
     return row["prompt"][-1]["content"][-1]["text"]
+
+
+# --- checksums
+
+
+def test_checksums_of_the_file_and_of_the_sizes_of_its_images(folder, tmp_path_factory):
+    """Another folder changes nothing, an image of another size does."""
+    before = load(folder, CHOICE, NUMBER).info.download_checksums
+    path = str(folder / "data.jsonl")
+    assert list(before) == [path, f"{path}: sizes of images"]
+    copy = tmp_path_factory.mktemp("copy") / "data"
+    shutil.copytree(folder, copy)
+    moved = load_jsonl(copy / "data.jsonl").info.download_checksums
+    assert list(moved.values()) == list(before.values())
+    (copy / "clip" / "frame3.png").write_bytes((folder / "red.png").read_bytes() + b"more")
+    changed = load_jsonl(copy / "data.jsonl").info.download_checksums
+    same = [x == y for x, y in zip(changed.values(), before.values(), strict=True)]
+    assert same == [True, False]
+    streamed = load_jsonl(folder / "data.jsonl", streaming=True).info.download_checksums
+    assert streamed == {path: before[path]}
 
 
 # --- rows
@@ -175,6 +197,30 @@ def test_frames_are_sampled_evenly_in_natural_order(folder, max_frames, frames):
     assert greys(load(folder, NUMBER, max_frames=max_frames)[0]["images"]) == frames
     listed = NUMBER | {"path": [f"clip/frame{i}.png" for i in range(12)]}
     assert greys(load(folder, listed, max_frames=max_frames)[0]["images"]) == frames
+
+
+def test_video_files(folder):
+    """The frames of an .mp4 are chosen as those of a folder."""
+    pytest.importorskip("av")
+    films.write(folder / "film.mp4", films.steps(12), g="4")
+    images = load(folder, NUMBER | {"path": "film.mp4"}, max_frames=4)[0]["images"]
+    assert [films.number_of(image, 12) for image in images] == [0, 4, 7, 11]
+    (folder / "broken.mp4").write_bytes(b"no film")
+    with pytest.raises(DataError, match=r"image, animation or video; got '.*broken.mp4': Invalid"):
+        load(folder, NUMBER | {"path": "broken.mp4"})
+
+
+def test_without_pyav_a_video_is_to_be_extracted(folder, monkeypatch):
+    (folder / "a").mkdir()
+    (folder / "a" / "clip.MP4").write_bytes(b"a film")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError) as error:
+        load(folder, NUMBER | {"path": "a/clip.MP4"})
+    assert (
+        "got 'a/clip.MP4', and PyAV is missing. Install it with `pip install av`; or extract "
+        "frames into a folder, say two a second, with `mkdir -p 'a/clip' && ffmpeg -i "
+        "'a/clip.MP4' -vf fps=2 'a/clip/frame%05d.jpg'`, and give 'a/clip'"
+    ) in str(error.value)
 
 
 def test_uniform_indices_and_natural_keys():
@@ -328,28 +374,29 @@ def test_streaming_raises_at_the_line_that_is_wrong(folder):
         ({"path": ""}, "path must be the path of an image"),
         ({"path": []}, "path must be the path of an image"),
         ({"path": [3]}, "path must be the path of an image"),
-        ({"path": "none.png"}, "path must be an existing image file; got "),
-        ({"path": "a\0b"}, "path must be an existing image file; got "),
-        ({"path": "x" * 5000}, "path must be an existing image file; got "),
-        ({"path": ["red.png", "none.png"]}, "path must be an existing image file; got "),
+        ({"path": "none.png"}, "path must be an existing file; got "),
+        ({"path": "a\0b"}, "path must be an existing file; got "),
+        ({"path": "x" * 5000}, "path must be an existing file; got "),
+        ({"path": ["red.png", "none.png"]}, "path must be an existing file; got "),
         (
             {"path": "clip"},
             "path must be an image file, unless data_type is 'video'; got the folder",
         ),
-        ({"path": "none", "data_type": "video"}, "path must be an existing image file; got "),
+        ({"path": "none", "data_type": "video"}, "path must be an existing file; got "),
         ({"path": "empty", "data_type": "video"}, "path must be a folder with images; got none in"),
         (
             {"path": "data.jsonl", "data_type": "video"},
-            "path must be a readable image or animation",
+            "path must be a readable image, animation or video",
         ),
         (
-            {"path": "a/clip.MP4", "data_type": "video"},
-            "path must be an image, a list of images, a folder of frames or an animated GIF or "
-            "WebP; got the video 'a/clip.MP4'. Extract frames into a folder, say two a second, "
-            "with `mkdir -p 'a/clip' && ffmpeg -i 'a/clip.MP4' -vf fps=2 'a/clip/frame%05d.jpg'`, "
-            "and give 'a/clip'",
+            {"path": "clip.MP4"},
+            "path must be an image, a list of images, or one video with data_type 'video'; got the "
+            "video 'clip.MP4'",
         ),
-        ({"path": ["clip.mov"]}, "path must be an image, a list of images, a folder of frames"),
+        (
+            {"path": ["clip.MOV"], "data_type": "video"},
+            "path must be an image, a list of images, or one video",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(folder, change, message):
@@ -489,7 +536,7 @@ def test_only_the_formats_that_are_named_are_opened(folder, monkeypatch):
     dataset = load(folder, CHOICE | {"path": "a.png"})
     with pytest.raises(DataError, match="cannot identify image file"):
         dataset[0]
-    with pytest.raises(DataError, match="path must be a readable image or animation"):
+    with pytest.raises(DataError, match="path must be a readable image, animation or video"):
         load(folder, CHOICE | {"path": "a.png", "data_type": "video"})
 
 

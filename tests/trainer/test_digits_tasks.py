@@ -142,6 +142,7 @@ def short_start(few_pictures: None, tmp_path_factory: pytest.TempPathFactory) ->
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow(stands_in="test_checkpoints_come_back")
 @pytest.mark.long
 @pytest.mark.xdist_group("a short start")  # one worker trains it
 def test_a_short_start_learns_the_form(short_start: start.Start) -> None:
@@ -151,7 +152,7 @@ def test_a_short_start_learns_the_form(short_start: start.Start) -> None:
     assert 0 <= scores.right <= scores.formed <= 1
 
 
-@pytest.mark.slow(stands_in="test_a_short_start_learns_the_form")
+@pytest.mark.slow(stands_in="test_checkpoints_come_back")
 @pytest.mark.xdist_group("a short start")
 def test_a_start_is_the_same_twice_over(
     short_start: start.Start, few_pictures: None, tmp_path: Path

@@ -166,6 +166,8 @@ def test_resume_with_another_schedule_or_other_data_warns(path: Path, tmp_path: 
         path, tmp_path, train_dataset=load_jsonl(data), **{**SAVING, "max_steps": 4}
     ).train()
     data.write_text(data.read_text().replace("cat", "cow"))
+    with (tmp_path / "images" / "0.png").open("ab") as image:
+        image.write(b"more")
     other = tiny.trainer(
         path, tmp_path, train_dataset=load_jsonl(data),
         **{**SAVING, "num_iterations": 3, "max_steps": 5},
@@ -175,7 +177,8 @@ def test_resume_with_another_schedule_or_other_data_warns(path: Path, tmp_path: 
     checkpoint = tmp_path / "out" / "checkpoint-4"
     otherwise = "training continues, but not as the uninterrupted run would have"
     assert said == [
-        f"train: the data have changed since {checkpoint} was written (rows.jsonl): {otherwise}",
+        f"train: the data have changed since {checkpoint} was written (rows.jsonl, rows.jsonl: "
+        f"sizes of images): {otherwise}",
         f"train: {checkpoint} has micro_steps_per_rollout_batch=4, and now it is 6: {otherwise}",
     ]
     assert other.state.global_step == 5

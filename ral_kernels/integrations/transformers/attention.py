@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import qkv
-from ral_kernels.ops.attention import attention, flash_attn_varlen_func
-from ral_kernels.runtime import checks
-
+from ...ops import qkv
+from ...ops.attention import attention, flash_attn_varlen_func
+from ...runtime import checks
 from .masks import PATTERNS, Pattern
 
 # Keywords that attention modules name in their calls, and that change nothing here: positions are

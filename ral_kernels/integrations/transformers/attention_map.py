@@ -4,91 +4,48 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ral_kernels.integrations.pictures import as_rgb, read_pictures
-from ral_kernels.runtime.checks import is_int
-
+from ...ops.policy import attention_policy
+from ...runtime.checks import check_flag, is_int
+from ...viz.maps import AttentionMap, Parts
+from .map_inputs import OP, check_written, gather, model_inputs, placed, question_of
 from .processors import token_texts
 from .registration import check_transformers
-from .spans import VisionRegion, VisionSpans, spans_for
+from .spans import VisionRegion, VisionSpans
 
-_OP = "attention_map"
 ROWS = ("writing", "reading")
 
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """Where a model attends at each of T tokens of its response. All tensors are on the CPU.
-
-    Attributes:
-        tokens: the T tokens as text.
-        token_ids: int64 [T].
-        text: the whole response.
-        grids: for each image float32 [T, rows, columns], the policy of each visual token. Where a
-            model sees a picture twice, in small and in tiles, the small one's policy is spread over
-            the tiles' finer grid.
-        boxes: for each image the (top, left, bottom, right) of its grid in the picture, as
-            fractions; outside [0, 1] where the processor padded.
-        image_shares: float32 [T, images], the part of the policy on each image.
-        text_shares: float32 [T], the part on text; with the images' it adds up to 1.
-        images: the pictures as the model saw them, as Pillow images.
-        layers: the layers whose policies were averaged.
-    """
-
-    tokens: tuple[str, ...]
-    token_ids: Tensor
-    text: str
-    grids: tuple[Tensor, ...]
-    boxes: tuple[tuple[float, float, float, float], ...]
-    image_shares: Tensor
-    text_shares: Tensor
-    images: tuple[Any, ...]
-    layers: tuple[int, ...]
-
-    def select(self, tokens: Sequence[int]) -> AttentionMap:
-        """The map of some of its tokens, by their numbers.
-
-        Raises:
-            IndexError: there is no such token, or none is named.
-        """
-        chosen = list(tokens)
-        if not chosen or not all(0 <= token < len(self.tokens) for token in chosen):
-            raise IndexError(
-                f"AttentionMap.select: tokens must lie in [0, {len(self.tokens)}); got {chosen}"
-            )
-        return replace(
-            self,
-            tokens=tuple(self.tokens[token] for token in chosen),
-            token_ids=self.token_ids[chosen],
-            grids=tuple(grid[chosen] for grid in self.grids),
-            image_shares=self.image_shares[chosen],
-            text_shares=self.text_shares[chosen],
-        )
+__all__ = ["AttentionMap", "attention_map"]
 
 
 @torch.no_grad()
 def attention_map(
     model: Any,
     processor: Any,
-    images: Any,
-    prompt: str | Sequence[Mapping[str, Any]],
+    images: Any = None,
+    prompt: str | Sequence[Mapping[str, Any]] | None = None,
     *,
+    videos: Any = None,
+    fps: float | None = None,
+    num_frames: int | None = None,
     response: str | None = None,
     max_new_tokens: int = 32,
     layers: int | list[int] | tuple[int, ...] | str = -1,
+    by_layer: bool = False,
+    by_head: bool = False,
+    relative_to: AttentionMap | str | None = None,
     rows: str = "writing",
     exclude_self: bool = True,
     generate_options: Mapping[str, Any] | None = None,
     processor_options: Mapping[str, Any] | None = None,
     on_token: Callable[[], None] | None = None,
 ) -> AttentionMap:
-    """Where a model attends in each image, for each token that it writes or is given.
+    """Where a model attends in each image and frame, for each token that it writes or is given.
 
     A map is the policy of a layer (eq. (1) of arXiv 2602.04884): attention averaged over heads,
     without the row's own key, renormalised. For several layers it is the mean. The model keeps its
@@ -99,15 +56,28 @@ def attention_map(
     Args:
         model: a vision-language model of transformers, of a family that `spans_for` supports. In
             training mode its dropout changes the map.
-        processor: its processor. Images do not need torchvision: see `load_processor`.
-        images: one picture or several, as Pillow images, files or uint8 arrays [H, W, 3]. The
-            frames of a video are several images; of an animated file the first frame is taken.
-            Pictures are turned upright (EXIF), and put on white where they are transparent.
-        prompt: the question, which the processor's chat template puts after the images; or text
-            with the processor's image token for each image; or messages of a chat.
+        processor: its processor. Images do not need torchvision, nor do videos of Qwen-VL: see
+            `load_processor`.
+        images: one picture or several, as Pillow images, files or uint8 arrays [H, W, 3]. Of an
+            animated file and of a video file the first frame is taken; a `viz.Video`, which
+            `viz.read_video` reads, stands for its frames as several images. Pictures are turned
+            upright (EXIF), and put on white where they are transparent.
+        prompt: the question, which the processor's chat template puts after the images and videos;
+            or text with the processor's token for each image and video; or messages of a chat.
+            Their parts {"type": "image"} and {"type": "video"} may hold the media themselves, under
+            "image" or "video", "path" or "url" (a local file); then images and videos are None.
+        videos: one video or several, through the model's own video path: files such as .mp4 or
+            .gif, uint8 arrays [T, H, W, 3], lists of pictures, or `viz.Video`s.
+        fps: frames a second that are taken of a video file, default 2; of frames that have no
+            times, the rate at which they were taken.
+        num_frames: take this many frames of each video instead, evenly spread.
         response: text to look at instead of generating.
         max_new_tokens: tokens to generate at most.
         layers: decoder layers, negative from the end, or "all"; as in `capture`.
+        by_layer: also keep each layer's map: `AttentionMap.at(layer=...)`.
+        by_head: also keep each head's map: `AttentionMap.at(head=...)`.
+        relative_to: divide by a neutral map, as `AttentionMap.relative_to` defines. A text stands
+            for the map of the first token that the model writes to this prompt.
         rows: "writing" for the query that predicts the token, one position before it; or
             "reading" for the token's own query, as in eq. (1) of arXiv 2602.04884.
         exclude_self: leave out each row's own key, which is text.
@@ -119,34 +89,34 @@ def attention_map(
         AttentionMap.
 
     Raises:
-        ImportError: transformers is missing or older than supported.
+        ImportError: transformers is missing or older than supported; PyAV, for a video file.
         OSError: a file cannot be opened.
-        TypeError, ValueError: an argument of a wrong type or value; a file that is no picture
-            (`viz.PictureError`); a processor without a chat template; images that the prompt does
-            not hold.
-        NotImplementedError: a model family that is not supported, or a layer that `capture` cannot
-            reproduce.
+        TypeError, ValueError: an argument of a wrong type or value; a file that is no picture or
+            video (`viz.PictureError`); a processor without a chat template; media that the prompt
+            does not hold.
+        NotImplementedError: a model family that is not supported, a processor without a video
+            path, or a layer that `capture` cannot reproduce.
     """
-    check_transformers(_OP)
+    check_transformers(OP)
     from .capture import capture  # imports transformers
 
     capture(model, layers)  # checks the layers before minutes of generating
-    pictures = _pictures(images)
-    if response is not None and not isinstance(response, str):
-        raise TypeError(f"{_OP}: response must be None or a str; got {type(response).__name__}")
-    if not is_int(max_new_tokens) or max_new_tokens < 1:
-        raise ValueError(f"{_OP}: max_new_tokens must be an int >= 1; got {max_new_tokens!r}")
-    if rows not in ROWS:
-        raise ValueError(f"{_OP}: rows must be one of {', '.join(ROWS)}; got {rows!r}")
-    inputs = _inputs(model, processor, pictures, prompt, processor_options or {})
-    seen = spans_for(processor, inputs, "image").num_items()
-    if seen != len(pictures):
-        raise ValueError(
-            f"{_OP}: the prompt must hold each of the {len(pictures)} images once; the processor "
-            f"made {seen} of them (pan and scan: turn it off in processor_options)"
+    for name, flag in (("by_layer", by_layer), ("by_head", by_head)):
+        check_flag(OP, name, flag)
+    if relative_to is not None and not isinstance(relative_to, (str, AttentionMap)):
+        raise TypeError(
+            f"{OP}: relative_to must be a prompt or an AttentionMap; got "
+            f"{type(relative_to).__name__}"
         )
-    sizes = [(picture.height, picture.width) for picture in pictures]
-    found = spans_for(processor, inputs, "image", image_sizes=sizes)
+    media, prompt = gather(images, videos, prompt, fps, num_frames)
+    if response is not None and not isinstance(response, str):
+        raise TypeError(f"{OP}: response must be None or a str; got {type(response).__name__}")
+    if not is_int(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"{OP}: max_new_tokens must be an int >= 1; got {max_new_tokens!r}")
+    if rows not in ROWS:
+        raise ValueError(f"{OP}: rows must be one of {', '.join(ROWS)}; got {rows!r}")
+    text, inputs = model_inputs(model, processor, media, prompt, processor_options or {})
+    found, pictures = placed(processor, inputs, media, text)
     if response is None:
         options = {"do_sample": False, **(generate_options or {})}
         written = _generate(model, inputs, max_new_tokens, options, on_token)
@@ -154,89 +124,47 @@ def attention_map(
         ids = processor.tokenizer(response, add_special_tokens=False)["input_ids"]
         written = torch.tensor(ids, dtype=torch.int64)
     if len(written) == 0:
-        raise ValueError(f"{_OP}: the response must have at least one token; got none")
-    placeholder = inputs["input_ids"][0, found.regions[0].keys[0, 0]].cpu()
-    if bool((written == placeholder).any()):
-        # In the forward over prompt and response it would need a picture that is not there.
-        raise ValueError(
-            f"{_OP}: the response must not hold the placeholder of images; token "
-            f"{int((written == placeholder).nonzero()[0])} is one (generate_options="
-            f"{{'suppress_tokens': [{int(placeholder)}]}} keeps it out)"
-        )
-    policy, used = _policy(model, inputs, written, layers, rows, exclude_self)
+        raise ValueError(f"{OP}: the response must have at least one token; got none")
+    check_written(inputs, found, written)
+    views = [shown.regions for shown in pictures]
+    policies, parts, used = _policies(
+        model, inputs, written, layers, rows, exclude_self, by_layer, by_head, found, views
+    )
+    grids, image_shares, text_shares = _shares(found, policies, views)
     ids = [int(token) for token in written]
-    return AttentionMap(
+    made = AttentionMap(
         tokens=tuple(token_texts(processor.tokenizer, ids)),
         token_ids=written,
         text=processor.tokenizer.decode(ids),
-        **_grids(found, policy, len(pictures)),
-        images=tuple(pictures),
+        grids=grids,
+        boxes=tuple(regions[-1].box for regions in views),
+        image_shares=image_shares,
+        text_shares=text_shares,
+        images=tuple(shown.picture.image for shown in pictures),
         layers=used,
+        kinds=tuple(shown.picture.kind for shown in pictures),
+        times=tuple(shown.picture.time for shown in pictures),
+        model=_name_of(model),
+        prompt=question_of(prompt),
+        parts=parts,
     )
+    if isinstance(relative_to, str):
+        neutral = attention_map(
+            model, processor, prompt=relative_to, **media.again(), max_new_tokens=1, layers=layers,
+            by_layer=by_layer, by_head=by_head, rows=rows, exclude_self=exclude_self,
+            generate_options=generate_options, processor_options=processor_options,
+        )  # fmt: skip
+        return made.relative_to(neutral)
+    return made if relative_to is None else made.relative_to(relative_to)
 
 
-def _pictures(images: Any) -> list[Any]:
-    from PIL import Image
-
-    given = list(images) if isinstance(images, (list, tuple)) else [images]
-    pictures = []
-    for image in given:
-        if isinstance(image, (str, Path)):
-            pictures += read_pictures(image)
-        elif isinstance(image, Image.Image):
-            pictures.append(as_rgb(image))
-        elif hasattr(image, "__array_interface__") or isinstance(image, Tensor):
-            array = image.cpu().numpy() if isinstance(image, Tensor) else image
-            if str(array.dtype) != "uint8" or array.ndim != 3 or array.shape[2] != 3:
-                raise ValueError(
-                    f"{_OP}: an image as an array must be uint8 [H, W, 3]; got {array.dtype} "
-                    f"{tuple(array.shape)}"
-                )
-            pictures.append(Image.fromarray(array))
-        else:
-            raise TypeError(
-                f"{_OP}: images must be Pillow images, files or uint8 arrays; got "
-                f"{type(image).__name__}"
-            )
-    if not pictures:
-        raise ValueError(f"{_OP}: images must hold at least one picture; got none")
-    return pictures
-
-
-def _inputs(
-    model: Any, processor: Any, pictures: Sequence[Any], prompt: Any, options: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """What the model takes: the processor's tensors of one sample, on its device in its dtype."""
-    text = _prompt_text(processor, len(pictures), prompt)
-    bos = getattr(processor.tokenizer, "bos_token", None)
-    if bos and text.startswith(bos):
-        options = {"add_special_tokens": False, **options}  # chat templates write it themselves
-    processed = processor(images=[list(pictures)], text=[text], return_tensors="pt", **options)
-    first = next(model.parameters())
-    return {
-        name: value.to(first.device, first.dtype if value.is_floating_point() else value.dtype)
-        for name, value in processed.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _prompt_text(processor: Any, images: int, prompt: Any) -> str:
-    token = getattr(processor, "image_token", None)
-    if isinstance(prompt, str):
-        if token and token in prompt:
-            return prompt
-        if getattr(processor, "chat_template", None) is None:
-            raise ValueError(
-                f"{_OP}: processor must have a chat template, or prompt hold {token!r} where each "
-                f"image goes; got {prompt!r}"
-            )
-        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-        prompt = [{"role": "user", "content": content}]
-    elif not isinstance(prompt, (list, tuple)):
-        raise TypeError(f"{_OP}: prompt must be text or messages; got {type(prompt).__name__}")
-    return str(
-        processor.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    )
+def _name_of(model: Any) -> str:
+    """The checkpoint's name without its folders, or the class."""
+    inner = model
+    while not hasattr(inner, "config") and hasattr(inner, "module"):
+        inner = inner.module
+    path = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
+    return PurePath(path).name or type(inner).__name__
 
 
 def _generate(
@@ -270,15 +198,19 @@ class _Progress:
         """Nothing is left to write."""
 
 
-def _policy(
+def _policies(
     model: Any,
     inputs: Mapping[str, Tensor],
     written: Tensor,
     layers: Any,
     rows: str,
     exclude_self: bool,
-) -> tuple[Tensor, tuple[int, ...]]:
-    """The policies [T, N] of the response's rows, averaged over layers, and the layers."""
+    by_layer: bool,
+    by_head: bool,
+    found: VisionSpans,
+    views: Sequence[tuple[VisionRegion, ...]],
+) -> tuple[Tensor, Parts | None, tuple[int, ...]]:
+    """The policy [T, N] of the response's rows over all heads and layers, its parts, the layers."""
     from .capture import capture  # imports transformers
 
     prompt = inputs["input_ids"]
@@ -296,33 +228,69 @@ def _policy(
         batch["logits_to_keep"] = 1
     with capture(model, layers, detach=True, rows=(start, start + len(written))) as captured:
         model(**batch, use_cache=False)
-    policies = [captured.policy(i, exclude_self=exclude_self)[0] for i in captured.layers]
-    return torch.stack(policies).mean(0).float().cpu(), tuple(captured.layers)
+    total: Tensor | None = None
+    kept: list[tuple[Any, Any, Any]] = []  # grids and shares [H, T, ...] of each layer
+    for index in captured.layers:
+        layer = captured.layer(index)
+        policy = layer.policy(exclude_self=exclude_self)[0].float().cpu()
+        total = policy if total is None else total + policy
+        if by_head:
+            policy = _head_policies(layer, (start, start + len(written)), exclude_self)
+        if by_layer or by_head:
+            kept.append(_shares(found, policy if by_head else policy[None], views))
+    assert total is not None
+    used = tuple(captured.layers)
+    return total / len(used), _parts(kept, used if by_layer else (), by_head), used
 
 
-def _grids(found: VisionSpans, policy: Tensor, images: int) -> dict[str, Any]:
-    """The parts of an AttentionMap from a policy [T, N]; keys after the prompt are text."""
+def _head_policies(layer: Any, rows: tuple[int, int], exclude_self: bool) -> Tensor:
+    """The policy of each head by itself, float32 [H, T, N]: heads stand as samples of one head."""
+    options = layer.options(rows)
+    mask = options.pop("key_padding_mask")
+    q, k = layer.q[0][:, None], layer.k[0]
+    groups = q.shape[0] // k.shape[0]
+    k = k.repeat_interleave(groups, dim=0)[:, None]
+    policy = attention_policy(
+        q, k, rows=rows, exclude_self=exclude_self, **options,
+        key_padding_mask=None if mask is None else mask.expand(q.shape[0], -1).contiguous(),
+    )  # fmt: skip
+    return policy.float().cpu()
+
+
+def _parts(
+    kept: Sequence[tuple[Any, Any, Any]], layers: tuple[int, ...], by_head: bool
+) -> Parts | None:
+    if not kept:
+        return None
+    grids = [torch.stack(each) for each in zip(*(grids for grids, _, _ in kept), strict=True)]
+    images, text = (torch.stack([layer[i] for layer in kept]) for i in (1, 2))
+    if not layers:
+        grids = [grid.mean(0, keepdim=True) for grid in grids]
+        images, text = images.mean(0, keepdim=True), text.mean(0, keepdim=True)
+    heads = grids[0].shape[1] if by_head else 0
+    return Parts(layers, heads, tuple(grids), images, text)
+
+
+def _shares(
+    found: VisionSpans, policy: Tensor, views: Sequence[tuple[VisionRegion, ...]]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Grids, shares of pictures and of text, from a policy [..., T, N]; later keys are text."""
     ids = found.spans.ids.flatten().cpu()
     shares = torch.stack(
-        [policy[:, : len(ids)][:, ids == item].sum(-1) for item in range(images)], dim=-1
+        [policy[..., : len(ids)][..., ids == span].sum(-1) for span in range(len(views))], dim=-1
     )
-    items = [found.of_item(item) for item in range(images)]
-    return {
-        "grids": tuple(_grid(policy, regions) for regions in items),
-        "boxes": tuple(regions[-1].box for regions in items),
-        "image_shares": shares,
-        "text_shares": policy.sum(-1) - shares.sum(-1),
-    }
+    grids = tuple(_grid(policy, regions) for regions in views)
+    return grids, shares, policy.sum(-1) - shares.sum(-1)
 
 
 def _grid(policy: Tensor, regions: Sequence[VisionRegion]) -> Tensor:
-    """The policy [T, N] on an image, in the grid of its finest view."""
+    """The policy [..., T, N] on a picture, in the grid of its finest view."""
     rows, columns = regions[-1].keys.shape
-    total = policy.new_zeros(len(policy), rows, columns)
+    total = policy.new_zeros(*policy.shape[:-1], rows, columns)
     for region in regions:
         down = _spread(region.keys.shape[0], rows)
         across = _spread(region.keys.shape[1], columns)
-        total += down @ policy[:, region.keys] @ across.T
+        total += down @ policy[..., region.keys] @ across.T
     return total
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ral_kernels.runtime import checks
-from ral_kernels.snapshot import AttentionSnapshot
-from ral_kernels.spans import Spans
-
+from ...runtime import checks
+from ...snapshot import AttentionSnapshot
+from ...spans import Spans
 from .captured import CapturedLayer
 from .decoder import find_layers
 from .tap import Call, Sink, Tap, tapped

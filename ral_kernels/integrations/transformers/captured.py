@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.ops.attention import attention
-from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
-from ral_kernels.runtime import checks
-from ral_kernels.snapshot import AttentionSnapshot
-from ral_kernels.spans import Spans
-
+from ...ops.attention import attention
+from ...ops.policy import attention_divergence, attention_policy, ral_loss
+from ...runtime import checks
+from ...snapshot import AttentionSnapshot
+from ...spans import Spans
 from .tap import Call
 from .visibility import Visibility, allowed, read_dense_mask, read_simple_mask
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ral_kernels.runtime import checks
+from ...runtime import checks
 
 # An attention module that compares the name of its implementation takes another path under another
 # name. `get_interface(self.config._attn_implementation, ...)` and `!= "eager"` do not.

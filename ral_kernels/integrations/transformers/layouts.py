@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.spans import merged_grids
+from ...spans import merged_grids
 
 NAME = "spans_for"
 WHOLE = (0.0, 0.0, 1.0, 1.0)

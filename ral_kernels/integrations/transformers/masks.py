@@ -19,13 +19,18 @@ dtype does.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ral_kernels.runtime.checks import has_values
+from ...runtime.checks import has_values
 
 
 class Pattern(NamedTuple):
@@ -84,9 +89,19 @@ def key_mask(
         local_size: the window, or the size of a chunk.
         config: of the text model.
         options: dtype and use_vmap, for `sdpa_mask`.
+
+    Raises:
+        NotImplementedError: a model whose attention does not use transformers' attention interface.
+        TypeError: a mask of one or three dimensions.
     """
     from transformers import masking_utils
 
+    if own := _own_attention(type(config)):
+        raise NotImplementedError(
+            f"ral attention: {own} is not supported: it calls no attention function of "
+            'transformers, and "ral" gives models no dense mask; leave this part under eager, as '
+            'attn_implementation={"vision_config": "ral"} does with the text'
+        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise TypeError(
             "ral attention: attention_mask must be [B, N], or of four dimensions; got "
@@ -163,6 +178,40 @@ def key_mask(
             return None
         keys = torch.ones(batch_size, stop, dtype=torch.bool, device=device)
     return dense() if _cuts_by_rows(config) else keys.to(KEY_MASK_DTYPES[pattern])
+
+
+@torch._dynamo.assume_constant_result  # it reads source, which a graph cannot
+def _own_attention(config_class: type) -> str:
+    return _own_attention_in_source(config_class)
+
+
+@functools.cache
+def _own_attention_in_source(config_class: type) -> str:
+    """The attention class of models that do not use transformers' attention interface, or ""."""
+    from transformers import PreTrainedModel
+
+    names = {
+        cls.__module__
+        for cls in _subclasses(PreTrainedModel)
+        if getattr(cls, "config_class", None) is config_class
+    }
+    found = ""
+    for name in sorted(names):
+        try:
+            source = inspect.getsource(sys.modules[name])
+        except (KeyError, OSError, TypeError):  # made at run time
+            return ""
+        if "ALL_ATTENTION_FUNCTIONS" in source:
+            return ""
+        if attention := re.search(r"^class (\w*Attention\w*)\(nn\.Module\):", source, re.M):
+            found = attention[1]
+    return found
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
 
 
 def _cuts_by_rows(config: Any) -> bool:

@@ -1,23 +1,36 @@
-"""Processors of vision-language models on machines without torchvision."""
+"""Processors of vision-language models on machines without torchvision.
+
+transformers' own video processors need it. Qwen-VL's videos are processed here without.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ral_kernels.runtime.checks import is_int
-
+from ...runtime.checks import is_int
 from .registration import check_transformers
+from .video_processor import FrameProcessor
 
+# Processors whose videos are patches of frames, and whether their `size` is that of all frames.
+_FRAMES_TOGETHER = {
+    "Qwen2VLProcessor": False,
+    "Qwen2_5_VLProcessor": False,
+    "Qwen3VLProcessor": True,
+}
 _PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor")
 
 
 def load_processor(model: str | Path, **options: Any) -> Any:
-    """A model's processor; without torchvision, one for images only.
+    """A model's processor; without torchvision, one without transformers' video processor.
 
     transformers' video processors need torchvision. Without it the whole processor fails to load,
-    even for images. Frames of a video can be given as several images.
+    even for images. This one takes images, and videos of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, whose
+    frames the caller has chosen, as `attention_map` does. Of other models, frames of a video can be
+    given as several images.
 
     Args:
         model: a folder, or a name on the Hub.
@@ -35,7 +48,10 @@ def load_processor(model: str | Path, **options: Any) -> Any:
 
     try:
         return AutoProcessor.from_pretrained(model, **options)
-    except ImportError as error:
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # a ValueError where a file names its video processor
         if "torchvision" not in str(error).lower():
             raise
     import transformers
@@ -49,22 +65,45 @@ def load_processor(model: str | Path, **options: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model, **options)
     settings.setdefault("chat_template", getattr(tokenizer, "chat_template", None))
     known = inspect.signature(processor_class.__init__).parameters
+    video_settings = settings.get("video_processor") or _video_settings(model, options)
     return images_only(
         processor_class,
         AutoImageProcessor.from_pretrained(model, **options),
         tokenizer,
+        video_settings=video_settings,
         **{k: v for k, v in settings.items() if k in known and k not in _PARTS},
     )
 
 
+def _video_settings(model: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its video processor in a file of its own, if it has one."""
+    from transformers.utils.hub import cached_file
+
+    passed = ("cache_dir", "revision", "token", "local_files_only", "subfolder", "force_download")
+    found = cached_file(
+        model, "video_preprocessor_config.json",
+        **{name: options[name] for name in passed if name in options},
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return {} if found is None else dict(json.loads(Path(found).read_text()))
+
+
 def images_only(
-    processor_class: type, image_processor: Any, tokenizer: Any, **settings: Any
+    processor_class: type,
+    image_processor: Any,
+    tokenizer: Any,
+    video_settings: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Any:
-    """An object of `processor_class` without a video processor.
+    """An object of `processor_class` without transformers' video processor.
+
+    Where the class is one of Qwen-VL's, a `FrameProcessor` stands for it.
 
     Args:
         processor_class: a processor of transformers.
         image_processor, tokenizer: its parts.
+        video_settings: of its video processor: `size`; default the image processor's.
         settings: its further arguments, such as chat_template.
     """
     stock: Any = processor_class
@@ -84,17 +123,31 @@ def images_only(
             self.image_processor.save_pretrained(save_directory)
             return written
 
+        def to_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+            made: dict[str, Any] = super().to_dict(*args, **options)
+            made.pop("video_processor", None)
+            return made
+
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor" and argument is None:
-                return type(None)
+            if argument_name == "video_processor" and not hasattr(argument, "from_pretrained"):
+                return type(argument)
             return super().check_argument_for_proper_class(argument_name, argument)
 
     ImagesOnly.__name__ = stock.__name__  # written into files by save_pretrained
     if "video_processor" in inspect.signature(stock.__init__).parameters:
-        settings["video_processor"] = None
+        settings["video_processor"] = _frame_processor(stock, image_processor, video_settings or {})
     processor = ImagesOnly(image_processor=image_processor, tokenizer=tokenizer, **settings)
     ImagesOnly.made = True
     return processor
+
+
+def _frame_processor(
+    processor_class: type, image_processor: Any, settings: Mapping[str, Any]
+) -> FrameProcessor | None:
+    together = _FRAMES_TOGETHER.get(processor_class.__name__)
+    if together is None or not hasattr(image_processor, "temporal_patch_size"):
+        return None
+    return FrameProcessor(image_processor, settings, all_frames=together)
 
 
 def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.runtime.checks import dtype_name, is_int
-from ral_kernels.spans import Spans, check_granularity, number_tokens
-
+from ...runtime.checks import dtype_name, is_int
+from ...spans import Spans, check_granularity, number_tokens
 from .layouts import NAME, Item, Items, Size, View, read_items, source_of
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ral_kernels.ops.attention import attention
-from ral_kernels.runtime import checks
-from ral_kernels.spans import Spans
-
+from ...ops.attention import attention
+from ...runtime import checks
+from ...spans import Spans
 from .attention import refuse_unsupported
 from .decoder import find_layers
 from .tap import Tap, tapped

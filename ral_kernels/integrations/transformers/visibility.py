@@ -45,9 +45,11 @@ class Visibility:
         )
 
 
-def window_of(sliding_window: int | None) -> Window:
-    """The window of `rk`, in keys to the left; transformers also counts the row's own key."""
-    return None if sliding_window is None else (sliding_window - 1, None)
+def window_of(sliding_window: int | None, is_causal: bool) -> Window:
+    """The window of `rk`, in keys to either side; transformers also counts the row's own key."""
+    if sliding_window is None:
+        return None
+    return sliding_window - 1, None if is_causal else sliding_window - 1
 
 
 def read_simple_mask(
@@ -69,10 +71,12 @@ def read_simple_mask(
         implementation: whose mask it is; what None means differs.
         config: of the attention module, for the window of a mask of "ral".
     """
-    window = window_of(sliding_window)
+    window = window_of(sliding_window, is_causal)
     if mask is None:
         if implementation in (None, "eager", "flex_attention"):
             return seqlen_k, Visibility(False, None, None)
+        if implementation in ("sdpa", RAL) and not is_causal:
+            window = None  # theirs is in the mask; causal, the keys of this call are within it
         # sdpa aligns its first query with the first key: later keys are a static cache's.
         top_left = implementation == "sdpa" and is_causal and 1 < seqlen_q < seqlen_k
         return seqlen_q if top_left else seqlen_k, Visibility(is_causal, window, None)
@@ -81,13 +85,15 @@ def read_simple_mask(
     if implementation == RAL:  # see masks.py
         mask = mask[:, max(0, mask.shape[1] - seqlen_k) :]
         pattern = PATTERNS.get(mask.dtype)
+        has_window = pattern is not None and pattern.has_window
         if pattern is not None:
             is_causal = pattern.is_causal
-            configured = getattr(config, "sliding_window", None)
-            if pattern.has_window and configured is not None:
-                window = window_of(configured)
-        if not is_causal and window is not None:
-            window = (window[0], window[0])
+        if has_window and (configured := getattr(config, "sliding_window", None)) is not None:
+            # A mask that is not causal counts the keys to either side alone.
+            sliding_window = configured if is_causal else configured + 1
+        if not is_causal and not has_window:
+            sliding_window = None  # as in attention_forward
+        window = window_of(sliding_window, is_causal)
         return mask.shape[1], Visibility(is_causal, window, mask.bool())
     if mask.shape[1] < seqlen_k:
         raise NotImplementedError(
@@ -115,7 +121,7 @@ def read_dense_mask(
         NotImplementedError: it is no combination of causality, a window and a padding of keys.
     """
     dense = allowed(op, mask, seqlen_q, seqlen_k)
-    window = window_of(sliding_window)
+    window = window_of(sliding_window, is_causal)
     if seqlen_q == 0 or seqlen_k == 0:
         return Visibility(is_causal, window, None)
     padding = dense.any(-2)

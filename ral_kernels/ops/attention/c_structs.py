@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import replace
 
-from ral_kernels.runtime.c_interface import (
+from ...runtime.c_interface import (
     DTYPES,
     BroadcastStruct,
     TensorStruct,
@@ -15,7 +15,6 @@ from ral_kernels.runtime.c_interface import (
     packer,
     tensor_fields,
 )
-
 from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 

@@ -7,9 +7,8 @@ import functools
 
 import torch
 
-from ral_kernels.runtime import cpu_library
-from ral_kernels.runtime.backends import DifferentiableBackend
-
+from ...runtime import cpu_library
+from ...runtime.backends import DifferentiableBackend
 from . import c_structs
 from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 

@@ -7,9 +7,8 @@ import functools
 import logging
 from dataclasses import replace
 
-from ral_kernels.runtime import cuda_library
-from ral_kernels.runtime.backends import DifferentiableBackend
-
+from ...runtime import cuda_library
+from ...runtime.backends import DifferentiableBackend
 from . import c_structs
 from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import qkv
-from ral_kernels.runtime import checks
-from ral_kernels.spans import Spans
-
+from ...runtime import checks
+from ...spans import Spans
+from .. import qkv
 from .interface import call_attention, is_causal_bias
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import qkv
-from ral_kernels.runtime import checks
-from ral_kernels.spans import Spans
-
+from ...runtime import checks
+from ...spans import Spans
+from .. import qkv
 from .drop_in import refuse_dropout
 from .interface import call_attention
 

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation, qkv, schema
-from ral_kernels.runtime import backends, checks
-from ral_kernels.runtime.backends import DifferentiableBackend
-from ral_kernels.spans import Spans
-
+from ...runtime import backends, checks
+from ...runtime.backends import DifferentiableBackend
+from ...spans import Spans
+from .. import allocation, qkv, schema
 from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 from .cpu import CpuAttention
 from .cuda import CudaAttention

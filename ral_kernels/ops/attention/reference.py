@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ral_kernels.ops.qkv import full_precision
-from ral_kernels.runtime.backends import DifferentiableBackend
-
+from ...runtime.backends import DifferentiableBackend
+from ..qkv import full_precision
 from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 

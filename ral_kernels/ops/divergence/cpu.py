@@ -7,10 +7,9 @@ import functools
 
 import torch
 
-from ral_kernels.runtime import checks, cpu_library
-from ral_kernels.runtime.backends import Backend
-from ral_kernels.runtime.c_interface import address
-
+from ...runtime import checks, cpu_library
+from ...runtime.backends import Backend
+from ...runtime.c_interface import address
 from .arguments import KINDS, DivergenceArgs, DivergenceOutputs
 from .c_structs import Params
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation, schema
-from ral_kernels.runtime import backends, checks
-from ral_kernels.runtime.backends import Backend
-
+from ...runtime import backends, checks
+from ...runtime.backends import Backend
+from .. import allocation, schema
 from .arguments import KINDS, DivergenceArgs, DivergenceOutputs
 from .cpu import CpuDivergence
 from .reference import TorchDivergence

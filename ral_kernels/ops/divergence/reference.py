@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ral_kernels.runtime.backends import Backend
-
+from ...runtime.backends import Backend
 from .arguments import DivergenceArgs, DivergenceOutputs
 
 # Below this |x|, differences of logarithms cancel: atanh, log1p or a series take their place.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ral_kernels.ops.schema import part
+from ..schema import part
 
 
 @dataclass(slots=True)

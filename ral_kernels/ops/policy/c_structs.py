@@ -7,8 +7,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 
 from torch import Tensor
 
-from ral_kernels.ops.divergence.arguments import KINDS
-from ral_kernels.runtime.c_interface import (
+from ...runtime.c_interface import (
     DTYPES,
     BroadcastStruct,
     TensorStruct,
@@ -16,7 +15,7 @@ from ral_kernels.runtime.c_interface import (
     broadcast_struct,
     tensor_struct,
 )
-
+from ..divergence.arguments import KINDS
 from .arguments import PolicyArgs, PolicyDivergenceArgs
 
 

@@ -8,10 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ral_kernels.runtime import checks, cpu_library
-from ral_kernels.runtime.backends import DifferentiableBackend
-from ral_kernels.runtime.c_interface import address, tensor_struct
-
+from ...runtime import checks, cpu_library
+from ...runtime.backends import DifferentiableBackend
+from ...runtime.c_interface import address, tensor_struct
 from .arguments import (
     LossOutputs,
     PolicyArgs,

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ral_kernels.runtime import cuda_library
-from ral_kernels.runtime.backends import DifferentiableBackend
-from ral_kernels.runtime.c_interface import address, tensor_struct
-
+from ...runtime import cuda_library
+from ...runtime.backends import DifferentiableBackend
+from ...runtime.c_interface import address, tensor_struct
 from .arguments import (
     LossOutputs,
     PolicyArgs,

@@ -8,13 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation, schema
-from ral_kernels.ops.divergence.interface import call_divergence, check_kind
-from ral_kernels.runtime import backends, checks
-from ral_kernels.runtime.backends import DifferentiableBackend
-from ral_kernels.snapshot import AttentionSnapshot
-from ral_kernels.spans import Spans
-
+from ...runtime import backends, checks
+from ...runtime.backends import DifferentiableBackend
+from ...snapshot import AttentionSnapshot
+from ...spans import Spans
+from .. import allocation, schema
+from ..divergence.interface import call_divergence, check_kind
 from .arguments import (
     LossOutputs,
     PolicyArgs,
@@ -96,8 +95,9 @@ def attention_divergence(
     A row whose value is infinite has no gradient.
 
     Args:
-        q, k, rows, spans, span_bias, scope, exclude_self, is_causal, scale, window, softcap,
-            key_padding_mask: the policy, as in `attention_policy`.
+        q, k: the policy, as in `attention_policy`.
+        rows, spans, span_bias, scope, exclude_self: as there.
+        is_causal, scale, window, softcap, key_padding_mask: as there.
         reference: the reference policy: rows [B, T, N], or [B, T, S] with spans, in any floating
             dtype; or an `AttentionSnapshot` of the same batch, keys and row positions, with heads
             and head dim of its own. A snapshot brings its own span_bias, is_causal, scale, window

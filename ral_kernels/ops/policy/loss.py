@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.ops import allocation, schema
-from ral_kernels.ops.divergence.interface import check_kind, scaled_gradient
-from ral_kernels.runtime import backends, checks
-from ral_kernels.snapshot import AttentionSnapshot
-from ral_kernels.spans import Spans
-
+from ...runtime import backends, checks
+from ...snapshot import AttentionSnapshot
+from ...spans import Spans
+from .. import allocation, schema
+from ..divergence.interface import check_kind, scaled_gradient
 from .arguments import LossOutputs, PolicyArgs, PolicyDivergenceArgs
 from .divergence import (
     BACKENDS,
@@ -74,7 +73,7 @@ def ral_loss(
 
     Raises:
         TypeError, ValueError, NotImplementedError, RuntimeError: as `attention_divergence`;
-        NotImplementedError also for advantages that require grad.
+            NotImplementedError also for advantages that require grad.
     """
     op = "ral_loss"
     if not isinstance(reduction, str):

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ral_kernels.ops.divergence.reference import generalised
-from ral_kernels.ops.qkv import full_precision
-from ral_kernels.runtime.backends import DifferentiableBackend
-
+from ...runtime.backends import DifferentiableBackend
+from ..divergence.reference import generalised
+from ..qkv import full_precision
 from .arguments import (
     LossOutputs,
     PolicyArgs,

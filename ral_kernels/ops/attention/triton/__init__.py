@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ral_kernels.runtime import triton_runtime
-from ral_kernels.runtime.backends import DifferentiableBackend
-
+from ....runtime import triton_runtime
+from ....runtime.backends import DifferentiableBackend
 from ..arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 

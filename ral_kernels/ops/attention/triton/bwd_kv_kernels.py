@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_rows import head_of, load_rows, store_rows
-
+from ....runtime.triton_rows import head_of, load_rows, store_rows
 from .marginals import kind_of, moved_spans, shares
 from .scores import (
     HeadMasks,

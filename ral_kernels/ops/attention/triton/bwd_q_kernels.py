@@ -7,9 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_rows import head_of, store_rows
-from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
-
+from ....runtime.triton_rows import head_of, store_rows
+from ....runtime.triton_spans import MIXED, NO_SPAN
 from .bwd_kv_kernels import weights_and_gradient
 from .marginals import Sums, add_mixed_block, add_to_span, kind_of, moved_spans, shares
 from .scores import (

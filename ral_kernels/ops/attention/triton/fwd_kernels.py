@@ -10,10 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_rows import Head, head_of, store_rows
-from ral_kernels.runtime.triton_softmax import stabiliser
-from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
-
+from ....runtime.triton_rows import Head, head_of, store_rows
+from ....runtime.triton_softmax import stabiliser
+from ....runtime.triton_spans import MIXED, NO_SPAN
 from .marginals import (
     Sums,
     add_mixed_block,

@@ -11,11 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ral_kernels.runtime import triton_runtime
-from ral_kernels.runtime.triton_rows import Rows, SpanValues, constant
-from ral_kernels.runtime.triton_runtime import Tile
-from ral_kernels.runtime.triton_spans import num_blocks, span_blocks
-
+from ....runtime import triton_runtime
+from ....runtime.triton_rows import Rows, SpanValues, constant
+from ....runtime.triton_runtime import Tile
+from ....runtime.triton_spans import num_blocks, span_blocks
 from ..arguments import AttentionArgs
 from . import tiles
 from .bwd_kv_kernels import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime import triton_runtime
-from ral_kernels.runtime.triton_softmax import LOG2E
-from ral_kernels.runtime.triton_spans import MIXED, NO_SPAN
+from ....runtime import triton_runtime
+from ....runtime.triton_softmax import LOG2E
+from ....runtime.triton_spans import MIXED, NO_SPAN
 
 # A stored sum is relative to 2^exponent. The running maximum may exceed the exponent by this much
 # before the stored sums are scaled down: far from float32's 2^128, far above rounding.

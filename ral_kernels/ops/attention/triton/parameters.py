@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ral_kernels.runtime.triton_rows import SpanValues, constant
+from ....runtime.triton_rows import SpanValues, constant
 
 
 class SpanTable(NamedTuple):

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_rows import load_rows
-from ral_kernels.runtime.triton_softmax import LOG2E, in_base_2, tanh
-from ral_kernels.runtime.triton_spans import sequence_of_block
-
+from ....runtime.triton_rows import load_rows
+from ....runtime.triton_softmax import LOG2E, in_base_2, tanh
+from ....runtime.triton_spans import sequence_of_block
 from .marginals import here, moved_spans
 
 LN2 = tl.constexpr(0.6931471805599453)

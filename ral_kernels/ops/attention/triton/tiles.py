@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from ral_kernels.runtime.triton_runtime import INTERPRETER, Tile
-from ral_kernels.runtime.triton_tiles import ANY, FLOAT32, HALF, HEAVY, PLAIN, Row, find, row
+from ....runtime.triton_runtime import INTERPRETER, Tile
+from ....runtime.triton_tiles import ANY, FLOAT32, HALF, HEAVY, PLAIN, Row, find, row
 
 KERNELS = ("fwd", "decode", "bwd_dkdv", "bwd_dq")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ral_kernels.runtime import triton_runtime
-from ral_kernels.runtime.backends import Backend
-
+from ....runtime import triton_runtime
+from ....runtime.backends import Backend
 from ..arguments import DivergenceArgs, DivergenceOutputs
 
 

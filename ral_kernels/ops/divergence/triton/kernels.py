@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ral_kernels.runtime import triton_runtime
-
+from ....runtime import triton_runtime
 from ..arguments import KINDS
 from . import tiles
 from .terms import JSD, divergence_gradient, divergence_terms

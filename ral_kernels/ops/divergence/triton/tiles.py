@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ral_kernels.runtime import triton_runtime
+from ....runtime import triton_runtime
 
 
 @dataclass(frozen=True)

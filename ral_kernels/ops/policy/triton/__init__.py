@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ral_kernels.runtime import triton_runtime
-from ral_kernels.runtime.backends import DifferentiableBackend
-
+from ....runtime import triton_runtime
+from ....runtime.backends import DifferentiableBackend
 from ..arguments import (
     LossOutputs,
     PolicyArgs,

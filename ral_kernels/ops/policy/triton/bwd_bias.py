@@ -5,8 +5,7 @@
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_rows import head_of
-
+from ....runtime.triton_rows import head_of
 from .gradient import (
     add_per_span,
     load_delta,

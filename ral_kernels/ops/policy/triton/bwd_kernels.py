@@ -8,8 +8,7 @@
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_rows import Head, head_of, load_rows, store_rows
-
+from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
 from .gradient import (
     add_score_gradient,
     load_delta,

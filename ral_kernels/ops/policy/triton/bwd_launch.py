@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.runtime import triton_runtime
-from ral_kernels.runtime.triton_rows import Rows
-from ral_kernels.runtime.triton_runtime import Tile
-
+from ....runtime import triton_runtime
+from ....runtime.triton_rows import Rows
+from ....runtime.triton_runtime import Tile
 from ..arguments import PolicyArgs
 from . import tiles
 from .bwd_bias import policy_bwd_dspan_bias_kernel

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ral_kernels.ops.divergence.triton.kernels import sweep
-
+from ...divergence.triton.kernels import sweep
 from ..arguments import PolicyDivergenceArgs
 from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums
 from .fwd_launch import over_keys, statistics

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ral_kernels.runtime import triton_runtime
-from ral_kernels.runtime.triton_runtime import Tile
-
+from ....runtime import triton_runtime
+from ....runtime.triton_runtime import Tile
 from ..arguments import PolicyArgs
 from . import tiles
 from .fwd_kernels import policy_fwd_kernel, policy_fwd_spans_kernel

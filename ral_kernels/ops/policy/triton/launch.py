@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_kernels.runtime import triton_runtime
-from ral_kernels.runtime.triton_rows import Rows, SpanValues, constant
-from ral_kernels.runtime.triton_runtime import Tile
-
+from ....runtime import triton_runtime
+from ....runtime.triton_rows import Rows, SpanValues, constant
+from ....runtime.triton_runtime import Tile
 from ..arguments import PolicyArgs
 from . import tiles
 from .parameters import Flags, Heads, Outcomes, PerRow, Prefix, Score, TileSizes

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_rows import head_of, load_rows
-from ral_kernels.runtime.triton_softmax import in_base_2, tanh
+from ....runtime.triton_rows import head_of, load_rows
+from ....runtime.triton_softmax import in_base_2, tanh
 
 # Weights below are 0, so that p is 0 exactly where the weights of all heads are: the mean of up to
 # 256 heads stays a normal number. The bound of the backward is higher: where a weight passes it,

@@ -5,9 +5,8 @@
 import triton
 import triton.language as tl
 
-from ral_kernels.runtime.triton_rows import head_of
-from ral_kernels.runtime.triton_softmax import stabiliser
-
+from ....runtime.triton_rows import head_of
+from ....runtime.triton_softmax import stabiliser
 from .side import (
     SMALLEST_WEIGHT,
     head_scores,

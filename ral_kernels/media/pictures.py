@@ -1,4 +1,7 @@
-"""The one reader of pictures: for `attention_map`, the command line and `ral.data`."""
+"""The one reader of pictures: for `attention_map`, the command line and `ral.data`.
+
+`video_file.py` decodes those of videos, and `videos.py` chooses among them.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Pillow tries no other decoder: it would hand an EPS file to Ghostscript.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+from . import video_file
+from .errors import FORMATS, PictureError, opened_file, short_path
+
 PICTURE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-
-
-class PictureError(ValueError):
-    """A file that is no picture, or cannot be decoded; `reason` says why."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        wanted = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        super().__init__(f"a picture must be {wanted}; got {name!r}: {reason}")
-        self.reason = reason
+SHORTEST = 100  # milliseconds of a frame that says nothing, as browsers have it
 
 
 def read_pictures(path: str | os.PathLike[str], frames: Sequence[int] = (0,)) -> list[Any]:
     """Frames of a file, as `as_rgb` makes them; a still picture has the frame 0 alone.
 
-    Of an animation (GIF, WebP, APNG) and of a TIFF of several pages, the first frame stands for the
-    picture. Frames are read fastest in order.
+    Of a video, of an animation (GIF, WebP, APNG) and of a TIFF of several pages, the first frame
+    stands for the picture. Frames are read fastest in order.
 
     Raises:
+        ImportError: it is a video, and PyAV is missing.
         OSError: the file cannot be opened.
-        PictureError: it is no picture of `FORMATS`, or cannot be decoded.
+        PictureError: it is no picture of `FORMATS` and no video, or cannot be decoded.
+        ValueError: it has no such frame.
     """
+    if video_file.is_video(path):
+        return video_file.frames_of(path, frames)
     with _opened(path) as image:
         first, count = _span(image)
         pictures = []
@@ -48,10 +48,29 @@ def count_frames(path: str | os.PathLike[str]) -> int:
     """How many frames a file has; 1 for a still picture.
 
     Raises:
+        ImportError, OSError, PictureError: as in `read_pictures`.
+    """
+    if video_file.is_video(path):
+        return len(video_file.times_of(path)[0])
+    with _opened(path) as image:
+        return _span(image)[1]
+
+
+def frame_times(path: str | os.PathLike[str]) -> tuple[list[float], float]:
+    """When each frame of an animation is shown, in seconds, and how long it lasts.
+
+    Raises:
         OSError, PictureError: as in `read_pictures`.
     """
     with _opened(path) as image:
-        return _span(image)[1]
+        first, count = _span(image)
+        now, times = 0.0, []
+        for frame in range(count):
+            image.seek(first + frame)
+            image.load()  # a WebP says how long a frame lasts once it is decoded
+            times.append(now)
+            now += (image.info.get("duration") or SHORTEST) / 1000
+    return times, now
 
 
 def as_rgb(image: Any) -> Any:
@@ -133,13 +152,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     from PIL import Image, UnidentifiedImageError
 
     name = short_path(path)
-    try:
-        stream = open(path, "rb")  # noqa: SIM115
-    except OSError as error:  # its own message may be a `data:` URI of a million letters
-        raise OSError(error.errno, error.strerror, name) from None
-    except ValueError as error:  # a zero byte in the name
-        raise PictureError(name, str(error)) from error
-    with stream:
+    with opened_file(path) as stream:
         Image.init()
         begins = stream.read(16)
         stream.seek(0)
@@ -171,9 +184,3 @@ def _refusing(name: str) -> Iterator[None]:
         raise PictureError(name, error.reason) from error.__cause__
     except Exception as error:  # Pillow's decoders raise many kinds
         raise PictureError(name, str(error) or type(error).__name__) from error
-
-
-def short_path(path: str | os.PathLike[str]) -> str:
-    """A path as a message shows it: of a very long one, such as a `data:` URI, both ends."""
-    text = os.fspath(path)
-    return text if len(text) <= 400 else f"{text[:60]}...{text[-60:]} ({len(text)} characters)"
