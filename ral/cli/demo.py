@@ -36,7 +36,10 @@ def _look(given: DemoSettings) -> tuple[Any, Any]:
 
     The frames are drawn without the noise of the training, for people.
     """
+    from PIL import Image
+
     import ral_kernels as rk
+    from ral_kernels.viz import Video
 
     from ..digits import load_pretrained
     from ..digits.puzzles import draw, make_puzzle
@@ -45,8 +48,13 @@ def _look(given: DemoSettings) -> tuple[Any, Any]:
     puzzle = make_puzzle("timestamp", given.frames, "test", given.seed, 0)
     model, processor = load_pretrained()
     messages = [{"role": "user", "content": prompt(puzzle, "think")}]
-    frames = list(draw(puzzle, "test", noise=0.0))
-    return puzzle, rk.attention_map(model, processor, frames, messages, max_new_tokens=12)
+    frames = [Image.fromarray(frame) for frame in draw(puzzle, "test", noise=0.0)]
+    assert puzzle.times is not None
+    times = [float(time) for time in puzzle.times]
+    video = Video(tuple(frames), tuple(times), times[-1] + 1)  # frames as images, with times
+    return puzzle, rk.attention_map(
+        model, processor, video, messages, max_new_tokens=12, by_layer=True, by_head=True
+    )
 
 
 def _draw(puzzle: Any, maps: Any, folder: Path) -> list[Path]:
