@@ -10,7 +10,8 @@ from .parsing import Settings
 from .settings import DemoSettings
 
 PICTURE, OVERLAY, TOKENS = "attention-over-frames.png", "overlay.png", "token-frame.png"
-_OWN = 'python -m ral_kernels attention-map FRAME... --prompt "..." --model FOLDER --out map.png'
+PAGE = "map.html"
+_OWN = 'python -m ral_kernels attention-map PICTURE... --prompt "..." --model MODEL --out map.html'
 
 
 def demo(settings: Settings) -> int:
@@ -71,7 +72,11 @@ def _draw(puzzle: Any, maps: Any, folder: Path) -> list[Path]:
     )
     overlay(maps, puzzle.frame, digit, path=folder / OVERLAY)
     token_frame(maps, path=folder / TOKENS)
-    return [folder / name for name in (PICTURE, OVERLAY, TOKENS)]
+    written = [PICTURE, OVERLAY, TOKENS]
+    if hasattr(maps, "to_html"):
+        maps.to_html(folder / PAGE)
+        written.append(PAGE)
+    return [folder / name for name in written]
 
 
 def _question(puzzle: Any) -> str:
