@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
@@ -112,6 +113,13 @@ FIGURES: dict[str, Any] = {
     "film strip": lambda: viz.film_strip(maps_of([(4, 6)] * 19), 2),
     "film strip, one": lambda: viz.film_strip(maps_of(), 2),
     "film strip, mixed": lambda: viz.film_strip(maps_of([(10, 15), (20, 4), (2, 20)])),
+    "over frames, one": lambda: viz.attention_over_frames(maps_of(), question="W " * 200),
+    "over frames, mixed": lambda: viz.attention_over_frames(
+        maps_of([(10, 15), (20, 4), (2, 20)]), question="Which?", tokens=[2, 8]
+    ),
+    "over frames, many": lambda: viz.attention_over_frames(
+        maps_of([(2, 2)] * 19), question="Which of these is it, and why do you think so?"
+    ),
     "token by frame": lambda: viz.token_frame(maps_of([(4, 6)] * 9)),
     "token by frame, many": lambda: viz.token_frame(maps_of([(2, 3)] * 64, WORDS * 10)),
     "token by frame, mixed": lambda: viz.token_frame(maps_of([(10, 15), (20, 4), (2, 20)])),
@@ -366,3 +374,33 @@ def test_imports_are_lazy() -> None:
         "assert not {'matplotlib', 'PIL'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_attention_over_frames_shows_names_shares_and_no_overlap() -> None:
+    """Nineteen frames in three lines, two tokens of the answer: a bar a frame and token."""
+    maps = maps_of([(2, 2), (3, 2), (2, 3)] + [(2, 2)] * 16, sizes=[(56, 56)] * 19)
+    names = [f"{3 * number} s" for number in range(19)]
+    figure = viz.attention_over_frames(
+        maps, question="What $x$ is in the 中 cup?", answer="an\nanswer", names=names, tokens=[1, 5]
+    )
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert [name for name in texts if name in names] == names
+    for token in (1, 5):
+        shares = [f"{share:.0%}" for share in maps.image_shares[token].tolist()]
+        assert not set(shares) - set(texts)
+    assert texts.count("cup") == 3 and "answer: an↵answer" in texts  # in each line
+    heights = [bar.get_height() for bar in figure.findobj(Rectangle) if 0 < bar.get_height() < 1]
+    expected = maps.image_shares[[1, 5]].flatten().tolist()
+    assert sorted(heights) == pytest.approx(sorted(expected), abs=1e-6)
+    boxes, panels = texts_and_axes(figure)
+    assert len(panels) == 3 * 19 + 3 * 2
+    for box in boxes:
+        assert not any(box is not other and box.overlaps(other) for other in boxes)
+
+
+def test_attention_over_frames_refuses_what_is_not_there() -> None:
+    maps = maps_of([(2, 2), (2, 2)])
+    with pytest.raises(ValueError, match="names must be one for each of 2 frames; got 1"):
+        viz.attention_over_frames(maps, question="?", names=["a"])
+    with pytest.raises(IndexError, match=r"token must be in \[0, 12\); got 12"):
+        viz.attention_over_frames(maps, question="?", tokens=[12])

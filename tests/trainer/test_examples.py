@@ -19,6 +19,7 @@ from PIL import Image
 from ral.cli.main import COMMANDS
 from ral.cli.parsing import parse
 from ral.config import RALConfig
+from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -79,13 +80,32 @@ def test_swap_sdpa_or_flash_attn() -> None:
 
 @slow
 def test_attention_maps_of_a_video(tmp_path: Path) -> None:
-    script = EXAMPLES / "attention_maps_of_a_video.py"
-    printed = run(sys.executable, str(script), "--out", str(tmp_path))
+    script = str(EXAMPLES / "attention_maps_of_a_video.py")
+    printed = run(sys.executable, script, "--out", str(tmp_path / "digits"))
     (answer,) = re.findall(r"answer: +<think>\d+s</think><answer>(\d)</answer>", printed)
-    (share,) = re.findall(rf"'{answer}': +(\d+)% of its attention on frame 16", printed)
+    (share,) = re.findall(rf"'{answer}': +(\d+)% of its attention on frame 16, ", printed)
     assert int(share) > 90
+    _check_pictures(tmp_path / "digits")
+
+
+@slow
+def test_attention_maps_of_a_video_file(tmp_path: Path) -> None:
+    """A random model, whose own path of videos reads two frames as one."""
+    frames = [Image.new("RGB", (84, 56), (30 * number, 90, 200)) for number in range(8)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:], duration=500)
+    words = ["--model", str(tiny.checkpoint(tmp_path)), "--question", "What moves?"]
+    words += ["--frames", "8", "--out", str(tmp_path / "film")]
+    script = str(EXAMPLES / "attention_maps_of_a_video.py")
+    printed = run(sys.executable, script, str(tmp_path / "film.gif"), *words)
+    assert "question: What moves?" in printed
+    assert set(re.findall(r"attention on frame (\d)", printed)) <= {"1", "2", "3", "4"}
+    _check_pictures(tmp_path / "film")
+
+
+def _check_pictures(folder: Path) -> None:
     for name in ("mean", "film-strip", "token-frame"):
-        assert Image.open(tmp_path / f"{name}.png").width > 800
+        assert Image.open(folder / f"{name}.png").width > 400
+    assert (folder / "map.npz").stat().st_size > 1000
 
 
 def test_the_commands_for_8_gpus(tmp_path: Path) -> None:
