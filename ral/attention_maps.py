@@ -10,15 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    GenerationConfig,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 import ral_kernels as rk
 from ral_kernels.viz import attention_over_frames
@@ -85,18 +79,14 @@ class LogsAttentionMaps(TrainerCallback):
         finally:
             model.train(was_training)
         if state.is_world_process_zero:
+            tokenizer = self._trainer._tokenizer
             for number, ((_, prompt), seen) in enumerate(zip(self._rows, maps, strict=True)):
-                figure = attention_over_frames(seen, question=_question(prompt))
+                answer = tokenizer.decode(seen.token_ids, skip_special_tokens=True)
+                figure = attention_over_frames(seen, question=_question(prompt), answer=answer)
                 self._show(NAME.format(number), _pixels(figure), state.global_step)
 
     def _map(self, images: list[Any], prompt: Any) -> Any:
         trainer = self._trainer
-        config = GenerationConfig(
-            do_sample=False,
-            eos_token_id=trainer.eos_token_ids,
-            pad_token_id=trainer._tokenizer.pad_token_id,
-            suppress_tokens=sorted(rollouts.kept_out(trainer)) or None,
-        )
         return rk.attention_map(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.processing_class,
@@ -106,8 +96,14 @@ class LogsAttentionMaps(TrainerCallback):
             layers=trainer._layers,
             rows="writing" if trainer.args.attn_rows == "predicting" else "reading",
             exclude_self=trainer.args.attn_exclude_self,
-            # All forwards of all processes, even if one is at the end of its answer.
-            generate_options={"generation_config": config, "synced_gpus": self._together},
+            generate_options={
+                "eos_token_id": trainer.eos_token_ids,
+                "pad_token_id": trainer._tokenizer.pad_token_id,
+                "repetition_penalty": trainer.args.repetition_penalty,
+                "suppress_tokens": sorted(rollouts.kept_out(trainer)) or None,
+                # All forwards of all processes, even if one is at the end of its answer.
+                "synced_gpus": self._together,
+            },
         )
 
     @contextmanager
@@ -146,8 +142,18 @@ def _first_rows(trainer: Any) -> Iterator[tuple[list[Any], Any]]:
             )
         prompt = row["prompt"]
         if not isinstance(prompt, str):
-            prompt = prepare_multimodal_messages(prompt, images=images)
+            prompt = [
+                _without_images(m) for m in prepare_multimodal_messages(prompt, images=images)
+            ]
         yield images, prompt
+
+
+def _without_images(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose images are places for those that come beside it."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = [{"type": "image"} if part["type"] == "image" else part for part in content]
+    return {**message, "content": content}
 
 
 def _question(prompt: Any) -> str:

@@ -22,7 +22,7 @@ from .snapshot import AttentionSnapshot
 from .spans import Spans
 
 if TYPE_CHECKING:
-    from .integrations.transformers.attention_map import attention_map
+    from .integrations.transformers.attention_map import AttentionMap, attention_map
     from .integrations.transformers.capture import capture
     from .integrations.transformers.spans import spans_for
     from .integrations.transformers.steer import steer
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 
 # Public names that need transformers, which is imported when one of them is first asked for.
 _LAZY = {
+    "AttentionMap": "attention_map",
     "attention_map": "attention_map",
     "capture": "capture",
     "spans_for": "spans",
@@ -38,6 +39,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AttentionMap",
     "AttentionOutput",
     "AttentionSnapshot",
     "Spans",

@@ -10,7 +10,8 @@ from .parsing import Settings
 from .settings import DemoSettings
 
 PICTURE, OVERLAY, TOKENS = "attention-over-frames.png", "overlay.png", "token-frame.png"
-_OWN = 'python -m ral_kernels attention-map FRAME... --prompt "..." --model FOLDER --out map.png'
+PAGE = "map.html"
+_OWN = 'python -m ral_kernels attention-map PICTURE... --prompt "..." --model MODEL --out map.html'
 
 
 def demo(settings: Settings) -> int:
@@ -36,7 +37,10 @@ def _look(given: DemoSettings) -> tuple[Any, Any]:
 
     The frames are drawn without the noise of the training, for people.
     """
+    from PIL import Image
+
     import ral_kernels as rk
+    from ral_kernels.viz import Video
 
     from ..digits import load_pretrained
     from ..digits.puzzles import draw, make_puzzle
@@ -45,8 +49,13 @@ def _look(given: DemoSettings) -> tuple[Any, Any]:
     puzzle = make_puzzle("timestamp", given.frames, "test", given.seed, 0)
     model, processor = load_pretrained()
     messages = [{"role": "user", "content": prompt(puzzle, "think")}]
-    frames = list(draw(puzzle, "test", noise=0.0))
-    return puzzle, rk.attention_map(model, processor, frames, messages, max_new_tokens=12)
+    frames = [Image.fromarray(frame) for frame in draw(puzzle, "test", noise=0.0)]
+    assert puzzle.times is not None
+    times = [float(time) for time in puzzle.times]
+    video = Video(tuple(frames), tuple(times), times[-1] + 1)  # frames as images, with times
+    return puzzle, rk.attention_map(
+        model, processor, video, messages, max_new_tokens=12, by_layer=True, by_head=True
+    )
 
 
 def _draw(puzzle: Any, maps: Any, folder: Path) -> list[Path]:
@@ -63,7 +72,11 @@ def _draw(puzzle: Any, maps: Any, folder: Path) -> list[Path]:
     )
     overlay(maps, puzzle.frame, digit, path=folder / OVERLAY)
     token_frame(maps, path=folder / TOKENS)
-    return [folder / name for name in (PICTURE, OVERLAY, TOKENS)]
+    written = [PICTURE, OVERLAY, TOKENS]
+    if hasattr(maps, "to_html"):
+        maps.to_html(folder / PAGE)
+        written.append(PAGE)
+    return [folder / name for name in written]
 
 
 def _question(puzzle: Any) -> str:

@@ -20,7 +20,7 @@ _INCHES, _DPI = 11.0, 130  # width
 _LEFT, _RIGHT, _GAP = 1.5, 0.3, 0.1
 _TOP, _NAME, _BARS, _BETWEEN = 1.05, 0.24, 0.75, 0.24  # heights of what is no picture
 _INK, _SOFT, _QUIET, _ACCENT = "#1f2328", "#59636e", "#c9ced6", "#e8590c"
-_LONGEST = 120  # letters of a question or an answer
+_LETTER = 0.0098  # inches, the width of a letter by its size
 _NARROWEST = 0.5  # height of a picture by its width, the most
 
 
@@ -73,14 +73,8 @@ def attention_over_frames(
     full = _LEFT + columns * (width + _GAP) - _GAP + _RIGHT
     figure = Figure(figsize=(max(full, 6.0), _TOP + lines * line), dpi=_DPI)
     page = _Page(figure)
-    page.write(0.3, 0.42, readable(question, _LONGEST), size=17, weight="bold", colour=_INK)
-    page.write(
-        0.3,
-        0.78,
-        readable(f"answer: {maps.text if answer is None else answer}", _LONGEST),
-        size=12,
-        colour=_SOFT,
-    )
+    page.line(0.42, question, size=17, weight="bold", colour=_INK)
+    page.line(0.78, f"answer: {maps.text if answer is None else answer}", size=12, colour=_SOFT)
     for number in range(lines):
         chosen = range(number * columns, min((number + 1) * columns, count))
         places = [_LEFT + place * (width + _GAP) for place in range(len(chosen))]
@@ -90,17 +84,17 @@ def attention_over_frames(
                 left + width / 2, top + 0.13, names[image], size=11, colour=_SOFT, align="center"
             )
             page.picture(left, top + _NAME, width, height, pictures[image])
-        page.write(0.3, top + _NAME + height / 2, "frames" if count > 1 else "image", colour=_SOFT)
+        page.write(0.3, top + _NAME + height / 2, "it sees", colour=_SOFT)
         top += _NAME + height + _BETWEEN
         for row in rows:
             for left, image in zip(places, chosen, strict=True):
                 drawn = blend(pictures[image], row.grids[image], row.limit, maps.boxes[image])
                 page.picture(left, top, width, height, drawn)
             page.write(0.3, top + height / 2 - 0.13, "as it writes", size=10, colour=_SOFT)
+            size = 15 if len(row.name) <= 8 else 12
             page.write(
-                0.3, top + height / 2 + 0.13, row.name, size=15, weight="bold",
-                colour=_INK,
-            )  # fmt: skip
+                0.3, top + height / 2 + 0.13, row.name, size=size, weight="bold", colour=_INK
+            )
             shares = [row.shares[image] for image in chosen]
             page.bars(places[0], top + height, width, shares, max(row.shares), tallest)
             page.write(
@@ -116,12 +110,14 @@ class _Row:
     """One token of the answer, or the mean over all."""
 
     def __init__(self, maps: AttentionMap, token: int | None, clip: float) -> None:
+        if token is not None and not 0 <= token < len(maps.tokens):
+            raise IndexError(f"viz: token must be in [0, {len(maps.tokens)}); got {token}")
         chosen = slice(None) if token is None else slice(token, token + 1)
         self.grids = [grid[chosen].float().mean(0) for grid in maps.grids]
         self.limit, _ = colour_limit(self.grids, clip)
         self.shares = maps.image_shares[chosen].float().mean(0).tolist()
         self.text = float(maps.text_shares[chosen].float().mean())
-        self.name = "its answer" if token is None else readable(maps.tokens[token], 12)
+        self.name = "its answer" if token is None else readable(maps.tokens[token], 10)
 
 
 class _Page:
@@ -145,6 +141,15 @@ class _Page:
             left / self._width, 1 - middle / self._height, text, size=size, weight=weight,
             color=colour, ha=align, va="center", parse_math=False, **font_for([text]),
         )  # fmt: skip
+
+    def line(
+        self, middle: float, text: str, *, size: float, weight: str = "normal", colour: str
+    ) -> None:
+        """Text over the whole width: a long one is smaller by up to a third, and then cut."""
+        room = (self._width - 0.6) / _LETTER
+        text = readable(text, int(1.5 * room / size))
+        size = min(size, room / max(len(text), 1))
+        self.write(0.3, middle, text, size=size, weight=weight, colour=colour)
 
     def picture(self, left: float, top: float, width: float, height: float, image: Any) -> None:
         self._axes(left, top, width, height).imshow(image, interpolation="none")

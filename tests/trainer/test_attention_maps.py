@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers.integrations import WandbCallback
+from transformers.integrations.integration_utils import WandbCallback
 
 from ral import RALConfig
 from ral.attention_maps import TOKENS
@@ -114,8 +114,8 @@ def test_the_map_is_that_of_the_term(path: Path, tmp_path: Path, monkeypatch: An
         False,
     )
     assert options["max_new_tokens"] == 5 < TOKENS
-    config = options["generate_options"]["generation_config"]
-    assert trainer.model.config.image_token_id in config.suppress_tokens
+    suppressed = options["generate_options"]["suppress_tokens"]
+    assert trainer.model.config.image_token_id in suppressed
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_eq_2_from_eager_maps(case: Case, tmp_path, tmp_path_factory) -> None:
     loss = trainer._compute_loss(trainer.model, inputs)
     got = gradients(trainer.model, loss)
 
-    options = {"rows": args.attn_rows, "exclude_self": args.attn_exclude_self}
+    options: dict[str, Any] = {"rows": args.attn_rows, "exclude_self": args.attn_exclude_self}
     options["groups"] = _groups(inputs, args.attn_granularity, args.attn_scope)
     with torch.no_grad(), by_hand.weights(model, before):
         r = by_hand.policies(model, inputs, layers, **options)

@@ -121,8 +121,8 @@ def test_pictures_are_those_of_one_process(case: str, how: str, results: Path) -
     assert [step for step, _ in two] == [step for step, _ in one] == [0, 2, 4]
     assert two[0] == one[0] and one[0][1] != one[1][1]
     for (_, ours), (_, theirs) in zip(one, two, strict=True):
-        ours, theirs = (np.asarray(Image.open(io.BytesIO(x))).astype(int) for x in (ours, theirs))
-        assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 1.0  # of 255
+        a, b = (np.asarray(Image.open(io.BytesIO(each))).astype(int) for each in (ours, theirs))
+        assert a.shape == b.shape and np.abs(a - b).mean() < 1.0  # of 255
 
 
 @pytest.mark.parametrize(
