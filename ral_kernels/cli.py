@@ -176,8 +176,8 @@ def _attention_map(given: argparse.Namespace) -> int:
     if "all" in layers and len(layers) > 1:
         raise Refused("--layer all stands for every layer; give no other --layer with it")
     _check_packages()
-    pictures = [picture for path in paths for picture in _open(path, given)]
-    videos = [_open_video(Path(name), given) for name in given.video]
+    pictures = [picture for path in paths for picture in _open(path, given.fps, given.frames)]
+    videos = [_open_video(Path(name), given.fps, given.frames) for name in given.video]
     model, processor = _load(given)
     from .integrations.transformers.attention_map import attention_map
 
@@ -272,10 +272,10 @@ def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _open(path: Path, given: argparse.Namespace) -> list[Any]:
+def _open(path: Path, fps: float | None = None, frames: int | None = None) -> list[Any]:
     """A picture, or a video whose frames are to be images."""
     if is_video(path):
-        return [_open_video(path, given)]
+        return [_open_video(path, fps, frames)]
     try:
         return read_pictures(path)
     except (OSError, PictureError) as error:
@@ -284,11 +284,11 @@ def _open(path: Path, given: argparse.Namespace) -> list[Any]:
         ) from error
 
 
-def _open_video(path: Path, given: argparse.Namespace) -> Any:
+def _open_video(path: Path, fps: float | None, frames: int | None) -> Any:
     if not os.path.isfile(path):
         raise Refused(f"there is no video file {short_path(path)}")
     try:
-        return read_video(path, fps=given.fps, num_frames=given.frames)
+        return read_video(path, fps=fps, num_frames=frames)
     except (ImportError, OSError, PictureError) as error:
         raise Refused(
             f"cannot read {path} as a video: {getattr(error, 'reason', error)}"

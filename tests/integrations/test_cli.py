@@ -132,9 +132,9 @@ def test_a_folder_of_frames(
     shown: list[Any] = []
     original = cli._open
 
-    def opened(path: Any, given: Any) -> Any:
+    def opened(path: Any, *sampling: Any) -> Any:
         shown.append(path)
-        return original(path, given)
+        return original(path, *sampling)
 
     monkeypatch.setattr(cli, "_open", opened)
     out = tmp_path / "strip.png"

@@ -98,7 +98,7 @@ def from_data(path: Path) -> Image.Image:
 
 READERS: dict[str, Callable[[Path], Image.Image]] = {
     "attention_map": lambda path: pictures_of("attention_map", str(path))[0].image,
-    "command line": lambda path: cli._open([path])[0],
+    "command line": lambda path: cli._open(path)[0],
     "ral.data": from_data,
 }
 
