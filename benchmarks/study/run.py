@@ -34,6 +34,7 @@ class Plan:
         batches: rollout batches of a run; None for the task's own number.
         test_rows: rows at each extent of the evaluation.
         start_seed: seed of the supervised start, the same for all runs.
+        start_steps: how many it trains for.
     """
 
     folder: Path
