@@ -111,7 +111,7 @@ def test_long_sums(num_spans: int, isa: str) -> None:
     case = AttentionCase("", 4, 32768, head_dim=16, spans=spans, num_spans=num_spans)
     inputs = PolicyCase(case, "first_half").inputs(torch.float32)
     inputs.k.add_(1)
-    found = []
+    found: list[dict[str, Tensor]] = []
     for dtype in (torch.float32, torch.float64, torch.float32):
         x = inputs.to(dtype).requires_grad_()
         if not found:

@@ -95,7 +95,7 @@ def test_long_sums(kind: str, separately: bool, isa: str) -> None:
     old = inputs.to(torch.float32)
     for tensor, seed in ((old.q, 5), (old.k, 6)):
         tensor.add_(random_like(tensor, seed), alpha=0.5)
-    found = []
+    found: list[dict[str, Tensor]] = []
     for dtype in (torch.float32, torch.float64, torch.float32):
         x, y = inputs.to(dtype).requires_grad_(), old.to(dtype)
         if found:
