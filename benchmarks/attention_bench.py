@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cpu_bench.add_arguments(parser, quick="two lengths and fewer repeats")
     cpu_bench.add_keep_memory(parser)
     options = cpu_bench.parse(parser, arguments)
-    seqlens = options.seqlens or ([1024, 2048] if options.quick else [1024, 2048, 4096, 8192])
+    seqlens = options.seqlens or ([512, 1024] if options.quick else [1024, 2048, 4096, 8192])
     settings = {"heads": "16:2 of 128", "causal": True, "num_spans": 32}
     settings |= {"quick": options.quick, "keep_memory": options.keep_memory}
     run = results.begin("attention_bench", options, settings)

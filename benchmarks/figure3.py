@@ -34,6 +34,8 @@ from benchmarks.study.plot import draw
 from benchmarks.study.report import comparisons, curves, plain, table
 from benchmarks.study.tasks import TASKS
 
+QUICK_START_STEPS = 150
+
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)  # two threads on two busy cores are slower than one
@@ -87,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "start_seed": options.start_seed,
         "batches": options.batches or (3 if quick else None),
         "test_rows": options.test_rows or (32 if quick else 256),
+        "start_steps": QUICK_START_STEPS if quick else one.START_STEPS,
         "tag": options.tag,
     }  # fmt: skip
     run = results.begin("figure3", options, settings)
@@ -94,11 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = Path(os.environ.get("RAL_CACHE_DIR", Path.home() / ".cache" / "ral_kernels"))
     length = settings["batches"] or "full"
     name = f"{commit}-{length}-{settings['test_rows']}-{options.start_seed}"
+    name += "-quick" if quick else ""
     plan = one.Plan(
         options.runs or default / "figure3" / name,
         settings["batches"],
         settings["test_rows"],
         start_seed=options.start_seed,
+        start_steps=settings["start_steps"],
     )
     chosen = [(task, arm) for task in tasks for arm in arms if task in BY_NAME[arm].tasks]
     kinds = sorted({(task, BY_NAME[arm].style or TASKS[task].style) for task, arm in chosen})

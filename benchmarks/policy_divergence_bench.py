@@ -1,7 +1,7 @@
 """The CPU targets of the token-level RAL loss, each measured against its peers in one run.
 
     python -m benchmarks.policy_divergence_bench            # T=256, N=8192
-    python -m benchmarks.policy_divergence_bench --quick    # N=2048
+    python -m benchmarks.policy_divergence_bench --quick    # N=1024
     python -m benchmarks.policy_divergence_bench --keep-memory    # no page faults on the clock
 
 Forward and backward of `ral_loss` to q and k against a snapshot, 16:2 heads of 128, in bfloat16 and
@@ -173,10 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seqlen", type=int, help="N; default 8192")
     parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help="T; default %(default)s")
-    cpu_bench.add_arguments(parser, quick="N=2048 and fewer repeats")
+    cpu_bench.add_arguments(parser, quick="N=1024 and fewer repeats")
     cpu_bench.add_keep_memory(parser)
     options = cpu_bench.parse(parser, arguments)
-    seqlen = options.seqlen or (2048 if options.quick else 8192)
+    seqlen = options.seqlen or (1024 if options.quick else 8192)
     settings = {"heads": "16:2 of 128", "causal": True, "quick": options.quick}
     settings["keep_memory"] = options.keep_memory
     run = results.begin("policy_divergence_bench", options, settings)

@@ -249,10 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--worked-out", action="store_true", help="also for 7B at 32k tokens")
     parser.add_argument("--measured-at", type=int, default=4096, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    cpu_bench.add_arguments(parser, quick="4 and 8 frames, 3 rollout batches")
+    cpu_bench.add_arguments(parser, quick="4 frames, 3 rollout batches")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = cpu_bench.parse(parser, arguments)
-    options.frames = options.frames or (FRAMES[:2] if options.quick else FRAMES)
+    options.frames = options.frames or (FRAMES[:1] if options.quick else FRAMES)
     options.repeats = options.repeats or (3 if options.quick else 7)
     if options.child is not None:
         with tempfile.TemporaryDirectory(prefix="ral-bench-") as folder:

@@ -20,6 +20,7 @@ from .tasks import TASKS, StudyTask
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
 FIXED = ("start", "teacher")  # evaluated as they are
 CURVE = (0.2, 0.4, 0.7)  # of a run's rollout batches; the endpoint's accuracy is taken there too
+START_STEPS = 900
 TARGET_EVERY = 2  # rollout batches between two points of the attention's curve
 _TARGET_ROWS = 64
 
@@ -33,12 +34,14 @@ class Plan:
         batches: rollout batches of a run; None for the task's own number.
         test_rows: rows at each extent of the evaluation.
         start_seed: seed of the supervised start, the same for all runs.
+        start_steps: how many it trains for.
     """
 
     folder: Path
     batches: int | None
     test_rows: int
     start_seed: int = 0
+    start_steps: int = START_STEPS
 
     def batches_of(self, task: StudyTask) -> int:
         return task.batches if self.batches is None else self.batches
@@ -63,7 +66,7 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
         chosen: Any = style
         train_start(
             folder, task=name, style=chosen, seed=plan.start_seed, extents=task.seen,
-            wrong_share=task.wrong_share,
+            wrong_share=task.wrong_share, steps=plan.start_steps,
         )  # fmt: skip
     return folder
 
