@@ -11,6 +11,7 @@
 #
 # make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
 # make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
+# make hub     lay the package out as the Hub's `kernels` loads it, into build/hub
 # make wheel   build the wheel that serves every Python, torch and glibc from 2.28 on, into dist/
 #
 # make gpu     run all that needs a GPU, with the machine's own $(PYTHON), into the folder OUT
@@ -42,7 +43,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit wheel build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -127,6 +128,9 @@ wheel: build
 	RAL_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) --wheel-dir dist build/wheel/*.whl
 	@ls -l dist/*.whl
+
+hub: build
+	$(BIN)/python -m hub.layout
 
 # The library needs only the build tools, so it is compiled while pip fetches the packages.
 build:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 import ral_kernels as rk
 from benchmarks.harness import results
+from ral_kernels.ops.divergence.arguments import KINDS
 from tests.ops import attention_cases, policy_cases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = ("jsd", "kl", "reverse_kl")
 
 
 def digest(tensors: list[Tensor | None]) -> str:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import cpu_bench, results
-from ral_kernels.ops.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS, Kind
 from ral_kernels.ops.policy import attention_policy, ral_loss
+from ral_kernels.runtime.backends import BackendName
 from ral_kernels.snapshot import AttentionSnapshot
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -82,7 +83,7 @@ def make_problem(sizes: argparse.Namespace, dtype: torch.dtype, distance: float)
     return Problem(q, k, q_old, k_old, rows, advantages, measured)
 
 
-def run(problem: Problem, form: str, kind: str, backend: str | None) -> Result:
+def run(problem: Problem, form: str, kind: Kind, backend: BackendName | None) -> Result:
     """Loss and gradients with the reference kept in `form`."""
     q, k = (x.detach().requires_grad_() for x in (problem.q, problem.k))
     reference: AttentionSnapshot | Tensor
@@ -103,7 +104,7 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 
 
 def measure(
-    sizes: argparse.Namespace, dtype: str, distance: float, backend: str | None
+    sizes: argparse.Namespace, dtype: str, distance: float, backend: BackendName | None
 ) -> list[dict[str, Any]]:
     problem = make_problem(sizes, DTYPES[dtype], distance)
     rows = []
@@ -128,7 +129,7 @@ def measure(
 
 
 def measure_unchanged(
-    sizes: argparse.Namespace, dtype: str, backend: str | None
+    sizes: argparse.Namespace, dtype: str, backend: BackendName | None
 ) -> list[dict[str, Any]]:
     problem = make_problem(sizes, DTYPES[dtype], 0.0)
     rows = []

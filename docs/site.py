@@ -7,6 +7,7 @@ source in the repository that pyproject.toml names. Without such a name its text
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -31,6 +32,7 @@ INCLUDED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+SETTINGS = "<!-- the settings of RALConfig -->"
 PICTURES = (".png", ".svg")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
@@ -90,10 +92,30 @@ def pictures() -> dict[str, str]:
     return found
 
 
+def settings() -> str:
+    """A table of what `RALConfig` adds to TRL's settings, from its source."""
+    tree = ast.parse((ROOT / "ral" / "config.py").read_text(encoding="utf-8"))
+    config = next(x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "RALConfig")
+    rows = ["| setting | default | what it is |", "|---|---|---|"]
+    for field in config.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Call):
+            name, call = ast.unparse(field.target), field.value
+            options = {option.arg: option.value for option in call.keywords}
+            if call.args:  # _setting(default, help)
+                default, text = call.args
+            else:  # field(default_factory=lambda: default, metadata={"help": help})
+                factory, metadata = options["default_factory"], options["metadata"]
+                assert isinstance(factory, ast.Lambda) and isinstance(metadata, ast.Dict)
+                default, text = factory.body, metadata.values[0]
+            what = str(ast.literal_eval(text)).replace("|", "\\|")
+            rows.append(f"| `{name}` | `{ast.unparse(default)}` | {what} |")
+    return "\n".join(rows)
+
+
 def repository() -> str | None:
     """What pyproject.toml says where the sources are."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^Repository *= *"([^"]+)"', text, re.MULTILINE)
+    found = re.search(r'^Homepage *= *"([^"]+)"', text, re.MULTILINE)
     return None if found is None else found.group(1).rstrip("/")
 
 
@@ -110,4 +132,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Called by mkdocs for each page."""
     if page.file.src_uri == "index.md":  # a section of one page needs no list beside it
         page.meta["hide"] = ["navigation"]
+    markdown = markdown.replace(SETTINGS, settings())
     return rewrite(markdown, page.file.src_uri, repository())

@@ -17,8 +17,10 @@ def check_trl() -> None:
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError as error:
+        versions = f"trl>={_text(OLDEST)},<{_text(FIRST_UNKNOWN)}"
         raise ImportError(
-            "ral: the trainer needs TRL; install it with `pip install ral-kernels[train]`"
+            f"ral: the trainer needs TRL: `pip install '{versions}'`, "
+            "or all that it uses: `pip install '.[train]'` in a checkout of ral_kernels"
         ) from error
     parts = version.split(".")
     if not OLDEST <= (int(parts[0]), int(parts[1])) < FIRST_UNKNOWN:

@@ -76,10 +76,11 @@ def lay_out(
         return VisionLayout(visual, None)
     inputs.update(input_ids=ids[:, prompt], attention_mask=mask[:, prompt])
     tile = (config.attn_tile[0], config.attn_tile[1])
+    granularity: Any = config.attn_granularity  # RALConfig has checked it
     found = rk.spans_for(
         model_config,
         inputs,
-        config.attn_granularity,
+        granularity,
         tile=tile if config.attn_granularity == "tile" else None,
         text=config.attn_scope == "context",
     )

@@ -22,7 +22,7 @@ from .snapshot import AttentionSnapshot
 from .spans import Spans
 
 if TYPE_CHECKING:
-    from .integrations.transformers.attention_map import attention_map
+    from .integrations.transformers.attention_map import AttentionMap, attention_map
     from .integrations.transformers.capture import capture
     from .integrations.transformers.spans import spans_for
     from .integrations.transformers.steer import steer
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 
 # Public names that need transformers, which is imported when one of them is first asked for.
 _LAZY = {
+    "AttentionMap": "attention_map",
     "attention_map": "attention_map",
     "capture": "capture",
     "spans_for": "spans",
@@ -38,6 +39,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AttentionMap",
     "AttentionOutput",
     "AttentionSnapshot",
     "Spans",
@@ -67,8 +69,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module = importlib.import_module(f".integrations.transformers.{_LAZY[name]}", __name__)
+    try:
+        module = importlib.import_module(f".integrations.transformers.{_LAZY[name]}", __name__)
+    except ImportError:
+        from .integrations.transformers.registration import check_transformers
+
+        check_transformers(name)  # says what to install
+        raise
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if __name__ == "ral_kernels":  # a copy under another name leaves transformers' table alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 from .media.errors import PictureError, short_path
 from .media.pictures import PICTURE_SUFFIXES, read_pictures
+from .media.video_file import is_video
+from .media.videos import evenly, read_video
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FAILED = 2  # exit status of an error that the user can fix, as in argparse
@@ -59,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What this installation has: versions, devices, compiled libraries, and which "
         "backend each op chooses with backend=None, with the reason why others are skipped.",
     )
+    info.add_argument("--json", action="store_true", help="as JSON, for a report of a bug")
     info.set_defaults(run=_info)
     return parser
 
@@ -73,45 +77,13 @@ def _backends(given: argparse.Namespace) -> int:
 
 
 def _info(given: argparse.Namespace) -> int:
-    for line in info_lines():
-        print(line)
+    from . import info
+
+    if given.json:
+        print(json.dumps(info.facts(), indent=1))
+    else:
+        print(*info.lines(), sep="\n")
     return 0
-
-
-def info_lines() -> Iterator[str]:
-    """The lines of `info`."""
-    import platform
-    from importlib import metadata
-
-    import torch
-
-    from . import __version__
-    from .runtime import backends, cuda_library, native
-
-    yield f"ral_kernels {__version__}"
-    yield f"Python {platform.python_version()}, torch {torch.__version__}"
-    for name in ("triton", "transformers"):
-        try:
-            yield f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            yield f"{name} is not installed"
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index in range(count):
-        device = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}: {device.name}, compute capability {device.major}.{device.minor}"
-    if count == 0:
-        yield "torch sees no CUDA device"
-    for name in ("ral_cpu", "ral_cuda"):
-        missing = native.why_missing(name)
-        yield f"{name}: {missing or native.LIBRARY_DIR / f'lib{name}.so'}"
-    hopper = cuda_library.hopper()
-    yield f"ral_cuda's kernels for Hopper: {hopper or 'on'}"
-    for op, order in backends.automatic_order().items():
-        yield ""
-        yield f"{op}: the first of these that can run a call"
-        for name, reason in order.items():
-            answer = "yes" if reason is None else f"skipped: {reason}"
-            yield f"  {name:<{max(map(len, order))}}  {answer}"
 
 
 def _add_attention_map(commands: Any) -> None:
@@ -124,28 +96,52 @@ def _add_attention_map(commands: Any) -> None:
     )
     command.add_argument(
         "images",
-        nargs="+",
+        nargs="*",
         metavar="IMAGE",
-        help="image files (the first frame of animations), or a folder of frames",
+        help="image files (of an animation the first frame, of a video all, as images), or a "
+        "folder of frames",
     )
+    command.add_argument(
+        "--video", action="append", default=[], metavar="FILE",
+        help="a video or GIF, through the model's own video path; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--fps", type=_positive_number, metavar="N",
+        help="frames a second that are taken of a video; default 2",
+    )  # fmt: skip
     command.add_argument("--prompt", required=True, help="the question about the images")
     command.add_argument("--model", required=True, help="folder of a model, or its name on the Hub")
-    command.add_argument("--out", required=True, type=Path, help="the picture to write: map.png")
+    command.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="what to write: map.png (or .jpg, .pdf, .svg), map.html to explore, map.npz to keep",
+    )
     command.add_argument("--response", help="look at this answer instead of generating one")
     command.add_argument("--max-new-tokens", type=_positive, default=32, help="default %(default)s")
     command.add_argument(
         "--tokens", type=_ranges, metavar="0,3-7", help="which tokens of the answer; default all"
     )
     command.add_argument(
-        "--layer", type=int, action="append", metavar="N",
-        help="decoder layer, negative from the end; several are averaged; default -1",
+        "--layer", type=_layer, action="append", metavar="N",
+        help="decoder layer, negative from the end; several are averaged; 'all' draws each, too; "
+        "default -1",
+    )  # fmt: skip
+    command.add_argument("--heads", action="store_true", help="draw each head, too")
+    command.add_argument(
+        "--relative-to", metavar="PROMPT",
+        help="divide by the map of a neutral prompt, such as 'Describe the image.': attention "
+        "sinks vanish",
     )  # fmt: skip
     command.add_argument(
         "--granularity", choices=("token", "frame"),
         help="a grid of visual tokens over each image, or a share for each image",
     )  # fmt: skip
     command.add_argument(
-        "--frames", type=_positive, metavar="N", help="at most this many images, evenly spread"
+        "--frames",
+        type=_positive,
+        metavar="N",
+        help="at most this many images, and frames of each video, evenly spread",
     )
     command.add_argument("--device", default="cpu", help="cpu, cuda, ...; default %(default)s")
     command.add_argument(
@@ -168,25 +164,38 @@ def _add_attention_map(commands: Any) -> None:
 
 
 def _attention_map(given: argparse.Namespace) -> int:
+    if not given.images and not given.video:
+        raise Refused("attention-map needs an IMAGE or a --video")
+    if given.fps is not None and given.frames is not None:
+        raise Refused("--fps and --frames exclude each other")
     paths = _image_paths(given.images, given.frames)
     _check_out(given.out)
     if not 0 < given.clip <= 100:
         raise Refused(f"--clip must be a percentile in (0, 100]; got {given.clip:g}")
+    layers = given.layer or [-1]
+    if "all" in layers and len(layers) > 1:
+        raise Refused("--layer all stands for every layer; give no other --layer with it")
     _check_packages()
-    pictures = _open(paths)
+    pictures = [picture for path in paths for picture in _open(path, given)]
+    videos = [_open_video(Path(name), given) for name in given.video]
     model, processor = _load(given)
     from .integrations.transformers.attention_map import attention_map
 
+    every = "all" in layers
     steps = given.max_new_tokens if given.response is None else 1
     with _progress("writing tokens", steps) as step, _refusing("cannot map this"):
         maps = attention_map(
             model,
             processor,
-            pictures,
+            pictures or None,
             given.prompt,
+            videos=videos or None,
             response=given.response,
             max_new_tokens=given.max_new_tokens,
-            layers=[-1] if given.layer is None else given.layer,
+            layers="all" if every else layers,
+            by_layer=every,
+            by_head=given.heads,
+            relative_to=given.relative_to,
             on_token=step,
         )
     del model
@@ -197,16 +206,21 @@ def _attention_map(given: argparse.Namespace) -> int:
 
 
 def _draw(maps: Any, given: argparse.Namespace) -> Iterator[Path]:
-    """Write the pictures, and yield the path of each."""
+    """Write the pictures, the page or the file, and yield the path of each."""
     from . import viz
 
     count = len(maps.tokens)
     tokens = list(range(count)) if given.tokens is None else given.tokens
     if max(tokens) >= count:
         raise Refused(f"--tokens must lie in 0-{count - 1}, the answer's; got {max(tokens)}")
+    chosen = maps.select(tokens)
+    out: Path = given.out
+    if out.suffix.lower() in (".html", ".npz"):
+        with _refusing(f"cannot write {out}"):
+            yield chosen.to_html(out) if out.suffix.lower() == ".html" else chosen.save(out)
+        return
     images = range(len(maps.images))
     granularity = given.granularity or ("token" if len(images) == 1 else "frame")
-    out: Path = given.out
     if granularity == "token":
         for image in images:
             path = out if len(images) == 1 else _beside(out, str(image + 1))
@@ -215,13 +229,17 @@ def _draw(maps: Any, given: argparse.Namespace) -> Iterator[Path]:
             else:
                 viz.token_grid(maps, image, tokens, clip=given.clip, path=path)
             yield path
-        return
-    chosen = maps.select(tokens)
-    viz.film_strip(chosen, clip=given.clip, path=out)
-    yield out
-    path = _beside(out, "tokens")
-    viz.token_frame(chosen, path=path)
-    yield path
+    else:
+        viz.film_strip(chosen, clip=given.clip, path=out)
+        yield out
+        path = _beside(out, "tokens")
+        viz.token_frame(chosen, path=path)
+        yield path
+    if maps.parts is not None:
+        for image in images:
+            path = _beside(out, "layers" if len(images) == 1 else f"layers-{image + 1}")
+            viz.layer_head_grid(chosen, image, clip=given.clip, path=path)
+            yield path
 
 
 def _beside(path: Path, what: str) -> Path:
@@ -245,9 +263,8 @@ def _image_paths(given: Sequence[str], most: int | None) -> list[Path]:
             paths.append(path)
         else:
             raise Refused(f"there is no image file {short_path(path)}")
-    if most is not None and most < len(paths):
-        last = len(paths) - 1
-        paths = [paths[round(i * last / max(most - 1, 1))] for i in range(most)]
+    if most is not None:
+        paths = [paths[index] for index in evenly(len(paths), most)]
     return paths
 
 
@@ -255,23 +272,37 @@ def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _open(paths: Sequence[Path]) -> list[Any]:
-    pictures = []
-    for path in paths:
-        try:
-            pictures += read_pictures(path)
-        except (OSError, PictureError) as error:
-            raise Refused(
-                f"cannot read {path} as an image: {getattr(error, 'reason', error)}"
-            ) from error
-    return pictures
+def _open(path: Path, given: argparse.Namespace) -> list[Any]:
+    """A picture, or a video whose frames are to be images."""
+    if is_video(path):
+        return [_open_video(path, given)]
+    try:
+        return read_pictures(path)
+    except (OSError, PictureError) as error:
+        raise Refused(
+            f"cannot read {path} as an image: {getattr(error, 'reason', error)}"
+        ) from error
+
+
+def _open_video(path: Path, given: argparse.Namespace) -> Any:
+    if not os.path.isfile(path):
+        raise Refused(f"there is no video file {short_path(path)}")
+    try:
+        return read_video(path, fps=given.fps, num_frames=given.frames)
+    except (ImportError, OSError, PictureError) as error:
+        raise Refused(
+            f"cannot read {path} as a video: {getattr(error, 'reason', error)}"
+        ) from error
 
 
 def _check_out(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise Refused(f"--out: there is no folder {path.parent}")
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg"):
-        raise Refused(f"--out must end in .png, .jpg, .webp, .pdf or .svg; got {path.name}")
+    endings = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".html", ".npz")
+    if path.suffix.lower() not in endings:
+        raise Refused(
+            f"--out must end in .png, .jpg, .webp, .pdf, .svg, .html or .npz; got {path.name}"
+        )
 
 
 def _check_packages() -> None:
@@ -287,7 +318,7 @@ def _check_packages() -> None:
             __import__(package)
         except ImportError as error:
             raise Refused(
-                f"attention-map needs {name}: pip install 'ral-kernels[viz]' ({error})"
+                f"attention-map needs {name}: pip install matplotlib pillow ({error})"
             ) from error
 
 
@@ -364,6 +395,17 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
     return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive; got {text}")
+    return value
+
+
+def _layer(text: str) -> int | str:
+    return "all" if text == "all" else int(text)
 
 
 def _ranges(text: str) -> list[int]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .runtime.checks import check_tensor, dtype_name, has_values, is_int, to_int
 
-GRANULARITIES = ("frame", "image", "tile", "token")
+Granularity = Literal["frame", "image", "tile", "token"]
+GRANULARITIES: tuple[Granularity, ...] = ("frame", "image", "tile", "token")
 
 
 class Spans:
@@ -133,7 +134,7 @@ class Spans:
         *,
         token_id: int | Sequence[int],
         merge_size: int = 2,
-        granularity: str = "frame",
+        granularity: Granularity = "frame",
         tile: tuple[int, int] | None = None,
     ) -> Spans:
         """Spans over the visual tokens of a prompt, from the output of a Qwen-VL processor.

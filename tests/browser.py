@@ -23,6 +23,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """One Chromium for all tests of a process."""
+    yield from running_browser()
+
+
+def running_browser() -> Iterator[Any]:
+    """Chromium, which ends with the iterator."""
     from tests.conftest import skip_or_fail  # which imports this module
 
     program = next(filter(None, map(shutil.which, NAMES)), None)
@@ -47,6 +52,11 @@ def browser_page(browser: Any) -> Iterator[Any]:
     It fails the test if its console showed an error, if a script raised, if a file was missing, or
     if it requested anything but files, `data:`, `blob:` and this machine.
     """
+    yield from watched_page(browser)
+
+
+def watched_page(browser: Any) -> Iterator[Any]:
+    """What `browser_page` gives."""
     context = browser.new_context(viewport=DESKTOP, reduced_motion="reduce")
     page = context.new_page()
     found: list[str] = []

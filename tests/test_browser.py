@@ -29,7 +29,7 @@ def test_a_quiet_page(browser_page: Any, tmp_path: Path) -> None:
     ],
 )
 def test_what_a_page_must_not_do(browser: Any, page: str, message: str) -> None:
-    made = browser_module.browser_page.__wrapped__(browser)
+    made = browser_module.watched_page(browser)
     next(made).set_content(page)
     with pytest.raises(AssertionError, match=message):
         next(made)
@@ -38,7 +38,7 @@ def test_what_a_page_must_not_do(browser: Any, page: str, message: str) -> None:
 def test_a_missing_chromium_skips_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(browser_module, "NAMES", ())
     with pytest.raises(pytest.skip.Exception, match="chromium: none of"):
-        next(browser_module.browser.__wrapped__())
+        next(browser_module.running_browser())
     monkeypatch.setattr(conftest, "REQUIRED", ["chromium"])
     with pytest.raises(pytest.fail.Exception, match="RAL_REQUIRE=chromium"):
-        next(browser_module.browser.__wrapped__())
+        next(browser_module.running_browser())

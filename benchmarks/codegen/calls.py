@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.ops.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS, Kind
 from ral_kernels.runtime.triton_runtime import ARCHITECTURES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -113,7 +113,7 @@ def _policy(dtype: torch.dtype, head_dim: int, variant: str) -> None:
     _backward(rk.attention_policy(q, k, backend="triton", **options))
 
 
-def _divergence(kind: str) -> None:
+def _divergence(kind: Kind) -> None:
     p = torch.full((ROWS, SEQLEN), 1 / SEQLEN).requires_grad_()
     _backward(rk.divergence(p, p.detach(), kind, backend="triton"))
 
@@ -123,7 +123,7 @@ def _snapshot(dtype: torch.dtype, head_dim: int) -> rk.AttentionSnapshot:
     return rk.AttentionSnapshot(q, k)
 
 
-def _policy_divergence(dtype: torch.dtype, head_dim: int, kind: str, reference_dim: int) -> None:
+def _policy_divergence(dtype: torch.dtype, head_dim: int, kind: Kind, reference_dim: int) -> None:
     q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
     reference = _snapshot(dtype, reference_dim)
     _backward(rk.attention_divergence(q, k, reference, kind, backend="triton"))

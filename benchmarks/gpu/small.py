@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.ops.divergence.arguments import KINDS
+from ral_kernels.ops.divergence.arguments import KINDS, Kind
 from ral_kernels.runtime import cuda_library
 
 BATCH, HEADS, KV_HEADS = 2, 4, 2
@@ -46,7 +46,7 @@ class Small:
         rounded: torch.dtype | None = None,
     ) -> None:
         self.device, self.dtype, self.seqlen, self.head_dim = device, dtype, seqlen, head_dim
-        self.backend = "cuda" if backend == "hopper" else backend
+        self.backend: Any = "cuda" if backend == "hopper" else backend
         self.rounded = rounded or dtype
         self.leaves: Results = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -125,13 +125,13 @@ def _policy(small: Small, spans: bool) -> Results:
     return {"p": rk.attention_policy(q, k, backend=small.backend, **options)}
 
 
-def _divergence(small: Small, kind: str) -> Results:
+def _divergence(small: Small, kind: Kind) -> Results:
     rows = (small.normal(3, small.seqlen).softmax(-1) for _ in range(2))
     p, r = (row.double() if small.exact() else row for row in rows)
     return {"value": rk.divergence(small.leaf("p", p), r, kind, backend=small.backend)}
 
 
-def _objective(small: Small, kind: str, loss: bool) -> Results:
+def _objective(small: Small, kind: Kind, loss: bool) -> Results:
     q, k, _ = small.qkv()
     small.leaves.pop("v")
     # The policy's and the reference's head dims may differ; CUDA C++ has kernels for 64 and 128.

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import ral_kernels as rk
+from ral_kernels.spans import Granularity
 
 PATCH = 14
 MERGE = 2  # patches a side that become one token: a visual token is 28 x 28 pixels
@@ -100,7 +101,10 @@ class ModelInputs:
 
     @torch.no_grad()
     def layer(
-        self, pictures: Sequence[Image.Image], granularity: str, tile: tuple[int, int] | None
+        self,
+        pictures: Sequence[Image.Image],
+        granularity: Granularity,
+        tile: tuple[int, int] | None,
     ) -> LayerInputs:
         """The last layer's, for a prompt of `pictures`, each an image between text tokens."""
         processed = self.processor(images=list(pictures), return_tensors="pt")

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", "query heads", type=int, default=16)
     add("--kv-heads", "key and value heads", type=int, default=2)
     add("--head-dim", "of q, k and v", type=int, default=128)
-    results.add_arguments(parser, quick="three small sizes, no layouts")
+    results.add_arguments(parser, quick="two small sizes, no layouts")
     add("--no-plot", "no PNG beside the JSON", action="store_true")
 
 

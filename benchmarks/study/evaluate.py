@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -122,7 +122,9 @@ class TargetAttention:
         )  # fmt: skip
         puzzles = [make_puzzle(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
         self.targets = torch.tensor([p.frame if p.times is not None else p.cell for p in puzzles])
-        self.granularity = "token" if puzzles[0].times is None else "frame"
+        self.granularity: Literal["token", "frame"] = (
+            "token" if puzzles[0].times is None else "frame"
+        )
         opening = processor.tokenizer.convert_tokens_to_ids("<answer>")
         positions = (self.inputs["input_ids"] == opening).long().argmax(-1)
         # A direct answer about frames says the time first: its digit is predicted a token later.

@@ -10,9 +10,7 @@ import re
 import threading
 
 if importlib.util.find_spec("math_verify") is None:  # not in the middle of a run
-    raise ImportError(
-        "ral.rewards needs math-verify; install it with `pip install ral-kernels[train]`"
-    )
+    raise ImportError("ral.rewards needs math-verify: `pip install 'math-verify>=0.9,<0.10'`")
 
 _LONGEST = 200
 _GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"

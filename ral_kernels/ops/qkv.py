@@ -59,13 +59,15 @@ def check_qkv(
         raise ValueError(
             f"{op}: {name_q} must be [B, H, T, D] with H >= 1 and D >= 1; got {tuple(q.shape)}"
         )
+    device = q.device
     for name, tensor in ((name_k, k), (name_v, v)):
         if tensor.dtype != dtype:
             raise TypeError(
                 f"{op}: {name} must have {name_q}'s dtype {checks.dtype_name(dtype)}; got "
                 f"{checks.dtype_name(tensor.dtype)}"
             )
-        checks.check_same_device(op, name, tensor, q, name_q)
+        if tensor.device != device:
+            checks.check_same_device(op, name, tensor, q, name_q)
     shape_k, shape_v = k.shape, v.shape
     if len(shape_k) != 4 or shape_k[0] != batch_size or shape_k[3] != head_dim:
         raise ValueError(

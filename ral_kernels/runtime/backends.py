@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
-ORDER = ("cuda", "triton", "cpu", "reference")  # fastest first; the reference backend last
+BackendName = Literal["cuda", "triton", "cpu", "reference"]
+# Fastest first; the reference backend last.
+ORDER: tuple[BackendName, ...] = ("cuda", "triton", "cpu", "reference")
 
 Args = TypeVar("Args", contravariant=True)
 Outputs = TypeVar("Outputs", contravariant=True)
@@ -139,7 +141,7 @@ def automatic_order() -> dict[str, dict[str, str | None]]:
 
 def available_backends() -> dict[str, str]:
     """Which backends work on this machine: name -> "yes" or the reason why not."""
-    found = {}
+    found: dict[str, str] = {}
     for name in ORDER:
         backends = [table[name] for table in _tables.values() if name in table]
         if not backends:

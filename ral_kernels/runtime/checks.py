@@ -61,8 +61,15 @@ def to_number(value: Any) -> Any:
     return value.item()
 
 
+def is_plain(value: Any) -> bool:
+    """Whether it is a dense tensor and of no subclass, which needs no other check."""
+    return type(value) is Tensor and value.layout is torch.strided and not value.is_nested
+
+
 def check_tensor(op: str, name: str, value: Any, what: str) -> None:
     """`value` must be a dense tensor, and of no subclass that kernels would misread."""
+    if is_plain(value):
+        return
     if type(value) is not Tensor:
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be {what}; got {type(value).__name__}")

@@ -70,7 +70,7 @@ def cannot_run(x: Tensor) -> str | None:
 
 
 @functools.cache
-def _isas() -> dict[str, int]:
+def isas() -> dict[str, int]:
     """Variants that this processor runs, best first: name -> index in the library."""
     found, index = {}, 0
     while name := library().ral_cpu_isa_name(c_int32(index)):
@@ -83,12 +83,12 @@ def _isas() -> dict[str, int]:
 @functools.cache
 def _best_isa() -> int:
     advisable = library().ral_cpu_isa_advisable
-    return next(index for index in _isas().values() if advisable(c_int32(index)))
+    return next(index for index in isas().values() if advisable(c_int32(index)))
 
 
 def supported_isas() -> list[str]:
     """Names of the variants that this machine runs, best first; `RAL_CPU_ISA` forces one."""
-    return list(_isas())
+    return list(isas())
 
 
 def chosen_isa() -> int:
@@ -96,12 +96,12 @@ def chosen_isa() -> int:
     forced = os.environ.get("RAL_CPU_ISA")
     if not forced:
         return _best_isa()
-    isas = _isas()
-    if forced not in isas:
+    supported = isas()
+    if forced not in supported:
         raise RuntimeError(
-            f"RAL_CPU_ISA must be one of {', '.join(isas)} on this machine; got {forced!r}"
+            f"RAL_CPU_ISA must be one of {', '.join(supported)} on this machine; got {forced!r}"
         )
-    return isas[forced]
+    return supported[forced]
 
 
 def expect_writes(*outputs: Tensor | None) -> None:

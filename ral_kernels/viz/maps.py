@@ -121,9 +121,10 @@ class AttentionMap:
         return self.kinds[image] if self.kinds else "image"
 
     def name(self, image: int) -> str:
-        """A picture's name: "image 2", or "frame 7, 3.5 s"."""
+        """A picture's name: "image", "image 2", or "frame 7, 3.5 s"."""
         time = self.times[image] if self.times else None
-        return f"{self.noun(image)} {image + 1}" + ("" if time is None else f", {time:.1f} s")
+        number = f" {image + 1}" if len(self.grids) > 1 else ""
+        return f"{self.noun(image)}{number}" + ("" if time is None else f", {time:.1f} s")
 
     def select(self, tokens: Sequence[int]) -> AttentionMap:
         """The map of some of its tokens, by their numbers.
@@ -325,7 +326,8 @@ class AttentionMap:
             head["parts"] = {"layers": self.parts.layers, "heads": self.parts.heads}
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
         with open(path, "wb") as file:
-            np.savez_compressed(file, **{name: np.asarray(value) for name, value in arrays.items()})
+            saved: Any = {name: np.asarray(value) for name, value in arrays.items()}
+            np.savez_compressed(file, **saved)
         return Path(path)
 
     @classmethod

@@ -35,6 +35,9 @@ def blend(
     grid: Tensor,
     limit: float,
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+    *,
+    cmap: str = COLOURS,
+    alpha: float = STRONGEST,
 ) -> Any:
     """A picture in grey under its attention in colour: uint8 [height, width, 3].
 
@@ -46,8 +49,12 @@ def blend(
         grid: [rows, columns] attention.
         limit: attention of the last colour, > 0.
         box: (top, left, bottom, right) of the grid in the picture, as fractions.
+        cmap: a colour map of matplotlib.
+        alpha: opacity of the last colour, in (0, 1].
+
+    Raises:
+        ValueError: alpha or cmap is not what it must be.
     """
-    import matplotlib
     import numpy as np
 
     top, left, bottom, right = box
@@ -61,10 +68,18 @@ def blend(
     shown = smooth[max(0, -y) : height - y, max(0, -x) : width - x] / limit
     drawn[max(0, y) :, max(0, x) :][: shown.shape[0], : shown.shape[1]] = shown.clamp(0, 1)
     weight = drawn.numpy()
-    colour = matplotlib.colormaps[COLOURS](weight)[..., :3]
-    alpha = FAINTEST + (STRONGEST - FAINTEST) * weight[..., None]
+    colour = colours(cmap)(weight)[..., :3]
+    opacity = opacities(alpha, weight[..., None])
     grey = GREY * np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
-    return (255 * (alpha * colour + (1 - alpha) * grey)).round().astype(np.uint8)
+    return (255 * (opacity * colour + (1 - opacity) * grey)).round().astype(np.uint8)
+
+
+def opacities(alpha: float, weight: Any) -> Any:
+    """Opacity of the colour where attention is `weight` of the last colour's."""
+    if not 0 < alpha <= 1:
+        raise ValueError(f"viz: alpha must be in (0, 1]; got {alpha}")
+    faintest = min(FAINTEST, alpha)
+    return faintest + (alpha - faintest) * weight
 
 
 def colour_limit(grids: Sequence[Tensor], clip: float) -> tuple[float, str]:
@@ -93,8 +108,7 @@ def need_matplotlib(function: str) -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"viz.{function} needs matplotlib and Pillow; install them with "
-            "`pip install ral-kernels[viz]` (or `pip install matplotlib pillow`)"
+            f"viz.{function} needs matplotlib and Pillow: `pip install matplotlib pillow`"
         ) from error
 
 
@@ -185,27 +199,36 @@ def write_inches(
     )
 
 
-def colours() -> Any:
+def colours(cmap: str = COLOURS) -> Any:
     import matplotlib
 
-    return matplotlib.colormaps[COLOURS]
+    if cmap not in matplotlib.colormaps:
+        raise ValueError(f"viz: cmap must be a colour map of matplotlib; got {cmap!r}")
+    return matplotlib.colormaps[cmap]
 
 
-def faded_colours() -> Any:
+def faded_colours(cmap: str = COLOURS, alpha: float = STRONGEST) -> Any:
     """The colours of `blend` over a middle grey, for the colour bar."""
     import numpy as np
     from matplotlib.colors import ListedColormap
 
     weight = np.linspace(0, 1, 256)[:, None]
-    alpha = FAINTEST + (STRONGEST - FAINTEST) * weight
-    mixed = alpha * colours()(weight[:, 0])[:, :3] + (1 - alpha) * GREY * 0.5
+    opacity = opacities(alpha, weight)
+    mixed = opacity * colours(cmap)(weight[:, 0])[:, :3] + (1 - opacity) * GREY * 0.5
     return ListedColormap(mixed, name="blended")
 
 
 def colour_bar(
-    figure: Figure, inches: tuple[float, float, float, float], limit: float, note: str
+    figure: Figure,
+    inches: tuple[float, float, float, float],
+    limit: float,
+    note: str,
+    *,
+    what: str = "attention per visual token",
+    cmap: str = COLOURS,
+    alpha: float = STRONGEST,
 ) -> None:
-    draw_bar(figure, inches, faded_colours(), limit, "attention per visual token", note)
+    draw_bar(figure, inches, faded_colours(cmap, alpha), limit, what, note)
 
 
 def draw_bar(

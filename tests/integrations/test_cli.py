@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ral_kernels as rk
-from ral_kernels import cli
+from ral_kernels import cli, viz
 from ral_kernels.runtime import backends, cuda_library
 
 pytest.importorskip("transformers")
@@ -20,7 +23,7 @@ from PIL import Image
 
 from benchmarks.harness.photographs import load, pan
 
-from . import tiny_checkpoint
+from . import films, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         frame.save(folder / "frames" / f"frame{number}.png")
     (folder / "frames" / "notes.txt").write_text("not a picture")
     (folder / "empty").mkdir()
+    (folder / "broken.mp4").write_bytes(b"no film at all" * 50)
     (folder / "broken.png").write_bytes(b"no picture at all")
     (folder / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
     return folder
@@ -60,6 +64,34 @@ def command(folder: Path, *images: str, **options: Any) -> list[str]:
 def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as picture:
         return picture.size
+
+
+def test_a_video(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the model's video path with --video, and as several images without."""
+    pytest.importorskip("av")
+    film = str(films.write(tmp_path / "film.mp4", films.steps(20, (84, 56))))
+    out = tmp_path / "map.npz"
+    words = command(folder, out=out)
+    words.remove(str(folder / "coffee.png"))
+    assert cli.main([*words, "--video", film, "--frames", "4"]) == 0
+    assert capsys.readouterr().out.split() == [str(out)]
+    made = viz.AttentionMap.load(out)
+    assert made.kinds == ("frame",) * 2 and made.times == pytest.approx((0.0, 1.3))
+    assert cli.main([*words, film, "--fps", "4"]) == 0
+    made = viz.AttentionMap.load(out)
+    assert made.kinds == ("frame",) * 8 and made.times[1] == pytest.approx(0.3)
+
+
+def test_a_page_and_layers(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, picture = tmp_path / "map.html", tmp_path / "map.png"
+    more = ["--layer", "all", "--heads", "--relative-to", "Describe the image."]
+    assert cli.main([*command(folder, out=page), *more]) == 0
+    assert cli.main([*command(folder, out=picture), *more[:3]]) == 0
+    layers = tmp_path / "map-layers.png"
+    assert capsys.readouterr().out.split() == [str(page), str(picture), str(layers)]
+    assert "Describe the image." in page.read_text() and size_of(layers)[0] > 500
 
 
 @pytest.mark.long
@@ -100,9 +132,9 @@ def test_a_folder_of_frames(
     shown: list[Any] = []
     original = cli._open
 
-    def opened(paths: Any) -> Any:
-        shown.extend(paths)
-        return original(paths)
+    def opened(path: Any, given: Any) -> Any:
+        shown.append(path)
+        return original(path, given)
 
     monkeypatch.setattr(cli, "_open", opened)
     out = tmp_path / "strip.png"
@@ -128,13 +160,20 @@ FAILING: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "no model folder": ({"model": "/no/such/folder"}, (), "there is no model folder /no/such"),
     "a folder without a model": ({"model": "{folder}/frames"}, (), "cannot load "),
     "no folder for the picture": ({"out": "/no/such/folder/map.png"}, (), "there is no folder"),
-    "an odd suffix": ({"out": "{folder}/map.txt"}, (), "--out must end in .png"),
+    "an odd suffix": (
+        {"out": "{folder}/map.txt"},
+        (),
+        "--out must end in .png, .jpg, .webp, .pdf, .svg, .html or .npz",
+    ),
     "a layer too many": ({"layer": 7}, (), "layers must lie in"),
     "a token too many": ({"tokens": "40"}, (), "--tokens must lie in 0-3"),
     "a percentile": ({"clip": 0}, (), "--clip must be a percentile"),
     "a device": ({"device": "abacus"}, (), "--device"),
     "an empty answer": ({"response": ""}, (), "at least one token"),
     "an attention": ({"attn": "abacus"}, (), "cannot load "),
+    "no video": ({"video": "/no/such/film.mp4"}, (), "there is no video file /no/such/film.mp4"),
+    "a broken video": ({"video": "{folder}/broken.mp4"}, (), "as a video: Invalid data"),
+    "two rates": ({"fps": 2, "frames": 3}, (), "--fps and --frames exclude each other"),
 }
 
 
@@ -159,6 +198,8 @@ def test_errors_are_one_line(name: str, folder: Path, capsys: pytest.CaptureFixt
         (["attention-map", "x.png", "--tokens", "one"], "numbers such as 0,3-7"),
         (["attention-map", "x.png", "--max-new-tokens", "0"], "at least 1"),
         (["attention-map", "x.png", "--granularity", "pixel"], "invalid choice"),
+        (["attention-map", "x.png", "--fps", "0"], "must be positive"),
+        (["attention-map", "x.png", "--layer", "some"], "invalid _layer value"),
         (["paint"], "invalid choice"),
     ],
 )
@@ -194,6 +235,17 @@ def test_a_bug_keeps_its_trace(folder: Path, monkeypatch: Any) -> None:
         cli.main(command(folder))
 
 
+def test_layers_and_media_that_exclude_each_other(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command(folder, layer="all"), "--layer", "1"]) == 2
+    assert "--layer all stands for every layer" in capsys.readouterr().err
+    words = command(folder)
+    words.remove(str(folder / "coffee.png"))
+    assert cli.main(words) == 2
+    assert "needs an IMAGE or a --video" in capsys.readouterr().err
+
+
 def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["backends"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -212,6 +264,27 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert set(found) == {"attention", "policy", "divergence", "policy_divergence"}
     assert "  cuda       skipped: its kernels have run on no GPU yet" in found["attention"]
     assert "  reference  yes" in found["attention"]
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a report of a bug needs, with py-cpuinfo and without."""
+    monkeypatch.setenv("RAL_CPU_ISA", "portable")
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ral_kernels"] == rk.__version__
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu_variant"] == "portable" or "not built" in found["cpu_variant"]
+    assert found["environment"]["RAL_CPU_ISA"] == "portable"
+    assert list(found["backends"]["attention"]) == ["cuda", "triton", "cpu", "reference"]
+    library = found["libraries"]["ral_cpu"]
+    if library["missing"] is None:
+        content = Path(library["path"]).read_bytes()
+        assert library["sha256"] == hashlib.sha256(content).hexdigest()
+    assert {"name", "family", "model"} <= set(found["cpu"])
+    monkeypatch.setitem(sys.modules, "cpuinfo", None)
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cpu"]["name"]
 
 
 def test_help_is_quick(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,32 @@ def test_pixels_are_limited(together: bool, count: int, grid: list[int]) -> None
     assert smaller <= 4 * 16 * count
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_few_grey_levels_from_torchvisions(count: int, together: bool) -> None:
+    """The same grids as transformers' own video processors, and pixels of their rounding."""
+    from transformers.utils.import_utils import is_torchvision_available
+
+    if not is_torchvision_available():
+        pytest.skip("torchvision is not installed")
+    from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+
+    side, own = (32, Qwen3VLVideoProcessor) if together else (28, Qwen2VLVideoProcessor)
+    size = {"shortest_edge": 4 * side**2, "longest_edge": 160 * side**2}
+    pixels = tiny_checkpoint.image_processor()
+    pixels.patch_size = side // 2
+    for height, width in ((200, 300), (400, 150), (61, 500)):
+        video = stacked(frames(count, height, width))
+        wanted = own(size=size, image_mean=pixels.image_mean, image_std=pixels.image_std)(
+            [video], return_tensors="pt", do_sample_frames=False
+        )
+        got = FrameProcessor(pixels, {"size": size}, all_frames=together)([video])
+        assert got["video_grid_thw"].tolist() == wanted["video_grid_thw"].tolist()
+        off = (got["pixel_values_videos"] - wanted["pixel_values_videos"]).abs()
+        levels = 255 * max(pixels.image_std) * off
+        assert float(levels.max()) < 6 and float(levels.mean()) < 0.3
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_equal_to_eager(family: str) -> None:
     """Grids are eager's attention at the placeholders of each step of time."""

@@ -269,5 +269,7 @@ def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_transformers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"capture: transformers >= .*pip install 'ral-kernels"):
+    with pytest.raises(
+        ImportError, match=r"capture: transformers >= .*pip install 'transformers>="
+    ):
         registration.check_transformers("capture")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,30 @@ def texts_and_axes(figure: Figure) -> tuple[list[Any], list[Any]]:
     return shown, [axes.get_window_extent(renderer) for axes in figure.axes]
 
 
+def parts_of(layers: int, heads: int, shape: tuple[int, int] = (4, 6)) -> AttentionMap:
+    maps = maps_of([shape], WORDS[:2])
+    generator = torch.Generator().manual_seed(1)
+    lead = (max(layers, 1), max(heads, 1), 2)
+    grid = torch.rand(*lead, *shape, generator=generator) / shape[0] / shape[1]
+    shares = grid.sum((-2, -1))
+    numbers = tuple(range(layers))
+    return replace(maps, parts=viz.Parts(numbers, heads, (grid,), shares[..., None], 1 - shares))
+
+
+def of_a_film(count: int) -> AttentionMap:
+    times = tuple(0.5 * number for number in range(count))
+    return replace(maps_of([(4, 6)] * count), kinds=("frame",) * count, times=times)
+
+
 FIGURES: dict[str, Any] = {
+    "layers": lambda: viz.layer_head_grid(parts_of(7, 0)),
+    "heads": lambda: viz.layer_head_grid(parts_of(0, 5), token=1),
+    "layers, many": lambda: viz.layer_head_grid(parts_of(45, 0, (2, 3))),
+    "layers and heads": lambda: viz.layer_head_grid(parts_of(3, 4)),
+    "layers and heads, many": lambda: viz.layer_head_grid(parts_of(9, 9)),
+    "layers and heads, tall": lambda: viz.layer_head_grid(parts_of(4, 16, (9, 3))),
+    "film strip of a video": lambda: viz.film_strip(of_a_film(11)),
+    "token by frame of a video": lambda: viz.token_frame(of_a_film(11)),
     "overlay": lambda: viz.overlay(maps_of(), 0, 8),
     "overlay, wide": lambda: viz.overlay(maps_of([(2, 20)])),
     "overlay, tall": lambda: viz.overlay(maps_of([(20, 3)]), 0, 2),
@@ -254,6 +278,74 @@ def test_the_film_strip_shows_shares() -> None:
         assert all(parts.percent(float(share)) in labels for share in shares)
 
 
+def pictures_in(axes: Any) -> Any:
+    return axes.images[0].get_array()
+
+
+def test_a_figure_into_axes_of_the_caller() -> None:
+    maps = replace(maps_of(), model="Tiny-VL")
+    figure = Figure()
+    axes = figure.add_subplot()
+    assert maps.figure(axes, token=1) is axes and len(figure.axes) == 1
+    assert axes.get_title(loc="left") == "cup: 70 % on this image\nlayer 0 of Tiny-VL"
+    own = maps.figure(token=1)
+    assert isinstance(own, Figure) and np.array_equal(pictures_in(own.axes[0]), pictures_in(axes))
+    with pytest.raises(ValueError, match="path must be None where ax is given"):
+        viz.overlay(maps, ax=axes, path="a.png")
+
+
+def test_colour_map_and_opacity() -> None:
+    """A grid of one value: alpha of its last colour over the grey picture, in any colour map."""
+    maps = replace(maps_of(), grids=(torch.ones(len(WORDS), 10, 15),))
+    for cmap, last in (("viridis", (253, 231, 37)), ("inferno", (252, 255, 164))):
+        for alpha in (0.1, 0.85, 1.0):
+            shown = pictures_in(maps.figure(cmap=cmap, alpha=alpha).axes[0])
+            wanted = [alpha * c + (1 - alpha) * parts.GREY * 120 for c in last]
+            assert np.abs(shown[100, 100].astype(float) - wanted).max() < 1.5
+    for options, message in (
+        ({"alpha": 0.0}, r"alpha must be in \(0, 1\]; got 0.0"),
+        ({"alpha": 1.5}, r"alpha must be in \(0, 1\]; got 1.5"),
+        ({"cmap": "abacus"}, "cmap must be a colour map of matplotlib; got 'abacus'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            maps.figure(**options)
+
+
+@pytest.mark.parametrize("figure", ["overlay", "token_grid", "film_strip", "token_frame"])
+def test_figures_name_layer_model_and_kind(figure: str) -> None:
+    """Unrelated pictures are images, and those of a video frames, with their seconds."""
+    maps = replace(maps_of([(4, 6)] * 3), model="Tiny-VL", relative="Describe it.")
+    made = getattr(viz, figure)(maps)
+    said = "\n".join(text.get_text() for text in made.findobj(Text))
+    assert "layer 0 of Tiny-VL, relative to “Describe it.”" in said
+    assert "image" in said and "frame" not in said and "second" not in said
+    film = getattr(viz, figure)(of_a_film(3))
+    said = "\n".join(text.get_text() for text in film.findobj(Text))
+    assert "frame" in said and "image" not in said
+    assert ("second" in said and "1.0" in said) == (figure in ("film_strip", "token_frame"))
+
+
+def test_small_multiples_show_their_layer_and_head() -> None:
+    """Each panel has its own grid; of many, the one array has it at the right place."""
+    for layers, heads in ((3, 4), (9, 9)):
+        maps = parts_of(layers, heads)
+        assert maps.parts is not None
+        own = torch.zeros_like(maps.parts.grids[0])
+        own[2, 1] = 1.0
+        maps = replace(maps, parts=replace(maps.parts, grids=(own,)))
+        figure = viz.layer_head_grid(maps)
+        if layers * heads <= 40:
+            light = [float(pictures_in(axes).mean()) for axes in figure.axes[:-1]]
+            assert int(np.argmax(light)) == 2 * heads + 1
+        else:
+            whole = np.asarray(pictures_in(figure.axes[0])).astype(float)
+            colourful = whole.max(-1) - whole.min(-1)
+            y, x = np.unravel_index(colourful.argmax(), colourful.shape)
+            assert (y * layers // len(whole), x * heads // whole.shape[1]) == (2, 1)
+    with pytest.raises(ValueError, match="maps must keep layers or heads"):
+        viz.layer_head_grid(maps_of())
+
+
 def test_bad_input() -> None:
     maps = maps_of()
     with pytest.raises(IndexError, match=r"image must be in \[0, 1\); got 1"):
@@ -272,7 +364,7 @@ def test_without_matplotlib_the_message_says_what_to_install(
     maps = maps_of()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for function in (viz.overlay, viz.token_grid, viz.film_strip, viz.token_frame):
-        with pytest.raises(ImportError, match=r"pip install ral-kernels\[viz\]"):
+        with pytest.raises(ImportError, match="pip install matplotlib pillow"):
             function(maps)
 
 

@@ -104,6 +104,27 @@ def test_policy(case: PolicyCase, dtype: torch.dtype, backend: str) -> None:
     check_case(case, dtype, backend)
 
 
+@pytest.mark.parametrize("num_spans", [0, 1, 32])
+def test_long_sums(num_spans: int, isa: str) -> None:
+    """Gradients that do not average out show what sums over many keys lose."""
+    spans = "equal" if num_spans else "none"
+    case = AttentionCase("", 4, 32768, head_dim=16, spans=spans, num_spans=num_spans)
+    inputs = PolicyCase(case, "first_half").inputs(torch.float32)
+    inputs.k.add_(1)
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        x = inputs.to(dtype).requires_grad_()
+        if not found:
+            p = attention_policy(x.q, x.k, backend="cpu", **x.options)
+        else:
+            p, _ = eager_policy(x)
+        found.append({"p": p, **gradients(p, x, random_like(p, 1) + 1)})
+    for name, got in found[0].items():
+        if name == "p" or num_spans != 1:  # the gradient of a constant is rounding alone
+            floor = floor_of(torch.float32) / 4
+            assert_accurate(name, got, found[1][name], found[2][name], floor, 0.0)
+
+
 # Small enough for finite differences (every input element costs two forwards).
 # fmt: off
 SMALL = (

@@ -15,7 +15,7 @@ from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
 from ral_kernels.ops.policy import divergence as divergence_module
 from ral_kernels.snapshot import AttentionSnapshot
-from tests.ops.accuracy import assert_accurate, assert_gradient_accurate
+from tests.ops.accuracy import assert_accurate, assert_gradient_accurate, floor_of
 from tests.ops.attention_cases import AttentionCase
 from tests.ops.policy_cases import (
     BY_NAME,
@@ -83,6 +83,34 @@ def check_case(
         assert_gradient_accurate(
             f"d{name}", grad, true_grads[name], baseline_grads[name], magnitude, condition
         )
+
+
+@pytest.mark.parametrize("separately", [False, True], ids=["loss", "divergence"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_sums(kind: str, separately: bool, isa: str) -> None:
+    """What sums over many keys lose, in the value and in the gradients."""
+    case = PolicyCase(AttentionCase("", 4, 32768, head_dim=16))
+    inputs = case.inputs(torch.float32)
+    inputs.k.add_(1)
+    old = inputs.to(torch.float32)
+    for tensor, seed in ((old.q, 5), (old.k, 6)):
+        tensor.add_(random_like(tensor, seed), alpha=0.5)
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        x, y = inputs.to(dtype).requires_grad_(), old.to(dtype)
+        if found:
+            value = eager_divergence(eager_policy(x)[0], eager_policy(y)[0], kind)
+        else:
+            call = (x.q, x.k, snapshot_of(y))
+            value = attention_divergence(*call, kind, backend="cpu")
+        sums = value.sum()
+        if not found and not separately:
+            ones = torch.ones(1)
+            sums = ral_loss(*call, ones, kind=kind, reduction="sum", backend="cpu")
+        found.append({"value": value, **gradients(sums, x, torch.tensor(1.0))})
+    for name, got in found[0].items():
+        floor = floor_of(torch.float32) / 4
+        assert_accurate(name, got, found[1][name], found[2][name], floor, 0.0)
 
 
 @pytest.mark.parametrize("case", TOKEN_CASES, ids=lambda case: case.name)

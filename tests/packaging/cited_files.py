@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIXES = (".py", ".h", ".cu", ".cpp", ".md")
-FOLDERS = ("benchmarks", "csrc", "docs", "examples", "ral", "ral_kernels", "tests", ".ci")
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "hub", "ral", "ral_kernels", "tests", ".ci")
 INCLUDED_FROM = ("csrc/cpu", "csrc/cuda", "csrc/include")
 # Written by builds and runs, so that a fresh clone lacks them.
 GENERATED = re.compile(r"^(build|dist|ral_kernels/lib|benchmarks/results/local)(/|$)|\.(so|whl)$")

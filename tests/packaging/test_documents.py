@@ -29,8 +29,14 @@ import pytest
 from . import cited_files
 
 ROOT = cited_files.ROOT
-RUN = ("README.md", "docs/figure3.md", "ral/README.md", "ral_kernels/integrations/README.md")
-DOCUMENTS = (*RUN, "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/gpu/README.md")
+QUICKSTART = "docs/quickstart.md"
+RUN = (
+    "README.md", QUICKSTART, "docs/install.md", "ral/README.md",
+    "ral_kernels/integrations/README.md",
+)  # fmt: skip
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+OTHERS = ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/gpu/README.md")
+DOCUMENTS = tuple(dict.fromkeys((*RUN, *PAGES, *OTHERS)))
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 # Commands beside python and make, which are looked up in the tree.
@@ -88,15 +94,30 @@ def test_every_block_names_its_language(document: str) -> None:
 
 
 @pytest.mark.parametrize("document", RUN)
-def test_python_blocks_run_and_print_what_is_shown(document: str) -> None:
+def test_python_blocks_compile(document: str) -> None:
+    for block in blocks(document):
+        if block.language == "python":
+            compile(block.text, block.name, "exec")
+
+
+slow = pytest.mark.slow(stands_in="test_python_blocks_compile")  # it loads transformers, trains
+
+
+@pytest.mark.parametrize(
+    "document", [pytest.param(name, marks=slow if name == QUICKSTART else ()) for name in RUN]
+)
+def test_python_blocks_run_and_print_what_is_shown(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where blocks write their pictures
     names: dict[str, Any] = {}
     found = blocks(document)
     for index, block in enumerate(found):
         if block.language != "python":
             continue
-        code = compile(block.text, block.name, "exec")
         if block.not_run is not None:
             continue
+        code = compile(block.text, block.name, "exec")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, names)
@@ -104,6 +125,16 @@ def test_python_blocks_run_and_print_what_is_shown(document: str) -> None:
         gap = after is not None and after.line - block.line - block.text.count("\n") == 3
         shown = after.text if after and after.language == "text" and gap else ""
         compare(printed.getvalue(), shown, block.name)
+    compare_pictures(tmp_path, ROOT / "docs" / "pictures")
+
+
+def compare_pictures(made: Path, shown: Path) -> None:
+    """A document shows what its blocks write: pictures of the same name and the same size."""
+    from PIL import Image
+
+    for path in made.glob("*.png"):
+        with Image.open(path) as new, Image.open(shown / path.name) as old:
+            assert new.size == old.size, f"{path.name} is {new.size}, the document's {old.size}"
 
 
 def compare(printed: str, shown: str, name: str) -> None:
@@ -209,6 +240,14 @@ def make_targets() -> set[str]:
 
 def after(words: list[str], option: str) -> str:
     return words[words.index(option) + 1]
+
+
+def test_nothing_advises_an_index_that_does_not_have_the_package() -> None:
+    advice = re.compile(r"\bral-kernels\[")
+    files = {*cited_files.files()} - {Path(__file__)}
+    assert ROOT / "ral_kernels" / "cli.py" in files
+    guilty = [path for path in files if advice.search(path.read_text())]
+    assert guilty == []
 
 
 def test_a_missing_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

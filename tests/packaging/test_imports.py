@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import importlib
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +21,8 @@ ROOT = import_arrows.ROOT
 PACKAGE = ROOT / "ral_kernels"
 # What a user of the package may import, and hence `ral`: the names in `__all__` of each.
 ENTRY_POINTS = ("ral_kernels", "ral_kernels.integrations.transformers", "ral_kernels.viz")
-# The package itself, which imports all rooms, and the command line, which is a user of it.
-MAY_IMPORT_THE_FRONT_DOOR = ("ral_kernels.cli", "ral_kernels.__main__")
+# The package itself, which imports all rooms, and its users: the command line and what it prints.
+MAY_IMPORT_THE_FRONT_DOOR = ("ral_kernels.cli", "ral_kernels.info", "ral_kernels.__main__")
 
 
 def test_rooms_form_no_cycle() -> None:
@@ -86,3 +92,87 @@ def _imported(tree: ast.AST) -> Iterator[tuple[str, str | tuple[str, str]]]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 yield node.module, alias.name
+
+
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None  # importing it raises
+import ral_kernels as rk
+names = ["attention_map", "capture", "spans_for", "steer"]
+assert set(names) <= set(dir(rk))
+for name in names:
+    try:
+        getattr(rk, name)(None, None, None, None)
+    except Exception as error:
+        print(name, type(error).__name__, error)
+"""
+
+
+def test_names_that_need_transformers_say_so() -> None:
+    """`spans_for` works without it, on what processors return."""
+    command = [sys.executable, "-c", WITHOUT_TRANSFORMERS]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    advice = "transformers >= 4.57 must be installed (pip install 'transformers>=4.57'); it is not"
+    said = dict(line.split(" ", 1) for line in printed.splitlines())
+    assert "TypeError" in said.pop("spans_for")
+    assert said == {x: f"ImportError {x}: {advice}" for x in ("attention_map", "capture", "steer")}
+
+
+TWICE = """
+import importlib.util, sys, torch
+
+def load(name, folder):
+    spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+import ral_kernels
+(folder, name), = [sys.argv[1:]]
+copies = [ral_kernels, load(name, folder), load("ral-kernels", "ral_kernels")]
+q = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+found = []
+for rk in copies:
+    compiled = torch.compile(rk.attention, backend="aot_eager", fullgraph=True)
+    out = [attend(q, q, q, rk.Spans.from_lengths([3, 5])) for attend in (rk.attention, compiled)]
+    gradients = [torch.autograd.grad(x.marginals[..., 0].sum(), q)[0] for x in out]
+    found.append([out[0].marginals, out[1].marginals, *gradients])
+for tensors in found:
+    for x, wanted in zip(tensors, found[0]):
+        assert torch.equal(x, wanted)
+spaces = ["ral", name, "ral_kernels"]
+ops = [getattr(torch.ops, space).attention_fwd.default for space in spaces]
+assert len(set(ops)) == 3
+from transformers.modeling_utils import AttentionInterface
+attend = AttentionInterface()["ral"]
+assert attend.__module__.startswith("ral_kernels."), attend.__module__
+"""
+
+
+@pytest.mark.slow(stands_in="test_imports_inside_the_package_are_relative")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="hub.layout needs Python 3.11")
+def test_copies_of_the_package_live_in_one_process(tmp_path: Path) -> None:
+    """As the Hub's `kernels` loads them: from a path, under the name that the metadata says."""
+    from hub import layout
+
+    folder, other = layout.lay_out(tmp_path / "hub")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert re.fullmatch(r"_ral_kernels_cpu_[0-9a-f]{7}", metadata["id"])
+    assert other.name == "torch-cuda"
+    for name, digest in metadata["digest"]["files"].items():
+        found = hashlib.sha256((folder / name).read_bytes()).digest()
+        assert base64.b64decode(digest) == found
+    result = subprocess.run(
+        [sys.executable, "-c", TWICE, str(folder), metadata["id"]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_imports_inside_the_package_are_relative() -> None:
+    """An absolute one would take the names of another copy."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        modules = {name for name, _ in _imported(ast.parse(path.read_text()))}
+        assert not any(x.partition(".")[0] == PACKAGE.name for x in modules), path

@@ -152,7 +152,7 @@ def test_pip_does_not_take_a_wheel_without_the_libraries_for_later(tree):
 @pytest.mark.slow(stands_in="test_pip_does_not_take_a_wheel_without_the_libraries_for_later")
 def test_pip_builds_again_once_there_is_a_compiler(tree):
     """By name and from an archive, as from an index: pip keeps the wheels of those."""
-    for name in ("CHANGELOG.md", "CITATION.cff"):
+    for name in ("CHANGELOG.md", "CITATION.cff", "SECURITY.md"):
         shutil.copy(ROOT / name, tree.path / name)
     assert tree.setup("sdist").returncode == 0
     (archive,) = (tree.path / "dist").glob("*.tar.gz")

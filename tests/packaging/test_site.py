@@ -100,11 +100,20 @@ def test_a_wrong_quote_is_seen() -> None:
 
 def read_variables(path: Path) -> set[str]:
     """Environment variables that a file of the tree names as such."""
+    source = path.read_text()
+    if "RAL_" not in source:
+        return set()
     if path.suffix == ".py":
-        tree = ast.parse(path.read_text())
-        constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-        return {text for text in constants if isinstance(text, str) and VARIABLE.fullmatch(text)}
-    return set(re.findall(r"(?<![\w-])(?<!-D)(RAL_[A-Z0-9_]+)=", path.read_text()))
+        tree = ast.parse(source)
+        nodes = list(ast.walk(tree))
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        calls = (node for node in nodes if isinstance(node, ast.Call))
+        kept = {  # names in CMake's cache, which setup.py reads
+            argument.value for call in calls for argument in call.args
+            if ast.unparse(call.func) == "cached" and isinstance(argument, ast.Constant)
+        }  # fmt: skip
+        return {x for x in texts - kept if isinstance(x, str) and VARIABLE.fullmatch(x)}
+    return set(re.findall(r"(?<![\w-])(?<!-D)(RAL_[A-Z0-9_]+)=", source))
 
 
 def test_every_environment_variable_is_in_the_table() -> None:
@@ -151,11 +160,20 @@ def test_without_a_repository_the_text_of_a_link_stands_alone() -> None:
 def test_every_document_is_a_page() -> None:
     """Or generated, or a subject of one folder."""
     named = {path.relative_to(ROOT).as_posix() for path in cited_files.files()}
-    documents = {name for name in named if name.endswith(".md") and not name.startswith("docs/")}
+    documents = {n for n in named if n.endswith(".md") and not n.startswith(("docs/", "."))}
     assert documents - set(hook.INCLUDED) <= {"SECURITY.md", "examples/README.md"}
     nav = (ROOT / "mkdocs.yml").read_text()
     pages = {*hook.INCLUDED.values(), *(path.name for path in (ROOT / "docs").glob("*.md"))}
     assert {page for page in pages if f": {page}\n" not in nav} == set()
+
+
+def test_the_table_of_settings_has_each_with_its_default() -> None:
+    config = ast.parse((ROOT / "ral" / "config.py").read_text())
+    named = [x.target.id for x in ast.walk(config)
+             if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]  # fmt: skip
+    rows = hook.settings().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == named and len(named) > 20
+    assert next(row for row in rows if "`attn_coef`" in row).startswith("| `attn_coef` | `1.0` | λ")
 
 
 # -- the site -------------------------------------------------------------------------------------
@@ -213,7 +231,7 @@ def test_every_page_in_a_browser(site: Path, address: str, browser_page: Any) ->
     assert len(pages) > 25
     ids, links, wrong = {}, {}, []
     for page in pages:
-        browser_page.goto(f"{address}/{page}", wait_until="load")
+        browser_page.goto(f"{address}/{page}", wait_until="networkidle")
         browser_page.evaluate("for (const x of document.images) x.loading = 'eager'")
         browser_page.wait_for_function("[...document.images].every(x => x.complete)")
         seen = browser_page.evaluate(LOOK)

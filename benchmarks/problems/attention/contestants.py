@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ral_kernels as rk
 from ral_kernels.runtime import cuda_library
+from ral_kernels.runtime.backends import BackendName
 
 from ...harness.layouts import FRAME_TOKENS, LABELS, spans_of
 from ...harness.objective import Contestant
@@ -29,7 +30,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 CHUNK_ROWS = 256
 
 
-def ral(problem: AttentionProblem, *, backend: str | None = None) -> Attend:
+def ral(problem: AttentionProblem, *, backend: BackendName | None = None) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         result = rk.attention(q, k, v, problem.spans, is_causal=True, backend=backend)
         return result.out, result.marginals
@@ -37,7 +38,7 @@ def ral(problem: AttentionProblem, *, backend: str | None = None) -> Attend:
     return attend
 
 
-def ral_plain(problem: AttentionProblem, *, backend: str | None = None) -> Attend:
+def ral_plain(problem: AttentionProblem, *, backend: BackendName | None = None) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         return rk.attention(q, k, v, is_causal=True, backend=backend).out, None
 

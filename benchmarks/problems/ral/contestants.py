@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ral_kernels.ops.divergence import divergence
 from ral_kernels.ops.policy import attention_policy, ral_loss
+from ral_kernels.runtime.backends import BackendName
 from ral_kernels.snapshot import AttentionSnapshot
 
 from ...harness.objective import Contestant
@@ -28,7 +29,7 @@ Loss = Callable[[Tensor, Tensor], "tuple[Tensor]"]
 TINY = torch.finfo(torch.float32).tiny
 
 
-def ral(problem: RalProblem, *, backend: str | None = None) -> Loss:
+def ral(problem: RalProblem, *, backend: BackendName | None = None) -> Loss:
     """The streaming loss, at the first comparison with a snapshot."""
     snapshot = AttentionSnapshot(problem.reference_q, problem.reference_k)
 

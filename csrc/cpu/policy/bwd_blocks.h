@@ -28,7 +28,7 @@ struct StreamScratch {
   float* weights;   // [total_panels][kChunkKeys][kWidth]
   float* slope;     // likewise, or null without softcap
   float* gradient;  // [kChunkKeys][rows]
-  float* moment;    // [total_panels][kWidth]
+  float* moment;    // sums of [total_panels][kWidth]
   float* share;
 };
 
@@ -132,8 +132,11 @@ class PolicyGradientBlocks {
       if (common_.span_ids) load_span_gradient(block, index);
       sum_moments(index / blocks, index, scratch, scratch.moment, scratch.share);
     } else {
+      const int64_t columns = policy.columns_size();
       policy.load_columns(block, source_.u, 0.f, scratch.moment);
       policy.load_columns(block, source_.w, 0.f, scratch.share);
+      memset(scratch.moment + columns, 0, columns * sizeof(float));
+      memset(scratch.share + columns, 0, columns * sizeof(float));
     }
     finish_moments(index, scratch.moment, scratch.share);
     if (dspan_bias_) {
@@ -303,7 +306,8 @@ class PolicyGradientBlocks {
     }
   }
 
-  // Forms scale = w / (Z H), center = c, and delta_h of every column.
+  // Forms scale = w / (Z H), center = c, and delta_h of every column. Where l is far from 0, as in
+  // a table, the difference in delta_h needs what the sums lost.
   void finish_moments(int64_t index, const float* moment, const float* share) const {
     const TokenBlock& block = own_tokens(index);
     float* scale = block_floats(index, block_layout_.scale);
@@ -311,6 +315,7 @@ class PolicyGradientBlocks {
     float* delta = block_floats(index, block_layout_.delta);
     const float* inverse = block_floats(index, block_layout_.inverse);
     const float* reference_inverse = block_floats(index, block_layout_.reference_inverse);
+    const int64_t columns_size = policy.columns_size();
     for (int64_t i = 0; i < policy.rows; ++i) {
       float weight = i < block.count ? 1.f : 0.f;
       if (compares && i < block.count) {
@@ -329,7 +334,9 @@ class PolicyGradientBlocks {
     }
     for (int64_t c = 0; c < policy.columns_size(); ++c) {
       const int64_t i = policy.row_of_column(c);
-      delta[c] = scale[i] == 0.f ? 0.f : scale[i] * (moment[c] - center[i] * share[c]);
+      const double u = double{moment[c]} + double{moment[columns_size + c]};
+      const double w = double{share[c]} + double{share[columns_size + c]};
+      delta[c] = scale[i] == 0.f ? 0.f : scale[i] * static_cast<float>(u - center[i] * w);
     }
   }
 
@@ -358,8 +365,8 @@ class PolicyGradientBlocks {
     b.queries = b.add(policy.queries_size());
     b.query_rows = b.add(policy.side.num_kv_heads * column_steps * padded_k);
     b.reference_queries = b.add(compares ? reference.queries_size() : 0);
-    b.norm = b.add(2 * columns);
-    b.reference_norm = b.add(compares ? 2 * reference.columns_size() : 0);
+    b.norm = b.add(3 * columns);  // the sums' own loss is the third
+    b.reference_norm = b.add(compares ? 3 * reference.columns_size() : 0);
     b.delta = b.add(columns);
     b.center = b.add(rows);
     b.scale = b.add(rows);
@@ -434,8 +441,8 @@ class PolicyGradientBlocks {
   void sum_moments(int64_t slot, int64_t index, const StreamScratch& scratch, float* moment,
                    float* share) const {
     const TokenBlock& block = own_tokens(index);
-    memset(moment, 0, policy.columns_size() * sizeof(float));
-    memset(share, 0, policy.columns_size() * sizeof(float));
+    memset(moment, 0, 2 * policy.columns_size() * sizeof(float));
+    memset(share, 0, 2 * policy.columns_size() * sizeof(float));
     const GroupRange visible = visible_groups(block, GroupRange{0, policy.groups});
     for (int64_t begin = visible.begin; begin < visible.end; begin += kChunkGroups) {
       const GroupRange chunk{

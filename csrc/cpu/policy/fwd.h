@@ -76,17 +76,17 @@ class PolicyForward {
     s.queries = s.add(policy_.queries_size());
     s.reference_queries = s.add(compares_ ? reference_.queries_size() : 0);
     s.bias = s.add(policy_.bias_size());
-    s.norm = s.add(2 * columns);
-    s.reference_norm = s.add(2 * reference_columns);
-    s.valid = s.add(longest);
+    s.norm = s.add(3 * columns);  // the sums' own loss is the third
+    s.reference_norm = s.add(3 * reference_columns);
+    s.valid = s.add(2 * longest);
     s.z = s.add(policy_.rows);
     s.reference_z = s.add(policy_.rows);
     s.mean = s.add(kChunkKeys * policy_.rows);
     s.reference_mean = s.add(kChunkKeys * policy_.rows);
     s.weights = s.add(compares_ ? policy_.total_panels * kChunkKeys * kWidth : 0);
-    s.moment = s.add(compares_ ? columns : 0);
-    s.total = s.add(policy_.rows);
-    s.span_sums = s.add(common_.span_ids ? policy_.padded_spans * policy_.rows : 0);
+    s.moment = s.add(compares_ ? 2 * columns : 0);
+    s.total = s.add(2 * policy_.rows);
+    s.span_sums = s.add(common_.span_ids ? (policy_.padded_spans + 2) * policy_.rows : 0);
   }
 
   static void pack_task(void* self, int64_t task, int worker) {
@@ -160,9 +160,10 @@ class PolicyForward {
     invert(policy_, floats(s.z), inverse);
     if (compares_) invert(reference_, floats(s.reference_z), reference_inverse);
     if (p) start_policy(block, floats(s.span_sums));
+    int32_t span = -1;  // of the last key that is in one
     if (compares_) {
-      memset(floats(s.total), 0, policy_.rows * sizeof(float));
-      memset(floats(s.moment), 0, policy_.columns_size() * sizeof(float));
+      memset(floats(s.total), 0, 2 * policy_.rows * sizeof(float));
+      memset(floats(s.moment), 0, 2 * policy_.columns_size() * sizeof(float));
     }
 
     GroupRange visible = visible_groups(block, GroupRange{0, policy_.groups});
@@ -182,7 +183,7 @@ class PolicyForward {
       chunk_weights(policy_, block, own, chunk, floats(s.mean),
                     compares_ ? floats(s.weights) : nullptr, nullptr);
       renormalise(block, common_, chunk, policy_.rows, inverse, floats(s.mean));
-      if (p) add_policy(block, chunk, floats(s.mean), floats(s.span_sums), floats(s.stage));
+      if (p) add_policy(block, chunk, floats(s.mean), floats(s.span_sums), &span, floats(s.stage));
       if (!compares_) continue;
       chunk_weights(reference_, reference_block, other, chunk, floats(s.reference_mean), nullptr,
                     nullptr);
@@ -192,7 +193,10 @@ class PolicyForward {
       add_moments(policy_, block, chunk, floats(s.weights), floats(s.reference_mean),
                   floats(s.moment), nullptr);
     }
-    if (p && common_.span_ids) finish_spans(block, floats(s.span_sums), floats(s.stage));
+    if (p && common_.span_ids) {
+      close_span(span, floats(s.span_sums));
+      finish_spans(block, floats(s.span_sums), floats(s.stage));
+    }
     if (compares_)
       write_divergence(block, floats(s.total), floats(s.moment), inverse, reference_inverse);
   }
@@ -211,7 +215,7 @@ class PolicyForward {
 
   void start_policy(const TokenBlock& block, float* span_sums) const {
     if (common_.span_ids) {
-      memset(span_sums, 0, policy_.padded_spans * policy_.rows * sizeof(float));
+      memset(span_sums, 0, (policy_.padded_spans + 2) * policy_.rows * sizeof(float));
       return;
     }
     for (int64_t i = 0; i < block.count; ++i) {
@@ -219,8 +223,10 @@ class PolicyForward {
     }
   }
 
+  // Successive keys of one span are summed by themselves, after all spans in `span_sums`, and added
+  // to the span where another one begins.
   void add_policy(const TokenBlock& block, GroupRange chunk, const float* mean, float* span_sums,
-                  float* stage) const {
+                  int32_t* span, float* stage) const {
     const int64_t first = chunk.begin * kTileRows;
     int64_t count = (chunk.end - chunk.begin) * kTileRows;
     if (first + count > common_.seqlen_k) count = common_.seqlen_k - first;
@@ -236,11 +242,21 @@ class PolicyForward {
     const int32_t* ids = common_.span_ids + block.batch * common_.span_ids_stride_b + first;
     for (int64_t key = 0; key < count; ++key) {
       if (ids[key] < 0) continue;
-      float* to = span_sums + ids[key] * policy_.rows;
+      if (ids[key] != *span) close_span(*span, span_sums);
+      *span = ids[key];
+      float* sum = span_sums + policy_.padded_spans * policy_.rows;
       for (int64_t i = 0; i < policy_.rows; i += kLanes) {
-        store(to + i, load(to + i) + load(mean + key * policy_.rows + i));
+        add_to_sum(sum + i, sum + policy_.rows + i, load(mean + key * policy_.rows + i));
       }
     }
+  }
+
+  void close_span(int32_t span, float* span_sums) const {
+    if (span < 0) return;
+    float* sum = span_sums + policy_.padded_spans * policy_.rows;
+    settle(sum, policy_.rows);
+    for (int64_t i = 0; i < policy_.rows; ++i) span_sums[span * policy_.rows + i] += sum[i];
+    memset(sum, 0, policy_.rows * sizeof(float));
   }
 
   void finish_spans(const TokenBlock& block, const float* span_sums, float* stage) const {

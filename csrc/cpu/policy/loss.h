@@ -39,9 +39,9 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     const int64_t cache_size = chunks_ * (kChunkKeys + 1) * (columns + other);
     caches_ = policy_.side.softcap <= 0 && cache_size * threads * int64_t{4} <= kCacheBytes;
     this->reserve_scratch();
-    extra_.valid = extra_.add(columns > other ? columns : other);
+    extra_.valid = extra_.add(2 * (columns > other ? columns : other));
     extra_.z = extra_.add(policy_.rows);
-    extra_.total = extra_.add(policy_.rows);
+    extra_.total = extra_.add(2 * policy_.rows);
     extra_.l = extra_.add(chunks_ * kChunkKeys * policy_.rows);
     extra_.weights = extra_.add(caches_ ? chunks_ * kChunkKeys * columns : 0);
     extra_.stabilisers = extra_.add(caches_ ? chunks_ * columns : 0);
@@ -136,8 +136,8 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
   void compare(int64_t slot, int64_t index, const StreamScratch& scratch, int worker) {
     const TokenBlock& block = blocks_.own_tokens(index);
     float* total = extra(worker, extra_.total);
-    memset(total, 0, policy_.rows * sizeof(float));
-    memset(scratch.moment, 0, policy_.columns_size() * sizeof(float));
+    memset(total, 0, 2 * policy_.rows * sizeof(float));
+    memset(scratch.moment, 0, 2 * policy_.columns_size() * sizeof(float));
     for (int64_t i = 0; i < chunks_; ++i) {
       const GroupRange chunk = chunk_groups(i);
       if (!blocks_.sees(index, chunk)) continue;

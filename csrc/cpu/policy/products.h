@@ -44,8 +44,8 @@ class PolicyProducts {
     s.weights = s.add(weights);
     s.slope = s.add(capped() ? weights : 0);
     s.gradient = s.add(kChunkKeys * rows);
-    s.moment = s.add(policy_.columns_size());
-    s.share = s.add(policy_.columns_size());
+    s.moment = s.add(2 * policy_.columns_size());
+    s.share = s.add(2 * policy_.columns_size());
     s.ds_rows = s.add(kv_heads * kBlockKeys * blocks_.column_steps);
     // With one number per element both forms of dS are the same.
     s.ds_pairs = Compute::kPair == 1

@@ -72,6 +72,22 @@ inline GroupRange visible_groups(const TokenBlock& block, GroupRange within) {
   return groups_of_keys(block.some_first, block.some_last, within);
 }
 
+// A sum over many keys: `to` += x. What rounding takes goes to `lost`, because one chunk after the
+// other would round a sum over 32k keys 700 times. settle() adds both.
+RAL_INLINE void add_to_sum(float* to, float* lost, Vec x) {
+  const Vec before = load(to), after = before + x, added = after - before;
+  store(to, after);
+  store(lost, load(lost) + ((before - (after - added)) + (x - added)));
+}
+// sums: [2][size], the sums and what they lost. An infinite sum has lost NaN and stays as it is.
+inline void settle(float* sums, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float whole = sums[i] + sums[size + i];
+    if (whole == whole) sums[i] = whole;
+    sums[size + i] = 0.f;
+  }
+}
+
 // Views successive rows of V vectors as a tile.
 template <int V>
 RAL_INLINE Vec (&tile_at(float* rows))
@@ -118,16 +134,16 @@ RAL_NOINLINE void score_chunk(const PolicySide<Compute, V>& side, const TokenBlo
 }
 
 // Row sums of exp(score), split into valid and other keys, by an online softmax over whole chunks.
-// stabiliser, valid, other: [total_panels][kWidth], all written.
+// stabiliser: [total_panels][kWidth]; valid, other: sums of as many; all written.
 template <class Compute, int V>
 void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, const SideBlock& in,
                  float* stabiliser, float* valid, float* other, const WeightCache& cache) {
   constexpr int64_t kWidth = V * kLanes;
   alignas(64) float scores[kChunkKeys * kWidth];  // of one panel
-  for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
-    stabiliser[i] = kEmptyRow;
-    valid[i] = other[i] = 0.f;
-  }
+  const int64_t columns = side.columns_size();
+  for (int64_t i = 0; i < columns; ++i) stabiliser[i] = kEmptyRow;
+  memset(valid, 0, 2 * columns * sizeof(float));
+  memset(other, 0, 2 * columns * sizeof(float));
   GroupValidity validity(side.common, block);
   const GroupRange visible = visible_groups(block, GroupRange{0, side.groups});
   for (int64_t i = visible.begin / kChunkGroups; i * kChunkGroups < visible.end; ++i) {
@@ -145,9 +161,11 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
         m[v] = load(top + v * kLanes);
         const Vec rescale = exp2(load(stabiliser + c) - m[v]);
         store(stabiliser + c, m[v]);
-        if (cache.weights) store(cache.stabilisers + i * side.columns_size() + c, m[v]);
-        store(valid + c, load(valid + c) * rescale);
-        store(other + c, load(other + c) * rescale);
+        if (cache.weights) store(cache.stabilisers + i * columns + c, m[v]);
+        for (int64_t at = c; at < 2 * columns; at += columns) {
+          store(valid + at, load(valid + at) * rescale);
+          store(other + at, load(other + at) * rescale);
+        }
         sum[v] = left_out[v] = Vec{};
       }
       for (int64_t group = begin; group < end; ++group) {
@@ -184,10 +202,9 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
         }
       }
       RAL_UNROLL for (int v = 0; v < V; ++v) {
-        // A chunk is summed by itself: added one by one, 8k keys would round the sum 1,400 times.
         const int64_t c = panel * kWidth + v * kLanes;
-        store(valid + c, load(valid + c) + sum[v]);
-        store(other + c, load(other + c) + left_out[v]);
+        add_to_sum(valid + c, valid + columns + c, sum[v]);
+        add_to_sum(other + c, other + columns + c, left_out[v]);
       }
     }
   }
@@ -199,6 +216,8 @@ template <class Compute, int V>
 void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* valid, float* other,
                  float* z) {
   constexpr int64_t kWidth = V * kLanes;
+  settle(valid, side.columns_size());
+  settle(other, side.columns_size());
   for (int64_t i = 0; i < side.rows; ++i) z[i] = 0.f;
   for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
     const int64_t panel = i / kWidth;
@@ -334,14 +353,14 @@ inline void renormalise(const TokenBlock& block, const ral_policy_common& common
   }
 }
 
-// u[c] += sum over the chunk's keys of weights * l. w[c] += sum of the weights on valid keys. l is
-// 0 on keys that do not count. w may be null.
+// u[c] += sum over the chunk's keys of weights * l. w[c] += sum of the weights on valid keys. Both
+// are sums to settle. l is 0 on keys that do not count. w may be null.
 template <class Compute, int V>
 void add_moments(const PolicySide<Compute, V>& side, const TokenBlock& block, GroupRange chunk,
                  const float* weights, const float* l, float* u, float* w) {
   constexpr int64_t kWidth = V * kLanes;
   GroupValidity validity(side.common, block);
-  const int64_t keys = (chunk.end - chunk.begin) * kTileRows;
+  const int64_t keys = (chunk.end - chunk.begin) * kTileRows, columns = side.columns_size();
   for (int64_t panel = 0; panel < side.total_panels; ++panel) {
     for (int v = 0; v < V; ++v) {
       const int64_t sub = (panel % side.panels * V + v) % side.sub_blocks;
@@ -351,7 +370,7 @@ void add_moments(const PolicySide<Compute, V>& side, const TokenBlock& block, Gr
         moment += load(from + key * kWidth) * load(l + key * side.rows + sub * kLanes);
       }
       float* to = u + panel * kWidth + v * kLanes;
-      store(to, load(to) + moment);
+      add_to_sum(to, to + columns, moment);
       if (!w) continue;
       for (int64_t key = 0; key < keys; ++key) {
         const int r = static_cast<int>(key % kTileRows);
@@ -359,12 +378,13 @@ void add_moments(const PolicySide<Compute, V>& side, const TokenBlock& block, Gr
         share += select(validity.lanes(r, sub), load(from + key * kWidth), Vec{});
       }
       float* share_to = w + panel * kWidth + v * kLanes;
-      store(share_to, load(share_to) + share);
+      add_to_sum(share_to, share_to + columns, share);
     }
   }
 }
 
-// Reads p and r of a chunk, writes l in place of r, and adds the divergence's terms to `value`.
+// Reads p and r of a chunk, writes l in place of r, and adds the divergence's terms to the sums
+// `value`, which may be null.
 // Rows of infinite divergence keep their infinity in `value`.
 inline void divergence_terms(int32_t kind, int64_t count, int64_t rows, const float* p, float* r,
                              float* value) {
@@ -376,15 +396,18 @@ inline void divergence_terms(int32_t kind, int64_t count, int64_t rows, const fl
       sum += term.value;
       store(r + at, term.gradient);
     }
-    if (value) store(value + i, load(value + i) + sum);
+    if (value) add_to_sum(value + i, value + rows + i, sum);
   }
 }
 
-// Settles the rows that have no gradient. Where one side has no valid key (inverse 0) there is
-// nothing to compare. Where the divergence is infinite, a moment of +inf tells the backward.
+// Settles the sums, and the rows that have no gradient. Where one side has no valid key (inverse 0)
+// there is nothing to compare. Where the divergence is infinite, a moment of +inf tells the
+// backward.
 template <class Side>
 void finish_divergence(const Side& side, const float* inverse, const float* reference_inverse,
                        float* total, float* moment) {
+  settle(total, side.rows);
+  settle(moment, side.columns_size());
   for (int64_t i = 0; i < side.rows; ++i) {
     if (inverse[i] == 0.f || reference_inverse[i] == 0.f) total[i] = 0.f;
   }

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...ops.divergence.arguments import Kind
 from ...runtime import checks
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
@@ -71,7 +72,7 @@ class CapturedForward:
     def divergence(
         self,
         reference: Tensor | AttentionSnapshot,
-        kind: str = "jsd",
+        kind: Kind = "jsd",
         *,
         layer: int | None = None,
         **options: Any,

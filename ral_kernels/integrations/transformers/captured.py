@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...ops.attention import attention
+from ...ops.divergence.arguments import Kind
 from ...ops.policy import attention_divergence, attention_policy, ral_loss
+from ...ops.policy.loss import Reduction
 from ...runtime import checks
+from ...runtime.backends import BackendName
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
 from .tap import Call
@@ -88,7 +91,7 @@ class CapturedLayer:
         scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> Tensor:
         """The layer's attention policy: `attention_policy` of its q and k.
 
@@ -116,14 +119,14 @@ class CapturedLayer:
     def divergence(
         self,
         reference: Tensor | AttentionSnapshot,
-        kind: str = "jsd",
+        kind: Kind = "jsd",
         *,
         rows: slice | tuple[int, int] | None = None,
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> Tensor:
         """How far the layer's policy is from `reference`: `attention_divergence`, float32 [B, T].
 
@@ -140,14 +143,14 @@ class CapturedLayer:
         advantages: Tensor,
         mask: Tensor | None = None,
         *,
-        kind: str = "jsd",
-        reduction: str = "token_mean",
+        kind: Kind = "jsd",
+        reduction: Reduction = "token_mean",
         rows: slice | tuple[int, int] | None = None,
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
         steered: bool = True,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> Tensor:
         """The RAL objective of the layer's policy: `ral_loss`, a float32 scalar.
 
@@ -185,9 +188,9 @@ class CapturedLayer:
         *,
         rows: slice | tuple[int, int] | None = None,
         spans: Spans | None = None,
-        head_reduction: str | None = None,
+        head_reduction: Literal["mean"] | None = None,
         steered: bool = True,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> Tensor:
         """The attention of each head on each span: the marginals of `attention`.
 
@@ -216,11 +219,9 @@ class CapturedLayer:
                 arguments["key_padding_mask"] = arguments["key_padding_mask"][:, :keys]
             arguments["rows"] = None
         values = k[..., :1].detach()  # `out` is not used, so values are one column
-        marginals = attention(
+        return attention(
             q, k, values, head_reduction=head_reduction, backend=backend, **arguments
         ).marginals
-        assert marginals is not None
-        return marginals
 
     # -- inside ----------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ def check_transformers(user: str) -> None:
     except ImportError as error:
         raise ImportError(
             f"{user}: transformers >= {wanted} must be installed (pip install "
-            "'ral-kernels[transformers]'); it is not"
+            f"'transformers>={wanted}'); it is not"
         ) from error
     version = transformers.__version__
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

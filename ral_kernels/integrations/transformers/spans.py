@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import dtype_name, is_int
-from ...spans import Spans, check_granularity, number_tokens
+from ...spans import Granularity, Spans, check_granularity, number_tokens
 from .layouts import NAME, Item, Items, Size, View, read_items, source_of
 
 
@@ -113,7 +113,7 @@ class VisionSpans:
 def spans_for(
     processor_or_model_config: Any,
     inputs: Mapping[str, Any],
-    granularity: str = "frame",
+    granularity: Granularity = "frame",
     *,
     tile: tuple[int, int] | None = None,
     text: bool = False,

@@ -13,8 +13,8 @@ class FrameProcessor:
     """Patches of videos, by the image processor of a model whose patches span several frames.
 
     It stands for the `video_processor` of a processor of transformers. Frames are resized by
-    Pillow, as those of images are; torchvision differs by a grey level in places. The caller has
-    chosen the frames: it samples none.
+    Pillow, as images are, which differs from torchvision by a few grey levels in places. The caller
+    has chosen the frames: it samples none.
 
     Args:
         image_processor: of Pillow, with `patch_size`, `merge_size` and `temporal_patch_size`.

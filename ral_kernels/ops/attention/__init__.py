@@ -8,8 +8,8 @@ from .flash import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
 )
+from .flash_kvcache import flash_attn_with_kvcache
 from .interface import AttentionOutput, attention
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ def refuse_dropout(op: str, dropout_p: Any) -> None:
         )
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ...,
+    enable_gqa: bool = ..., *, spans: None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ...,
+    enable_gqa: bool = ..., *, spans: Spans,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -53,12 +65,17 @@ def scaled_dot_product_attention(
         out [..., Hq, L, Ev]; with spans (out, marginals), marginals [..., Hq, L, num_spans].
     """
     op = "scaled_dot_product_attention"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.check_tensor(op, name, tensor, "a tensor of two or more dimensions")
-        if tensor.dim() < 2:
-            raise ValueError(
-                f"{op}: {name} must have two or more dimensions; got {tuple(tensor.shape)}"
-            )
+    # The usual call comes first: it passes every check of the loop.
+    plain = checks.is_plain(query) and checks.is_plain(key) and checks.is_plain(value)
+    as_is = plain and _are_bhtd(query, key, value)
+    if not as_is:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            checks.check_tensor(op, name, tensor, "a tensor of two or more dimensions")
+            if tensor.dim() < 2:
+                raise ValueError(
+                    f"{op}: {name} must have two or more dimensions; got {tuple(tensor.shape)}"
+                )
+        as_is = _are_bhtd(query, key, value)
     refuse_dropout(op, dropout_p)
     checks.check_flag(op, "is_causal", is_causal)
     checks.check_flag(op, "enable_gqa", enable_gqa)
@@ -76,7 +93,6 @@ def scaled_dot_product_attention(
             f"{op}: value must be [..., S, Ev] with S={key.shape[-2]}; got {tuple(value.shape)}"
         )
 
-    as_is = _are_bhtd(query, key, value)
     lead: tuple[int, ...] = query.shape[:2]
     if not as_is:
         if enable_gqa:
@@ -132,7 +148,7 @@ def _share_kv_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> tuple
     """Key and value with equally many heads: under enable_gqa PyTorch lets them differ."""
     num_heads = _heads(query)
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dim() < 3 or num_heads % max(_heads(tensor), 1) != 0:
+        if tensor.dim() < 3 or _heads(tensor) < 1 or num_heads % _heads(tensor) != 0:
             raise ValueError(
                 f"{op}: {name} must have heads that divide Hq={num_heads} with enable_gqa=True; "
                 f"got {tuple(tensor.shape)}"

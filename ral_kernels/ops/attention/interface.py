@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar, Unpack
 
 from ...runtime import backends, checks
-from ...runtime.backends import DifferentiableBackend
+from ...runtime.backends import BackendName, DifferentiableBackend
 from ...spans import Spans
 from .. import allocation, qkv, schema
 from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
@@ -26,19 +28,55 @@ BACKENDS: dict[str, DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
 backends.register("attention", BACKENDS)
 
 
-class AttentionOutput(NamedTuple):
-    """What `attention` returns.
+Marginals = TypeVar("Marginals", bound="Tensor | None", default="Tensor | None", covariant=True)
 
-    out: [B, H, T, Dv] in q's dtype.
-    marginals: float32 [B, H, R, S], or [B, R, S] with head_reduction; None without spans.
-    lse: float32 [B, H, T], natural logarithm.
-    """
+if TYPE_CHECKING or sys.version_info >= (3, 11):
 
-    out: Tensor
-    marginals: Tensor | None
-    lse: Tensor
+    class AttentionOutput(NamedTuple, Generic[Marginals]):
+        """What `attention` returns.
+
+        out: [B, H, T, Dv] in q's dtype.
+        marginals: float32 [B, H, R, S], or [B, R, S] with head_reduction; None without spans.
+        lse: float32 [B, H, T], natural logarithm.
+        """
+
+        out: Tensor
+        marginals: Marginals
+        lse: Tensor
+
+else:  # where a NamedTuple cannot be generic
+
+    class AttentionOutput(NamedTuple):
+        """As above."""
+
+        out: Tensor
+        marginals: Tensor | None
+        lse: Tensor
 
 
+class AttentionOptions(TypedDict, total=False):
+    """The options of `attention`, for its two forms."""
+
+    span_bias: Tensor | None
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    key_padding_mask: Tensor | None
+    window: int | tuple[int | None, int | None] | None
+    softcap: float | None
+    rows: slice | tuple[int, int] | None
+    head_reduction: Literal["mean"] | None
+    backend: BackendName | None
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, **options: Unpack[AttentionOptions]
+) -> AttentionOutput[Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: None = None, **options: Unpack[AttentionOptions]
+) -> AttentionOutput[None]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -53,9 +91,9 @@ def attention(
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     rows: slice | tuple[int, int] | None = None,
-    head_reduction: str | None = None,
-    backend: str | None = None,
-) -> AttentionOutput:
+    head_reduction: Literal["mean"] | None = None,
+    backend: BackendName | None = None,
+) -> AttentionOutput[Any]:
     """Attention that also returns how much of it went to each span of keys, differentiably.
 
         s = softcap(scale * q kᵀ) + span_bias[σ] + attn_mask        p = softmax(s)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-KINDS = ("jsd", "kl", "reverse_kl")
+Kind = Literal["jsd", "kl", "reverse_kl"]
+KINDS: tuple[Kind, ...] = ("jsd", "kl", "reverse_kl")
 
 
 @dataclass(slots=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...runtime import backends, checks
-from ...runtime.backends import Backend
+from ...runtime.backends import Backend, BackendName
 from .. import allocation, schema
-from .arguments import KINDS, DivergenceArgs, DivergenceOutputs
+from .arguments import KINDS, DivergenceArgs, DivergenceOutputs, Kind
 from .cpu import CpuDivergence
 from .reference import TorchDivergence
 from .triton import TritonDivergence
@@ -24,7 +24,9 @@ BACKENDS: dict[str, Backend[DivergenceArgs, DivergenceOutputs]] = {
 backends.register("divergence", BACKENDS)
 
 
-def divergence(p: Tensor, r: Tensor, kind: str = "jsd", *, backend: str | None = None) -> Tensor:
+def divergence(
+    p: Tensor, r: Tensor, kind: Kind = "jsd", *, backend: BackendName | None = None
+) -> Tensor:
     """How far apart two rows of probabilities are, in one sweep that yields value and gradients.
 
         jsd         ½ Σ p log(p/m) + ½ Σ r log(r/m),  m = (p + r) / 2
@@ -57,7 +59,7 @@ def divergence(p: Tensor, r: Tensor, kind: str = "jsd", *, backend: str | None =
         NotImplementedError: the requested backend cannot run this call, or no backend can.
         RuntimeError: the requested backend is missing on this machine.
     """
-    backend = backends.check_backend("divergence", backend)
+    requested = backends.check_backend("divergence", backend)
     check_kind("divergence", kind)
     for name, tensor in (("p", p), ("r", r)):
         checks.check_tensor("divergence", name, tensor, "a [..., N] tensor")
@@ -72,7 +74,7 @@ def divergence(p: Tensor, r: Tensor, kind: str = "jsd", *, backend: str | None =
             f"divergence: r must have p's shape {tuple(p.shape)}; got {tuple(r.shape)}"
         )
     checks.check_same_device("divergence", "r", r, p, "p")
-    return call_divergence(p, r, kind, backend)
+    return call_divergence(p, r, kind, requested)
 
 
 def check_kind(op: str, kind: Any) -> None:

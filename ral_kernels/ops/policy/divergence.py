@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...runtime import backends, checks
-from ...runtime.backends import DifferentiableBackend
+from ...runtime.backends import BackendName, DifferentiableBackend
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
 from .. import allocation, schema
+from ..divergence.arguments import Kind
 from ..divergence.interface import call_divergence, check_kind
 from .arguments import (
     LossOutputs,
@@ -65,7 +66,7 @@ def attention_divergence(
     q: Tensor,
     k: Tensor,
     reference: Tensor | AttentionSnapshot,
-    kind: str = "jsd",
+    kind: Kind = "jsd",
     *,
     rows: slice | tuple[int, int] | None = None,
     spans: Spans | None = None,
@@ -77,7 +78,7 @@ def attention_divergence(
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     key_padding_mask: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """How far each row's attention policy is from a reference policy.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import backends, checks
-from ...runtime.backends import DifferentiableBackend
+from ...runtime.backends import BackendName, DifferentiableBackend
 from ...spans import Spans
 from .. import allocation, qkv, schema
 from .arguments import PolicyArgs, PolicyGradients, PolicyOutputs
@@ -38,7 +38,7 @@ def attention_policy(
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     key_padding_mask: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Where a layer attends, as a distribution over keys or spans for each chosen row.
 

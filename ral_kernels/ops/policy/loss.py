@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...runtime import backends, checks
+from ...runtime.backends import BackendName
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
 from .. import allocation, schema
+from ..divergence.arguments import Kind
 from ..divergence.interface import check_kind, scaled_gradient
 from .arguments import LossOutputs, PolicyArgs, PolicyDivergenceArgs
 from .divergence import (
@@ -24,7 +26,8 @@ from .divergence import (
 )
 from .interface import resolve_call
 
-REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+Reduction = Literal["token_mean", "sequence_mean", "sum"]
+REDUCTIONS: tuple[Reduction, ...] = ("token_mean", "sequence_mean", "sum")
 
 
 def ral_loss(
@@ -34,8 +37,8 @@ def ral_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    kind: str = "jsd",
-    reduction: str = "token_mean",
+    kind: Kind = "jsd",
+    reduction: Reduction = "token_mean",
     rows: slice | tuple[int, int] | None = None,
     spans: Spans | None = None,
     span_bias: Tensor | None = None,
@@ -46,7 +49,7 @@ def ral_loss(
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     key_padding_mask: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """The RAL objective: the divergence from a reference policy, weighted by the advantage.
 
@@ -92,13 +95,13 @@ def ral_loss(
     )  # fmt: skip
     advantages = _resolve_advantages(op, advantages, args)
     _check_mask(op, mask, args)
-    backend = backends.check_backend(op, backend)
+    requested = backends.check_backend(op, backend)
     weights = _row_weights(advantages.to(allocation.accumulation_dtype(args.q)), mask, reduction)
     if isinstance(reference, AttentionSnapshot) and _fuses(args):
         check_kind(op, kind)
         check_snapshot(op, reference, args)
-        return _fused_loss(args, reference, kind, backend, weights)
-    return _weighted_sum(divergence_of(op, args, reference, kind, backend), weights)
+        return _fused_loss(args, reference, kind, requested, weights)
+    return _weighted_sum(divergence_of(op, args, reference, kind, requested), weights)
 
 
 def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:

@@ -1,0 +1,73 @@
+"""How users call the package, as mypy --strict must see it: `tests/packaging/test_types.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import assert_type
+
+import ral_kernels as rk
+
+
+def marginals_are_there_with_spans(q: Tensor, spans: rk.Spans, either: rk.Spans | None) -> Tensor:
+    out, marginals, lse = rk.attention(q, q, q, spans, is_causal=True, backend="cpu")
+    assert_type(marginals, Tensor)
+    assert_type(rk.attention(q, q, q, spans=spans).marginals, Tensor)
+    assert_type(rk.attention(q, q, q).marginals, None)
+    assert_type(rk.attention(q, q, q, None).out, Tensor)
+    assert_type(rk.attention(q, q, q, either).marginals, Tensor | None)
+    rk.attention(q, q, q, spans, head_reduction="mean", rows=slice(1, None), window=(4, None))
+    return marginals.sum() + lse.sum() + out.sum()
+
+
+def any_output(given: rk.AttentionOutput) -> float:
+    return 0.0 if given.marginals is None else float(given.marginals.sum())
+
+
+def no_spans(q: Tensor) -> rk.AttentionOutput[None]:
+    return rk.attention(q, q, q)
+
+
+def passed_on(q: Tensor, spans: rk.Spans) -> float:
+    return any_output(rk.attention(q, q, q, spans)) + any_output(rk.attention(q, q, q))
+
+
+def drop_ins(q: Tensor, spans: rk.Spans, cu: Tensor, flag: bool) -> Tensor:
+    assert_type(rk.scaled_dot_product_attention(q, q, q, None, 0.0, True), Tensor)
+    out, marginals = rk.scaled_dot_product_attention(q, q, q, is_causal=True, spans=spans)
+    assert_type(marginals, Tensor)
+    assert_type(rk.flash_attn_func(q, q, q, 0.0, None, True), Tensor)
+    assert_type(rk.flash_attn_func(q, q, q, causal=True, spans=spans), tuple[Tensor, Tensor])
+    out, lse, probs = rk.flash_attn_func(q, q, q, 0.0, causal=True, return_attn_probs=True)
+    assert_type(probs, None)
+    assert_type(
+        rk.flash_attn_qkvpacked_func(q, return_attn_probs=True, spans=spans),
+        tuple[Tensor, Tensor, None, Tensor],
+    )
+    rk.flash_attn_kvpacked_func(q, q, return_attn_probs=flag)
+    assert_type(rk.flash_attn_varlen_func(q, q, q, cu, cu, 5, 5, causal=True), Tensor)
+    assert_type(rk.flash_attn_varlen_kvpacked_func(q, q, cu, cu, 5, 5), Tensor)
+    assert_type(rk.flash_attn_varlen_qkvpacked_func(q, cu, 5, spans=spans), tuple[Tensor, Tensor])
+    assert_type(rk.flash_attn_with_kvcache(q, q, q, cache_seqlens=3), Tensor)
+    out, lse = rk.flash_attn_with_kvcache(q, q, q, cache_seqlens=3, return_softmax_lse=True)
+    assert_type(lse, Tensor)
+    return out
+
+
+def a_layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A function that took torch's, and takes ours as it is."""
+    attend = rk.scaled_dot_product_attention if query.is_cpu else torch.compile(a_layer)
+    result: Tensor = attend(query, key, value)
+    return result
+
+
+def objective(q: Tensor, k: Tensor, advantages: Tensor) -> Tensor:
+    old = rk.AttentionSnapshot(q, k, rows=(4, 8))
+    assert_type(rk.attention_policy(q, k, rows=(4, 8)), Tensor)
+    distance = rk.attention_divergence(q, k, old, "reverse_kl", rows=(4, 8))
+    loss = rk.ral_loss(q, k, old, advantages, kind="jsd", reduction="sum", rows=(4, 8))
+    return loss + distance.mean() + rk.divergence(q, k, "kl", backend="reference").mean()
+
+
+def what_is_here() -> list[str]:
+    return [name for name, answer in rk.available_backends().items() if answer == "yes"]
