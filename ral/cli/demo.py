@@ -70,7 +70,7 @@ def _draw(puzzle: Any, maps: Any, folder: Path) -> list[Path]:
         tokens=[0, digit],
         path=folder / PICTURE,
     )
-    overlay(maps, puzzle.frame, digit, path=folder / OVERLAY)
+    overlay(maps, puzzle.frame, digit, clip=100, path=folder / OVERLAY)
     token_frame(maps, path=folder / TOKENS)
     maps.to_html(folder / PAGE)
     return [folder / name for name in (PICTURE, OVERLAY, TOKENS, PAGE)]
