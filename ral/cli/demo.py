@@ -70,13 +70,10 @@ def _draw(puzzle: Any, maps: Any, folder: Path) -> list[Path]:
         tokens=[0, digit],
         path=folder / PICTURE,
     )
-    overlay(maps, puzzle.frame, digit, path=folder / OVERLAY)
+    overlay(maps, puzzle.frame, digit, clip=100, path=folder / OVERLAY)
     token_frame(maps, path=folder / TOKENS)
-    written = [PICTURE, OVERLAY, TOKENS]
-    if hasattr(maps, "to_html"):
-        maps.to_html(folder / PAGE)
-        written.append(PAGE)
-    return [folder / name for name in written]
+    maps.to_html(folder / PAGE)
+    return [folder / name for name in (PICTURE, OVERLAY, TOKENS, PAGE)]
 
 
 def _question(puzzle: Any) -> str:

@@ -229,7 +229,9 @@ class DemoSettings:
     out: str = _setting("ral-demo", "Folder for the pictures.")
     frames: int = _setting(8, "Frames of the puzzle, 1 to 100.")
     seed: int = _setting(7, "Which puzzle.")
+    threads: int | None = _setting(None, "Threads of torch on the CPU; default torch's.")
 
     def __post_init__(self) -> None:
         _check("frames", self.frames, 1 <= self.frames <= 100, "within 1..100")
         _check("seed", self.seed, self.seed >= 0, ">= 0")
+        _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
