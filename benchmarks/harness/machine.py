@@ -239,11 +239,13 @@ def host_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 7
 
 
 def gemm_gflops(dtype: torch.dtype, device: torch.device) -> float:
-    """The rate of torch's own matrix product here and now, median of five, in GFLOP/s."""
+    """The rate of torch's own matrix product here and now, median of a few, in GFLOP/s."""
     # torch has no fast float16 product on CPUs: 2 GFLOP/s, which would take minutes at full size
     slow = dtype == torch.float16 and device.type == "cpu"
     size = GEMM_SIZE[device.type] // (8 if slow else 1)
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
-    seconds = [clock(lambda: left @ right, device) for _ in range(7)][2:]
+    first = clock(lambda: left @ right, device)
+    # bfloat16 without instructions for it takes a second: two more are enough
+    seconds = [clock(lambda: left @ right, device) for _ in range(6 if first < 0.25 else 2)]
     return 2 * size**3 / statistics.median(seconds) / 1e9
