@@ -199,7 +199,9 @@ def test_the_list_of_commands() -> None:
     assert wrong.returncode == 2
 
 
-@pytest.mark.slow(stands_in="tests/benchmarks/test_sweeps.py::test_frames_sweep_on_pictures")
+@pytest.mark.slow(
+    stands_in="tests/benchmarks/test_sweeps.py::test_without_time_the_peer_is_measured_and_the_rest_say_why"
+)
 def test_a_sweep_draws_beside_its_json(folders: Path) -> None:
     options = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--frames", "2"]
     options += ["--grid", "2", "2", "--input", "random", "--dtype", "float32", "--repeats", "1"]

@@ -62,6 +62,7 @@ def examine_in_place(contestant: Contestant, problem: AttentionProblem) -> dict[
     return examine.examine_here(ATTENTION, contestant, problem, True, exact.__getitem__)
 
 
+@pytest.mark.slow(stands_in="test_without_time_the_peer_is_measured_and_the_rest_say_why")
 @pytest.mark.long
 def test_frames_sweep_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [
@@ -123,7 +124,7 @@ def test_frames_sweep_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert picture.exists()
 
 
-@pytest.mark.slow(stands_in="test_frames_sweep_on_pictures")
+@pytest.mark.slow(stands_in="test_without_time_the_peer_is_measured_and_the_rest_say_why")
 def test_resolution_sweep_fails_on_a_wrong_contestant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +145,7 @@ def test_resolution_sweep_fails_on_a_wrong_contestant(
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.slow(stands_in="test_frames_sweep_on_pictures")
+@pytest.mark.slow(stands_in="test_without_time_the_peer_is_measured_and_the_rest_say_why")
 def test_resolution_sweep_on_random_input(tmp_path: Path) -> None:
     options = ["--tokens", "30", "--images", "2", "--spans", "image", "--input", "random"]
     options += ["--no-plot", "--out", str(tmp_path), "--contestants", "ral"]
@@ -261,7 +262,7 @@ def test_unknown_options(options: list[str]) -> None:
         frames_sweep.main(options)
 
 
-@pytest.mark.slow(stands_in="test_frames_sweep_on_pictures")
+@pytest.mark.slow(stands_in="test_without_time_the_peer_is_measured_and_the_rest_say_why")
 @pytest.mark.long
 def test_ral_objective_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--objective", "ral", "--rows", "20", "--frames", "3", "5", "--grid", "4", "6"]

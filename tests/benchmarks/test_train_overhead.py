@@ -10,7 +10,9 @@ import pytest
 from benchmarks import train_overhead
 
 
-@pytest.mark.slow(stands_in="tests/benchmarks/test_sweeps.py::test_frames_sweep_on_pictures")
+@pytest.mark.slow(
+    stands_in="tests/benchmarks/test_sweeps.py::test_without_time_the_peer_is_measured_and_the_rest_say_why"
+)
 @pytest.mark.long
 def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--frames", "2", "--repeats", "1", "--response", "4", "--layers", "2"]

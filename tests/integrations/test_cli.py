@@ -94,6 +94,7 @@ def test_a_page_and_layers(
     assert "Describe the image." in page.read_text() and size_of(layers)[0] > 500
 
 
+@pytest.mark.slow(stands_in="test_a_picture_for_each_image")
 @pytest.mark.long
 def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
     """Once as a person calls it: generating, with tokens chosen."""

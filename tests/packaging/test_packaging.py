@@ -186,6 +186,7 @@ def test_without_cmake(tree):
     assert "the native libraries were NOT built: CMake >= 3.18 was not found" in result.stderr
 
 
+@pytest.mark.slow(stands_in="test_without_compiler_the_wheel_is_pure_and_says_why")
 @needs_compiler
 def test_wheel_with_the_library_is_tagged_with_the_platform_alone(tree, tmp_path):
     wheel, names, printed = tree.wheel()
@@ -313,6 +314,7 @@ def newest_glibc(library: Path) -> tuple[int, ...]:
     return max(tuple(map(int, version.split("."))) for version in versions)
 
 
+@pytest.mark.slow(stands_in="test_without_nvcc_the_cuda_library_alone_is_missing")
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_cuda_library_is_built_where_nvcc_is_and_its_failure_spares_the_other(tree):
@@ -368,6 +370,7 @@ def test_rebuild_in_place_and_broken_sources(tree):
     assert not (tree.lib / "ral_cpu.missing.txt").exists()
 
 
+@pytest.mark.slow(stands_in="test_rebuild_in_place_and_broken_sources")
 @needs_compiler
 def test_system_cmake_without_ninja_or_modules(tree):
     """A machine with a compiler and CMake of its own and no network: no pip, no tool modules."""
