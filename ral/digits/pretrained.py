@@ -34,7 +34,7 @@ def load_pretrained(*, attn_implementation: str = "sdpa") -> tuple[Any, Any]:
             `ral_kernels.integrations.transformers.register()` first.
 
     Returns:
-        A `Qwen2_5_VLForConditionalGeneration` of 280,000 weights, float32, in evaluation mode; and
+        A `Qwen2_5_VLForConditionalGeneration` of 256,128 weights, float32, in evaluation mode; and
         its processor, for images.
 
     Raises:
