@@ -209,9 +209,10 @@ def _own_attention_in_source(config_class: type) -> str:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
+    subclasses: list[type] = cls.__subclasses__()
+    for each in subclasses:
+        yield each
+        yield from _subclasses(each)
 
 
 def _cuts_by_rows(config: Any) -> bool:
