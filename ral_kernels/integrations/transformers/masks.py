@@ -208,10 +208,11 @@ def _own_attention_in_source(config_class: type) -> str:
     return found
 
 
-def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
+def _subclasses(cls: type) -> Iterator[type]:
+    subclasses: list[type] = cls.__subclasses__()
+    for each in subclasses:
+        yield each
+        yield from _subclasses(each)
 
 
 def _cuts_by_rows(config: Any) -> bool:
