@@ -62,6 +62,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "in_interpreter(when): with backend triton in the interpreter, where a case takes seconds, "
         "run those for which `when`, a function of parameters of the test, is true",
     )
+    config.addinivalue_line(
+        "markers", "slow_in_interpreter(stands_in): as slow, with backend triton in the interpreter"
+    )
     unknown = set(REQUIRED) - set(rk.available_backends()) - PROGRAMS
     if unknown:
         raise pytest.UsageError(f"RAL_REQUIRE names unknown backends: {', '.join(sorted(unknown))}")
@@ -69,6 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept = [item for item in items if not _is_left_out(item, config)]
+    for item in kept:
+        if (marker := item.get_closest_marker("slow_in_interpreter")) and _in_interpreter(item):
+            item.add_marker(pytest.mark.slow(**marker.kwargs))
     config.stash[COLLECTED] = kept
     config.stash[QUICK] = quick = tiers.quick(kept, runs_here)
     tier = config.getoption("--tier")
@@ -86,12 +92,16 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
     return {}
 
 
+def _in_interpreter(item: pytest.Item) -> bool:
+    return _parameters(item).get("backend") == "triton" and triton_runtime.interpreted()
+
+
 def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     if item.get_closest_marker("large") and not config.getoption("--large"):
         return True
-    parameters = _parameters(item)
-    if parameters.get("backend") != "triton" or not triton_runtime.interpreted():
+    if not _in_interpreter(item):
         return False
+    parameters = _parameters(item)
     # The interpreter multiplies bfloat16 wrongly (ahead-of-time compilation covers that dtype), and
     # it does not use torch's threads.
     if parameters.get("dtype") == torch.bfloat16 or parameters.get("threads", 1) != 1:

@@ -14,6 +14,7 @@ SMALL = ["--batch", "1", "--rows", "9", "--seqlen", "80", "--heads", "4", "--kv-
     "--head-dim", "16"]  # fmt: skip
 
 
+@pytest.mark.slow_in_interpreter(stands_in="tests/ops/test_ral_loss.py::test_accuracy")
 def test_table(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dtypes = ["bfloat16", "float32"]
     if backend == "triton" and triton_runtime.interpreted():

@@ -357,6 +357,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow(stands_in="test_without_time_the_peer_is_measured_and_the_rest_say_why")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
 def test_kept_memory_is_not_mapped_anew() -> None:
     def faults(how: str) -> int:

@@ -54,8 +54,8 @@ def in_turn(name: str) -> str:
     return possible[NAMES.index(name) % len(possible)]
 
 
-# Left out: the same kernels at the head dim that takes longest to compile.
-QUICK = [(name, in_turn(name)) for name in NAMES if name != "attention spans bfloat16 256"]
+# Left out: the same kernels in other dtypes and at other head dims.
+QUICK = [(name, in_turn(name)) for name in NAMES if name.endswith((" bfloat16 128", " 0"))]
 SLOW = pytest.mark.slow(stands_in="test_kernels")
 Facts = Mapping[tuple[str, str], "list[Row]"]  # (call, architecture) -> its kernels
 

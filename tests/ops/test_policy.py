@@ -355,6 +355,7 @@ def op_inputs(name: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> tuple
     )
 
 
+@pytest.mark.slow_in_interpreter(stands_in="test_policy")
 @pytest.mark.parametrize("name", OP_CASES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.in_interpreter(when=lambda name: name != "together")

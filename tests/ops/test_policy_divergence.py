@@ -428,6 +428,7 @@ def op_inputs(monkeypatch: pytest.MonkeyPatch, backend: str, prefix: int) -> tup
     )
 
 
+@pytest.mark.slow_in_interpreter(stands_in="test_against_snapshot")
 @pytest.mark.parametrize("prefix", [0, 20])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.in_interpreter(when=lambda prefix: prefix > 0)

@@ -159,6 +159,7 @@ def test_masked_batch_is_exactly_zero(backend: str) -> None:
         assert not grad.any()
 
 
+@pytest.mark.slow_in_interpreter(stands_in="test_same_as_the_separate_backward")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.in_interpreter(when=lambda threads: threads == 1)
 def test_repeats_bit_for_bit(threads: int, backend: str) -> None:
@@ -206,6 +207,7 @@ def test_constants_in_a_graph_of_dynamic_sizes(shape: tuple[int, ...]) -> None:
     assert torch.equal(compiled(q, k), objective(q, k)) and objective(q, k) > 0
 
 
+@pytest.mark.slow_in_interpreter(stands_in="test_same_as_the_separate_backward")
 def test_opcheck_and_compile(backend: str) -> None:
     q, k, snapshot, advantages = _inputs(CASES[0], torch.float32)
 
@@ -227,6 +229,7 @@ def test_opcheck_and_compile(backend: str) -> None:
     torch.library.opcheck(op, (*inputs, norm.detach(), z.detach()))
 
 
+@pytest.mark.slow_in_interpreter(stands_in="test_same_as_the_separate_backward")
 @pytest.mark.parametrize("case", CASES[2:7:4], ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.in_interpreter(when=lambda case: case.name != "many_heads")

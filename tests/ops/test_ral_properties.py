@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,9 @@ def few_in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+pytestmark = pytest.mark.slow_in_interpreter(
+    stands_in="tests/ops/test_policy_divergence.py::test_against_snapshot"
+)
 TOLERANCE = 2e-6  # float32 rounding of sums over at most 70 keys
 
 

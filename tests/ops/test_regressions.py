@@ -10,6 +10,9 @@ import torch
 import ral_kernels as rk
 
 
+@pytest.mark.slow_in_interpreter(
+    stands_in="tests/ops/test_policy_divergence.py::test_against_snapshot"
+)
 def test_unseen_chunk_with_softcap(backend: str) -> None:
     """A chunk of keys that no query of a block sees: its slopes were never written, and 0 * NaN."""
     torch.manual_seed(0)

@@ -34,7 +34,6 @@ ENDS: dict[str, tuple[int, int | None, str]] = {
 }  # fmt: skip
 
 
-# Ctrl-C and SIGTERM are once each in the quick tier.
 slow = pytest.mark.slow(stands_in="test_a_signal_ends_training_with_a_checkpoint")
 
 
@@ -54,10 +53,7 @@ def interrupted(
 @pytest.mark.xdist_group("interrupted")  # one worker interrupts them all
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("once", "first batch") else slow)
-        for name in dying.INTERRUPTIONS
-    ],
+    [pytest.param(name, marks=() if name == "once" else slow) for name in dying.INTERRUPTIONS],
 )
 def test_a_signal_ends_training_with_a_checkpoint(name: str, interrupted: Path) -> None:
     run = interrupted / name
