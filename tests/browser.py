@@ -81,3 +81,20 @@ def screenshot(page: Any, path: Path, *, whole: bool = True) -> Path:
     """Write a picture of a page, of its whole height by default, and return its path."""
     page.screenshot(path=str(path), full_page=whole)
     return path
+
+
+def main(address: str, path: str, *keys: str) -> None:
+    """`python -m tests.browser ADDRESS PNG KEY...`: a picture of a page, after some keys."""
+    for opened in running_browser():
+        for page in watched_page(opened):
+            page.goto(address)
+            for key in keys:
+                page.keyboard.press(key)
+            page.wait_for_timeout(300)
+            screenshot(page, Path(path))
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(*sys.argv[1:])
