@@ -60,7 +60,9 @@ def _describe(file: Path, into: Path, found: dict[str, Any]) -> None:
 
 def _unpack_cache(file: Path, into: Path, found: dict[str, Any]) -> None:
     with tarfile.open(file) as archive:
-        archive.extractall(into / "cache", filter="data")
+        # Without the filter only before Python 3.10.12 and 3.11.4, which do not have it.
+        options: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(into / "cache", **options)
     found["kernels"] = write_groups(into / "cache")
 
 

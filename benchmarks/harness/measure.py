@@ -170,7 +170,8 @@ class Sweep:
             if entry.record:
                 continue
             late = time.perf_counter() - start > 2 * EXAMINE_SHARE * share
-            if late and not entry.essential:
+            first = (contestant.name, entry.mode) not in self._last  # so there is a point of each
+            if late and not entry.essential and not first:
                 reason = "no time left (--budget, --full)"
                 entry.record = {"status": "skipped", "reason": reason}
             else:

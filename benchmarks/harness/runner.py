@@ -21,7 +21,7 @@ from .objective import Objective, Problem
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
 # for measuring; imports, the model, the plot and the layouts come on top
-DEFAULT_SECONDS = 140.0
+DEFAULT_SECONDS = 180.0
 QUICK_SECONDS = 30.0
 FULL_SECONDS = 3 * 3600.0
 LAYOUT_SHARE = 0.2  # of a size's time, for each of ours that is measured in the layouts
@@ -192,7 +192,7 @@ def run_sweep(
                 weights = [s.visual_tokens**2 for s in sizes[index:]]
                 left = max(deadline - time.perf_counter(), 10.0)
                 # a floor for small sizes, whose time is start-up and compilation rather than N^2
-                floor = QUICK_SECONDS / 4 if options.quick else 12.0
+                floor = QUICK_SECONDS / 4 if options.quick else 20.0
                 share = min(max(left * weights[0] / sum(weights), floor), left)
                 run["sizes"].append(_measure(sweep, in_layouts, size, problem, share))
                 file = file or results.new_file(run, options)

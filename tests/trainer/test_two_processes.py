@@ -30,13 +30,9 @@ EQUAL = {
     "pictures": ["ddp", "fsdp2"],
 }
 RESUMING = ["ddp", "fsdp2", "fsdp2-sharded"]
-# One case and one way to resume are in the quick tier: a run takes seconds of both processors.
+# One case is in the quick tier: a run takes seconds of both processors.
 slow_train = pytest.mark.slow(stands_in="test_two_processes_train_as_one")
-slow_resume = pytest.mark.slow(stands_in="test_two_processes_resume_exactly")
 pytestmark = pytest.mark.xdist_group("two processes")  # one worker trains them all
-resuming = pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=() if how == "ddp" else slow_resume) for how in RESUMING]
-)
 # Of each process by itself, or of the first micro-batch, which accumulating splits differently.
 OF_A_PROCESS = ("attn/grad_share",)
 OF_A_MICRO_BATCH = ("attn/divergence", "attn/visual_share", "attn/entropy", "entropy", "clip_ratio")
@@ -104,7 +100,7 @@ def test_two_processes_train_as_one(case: str, how: str, results: Path) -> None:
     assert 0 < apart < 1e-8 * moved
 
 
-@pytest.mark.slow(stands_in="test_two_processes_train_as_one")
+@slow_train
 @pytest.mark.parametrize("case, how", [("pictures", how) for how in EQUAL["pictures"]])
 def test_pictures_are_those_of_one_process(case: str, how: str, results: Path) -> None:
     """One process logs them: the first alone, or under FSDP2 with the forwards of both."""
@@ -141,7 +137,8 @@ def test_attention_term_mattered(case: str, results: Path) -> None:
     assert (first["completions/min_length"], first["completions/max_length"]) == (2, 8)
 
 
-@resuming
+@slow_train
+@pytest.mark.parametrize("how", RESUMING)
 def test_two_processes_resume_exactly(how: str, results: Path) -> None:
     straight = load(results, "resuming", how.removesuffix("-sharded"))
     resumed = load(results, "resuming", f"{how} resumed")
@@ -156,7 +153,8 @@ def test_two_processes_resume_exactly(how: str, results: Path) -> None:
         assert torch.equal(weight, resumed["weights"][name]), name
 
 
-@resuming
+@slow_train
+@pytest.mark.parametrize("how", RESUMING)
 def test_a_signal_to_one_process_stops_both(how: str, results: Path) -> None:
     """In its first step: both finish the rollout batch, and save at the same step."""
     folder = results / "resuming"
@@ -167,7 +165,8 @@ def test_a_signal_to_one_process_stops_both(how: str, results: Path) -> None:
     assert sentence not in (folder / f"{how} stopped.1.stderr").read_text()
 
 
-@resuming
+@slow_train
+@pytest.mark.parametrize("how", RESUMING)
 def test_random_states_of_both_processes_are_sealed(how: str, results: Path) -> None:
     assert last_checkpoint(results / "resuming" / how) is not None
     checkpoint = results / "resuming" / how / "checkpoint-2"
