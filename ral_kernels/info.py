@@ -21,7 +21,7 @@ LIBRARIES = ("ral_cpu", "ral_cuda")
 def facts() -> dict[str, Any]:
     """Versions, CPU, GPUs, libraries with their checksums, and the backends of each op.
 
-    It names no user, host or path but those of the libraries, so that it can be posted.
+    Its paths are those of the libraries, and what variables named RAL_ hold.
     """
     from . import __version__
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-QUICK_SECONDS = 60.0  # that --quick takes at most, on 2 cores
+QUICK_SECONDS = 60.0  # that --quick aims at, on 2 free cores
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
     """The options `--quick`, and `--out` or `--commit-results`, of which a call may give one.
 
     Args:
-        quick: what `--quick` leaves out to be done within a minute.
+        quick: what `--quick` changes.
     """
-    parser.add_argument("--quick", action="store_true", help=f"{quick}; a minute in all")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}; aims at a minute")
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--out", type=Path, help="folder to write to (default: benchmarks/results/local)"

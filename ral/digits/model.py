@@ -105,8 +105,7 @@ def make_model(
             of 32.
         vision_depth, vision_hidden_size: of the vision tower, with heads of 16.
         seed: of the weights; torch's own generator is left as it was.
-        attn_implementation: as in transformers; "ral" needs
-            `ral_kernels.integrations.transformers.register()` first.
+        attn_implementation: as in transformers; "ral" works once ral_kernels is imported.
 
     Returns:
         a `Qwen2_5_VLForConditionalGeneration` in float32, in evaluation mode.

@@ -30,8 +30,7 @@ def load_pretrained(*, attn_implementation: str = "sdpa") -> tuple[Any, Any]:
     scans of the split "test" were in no picture of the training.
 
     Args:
-        attn_implementation: as in transformers; "ral" needs
-            `ral_kernels.integrations.transformers.register()` first.
+        attn_implementation: as in transformers; "ral" works once ral_kernels is imported.
 
     Returns:
         A `Qwen2_5_VLForConditionalGeneration` of 256,128 weights, float32, in evaluation mode; and

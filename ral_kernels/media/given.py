@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from .pictures import as_rgb, read_pictures
+from .pictures import PICTURE_SUFFIXES, as_rgb, read_pictures
 from .videos import Video, check_sampling, evenly, read_video
 
 # Where a part of a message holds its media, in the order of trying.
@@ -83,8 +83,6 @@ def _video(op: str, video: Any, fps: Any, num_frames: Any, rate: float, count: i
 def _is_frame(given: Any) -> bool:
     """Whether it is one frame in a list of frames, and no video in a list of videos."""
     if isinstance(given, (str, Path)):
-        from .pictures import PICTURE_SUFFIXES
-
         name = os.fspath(given).lower()
         return name.endswith(PICTURE_SUFFIXES) and not name.endswith((".gif", ".webp"))
     return not isinstance(given, (Video, list, tuple)) and getattr(given, "ndim", 3) == 3

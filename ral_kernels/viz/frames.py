@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..integrations.transformers.attention_map import AttentionMap
+    from .maps import AttentionMap
 
 COLUMNS = 8  # frames in a line
 _INCHES, _DPI = 11.0, 130  # width

@@ -143,7 +143,7 @@ def test_without_compiler_the_wheel_is_pure_and_says_why(tree, tmp_path, monkeyp
 
 
 def test_pip_does_not_take_a_wheel_without_the_libraries_for_later(tree):
-    wheel, _, printed = tree.wheel(CXX=NO_COMPILER, PIP_BUILD_TRACKER="/tmp/pip-build-tracker")
+    wheel, _, printed = tree.wheel(CXX=NO_COMPILER, PIP_BUILD_TRACKER="tracker")
     assert wheel.name == f"ral_kernels-{ral_kernels.__version__}-py3-none-incomplete.whl"
     assert "Afterwards: pip install --no-cache-dir --force-reinstall --no-deps . (or, " in printed
 
