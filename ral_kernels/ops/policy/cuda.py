@@ -81,6 +81,7 @@ class CudaPolicyDivergence(
         policy, reference = args.policy, args.reference
         for name, given in (
             ("span_bias", policy.span_bias is not None),
+            ("cu_seqlens_q (packed sequences)", policy.is_packed),
             ("softcap", policy.softcap != 0 or reference.softcap != 0),
         ):
             if given:
