@@ -137,8 +137,8 @@ def sweep(
     per_split = triton.cdiv(triton.cdiv(length, tile.block_n), splits) * tile.block_n
     splits = triton.cdiv(length, per_split)
     partial = p.new_empty((splits, num_rows))
-    num_sequences = 0 if ends is None else ends.row_offsets.shape[0] - 1
-    row_blocks = num_blocks(num_rows, tile.block_r, None if ends is None else num_sequences)
+    num_sequences = None if ends is None else ends.row_offsets.shape[0] - 1
+    row_blocks = num_blocks(num_rows, tile.block_r, num_sequences)
     # jsd(p, r) and jsd(r, p) agree bit for bit only if nothing is fused.
     triton_runtime.launch(
         divergence_fwd_kernel,

@@ -23,8 +23,6 @@ MAX_HEAD_DIM = 256
 
 
 def _cannot_run(args: PolicyArgs) -> str | None:
-    if args.is_packed:
-        return "packed sequences (cu_seqlens_q) are not supported"
     if args.head_dim > MAX_HEAD_DIM:
         return f"head dims above {MAX_HEAD_DIM} are not supported; got {args.head_dim}"
     return triton_runtime.cannot_run(args.q, args.k, args.span_bias)

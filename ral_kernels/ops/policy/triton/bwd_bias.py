@@ -15,7 +15,7 @@ from .gradient import (
 )
 from .side import (
     SMALLEST_HEAD_WEIGHT_BWD,
-    blocks_of_sample,
+    blocks_of_rows,
     first_row,
     first_row_of_head,
     head_scores,
@@ -60,9 +60,7 @@ def policy_bwd_dspan_bias_kernel(
 
     Blocks of keys of which no key is in these spans are skipped before their scores are formed.
     """
-    row_blocks = blocks_of_sample(
-        samples.row_offsets_ptr, samples.batch_size, num_rows, tile.BLOCK_Q
-    )
+    row_blocks = blocks_of_rows(samples, num_rows, tile.BLOCK_Q)
     span_blocks = tl.cdiv(num_spans, BLOCK_S)
     pid = tl.program_id(0)
     first_span = pid // row_blocks % span_blocks * BLOCK_S
@@ -87,7 +85,12 @@ def policy_bwd_dspan_bias_kernel(
     dbias = tl.zeros([tile.BLOCK_Q, BLOCK_S], tl.float32)
     first = sample.query_start + row_block * tile.BLOCK_Q
     low, high = key_range(
-        first, first + tile.BLOCK_Q - 1, window_left, window_right, 0, sample.seqlen_k,
+        first,
+        first + tile.BLOCK_Q - 1,
+        window_left,
+        window_right,
+        0,
+        sample.seqlen_k,
         tile.BLOCK_K,
     )
     for key in range(low, high, tile.BLOCK_K):
@@ -108,8 +111,8 @@ def policy_bwd_dspan_bias_kernel(
             )
             visible, valid = key_masks(
                 (sample.query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
-                keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
-                tile.EXCLUDE_SELF,
+                keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left,
+                window_right, tile.EXCLUDE_SELF,
             )  # fmt: skip
             # [BLOCK_Q, BLOCK_K]
             dp_here = load_outcomes(

@@ -20,7 +20,7 @@ from .gradient import (
 from .side import (
     SMALLEST_HEAD_WEIGHT_BWD,
     KeyHead,
-    blocks_of_sample,
+    blocks_of_keys,
     first_row,
     first_row_of_head,
     head_scores,
@@ -182,9 +182,7 @@ def policy_bwd_dk_kernel(
     Tiles are [BLOCK_K, BLOCK_Q]. before: float32 [B, Hk, N, D], the sum over earlier rows, which
     this call continues; it may be dk.
     """
-    key_blocks = blocks_of_sample(
-        samples.key_offsets_ptr, samples.batch_size, heads.seqlen_k, tile.BLOCK_K
-    )
+    key_blocks = blocks_of_keys(samples, heads.seqlen_k, tile.BLOCK_K)
     pid = tl.program_id(0)
     kv_head = (pid // key_blocks % heads.num_kv_heads).to(tl.int64)
     b = (pid // key_blocks // heads.num_kv_heads).to(tl.int64)
@@ -253,4 +251,6 @@ def policy_bwd_dk_kernel(
         total += load_rows(before, row, mask, first_d, tile.head_dim, tile.BLOCK_D)
         # Other threads of this CTA may read what this thread is about to overwrite.
         tl.debug_barrier()
-    store_rows(head_of(dk, sample.keys, kv_head), offs_k, mask, total, first_d, tile.head_dim, tile.BLOCK_D)
+    store_rows(
+        head_of(dk, sample.keys, kv_head), offs_k, mask, total, first_d, tile.head_dim, tile.BLOCK_D
+    )

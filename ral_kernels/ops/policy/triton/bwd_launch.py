@@ -15,7 +15,7 @@ from . import tiles
 from .bwd_bias import policy_bwd_dspan_bias_kernel
 from .bwd_kernels import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
 from .bwd_rows import policy_bwd_rows_kernel, policy_bwd_sums_kernel
-from .launch import Keys, Side, cdiv, cleared, splits_of
+from .launch import Keys, Side, cdiv, clear_packed, splits_of
 from .parameters import Parts, PerRow, RowTerms, Totals, ValueParts
 
 
@@ -59,8 +59,7 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write dq, dk and, if there is one, dspan_bias."""
-    if not cleared(args, dq, dk, dspan_bias):
-        return
+    clear_packed(args, dq, dk, dspan_bias)
     given = Gradient(Side.of(args), Keys.of(args), norm, dp)
     rows = rows_of(given.keys, *sums(given, z), z)
     assert rows is not None

@@ -153,7 +153,9 @@ def policy_bwd_rows_kernel(
         constant = constant | (ref_z_rows == 0.0)
     if value_parts.ptr is not None:
         value_parts_ptr = value_parts.ptr + b * value_parts.stride_b + offs
-        d = sum_of_parts(value_parts_ptr, value_parts.stride_part, num_value_parts, mask_parts, BLOCK_R)
+        d = sum_of_parts(
+            value_parts_ptr, value_parts.stride_part, num_value_parts, mask_parts, BLOCK_R
+        )
         d = tl.where(constant, 0.0, d)
         constant = constant | (d == float("inf"))
         if value.ptr is not None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...divergence.triton.kernels import sweep
 from ..arguments import PolicyDivergenceArgs
+from ..chunks import Chunk
 from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums
 from .fwd_launch import over_keys, statistics
-from .chunks import Chunk
-from .launch import Keys, Side, cleared, row_chunks
+from .launch import Keys, Side, clear_packed, row_chunks
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ def fwd(
     w: Tensor,
 ) -> None:
     """Write the divergence of each row and the statistics that the backward starts from."""
-    if not cleared(args.policy, value, norm, z, ref_norm, ref_z, u, w):
-        return
+    clear_packed(args.policy, value, u, w)
     whole = _comparison(args, norm, z, ref_norm, ref_z)
     statistics(whole.policy.side, whole.keys, norm, z)
     statistics(whole.reference.side, whole.keys, ref_norm, ref_z)
@@ -137,8 +136,7 @@ def bwd(
     dk: Tensor,
 ) -> None:
     """Write the gradients of q and k."""
-    if not cleared(args.policy, dq, dk):
-        return
+    clear_packed(args.policy, dq, dk)
     whole = _comparison(args, norm, z, ref_norm, ref_z)
     _gradients(whole, (u, w), dvalue, None, dq, dk)
 
@@ -155,9 +153,7 @@ def loss(
 ) -> None:
     """Write the divergence of each row, and the gradients of its sum weighted by `weights`."""
     policy = args.policy
-    written = () if normalised else (ref_norm, ref_z)
-    if not cleared(policy, value, dq, dk, *written):
-        return
+    clear_packed(policy, value, dq, dk)
     norm = value.new_empty((2, policy.batch_size, policy.num_heads, policy.num_rows))
     z = torch.empty_like(value)
     whole = _comparison(args, norm, z, ref_norm, ref_z)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .gradient import add_per_span
 from .side import (
-    blocks_of_sample,
+    blocks_of_rows,
     key_masks,
     keys_in_scope,
     outcomes_of,
@@ -37,9 +37,7 @@ def policy_fwd_kernel(
     tile,
 ):
     """p of BLOCK_Q rows and BLOCK_K keys, all heads inside; 0 on keys that are not valid: (7)."""
-    row_blocks = blocks_of_sample(
-        samples.row_offsets_ptr, samples.batch_size, num_rows, tile.BLOCK_Q
-    )
+    row_blocks = blocks_of_rows(samples, num_rows, tile.BLOCK_Q)
     key_blocks = tl.cdiv(heads.seqlen_k, tile.BLOCK_K)
     pid = tl.program_id(0)
     key_block = pid // row_blocks % key_blocks
@@ -101,13 +99,11 @@ def policy_fwd_spans_kernel(
     Blocks of which no key is in these spans are skipped. With contiguous spans each key is read
     once or twice, however many spans there are.
     """
-    row_blocks = blocks_of_sample(samples.row_offsets_ptr, samples.batch_size, num_rows, BLOCK_Q)
+    row_blocks = blocks_of_rows(samples, num_rows, BLOCK_Q)
     span_blocks = tl.cdiv(num_spans, BLOCK_S)
     pid = tl.program_id(0)
     b = (pid // row_blocks // span_blocks).to(tl.int64)
-    sample, row_block = sample_of_rows(
-        samples, num_rows, seqlen_k, 0, b, pid % row_blocks, BLOCK_Q
-    )
+    sample, row_block = sample_of_rows(samples, num_rows, seqlen_k, 0, b, pid % row_blocks, BLOCK_Q)
     offs_q = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_s = pid // row_blocks % span_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_q = offs_q < sample.num_rows

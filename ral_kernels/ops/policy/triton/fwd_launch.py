@@ -10,7 +10,7 @@ from ....runtime.triton_runtime import Tile
 from ..arguments import PolicyArgs
 from . import tiles
 from .fwd_kernels import policy_fwd_kernel, policy_fwd_spans_kernel
-from .launch import Keys, Side, cdiv, cleared, row_chunks, splits_of
+from .launch import Keys, Side, cdiv, clear_packed, row_chunks, splits_of
 from .statistics import policy_normaliser_kernel, policy_statistics_kernel
 
 
@@ -61,8 +61,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
 
 def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
     """Write the policy, norm and z."""
-    if not cleared(args, p, norm, z):
-        return
+    clear_packed(args, p)
     side, keys = Side.of(args), Keys.of(args)
     statistics(side, keys, norm, z)
     if args.span_ids is None:
@@ -80,7 +79,10 @@ def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
 
 
 def over_keys(side: Side, keys: Keys, norm: Tensor, z: Tensor, p: Tensor) -> None:
-    """Write p [B, T, N], but not beyond the keys of a packed row. One kernel serves both policies: equal inputs give equal bits."""
+    """Write p [B, T, N], but not beyond the keys of a packed row.
+
+    One kernel serves both policies: equal inputs give equal bits.
+    """
 
     def run(tile: Tile) -> None:
         row_blocks = keys.row_blocks(tile.block_q, side.batch_size)

@@ -16,8 +16,8 @@ from ....runtime.triton_rows import Rows, SpanValues, constant
 from ....runtime.triton_runtime import Tile
 from ...divergence.triton.kernels import RowEnds
 from ..arguments import PolicyArgs
+from ..chunks import Chunk, Packing, chunks_of_samples, chunks_of_sequences
 from . import tiles
-from .chunks import Chunk, Packing, chunks_of_samples, chunks_of_sequences
 from .parameters import (
     Flags,
     Heads,
@@ -95,18 +95,18 @@ class Keys:
         return self.total_k // block_k + self.packing.num_sequences
 
     def ends(self) -> RowEnds | None:
-        packing = self.packing
-        if packing is None:
+        if self.packing is None:
             return None
-        return RowEnds(packing.row_offsets, packing.key_offsets)
+        return RowEnds(self.packing.row_offsets, self.packing.key_offsets)
 
     def samples(self, batch_size: int) -> Samples:
         if self.packing is None:
-            return Samples(batch_size, None, None, None)
+            return Samples(batch_size, None, None, None, None)
         packing = self.packing
         return Samples(
-            packing.num_sequences, packing.row_offsets, packing.key_offsets, packing.query_starts
-        )
+            packing.num_sequences, self.total_k, packing.row_offsets, packing.key_offsets,
+            packing.query_starts,
+        )  # fmt: skip
 
     def rows(self, x: Tensor) -> Rows:
         """A tensor [B, H, T or N, D] as kernels take it."""
@@ -276,17 +276,11 @@ def of_sample(x: Tensor, batch: slice) -> Tensor:
     return x if x.dim() == 1 or x.shape[0] == 1 else x[batch]
 
 
-def cleared(args: PolicyArgs, *outputs: Tensor | None) -> bool:
-    """Whether there is something to compute. Outputs of a packed call are zeroed before.
-
-    Its kernels write rows and keys of sequences, and of a row what belongs to the sequence's keys.
-    """
-    if args.cu_seqlens_q is None:
-        return True
-    for x in outputs:
+def clear_packed(args: PolicyArgs, *outputs: Tensor | None) -> None:
+    """Zero what the kernels do not write: rows and keys of no sequence, and keys of other ones."""
+    for x in outputs if args.is_packed else ():
         if x is not None:
             x.zero_()
-    return args.max_rows > 0 and args.max_keys > 0
 
 
 def cdiv(a: int, b: int) -> int:

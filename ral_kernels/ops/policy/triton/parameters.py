@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 class Samples(NamedTuple):
     """How many samples there are, and where they lie if they are sequences packed in a tensor.
 
-    The pointers are None in a padded call. Tensors of a packed one have the stride of a row or key
-    in the place of that of a sample, so that the first row of a sequence is what they multiply.
+    In a padded call all but the batch size is None. Tensors of a packed one have the stride of a
+    row or key in the place of that of a sample: kernels multiply it by a sequence's first row or
+    key where they multiply a sample's stride by its number.
     """
 
     batch_size: Any
+    total_k: Any  # keys of all sequences
     row_offsets_ptr: Any  # int32 [B + 1], the sequence's first row
     key_offsets_ptr: Any  # int32 [B + 1], its first key
     query_starts_ptr: Any  # int32 [B], the position of its first row among its keys

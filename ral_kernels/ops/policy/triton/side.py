@@ -38,12 +38,21 @@ class Sample(NamedTuple):
 
 
 @triton.jit
-def blocks_of_sample(offsets_ptr, num_sequences, length, BLOCK: tl.constexpr):
-    """Blocks of rows or keys of one sample; of all sequences where they are packed."""
-    if offsets_ptr is None:
-        return tl.cdiv(length, BLOCK)
+def blocks_of_rows(samples, num_rows, BLOCK_Q: tl.constexpr):
+    """Blocks of rows of one sample; of all packed sequences, some of them empty."""
+    if samples.row_offsets_ptr is None:
+        return tl.cdiv(num_rows, BLOCK_Q)
     else:
-        return length // BLOCK + num_sequences  # some are empty: see sequence_of_block
+        return num_rows // BLOCK_Q + samples.batch_size  # see sequence_of_block
+
+
+@triton.jit
+def blocks_of_keys(samples, seqlen_k, BLOCK_K: tl.constexpr):
+    """Likewise of keys."""
+    if samples.key_offsets_ptr is None:
+        return tl.cdiv(seqlen_k, BLOCK_K)
+    else:
+        return samples.total_k // BLOCK_K + samples.batch_size
 
 
 @triton.jit
@@ -88,7 +97,7 @@ def sample_of_keys(samples, num_rows, seqlen_k, query_start, b, block, BLOCK_K: 
 @triton.jit
 def program_of_head(samples, heads, num_rows, query_start, BLOCK_Q: tl.constexpr):
     """(sample, its block of rows, head, piece of the keys) of this program."""
-    row_blocks = blocks_of_sample(samples.row_offsets_ptr, samples.batch_size, num_rows, BLOCK_Q)
+    row_blocks = blocks_of_rows(samples, num_rows, BLOCK_Q)
     pid = tl.program_id(0)
     block = pid % row_blocks
     head = (pid // row_blocks % heads.num_heads).to(tl.int64)

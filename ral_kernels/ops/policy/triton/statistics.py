@@ -9,9 +9,9 @@ from ....runtime.triton_rows import head_of
 from ....runtime.triton_softmax import stabiliser
 from .side import (
     SMALLEST_WEIGHT,
+    first_row_of_head,
     head_scores,
     key_masks,
-    first_row_of_head,
     key_range,
     keys_in_scope,
     keys_with_prefix,

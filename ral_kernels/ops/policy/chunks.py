@@ -1,4 +1,4 @@
-"""Which rows the Triton kernels of `policy` take together, and where packed sequences lie."""
+"""Which rows the kernels for GPUs take together, and where packed sequences lie."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..arguments import PolicyArgs
+from .arguments import PolicyArgs
 
 ALIGNMENT = 4  # int32 in 16 bytes: for other pointers Triton compiles a kernel once more
 
@@ -107,14 +107,16 @@ def _packed_chunk(packing: Packing, rows: slice, keys: slice, seqlen_k: int) -> 
 
 
 def _groups(rows: list[int], widths: list[int], limit: int) -> list[tuple[int, int]]:
-    """Ranges of sequences: as many as fit together, or one; those without a visible key left out."""
-    ranges, first = [], 0
-    for i in range(1, len(widths) + 1):
-        end = i == len(widths)
-        if end or (rows[i + 1] - rows[first]) * max(widths[first : i + 1]) > limit:
-            ranges.append((first, i))
-            first = i
-    return [(i, j) for i, j in ranges if max(widths[i:j]) > 0]
+    """Ranges of sequences: as many as fit together, or one. Ranges that see no key are left out."""
+    ranges = []
+    first = widest = 0
+    for i, width in enumerate(widths):
+        if i > first and (rows[i + 1] - rows[first]) * max(widest, width) > limit:
+            ranges.append((first, i, widest))
+            first, widest = i, 0
+        widest = max(widest, width)
+    ranges.append((first, len(widths), widest))
+    return [(first, stop) for first, stop, widest in ranges if widest > 0]
 
 
 def _packings(
