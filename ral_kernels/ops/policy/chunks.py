@@ -51,6 +51,13 @@ class Chunk:
     is_last: bool
 
 
+def clear_packed(args: PolicyArgs, *outputs: Tensor | None) -> None:
+    """Zero what the kernels do not write: rows and keys of no sequence, and keys of other ones."""
+    for x in outputs if args.is_packed else ():
+        if x is not None:
+            x.zero_()
+
+
 def chunks_of_samples(
     batch_size: int, num_rows: int, seqlen_k: int, query_start: int, limit: int, block_q: int
 ) -> Iterator[Chunk]:

@@ -11,11 +11,12 @@ from torch import Tensor
 from ....runtime import triton_runtime
 from ....runtime.triton_runtime import Tile
 from ..arguments import PolicyArgs
+from ..chunks import clear_packed
 from . import tiles
 from .bwd_bias import policy_bwd_dspan_bias_kernel
 from .bwd_kernels import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
 from .bwd_rows import policy_bwd_rows_kernel, policy_bwd_sums_kernel
-from .launch import Keys, Side, cdiv, clear_packed, splits_of
+from .launch import Keys, Side, cdiv, splits_of
 from .parameters import Parts, PerRow, RowTerms, Totals, ValueParts
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...divergence.triton.kernels import sweep
 from ..arguments import PolicyDivergenceArgs
-from ..chunks import Chunk
+from ..chunks import Chunk, clear_packed
 from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums
 from .fwd_launch import over_keys, statistics
-from .launch import Keys, Side, clear_packed, row_chunks
+from .launch import Keys, Side, row_chunks
 
 
 @dataclass(frozen=True)

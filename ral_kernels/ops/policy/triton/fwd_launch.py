@@ -8,9 +8,10 @@ from torch import Tensor
 from ....runtime import triton_runtime
 from ....runtime.triton_runtime import Tile
 from ..arguments import PolicyArgs
+from ..chunks import clear_packed
 from . import tiles
 from .fwd_kernels import policy_fwd_kernel, policy_fwd_spans_kernel
-from .launch import Keys, Side, cdiv, clear_packed, row_chunks, splits_of
+from .launch import Keys, Side, cdiv, row_chunks, splits_of
 from .statistics import policy_normaliser_kernel, policy_statistics_kernel
 
 

@@ -276,13 +276,6 @@ def of_sample(x: Tensor, batch: slice) -> Tensor:
     return x if x.dim() == 1 or x.shape[0] == 1 else x[batch]
 
 
-def clear_packed(args: PolicyArgs, *outputs: Tensor | None) -> None:
-    """Zero what the kernels do not write: rows and keys of no sequence, and keys of other ones."""
-    for x in outputs if args.is_packed else ():
-        if x is not None:
-            x.zero_()
-
-
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
