@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ral_kernels.ops.policy import attention_divergence, cuda, ral_loss
 from tests.cuda_host.backend import DIVERGENCE, Kernels, host_library, on_host
 from tests.cuda_host.build import Patch
+from tests.cuda_host.test_seeded_bugs import FEWER
 from tests.ops.test_policy_packed_kernels import (
     CHOSEN,
     NUM_KEYS,
@@ -93,23 +93,19 @@ def test_parts_and_orders_of_threads(
                 assert torch.equal(x, y)
 
 
-BUGS: dict[str, tuple[Patch, dict[str, Any]]] = {
+BUGS: dict[str, Patch] = {
     "rows_of_the_next_sequence": (
-        ("policy/side.h", "load_global(common.cu_seqlens_q + n + 1)", "int32_t(common.num_rows)"),
-        {},
+        "policy/side.h", "load_global(common.cu_seqlens_q + n + 1)", "int32_t(common.num_rows)",
     ),
-    "keys_from_the_first": (
-        ("policy/side.h", "kv_head, sample.first_key)", "kv_head, 0)"),
-        {},
-    ),
-}
+    "keys_from_the_first": ("policy/side.h", "kv_head, sample.first_key)", "kv_head, 0)"),
+}  # fmt: skip
 
 
 @pytest.mark.slow(stands_in="test_packed")
-@pytest.mark.parametrize(("patch", "options"), BUGS.values(), ids=BUGS)
-def test_seeded_bug_is_found(patch: Patch, options: dict[str, Any], build_folder: Path) -> None:
-    case = of_kernels(Packed(options=options))
-    library = host_library(build_folder, (patch,), DIVERGENCE)
+@pytest.mark.parametrize("patch", BUGS.values(), ids=BUGS)
+def test_seeded_bug_is_found(patch: Patch, build_folder: Path) -> None:
+    case = of_kernels(Packed())  # of the one kernel that FEWER leaves
+    library = host_library(build_folder, (patch, *FEWER), DIVERGENCE)
+    wanted = comparison_and_gradients(case, "reference", torch.float64)
     with on_host(library), pytest.raises(AssertionError):
-        found = comparison_and_gradients(case, "cuda", case.dtype)
-        assert_alike(found, comparison_and_gradients(case, "reference", torch.float64), 1e-3)
+        assert_alike(comparison_and_gradients(case, "cuda", case.dtype), wanted, 1e-3)
