@@ -1,14 +1,13 @@
 """Packed rows in the kernels for GPUs: their launches, chunks of rows and empty blocks.
 
-The Triton kernels run in the interpreter; tests/cuda_host/test_packed.py has those of CUDA.
+The Triton kernels run in the interpreter; tests/cuda_host/test_policy_packed.py has those of CUDA.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,11 +21,16 @@ from ral_kernels.ops.policy.triton import tiles as triton_tiles
 from ral_kernels.runtime import triton_runtime
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.conftest import skip_or_fail
+from tests.ops.packed_cases import PackedCase, PackedInputs, offsets
+from tests.ops.test_policy import random_like
 from tests.ops.test_policy_triton import LargestTensor
 
-# Rows and keys: a sequence of several blocks, no rows, no keys, one of each, more rows than keys.
-LENGTHS_Q = (0, 1, 66, 3, 9)
-LENGTHS_K = (4, 1, 130, 0, 4)
+# No rows, one of each, several blocks, no keys, more rows than keys; and tokens of no sequence.
+RAGGED = PackedCase(
+    "ragged", ((0, 4), (1, 1), (66, 130), (3, 0), (9, 4)), tail=(3, 2), num_heads=2, num_kv_heads=1,
+    head_dim=16,
+)  # fmt: skip
+CHOSEN = ((0, 0), (0, 1), (3, 66), (2, 2), slice(-4, None))
 
 
 @pytest.fixture
@@ -36,123 +40,104 @@ def triton_here() -> None:
         skip_or_fail("triton", reason)
 
 
-def offsets(lengths: tuple[int, ...] | list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+def inputs_for(case: PackedCase, dtype: torch.dtype, backend: str, seed: int = 0) -> PackedInputs:
+    """The same numbers for all; the reference computes with them in float64."""
+    inputs = case.inputs(dtype, seed)
+    return inputs.to(torch.float64) if backend == "reference" else inputs
 
 
-@dataclass
-class Packed:
-    """Inputs of a packed call, with tokens beyond the last sequence."""
-
-    lengths_q: tuple[int, ...] = LENGTHS_Q
-    lengths_k: tuple[int, ...] = LENGTHS_K
-    head_dim: int = 16
-    dtype: torch.dtype = torch.float32
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.lengths_q) + 3
-
-    @property
-    def all_options(self) -> dict[str, Any]:
-        cuts = {"cu_seqlens_q": offsets(self.lengths_q), "cu_seqlens_k": offsets(self.lengths_k)}
-        return {**cuts, **self.options}
-
-    def draw(self, seed: int, heads: tuple[int, int] = (2, 1)) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        sizes = zip(heads, (self.num_rows, sum(self.lengths_k) + 2), strict=True)
-        q, k = (torch.randn(1, h, n, self.head_dim, generator=generator) for h, n in sizes)
-        return q.to(self.dtype), k.to(self.dtype)
-
-    def snapshot(self, q: Tensor, k: Tensor) -> AttentionSnapshot:
-        of_both = ("is_causal", "window", "softcap", "rows", "cu_seqlens_q", "cu_seqlens_k")
-        options = {name: x for name, x in self.all_options.items() if name in of_both}
-        return AttentionSnapshot(q, k, **options)
+def snapshot_of(inputs: PackedInputs) -> AttentionSnapshot:
+    kept = {"is_causal", "window", "softcap", "scale", *inputs.packing}
+    options = {name: x for name, x in inputs.options.items() if name in kept}
+    return AttentionSnapshot(inputs.q.detach(), inputs.k.detach(), **options)
 
 
-def random_like(x: Tensor) -> Tensor:
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+def with_gradients(output: Tensor, inputs: PackedInputs) -> list[Tensor]:
+    doutput = random_like(output, 1).to(output.dtype)
+    return [output, *torch.autograd.grad(output, [*inputs.differentiable().values()], doutput)]
 
 
-def policy_and_gradients(case: Packed, backend: str, dtype: torch.dtype) -> list[Tensor]:
-    leaves = [x.to(dtype).requires_grad_() for x in case.draw(1)]
-    options = case.all_options
-    if "span_bias" in options:
-        bias = options["span_bias"].detach().clone().requires_grad_()
-        options = {**options, "span_bias": bias}
-        leaves.append(bias)
-    p = attention_policy(leaves[0], leaves[1], backend=backend, **options)
-    return [p, *torch.autograd.grad((p * random_like(p)).sum(), leaves)]
+def run_policy(case: PackedCase, dtype: torch.dtype, backend: str) -> list[Tensor]:
+    inputs = inputs_for(case, dtype, backend).requires_grad_()
+    p = attention_policy(inputs.q, inputs.k, backend=backend, **inputs.options)
+    return with_gradients(p, inputs)
 
 
-def comparison_and_gradients(case: Packed, backend: str, dtype: torch.dtype) -> list[Tensor]:
-    q, k = (x.to(dtype).requires_grad_() for x in case.draw(1))
-    reference = case.snapshot(*(x.to(dtype) for x in case.draw(2)))
-    value = attention_divergence(q, k, reference, backend=backend, **case.all_options)
-    return [value, *torch.autograd.grad((value * random_like(value)).sum(), (q, k))]
+def run_divergence(case: PackedCase, dtype: torch.dtype, backend: str) -> list[Tensor]:
+    inputs = inputs_for(case, dtype, backend).requires_grad_()
+    reference = snapshot_of(inputs_for(case, dtype, backend, seed=7))
+    value = attention_divergence(inputs.q, inputs.k, reference, backend=backend, **inputs.options)
+    return with_gradients(value, inputs)
 
 
-def loss_and_gradients(case: Packed, backend: str, dtype: torch.dtype) -> list[Tensor]:
-    q, k = (x.to(dtype).requires_grad_() for x in case.draw(1))
-    reference = case.snapshot(*(x.to(dtype) for x in case.draw(2)))
-    advantages = random_like(torch.empty(len(case.lengths_q)))
-    loss = ral_loss(q, k, reference, advantages, backend=backend, **case.all_options)
-    return [loss, *torch.autograd.grad(loss, (q, k))]
+def run_loss(case: PackedCase, dtype: torch.dtype, backend: str) -> list[Tensor]:
+    inputs = inputs_for(case, dtype, backend).requires_grad_()
+    reference = snapshot_of(inputs_for(case, dtype, backend, seed=7))
+    advantages = random_like(torch.empty(len(case.lengths)), 2)
+    loss = ral_loss(inputs.q, inputs.k, reference, advantages, backend=backend, **inputs.options)
+    return with_gradients(loss, inputs)
 
 
-def assert_alike(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+RUNS: dict[str, Callable[[PackedCase, torch.dtype, str], list[Tensor]]] = {
+    "policy": run_policy,
+    "divergence": run_divergence,
+    "loss": run_loss,
+}
+
+
+def assert_alike(found: list[Tensor], wanted: list[Tensor]) -> None:
+    """Each tensor to the accuracy of its dtype, relative to its largest number."""
     assert any(x.any() for x in wanted)
     for i, (x, y) in enumerate(zip(found, wanted, strict=True)):
-        scale = max(1.0, float(y.detach().abs().max()))
-        error = float((x.to(y.dtype) - y).detach().abs().max()) / scale
-        assert error <= tolerance, f"tensor {i}: {error}"
+        bound = max(1e-5, 2 * torch.finfo(x.dtype).eps) * float(y.detach().abs().max())
+        error = float((x.to(y.dtype) - y).detach().abs().max())
+        assert error <= bound, f"tensor {i}: {error} > {bound}"
 
 
-Run = Callable[[Packed, str, torch.dtype], list[Tensor]]
-NUM_SPANS = 5
-NUM_ROWS, NUM_KEYS = sum(LENGTHS_Q) + 3, sum(LENGTHS_K) + 2
-SPAN_IDS = torch.arange(NUM_KEYS) * 7 % (NUM_SPANS + 1) - 1  # unsorted, some keys in no span
-SPANS = {"spans": rk.Spans(SPAN_IDS, NUM_SPANS)}
-BIAS = torch.randn(1, 2, NUM_ROWS, NUM_SPANS, generator=torch.Generator().manual_seed(5))
-CHOSEN = [(0, 0), (0, 1), (3, 66), (2, 2), slice(-4, None)]
-
-CASES: dict[str, Packed] = {
-    "causal": Packed(),
-    "not_causal": Packed(options={"is_causal": False, "exclude_self": False}),
-    "window_softcap": Packed(dtype=torch.float16, options={"window": 20, "softcap": 2.0}),
-    "scope_rows": Packed(options={"scope": torch.arange(NUM_KEYS) % 3 != 0, "rows": CHOSEN}),
-}
-SPAN_CASES: dict[str, Packed] = {
-    "spans": Packed(dtype=torch.float16, options=SPANS),
-    "span_bias": Packed(options={**SPANS, "span_bias": BIAS, "window": 40}),
-}
-
-
-def tolerance(case: Packed) -> float:
-    return 1e-6 if case.dtype == torch.float32 else 1e-3
+CASES: dict[str, tuple[PackedCase, torch.dtype]] = {
+    "causal": (RAGGED, torch.float32),
+    "not_causal": (
+        replace(RAGGED, options={"is_causal": False, "exclude_self": False}), torch.float32,
+    ),
+    "window_softcap": (replace(RAGGED, options={"window": 20, "softcap": 2.0}), torch.float16),
+    "scope_rows": (replace(RAGGED, scope=True, rows=CHOSEN), torch.float32),
+}  # fmt: skip
+SPAN_CASES: dict[str, tuple[PackedCase, torch.dtype]] = {
+    "spans": (replace(RAGGED, num_spans=5), torch.float16),
+    "span_bias": (
+        replace(RAGGED, num_spans=5, span_bias="full", options={"window": 40}), torch.float32,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow(stands_in="test_policy_over_spans")
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize(
-    "run",
-    [policy_and_gradients, comparison_and_gradients, loss_and_gradients],
-    ids=["policy", "divergence", "loss"],
-)
-def test_over_keys(case: Packed, run: Run, triton_here: None) -> None:
-    """Value and gradients against the reference in float64; 0 where that is 0, and exactly."""
-    found, wanted = run(case, "triton", case.dtype), run(case, "reference", torch.float64)
-    assert_alike(found, wanted, tolerance(case))
-    if run is policy_and_gradients:  # beyond a row's keys, and in rows of no sequence
+@pytest.mark.parametrize(("case", "dtype"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("run", RUNS)
+def test_over_keys(run: str, case: PackedCase, dtype: torch.dtype, triton_here: None) -> None:
+    """Value and gradients against the reference in float64; p is 0 where that is 0."""
+    found, wanted = (RUNS[run](case, dtype, backend) for backend in ("triton", "reference"))
+    assert_alike(found, wanted)
+    if run == "policy":  # beyond a row's keys, and in rows of no sequence
         assert torch.equal(found[0] == 0, wanted[0] == 0)
 
 
-@pytest.mark.parametrize("case", SPAN_CASES.values(), ids=SPAN_CASES)
-def test_policy_over_spans(case: Packed, triton_here: None) -> None:
-    found = policy_and_gradients(case, "triton", case.dtype)
-    wanted = policy_and_gradients(case, "reference", torch.float64)
-    assert_alike(found, wanted, tolerance(case))
+@pytest.mark.parametrize(("case", "dtype"), SPAN_CASES.values(), ids=SPAN_CASES)
+def test_policy_over_spans(case: PackedCase, dtype: torch.dtype, triton_here: None) -> None:
+    found, wanted = (run_policy(case, dtype, backend) for backend in ("triton", "reference"))
+    assert_alike(found, wanted)
+
+
+def check_unchanged(case: PackedCase, dtype: torch.dtype, backend: str) -> None:
+    """An unchanged policy has a loss of exactly 0 and gradients of exactly 0."""
+    inputs = case.inputs(dtype).requires_grad_()
+    snapshot = snapshot_of(inputs)
+    q, k, options = inputs.q, inputs.k, inputs.options
+    advantages = random_like(torch.empty(len(case.lengths)), 2)
+    value = attention_divergence(q, k, snapshot, "kl", backend=backend, **options)
+    loss = ral_loss(q, k, snapshot, advantages, backend=backend, **options)
+    assert not value.any() and not loss.any()
+    for x in torch.autograd.grad(value.sum() + loss, (q, k)):
+        assert not x.any()
 
 
 # All rows and keys together, two groups of sequences, and 64 rows at a time.
@@ -160,23 +145,13 @@ LIMITS = (2**20, 3000, 1)
 SLOW = pytest.mark.slow(stands_in="test_unchanged_policy_is_exactly_zero")
 
 
-@pytest.mark.parametrize(
-    "limit", [pytest.param(2**20, marks=SLOW), 3000, pytest.param(1, marks=SLOW)]
-)
+@pytest.mark.parametrize("limit", [LIMITS[1], *(pytest.param(n, marks=SLOW) for n in LIMITS[::2])])
 def test_unchanged_policy_is_exactly_zero(
     limit: int, triton_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However the rows are cut into chunks."""
     monkeypatch.setattr(triton_tiles, "scratch_elements", lambda architecture: limit)
-    case = Packed()
-    q, k = (x.requires_grad_() for x in case.draw(1))
-    snapshot = case.snapshot(q.detach(), k.detach())
-    advantages = random_like(torch.empty(len(case.lengths_q)))
-    value = attention_divergence(q, k, snapshot, "kl", backend="triton", **case.all_options)
-    loss = ral_loss(q, k, snapshot, advantages, backend="triton", **case.all_options)
-    assert not value.any() and not loss.any()
-    for x in torch.autograd.grad(loss, (q, k)):
-        assert not x.any()
+    check_unchanged(RAGGED, torch.float32, "triton")
 
 
 @pytest.mark.slow(stands_in="test_unchanged_policy_is_exactly_zero")
@@ -185,10 +160,10 @@ def test_chunks_of_rows(triton_here: None, monkeypatch: pytest.MonkeyPatch) -> N
     found = []
     for limit in LIMITS:
         monkeypatch.setattr(triton_tiles, "scratch_elements", lambda architecture, n=limit: n)
-        found.append(comparison_and_gradients(Packed(), "triton", torch.float32))
+        found.append(run_divergence(RAGGED, torch.float32, "triton"))
     for other in found[1:]:
         assert torch.equal(other[0], found[0][0]) and torch.equal(other[1], found[0][1])
-        assert_alike(other, found[0], 1e-6)
+        assert_alike(other, found[0])
 
 
 # -- launches --------------------------------------------------------------------------------------
@@ -207,34 +182,36 @@ def launches(triton_here: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[s
     return found
 
 
-def run_everything(case: Packed) -> None:
-    q, k = (x.requires_grad_() for x in case.draw(1))
-    options = case.all_options
-    reference = case.snapshot(q, k)
-    attention_policy(q, k, backend="triton", **options).sum().backward()
-    attention_divergence(q, k, reference, backend="triton", **options).sum().backward()
-    ral_loss(q, k, reference, torch.ones(len(case.lengths_q)), backend="triton", **options)
+def alike(*lengths: tuple[int, int, int]) -> PackedCase:
+    """(how many sequences, their rows, their keys), each."""
+    each = tuple((rows, keys) for count, rows, keys in lengths for _ in range(count))
+    return replace(RAGGED, lengths=each)
+
+
+def run_everything(case: PackedCase) -> None:
+    for run in RUNS.values():
+        run(case, torch.float32, "triton")
 
 
 def test_one_launch_for_all_sequences(launches: list[tuple[str, int]]) -> None:
-    run_everything(Packed((64,) * 40, (64,) * 40))
+    run_everything(alike((40, 64, 64)))
     many = [name for name, _ in launches]
     launches.clear()
-    run_everything(Packed((64,), (64,)))
+    run_everything(alike((1, 64, 64)))
     assert many == [name for name, _ in launches]
 
 
 def test_no_programs_for_padding(launches: list[tuple[str, int]]) -> None:
     """One long sequence and 63 short ones: the blocks of the packed rows, at most one more each."""
-    case = Packed((2048,) + (16,) * 63, (2048,) + (16,) * 63)
-    run_everything(case)
-    rows, heads = case.num_rows, 2
+    run_everything(alike((1, 2048, 2048), (63, 16, 16)))
+    tokens, heads = 2048 + 63 * 16 + 3, 2
     smallest = 16  # rows or keys of a block of any kernel
+    most = (tokens // smallest + 64) * heads
     for name, programs in launches:
+        # These have a program for each block of the longest sequence's keys, too.
         if name not in ("policy_fwd_kernel", "divergence_fwd_kernel"):
-            assert programs <= (rows // smallest + 64) * heads, name
-    # The padded batch would have 64 * 2048 rows.
-    assert (rows // smallest + 64) * heads < 64 * 2048 / 64 * heads
+            assert programs <= most, name
+    assert most < 64 * 2048 // 64 * heads  # that many the padded batch has, in blocks of 64
 
 
 def test_scratch_follows_the_lengths(
@@ -243,11 +220,9 @@ def test_scratch_follows_the_lengths(
     """No tensor of all rows times all keys, nor times the keys of the longest sequence."""
     limit = 64 * 2048
     monkeypatch.setattr(triton_tiles, "scratch_elements", lambda architecture: limit)
-    case = Packed((64,) + (32,) * 64, (2048,) + (64,) * 64)
-    q, k = (x.requires_grad_() for x in case.draw(1))
-    reference = case.snapshot(q, k)
+    case = alike((1, 64, 2048), (16, 32, 64))
     with LargestTensor() as largest:
-        ral_loss(q, k, reference, torch.ones(65), backend="triton", **case.all_options)
+        run_loss(case, torch.float32, "triton")
     assert largest.numel <= limit
     # The long sequence fills the scratch, and all others fit it together.
     assert [name for name, _ in launches].count("policy_bwd_dq_kernel") == 2
