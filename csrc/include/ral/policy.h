@@ -50,7 +50,7 @@ typedef struct {
   const int32_t* cu_seqlens_q;                // [num_sequences + 1], or null: not packed
   const int32_t* cu_seqlens_k;
   const int32_t* query_starts;  // [num_sequences], position of a sequence's first row in its keys
-  const int32_t* span_ids;  // [seqlen_k] per batch entry, or null
+  const int32_t* span_ids;      // [seqlen_k] per batch entry, or null
   int64_t span_ids_stride_b;
   const uint8_t* scope;  // 1 = in the scope, or null = all are
   int64_t scope_stride_b;

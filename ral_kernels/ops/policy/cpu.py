@@ -40,8 +40,6 @@ class CpuPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients
         return cpu_library.available(_library)
 
     def can_run(self, args: PolicyArgs) -> str | None:
-        if args.is_packed:
-            return "packed sequences (cu_seqlens_q) are not supported"
         return cpu_library.cannot_run(args.q)
 
     def fwd(self, args: PolicyArgs, outputs: PolicyOutputs) -> None:
@@ -75,8 +73,6 @@ class CpuPolicyDivergence(
         return cpu_library.available(_library)
 
     def can_run(self, args: PolicyDivergenceArgs) -> str | None:
-        if args.policy.is_packed:
-            return "packed sequences (cu_seqlens_q) are not supported"
         reason = cpu_library.cannot_run(args.policy.q)
         dtype = args.reference.q.dtype
         if reason is None and dtype not in cpu_library.COMPUTED:
