@@ -96,7 +96,7 @@ def place(positions: Range, ranges: Sequence[Range]) -> Range:
 
 def cut(x: Tensor, ranges: Sequence[Range], dim: int) -> Tensor:
     """These ranges of x along `dim`, one after another; a view if they are one."""
-    parts = [x.narrow(dim, start, stop - start) for start, stop in ranges]
+    parts = [x.narrow(dim, start, stop - start) for start, stop in ranges or [(0, 0)]]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 

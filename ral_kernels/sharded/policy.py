@@ -281,6 +281,7 @@ class ShardedPolicy:
             parts = [AttentionSnapshot(self._all_rows, self.k, **taken)]
         else:
             parts = []
+            _ = self._keys_seen  # ranks without rows send their keys, too
             for q, k, arguments in self._arguments():
                 for name in ("spans", "scope", "key_padding_mask", "exclude_self"):
                     arguments.pop(name, None)  # the comparing call's
@@ -359,12 +360,12 @@ class ShardedPolicy:
     def _places(self) -> keys_stay.Places:
         """Where rows and this rank's keys are."""
         chunks, device = self.plan.chunks[self._rank], self.q.device
-        rows = [torch.arange(*each, device=device) for each in self.plan.rows]
+        rows = cut(torch.arange(self.plan.seqlen, device=device), self.plan.rows, 0)
         starts = [
             torch.full((stop - start,), first, device=device)
             for (first, _), (start, stop) in zip(self.plan.sequences, self.plan.rows, strict=True)
         ]
-        keys = torch.cat([torch.arange(*each, device=device) for each in chunks])
+        keys = cut(torch.arange(self.plan.seqlen, device=device), chunks, 0)
         spans, scope = self._spans, self._scope
         if spans is not None and scope is None:
             scope = spans.ids >= 0  # as in the ops: rows over spans sum to 1
@@ -373,7 +374,7 @@ class ShardedPolicy:
             ids = torch.where(spans.ids >= 0, spans.ids, spans.num_spans).long()
             ids = cut(torch.atleast_2d(ids), chunks, -1)
         return keys_stay.Places(
-            rows=torch.cat(rows),
+            rows=rows,
             starts=torch.cat(starts),
             keys=keys,
             padding=None if self._padding is None else cut(self._padding, chunks, -1),

@@ -77,7 +77,10 @@ CASES = {
         [(4, 9), (0, 0), (0, 0), (2, 17), (3, 14)], "head_tail", batch_size=1, cu_seqlens=PACKED,
         mask=True, reduction="sequence_mean", options={"window": 5},
     ),
-    "packed spans": Case(None, "head_tail", batch_size=1, cu_seqlens=PACKED, frames=True),
+    "packed spans": Case(
+        [(0, 10), (0, 1), (0, 0), (0, 19), (0, 15)], "head_tail", batch_size=1, cu_seqlens=PACKED,
+        frames=True,
+    ),
     "float64": Case((3, N - 1), "head_tail", dtype=torch.float64, options={"softcap": 3.0}),
     "bfloat16": Case((3, N - 1), "head_tail", dtype=torch.bfloat16),
 }  # fmt: skip
@@ -156,9 +159,7 @@ def run(name: str, moves: str) -> dict[str, Any]:
 
     q, k = (x.clone().requires_grad_() for x in (problem.q, problem.k))
     given = {"rows": case.rows, **problem.options, **problem.packing}
-    whole = rk.ral_loss(
-        q, k, problem.whole(), problem.advantages, problem.mask, **terms, **given
-    )
+    whole = rk.ral_loss(q, k, problem.whole(), problem.advantages, problem.mask, **terms, **given)
     wanted = torch.autograd.grad(whole, (q, k))
 
     def part(x: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ def results(folder: str, worlds: list[int], names: list[str]) -> dict[Any, list[
             _rank, (world_size, folder, names), nprocs=world_size, start_method="fork"
         )
         for key, ranks in torch.load(f"{folder}/{world_size}.pt", weights_only=False).items():
-            found[world_size, *key] = ranks
+            found[(world_size, *key)] = ranks
     return found
 
 
@@ -307,6 +308,4 @@ if __name__ == "__main__":
         else:
             file, *rest = sys.argv[1:]
             split = rest.index("--")
-            torch.save(
-                results(temporary, [int(x) for x in rest[:split]], rest[split + 1 :]), file
-            )
+            torch.save(results(temporary, [int(x) for x in rest[:split]], rest[split + 1 :]), file)
