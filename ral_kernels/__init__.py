@@ -18,6 +18,7 @@ from .ops.attention import (
 from .ops.divergence import divergence
 from .ops.policy import attention_divergence, attention_policy, ral_loss
 from .runtime.backends import available_backends
+from .sharded import ShardedPolicy, ShardedSnapshot, sharded_bytes
 from .snapshot import AttentionSnapshot
 from .spans import Spans
 
@@ -42,6 +43,8 @@ __all__ = [
     "AttentionMap",
     "AttentionOutput",
     "AttentionSnapshot",
+    "ShardedPolicy",
+    "ShardedSnapshot",
     "Spans",
     "attention",
     "attention_divergence",
@@ -59,6 +62,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "ral_loss",
     "scaled_dot_product_attention",
+    "sharded_bytes",
     "spans_for",
     "steer",
 ]

@@ -139,10 +139,10 @@ def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend:
         reference = _span_policy_of(op, reference, args, backend)
     else:
         _check_dense(op, reference, args)
-    return _composed(call_policy(args, backend), reference, kind, backend)
+    return composed(call_policy(args, backend), reference, kind, backend)
 
 
-def _composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
+def composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
     """The divergence of two materialised policies, with the conventions of the streamed one."""
     value = call_divergence(p, r, kind, backend)
     if kind != "jsd":

@@ -84,6 +84,23 @@ def ral_loss(
             NotImplementedError also for advantages that require grad.
     """
     op = "ral_loss"
+    args = resolve_call(
+        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
+        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
+        softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    weights = row_weights(op, advantages, mask, reduction, args)
+    requested = backends.check_backend(op, backend)
+    if isinstance(reference, AttentionSnapshot) and _fuses(args):
+        check_kind(op, kind)
+        check_snapshot(op, reference, args)
+        return _fused_loss(args, reference, kind, requested, weights)
+    return weighted_sum(divergence_of(op, args, reference, kind, requested), weights)
+
+
+def row_weights(op: str, advantages: Any, mask: Any, reduction: Any, args: PolicyArgs) -> Tensor:
+    """[B, T]: what each row's divergence is multiplied by, from checked arguments of a loss."""
     if not isinstance(reduction, str):
         raise TypeError(
             f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got "
@@ -93,22 +110,10 @@ def ral_loss(
         raise ValueError(
             f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
         )
-    args = resolve_call(
-        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
-        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
-        softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )  # fmt: skip
     advantages = _resolve_advantages(op, advantages, args)
     _check_mask(op, mask, args)
-    requested = backends.check_backend(op, backend)
     advantages = advantages.to(allocation.accumulation_dtype(args.q))
-    weights = _row_weights(advantages, mask, reduction, args)
-    if isinstance(reference, AttentionSnapshot) and _fuses(args):
-        check_kind(op, kind)
-        check_snapshot(op, reference, args)
-        return _fused_loss(args, reference, kind, requested, weights)
-    return _weighted_sum(divergence_of(op, args, reference, kind, requested), weights)
+    return _row_weights(advantages, mask, reduction, args)
 
 
 def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:
@@ -182,7 +187,7 @@ def _row_weights(
     return weights / tokens.clamp(min=1)[sequence] / (tokens > 0).sum().clamp(min=1)
 
 
-def _weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
     # Rows of weight 0 are left out, not multiplied: 0 * inf would be NaN, here or in the gradient.
     used = weights != 0
     return torch.where(used, torch.where(used, value, 0.0) * weights, 0.0).sum()
@@ -246,7 +251,7 @@ def _policy_divergence_loss(
     if given_norm is not None and given_z is not None:
         norm, z = given_norm, given_z
     chosen.loss(args, weights, normalised, LossOutputs(value, norm, z, dq, dk))
-    loss.copy_(_weighted_sum(value, weights))
+    loss.copy_(weighted_sum(value, weights))
     return results
 
 
