@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 import ral_kernels as rk
 
-from .config import RALConfig
+if TYPE_CHECKING:
+    from .config import RALConfig  # which imports TRL
 
 _TINY = 1e-30  # below any share of attention that counts
 
