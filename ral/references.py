@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-
-import ral_kernels as rk
+from torch import Tensor
 
 PINNED = "pinned"  # page-locked memory of the CPU, as a device
 
@@ -36,62 +33,6 @@ class Rows(Protocol):
 
 
 Kept = dict[int, Any]  # rows by the number of their layer
-
-
-@contextmanager
-def taking_snapshots(
-    model: nn.Module, layers: Any, rows: tuple[int, int], *, steered: bool = True
-) -> Iterator[dict[int, list[rk.AttentionSnapshot]]]:
-    """Collect a snapshot of the chosen layers from each forward of `model` inside the `with`.
-
-    After each forward only k and the chosen rows of q are kept. A rollout batch runs in several
-    forwards, and all rows of q of all of them would take as much memory as a layer's activations.
-
-    Args:
-        model: any module that `rk.capture` takes.
-        layers: as in `rk.capture`.
-        rows: (start, stop) of the queries of response tokens.
-        steered: with the bias of the `rk.steer` that the model runs under, if any.
-
-    Yields:
-        A list of snapshots for each layer's number, in the order of the forwards.
-    """
-    taken: dict[int, list[rk.AttentionSnapshot]] = {}
-    with rk.capture(model, layers, rows=rows, detach=True) as captured:
-
-        def take(*_: Any) -> None:
-            for layer in captured.layers:
-                taken.setdefault(layer, []).append(captured.snapshot(layer=layer, steered=steered))
-            captured.clear()
-
-        handle = model.register_forward_hook(take)
-        try:
-            yield taken
-        finally:
-            handle.remove()
-
-
-@contextmanager
-def taking_hidden_states(
-    backbone: nn.Module, rows: tuple[int, int], *, detach: bool
-) -> Iterator[list[Tensor]]:
-    """Collect rows (start, stop) of the last hidden state of each forward of a model's backbone.
-
-    Yields:
-        A list of [B, stop - start, D]. With `detach` they are copies, so that the kept memory does
-        not grow with the prompts.
-    """
-    taken: list[Tensor] = []
-
-    def take(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output.last_hidden_state[:, slice(*rows)]
-        taken.append(hidden.detach().clone() if detach else hidden)
-
-    handle = backbone.register_forward_hook(take)
-    try:
-        yield taken
-    finally:
-        handle.remove()
 
 
 class References:
