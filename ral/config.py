@@ -9,6 +9,7 @@ import ral_kernels as rk
 
 from . import schedule
 from ._requirements import check_trl
+from .losses import Which as Rows
 from .processes import check_parallelism, check_world_size
 
 check_trl()
@@ -20,7 +21,6 @@ Granularity = Literal["token", "tile", "frame", "image"]
 Scope = Literal["context", "visual"]
 Divergence = Literal["jsd", "kl", "reverse_kl"]
 Reference = Literal["old", "ref", "teacher"]
-Rows = Literal["predicting", "token"]
 Reduction = Literal["token_mean", "sequence_mean"]
 TRACKERS = ("tensorboard", "wandb")  # that `attn_map_every` gives pictures to
 _CHOICES = {
