@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -26,7 +27,7 @@ from .fsdp import gathered_head
 from .metrics import MeasuringTrainer
 from .references import References, taking_hidden_states, taking_snapshots
 from .rewards.tags import rendered_end
-from .vision import VisionLayout, lay_out
+from .vision import VisionLayout, has_images, image_lists, lay_out, without_empty_images
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +96,11 @@ class RALTrainer(MeasuringTrainer):
         self._generations = 0  # rollout batches so far
         self._bias: Any = None  # [B, layers, S] of the rollout batch being made, if it explores
         self._num_spans = 0
+        self._needs_images = True  # unless there is a column of images: a batch may have none
         super().__init__(model, reward_funcs, args, *positional, **named)
+        # TRL gathers images for its table of completions where a process has any: others would wait.
+        self._tables_images = self.log_multimodal and self.log_completions and not self.tools
+        self.log_multimodal = self.log_multimodal and bool(self.tools)
         rollouts.keep_media_out(self)
         self._unexpanded = rollouts.UnexpandedPrompts(self)
         if args.use_vllm and args.vllm_mode == "colocate":
@@ -150,8 +155,12 @@ class RALTrainer(MeasuringTrainer):
     # -- rollouts --------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = image_lists(inputs)
+        if self._tables_images and has_images(inputs):
+            self._logs["images"].extend(gather_object([row["images"] for row in inputs]))
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
+        self._needs_images = not has_images(inputs)
         self._references.clear()
         self._bias = None
         self._rolling_out = True
@@ -216,6 +225,8 @@ class RALTrainer(MeasuringTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None:  # the processor takes no None beside lists
+            images = [each or [] for each in images]
         if images is not None and self.use_vllm and self.vllm_mode == "colocate":
             self._unexpanded.remember(prompts, ids)
         return ids, images, fields
@@ -236,6 +247,8 @@ class RALTrainer(MeasuringTrainer):
         *rest: Any,
         **kw: Any,
     ) -> Any:
+        if images is not None and self.use_vllm:  # which takes None for a prompt without images
+            images = [each or None for each in images]
         if not (self.args.explores and self._rolling_out):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
         ids, mask = self._pad_prompts(prompt_ids)
@@ -254,10 +267,9 @@ class RALTrainer(MeasuringTrainer):
     def _lay_out(
         self, ids: Tensor, mask: Tensor, fields: dict[str, Any], response: int = 0
     ) -> VisionLayout:
-        # Even with a column of images, a rollout batch may have none.
-        columns = getattr(self.train_dataset, "column_names", None) or []
-        needs_images = not {"image", "images"}.intersection(columns)
-        return lay_out(self.args, self.model.config, ids, mask, fields, response, needs_images)
+        return lay_out(
+            self.args, self.model.config, ids, mask, fields, response, self._needs_images
+        )
 
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Prompts as `generate` gets them: padded on the left."""
@@ -274,7 +286,7 @@ class RALTrainer(MeasuringTrainer):
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if not self._rolling_out:
-            with gathered_head(model):
+            with gathered_head(model), without_empty_images(model):
                 return super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
                 )
@@ -284,6 +296,7 @@ class RALTrainer(MeasuringTrainer):
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
             stack.enter_context(gathered_head(model))
+            stack.enter_context(without_empty_images(model))
             if (
                 self._bias is not None
             ):  # also for TRL's reference model, or KL would measure the noise
@@ -330,6 +343,7 @@ class RALTrainer(MeasuringTrainer):
         layers = self._teacher_layers
         hidden: list[Tensor] = []
         with ExitStack() as stack:
+            stack.enter_context(without_empty_images(self.teacher_model))
             taken = stack.enter_context(
                 taking_snapshots(self.teacher_model, layers, self._rows(prompt, length))
             )

@@ -57,8 +57,8 @@ def load_jsonl(
       types need none.
     - `solution`: with or without `<answer>` tags.
     - `problem_type`: one of `ral.rewards.PROBLEM_TYPES`.
-    - `data_type`: "image" or "video".
-    - `path`: an image or a list of images. For a video a file such as .mp4 (with PyAV), an animated
+    - `data_type`: "image", "video", or "text" for a row without images.
+    - `path`, but for "text": an image or a list of images. For a video a file such as .mp4 (with PyAV), an animated
       GIF or WebP, or a folder of frames in natural order: frame2 before frame10.
     - `problem_id`, optional.
     - `process`, optional: a worked thinking text for SFT.
