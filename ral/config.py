@@ -153,7 +153,13 @@ class RALConfig(GRPOConfig):
         "which training with use_vllm stops; 0 = never.",
     )
 
+    eval_temperature: float | None = _setting(
+        None, "Temperature of answers in evaluation; 0 = greedy, None = that of the rollouts."
+    )
+
     def __post_init__(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "reward"  # GRPO's loss says nothing of the policy
         super().__post_init__()
         check_world_size(self)
         check_parallelism(self)
@@ -188,6 +194,11 @@ class RALConfig(GRPOConfig):
                 raise ValueError(
                     f"RALConfig: {name} must be finite and >= 0; got {getattr(self, name)!r}"
                 )
+        if self.eval_temperature is not None and not 0 <= self.eval_temperature < float("inf"):
+            raise ValueError(
+                f"RALConfig: eval_temperature must be None, or finite and >= 0; got "
+                f"{self.eval_temperature!r}"
+            )
         for name in ("distill_beta", "vllm_min_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(

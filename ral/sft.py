@@ -36,8 +36,8 @@ def sft_trainer(
     Args:
         model: of transformers.
         processor: the model's; one for images only suffices.
-        rows: a `datasets.Dataset` or IterableDataset, of `ral.data.to_sft` or `ral.digits`. Some may
-            have no images: an empty list, or None.
+        rows: a `datasets.Dataset` or IterableDataset, of `ral.data.to_sft` or `ral.digits`. In some
+            `images` may be None or an empty list.
         config: TRL's; `max_length` None, since cutting a prompt would cut its visual tokens.
         peft_config: of LoRA, for a model without adapters.
         eval_rows: the same, for evaluation during training.

@@ -27,12 +27,13 @@ from .fsdp import gathered_head
 from .metrics import MeasuringTrainer
 from .references import References, taking_hidden_states, taking_snapshots
 from .rewards.tags import rendered_end
+from .validation import Validates
 from .vision import VisionLayout, has_images, image_lists, lay_out, without_empty_images
 
 logger = logging.get_logger(__name__)
 
 
-class RALTrainer(MeasuringTrainer):
+class RALTrainer(Validates, MeasuringTrainer):
     """GRPO with Reinforced Attention Learning, and On-Policy Attention Distillation.
 
     TRL's `GRPOTrainer` does the rest as usual: rollouts, advantages, KL, LoRA, checkpoints,
@@ -53,6 +54,7 @@ class RALTrainer(MeasuringTrainer):
         attn/differing_prefixes: share of response tokens whose prefix differs within the group;
             the others have no RAL signal.
         time/rollout, time/old_policy, time/update: seconds of an optimizer step.
+        eval_reward, eval_accuracy, ...: of evaluations (`Validates`).
 
     Args:
         model, reward_funcs, args, ...: as in `GRPOTrainer`; args is a `RALConfig`.
@@ -98,7 +100,7 @@ class RALTrainer(MeasuringTrainer):
         self._num_spans = 0
         self._needs_images = True  # unless there is a column of images: a batch may have none
         super().__init__(model, reward_funcs, args, *positional, **named)
-        # TRL gathers images for its table of completions where a process has any: others would wait.
+        # For its table TRL gathers images in processes that have any: the others would not join.
         self._tables_images = self.log_multimodal and self.log_completions and not self.tools
         self.log_multimodal = self.log_multimodal and bool(self.tools)
         rollouts.keep_media_out(self)

@@ -1,4 +1,4 @@
-"""Images of a rollout batch, some of whose rows may have none: where they are, and forwards of them."""
+"""Images of a rollout batch, some of whose rows may have none: where they are in its token ids."""
 
 from __future__ import annotations
 
