@@ -26,6 +26,7 @@ from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
 from .metrics import MeasuringTrainer
 from .references import References, taking_hidden_states, taking_snapshots
+from .resampling import Resampler, equal_groups
 from .rewards.tags import rendered_end
 from .validation import Validates
 from .vision import VisionLayout, has_images, image_lists, lay_out, without_empty_images
@@ -53,6 +54,9 @@ class RALTrainer(Validates, MeasuringTrainer):
             over keys (nats), every `attn_metrics_every` batches.
         attn/differing_prefixes: share of response tokens whose prefix differs within the group;
             the others have no RAL signal.
+        groups/equal: groups of a rollout batch whose rewards are all equal: they have no gradient.
+            With `resample_equal_groups` also groups/drawn, the further prompts that were drawn for
+            it, and groups/left_equal.
         time/rollout, time/old_policy, time/update: seconds of an optimizer step.
         eval_reward, eval_accuracy, ...: of evaluations (`Validates`).
 
@@ -103,6 +107,9 @@ class RALTrainer(Validates, MeasuringTrainer):
         # For its table TRL gathers images in processes that have any: the others would not join.
         self._tables_images = self.log_multimodal and self.log_completions and not self.tools
         self.log_multimodal = self.log_multimodal and bool(self.tools)
+        self._resampler: Resampler | None = None
+        if args.resample_equal_groups > 0:
+            self._resampler = Resampler(self, args.resample_equal_groups)
         rollouts.keep_media_out(self)
         self._unexpanded = rollouts.UnexpandedPrompts(self)
         if args.use_vllm and args.vllm_mode == "colocate":
@@ -158,16 +165,19 @@ class RALTrainer(Validates, MeasuringTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = image_lists(inputs)
-        if self._tables_images and has_images(inputs):
-            self._logs["images"].extend(gather_object([row["images"] for row in inputs]))
         if not self.model.training:
+            self._table_images(inputs)
             return super()._generate_and_score_completions(inputs)
         self._needs_images = not has_images(inputs)
         self._references.clear()
         self._bias = None
         self._rolling_out = True
         try:
-            with self._timed("rollout"):  # less the forwards inside
+            with self._timed("rollout"), ExitStack() as stack:  # less the forwards inside
+                if self._resampler is not None:
+                    inputs, replayed = self._resampler.fill(inputs, self._generations)
+                    stack.enter_context(replayed)
+                self._table_images(inputs)
                 output = super()._generate_and_score_completions(inputs)
         finally:
             self._rolling_out = False
@@ -196,6 +206,10 @@ class RALTrainer(Validates, MeasuringTrainer):
                 output["teacher_hidden"] = hidden
         return output
 
+    def _table_images(self, rows: list[dict[str, Any]]) -> None:
+        if self._tables_images and has_images(rows):
+            self._logs["images"].extend(gather_object([row["images"] for row in rows]))
+
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], *completions: Any
     ) -> Tensor:
@@ -211,6 +225,9 @@ class RALTrainer(Validates, MeasuringTrainer):
         )  # fmt: skip
         inputs = [{**row, "prompt_end": end} for row in inputs]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, *completions)
+        if self.model.training:
+            equal = equal_groups(self, rewards).sum().item()
+            self._metrics["train"]["groups/equal"].append(equal)
         return rewards
 
     def _check_agreement(self, output: dict[str, Any]) -> None:

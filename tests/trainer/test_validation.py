@@ -103,6 +103,7 @@ def test_greedy_answers_are_those_of_eval(path: Path, tmp_path: Path) -> None:
     trainer.evaluate()
     answers = [answer["answer"] for answer in written(trainer, 0)]
     model = trainer.model.eval()
+    model.generation_config.suppress_tokens = trainer.generation_config.suppress_tokens
     wanted, _ = answers_of(model, trainer.processing_class, list(rows()), max_new_tokens=8)
     assert answers == wanted
     assert trainer.generation_config.do_sample  # afterwards
