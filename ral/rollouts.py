@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,18 @@ _NEVER = -100.0  # vLLM's lowest bias
 
 class RolloutError(RuntimeError):
     """The engine that wrote the rollouts disagrees with the trainer's model."""
+
+
+@contextmanager
+def randomness_kept(device: torch.device) -> Iterator[None]:
+    """Leave all random states as they were: datasets, rewards and attention may use any."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def media_tokens(model_config: Any, processor: Any) -> set[int]:

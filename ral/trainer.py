@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -20,14 +21,16 @@ from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
 from .metrics import MeasuringTrainer
 from .references import References
+from .resampling import Resampler, equal_groups
 from .rewards.tags import rendered_end
 from .terms import ATTENTION, Batch, Role, Term, Terms, check_references, terms_of
-from .vision import VisionLayout, lay_out
+from .validation import Validates
+from .vision import VisionLayout, has_images, image_lists, lay_out, without_empty_images
 
 logger = logging.get_logger(__name__)
 
 
-class RALTrainer(MeasuringTrainer):
+class RALTrainer(Validates, MeasuringTrainer):
     """GRPO with Reinforced Attention Learning, and On-Policy Attention Distillation.
 
     TRL's `GRPOTrainer` does the rest as usual: rollouts, advantages, KL, LoRA, checkpoints,
@@ -47,7 +50,11 @@ class RALTrainer(MeasuringTrainer):
             over keys (nats), every `attn_metrics_every` batches.
         attn/differing_prefixes: share of response tokens whose prefix differs within the group;
             the others have no RAL signal.
+        groups/equal: groups of a rollout batch whose rewards are all equal: they have no gradient.
+            With `resample_equal_groups` also groups/drawn, the further prompts that were drawn for
+            it, and groups/left_equal.
         time/rollout, time/old_policy, time/update: seconds of an optimizer step.
+        eval_reward, eval_accuracy, ...: of evaluations (`Validates`).
 
     Args:
         model, reward_funcs, args, ...: as in `GRPOTrainer`; args is a `RALConfig`.
@@ -86,7 +93,14 @@ class RALTrainer(MeasuringTrainer):
         self._generations = 0  # rollout batches so far
         self._bias: Any = None  # [B, layers, S] of the rollout batch being made, if it explores
         self._num_spans = 0
+        self._needs_images = True  # unless there is a column of images: a batch may have none
         super().__init__(model, reward_funcs, args, *positional, **named)
+        # For its table TRL gathers images in processes that have any: the others would not join.
+        self._tables_images = self.log_multimodal and self.log_completions and not self.tools
+        self.log_multimodal = self.log_multimodal and bool(self.tools)
+        self._resampler: Resampler | None = None
+        if args.resample_equal_groups > 0:
+            self._resampler = Resampler(self, args.resample_equal_groups)
         rollouts.keep_media_out(self)
         self._unexpanded = rollouts.UnexpandedPrompts(self)
         if args.use_vllm and args.vllm_mode == "colocate":
@@ -148,13 +162,20 @@ class RALTrainer(MeasuringTrainer):
     # -- rollouts --------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = image_lists(inputs)
         if not self.model.training:
+            self._table_images(inputs)
             return super()._generate_and_score_completions(inputs)
+        self._needs_images = not has_images(inputs)
         self._references.clear()
         self._bias = None
         self._rolling_out = True
         try:
-            with self._timed("rollout"):  # less the forwards inside
+            with self._timed("rollout"), ExitStack() as stack:  # less the forwards inside
+                if self._resampler is not None:
+                    inputs, replayed = self._resampler.fill(inputs, self._generations)
+                    stack.enter_context(replayed)
+                self._table_images(inputs)
                 output = super()._generate_and_score_completions(inputs)
         finally:
             self._rolling_out = False
@@ -181,6 +202,7 @@ class RALTrainer(MeasuringTrainer):
             view = losses.view_of(self.args, ids.shape[1] - length, length, layout.spans)
             with (
                 self._timed("old_policy"),
+                without_empty_images(self.teacher_model),
                 self._terms.taking("teacher", self.teacher_model, view),
                 torch.no_grad(),
             ):
@@ -190,6 +212,10 @@ class RALTrainer(MeasuringTrainer):
                     **{name: output.get(name) for name in _MODEL_FIELDS},
                 )  # fmt: skip
         return output
+
+    def _table_images(self, rows: list[dict[str, Any]]) -> None:
+        if self._tables_images and has_images(rows):
+            self._logs["images"].extend(gather_object([row["images"] for row in rows]))
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], *completions: Any
@@ -206,6 +232,9 @@ class RALTrainer(MeasuringTrainer):
         )  # fmt: skip
         inputs = [{**row, "prompt_end": end} for row in inputs]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, *completions)
+        if self.model.training:
+            equal = equal_groups(self, rewards).sum().item()
+            self._metrics["train"]["groups/equal"].append(equal)
         return rewards
 
     def _check_agreement(self, output: dict[str, Any]) -> None:
@@ -222,6 +251,8 @@ class RALTrainer(MeasuringTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None:  # the processor takes no None beside lists
+            images = [each or [] for each in images]
         if images is not None and self.use_vllm and self.vllm_mode == "colocate":
             self._unexpanded.remember(prompts, ids)
         return ids, images, fields
@@ -242,6 +273,8 @@ class RALTrainer(MeasuringTrainer):
         *rest: Any,
         **kw: Any,
     ) -> Any:
+        if images is not None and self.use_vllm:  # which takes None for a prompt without images
+            images = [each or None for each in images]
         if not (self.args.explores and self._rolling_out):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
         ids, mask = self._pad_prompts(prompt_ids)
@@ -260,10 +293,9 @@ class RALTrainer(MeasuringTrainer):
     def _lay_out(
         self, ids: Tensor, mask: Tensor, fields: dict[str, Any], response: int = 0
     ) -> VisionLayout:
-        # Even with a column of images, a rollout batch may have none.
-        columns = getattr(self.train_dataset, "column_names", None) or []
-        needs_images = not {"image", "images"}.intersection(columns)
-        return lay_out(self.args, self.model.config, ids, mask, fields, response, needs_images)
+        return lay_out(
+            self.args, self.model.config, ids, mask, fields, response, self._needs_images
+        )
 
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Prompts as `generate` gets them: padded on the left."""
@@ -280,7 +312,7 @@ class RALTrainer(MeasuringTrainer):
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if not self._rolling_out:
-            with gathered_head(model):
+            with gathered_head(model), without_empty_images(model):
                 return super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
                 )
@@ -289,6 +321,7 @@ class RALTrainer(MeasuringTrainer):
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
             stack.enter_context(gathered_head(model))
+            stack.enter_context(without_empty_images(model))
             if self._bias is not None or role in self._terms.roles:
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}

@@ -14,13 +14,13 @@ from ..models import default_dtype, limit_pixels, load_model, load_processor
 from .errors import Refused, refusing
 from .parsing import Settings
 from .run import check_model_name
-from .settings import EvalSettings
+from .settings import DIGITS_EVAL_ROWS, EvalSettings
 from .sources import digits_task
 
 if TYPE_CHECKING:
     from ..digits.tasks import Style
 
-FRAMES, GRIDS, DIGITS_ROWS = [4, 8, 16, 32, 64], [2, 3, 4, 6, 8], 500
+FRAMES, GRIDS = [4, 8, 16, 32, 64], [2, 3, 4, 6, 8]
 DIGITS_TOKENS, TOKENS = 24, 768
 
 
@@ -83,7 +83,7 @@ def _cells(given: EvalSettings, task: Any, processor: Any) -> Iterator[tuple[dic
         for extent in (given.grids or GRIDS) if task == "cell" else (given.frames or FRAMES):
             with refusing():
                 rows = make_dataset(
-                    task, size=given.rows or DIGITS_ROWS, split="test", seed=given.seed,
+                    task, size=given.rows or DIGITS_EVAL_ROWS, split="test", seed=given.seed,
                     style=cast("Style", given.style), grid=extent, frames=extent,
                 )  # fmt: skip
             yield {"frames": None, "grid": None, "max_pixels": None, size: extent}, rows

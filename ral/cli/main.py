@@ -28,7 +28,7 @@ _SCHEDULE = (
     "output_dir", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "gradient_checkpointing", "bf16", "seed", "save_steps", "save_total_limit", "logging_steps",
-    "report_to",
+    "report_to", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
 _ROLLOUTS = (
     "num_generations", "num_iterations", "steps_per_generation", "max_completion_length",

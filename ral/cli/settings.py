@@ -8,6 +8,7 @@ from typing import Any
 from ..rewards import ACCURACY_WEIGHT, FORMAT_WEIGHT, STYLES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DIGITS_EVAL_ROWS = 500
 DIGITS = "digits"  # the bundled model, and the prefix of the bundled data
 
 
@@ -111,6 +112,12 @@ class DataSettings:
         "Skip invalid rows and rows with broken images, with a warning. All images are decoded for "
         "it, before training unless streaming.",
     )
+    eval_data: str | None = _setting(
+        None,
+        "Data to evaluate in during training, in the form of data. train answers greedily, once a "
+        "row, as far as eval_temperature and num_generations_eval are not given.",
+    )
+    eval_rows: int = _setting(0, "Rows of eval_data at most; 0 = all of a file, or 500 of digits.")
     digits_rows: int = _setting(4096, "Rows of digits: data.")
     digits_extent: list[int] = field(
         default_factory=lambda: [8],
@@ -123,6 +130,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         _check("style", self.style, self.style in STYLES, f"one of {', '.join(STYLES)}")
         _check("max_frames", self.max_frames, self.max_frames >= 1, ">= 1")
+        _check("eval_rows", self.eval_rows, self.eval_rows >= 0, ">= 0")
         _check("digits_rows", self.digits_rows, self.digits_rows >= 1, ">= 1")
         ok = bool(self.digits_extent) and all(n >= 1 for n in self.digits_extent)
         _check("digits_extent", self.digits_extent, ok, "a list of numbers >= 1")

@@ -6,15 +6,17 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..data import load_jsonl, to_sft
 from ..rewards import combined_reward
 from .errors import Refused, refusing
-from .settings import DIGITS, DataSettings, RewardSettings
+from .settings import DIGITS, DIGITS_EVAL_ROWS, DataSettings, RewardSettings
 
 if TYPE_CHECKING:
+    from ..digits.scans import Split
     from ..digits.tasks import Style
 
 
@@ -35,13 +37,33 @@ def digits_task(data: str) -> Any:
     return task
 
 
-def training_rows(settings: DataSettings, seed: int, *, demonstrations: bool = False) -> Any:
+def evaluation_rows(settings: DataSettings, *, demonstrations: bool = False) -> Any:
+    """The dataset to evaluate in during training, None if there is none to.
+
+    Raises:
+        Refused: it is not there, or it has invalid rows.
+    """
+    if settings.eval_data is None:
+        return None
+    size = settings.eval_rows or DIGITS_EVAL_ROWS
+    given = replace(settings, data=settings.eval_data, streaming=False, digits_rows=size)
+    try:
+        rows = training_rows(given, seed=0, demonstrations=demonstrations, split="test")
+    except Refused as error:
+        raise Refused(f"eval_data: {error}") from error
+    return rows.select(range(min(settings.eval_rows or len(rows), len(rows))))
+
+
+def training_rows(
+    settings: DataSettings, seed: int, *, demonstrations: bool = False, split: Split = "train"
+) -> Any:
     """The dataset to train on.
 
     Args:
         settings: which.
         seed: of digits rows.
         demonstrations: with completions, for supervised fine-tuning.
+        split: of digits.
 
     Raises:
         Refused: there is none, or it has invalid rows.
@@ -56,7 +78,7 @@ def training_rows(settings: DataSettings, seed: int, *, demonstrations: bool = F
         with refusing():
             return make_dataset(
                 task, size=settings.digits_rows, style=cast("Style", settings.style), seed=seed,
-                grid=extent, frames=extent,
+                split=split, grid=extent, frames=extent,
             )  # fmt: skip
     path = _file(settings.data)
     with refusing():

@@ -57,9 +57,9 @@ def load_jsonl(
       types need none.
     - `solution`: with or without `<answer>` tags.
     - `problem_type`: one of `ral.rewards.PROBLEM_TYPES`.
-    - `data_type`: "image" or "video".
+    - `data_type`: "image", "video", or "text" for a row without images.
     - `path`: an image or a list of images. For a video a file such as .mp4 (with PyAV), an animated
-      GIF or WebP, or a folder of frames in natural order: frame2 before frame10.
+      GIF or WebP, or a folder of frames in natural order: frame2 before frame10. For text none.
     - `problem_id`, optional.
     - `process`, optional: a worked thinking text for SFT.
 

@@ -16,7 +16,7 @@ from .errors import DataError, shown
 from .frames import FrameFinder
 from .prompts import conversation, letter, question_text
 
-_DATA_TYPES = ("image", "video")
+_DATA_TYPES = ("image", "video", "text")
 _OPTION_LETTER = re.compile(
     r"\s*[(\[（【]?([A-Za-zＡ-Ｚａ-ｚ])(?:[)\]）】][.:、．：]?|[.:、．：])\s*(?=\S)"
 )
@@ -58,14 +58,15 @@ class RowReader:
     def _row(self, checked: _Checked, source: str, problem_id: str) -> dict[str, Any]:
         problem = checked.text("problem")
         problem_type = checked.one_of("problem_type", PROBLEM_TYPES)
-        video = checked.one_of("data_type", _DATA_TYPES) == "video"
+        data_type = checked.one_of("data_type", _DATA_TYPES)
+        video = data_type == "video"
         options = checked.options(problem_type)
         solution = checked.solution(problem_type, options)
         process = checked.process()
         given_id = checked.fields.get("problem_id")
         if given_id is not None:
             problem_id = checked.text("problem_id", numbers=True)
-        path = checked.path()
+        path = checked.no_path() if data_type == "text" else checked.path()
         images: list[tuple[str, int]] = []
         if path:
             try:
@@ -166,6 +167,12 @@ class _Checked:
         if not process or has_tags(process):
             self.wrong("process", "one thinking text, bare or between <think> and </think>")
         return process
+
+    def no_path(self) -> str:
+        """Nothing: a row of text shows no image."""
+        if self.fields.get("path"):
+            self.wrong("path", "left out of a row with data_type 'text'")
+        return ""
 
     def path(self) -> str | list[str]:
         path: Any = self.fields.get("path")

@@ -354,7 +354,7 @@ def test_streaming_raises_at_the_line_that_is_wrong(folder):
         ({"problem": "\ud800"}, "problem must be a text that is not blank; got '\\ud800'"),
         ({"problem_type": "essay"}, "problem_type must be one of 'multiple choice', 'numerical'"),
         ({"problem_type": ["OCR"]}, "problem_type must be one of"),
-        ({"data_type": "audio"}, "data_type must be one of 'image', 'video'; got 'audio'"),
+        ({"data_type": "audio"}, "data_type must be one of 'image', 'video', 'text'; got 'audio'"),
         ({"options": "A, B"}, "options must be a list of texts that are not blank; got 'A, B'"),
         ({"options": ["x", 2]}, "options must be a list of texts that are not blank; got ['x', 2]"),
         ({"options": []}, "options must be 2 to 26 texts for multiple choice; got []"),
