@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ral.data import load_jsonl
+from ral.data import load_rows
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 CHOICE = {
@@ -65,7 +65,7 @@ def write(folder: Path, *rows: dict[str, Any] | str) -> Path:
 
 
 def load(folder: Path, *rows: dict[str, Any] | str, **options: Any) -> Any:
-    return load_jsonl(write(folder, *rows), **options)
+    return load_rows(write(folder, *rows), **options)
 
 
 def text_of(row: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from ral.data import DataError, load_jsonl, read_images
+from ral.data import DataError, load_rows, read_images
 
 from .data_case import CHOICE, NUMBER, RED, load, text_of
 
@@ -77,7 +77,7 @@ def test_a_wrong_line_is_named(folder, change, message):
     head, *lines = str(error.value).splitlines()
     assert (
         head
-        == f"load_jsonl: {folder / 'data.jsonl'} must hold rows that can be trained on; got 1 error"
+        == f"load_rows: {folder / 'data.jsonl'} must hold rows that can be trained on; got 1 error"
     )
     assert len(lines) == 1
     assert lines[0].startswith(f"  data.jsonl:2: {message}")
@@ -121,27 +121,22 @@ def test_long_values_are_cut(folder):
     assert len(str(error.value)) < 500
 
 
-def test_a_json_array_is_told_from_json_lines(folder):
-    with pytest.raises(DataError, match=r"one JSON object a line; got a JSON array\. `jq -c"):
-        load(folder, json.dumps([CHOICE] * 3, indent=1))
-
-
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
 def test_no_rows_are_an_error(folder, content):
     path = folder / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match="rows must be one or more; got none"):
-        load_jsonl(path)
+        load_rows(path)
 
 
 def test_utf8_with_a_mark_and_without(folder):
     path = folder / "data.jsonl"
     line = json.dumps(CHOICE | {"problem": "Was bellt, großer Hund?"}, ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf" + line.encode())
-    assert text_of(load_jsonl(path)[0]).startswith("Was bellt, großer Hund?\n")
+    assert text_of(load_rows(path)[0]).startswith("Was bellt, großer Hund?\n")
     path.write_bytes(line.encode("latin-1"))
     with pytest.raises(DataError, match=r"data\.jsonl:1: the line must be a JSON object"):
-        load_jsonl(path)
+        load_rows(path)
 
 
 def test_lines_with_errors_can_be_left_out(folder, caplog):
@@ -149,7 +144,7 @@ def test_lines_with_errors_can_be_left_out(folder, caplog):
     with caplog.at_level(logging.WARNING, logger="ral.data"):
         dataset = load(folder, *rows, on_error="skip")
     assert list(dataset["problem_type"]) == ["numerical", "multiple choice"]
-    assert "left out 2 lines" in caplog.text
+    assert "left out 2 rows" in caplog.text
     assert "data.jsonl:1: path must be" in caplog.text
     streamed = load(folder, *rows, on_error="skip", streaming=True)
     assert [row["problem_type"] for row in streamed] == ["numerical", "multiple choice"]
@@ -195,7 +190,7 @@ def test_broken_images_are_skipped(folder, streaming, caplog):
     if streaming:
         return  # the generator's logger is another process's, or a later one's
     assert len(dataset) == 2
-    assert "left out 6 lines" in caplog.text and "cut.png'" in caplog.text
+    assert "left out 6 rows" in caplog.text and "cut.png'" in caplog.text
 
 
 def test_only_the_formats_that_are_named_are_opened(folder, monkeypatch):
@@ -222,11 +217,14 @@ def test_messages_show_the_ends_of_a_long_path(folder, fields):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"style": "long"}, "load_jsonl: style must be one of think, direct; got 'long'"),
-        ({"max_frames": 0}, "load_jsonl: max_frames must be an integer ≥ 1; got 0"),
-        ({"max_frames": 2.0}, "load_jsonl: max_frames must be an integer ≥ 1; got 2.0"),
-        ({"max_frames": True}, "load_jsonl: max_frames must be an integer ≥ 1; got True"),
-        ({"on_error": "pass"}, "load_jsonl: on_error must be 'raise' or 'skip'; got 'pass'"),
+        ({"style": "long"}, "load_rows: style must be one of think, direct; got 'long'"),
+        ({"max_frames": 0}, "load_rows: max_frames must be an integer ≥ 1; got 0"),
+        ({"max_frames": 2.0}, "load_rows: max_frames must be an integer ≥ 1; got 2.0"),
+        ({"max_frames": True}, "load_rows: max_frames must be an integer ≥ 1; got True"),
+        ({"fps": 0}, "load_rows: fps must be None or a number > 0; got 0"),
+        ({"fps": True}, "load_rows: fps must be None or a number > 0; got True"),
+        ({"fps": float("nan")}, "load_rows: fps must be None or a number > 0; got nan"),
+        ({"on_error": "pass"}, "load_rows: on_error must be 'raise' or 'skip'; got 'pass'"),
     ],
 )
 def test_bad_arguments(folder, options, message):
@@ -235,9 +233,10 @@ def test_bad_arguments(folder, options, message):
 
 
 def test_files_and_folders_that_are_not_there(folder):
-    with pytest.raises(
-        FileNotFoundError, match="load_jsonl: path must be a file of JSON lines; got"
-    ):
-        load_jsonl(folder / "none.jsonl")
-    with pytest.raises(FileNotFoundError, match="load_jsonl: image_root must be a folder; got"):
+    for name in ("none.jsonl", "none", "none/here"):
+        with pytest.raises(
+            FileNotFoundError, match="load_rows: path must be a file of JSON lines,"
+        ):
+            load_rows(folder / name)
+    with pytest.raises(FileNotFoundError, match="load_rows: image_root must be a folder; got"):
         load(folder, CHOICE, image_root=folder / "none")

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from ral.data import DataError, conversation, decode_batch, load_jsonl, to_sft
+from ral.data import DataError, conversation, decode_batch, load_rows, to_sft
 
 from .data_case import CHOICE, NUMBER, RED, load
 
@@ -20,13 +20,13 @@ def test_checksums_of_the_file_and_of_the_sizes_of_its_images(folder, tmp_path_f
     assert list(before) == [path, f"{path}: sizes of images"]
     copy = tmp_path_factory.mktemp("copy") / "data"
     shutil.copytree(folder, copy)
-    moved = load_jsonl(copy / "data.jsonl").info.download_checksums
+    moved = load_rows(copy / "data.jsonl").info.download_checksums
     assert list(moved.values()) == list(before.values())
     (copy / "clip" / "frame3.png").write_bytes((folder / "red.png").read_bytes() + b"more")
-    changed = load_jsonl(copy / "data.jsonl").info.download_checksums
+    changed = load_rows(copy / "data.jsonl").info.download_checksums
     same = [x == y for x, y in zip(changed.values(), before.values(), strict=True)]
     assert same == [True, False]
-    streamed = load_jsonl(folder / "data.jsonl", streaming=True).info.download_checksums
+    streamed = load_rows(folder / "data.jsonl", streaming=True).info.download_checksums
     assert streamed == {path: before[path]}
 
 
@@ -72,7 +72,7 @@ def test_rows_survive_what_is_done_to_datasets(folder):
 
 
 def test_chunks_of_a_file_become_one_dataset(folder, monkeypatch):
-    monkeypatch.setattr("ral.data.jsonl._CHUNK", 2)
+    monkeypatch.setattr("ral.data.loading._CHUNK", 2)
     assert [row["problem_id"] for row in load(folder, *[CHOICE] * 5)] == [
         f"data:{i}" for i in range(1, 6)
     ]

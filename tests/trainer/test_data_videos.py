@@ -8,7 +8,7 @@ import pytest
 from ral.data import DataError, natural_key, uniform_indices
 from tests.integrations import films
 
-from .data_case import CHOICE, NUMBER, greys, load
+from .data_case import CHOICE, NUMBER, grey, greys, load
 
 
 @pytest.mark.parametrize("path", ["clip.gif", "clip.webp"])
@@ -38,6 +38,29 @@ def test_video_files(folder):
     (folder / "broken.mp4").write_bytes(b"no film")
     with pytest.raises(DataError, match=r"image, animation or video; got '.*broken.mp4': Invalid"):
         load(folder, NUMBER | {"path": "broken.mp4"})
+
+
+def test_frames_a_second(folder):
+    """`fps` counts by the times of a file; where there are none, `max_frames` alone counts."""
+    pytest.importorskip("av")
+    films.write(folder / "film.mp4", films.steps(12), g="4")  # 10 frames a second: 1.2 s
+
+    def numbers(**options):
+        images = load(folder, NUMBER | {"path": "film.mp4"}, **options)[0]["images"]
+        return [films.number_of(image, 12) for image in images]
+
+    assert numbers(fps=2) == [0, 11]  # 2.4 frames
+    assert numbers(fps=2.5) == [0, 6, 11]
+    assert numbers(fps=0.1) == [6]  # one at least
+    assert numbers(fps=100) == list(range(12))
+    assert numbers(fps=100, max_frames=3) == [0, 6, 11]
+    frames = [grey(i) for i in range(5)]
+    frames[0].save(folder / "slow.gif", save_all=True, append_images=frames[1:], duration=[500] * 5)
+    slow = load(folder, NUMBER | {"path": "slow.gif"}, fps=1)[0]["images"]
+    assert greys(slow) == [0, 4]  # of 2.5 s
+    assert len(load(folder, NUMBER, fps=1)[0]["images"]) == 12
+    [streamed] = load(folder, NUMBER | {"path": "film.mp4"}, fps=2, streaming=True)
+    assert len(streamed["images"]) == 2
 
 
 def test_without_pyav_a_video_is_to_be_extracted(folder, monkeypatch):
