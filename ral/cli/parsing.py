@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import Refused
+from .guesses import RENAMED, meant
 from .typed import describe, is_bool, read_yaml, typed
 
 SWITCHES = ("help", "help_all", "print_config")
@@ -228,6 +229,7 @@ def _apply(settings: Settings, values: dict[str, Any], source: str) -> None:
     command = settings.command
     for key, value in values.items():
         name = key.replace("-", "_")
+        name = RENAMED.get(name, name)
         if name == _COMMAND:
             if value != command.name:
                 raise Refused(f"{command.name}: {source} is for the command {value}")
@@ -243,7 +245,7 @@ def _apply(settings: Settings, values: dict[str, Any], source: str) -> None:
 def _check_known(command: Command, name: str, source: str) -> None:
     if name in command.known:
         return
-    near = difflib.get_close_matches(name, command.known, n=3, cutoff=0.6)
+    near = meant(name, command.known) or difflib.get_close_matches(name, command.known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "--help and --help-all list them"
     raise Refused(f"{command.name}: there is no setting {name!r} ({source}); {hint}")
 
