@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import pkgutil
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .errors import Refused
 from .guesses import RENAMED, meant
-from .typed import describe, is_bool, read_yaml, typed
+from .typed import is_bool, read_yaml, typed
 
 SWITCHES = ("help", "help_all", "print_config")
 _COMMAND = "command"  # the key of a YAML file that says which command it is for
@@ -27,8 +30,8 @@ class Command:
         name: at the shell.
         summary, description: for --help.
         ours: dataclasses of our own settings, in the order of --help.
-        run: what is done with the settings; returns the exit status.
-        trainer_config: the dataclass of TRL whose fields are settings too, imported when needed.
+        function: "module:name", imported when needed: takes `Settings`, returns the exit status.
+        trainer_config: "module:name" of the dataclass of TRL whose fields are settings too.
         defaults: values that differ from the dataclasses' own.
         often: TRL's settings that --help shows.
     """
@@ -37,17 +40,22 @@ class Command:
     summary: str
     description: str
     ours: tuple[type, ...]
-    run: Callable[[Settings], int]
-    trainer_config: Callable[[], type] | None = None
+    function: str
+    trainer_config: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     often: tuple[str, ...] = ()
+
+    @property
+    def configs(self) -> list[type]:
+        """The dataclasses of its settings, TRL's last."""
+        trainer = self.trainer_config and pkgutil.resolve_name(self.trainer_config)
+        return [*self.ours, *([trainer] if trainer else [])]
 
     @cached_property
     def known(self) -> dict[str, Setting]:
         """Every setting by its name."""
         found: dict[str, Setting] = {}
-        configs = [*self.ours, *([self.trainer_config()] if self.trainer_config else [])]
-        for config in configs:
+        for config in self.configs:
             hints = typing.get_type_hints(config)
             for entry in fields(config):
                 if not entry.init:
@@ -119,8 +127,6 @@ class Settings:
 
     def as_yaml(self) -> str:
         """All our settings and the given ones of TRL, in the form that --config reads."""
-        import yaml
-
         shown: dict[str, Any] = {_COMMAND: self.command.name}
         for name, setting in self.command.known.items():
             if setting.is_ours or name in self.values:
@@ -257,8 +263,3 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(value_text, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def type_text(setting: Setting) -> str:
-    """The type of a setting for --help."""
-    return describe(setting.hint)

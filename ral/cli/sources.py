@@ -147,16 +147,14 @@ def _function(given: str, known: Iterable[str]) -> Callable[..., list[float]]:
             f"or without a weight; got {given!r}"
         )
     with refusing(f"reward {given}"):
-        module = _module(where)
+        module = _of_file(where) if where.endswith(".py") else importlib.import_module(where)
     function = getattr(module, name, None)
     if not callable(function):
         raise Refused(f"rewards must name functions; {where} has no function {name!r}")
     return function
 
 
-def _module(where: str) -> Any:
-    if not where.endswith(".py"):
-        return importlib.import_module(where)
+def _of_file(where: str) -> Any:
     path = Path(where).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {where}")

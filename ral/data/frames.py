@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from .errors import DataError, shown_path
-from .sources import stored_image
+from .sources import stored_images
 
 _Frame = TypeVar("_Frame")
 
@@ -169,7 +169,8 @@ def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
             if row is None:
                 images += read_pictures(path, numbers)
             else:
-                images += [read_pictures(stored_image(path, row, i))[0] for i in numbers]
+                contents = stored_images(path, row)
+                images += [read_pictures(contents[number])[0] for number in numbers]
         except (OSError, PictureError) as error:
             what = "path" if row is None else "images"
             got = (

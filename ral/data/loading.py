@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from ral.rewards.tags import check_style
@@ -92,7 +92,8 @@ def load_rows(
             the last.
         fps: frames a second of a video file or an animation, as far as max_frames allows; None for
             max_frames of any. Folders and lists of frames have no times, and ignore it.
-        streaming: return an IterableDataset, which reads and checks row by row.
+        streaming: return an IterableDataset, which reads and checks row by row. A dataset of the
+            Hub is downloaded first, all the same.
         on_error: "raise", or "skip" to leave out rows with errors and log their number. "skip"
             also leaves out rows whose images cannot be decoded. Without `streaming`, threads
             decode every image for that.

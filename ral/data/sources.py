@@ -177,18 +177,17 @@ def opened(source: Source) -> Dataset:
     return found
 
 
-def stored_image(key: str, row: int, index: int) -> bytes:
-    """The contents of an image that a table holds itself.
+def stored_images(key: str, row: int) -> list[bytes]:
+    """The contents of the images that a row of a table holds itself.
 
     Args:
         key: of the `Source`.
-        row: of the table, from 0.
-        index: of the image in the row.
+        row: from 0.
     """
     dataset = opened(Source.of_key(key))
     names = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
-    content = images_of(dataset.select_columns(names)[row])[index]
-    return content["bytes"] if isinstance(content, dict) else content
+    images = images_of(dataset.select_columns(names)[row])
+    return [image["bytes"] if isinstance(image, dict) else image for image in images]
 
 
 def images_of(fields: Mapping[str, Any]) -> list[Any]:
