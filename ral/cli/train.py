@@ -11,9 +11,10 @@ from ..models import default_dtype, load_model
 from .bundled import bundled_model
 from .curves import CURVES, draw_curves
 from .errors import Refused, failing_on_data, refusing
+from .hub import check_model_name
 from .parsing import Settings
 from .progress import METRICS, show_progress
-from .run import CONFIG, check_model_name, load, open_folder, say, trainer_config
+from .run import CONFIG, load, open_folder, say, trainer_config
 from .settings import (
     DIGITS,
     DataSettings,
@@ -22,7 +23,7 @@ from .settings import (
     RunSettings,
     TeacherSettings,
 )
-from .sources import evaluation_rows, reward_function, training_rows
+from .sources import evaluation_rows, reward_functions, training_rows
 
 
 def train(settings: Settings) -> int:
@@ -35,12 +36,16 @@ def train(settings: Settings) -> int:
         for config in (ModelSettings, DataSettings, RewardSettings, RunSettings, TeacherSettings)
     )
     _check_named(model_of, data)
-    reward = reward_function(rewards, data.style)
+    functions, weights = reward_functions(rewards, data.style)
+    if weights is not None and settings.values.get("reward_weights") is not None:
+        raise Refused("rewards has weights, and so has reward_weights: give one of them")
     _evaluate_often(settings, data)
     if data.eval_data is not None:  # as `eval` does
         settings.values = {"num_generations_eval": 1, "eval_temperature": 0.0, **settings.values}
     with open_folder(settings, run) as folder:
         config = trainer_config(settings, RALConfig)
+        if weights is not None:
+            config.reward_weights = weights
         if config.needs_teacher and teacher.teacher_model is None:
             raise Refused(
                 "teacher_model must be given for distill_logit_coef, distill_attn_coef or "
@@ -66,7 +71,7 @@ def train(settings: Settings) -> int:
         with refusing():
             trainer = RALTrainer(
                 model,
-                reward,
+                functions,
                 config,
                 train_dataset=rows,
                 eval_dataset=eval_rows,
