@@ -99,6 +99,30 @@ def keep_media_out(trainer: Any) -> None:
         trainer.generation_kwargs["suppress_tokens"] = suppressed
 
 
+def forget_images(trainer: Any) -> None:
+    """Let vLLM encode images anew after each change of its weights.
+
+    It keeps what its vision tower made of an image for the next prompt that has the image. TRL has
+    it forget keys and values of prompts, and not that (trl#7198).
+
+    Args:
+        trainer: TRL's, made, with use_vllm.
+    """
+    engine = trainer.vllm_generation
+    sync_weights = engine.sync_weights
+
+    def sync_and_forget() -> None:
+        sync_weights()
+        if engine.mode == "colocate":
+            engine.llm.llm_engine.reset_encoder_cache()
+        elif trainer.accelerator.is_main_process:
+            client = engine.vllm_client
+            # The answer has no body, which the client's own `_post` would read.
+            client.session.post(f"{client.base_url}/reset_encoder_cache").raise_for_status()
+
+    engine.sync_weights = sync_and_forget
+
+
 class UnexpandedPrompts:
     """Prompts with one placeholder an image, for an engine that expands placeholders itself.
 

@@ -106,6 +106,8 @@ class RALTrainer(Validates, MeasuringTrainer):
         if args.use_vllm and args.vllm_mode == "colocate":
             engine = self.vllm_generation
             engine.generate = self._unexpanded.around(engine.generate)
+        if args.use_vllm and self._is_vlm:
+            rollouts.forget_images(self)
         self._agrees = not args.use_vllm or not rollouts.samples_the_whole_distribution(self)
         # TRL pads prompts on the left, but takes token types as the processor pads them. On another
         # side, image positions would be wrong in a batch of prompts of different lengths.
