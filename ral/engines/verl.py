@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ def _rows_of(data: Any, packed: bool) -> list[_Row]:
         lengths = data["attention_mask"][:, -responses.shape[1] :].sum(-1).tolist()
     keys = _keys_of(data)
     rows = []
-    for i, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
         if not packed:
             start, stop = 0, stop - start
         batch = 0 if packed else i
@@ -308,7 +309,7 @@ class RALEngine(FSDPEngineWithLMHead):
                 )
 
     def _term(self, captured: Any, rows: list[_Row], data: Any) -> tuple[Tensor, dict[str, Any]]:
-        """This process' part of E_t[A_t D_t], for verl's mean over processes, and its metrics."""
+        """A process' part of E_t[A_t D_t], for verl's mean over processes, and its metrics."""
         mask = _padded(data["response_mask"]).bool()
         counted = mask.float()
         if self._ral.reduction == "sequence_mean":

@@ -1,6 +1,6 @@
 """ral.engines.verl: verl's own update of an actor, against eager attention by hand.
 
-`make test-verl` runs it, in an environment of its own: verl and the TRL of `ral` exclude each other.
+`make test-verl` runs it, in an environment of its own: verl and TRL 1.16 exclude each other.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-if importlib.util.find_spec("verl") is None:
-    pytest.skip("verl is in an environment of its own: make test-verl", allow_module_level=True)
-
-from tests.engines import rollouts, verl_on_cpu
-
-verl_on_cpu.use()
-
-from tests.engines.verl_processes import CASES
+from tests.engines import rollouts
+from tests.engines.rollouts import CASES
 from tests.integrations.eager_maps import eager_policy
 from tests.integrations.models import build
+
+if importlib.util.find_spec("verl") is None:
+    pytest.skip("verl is in an environment of its own: make test-verl", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 RUNS = [(name, 1) for name, case in CASES.items() if case.ulysses == 1]
@@ -38,25 +35,34 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]
     folder = tmp_path_factory.mktemp("verl")
     for family in {case.family for case in CASES.values()}:
         build(family).save_pretrained(folder / family)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        **rollouts.ENVIRONMENT,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     for world_size in (1, 2):
         names = [name for name, size in RUNS if size == world_size]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.engines.verl_processes", str(folder)]
-                + [str(world_size), str(rank), *names],
-                env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
+        processes = []
+        logs = [folder / f"{world_size}-{rank}.log" for rank in range(world_size)]
+        for rank, log in enumerate(logs):
+            job = ["tests.engines.verl_processes", str(folder), str(world_size), str(rank), *names]
+            with log.open("w") as out:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", *job],
+                        env=environment,
+                        cwd=ROOT,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
         try:
-            said = [process.communicate(timeout=900)[0] for process in processes]
+            codes = [process.wait(timeout=900) for process in processes]
         finally:
             for process in processes:
                 process.kill()
-        codes = [process.returncode for process in processes]
-        assert codes == [0] * world_size, "\n".join(text[-4000:] for text in said)
+        assert codes == [0] * world_size, "\n".join(log.read_text()[-4000:] for log in logs)
     return {run: torch.load(folder / f"{run[0]}-{run[1]}.pt", weights_only=False) for run in RUNS}
 
 

@@ -1,62 +1,57 @@
 """verl on a machine without an accelerator, for tests: a platform plugin, and flash attention.
 
-`use()` comes before verl is imported. verl's own platforms are CUDA, NPU and their kin.
+With `rollouts.ENVIRONMENT` verl imports this module as it imports any plugin. Its own platforms are
+CUDA, NPU and their kin.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from verl.plugin.platform.platform_base import PlatformBase
+from verl.plugin.platform.platform_manager import PlatformRegistry
 
-def use() -> None:
-    """Register the platform, and have verl choose it."""
-    os.environ["VERL_PLATFORM"] = "cpu"
+import ral_kernels as rk
+from tests.engines.rollouts import FLASH
 
-    import torch
-    from verl.plugin.platform.platform_base import PlatformBase
-    from verl.plugin.platform.platform_manager import PlatformRegistry
-
-    nothing = SimpleNamespace(
-        **{name: getattr(torch.cpu, name) for name in ("synchronize", "is_available", "Stream")},
-        current_device=lambda: "cpu",
-        empty_cache=lambda: None,
-        max_memory_allocated=lambda: 0,
-        max_memory_reserved=lambda: 0,
-        memory_allocated=lambda: 0,
-        memory_reserved=lambda: 0,
-        mem_get_info=lambda: (0, 0),
-        get_rng_state=torch.get_rng_state,
-        set_rng_state=torch.set_rng_state,
-    )
-    values: dict[str, Any] = {
-        "is_available": True,
-        "is_platform_available": True,
-        "current_device": "cpu",
-        "device_count": 1,
-        "get_device_capability": (None, None),
-        "communication_backend_name": "gloo",
-        "visible_devices_envvar": "CPU_VISIBLE_DEVICES",
-        "nvtx_range": contextlib.nullcontext(),
-        "ray_resource_name": "CPU",
-        "ray_noset_envvars": [],
-        "is_ipc_supported": False,
-        "cudart": None,
-    }
-    done = ("set_device", "synchronize", "set_allocator_settings", "empty_cache")
-    seeding = ("manual_seed", "manual_seed_all")
-    methods: dict[str, Any] = {
-        name: (lambda self, *_, _value=value, **__: _value) for name, value in values.items()
-    }
-    methods |= dict.fromkeys((*done, "profiler_start", "profiler_stop"), lambda self, *_: None)
-    methods |= dict.fromkeys(seeding, lambda self, seed: torch.manual_seed(seed))
-    methods |= {"device_name": "cpu", "vendor_name": "cpu", "device_module": nothing}
-    PlatformRegistry.register(platform="cpu")(type("CPU", (PlatformBase,), methods))
-
-
-FLASH = "varlen_on_cpu"  # an attention of transformers that runs where flash attention runs
+_DEVICE = SimpleNamespace(
+    **{name: getattr(torch.cpu, name) for name in ("synchronize", "is_available", "Stream")},
+    current_device=lambda: "cpu",
+    empty_cache=lambda: None,
+    max_memory_allocated=lambda: 0,
+    max_memory_reserved=lambda: 0,
+    memory_allocated=lambda: 0,
+    memory_reserved=lambda: 0,
+    mem_get_info=lambda: (0, 0),
+    get_rng_state=torch.get_rng_state,
+    set_rng_state=torch.set_rng_state,
+)
+_VALUES: dict[str, Any] = {
+    "is_available": True,
+    "is_platform_available": True,
+    "current_device": "cpu",
+    "device_count": 1,
+    "get_device_capability": (None, None),
+    "communication_backend_name": "gloo",
+    "visible_devices_envvar": "CPU_VISIBLE_DEVICES",
+    "nvtx_range": contextlib.nullcontext(),
+    "ray_resource_name": "CPU",
+    "ray_noset_envvars": [],
+    "is_ipc_supported": False,
+    "cudart": None,
+}
+_DONE = ("set_device", "synchronize", "set_allocator_settings", "empty_cache")
+_SEEDING = ("manual_seed", "manual_seed_all")
+_METHODS: dict[str, Any] = {
+    name: (lambda self, *_, _value=value, **__: _value) for name, value in _VALUES.items()
+}
+_METHODS |= dict.fromkeys((*_DONE, "profiler_start", "profiler_stop"), lambda self, *_: None)
+_METHODS |= dict.fromkeys(_SEEDING, lambda self, seed: torch.manual_seed(seed))
+_METHODS |= {"device_name": "cpu", "vendor_name": "cpu", "device_module": _DEVICE}
+PlatformRegistry.register(platform="cpu")(type("CPU", (PlatformBase,), _METHODS))
 
 
 def flash_attention() -> None:
@@ -65,14 +60,11 @@ def flash_attention() -> None:
     Text models reach it as the implementation `FLASH`, through verl's exchange of heads for rows
     under Ulysses; Qwen2.5-VL through verl's own forward of its attention.
     """
-    import torch
     import verl.models.transformers.monkey_patch as patches
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.masking_utils import flash_attention_mask
     from verl.models.transformers import qwen2_vl
-
-    import ral_kernels as rk
 
     def varlen(*, max_seqlen_q: Any, max_seqlen_k: Any, dropout_p: float, **given: Any) -> Any:
         sizes = {"max_seqlen_q": int(max_seqlen_q), "max_seqlen_k": int(max_seqlen_k)}

@@ -2,21 +2,17 @@
 
     python -m tests.engines.verl_processes FOLDER WORLD_SIZE RANK CASE...
 
-FOLDER holds a model for each family. Each case takes old log-probabilities of the same rollouts and
-then updates on them. Rank 0 writes FOLDER/<case>-<world size>.pt: the metrics and the gradient's
-norm of each update, and the weights before it.
+They run with `rollouts.ENVIRONMENT`. FOLDER holds a model for each family. Each case takes old
+log-probabilities of the same rollouts and then updates on them. Rank 0 writes
+FOLDER/<case>-<world size>.pt: the metrics and the gradient's norm of each update, and the weights
+before it.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tests.engines import verl_on_cpu
-
-verl_on_cpu.use()
 
 import torch
 import torch.distributed as dist
@@ -28,43 +24,10 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine import EngineRegistry
 
 from ral.engines.verl import RALActorConfig
-from tests.engines import rollouts
+from tests.engines import rollouts, verl_on_cpu
+from tests.engines.rollouts import CASES, Case
 
 UPDATES = 3
-
-
-@dataclass(frozen=True)
-class Case:
-    """A family, and how its actor runs.
-
-    ral: settings of the term. micro: rows of a micro-batch. shuffled: micro-batches of the update
-    hold other rows than those of the old log-probabilities.
-    """
-
-    family: str = "qwen2"
-    ral: tuple[tuple[str, Any], ...] = ()
-    attention: str = "sdpa"
-    checkpointing: bool = False
-    packed: bool = True
-    micro: int = 4
-    shuffled: bool = False
-    ulysses: int = 1
-    lora: int = 0
-
-
-CASES: dict[str, Case] = {
-    "packed": Case(),
-    "checkpointed": Case(checkpointing=True, attention="ral"),
-    "padded": Case(packed=False),
-    "micro-batches": Case(
-        micro=2, shuffled=True, ral=(("layers", "all"), ("snapshot_device", "cpu"))
-    ),
-    "sequence mean": Case(ral=(("reduction", "sequence_mean"), ("divergence", "kl")), micro=2),
-    "pictures": Case(family="qwen2_5_vl", checkpointing=True),
-    "lora": Case(lora=4),
-    "ulysses": Case(ulysses=2, attention=verl_on_cpu.FLASH, micro=2, shuffled=True),
-    "ulysses pictures": Case(ulysses=2, family="qwen2_5_vl", checkpointing=True, shuffled=True),
-}
 
 
 def engine_of(case: Case, folder: Path) -> Any:
@@ -122,7 +85,8 @@ def batch_of(case: Case, mine: list[int]) -> Any:
         "temperature": 1.0,
         "use_remove_padding": case.packed,
         "pad_mode": DatasetPadMode.NO_PADDING,
-        "use_dynamic_bsz": False,
+        "use_dynamic_bsz": case.tokens > 0,
+        "max_token_len_per_gpu": case.tokens,
         "micro_batch_size_per_gpu": min(case.micro, len(mine)),
         "global_batch_size": len(rollouts.LENGTHS),
     }
