@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .integrations.transformers.capture import capture
     from .integrations.transformers.spans import spans_for
     from .integrations.transformers.steer import steer
+    from .integrations.transformers.tap import record_attention
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _LAZY = {
     "AttentionMap": "attention_map",
     "attention_map": "attention_map",
     "capture": "capture",
+    "record_attention": "tap",
     "spans_for": "spans",
     "steer": "steer",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "ral_loss",
+    "record_attention",
     "scaled_dot_product_attention",
     "sharded_bytes",
     "spans_for",

@@ -236,7 +236,8 @@ class Capture(CapturedForward):
         if not forwards:
             raise RuntimeError(
                 f"{_OP}: a forward must run inside the `with` first; none reached the attention of "
-                "the captured layers"
+                "the captured layers. A module that calls an attention kernel itself must call "
+                "rk.record_attention"
             )
         return forwards[-1].layer(index)
 

@@ -84,6 +84,25 @@ class CapturedLayer:
         seen = self._packed
         return None if seen is None else seen.cu_seqlens
 
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """scale, window and softcap of the layer, as the policy ops take them, whatever its mask.
+
+        For rows and keys that the caller cuts out of q and k, such as one packed sequence. Whether
+        these rows see exactly those keys, the caller must know.
+
+        Raises:
+            NotImplementedError: an argument of the attention may keep it from being a softmax of
+                q kᵀ.
+        """
+        self._refuse_keywords()
+        first = self._calls[0]
+        return {
+            "scale": first.scaling,
+            "window": window_of(first.sliding_window, first.is_causal),
+            "softcap": first.softcap,
+        }
+
     def options(self, rows: Rows = None) -> dict[str, Any]:
         """Keyword arguments of the policy ops under which q and k give this layer's attention.
 
@@ -408,14 +427,18 @@ class CapturedLayer:
                 "differs"
             )
 
-    def _refuse(self) -> None:
-        first = self._calls[0]
+    def _refuse_keywords(self) -> None:
         for call in self._calls:
             if call.refused is not None:
                 raise NotImplementedError(
                     f"{_OP}: a policy must be the softmax of q kᵀ over keys; layer {self.index} "
                     f"was given {call.refused!r}, which may change its attention"
                 )
+
+    def _refuse(self) -> None:
+        self._refuse_keywords()
+        first = self._calls[0]
+        for call in self._calls:
             if call.steering is not first.steering:
                 raise NotImplementedError(
                     f"{_OP}: a generation must be steered in the same way from its start to its end"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...runtime import checks
 from .attention import HARMLESS_KEYWORDS, REFUSED_KEYWORDS, reads
 from .decoder import DecoderLayer
 
@@ -275,6 +276,72 @@ def tapped_attention(
 
 
 AttentionInterface.register(NAME, tapped_attention)
+
+
+def record_attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    attention_mask: Any = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+) -> None:
+    """Hand q and k to the captures that are open on an attention module.
+
+    For a forward that calls its attention kernel itself, so that nothing of it passes transformers'
+    attention interface, where `capture` listens. Call it where the kernel is called:
+
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        rk.record_attention(self, q, k, attention_mask, scaling=self.scaling)
+        out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), ...)
+
+    It does nothing where no capture is open on `module`, so the call may stay. The forward must not
+    go through the attention interface as well: it would be recorded twice.
+
+    Args:
+        module: the attention module of a decoder layer, as transformers has it.
+        q: [B, H, T, D] queries after RoPE, part of the graph.
+        k: [B, Hk, N, D] keys after RoPE, those of the cache included; H a multiple of Hk.
+        attention_mask: as the module's own implementation (`config._attn_implementation`) takes it.
+        scaling, sliding_window, softcap, is_causal, position_ids: what the kernel computes with, as
+            transformers' attention functions take it; is_causal defaults to the module's.
+
+    Raises:
+        TypeError, ValueError: q or k is no tensor of that form.
+        NotImplementedError: the layer is steered, which only the attention interface can do.
+    """
+    op = "record_attention"
+    for name, x, wanted in (("q", q, "[B, H, T, D]"), ("k", k, "[B, Hk, N, D]")):
+        checks.check_tensor(op, name, x, f"a {wanted} tensor")
+        if x.dim() != 4:
+            raise ValueError(f"{op}: {name} must be {wanted}; got {tuple(x.shape)}")
+    heads = k.shape[1]
+    if q.shape[::3] != k.shape[::3] or heads == 0 or q.shape[1] % heads:
+        raise ValueError(
+            f"{op}: k must be [B, Hk, N, D] with B={q.shape[0]}, D={q.shape[3]} and Hk a divisor "
+            f"of {q.shape[1]}; got {tuple(k.shape)}"
+        )
+    tap: Tap | None = getattr(module, "_ral_tap", None)
+    if tap is None:
+        return
+    if tap.steering is not None:
+        raise NotImplementedError(
+            f"steer: {type(module).__name__} must call its attention through transformers' "
+            "attention interface; it calls its own and records that"
+        )
+    given = {
+        "scaling": scaling,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "is_causal": is_causal,
+        "position_ids": position_ids,
+    }
+    for sink in tap.sinks:
+        sink.add(tap, module, q, k, attention_mask, given)
 
 
 @contextmanager

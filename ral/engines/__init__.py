@@ -1,0 +1,1 @@
+"""Reinforced Attention Learning inside other trainers than TRL's: one module for each."""

@@ -1,0 +1,165 @@
+"""What each of one or two gloo processes does in test_verl.
+
+    python -m tests.engines.verl_processes FOLDER WORLD_SIZE RANK CASE...
+
+They run with `rollouts.ENVIRONMENT`. FOLDER holds a model for each family. Each case takes old
+log-probabilities of the same rollouts and then updates on them. Rank 0 writes
+FOLDER/<case>-<world size>.pt: the metrics and the gradient's norm of each update, and the weights
+before it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import DatasetPadMode
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.engine import EngineRegistry
+
+from ral.engines.verl import RALActorConfig
+from tests.engines import rollouts, verl_on_cpu
+from tests.engines.rollouts import CASES, Case
+
+UPDATES = 3
+
+
+def engine_of(case: Case, folder: Path) -> Any:
+    actor = RALActorConfig(
+        strategy="fsdp2",
+        rollout_n=2,
+        ppo_mini_batch_size=2,
+        ppo_micro_batch_size_per_gpu=case.micro,
+        fsdp_config=FSDPEngineConfig(
+            strategy="fsdp2",
+            use_torch_compile=False,
+            mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},
+            ulysses_sequence_parallel_size=case.ulysses,
+        ),
+        ral={"coef": rollouts.COEFFICIENT, **dict(case.ral)},
+    )
+    model = HFModelConfig(
+        path=str(folder / case.family),
+        load_tokenizer=False,
+        override_config={"attn_implementation": case.attention},
+        use_remove_padding=case.packed,
+        enable_gradient_checkpointing=case.checkpointing,
+        lora_rank=case.lora,
+    )
+    optimizer = FSDPOptimizerConfig(
+        optimizer="SGD", optimizer_impl="torch.optim", lr=rollouts.LEARNING_RATE,
+        weight_decay=0.0, clip_grad=1e9, total_training_steps=10,
+    )  # fmt: skip
+    engine = EngineRegistry.new(
+        "language_model", actor.engine.strategy, model, actor.engine, optimizer, CheckpointConfig()
+    )
+    engine.initialize()
+    return engine
+
+
+def batch_of(case: Case, mine: list[int]) -> Any:
+    """The rollouts `mine`, as verl's trainer hands them to a worker."""
+    rows = [rollouts.rows(case.family)[i] for i in mine]
+
+    def nested(xs: list[Tensor]) -> Tensor:
+        return torch.nested.as_nested_tensor(xs, layout=torch.jagged)
+
+    tensors: dict[str, Any] = {
+        "input_ids": nested([row.ids for row in rows]),
+        "position_ids": nested([row.position_ids for row in rows]),
+        "prompts": nested([row.ids[: -row.response] for row in rows]),
+        "responses": nested([row.ids[-row.response :] for row in rows]),
+        "loss_mask": nested([row.mask for row in rows]),
+        "response_mask": nested([row.mask for row in rows]),
+        "advantages": nested([row.advantage * row.mask.float() for row in rows]),
+    }
+    if rows[0].pictures:
+        tensors["multi_modal_inputs"] = [row.pictures for row in rows]
+    settings = {
+        "temperature": 1.0,
+        "use_remove_padding": case.packed,
+        "pad_mode": DatasetPadMode.NO_PADDING,
+        "use_dynamic_bsz": case.tokens > 0,
+        "max_token_len_per_gpu": case.tokens,
+        "micro_batch_size_per_gpu": min(case.micro, len(mine)),
+        "global_batch_size": len(rollouts.LENGTHS),
+    }
+    return tu.get_tensordict(tensors, settings)
+
+
+def token_loss(model_output: Any, data: Any, dp_group: Any) -> tuple[Tensor, dict[str, Any]]:
+    """-mean over response tokens of A_t log p_t: verl's vanilla policy loss in its first update."""
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    log_p = no_padding_2_padding(model_output["log_probs"], data)
+    weights = torch.nested.to_padded_tensor(data["advantages"], 0.0)
+    return -(log_p * weights).sum() / data["batch_num_tokens"] * data["dp_size"], {}
+
+
+def run(case: Case, folder: Path) -> dict[str, Any]:
+    engine = engine_of(case, folder)
+    size, rank = engine.get_data_parallel_size(), engine.get_data_parallel_rank()
+    mine = [i for i in range(len(rollouts.LENGTHS)) if i % size == rank]
+    other = mine[1:] + mine[:1] if case.shuffled else mine
+    with engine.eval_mode():
+        engine.infer_batch(batch_of(case, mine))
+    if case.lora:
+        with engine.train_mode():  # after it the adapter matters
+            engine.train_batch(batch_of(case, mine), token_loss)
+        with engine.eval_mode():
+            engine.infer_batch(batch_of(case, mine))
+            with engine.disable_adapter():  # the reference policy, which must not be taken for it
+                engine.infer_batch(batch_of(case, mine))
+    written: dict[str, Any] = {"updates": []}
+    for _ in range(UPDATES):
+        weights = {
+            name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+            for name, x in engine.module.named_parameters()
+        }
+        with engine.train_mode():
+            out = engine.train_batch(batch_of(case, other), token_loss)
+        sums: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(sums, {k: v for k, v in out["metrics"].items() if "attn/" in k})
+        written["updates"].append(
+            {
+                "weights": weights,
+                "grad_norm": float(out["metrics"].get("grad_norm", float("nan"))),
+                "loss": sum(out["loss"]),
+                "metrics": [{k: _total(v) for k, v in each.items()} for each in sums],
+            }
+        )
+    engine.get_per_tensor_param()
+    written["kept"] = len(engine._snapshots)
+    return written
+
+
+def _total(metric: Any) -> float:
+    """The sum over micro-batches, as verl's trainer forms it."""
+    if isinstance(metric, list):
+        return sum(_total(x) for x in metric)
+    return float(metric.aggregate())
+
+
+def main(folder: Path, world_size: int, rank: int, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store{world_size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    verl_on_cpu.flash_attention()
+    try:
+        for name in cases:
+            written = run(CASES[name], folder)
+            if rank == 0:
+                torch.save(written, folder / f"{name}-{world_size}.pt")
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
