@@ -131,6 +131,17 @@ def run_tiles(dtype: torch.dtype, repeats: int) -> int:
     )
 
 
+def scratch(reset: bool = False) -> tuple[int, int]:
+    """Bytes of scratch memory that the kernels took since the last reset.
+
+    Returns:
+        The largest allocation, and the sum of all.
+    """
+    sizes = (c_int64 * 2)()
+    library().ral_cpu_scratch_sizes(sizes, c_int32(reset))
+    return sizes[0], sizes[1]
+
+
 def raise_for_status(op: str, status: int, **tensors: Tensor) -> None:
     """Turn a status of the library into an exception that names op and shapes."""
     if status != 0:
