@@ -22,7 +22,7 @@ STATUS = {
     3: "pointers or sizes do not fit together",
     4: "a span id lies outside [-1, num_spans); were the ids changed after Spans checked them?",
     5: "a prefix_index of the snapshot lies outside [0, number of prefixes)",
-    6: "cu_seqlens decrease, or end beyond the tokens",
+    6: "cu_seqlens must start at 0, never decrease, and end within the tokens",
 }
 _FIRST_OF_THE_CALLER = 3  # statuses from here on are about arguments
 

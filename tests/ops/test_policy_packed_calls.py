@@ -86,6 +86,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow(stands_in="test_scratch_is_that_of_each_sequence")
 def test_work_is_the_sum_over_sequences() -> None:
     """The products of the reference backend, counted: Σ T_i N_i, not S · max T · max N."""
     case = PackedCase("skewed", ((64, 512), *(((4, 16),) * 15)), head_dim=8)
@@ -137,9 +138,8 @@ def test_scratch_is_that_of_each_sequence() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["tail_with_rows", "bias_per_span"])
-def test_opcheck(name: str, packed_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = op_inputs_of(BY_NAME[name].inputs(torch.float32), monkeypatch, packed_backend)
+def test_opcheck(packed_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = op_inputs_of(BY_NAME["bias_per_span"].inputs(torch.float32), monkeypatch, packed_backend)
     torch.library.opcheck(torch.ops.ral.policy_fwd.default, args)
     with torch.no_grad():
         outputs = torch.ops.ral.policy_fwd(*args)
@@ -164,6 +164,7 @@ def test_opcheck_of_the_loss(packed_backend: str) -> None:
     torch.library.opcheck(op, args)
 
 
+@pytest.mark.slow(stands_in="test_opcheck")
 def test_compile(packed_backend: str) -> None:
     """One graph where scalar outputs are captured."""
     inputs = BY_NAME["tail"].inputs(torch.float32).requires_grad_()
@@ -177,7 +178,7 @@ def test_compile(packed_backend: str) -> None:
     check_compiled(f, inputs, fullgraph=True)
 
 
-@pytest.mark.slow(stands_in="test_compile")
+@pytest.mark.slow(stands_in="test_opcheck")
 @pytest.mark.parametrize("name", ["tail", "rows"])
 def test_compile_with_a_graph_break(name: str) -> None:
     """Where the lengths are read, as a plain torch.compile does."""
@@ -229,6 +230,7 @@ def test_functional_transforms(packed_backend: str) -> None:
     torch.testing.assert_close(mapped, torch.stack([f(q, inputs.k) for q in several]))
 
 
+@pytest.mark.slow(stands_in="tests/ops/test_policy_packed.py::test_policy")
 def test_gradcheck() -> None:
     """float64 on the reference backend, all three tensors."""
     case = PackedCase("small", ((2, 3), (0, 2), (3, 2), (1, 0)), rows=((0, 2), (0, 0), (1, 3),
