@@ -91,12 +91,14 @@ def _traced(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Packing:
     """All rows, where values cannot be kept: the two lengths alone are read, unchecked."""
     lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     longest = [
-        int(lengths.max().item()) if lengths.shape[0] > 0 else 0
+        checks.to_int(lengths.max().item()) if lengths.shape[0] > 0 else 0
         for lengths in (lengths_q, lengths_k)
     ]
     for length in longest:
         torch._check(length >= 0)  # a size, for the tracer
-    return Packing(cu_seqlens_q, cu_seqlens_k, lengths_k - lengths_q, *longest, index=None)
+    max_rows, max_keys = longest
+    starts = lengths_k - lengths_q
+    return Packing(cu_seqlens_q, cu_seqlens_k, starts, max_rows, max_keys, index=None)
 
 
 def check_offsets(
