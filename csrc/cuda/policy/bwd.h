@@ -31,7 +31,7 @@ struct RowsOfHead {
   Sample sample;
   int64_t b, h, kv_head, piece;
   int32_t first_row, num_rows;  // none: nothing to do
-  int32_t begin, end;  // the piece's keys [begin, end), in blocks of kBlockK
+  int32_t begin, end;           // the piece's keys [begin, end), in blocks of kBlockK
 
   RAL_DEVICE RowsOfHead(const PolicyBwdParams& params, int32_t block_q) {
     const RowChunk& chunk = params.chunk;

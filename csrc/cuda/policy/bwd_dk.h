@@ -32,26 +32,21 @@ struct policy_bwd_dk_kernel {
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
-    const RowChunk& chunk = params.chunk;
-    // Most rows see early causal keys, so they start first.
-    const int64_t program = block_index();
-    int32_t block = int32_t(program % params.num_blocks);
-    const int64_t kv_head = program / params.num_blocks % side.num_kv_heads;
-    const int32_t b = chunk.first_sample + int32_t(program / params.num_blocks / side.num_kv_heads);
-    const Sample sample = sample_of_block(common, common.cu_seqlens_k, kBlockK, block, b,
-                                          chunk.first_row, chunk.stop());
-    const int32_t first_key = block * kBlockK;
+    int32_t first_key;
+    const Sample sample = locate(params, first_key);
+    const int32_t b = int32_t(sample.b);
     const int32_t num_keys = minimum(kBlockK, sample.num_keys - first_key);
     if (num_keys <= 0) return;
-    const Visibility visibility = visibility_of(sample, side);
     const int32_t group = int32_t(side.num_heads / side.num_kv_heads);
-    const int32_t first_head = int32_t(kv_head) * group;
+    const int32_t kv_heads = int32_t(side.num_kv_heads);
+    const int32_t first_head = int32_t(block_index()) / params.num_blocks % kv_heads * group;
 
     // Rows [begin, high] of the sample see some of the keys. `begin` is whole blocks of kBlockQ
     // after its first row.
-    const int32_t low = maximum(visibility.first_query(first_key) - sample.first_row, 0);
+    const Visibility seen_from = visibility_of(sample, side);
+    const int32_t low = maximum(seen_from.first_query(first_key) - sample.first_row, 0);
     const int32_t begin = sample.first_row + low / kBlockQ * kBlockQ;
-    const int32_t high = minimum(visibility.last_query(first_key + num_keys - 1), sample.stop - 1);
+    const int32_t high = minimum(seen_from.last_query(first_key + num_keys - 1), sample.stop - 1);
 
     const TileT k{reinterpret_cast<T*>(shared)};
     const TileT q{k.data + kBlockK * kHeadDim};  // double buffer
@@ -59,6 +54,13 @@ struct policy_bwd_dk_kernel {
     float* const statistics = reinterpret_cast<float*>(q.data + 2 * kBlockQ * kHeadDim);
     const KeyBits bits(common, sample, first_key);
     const int warp_key = warp_index() * 16;
+    // Bit i is the lane's i-th key; all 64 would cost registers in the loop.
+    uint32_t real = 0, in_scope = 0;
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const int key = warp_key + row_in_warp(i);
+      real |= uint32_t(bits.real >> key & 1) << i;
+      in_scope |= uint32_t(bits.in_scope >> key & 1) << i;
+    }
     float dk[1][kHeadDim / 8][4];
     clear(dk);
     Units<T, kRows> units;
@@ -67,8 +69,9 @@ struct policy_bwd_dk_kernel {
     Mask masks[kRows];
     Step step{first_head, begin};
     if (begin <= high) {
-      HeadKeys<T>(side, sample, kv_head).template copy_block<kThreads>(k, first_key, bits);
-      load_queries(params, sample, step, q, statistics);
+      HeadKeys<T>(side, sample, first_head / group)
+          .template copy_block<kThreads>(k, first_key, bits);
+      load_queries(params, b, high, step, q, statistics);
     }
     commit_copies();
     int buffer = 0;
@@ -81,7 +84,7 @@ struct policy_bwd_dk_kernel {
       const float* const of_rows = statistics + buffer * kStatistics * kBlockQ;
       buffer = 1 - buffer;
       if (next.first_row <= high)
-        load_queries(params, sample, next, TileT{q.data + buffer * kBlockQ * kHeadDim},
+        load_queries(params, b, high, next, TileT{q.data + buffer * kBlockQ * kHeadDim},
                      statistics + buffer * kStatistics * kBlockQ);
       commit_copies();
       if (warp_key >= num_keys) {
@@ -89,11 +92,13 @@ struct policy_bwd_dk_kernel {
         continue;
       }
       if (step.h == first_head) {
-        load_l_transposed(params, sample, step.first_row, first_key + warp_key, l);
+        const Visibility visibility = visibility_of_keys(params);
+        load_l_transposed(params, b, high, step.first_row, first_key + warp_key, l);
         RAL_UNROLL for (int i = 0; i < kRows; ++i) {
           const int key = warp_key + row_in_warp(i);
-          masks[i] = Mask::of_key(common, visibility, bits, key, first_key + key, step.first_row,
-                                  sample.stop);
+          masks[i] =
+              Mask::of_key(common, visibility, (real >> i & 1) != 0, (in_scope >> i & 1) != 0,
+                           first_key + key, step.first_row, high + 1);
         }
       }
       float ds[1][kBlockQ / 8][4];
@@ -107,24 +112,51 @@ struct policy_bwd_dk_kernel {
     RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
       for (int c = 0; c < kHeadDim / 8; ++c) RAL_UNROLL
         for (int e = 0; e < 2; ++e) dk[0][c][2 * i + e] *= units.inverse(i);
+    const int32_t kv_head = first_head / group;
     if (!params.is_first) add_so_far(params, kv_head, first_key + warp_key, dk);
     if (params.is_last) {
       sync_block();  // the keys are no longer read
+      const Sample same = locate(params, first_key);
       store_rows<1>(
-          rows_of<T>(params.dk, b, kv_head, sample.first_key + first_key), params.dk.stride_t, warp_key, num_keys, dk,
-          [&](int) { return side.scale; }, k);
+          rows_of<T>(params.dk, b, kv_head, same.first_key + first_key), params.dk.stride_t,
+          warp_key, num_keys, dk, [&](int) { return side.scale; }, k);
     } else {
       store_so_far(params, kv_head, first_key + warp_key, dk);
     }
   }
 
  private:
-  RAL_DEVICE static void load_queries(const Params& params, const Sample& sample, Step step,
+  // The sample of the CTA's keys, and the first of them. It is asked for again rather than kept in
+  // registers while rows pass by.
+  RAL_DEVICE static Sample locate(const Params& params, int32_t& first_key) {
+    const RowChunk& chunk = params.chunk;
+    const int32_t program = int32_t(block_index());  // a grid has fewer than 2^31 CTAs
+    // Most rows see early causal keys, so they start first.
+    int32_t block = program % params.num_blocks;
+    const int32_t b =
+        chunk.first_sample + program / params.num_blocks / int32_t(params.side.num_kv_heads);
+    const Sample sample = sample_of_block(params.common, params.common.cu_seqlens_k, kBlockK, block,
+                                          b, chunk.first_row, chunk.stop());
+    first_key = block * kBlockK;
+    return sample;
+  }
+
+  RAL_DEVICE static Visibility visibility_of_keys(const Params& params) {
+    const ral_policy_common& common = params.common;
+    Sample sample{};
+    sample.offset = int32_t(common.query_start);
+    sample.num_keys = int32_t(common.seqlen_k);
+    int32_t first_key;
+    if (common.cu_seqlens_k != nullptr) sample = locate(params, first_key);
+    return visibility_of(sample, params.side);
+  }
+
+  // Rows after `high` see no key of the CTA: they need not be those of its sample.
+  RAL_DEVICE static void load_queries(const Params& params, int32_t b, int32_t high, Step step,
                                       TileT q, float* statistics) {
-    const int32_t b = int32_t(sample.b);
     const ral_policy_side& side = params.side;
     const RowChunk& chunk = params.chunk;
-    const int32_t num_rows = sample.stop - step.first_row;
+    const int32_t num_rows = high + 1 - step.first_row;
     copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(side.q, b, step.h, step.first_row),
                                  side.q.stride_t, [&](int row) { return row < num_rows; });
     const int row = thread_index();
@@ -142,16 +174,17 @@ struct policy_bwd_dk_kernel {
   }
 
   // Loads l of rows [first_row, first_row + 64) for the lane's keys of a warp's 16.
-  RAL_DEVICE static void load_l_transposed(const Params& params, const Sample& sample,
-                                           int32_t first_row, int32_t warp_key, float (&l)[1][kBlockQ / 8][4]) {
+  RAL_DEVICE static void load_l_transposed(const Params& params, int32_t b, int32_t high,
+                                           int32_t first_row, int32_t warp_key,
+                                           float (&l)[1][kBlockQ / 8][4]) {
     const RowChunk& chunk = params.chunk;
     const int mine = 2 * (lane_index() % 4);
     const float* const lines =
-        params.l + chunk.at(int32_t(sample.b), first_row) * chunk.stride + warp_key + lane_index() / 4;
+        params.l + chunk.at(b, first_row) * chunk.stride + warp_key + lane_index() / 4;
     RAL_UNROLL for (int c = 0; c < kBlockQ / 8; ++c) RAL_UNROLL
       for (int e = 0; e < 2; ++e) {
         const int row = 8 * c + mine + e;
-        const bool there = first_row + row < sample.stop;
+        const bool there = first_row + row <= high;
         RAL_UNROLL for (int i = 0; i < kRows; ++i)
           l[0][c][2 * i + e] = there ? load_global(lines + row * chunk.stride + 8 * i) : 0.0f;
       }

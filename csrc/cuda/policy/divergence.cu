@@ -243,7 +243,8 @@ ral_cuda_policy_divergence_loss_scratch(const ral_policy_divergence_params* call
 }
 
 // `limit`: floats that l of a chunk of rows and its parts of U may take. A chunk of 64 rows may
-// take more, and packed sequences are one chunk. It must be the `limit` that the scratch was sized for.
+// take more, and packed sequences are one chunk. It must be the `limit` that the scratch was sized
+// for.
 extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_fwd(
     const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
   return ral::cuda::run_pass(call, ral::cuda::kFwd, limit, scratch, stream);

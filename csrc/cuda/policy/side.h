@@ -12,8 +12,8 @@
 namespace ral {
 namespace cuda {
 
-// The sample of a CTA, or its packed sequence. Rows are numbered as in the tensors of the call; keys
-// from the sample's first one on.
+// The sample of a CTA, or its packed sequence. Rows are numbered as in the tensors of the call;
+// keys from the sample's first one on.
 struct Sample {
   int64_t b;
   int32_t first_row, stop;  // its rows, or those of a chunk
@@ -40,12 +40,7 @@ RAL_DEVICE Sample sample_of_block(const ral_policy_common& common, const int32_t
                                   int32_t block_size, int32_t& block, int64_t b, int32_t first_row,
                                   int32_t stop) {
   if (offsets == nullptr)
-    return Sample{b,
-                  first_row,
-                  stop,
-                  0,
-                  int32_t(common.seqlen_k),
-                  int32_t(common.query_start)};
+    return Sample{b, first_row, stop, 0, int32_t(common.seqlen_k), int32_t(common.query_start)};
   const int32_t n = sequence_of_block(offsets, common.num_sequences, block_size, block);
   block -= load_global(offsets + n) / block_size + n;
   return packed_sample(common, n);
@@ -120,14 +115,17 @@ struct HeadKeys {
   int32_t prefix_length;
 
   RAL_DEVICE HeadKeys(const ral_policy_side& side, const Sample& sample, int64_t kv_head)
-      : own(rows_of<const T>(side.k, sample.b, kv_head, sample.first_key)),
+      : HeadKeys(side, sample.b, sample.first_key, kv_head) {}
+  // first_token: the sample's first key in the tensor of all.
+  RAL_DEVICE HeadKeys(const ral_policy_side& side, int64_t b, int32_t first_token, int64_t kv_head)
+      : own(rows_of<const T>(side.k, b, kv_head, first_token)),
         prefix(nullptr),
         stride(side.k.stride_t),
         prefix_stride(side.k_prefix.stride_t),
         prefix_length(0) {
     if (side.k_prefix.data == nullptr) return;
     prefix_length = int32_t(side.shared_prefix);
-    prefix = rows_of<const T>(side.k_prefix, load_global(side.prefix_index + sample.b), kv_head, 0);
+    prefix = rows_of<const T>(side.k_prefix, load_global(side.prefix_index + b), kv_head, 0);
   }
 
   // Starts copying keys [first, first + kRows). Keys where `exists(row)` is false become 0: padding
@@ -180,13 +178,13 @@ struct Mask {
     if (common.exclude_self) mask.valid = without_bit(mask.valid, row + visibility.offset - first);
     return mask;
   }
-  // For rows [first, first + 64) before `stop`. `bit` is the key's in `keys`.
+  // For rows [first, first + 64) before `stop` and a key that is real, or in the scope, too.
   RAL_DEVICE static Mask of_key(const ral_policy_common& common, const Visibility& visibility,
-                                const KeyBits& keys, int bit, int32_t key, int32_t first,
+                                bool is_real, bool is_in_scope, int32_t key, int32_t first,
                                 int32_t stop) {
     const uint64_t near = bits_between(visibility.first_query(key) - first,
                                        minimum(visibility.last_query(key), stop - 1) - first);
-    Mask mask{(keys.real >> bit & 1) != 0 ? near : 0, (keys.in_scope >> bit & 1) != 0 ? near : 0};
+    Mask mask{is_real ? near : 0, is_in_scope ? near : 0};
     if (common.exclude_self) mask.valid = without_bit(mask.valid, key - visibility.offset - first);
     return mask;
   }

@@ -53,17 +53,10 @@ struct policy_terms_kernel {
   static const char* name() { return "policy_terms_kernel"; }
 
   RAL_DEVICE static void run(const Params& params, char* shared) {
-    const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
-    const RowChunk& chunk = params.chunk;
-    const int64_t program = block_index();
-    const int32_t first_key = int32_t(program % params.num_key_blocks) * kTermKeys;
-    const int64_t rest = program / params.num_key_blocks;
-    int32_t block = params.num_row_blocks - 1 - int32_t(rest % params.num_row_blocks);
-    const int32_t b = chunk.first_sample + int32_t(rest / params.num_row_blocks);
-    const Sample sample = sample_of_block(common, common.cu_seqlens_q, kBlockQ, block, b,
-                                          chunk.first_row, chunk.stop());
-    const int32_t first_row = sample.first_row + block * kBlockQ;
+    const int32_t first_key = int32_t(block_index()) % params.num_key_blocks * kTermKeys;
+    int32_t first_row;
+    const Sample sample = locate(params, first_row);
     const int32_t num_rows = minimum(kBlockQ, sample.stop - first_row);
     if (num_rows <= 0) return;
     const Visibility visibility = visibility_of(sample, side);
@@ -73,22 +66,42 @@ struct policy_terms_kernel {
                                        first_row, num_rows)
                                 .meet(first_key, kTermKeys);
     if (!sees && !other_sees) return;  // no kernel reads p, l or partial sums here
+    const int32_t b = int32_t(sample.b);
     Scores sum;
     clear(sum);
-    if (sees) add_heads(params, shared, sample, first_row, num_rows, first_key, sum);
+    if (sees) add_heads(params, shared, b, first_row, num_rows, first_key, sum);
     // Sums pass through shared memory: a warp then has whole lines, and few elements at a time.
     float* const stage = reinterpret_cast<float*>(shared);
     sync_block();  // queries and keys are no longer read
-    stage_policy(params, sample, first_row, num_rows, first_key, sum, stage);
+    stage_policy(params, num_rows, first_key, sum, stage);
     sync_block();
-    finish_lines(params, sample.b, first_row, num_rows, first_key, stage);
+    finish_lines(params, b, first_row, num_rows, first_key, stage);
     if (sees && params.u_parts != nullptr) {
       sync_block();  // l is on the stage
-      add_moments(params, shared, sample, first_row, num_rows, first_key, stage);
+      add_moments(params, shared, b, first_row, num_rows, first_key, stage);
     }
   }
 
  private:
+  // The sample of the CTA's rows, and the first of them. It is asked for again rather than kept in
+  // registers while heads pass by, because these are full.
+  RAL_DEVICE static Sample locate(const Params& params, int32_t& first_row) {
+    const RowChunk& chunk = params.chunk;
+    // A grid has fewer than 2^31 CTAs.
+    const int32_t rest = int32_t(block_index()) / params.num_key_blocks;
+    int32_t block = params.num_row_blocks - 1 - rest % params.num_row_blocks;
+    const Sample sample = sample_of_block(params.common, params.common.cu_seqlens_q, kBlockQ, block,
+                                          chunk.first_sample + rest / params.num_row_blocks,
+                                          chunk.first_row, chunk.stop());
+    first_row = sample.first_row + block * kBlockQ;
+    return sample;
+  }
+
+  RAL_DEVICE static uint64_t real_keys(const Params& params, int32_t first_key) {
+    int32_t first_row;
+    return KeyBits(params.common, locate(params, first_row), first_key).real;
+  }
+
   // Normalisers of the lane's rows, of one head.
   struct Norm {
     float m[kRows], inverse[kRows];
@@ -97,10 +110,8 @@ struct policy_terms_kernel {
   // Calls visit(h, scores, norm) head by head. The scores are q kᵀ of the warp's rows and keys.
   // Warps without rows only take part in copies and barriers.
   template <typename Visit>
-  RAL_DEVICE static void for_heads(const Params& params, char* shared, const Sample& sample,
-                                   int32_t first_row, int32_t num_rows, int32_t first_key,
-                                   Visit visit) {
-    const int64_t b = sample.b;
+  RAL_DEVICE static void for_heads(const Params& params, char* shared, int32_t b, int32_t first_row,
+                                   int32_t num_rows, int32_t first_key, Visit visit) {
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
     const TileT q{reinterpret_cast<T*>(shared)};  // double buffer
@@ -113,12 +124,15 @@ struct policy_terms_kernel {
     const int64_t inverses = common.batch_size * side.num_heads * common.num_rows;
     const int32_t num_heads = int32_t(side.num_heads);
     const int32_t group = num_heads / int32_t(side.num_kv_heads);
-    const uint64_t low = KeyBits(common, sample, first_key).real;
-    const uint64_t high = KeyBits(common, sample, first_key + kWarpKeys).real;
+    const uint64_t low = real_keys(params, first_key);
+    const uint64_t high = real_keys(params, first_key + kWarpKeys);
     const auto copy_keys = [&](int64_t kv_head) {
-      HeadKeys<T>(side, sample, kv_head).template copy<kTermKeys, kThreads>(k, first_key, [&](int row) {
-        return ((row < kWarpKeys ? low >> row : high >> (row - kWarpKeys)) & 1) != 0;
-      });
+      int32_t first_token = 0;
+      if (common.cu_seqlens_q != nullptr) first_token = locate(params, first_token).first_key;
+      HeadKeys<T>(side, b, first_token, kv_head)
+          .template copy<kTermKeys, kThreads>(k, first_key, [&](int row) {
+            return ((row < kWarpKeys ? low >> row : high >> (row - kWarpKeys)) & 1) != 0;
+          });
     };
     copy_keys(0);
     copy_queries(q, 0);
@@ -128,7 +142,7 @@ struct policy_terms_kernel {
     int64_t kv_head = 0;
     for (int32_t h = 0; h < num_heads; ++h) {
       const float* const at =
-          side.norm + (b * num_heads + h) * common.num_rows + first_row;
+          side.norm + (int64_t(b) * num_heads + h) * common.num_rows + first_row;
       Norm norm;
       RAL_UNROLL for (int i = 0; i < kRows; ++i) {
         const int row = warp_row + row_in_warp(i);
@@ -156,11 +170,10 @@ struct policy_terms_kernel {
   }
 
   // Adds the heads' weights on keys that a row sees. Elsewhere the sum may be anything.
-  RAL_DEVICE static void add_heads(const Params& params, char* shared, const Sample& sample,
-                                   int32_t first_row, int32_t num_rows, int32_t first_key,
-                                   Scores& sum) {
+  RAL_DEVICE static void add_heads(const Params& params, char* shared, int32_t b, int32_t first_row,
+                                   int32_t num_rows, int32_t first_key, Scores& sum) {
     const float scale = params.side.scale * kLog2e;
-    for_heads(params, shared, sample, first_row, num_rows, first_key,
+    for_heads(params, shared, b, first_row, num_rows, first_key,
               [&](int32_t, const Scores& s, const Norm& norm) {
                 RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
                   for (int c = 0; c < kWarpKeys / 8; ++c) RAL_UNROLL
@@ -173,7 +186,7 @@ struct policy_terms_kernel {
   }
 
   // Partial sums of U (3), from l on the stage.
-  RAL_DEVICE static void add_moments(const Params& params, char* shared, const Sample& sample,
+  RAL_DEVICE static void add_moments(const Params& params, char* shared, int32_t b,
                                      int32_t first_row, int32_t num_rows, int32_t first_key,
                                      const float* stage) {
     const ral_policy_side& side = params.side;
@@ -193,7 +206,7 @@ struct policy_terms_kernel {
     const int64_t num_parts = params.chunk.stride / kWarpKeys;
     const int64_t part = (first_key + warp_key) / kWarpKeys;
     const float scale = side.scale * kLog2e;
-    for_heads(params, shared, sample, first_row, num_rows, first_key,
+    for_heads(params, shared, b, first_row, num_rows, first_key,
               [&](int32_t h, const Scores& s, const Norm& norm) {
                 RAL_UNROLL for (int i = 0; i < kRows; ++i) {
                   float u = 0.0f;
@@ -207,7 +220,7 @@ struct policy_terms_kernel {
                     }
                   u = quad_sum(u) * norm.inverse[i];
                   const int row = warp_row + row_in_warp(i);
-                  const int64_t line = params.chunk.at(int32_t(sample.b), first_row + row) * side.num_heads + h;
+                  const int64_t line = params.chunk.at(b, first_row + row) * side.num_heads + h;
                   if (lane_index() % 4 == 0 && row < num_rows)
                     store_global(params.u_parts + line * num_parts + part, u);
                 }
@@ -215,9 +228,10 @@ struct policy_terms_kernel {
   }
 
   // Stages the warp's part of the policy's rows (7), 0 on keys that do not count.
-  RAL_DEVICE static void stage_policy(const Params& params, const Sample& sample, int32_t first_row,
-                                      int32_t num_rows, int32_t first_key, const Scores& sum,
-                                      float* stage) {
+  RAL_DEVICE static void stage_policy(const Params& params, int32_t num_rows, int32_t first_key,
+                                      const Scores& sum, float* stage) {
+    int32_t first_row;
+    const Sample sample = locate(params, first_row);
     const ral_policy_common& common = params.common;
     const Visibility visibility = visibility_of(sample, params.side);
     const int warp_row = warp_index() / 2 * kWarpQ, warp_key = warp_index() % 2 * kWarpKeys;
@@ -240,12 +254,12 @@ struct policy_terms_kernel {
   }
 
   // Writes p. In a comparison it reads r where p would go, and writes l there and to the stage.
-  RAL_DEVICE static void finish_lines(const Params& params, int64_t b, int32_t first_row,
+  RAL_DEVICE static void finish_lines(const Params& params, int32_t b, int32_t first_row,
                                       int32_t num_rows, int32_t first_key, float* stage) {
     const RowChunk& chunk = params.chunk;
     const int lane = lane_index();
     for (int row = warp_index(); row < num_rows; row += kWarps) {
-      const int64_t line = chunk.at(int32_t(b), first_row + row);
+      const int64_t line = chunk.at(b, first_row + row);
       Float4* const staged = reinterpret_cast<Float4*>(stage + row * kStride) + lane;
       Float4* const at =
           reinterpret_cast<Float4*>(params.p + line * chunk.stride + first_key) + lane;
