@@ -1,7 +1,7 @@
 """What each of 2 or 4 gloo processes does in the tests of `ShardedPolicy`.
 
-    python -m tests.ops.sharded_ranks FILE WORLD_SIZE ... -- CASE ...
-    python -m tests.ops.sharded_ranks --table       # of all cases, as docs/sharded.md shows it
+    python -m tests.ops.sharded_ranks FILE WORLD_SIZE:CASE:MOVES ...
+    python -m tests.ops.sharded_ranks       # the table of all in docs/sharded.md
 
 A rank computes the whole sequence with the public ops, then its part of it with `ShardedPolicy`.
 One process imports everything and then forks the ranks.
@@ -9,7 +9,6 @@ One process imports everything and then forks the ranks.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -253,7 +252,7 @@ class Traffic:
         dist.all_to_all_single, dist.all_gather = self._kept
 
 
-def _rank(rank: int, world_size: int, folder: str, names: list[str]) -> None:
+def _rank(rank: int, world_size: int, folder: str, jobs: list[tuple[str, str]]) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world_size}"
     dist.init_process_group(
@@ -261,30 +260,32 @@ def _rank(rank: int, world_size: int, folder: str, names: list[str]) -> None:
     )  # a rank that failed lets the others fail, too
     try:
         of_all: list[Any] = [None] * world_size
-        dist.all_gather_object(
-            of_all, {(name, moves): run(name, moves) for name in names for moves in MOVES}
-        )
+        dist.all_gather_object(of_all, {job: run(*job) for job in jobs})
         if rank == 0:
-            results = {key: [each[key] for each in of_all] for key in of_all[0]}
-            torch.save(results, f"{folder}/{world_size}.pt")
+            found = {(world_size, *job): [each[job] for each in of_all] for job in jobs}
+            torch.save(found, f"{folder}/{world_size}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def results(folder: str, worlds: list[int], names: list[str]) -> dict[Any, list[dict[str, Any]]]:
+Results = dict[tuple[int, str, str], list[dict[str, Any]]]
+
+
+def results(jobs: list[tuple[int, str, str]]) -> Results:
     """(world size, case, moves) -> what each rank found."""
-    found = {}
-    for world_size in worlds:
-        mp.start_processes(
-            _rank, (world_size, folder, names), nprocs=world_size, start_method="fork"
-        )
-        for key, ranks in torch.load(f"{folder}/{world_size}.pt", weights_only=False).items():
-            found[(world_size, *key)] = ranks
+    found: Results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world_size in sorted({job[0] for job in jobs}):
+            own = [(name, moves) for size, name, moves in jobs if size == world_size]
+            mp.start_processes(
+                _rank, (world_size, folder, own), nprocs=world_size, start_method="fork"
+            )
+            found.update(torch.load(f"{folder}/{world_size}.pt", weights_only=False))
     return found
 
 
-def table(found: dict[Any, list[dict[str, Any]]]) -> str:
+def table(found: Results) -> str:
     """Markdown: the largest differences over ranks."""
     lines = [
         "| case | ranks | moves | loss | gradients | largest gradient |",
@@ -301,11 +302,9 @@ def table(found: dict[Any, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as temporary:
-        if sys.argv[1:] == ["--table"]:
-            print(table(results(temporary, list(WORLDS), list(CASES))))
-        else:
-            file, *rest = sys.argv[1:]
-            split = rest.index("--")
-            torch.save(results(temporary, [int(x) for x in rest[:split]], rest[split + 1 :]), file)
+    if sys.argv[1:]:
+        asked = [job.split(":") for job in sys.argv[2:]]
+        torch.save(results([(int(size), name, moves) for size, name, moves in asked]), sys.argv[1])
+    else:
+        every = [(size, name, moves) for name in CASES for size in WORLDS for moves in MOVES]
+        print(table(results(every)))
