@@ -286,18 +286,19 @@ def results(jobs: list[tuple[int, str, str]]) -> Results:
 
 
 def table(found: Results) -> str:
-    """Markdown: the largest differences over ranks."""
+    """Markdown: how far ranks are from the whole, the most of any rank."""
+    ways = [(size, moves) for size in WORLDS for moves in MOVES]
+    titles = [f"{size} ranks, {moves}" for size, moves in ways]
     lines = [
-        "| case | ranks | moves | loss | gradients | largest gradient |",
-        "|---|---:|---|---:|---:|---:|",
+        f"| case | {' | '.join(titles)} | largest gradient | loss |",
+        f"|---|{'---:|' * (len(ways) + 2)}",
     ]
-    for (world_size, name, moves), ranks in found.items():
-        loss = max(abs(x["loss"] - x["wanted"]) for x in ranks)
-        apart = max(max(x["gradients"]) for x in ranks)
-        largest = max(ranks[0]["of"])
-        lines.append(
-            f"| {name} | {world_size} | {moves} | {loss:.0e} | {apart:.0e} | {largest:.0e} |"
-        )
+    for name in CASES:
+        by_way = [found[size, name, moves] for size, moves in ways]
+        apart = [max(max(rank["gradients"]) for rank in ranks) for ranks in by_way]
+        loss = max(abs(rank["loss"] - rank["wanted"]) for ranks in by_way for rank in ranks)
+        numbers = [*apart, max(by_way[0][0]["of"]), loss]
+        lines.append(f"| {name} | {' | '.join(f'{x:.0e}' for x in numbers)} |")
     return "\n".join(lines)
 
 
