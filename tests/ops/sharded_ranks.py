@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 import ral_kernels as rk
 
@@ -53,8 +53,8 @@ class Case:
 
 def _uneven(world_size: int) -> list[list[tuple[int, int]]]:
     """The last rank has nothing, rank 0 two chunks that do not follow one another."""
-    middle = [[] for _ in range(world_size - 2)] if world_size > 2 else []
-    chunks: list[list[tuple[int, int]]] = [[(30, 41), (0, 7)], *middle, []]
+    chunks: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]
+    chunks[0] = [(30, 41), (0, 7)]
     chunks[1 if world_size > 2 else 0] += [(7, 30), (41, N)]
     return chunks
 
@@ -246,10 +246,13 @@ class Traffic:
             self.sent += (len(parts) - 1) * x.numel() * x.element_size()
             return gather(parts, x, **options)
 
-        dist.all_to_all_single, dist.all_gather = counted_exchange, counted_gather
+        self._put(counted_exchange, counted_gather)
 
     def __exit__(self, *exception: object) -> None:
-        dist.all_to_all_single, dist.all_gather = self._kept
+        self._put(*self._kept)
+
+    def _put(self, exchange: Any, gather: Any) -> None:
+        dist.all_to_all_single, dist.all_gather = exchange, gather
 
 
 def _rank(rank: int, world_size: int, folder: str, jobs: list[tuple[str, str]]) -> None:
@@ -278,7 +281,7 @@ def results(jobs: list[tuple[int, str, str]]) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         for world_size in sorted({job[0] for job in jobs}):
             own = [(name, moves) for size, name, moves in jobs if size == world_size]
-            mp.start_processes(
+            start_processes(
                 _rank, (world_size, folder, own), nprocs=world_size, start_method="fork"
             )
             found.update(torch.load(f"{folder}/{world_size}.pt", weights_only=False))
