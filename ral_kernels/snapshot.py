@@ -512,8 +512,8 @@ class AttentionSnapshot:
         bias = self.span_bias
         step = 2 if self.is_packed else 1  # their numbers of tokens may differ
         return {
-            **self._options(),
             "packing": "packed" if self.is_packed else "padded",
+            **self._options(),
             "shape": (*self.q.shape[1::step], *self.k.shape[1::step]),
             "shared_prefix": self.shared_prefix,
             "num_spans": None if bias is None else bias.shape[-1],

@@ -91,7 +91,7 @@ def _traced(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Packing:
     """All rows, where values cannot be kept: the two lengths alone are read, unchecked."""
     lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     longest = [
-        int(lengths.max().item()) if lengths.shape[0] > 0 else 0
+        checks.to_int(lengths.max().item()) if lengths.shape[0] > 0 else 0
         for lengths in (lengths_q, lengths_k)
     ]
     for length in longest:

@@ -22,7 +22,7 @@ STATUS = {
     3: "pointers or sizes do not fit together",
     4: "a span id lies outside [-1, num_spans); were the ids changed after Spans checked them?",
     5: "a prefix_index of the snapshot lies outside [0, number of prefixes)",
-    6: "cu_seqlens decrease, or end beyond the tokens",
+    6: "cu_seqlens must start at 0, never decrease, and end within the tokens",
 }
 _FIRST_OF_THE_CALLER = 3  # statuses from here on are about arguments
 
@@ -129,6 +129,17 @@ def run_tiles(dtype: torch.dtype, repeats: int) -> int:
             chosen_isa(), c_interface.DTYPES[dtype], torch.get_num_threads(), repeats
         )
     )
+
+
+def scratch(reset: bool = False) -> tuple[int, int]:
+    """Bytes of scratch memory that the kernels took since the last reset.
+
+    Returns:
+        The largest allocation, and the sum of all.
+    """
+    sizes = (c_int64 * 2)()
+    library().ral_cpu_scratch_sizes(sizes, c_int32(reset))
+    return sizes[0], sizes[1]
 
 
 def raise_for_status(op: str, status: int, **tensors: Tensor) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import ral_kernels as rk
-from benchmarks import decode_bench, policy_divergence_bench
+from benchmarks import decode_bench, packed_bench, policy_divergence_bench
 
 from .test_sweeps import results_of
 
@@ -41,3 +42,28 @@ def test_decode_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_bench, "rk", wrong)
     row = decode_bench.measure(case, dtype, 1)
     assert row["wrong"].startswith("ral: out error") and "ms" not in row
+
+
+@pytest.mark.slow(stands_in="test_decode_bench")
+def test_packed_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_bench, "SKEWED", (512, 256, 64, 64))
+    monkeypatch.setattr(packed_bench, "MANY", (256, 64, 64))
+    assert packed_bench.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = results_of(tmp_path)["rows"]
+    assert [(row["dtype"], row["sequences"]) for row in rows] == [
+        (dtype, name) for dtype in ("bfloat16", "float32") for name in ("skewed", "many")
+    ]
+    # of 4 x 16 x 64 pairs: 16 * 64 + 8 * 32 + 2 * 2 * 8
+    assert rows[0]["pairs"] == (1024 + 256 + 32) / 4096
+    for row in rows:
+        assert set(row["ms"]) == {"packed", "padded", "loop"}
+        assert all(row["ratio"][name]["median"] > 0 for name in ("padded", "loop"))
+    right = packed_bench.Problem.forms
+
+    def wrong(problem: packed_bench.Problem) -> dict[str, Any]:
+        forms = right(problem)
+        return {**forms, "packed": lambda: tuple(1.1 * x for x in forms["packed"]())}
+
+    monkeypatch.setattr(packed_bench.Problem, "forms", wrong)
+    row = packed_bench.measure("few", (64, 32), "float32", 1)
+    assert row["wrong"].startswith("packed: loss error") and "ms" not in row

@@ -54,7 +54,10 @@ class Call:
     takes_backend: bool = True
 
 
-FLAGS = ("spans", "batch_ids", "bias", "mask", "padding", "rows", "scope", "shared", "window")
+FLAGS = (
+    "spans", "batch_ids", "bias", "mask", "offsets", "padding", "rows", "scope", "shared", "window",
+)  # fmt: skip
+POLICIES = ("policy", "divergence", "snapshot", "loss")  # those that take packed sequences
 LAYOUTS = ("plain", "tokens first", "sliced", "expanded")
 TENSOR_FAULTS = (
     "dtype", "integer", "less rank", "more rank", "shorter 0", "shorter 1", "shorter 2",
@@ -110,6 +113,8 @@ def build(plan: Plan) -> Call:
     g = torch.Generator().manual_seed(plan.seed)
     s, flags, dtype = plan.sizes, set(plan.flags), DTYPES[plan.dtype][0]
     B, H, HK, T, N, D = (s[x] for x in ("batch", "heads", "kv_heads", "q", "k", "d"))
+    packs = "offsets" in flags and plan.op in POLICIES
+    B = 1 if packs else B
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
@@ -127,7 +132,17 @@ def build(plan: Plan) -> Call:
     rows = last - first if "rows" in flags else T
     ids = torch.randint(-1, s["spans"], (B, N) if "batch_ids" in flags else (N,), generator=g)
     spans = rk.Spans(ids, s["spans"]) if "spans" in flags else None
-    padding = torch.rand(B, N, generator=g) < 0.8 if "padding" in flags else None
+    padding = torch.rand(B, N, generator=g) < 0.8 if "padding" in flags and not packs else None
+    packing: dict[str, Any] = {}
+    outcomes = N
+    if packs:
+        cuts = [sorted(torch.randint(0, n + 1, (3,), generator=g).tolist()) for n in (T, N)]
+        bounds_q, bounds_k = (torch.tensor([0, *x], dtype=torch.int32) for x in cuts)
+        packing = {"cu_seqlens_q": bounds_q, "cu_seqlens_k": bounds_k}
+        outcomes = int(bounds_k.diff().max())
+        if "rows" in flags:
+            chosen = [(t // 3, t - t // 4) for t in bounds_q.diff().tolist()]
+            rows, options["rows"] = sum(b - a for a, b in chosen), chosen
     if plan.op == "rows":
         p, r = (normal(B, T, N).softmax(-1) for _ in range(2))
         return _with_fault(plan, Call(rk.divergence, {"p": p, "r": r}, ["p", "r"]))
@@ -152,7 +167,7 @@ def build(plan: Plan) -> Call:
         if spans is not None and "batch_ids" not in flags:
             arguments["spans"] = spans
         return _with_fault(plan, Call(rk.flash_attn_varlen_func, arguments, ["q", "k", "v"], False))
-    arguments = {"q": q, "k": k, **options, "key_padding_mask": padding}
+    arguments = {"q": q, "k": k, **options, **packing, "key_padding_mask": padding}
     if plan.op == "attention":
         arguments.update(v=v, spans=spans)
         if "mask" in flags:
@@ -171,14 +186,15 @@ def build(plan: Plan) -> Call:
             arguments["span_bias"] = normal(1, H, rows, s["spans"])
         return _with_fault(plan, Call(rk.attention_policy, arguments, ["q", "k"]))
     if plan.op == "divergence":
-        arguments["reference"] = normal(B, rows, N).softmax(-1)
+        arguments["reference"] = normal(B, rows, outcomes).softmax(-1)
     else:
         same_prefix = 2 if "shared" in flags and B % 2 == 0 else 1
         old_q, old_k = normal(B, H, T, D).to(dtype), normal(B, HK, N, D).to(dtype)
         old_k = old_k if same_prefix == 1 else old_k[:1].expand_as(old_k)
         arguments["reference"] = rk.AttentionSnapshot(
-            old_q, old_k, group_size=same_prefix, shared_prefix=N // 2, **options
-        )
+            old_q, old_k, group_size=same_prefix, shared_prefix=0 if packs else N // 2, **options,
+            **packing,
+        )  # fmt: skip
     if plan.op == "loss":
         arguments["advantages"] = normal(B, rows)
         return _with_fault(plan, Call(rk.ral_loss, arguments, ["q", "k"]))
@@ -199,7 +215,7 @@ def _with_fault(plan: Plan, call: Call) -> Call:
     name = names[ord(where) % len(names)]
     value = call.arguments[name]
     if isinstance(value, rk.AttentionSnapshot) and kind in TENSOR_FAULTS:
-        parts = sorted(value.tensors())
+        parts = sorted(value._all_tensors())
         part = parts[ord(where) % len(parts)]
         setattr(value, part, _spoilt(getattr(value, part), kind))
     else:

@@ -92,19 +92,33 @@ def attention_call(*, packed: bool = False, backward: bool = False) -> Call:
     return Call(entry, structs, {**tensors, **kept})
 
 
-def _policy_args(with_spans: bool) -> PolicyArgs:
+def _policy_args(with_spans: bool, packed: bool) -> PolicyArgs:
+    batch_size, q_bounds, k_bounds, starts = B, None, None, None
+    if packed:
+        batch_size = 1
+        q_bounds, k_bounds, starts = (
+            torch.tensor(x, dtype=torch.int32) for x in ([0, 2, T], [0, 4, N], [2, 2])
+        )
     return PolicyArgs(
-        q=torch.randn(B, H, T, D), k=torch.randn(B, HK, N, D),
-        span_ids=torch.randint(-1, S, (B, N), dtype=torch.int32) if with_spans else None,
-        span_bias=torch.zeros(B, H, T, S) if with_spans else None, scope=None,
-        key_padding_mask=None, num_spans=S if with_spans else 0, query_start=N - T, scale=0.1,
-        window_left=-1, window_right=0, softcap=0.0, exclude_self=True,
-        cu_seqlens_q=None, cu_seqlens_k=None, query_starts=None, max_rows=0, max_keys=0,
+        q=torch.randn(batch_size, H, T, D), k=torch.randn(batch_size, HK, N, D),
+        span_ids=torch.randint(-1, S, (batch_size, N), dtype=torch.int32) if with_spans else None,
+        span_bias=torch.zeros(batch_size, H, T, S) if with_spans else None, scope=None,
+        key_padding_mask=None, num_spans=S if with_spans else 0,
+        query_start=0 if packed else N - T, scale=0.1,
+        window_left=-1, window_right=0, softcap=0.0, exclude_self=True, cu_seqlens_q=q_bounds,
+        cu_seqlens_k=k_bounds, query_starts=starts, max_rows=3 if packed else 0,
+        max_keys=5 if packed else 0,
     )  # fmt: skip
 
 
-def policy_call(*, backward: bool = False) -> Call:
-    args, isa = _policy_args(True), cpu_library.chosen_isa()
+def _bounds_of(args: PolicyArgs) -> dict[str, Tensor]:
+    names = {"q_bounds": args.cu_seqlens_q, "k_bounds": args.cu_seqlens_k,
+             "starts": args.query_starts}  # fmt: skip
+    return {name: x for name, x in names.items() if x is not None}
+
+
+def policy_call(*, packed: bool = False, backward: bool = False) -> Call:
+    args, isa = _policy_args(True, packed), cpu_library.chosen_isa()
     norm, z, p = torch.ones(2, B, H, T), torch.ones(B, T), torch.zeros(B, T, S)
     dq, dk = torch.zeros_like(args.q), torch.zeros_like(args.k)
     structs = policy_structs.CallStructs(args, norm, z, isa, 1)
@@ -117,16 +131,17 @@ def policy_call(*, backward: bool = False) -> Call:
     kept = (args.q, args.k, args.span_bias, norm, z, p, dq, dk)
     tensors = {f"kept_{i}": x for i, x in enumerate(kept)}
     entry = f"ral_cpu_policy_{'bwd' if backward else 'fwd'}"
-    return Call(entry, [params], {"ids": args.span_ids, **tensors})
+    return Call(entry, [params], {"ids": args.span_ids, **tensors, **_bounds_of(args)})
 
 
-def divergence_call(entry: str = "ral_cpu_policy_divergence_fwd") -> Call:
-    policy, isa = _policy_args(False), cpu_library.chosen_isa()
-    index = torch.tensor([1, 0])
+def divergence_call(entry: str = "ral_cpu_policy_divergence_fwd", *, packed: bool = False) -> Call:
+    policy, isa = _policy_args(False, packed), cpu_library.chosen_isa()
+    index, prefix = torch.tensor([1, 0]), 0 if packed else PREFIX
     reference = ReferenceArgs(
-        q=torch.randn(B, H, T, D), k=torch.randn(B, HK, N - PREFIX, D),
-        k_prefix=torch.randn(P, HK, PREFIX, D), prefix_index=index, scale=0.1, window_left=-1,
-        window_right=0, softcap=0.0,
+        q=torch.randn(B, H, T, D), k=torch.randn(B, HK, N - prefix, D),
+        k_prefix=None if packed else torch.randn(P, HK, PREFIX, D),
+        prefix_index=None if packed else index, scale=0.1, window_left=-1, window_right=0,
+        softcap=0.0,
     )  # fmt: skip
     norm, z, other_norm, other_z = (torch.ones(*x, B, T) for x in ((2, H), (), (2, H), ()))
     value, dvalue, u, w = torch.zeros(B, T), torch.ones(B, T), torch.ones(B, H, T), torch.ones(
@@ -141,7 +156,7 @@ def divergence_call(entry: str = "ral_cpu_policy_divergence_fwd") -> Call:
     kept = (policy.q, policy.k, reference.q, reference.k, reference.k_prefix, norm, z, other_norm,
             other_z, value, dvalue, u, w, dq, dk)  # fmt: skip
     tensors = {f"kept_{i}": x for i, x in enumerate(kept) if x is not None}
-    return Call(entry, [params], {"index": index, **tensors})
+    return Call(entry, [params], {"index": index, **tensors, **_bounds_of(policy)})
 
 
 def rows_call() -> Call:
@@ -187,6 +202,8 @@ _COMMON = {
     **{f"0.common.{name}": HUGE for name in ("batch_size", "num_rows", "seqlen_k")},
     "0.common.num_spans": (-1, 2**31, 2**62),
     "0.common.query_start": (2**40, -(2**40)),
+    "0.common.total_rows": (T - 1, T + 1, 2**62),
+    "0.common.row_length": (-1, 2, 2**62),
     "0.common.num_threads": (0, -1),
 }
 POLICY: dict[str, tuple[Any, ...]] = {
@@ -289,6 +306,42 @@ def test_bounds_of_packed_sequences(bounds: tuple[int, ...], backward: bool) -> 
     call = attention_call(packed=True, backward=backward)
     call.set("0.cu_seqlens_k", None)
     assert call.run(cpu_library.library()) == BAD_ARGUMENT
+
+
+PACKED_CALLS: dict[str, Callable[[], Call]] = {
+    "policy_fwd": lambda: policy_call(packed=True),
+    "policy_bwd": lambda: policy_call(packed=True, backward=True),
+    "policy_divergence_fwd": lambda: divergence_call(packed=True),
+    "policy_divergence_bwd": lambda: divergence_call("ral_cpu_policy_divergence_bwd", packed=True),
+    "policy_loss": lambda: divergence_call("ral_cpu_policy_loss", packed=True),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", PACKED_CALLS)
+def test_packed_policies_that_do_not_fit_together_are_refused(name: str) -> None:
+    """Offsets from 0 that do not decrease, no sequence longer than `max_rows` and `max_keys`."""
+    make, library = PACKED_CALLS[name], cpu_library.library()
+    assert make().run(library) == OK
+    for which, bounds in (
+        ("q_bounds", (1, 2, 5)), ("q_bounds", (0, 6, 5)), ("q_bounds", (0, 2, 6)),
+        ("q_bounds", (0, -1, 2)), ("q_bounds", (0, 4, 5)), ("k_bounds", (1, 4, 9)),
+        ("k_bounds", (0, 3, 2)), ("k_bounds", (0, 4, 10)), ("k_bounds", (0, 4, 2**31 - 1)),
+        ("k_bounds", (0, 6, 9)),
+    ):  # fmt: skip
+        call = make()
+        call.tensors[which][:] = torch.tensor(bounds, dtype=torch.int32)
+        assert call.run(library) == BAD_BOUNDS, f"{which} = {bounds}"
+    mask = torch.ones(N, dtype=torch.bool)
+    for field, values in {
+        "batch_size": (B,), "num_sequences": (-1, 2**31), "max_rows": (0, T + 1),
+        "max_keys": (0, N + 1), "cu_seqlens_q": (None,), "cu_seqlens_k": (None,),
+        "query_starts": (None,), "key_padding_mask": (address(mask),),
+    }.items():  # fmt: skip
+        for value in values:
+            call = make()
+            call.set(f"0.common.{field}", value)
+            assert call.run(library) == BAD_ARGUMENT, f"{field} = {value}"
 
 
 @needs_library

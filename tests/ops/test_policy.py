@@ -337,8 +337,14 @@ OP_CASES = ("length_1", "together", "span_bias_full", "spans_wider_scope", "no_k
 
 
 def op_inputs(name: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> tuple[Any, ...]:
+    return op_inputs_of(BY_NAME[name].inputs(torch.float32), monkeypatch, backend)
+
+
+def op_inputs_of(
+    inputs: PolicyInputs, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> tuple[Any, ...]:
     """What the public function hands to `ral::policy_fwd`, as leaves."""
-    inputs = BY_NAME[name].inputs(torch.float32).requires_grad_()
+    inputs.requires_grad_()
     handed: list[tuple[Any, ...]] = []
     op = interface.policy_fwd
 

@@ -54,6 +54,31 @@ def loss(**changes: Any) -> Any:
     return ral_loss(**{**arguments, **changes})
 
 
+def offsets(*bounds: int, **kwargs: Any) -> torch.Tensor:
+    return torch.tensor(bounds, dtype=torch.int32, **kwargs)
+
+
+def packing() -> dict[str, Any]:
+    """2 + 3 queries and 3 + 4 keys."""
+    return {
+        "q": tensor(1, H, T, D), "k": tensor(1, HK, N, D), "cu_seqlens_q": offsets(0, 2, T),
+        "cu_seqlens_k": offsets(0, 3, N),
+    }  # fmt: skip
+
+
+def packed(**changes: Any) -> Any:
+    return attention_policy(**{**packing(), **changes})
+
+
+def packed_snap(**changes: Any) -> AttentionSnapshot:
+    return AttentionSnapshot(**{**packing(), **changes})
+
+
+def packed_loss(**changes: Any) -> Any:
+    arguments = {**packing(), "reference": packed_snap(), "advantages": tensor(2)}
+    return ral_loss(**{**arguments, **changes})
+
+
 # (name, call, exception, regular expression of the message)
 # fmt: off
 BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
@@ -259,6 +284,63 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^AttentionSnapshot: index must be .*; got int64 \(1, 2\)"),
     ("index_mask", lambda: pick(tensor(3, dtype=torch.bool)), ValueError,
      r"^AttentionSnapshot: index must be a mask \[B\] = \(2,\); got \(3,\)"),
+    # packed sequences
+    ("packed_alone", lambda: packed(cu_seqlens_k=None), ValueError,
+     r"^attention_policy: cu_seqlens_q needs cu_seqlens_k; got cu_seqlens_k=None"),
+    ("packed_alone_k", lambda: packed(cu_seqlens_q=None), ValueError,
+     r"^attention_policy: cu_seqlens_k needs cu_seqlens_q; got cu_seqlens_q=None"),
+    ("packed_list", lambda: packed(cu_seqlens_q=[0, 2, T]), TypeError,
+     r"^attention_policy: cu_seqlens_q must be None or an int32 tensor \[S \+ 1\]; got list"),
+    ("packed_dtype", lambda: packed(cu_seqlens_k=offsets(0, 3, N).long()), TypeError,
+     r"^attention_policy: cu_seqlens_k must be int32; got int64"),
+    ("packed_rank", lambda: packed(cu_seqlens_q=offsets(0, T)[None]), ValueError,
+     r"^attention_policy: cu_seqlens_q must be \[S \+ 1\]; got \(1, 2\)"),
+    ("packed_empty", lambda: packed(cu_seqlens_q=offsets()), ValueError,
+     r"^attention_policy: cu_seqlens_q must be \[S \+ 1\]; got \(0,\)"),
+    ("packed_device", lambda: packed(cu_seqlens_q=offsets(0, 2, T, device="meta")), ValueError,
+     r"^attention_policy: cu_seqlens_q must be on the device of q, cpu; got meta"),
+    ("packed_counts", lambda: packed(cu_seqlens_k=offsets(0, N)), ValueError,
+     r"^attention_policy: cu_seqlens_k must be \[S \+ 1\] = \(3,\) like cu_seqlens_q; got \(2,\)"),
+    ("packed_batch", lambda: packed(**qk()), ValueError,
+     r"^attention_policy: q must be \[1, H, Tq, D\] with cu_seqlens_q, .*; got \(2, 4, 5, 8\)"),
+    ("packed_start", lambda: packed(cu_seqlens_q=offsets(1, 2, T)), ValueError,
+     r"^attention_policy: cu_seqlens_q must start at 0; got 1"),
+    ("packed_decrease", lambda: packed(cu_seqlens_k=offsets(0, 3, 2)), ValueError,
+     r"^attention_policy: cu_seqlens_k must never decrease; got 2 after 3 at index 2"),
+    ("packed_negative", lambda: packed(cu_seqlens_k=offsets(0, -1, 2)), ValueError,
+     r"^attention_policy: cu_seqlens_k must never decrease; got -1 after 0 at index 1"),
+    ("packed_beyond", lambda: packed(cu_seqlens_k=offsets(0, 3, N + 1)), ValueError,
+     r"^attention_policy: cu_seqlens_k must end at most at 7, the tokens of k; got 8"),
+    ("packed_padding", lambda: packed(key_padding_mask=tensor(1, N, dtype=torch.bool)), ValueError,
+     r"^attention_policy: key_padding_mask is not supported with cu_seqlens_k, .* use scope"),
+    ("packed_rows", lambda: packed(rows=slice(0, 2)), TypeError,
+     r"^attention_policy: rows must be None or a sequence of .* with cu_seqlens_q; got slice"),
+    ("packed_rows_pair", lambda: packed(rows=(0, 2)), TypeError,
+     r"^attention_policy: rows\[0\] must be None, a slice of step 1 or \(start, stop\); got int"),
+    ("packed_rows_count", lambda: packed(rows=[(0, 2)]), ValueError,
+     r"^attention_policy: rows must hold one slice .* each of S=2 sequences; got 1"),
+    ("packed_rows_beyond", lambda: packed(rows=[(0, 2), (0, 4)]), ValueError,
+     r"^attention_policy: rows\[1\] must satisfy 0 <= start <= stop <= T=3; got 0, 4"),
+    ("padded_rows_pairs", lambda: policy(rows=[(0, 2), (0, 3)]), TypeError,
+     r"^attention_policy: rows must hold integers; got \(0, 2\)"),
+    ("packed_bias", lambda: packed(spans=SPANS, span_bias=tensor(T + 1, S)), ValueError,
+     r"^attention_policy: span_bias must be broadcastable to \[B, H, T, S\] = \(1, 4, 5, 3\)"),
+    ("packed_scope", lambda: packed(scope=tensor(2, N, dtype=torch.bool)), ValueError,
+     r"^attention_policy: scope must be \[N\] or \[B, N\] with B=1, N=7"),
+    ("packed_dense", lambda: packed_loss(reference=tensor(1, T, N)), ValueError,
+     r"^ral_loss: reference must be \[B, T, max N_i\] = \(1, 5, 4\); got \(1, 5, 7\)"),
+    ("packed_advantages", lambda: packed_loss(advantages=tensor(3)), ValueError,
+     r"^ral_loss: advantages must be \[S\] or \[1, T\] with S=2, T=5; got \(3,\)"),
+    ("packed_mask", lambda: packed_loss(mask=tensor(2, T, dtype=torch.bool)), ValueError,
+     r"^ral_loss: mask must be \[B, T\] = \(1, 5\); got \(2, 5\)"),
+    ("packed_snapshot_device", lambda: packed_loss(reference=packed_snap(device="meta")),
+     ValueError, r"^ral_loss: reference must be on the device of q, cpu; got meta"),
+    ("packed_prefix", lambda: packed_snap(shared_prefix=2), ValueError,
+     r"^AttentionSnapshot: group_size and shared_prefix are not supported with cu_seqlens_q; .* 2"),
+    ("packed_tensors", lambda: packed_snap().tensors(), ValueError,
+     r"^AttentionSnapshot: tensors are not along a batch where sequences are packed"),
+    ("packed_index", lambda: packed_snap()[tensor(3, dtype=torch.bool)], ValueError,
+     r"^AttentionSnapshot: index must be a mask \[B\] = \(2,\); got \(3,\)"),
 ]
 # fmt: on
 
@@ -289,6 +371,8 @@ def test_the_good_calls_are_good() -> None:
     assert diverge().shape == (B, T)
     assert against().shape == (B, T) and against(reference=snap()).shape == (B, T)
     assert loss().shape == ()
+    assert packed().shape == (1, T, 4) and packed(spans=SPANS).shape == (1, T, S)
+    assert packed_loss().shape == ()
 
 
 def test_float64_needs_the_reference() -> None:

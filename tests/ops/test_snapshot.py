@@ -445,3 +445,136 @@ def test_load_refuses_damaged_files(damage: str, tmp_path: Path) -> None:
         safetensors_torch.save_file({"q": torch.zeros(2)}, str(path), metadata=metadata)
     with pytest.raises(ValueError, match=r"^AttentionSnapshot\.load: .* must be written by"):
         AttentionSnapshot.load(path)
+
+
+# ---- Packed sequences ----------------------------------------------------------------------------
+
+LENGTHS = ((2, 5), (0, 3), (3, 4), (1, 6))  # queries and keys
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def packed(pick: list[int] | None = None, **options: Any) -> AttentionSnapshot:
+    """Sequences of `LENGTHS`, in the order asked for; two tokens after the last offset if all."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        (
+            torch.randn(1, H, t, D, generator=generator),
+            torch.randn(1, HK, n, D, generator=generator),
+        )
+        for t, n in LENGTHS
+    ]
+    order = [0, 1, 2, 3] if pick is None else pick
+    more = [(torch.ones(1, H, 2, D), torch.ones(1, HK, 2, D))] if pick is None else []
+    q, k = (torch.cat(x, dim=2) for x in zip(*([parts[i] for i in order] + more), strict=True))
+    return AttentionSnapshot(
+        q, k, cu_seqlens_q=offsets([LENGTHS[i][0] for i in order]),
+        cu_seqlens_k=offsets([LENGTHS[i][1] for i in order]), **options,
+    )  # fmt: skip
+
+
+def assert_same_packing(a: AttentionSnapshot, b: AttentionSnapshot) -> None:
+    assert_same(a, b)
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "query_starts"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert getattr(a, name).dtype == torch.int32
+
+
+def test_what_a_packed_one_keeps() -> None:
+    snapshot = packed()
+    assert snapshot.is_packed and len(snapshot) == snapshot.num_sequences == 4
+    assert (snapshot.batch_size, snapshot.num_rows, snapshot.seqlen_k) == (1, 8, 20)
+    assert snapshot.query_starts is not None
+    assert snapshot.query_starts.tolist() == [3, 3, 1, 5]  # N_i - Tq_i
+    assert "sequences=4" in repr(snapshot) and not AttentionSnapshot(*draw()).is_packed
+    some = packed(rows=[(1, 2), (0, 0), slice(-2, None), (0, 1)])
+    assert some.cu_seqlens_q is not None and some.query_starts is not None
+    assert some.cu_seqlens_q.tolist() == [0, 1, 1, 3, 4]
+    assert some.query_starts.tolist() == [4, 3, 2, 5]
+    assert torch.equal(some.q, snapshot.q[:, :, [1, 3, 4, 5]])
+    assert some.q.data_ptr() != snapshot.q.data_ptr()
+
+
+@pytest.mark.parametrize("index", [slice(1, 3), torch.tensor([3, 0, 2, 2]), slice(0, 0),
+    torch.tensor([False, True, False, True])], ids=str)  # fmt: skip
+def test_picking_sequences(index: Any) -> None:
+    order = torch.arange(4)[index].tolist()
+    if order:
+        assert_same_packing(packed()[index], packed(order))
+    else:
+        assert len(packed()[index]) == 0 and packed()[index].q.shape == (1, H, 0, D)
+
+
+def test_joining_packed_ones() -> None:
+    """In any order; the tokens after the last offset are let go."""
+    joined = AttentionSnapshot.cat([packed()[2:], packed([1, 0]), packed()[:1]])
+    assert_same_packing(joined, packed([2, 3, 1, 0, 0]))
+    with pytest.raises(ValueError, match=r"must agree in packing; snapshots\[0\] has packed"):
+        AttentionSnapshot.cat([packed(), AttentionSnapshot(*draw())])
+
+
+def test_the_bias_follows_the_sequences() -> None:
+    by_row = torch.randn(1, H, 8, 3)
+    assert packed(span_bias=by_row).span_bias is not None
+    picked = packed(span_bias=by_row)[torch.tensor([2, 0])]
+    assert torch.equal(picked.span_bias, by_row[:, :, [2, 3, 4, 0, 1]])  # type: ignore[arg-type]
+    shared_by_rows = torch.randn(1, 1, 1, 3)
+    joined = AttentionSnapshot.cat([packed([0], span_bias=shared_by_rows), picked])
+    wanted = torch.cat([shared_by_rows.expand(1, H, 2, 3), by_row[:, :, [2, 3, 4, 0, 1]]], dim=2)
+    assert torch.equal(joined.span_bias, wanted)  # type: ignore[arg-type]
+
+
+def test_copies_and_files_of_packed_ones(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    snapshot = packed(window=5, span_bias=torch.randn(3))
+    snapshot.save(tmp_path / "packed.safetensors")
+    loaded = AttentionSnapshot.load(tmp_path / "packed.safetensors")
+    for other in (
+        copy.copy(snapshot), copy.deepcopy(snapshot), pickle.loads(pickle.dumps(snapshot)), loaded,
+        snapshot.to("cpu"), snapshot.to(torch.float64).to(torch.float32),
+    ):  # fmt: skip
+        assert_same_packing(other, snapshot)
+    assert snapshot.to(torch.bfloat16).dtype == torch.bfloat16
+    assert snapshot.nbytes == loaded.nbytes == 4 * (8 * H * D + 20 * HK * D + 3 + 5 + 5 + 4)
+
+
+PACKED_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "alone": ({"cu_seqlens_k": None}, ValueError, "cu_seqlens_q needs cu_seqlens_k"),
+    "no_starts": ({"query_starts": None}, ValueError, "cu_seqlens_q needs query_starts"),
+    "dtype": ({"cu_seqlens_q": Tensor.long}, TypeError, "cu_seqlens_q must be int32; got int64"),
+    "starts_2d": ({"query_starts": lambda x: x[None]}, ValueError, r"query_starts must be \[S\]"),
+    "short": ({"cu_seqlens_k": lambda x: x[:-1]}, ValueError,
+              r"cu_seqlens_k must be \[S \+ 1\] with S=4"),
+    "start": ({"cu_seqlens_q": lambda x: x + 1}, ValueError, "cu_seqlens_q must start at 0; got 1"),
+    "decrease": ({"cu_seqlens_k": lambda x: -x}, ValueError, "cu_seqlens_k must never decrease"),
+    "beyond": ({"cu_seqlens_k": lambda x: 2 * x}, ValueError, "cu_seqlens_k must end at most at"),
+    "batch": ({"q": lambda x: x.repeat(2, 1, 1, 1), "k": lambda x: x.repeat(2, 1, 1, 1)},
+              ValueError, r"q must be \[1, H, T, D\] with cu_seqlens_q"),
+    "prefix": ({"k_prefix": lambda x: torch.zeros(1, HK, 2, D),
+                "prefix_index": lambda x: torch.zeros(1, dtype=torch.int64)},
+               ValueError, "k_prefix is not supported with cu_seqlens_q"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PACKED_FAULTS)
+@pytest.mark.parametrize("way", ["load", "unpickling"])
+def test_every_way_in_refuses_packed_ones(way: str, fault: str, tmp_path: Path) -> None:
+    changes, exception, message = PACKED_FAULTS[fault]
+    state = parts(packed())
+    assert_same_packing(WAYS[way](state, tmp_path), packed())
+    for name, change in changes.items():
+        state[name] = None if change is None else change(state.get(name))
+        if change is None:
+            del state[name]
+    with pytest.raises(exception, match=rf"^AttentionSnapshot(\.load)?: .*({message})"):
+        WAYS[way](state, tmp_path)
+
+
+def test_ops_check_offsets_that_were_edited_since() -> None:
+    snapshot = packed()
+    assert snapshot.cu_seqlens_k is not None
+    snapshot.cu_seqlens_k[-1] = 10**6
+    with pytest.raises(ValueError, match="cu_seqlens_k must end at most at 20"):
+        snapshot.to(torch.bfloat16)

@@ -69,6 +69,16 @@ def objective(q: Tensor, k: Tensor, advantages: Tensor) -> Tensor:
     return loss + distance.mean() + rk.divergence(q, k, "kl", backend="reference").mean()
 
 
+def packed_objective(q: Tensor, k: Tensor, advantages: Tensor, cu: Tensor) -> Tensor:
+    rows = [(4, 8), slice(-2, None)]
+    old = rk.AttentionSnapshot(q, k, rows=rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    assert_type(old[1:], rk.AttentionSnapshot)
+    p = rk.attention_policy(q, k, rows=rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    distance = rk.attention_divergence(q, k, old, rows=rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    loss = rk.ral_loss(q, k, old, advantages, rows=rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    return assert_type(p, Tensor).sum() + assert_type(distance, Tensor).mean() + loss
+
+
 def what_is_here() -> list[str]:
     return [name for name, answer in rk.available_backends().items() if answer == "yes"]
 

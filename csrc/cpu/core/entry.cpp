@@ -81,6 +81,13 @@ RAL_EXPORT void ral_cpu_expect_writes(void* memory, int64_t bytes) {
   if (memory && bytes > 0) ral::expect_writes(memory, static_cast<size_t>(bytes));
 }
 
+// Bytes of scratch that calls took since the last reset: {largest allocation, sum of all}.
+RAL_EXPORT void ral_cpu_scratch_sizes(int64_t sizes[2], int32_t reset) {
+  const ral::ScratchSizes found = ral::scratch_sizes(reset != 0);
+  sizes[0] = found.largest;
+  sizes[1] = found.total;
+}
+
 // Runs `repeats` register tiles per thread in L1. Returns their floating-point operations, for the
 // caller to time, or 0 if the variant is not available.
 RAL_EXPORT int64_t ral_cpu_tile_flops(int32_t isa, int32_t dtype, int32_t num_threads,

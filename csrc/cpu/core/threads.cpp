@@ -101,12 +101,23 @@ namespace {
 std::mutex kept_mutex;
 char* kept_data = nullptr;
 size_t kept_capacity = 0;
+ScratchSizes sizes{};
 
 }  // namespace
+
+ScratchSizes scratch_sizes(bool reset) {
+  std::lock_guard<std::mutex> lock(kept_mutex);
+  const ScratchSizes found = sizes;
+  if (reset) sizes = {};
+  return found;
+}
 
 bool Arena::allocate() {
   {
     std::lock_guard<std::mutex> lock(kept_mutex);
+    const int64_t size = static_cast<int64_t>(bytes_);
+    if (sizes.largest < size) sizes.largest = size;
+    sizes.total += size;
     if (kept_data && kept_capacity >= bytes_) {
       data_ = kept_data;
       capacity_ = kept_capacity;

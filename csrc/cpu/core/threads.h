@@ -51,4 +51,10 @@ class Arena {
 #endif
 };
 
+// Bytes of scratch since the last reset: the largest allocation, and the sum of all.
+struct ScratchSizes {
+  int64_t largest, total;
+};
+ScratchSizes scratch_sizes(bool reset);
+
 }  // namespace ral
