@@ -246,23 +246,3 @@ def test_sequences_by_position_alone_need_flash() -> None:
     total = given["input_ids"].shape[1]
     assert captured.policy().shape == (1, total, total)
     assert (captured.policy()[0, -1, :5] > 0).all()
-
-
-def test_a_captured_layer_of_a_shard(tmp_path: Any) -> None:
-    """`sharded` gives the layer's scale, window and soft cap; a group of one has the whole."""
-    model, old = build("gemma3"), perturbed(build("gemma3"))
-    ids = torch.randint(2, 256, (2, 20), generator=torch.Generator().manual_seed(1))
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        with torch.no_grad(), capture(old, 0, rows=(8, 19)) as before:
-            old(input_ids=ids, use_cache=False)
-        with capture(model, 0, rows=(8, 19)) as captured:
-            model(input_ids=ids, use_cache=False)
-        wanted = captured.ral_loss(before.snapshot(), ADVANTAGES[:2])
-        sharded = captured.sharded(moves="rows")
-        assert sharded.plan.window_left == 7
-        loss = sharded.ral_loss(before.sharded(moves="rows").snapshot(), ADVANTAGES[:2])
-    finally:
-        torch.distributed.destroy_process_group()
-    torch.testing.assert_close(loss, wanted, atol=1e-8, rtol=1e-5)
