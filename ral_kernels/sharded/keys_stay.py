@@ -114,18 +114,18 @@ class _Computed:
 
     def grouped(self, rows: slice) -> Tensor:
         """Queries as [B, Hk, H/Hk R, D]: the heads of a kv head follow one another."""
-        q = self.q[:, :, rows]
-        return q.reshape(q.shape[0], self.k.shape[1], -1, q.shape[3])
+        return self.per_kv_head(self.q[:, :, rows])
 
     def per_kv_head(self, x: Tensor) -> Tensor:
-        """[B, H, R, L] -> [B, Hk, H/Hk R, L]"""
-        return x.reshape(x.shape[0], self.k.shape[1], -1, x.shape[3])
+        """[B, H, R, ...] -> [B, Hk, H/Hk R, ...]"""
+        num_kv_heads = self.k.shape[1]
+        stacked = x.shape[1] // num_kv_heads * x.shape[2]
+        return x.reshape(x.shape[0], num_kv_heads, stacked, x.shape[3])
 
     def scores(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """(1), (2): scores [B, H, R, L], visible keys, and the slope of the soft cap (None: 1)."""
-        count = rows.stop - rows.start
         s = self.grouped(rows) @ self.k.transpose(-1, -2) * self.side.scale
-        s = s.view(s.shape[0], -1, count, s.shape[3])
+        s = s.view(*self.q.shape[:2], rows.stop - rows.start, s.shape[3])
         slope = None
         if self.side.softcap != 0.0:
             squashed = torch.tanh(s / self.side.softcap)
@@ -185,10 +185,8 @@ class _Computed:
             if slope is not None:
                 ds = ds * slope  # (14)
             ds = self.per_kv_head(ds)
-            count = rows.stop - rows.start
-            dq[:, :, rows] = (ds @ self.k * self.side.scale).reshape(
-                dq.shape[0], -1, count, dq.shape[3]
-            )  # (15)
+            own = ds @ self.k * self.side.scale  # (15)
+            dq[:, :, rows] = own.view(dq[:, :, rows].shape)
             total += ds.transpose(-1, -2) @ self.grouped(rows)
         dk.copy_(total * self.side.scale)  # (16)
 

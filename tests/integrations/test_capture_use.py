@@ -306,12 +306,14 @@ def test_eager_without_a_mask_attends_both_ways():
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_packed_sequences_are_refused(implementation):
+def test_several_packed_rows_are_refused(implementation):
+    """One packed row is supported: test_capture_packed.py."""
     model = build("qwen2", implementation)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]]).expand(2, -1)
     with capture(model) as captured:
         model(**BATCH, position_ids=positions, use_cache=False)
-    with pytest.raises(NotImplementedError, match="packed sequences"):
+    assert captured.cu_seqlens is None
+    with pytest.raises(NotImplementedError, match="packed sequences in a batch of more than one"):
         captured.policy()
     assert captured.policy(rows=(0, 4)).shape == (2, 4, 7)  # the first sequence is alone
     assert captured.q().shape[2] == 7

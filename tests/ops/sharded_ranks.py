@@ -1,7 +1,7 @@
 """What each of 2 or 4 gloo processes does in the tests of `ShardedPolicy`.
 
-    python -m tests.ops.sharded_ranks FILE WORLD_SIZE ... -- CASE ...
-    python -m tests.ops.sharded_ranks --table       # of all cases, as docs/sharded.md shows it
+    python -m tests.ops.sharded_ranks FILE WORLD_SIZE:CASE:MOVES ...
+    python -m tests.ops.sharded_ranks       # the table of all in docs/sharded.md
 
 A rank computes the whole sequence with the public ops, then its part of it with `ShardedPolicy`.
 One process imports everything and then forks the ranks.
@@ -9,7 +9,6 @@ One process imports everything and then forks the ranks.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 import ral_kernels as rk
 
@@ -54,8 +53,8 @@ class Case:
 
 def _uneven(world_size: int) -> list[list[tuple[int, int]]]:
     """The last rank has nothing, rank 0 two chunks that do not follow one another."""
-    middle = [[] for _ in range(world_size - 2)] if world_size > 2 else []
-    chunks: list[list[tuple[int, int]]] = [[(30, 41), (0, 7)], *middle, []]
+    chunks: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]
+    chunks[0] = [(30, 41), (0, 7)]
     chunks[1 if world_size > 2 else 0] += [(7, 30), (41, N)]
     return chunks
 
@@ -247,13 +246,16 @@ class Traffic:
             self.sent += (len(parts) - 1) * x.numel() * x.element_size()
             return gather(parts, x, **options)
 
-        dist.all_to_all_single, dist.all_gather = counted_exchange, counted_gather
+        self._put(counted_exchange, counted_gather)
 
     def __exit__(self, *exception: object) -> None:
-        dist.all_to_all_single, dist.all_gather = self._kept
+        self._put(*self._kept)
+
+    def _put(self, exchange: Any, gather: Any) -> None:
+        dist.all_to_all_single, dist.all_gather = exchange, gather
 
 
-def _rank(rank: int, world_size: int, folder: str, names: list[str]) -> None:
+def _rank(rank: int, world_size: int, folder: str, jobs: list[tuple[str, str]]) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world_size}"
     dist.init_process_group(
@@ -261,51 +263,52 @@ def _rank(rank: int, world_size: int, folder: str, names: list[str]) -> None:
     )  # a rank that failed lets the others fail, too
     try:
         of_all: list[Any] = [None] * world_size
-        dist.all_gather_object(
-            of_all, {(name, moves): run(name, moves) for name in names for moves in MOVES}
-        )
+        dist.all_gather_object(of_all, {job: run(*job) for job in jobs})
         if rank == 0:
-            results = {key: [each[key] for each in of_all] for key in of_all[0]}
-            torch.save(results, f"{folder}/{world_size}.pt")
+            found = {(world_size, *job): [each[job] for each in of_all] for job in jobs}
+            torch.save(found, f"{folder}/{world_size}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def results(folder: str, worlds: list[int], names: list[str]) -> dict[Any, list[dict[str, Any]]]:
+Results = dict[tuple[int, str, str], list[dict[str, Any]]]
+
+
+def results(jobs: list[tuple[int, str, str]]) -> Results:
     """(world size, case, moves) -> what each rank found."""
-    found = {}
-    for world_size in worlds:
-        mp.start_processes(
-            _rank, (world_size, folder, names), nprocs=world_size, start_method="fork"
-        )
-        for key, ranks in torch.load(f"{folder}/{world_size}.pt", weights_only=False).items():
-            found[(world_size, *key)] = ranks
+    found: Results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world_size in sorted({job[0] for job in jobs}):
+            own = [(name, moves) for size, name, moves in jobs if size == world_size]
+            start_processes(
+                _rank, (world_size, folder, own), nprocs=world_size, start_method="fork"
+            )
+            found.update(torch.load(f"{folder}/{world_size}.pt", weights_only=False))
     return found
 
 
-def table(found: dict[Any, list[dict[str, Any]]]) -> str:
-    """Markdown: the largest differences over ranks."""
+def table(found: Results) -> str:
+    """Markdown: how far ranks are from the whole, the most of any rank."""
+    ways = [(size, moves) for size in WORLDS for moves in MOVES]
+    titles = [f"{size} ranks, {moves}" for size, moves in ways]
     lines = [
-        "| case | ranks | moves | loss | gradients | largest gradient |",
-        "|---|---:|---|---:|---:|---:|",
+        f"| case | {' | '.join(titles)} | largest gradient | loss |",
+        f"|---|{'---:|' * (len(ways) + 2)}",
     ]
-    for (world_size, name, moves), ranks in found.items():
-        loss = max(abs(x["loss"] - x["wanted"]) for x in ranks)
-        apart = max(max(x["gradients"]) for x in ranks)
-        largest = max(ranks[0]["of"])
-        lines.append(
-            f"| {name} | {world_size} | {moves} | {loss:.0e} | {apart:.0e} | {largest:.0e} |"
-        )
+    for name in CASES:
+        by_way = [found[size, name, moves] for size, moves in ways]
+        apart = [max(max(rank["gradients"]) for rank in ranks) for ranks in by_way]
+        loss = max(abs(rank["loss"] - rank["wanted"]) for ranks in by_way for rank in ranks)
+        numbers = [*apart, max(by_way[0][0]["of"]), loss]
+        lines.append(f"| {name} | {' | '.join(f'{x:.0e}' for x in numbers)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as temporary:
-        if sys.argv[1:] == ["--table"]:
-            print(table(results(temporary, list(WORLDS), list(CASES))))
-        else:
-            file, *rest = sys.argv[1:]
-            split = rest.index("--")
-            torch.save(results(temporary, [int(x) for x in rest[:split]], rest[split + 1 :]), file)
+    if sys.argv[1:]:
+        asked = [job.split(":") for job in sys.argv[2:]]
+        torch.save(results([(int(size), name, moves) for size, name, moves in asked]), sys.argv[1])
+    else:
+        every = [(size, name, moves) for name in CASES for size in WORLDS for moves in MOVES]
+        print(table(results(every)))

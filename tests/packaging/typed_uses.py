@@ -81,3 +81,13 @@ def packed_objective(q: Tensor, k: Tensor, advantages: Tensor, cu: Tensor) -> Te
 
 def what_is_here() -> list[str]:
     return [name for name, answer in rk.available_backends().items() if answer == "yes"]
+
+
+def over_ranks(q: Tensor, k: Tensor, advantages: Tensor) -> Tensor:
+    sharded = rk.ShardedPolicy(q, k, rows=(3, 9), layout="head_tail", window=4, moves="keys")
+    reference = sharded.snapshot(dtype=torch.bfloat16).to("cpu")
+    assert_type(reference, rk.ShardedSnapshot)
+    assert_type(rk.sharded_bytes(64, 4, num_heads=4, num_kv_heads=2, head_dim=8).busiest, int)
+    packed = rk.ShardedPolicy(q, k, cu_seqlens=[0, 4, 9], layout=[[(0, 4)], [(4, 9)]])
+    packed.divergence(packed.snapshot(), "kl")
+    return sharded.ral_loss(reference, advantages, reduction="sum")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ...ops import packing
 from ...ops.attention import attention
 from ...ops.divergence.arguments import Kind
 from ...ops.policy import attention_divergence, attention_policy, ral_loss
@@ -258,13 +258,13 @@ class CapturedLayer:
         del arguments["scope"]
         if arguments["spans"] is None:
             raise ValueError(f"{_OP}.marginals: spans must be given, here or to capture; got None")
-        rows = arguments.pop("rows")
+        chosen = arguments.pop("rows")
         if self.cu_seqlens is None:
-            return self._marginals(rows, (0, self.k.shape[2]), head_reduction, backend, arguments)
+            return self._marginals(chosen, (0, self.k.shape[2]), head_reduction, backend, arguments)
         for name in ("cu_seqlens_q", "cu_seqlens_k"):
             del arguments[name]
         bias, parts, done = arguments.pop("span_bias", None), [], 0
-        for first, start, stop in self._packed_rows(rows):
+        for first, start, stop in self._packed_rows(chosen):
             own = dict(arguments)
             if bias is not None:
                 at = slice(None) if bias.shape[2] == 1 else slice(done, done + stop - start)
@@ -467,19 +467,23 @@ class CapturedLayer:
                 f"{_OP}: packed sequences must have a query for each key; cu_seq_lens_q and "
                 "cu_seq_lens_k of this call differ"
             )
-        window = window_of(first.sliding_window, first.is_causal)
-        return Visibility(first.is_causal, window, None, cu_seqlens.to(torch.int32))
+        if not first.is_causal:
+            raise NotImplementedError(
+                f"{_OP}: packed sequences must be causal; got is_causal=False"
+            )
+        window = window_of(first.sliding_window, is_causal=True)
+        return Visibility(True, window, None, cu_seqlens.to(torch.int32))
 
     def _packed_rows(self, rows: Any) -> list[tuple[int, int, int]]:
         """(first key, first row, row after the last) of each packed sequence, along the tokens."""
-        assert self.cu_seqlens is not None
-        bounds = self.cu_seqlens.tolist()
-        rows = [None] * (len(bounds) - 1) if rows is None else rows
-        found = []
-        for (low, high), chosen in zip(pairwise(bounds), rows, strict=True):
-            start, stop = checks.resolve_rows(_OP, chosen, high - low)
-            found.append((low, low + start, low + stop))
-        return found
+        bounds = self.cu_seqlens
+        packed = packing.resolve(_OP, self.q, self.k, bounds, bounds, rows)
+        assert bounds is not None and packed is not None
+        places = zip(
+            bounds.tolist(), packed.query_starts.tolist(), packed.cu_seqlens_q.diff().tolist(),
+            strict=False,  # the last offset begins no sequence
+        )  # fmt: skip
+        return [(first, first + start, first + start + count) for first, start, count in places]
 
     def _arguments(
         self, rows: Any, spans: Any, scope: Any, steered: bool, any_spans: bool = False

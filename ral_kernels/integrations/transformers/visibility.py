@@ -146,8 +146,8 @@ def read_dense_mask(
             return visibility
     raise NotImplementedError(
         f"{op}: rows {rows[0]} to {rows[1]} must see the keys before them, except padding and keys "
-        "outside a window; the attention mask of this call differs (packed sequences, a static "
-        "cache, or images that attend both ways: choose rows after them)"
+        "outside a window; the attention mask of this call differs (packed sequences in a batch of "
+        "more than one, a static cache, or images that attend both ways: choose rows after them)"
     )
 
 
