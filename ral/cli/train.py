@@ -11,6 +11,7 @@ from ..models import default_dtype, load_model
 from .bundled import bundled_model
 from .curves import CURVES, draw_curves
 from .errors import Refused, failing_on_data, refusing
+from .loss_terms import loss_terms
 from .parsing import Settings
 from .progress import METRICS, show_progress
 from .run import CONFIG, check_model_name, load, open_folder, say, trainer_config
@@ -21,6 +22,7 @@ from .settings import (
     RewardSettings,
     RunSettings,
     TeacherSettings,
+    TermSettings,
 )
 from .sources import reward_function, training_rows
 
@@ -35,6 +37,7 @@ def train(settings: Settings) -> int:
         for config in (ModelSettings, DataSettings, RewardSettings, RunSettings, TeacherSettings)
     )
     _check_named(model_of, data)
+    terms = loss_terms(settings.build(TermSettings))
     reward = reward_function(rewards, data.style)
     with open_folder(settings, run) as folder:
         config = trainer_config(settings, RALConfig)
@@ -69,6 +72,7 @@ def train(settings: Settings) -> int:
                 processing_class=processor,
                 peft_config=peft_config,
                 teacher_model=teacher_model,
+                terms=terms,
             )
         return _go(trainer, settings, run, folder)
 
