@@ -50,7 +50,7 @@ def train_all(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     runs: dict[str, list[str]] = {}
     for parameters in asked(request):
         how = parameters.get("how", "one")
-        ways = ["one", how]
+        ways = [parameters.get("base", "one"), how]
         if "case" not in parameters:
             ways = [how.removesuffix("-sharded"), f"{how} stopped", f"{how} resumed"]
         known = runs.setdefault(parameters.get("case", "resuming"), [])
