@@ -12,6 +12,7 @@
 # make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
 # make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
 # make test-trl TRL=1.15.0    run the tests of the trainer with another version of TRL, in .venv-trl-1.15.0
+# make test-deepspeed    test two processes under DeepSpeed's ZeRO-2 and ZeRO-3, in .venv-deepspeed
 # make hub     lay the package out as the Hub's `kernels` loads it, into build/hub
 # make wheel   build the wheel that serves every Python, torch and glibc from 2.28 on, into dist/
 #
@@ -27,6 +28,7 @@ VENV ?= .venv
 VENV36 ?= .venv-triton36
 TRL ?= 1.15.0
 VENV_TRL ?= .venv-trl-$(TRL)
+VENV_DEEPSPEED ?= .venv-deepspeed
 TIER ?= all
 OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
@@ -46,7 +48,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-trl gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-trl test-deepspeed gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -114,6 +116,9 @@ triton36: $(VENV36)/installed.stamp
 
 test-trl: build $(VENV_TRL)/installed.stamp
 	$(VENV_TRL)/bin/python -m pytest -q tests/trainer -n auto --dist loadgroup --tier $(TIER)
+
+test-deepspeed: build $(VENV_DEEPSPEED)/installed.stamp
+	RAL_REQUIRE=deepspeed $(VENV_DEEPSPEED)/bin/python -m pytest -q tests/trainer/test_deepspeed.py
 
 # It uses the machine's own torch and Triton: no venv, no pip, no network.
 gpu:
@@ -185,6 +190,16 @@ $(VENV_TRL)/installed.stamp: $(INSTALLED)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$($(VENV_TRL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_venv.pth
 	$(VENV_TRL)/bin/python $(PIP) --no-deps trl==$(TRL)
+	@touch $@
+
+# It sees the packages of .venv, and has those that DeepSpeed adds. DS_BUILD_OPS=0: nothing is compiled.
+$(VENV_DEEPSPEED)/installed.stamp: constraints-deepspeed.txt $(INSTALLED)
+	@echo "== $(VENV_DEEPSPEED)"
+	@[ -x $(VENV_DEEPSPEED)/bin/python ] || $(BIN)/python -m venv $(VENV_DEEPSPEED)
+	$(VENV_DEEPSPEED)/bin/python $(PIP) -c constraints.txt setuptools
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+	  "$$($(VENV_DEEPSPEED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-venv.pth"
+	DS_BUILD_OPS=0 $(VENV_DEEPSPEED)/bin/python $(PIP) --no-deps --no-build-isolation -r constraints-deepspeed.txt
 	@touch $@
 
 # The hooks of pre-commit call the five targets below, so a commit must pass exactly what CI checks. A tree without git,

@@ -229,12 +229,29 @@ def terms_of(config: RALConfig) -> list[Term]:
     return terms
 
 
+def check_terms(terms: Sequence[Term]) -> None:
+    """Check that these are terms of different names.
+
+    Raises:
+        TypeError: something else than a `Term`.
+        ValueError: two terms of one name.
+    """
+    for term in terms:
+        if not isinstance(term, Term):
+            raise TypeError(f"RALTrainer: terms must hold Term objects; got {type(term).__name__}")
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"RALTrainer: terms must have different names; got {', '.join(names)}")
+
+
 def check_references(terms: Sequence[Term], config: RALConfig, teacher: Any) -> None:
     """Check that `RALTrainer` has what the terms compare with.
 
     Raises:
+        TypeError: as of `check_terms`.
         ValueError: a teacher is missing or not needed, or TRL runs no forward of that role.
     """
+    check_terms(terms)
     users = {term.reference: term.name for term in terms}
     if "teacher" in users and teacher is None:
         raise ValueError(
@@ -291,12 +308,7 @@ class Terms:
     def __init__(
         self, terms: Sequence[Term], model: nn.Module, layers: Layers, references: References
     ) -> None:
-        for term in terms:
-            if not isinstance(term, Term):
-                raise TypeError(f"Terms: terms must hold Term objects; got {type(term).__name__}")
-        names = [term.name for term in terms]
-        if len(set(names)) < len(names):
-            raise ValueError(f"Terms: terms must have different names; got {', '.join(names)}")
+        check_terms(terms)
         self.layers: list[int] = rk.capture(model, layers).layers
         self.roles = {term.reference for term in terms if term.reference is not None}
         self._references = references

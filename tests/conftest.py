@@ -30,7 +30,7 @@ from tests.browser import browser, browser_page  # noqa: F401  # fixtures of eve
 from tests.gpu.on_gpu import kernels_on
 
 REQUIRED = [name for name in os.environ.get("RAL_REQUIRE", "").split(",") if name]
-PROGRAMS = {"chromium"}  # what else than a backend may be required
+PROGRAMS = {"chromium", "deepspeed"}  # what else than a backend may be required
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # of all tiers
 QUICK = pytest.StashKey[set[pytest.Item]]()  # those of them that are the quick tier
 

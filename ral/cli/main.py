@@ -19,11 +19,14 @@ from .settings import (
     RewardSettings,
     RunSettings,
     TeacherSettings,
+    TermSettings,
 )
 
 ATTENTION_MAP = "attention-map"
 _OTHERS = {ATTENTION_MAP: "draw where a model looks as it answers"}
-_RL = (ModelSettings, TeacherSettings, DataSettings, RewardSettings, RunSettings)
+_RL = (
+    ModelSettings, TeacherSettings, TermSettings, DataSettings, RewardSettings, RunSettings,
+)  # fmt: skip
 _SCHEDULE = (
     "output_dir", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",

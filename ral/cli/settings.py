@@ -161,6 +161,20 @@ class RewardSettings:
 
 
 @dataclass
+class TermSettings:
+    """Terms of the loss besides those of eq. (3) and (4)."""
+
+    title = "terms"
+    terms: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Classes of ral.Term, each with its coefficient (1 if there is none): "
+            "file.py:Name:0.5 or package.module:Name."
+        },
+    )
+
+
+@dataclass
 class RunSettings:
     """Resuming, threads, and output."""
 

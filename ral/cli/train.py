@@ -12,6 +12,7 @@ from .bundled import bundled_model
 from .curves import CURVES, draw_curves
 from .errors import Refused, failing_on_data, refusing
 from .hub import check_model_name
+from .loss_terms import loss_terms
 from .parsing import Settings
 from .progress import METRICS, show_progress
 from .run import CONFIG, load, open_folder, say, trainer_config
@@ -22,6 +23,7 @@ from .settings import (
     RewardSettings,
     RunSettings,
     TeacherSettings,
+    TermSettings,
 )
 from .sources import evaluation_rows, reward_functions, training_rows
 
@@ -36,6 +38,7 @@ def train(settings: Settings) -> int:
         for config in (ModelSettings, DataSettings, RewardSettings, RunSettings, TeacherSettings)
     )
     _check_named(model_of, data)
+    terms = loss_terms(settings.build(TermSettings))
     functions, weights = reward_functions(rewards, data.style)
     if weights is not None and settings.values.get("reward_weights") is not None:
         raise Refused("rewards has weights, and so has reward_weights: give one of them")
@@ -78,6 +81,7 @@ def train(settings: Settings) -> int:
                 processing_class=processor,
                 peft_config=peft_config,
                 teacher_model=teacher_model,
+                terms=terms,
             )
         return _go(trainer, settings, run, folder)
 

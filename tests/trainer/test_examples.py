@@ -46,7 +46,7 @@ def test_every_example_is_tested() -> None:
     """A new one needs a test below. Notebooks are stored without outputs, and compile."""
     here = Path(__file__).read_text()
     names = [path.name for path in EXAMPLES.iterdir() if path.is_file()]
-    assert len(names) == 4 and all(name in here for name in names)
+    assert len(names) == 5 and all(name in here for name in names)
     assert len(NOTEBOOKS) == 3
     for name in NOTEBOOKS:
         notebook = nbformat.read(EXAMPLES / "notebooks" / name, as_version=4)
@@ -67,6 +67,22 @@ def test_ral_loss_in_your_loop() -> None:
     for batch in (divergences[:3], divergences[3:]):
         # Nothing at the policy that wrote the answers, exactly; then a little more at every step
         assert 0.0 == batch[0] < batch[1] < batch[2] < 0.1
+
+
+@slow
+def test_own_attention_term() -> None:
+    printed = run(sys.executable, str(EXAMPLES / "own_attention_term.py"))
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    shares, terms, ral = (
+        [float(value) for value in column]
+        for column in zip(
+            *(re.findall(r"frames ([\d.]+), term (\S+), RAL (\S+)", line)[0] for line in lines),
+            strict=True,
+        )
+    )
+    assert len(lines) == 4 and all(0.3 < share < 1.0 for share in shares)
+    # Unlike RAL, whose reference is the policy itself, the term acts from the first step.
+    assert terms[0] != 0.0 == ral[0] and terms[1] != terms[0] and ral[1] != 0.0
 
 
 @slow

@@ -144,6 +144,7 @@ def trainer(
     peft_config: Any = None,
     callbacks: list[Any] | None = None,
     teacher_model: Any = None,
+    terms: Any = (),
     **config: Any,
 ) -> RALTrainer:
     """A trainer of the checkpoint at `path`, which writes into tmp_path/"out" by default.
@@ -169,6 +170,7 @@ def trainer(
         peft_config=peft_config,
         callbacks=callbacks,
         teacher_model=teacher_model,
+        terms=terms,
     )
 
 

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from ral import RALTrainer
 from ral.interrupts import interruptible
 from tests.trainer import tiny
+from tests.trainer.test_launch import resolved
 
 ROLLOUTS = 16  # of a rollout batch, on all processes together
 SETTINGS: dict[str, Any] = {
@@ -56,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"peft_config": tiny.lora()},
     "pictures": {"attn_map_every": 2, "report_to": ["tensorboard"], "attn_map_rows": 1},
     "resuming": {"optim": "adamw_torch", "learning_rate": 1e-3},
+    "evaluating": {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny.dataset(4)},
 }
 
 
@@ -93,6 +95,7 @@ def _train(model: str, case: str, how: str, folder: Path) -> dict[str, Any]:
     settings = {**WAYS[how], "output_dir": str(folder / wrapper)}
     merged = {**SETTINGS, **CASES[case], **settings}
     merged["per_device_train_batch_size"] = ROLLOUTS // processes // merged["steps_per_generation"]
+    merged["per_device_eval_batch_size"] = ROLLOUTS // processes
     teacher = None
     if case == "teacher":
         teacher = tiny.checkpoint(folder.parent, num_hidden_layers=3)
@@ -100,23 +103,22 @@ def _train(model: str, case: str, how: str, folder: Path) -> dict[str, Any]:
         model, folder, trainer_class=FixedRollouts, train_dataset=dataset(),
         teacher_model=None if teacher is None else str(teacher), **merged,
     )  # fmt: skip
-    start = {
-        name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
-    }
+    start = {name: _whole(parameter) for name, parameter in trainer.model.named_parameters()}
     if what == "stopped":
         trainer.add_callback(_Send())
         with interruptible(trainer):
             trainer.train()
     checkpoint = folder / wrapper / "checkpoint-2"
     trainer.train(resume_from_checkpoint=checkpoint if what == "resumed" else None)
+    if how.startswith("zero"):
+        trainer.save_model(str(folder / f"{how} saved"))
     return _result(trainer, start)
 
 
 def _result(trainer: RALTrainer, start: dict[str, torch.Tensor]) -> dict[str, Any]:
     weights = {}
     for name, parameter in trainer.model.named_parameters():
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        weights[name.removeprefix("module.")] = whole.detach().clone()
+        weights[name.removeprefix("module.")] = _whole(parameter)
     wrapped = {type(module).__name__ for module in trainer.model_wrapped.modules()}
     return {
         "log": trainer.state.log_history,
@@ -128,6 +130,18 @@ def _result(trainer: RALTrainer, start: dict[str, torch.Tensor]) -> dict[str, An
     }
 
 
+def _whole(parameter: Any) -> torch.Tensor:
+    """A copy of a parameter, which FSDP2 or ZeRO-3 may have sharded."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    copy: torch.Tensor = whole.detach().clone()
+    return copy
+
+
 def _join(rank: int, folder: Path, how: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
@@ -136,6 +150,8 @@ def _join(rank: int, folder: Path, how: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
     if how.startswith("fsdp2"):
         _let_fsdp_have_cpus()
+    if how.startswith("zero"):
+        _enter_deepspeed(int(how[4]))
 
 
 def _let_fsdp_have_cpus() -> None:
@@ -148,6 +164,19 @@ def _let_fsdp_have_cpus() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = init
+
+
+def _enter_deepspeed(stage: int) -> None:
+    """What `accelerate launch` does with ral/launch/deepspeed_zero<stage>.yaml, in float32."""
+    os.environ.update(resolved(f"deepspeed_zero{stage}")[1])
+    os.environ.update(ACCELERATE_MIXED_PRECISION="no", DS_ACCELERATOR="cpu")
+    del os.environ["ACCELERATE_USE_CPU"]  # accelerate would leave DeepSpeed out
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # It would first compile its own collectives in shared memory, for minutes.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
 
 
 DDP: dict[str, Any] = {"ddp_backend": "gloo"}
@@ -176,6 +205,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "fsdp2 resumed": {**FSDP2, **SAVING},
     "fsdp2-sharded stopped": {**SHARDED, **SAVING},
     "fsdp2-sharded resumed": {**SHARDED, **SAVING},
+    **{
+        f"zero{stage}{what}": SAVING if what else {}
+        for stage in (2, 3)
+        for what in ("", " stopped", " resumed")
+    },
 }
 
 
