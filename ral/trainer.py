@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,14 @@ from .references import References, taking_hidden_states, taking_snapshots
 from .resampling import Resampler, equal_groups
 from .rewards.tags import rendered_end
 from .validation import Validates
-from .vision import VisionLayout, has_images, image_lists, lay_out, without_empty_images
+from .vision import (
+    VisionLayout,
+    blank_image,
+    has_images,
+    image_lists,
+    lay_out,
+    without_empty_images,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +81,7 @@ class RALTrainer(Validates, MeasuringTrainer):
 
     _tag_names: ClassVar = ["trl", "grpo", "ral"]
     _name = "RAL"
+    log_multimodal: bool
 
     def __init__(
         self,
@@ -107,6 +115,11 @@ class RALTrainer(Validates, MeasuringTrainer):
         # For its table TRL gathers images in processes that have any: the others would not join.
         self._tables_images = self.log_multimodal and self.log_completions and not self.tools
         self.log_multimodal = self.log_multimodal and bool(self.tools)
+        self._blank: dict[str, Any] | None = None
+        if self.accelerator.num_processes > 1 and hasattr(
+            backbone_of(self.accelerator.unwrap_model(self.model)), "get_image_features"
+        ):
+            self._blank = blank_image(self.processing_class)
         self._resampler: Resampler | None = None
         if args.resample_equal_groups > 0:
             self._resampler = Resampler(self, args.resample_equal_groups)
@@ -206,6 +219,10 @@ class RALTrainer(Validates, MeasuringTrainer):
                 output["teacher_hidden"] = hidden
         return output
 
+    def _mixing(self, model: Any) -> AbstractContextManager[None]:
+        """For forwards of rows some of which have no images."""
+        return without_empty_images(model, self._blank)
+
     def _table_images(self, rows: list[dict[str, Any]]) -> None:
         if self._tables_images and has_images(rows):
             self._logs["images"].extend(gather_object([row["images"] for row in rows]))
@@ -269,7 +286,10 @@ class RALTrainer(Validates, MeasuringTrainer):
         if images is not None and self.use_vllm:  # which takes None for a prompt without images
             images = [each or None for each in images]
         if not (self.args.explores and self._rolling_out):
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
+            with self._mixing(self.accelerator.unwrap_model(self.model)):
+                return super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, *rest, **kw
+                )
         ids, mask = self._pad_prompts(prompt_ids)
         layout = self._lay_out(ids, mask, multimodal_fields)
         assert layout.spans is not None
@@ -281,6 +301,7 @@ class RALTrainer(Validates, MeasuringTrainer):
                 stack.enter_context(
                     rk.steer(self.model, self._bias[:, number], spans=layout.spans, layers=layer)
                 )
+            stack.enter_context(self._mixing(self.accelerator.unwrap_model(self.model)))
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
 
     def _lay_out(
@@ -305,7 +326,7 @@ class RALTrainer(Validates, MeasuringTrainer):
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if not self._rolling_out:
-            with gathered_head(model), without_empty_images(model):
+            with gathered_head(model), self._mixing(model):
                 return super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
                 )
@@ -315,7 +336,7 @@ class RALTrainer(Validates, MeasuringTrainer):
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
             stack.enter_context(gathered_head(model))
-            stack.enter_context(without_empty_images(model))
+            stack.enter_context(self._mixing(model))
             if (
                 self._bias is not None
             ):  # also for TRL's reference model, or KL would measure the noise
@@ -362,7 +383,7 @@ class RALTrainer(Validates, MeasuringTrainer):
         layers = self._teacher_layers
         hidden: list[Tensor] = []
         with ExitStack() as stack:
-            stack.enter_context(without_empty_images(self.teacher_model))
+            stack.enter_context(self._mixing(self.teacher_model))
             taken = stack.enter_context(
                 taking_snapshots(self.teacher_model, layers, self._rows(prompt, length))
             )
