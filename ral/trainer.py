@@ -31,7 +31,7 @@ from .rewards.tags import rendered_end
 from .validation import Validates
 from .vision import (
     VisionLayout,
-    blank_image,
+    blank_for,
     has_images,
     image_lists,
     lay_out,
@@ -115,11 +115,7 @@ class RALTrainer(Validates, MeasuringTrainer):
         # For its table TRL gathers images in processes that have any: the others would not join.
         self._tables_images = self.log_multimodal and self.log_completions and not self.tools
         self.log_multimodal = self.log_multimodal and bool(self.tools)
-        self._blank: dict[str, Any] | None = None
-        if self.accelerator.num_processes > 1 and hasattr(
-            backbone_of(self.accelerator.unwrap_model(self.model)), "get_image_features"
-        ):
-            self._blank = blank_image(self.processing_class)
+        self._blank = blank_for(self)
         self._resampler: Resampler | None = None
         if args.resample_equal_groups > 0:
             self._resampler = Resampler(self, args.resample_equal_groups)

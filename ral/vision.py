@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,23 @@ def image_lists(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "images": of(row)} for row in rows]
 
 
-def blank_image(processor: Any) -> dict[str, Any]:
-    """A model's arguments for one small image, by names such as `pixel_values`."""
+def blank_for(trainer: Any) -> dict[str, Any] | None:
+    """What processes encode that have no images: a model's arguments for one small image.
+
+    Args:
+        trainer: of transformers, made.
+
+    Returns:
+        Arguments by names such as `pixel_values`; None for one process, or a model without images.
+    """
     from PIL import Image
 
-    made = processor.image_processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
+    backbone = backbone_of(trainer.accelerator.unwrap_model(trainer.model))
+    processor = getattr(trainer.processing_class, "image_processor", None)
+    reads = processor is not None and hasattr(backbone, "get_image_features")
+    if trainer.accelerator.num_processes == 1 or not reads:
+        return None
+    made = processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
     return {name: value for name, value in made.items() if name in _OF_IMAGES}
 
 
@@ -68,7 +80,7 @@ def without_empty_images(
 
     Args:
         model: called with keyword arguments.
-        blank: of `blank_image`. A forward without images then encodes it, and adds 0 times the
+        blank: of `blank_for`. A forward without images then encodes it, and adds 0 times the
             result. Several processes need that: FSDP gathers the encoder's weights, and DDP waits
             for its gradients, in all processes or in none.
     """
@@ -78,8 +90,7 @@ def without_empty_images(
         nonlocal encodes
         pixels, cache = kwargs.get("pixel_values"), kwargs.get("past_key_values")
         begins = cache is None or cache.get_seq_length() == 0  # later tokens show no image
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None  # by `generate`
-        encodes = begins and not encoded and (pixels is None or pixels.shape[0] == 0)
+        encodes = begins and (pixels is None or pixels.shape[0] == 0)
         if pixels is None or pixels.shape[0] > 0:
             return None
         return args, {name: value for name, value in kwargs.items() if name not in _OF_IMAGES}
@@ -94,16 +105,28 @@ def without_empty_images(
         sums = [x.sum() for x in features if isinstance(x, Tensor) and x.is_floating_point()]
         return embedded + 0.0 * torch.stack(sums).sum()
 
-    handles = [model.register_forward_pre_hook(leave_out, with_kwargs=True, prepend=True)]
-    if blank is not None:
-        # Where the model encodes images: the order of collectives is that of the other processes.
-        backbone: Any = backbone_of(extract_model_from_parallel(model))
-        handles.append(backbone.get_input_embeddings().register_forward_hook(add_nothing))
+    with ExitStack() as stack:
+        handle = model.register_forward_pre_hook(leave_out, with_kwargs=True, prepend=True)
+        stack.callback(handle.remove)
+        if blank is not None:
+            unwrapped = extract_model_from_parallel(model)
+            backbone: Any = backbone_of(unwrapped)
+            # Where a forward encodes images: the order of collectives is the same everywhere. But
+            # `generate` would encode them before the forward.
+            embedding = backbone.get_input_embeddings()
+            stack.callback(embedding.register_forward_hook(add_nothing).remove)
+            stack.enter_context(_replaced(unwrapped, "_supports_mm_encoder_outputs", lambda: False))
+        yield
+
+
+@contextmanager
+def _replaced(model: Any, method: str, function: Any) -> Iterator[None]:
+    """A method of an object replaced, for that object alone."""
+    vars(model)[method] = function
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        del vars(model)[method]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ral.data import DataError, load_jsonl
 from ral.evaluation import answers_of
 from ral.models import load_model, load_processor
 from ral.sft import sft_trainer
-from ral.vision import image_lists
+from ral.vision import blank_for, image_lists
 from tests.integrations.eager_maps import assert_same_gradients, gradients
 
 from . import by_hand, cli_case, tiny
@@ -229,6 +229,48 @@ def test_sft(paths: dict[str, Path], tmp_path: Path) -> None:
     assert tokens == sum(count for _, count in parts)
     assert whole == pytest.approx(sum(value * n for value, n in parts) / tokens, rel=1e-5)
     trainer.train()
+
+
+@pytest.mark.slow(stands_in="test_rows_of_a_file")
+@pytest.mark.parametrize("which", ["rl", "sft"])
+def test_a_blank_image_gives_the_encoder_gradients_of_zero(
+    which: str, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What several processes do for a forward without images: its loss and gradients stay."""
+    text = tiny.dataset(2).remove_columns("images")
+    model, processor = load_model(paths["qwen2_5_vl"]), load_processor(paths["qwen2_5_vl"])
+    trainer: Any
+    if which == "rl":
+        trainer = tiny.trainer(paths["qwen2_5_vl"], tmp_path, train_dataset=text)
+        inputs = by_hand.batch_of(trainer)
+    else:
+        config = SFTConfig(
+            output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False, report_to=[]
+        )
+        answers = text.add_column(
+            "completion", [[{"role": "assistant", "content": "the cat"}]] * 2
+        ).add_column("images", [[], []])
+        trainer = sft_trainer(model, processor, answers, config)
+        inputs = trainer.data_collator([dict(row) for row in answers])
+    assert trainer._blank is None
+    found = []
+    for processes in (1, 2):
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", processes)
+        blank = blank_for(trainer)
+        monkeypatch.undo()
+        assert (blank is None) == (processes == 1)
+        trainer._blank = blank
+        loss = trainer.compute_loss(trainer.model, dict(inputs))
+        trainer.model.zero_grad()
+        loss.backward()
+        found.append((loss, {n: x.grad for n, x in trainer.model.named_parameters()}))
+    (loss, without), (again, with_blank) = found
+    assert torch.equal(loss, again)
+    for name, gradient in with_blank.items():
+        if "visual" in name:
+            assert without[name] is None and not gradient.any(), name
+        else:
+            torch.testing.assert_close(gradient, without[name], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")

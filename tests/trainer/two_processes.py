@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
         "eval_steps": 2,
         "num_generations_eval": 1,
         "per_device_eval_batch_size": 2,
+        "eval_temperature": 0.0,
         # DDP then looks for no unused parameters, and the encoder is trained.
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -70,13 +71,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class FixedRollouts(RALTrainer):
-    """Writes a response that the prompt, the index in the group and the step determine."""
+    """Writes a response that the prompt, the index in the group and the step determine.
+
+    Greedy answers of evaluations are the model's own.
+    """
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training and self.args.eval_temperature == 0:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         first = self.accelerator.process_index * len(prompt_ids)
-        size = self.num_generations if self.model.training else self.num_generations_eval
         return [
-            self._response(ids, (first + row) % size) for row, ids in enumerate(prompt_ids)
+            self._response(ids, (first + row) % self.num_generations)
+            for row, ids in enumerate(prompt_ids)
         ], None
 
     def _response(self, prompt: list[int], index: int) -> list[int]:
