@@ -18,7 +18,7 @@ from ral.sft import sft_trainer
 from ral.vision import blank_for, image_lists
 from tests.integrations.eager_maps import assert_same_gradients, gradients
 
-from . import by_hand, cli_case, tiny
+from . import by_hand, cli_case, fake_vllm, tiny
 from .test_gradient import outcomes
 
 IMAGES = (1, 0, 2, 0)  # of each prompt
@@ -310,3 +310,35 @@ def test_answers_do_not_depend_on_the_batch(folder: Path) -> None:
     together, tokens = answers_of(model, processor, rows, max_new_tokens=5)
     alone = [answers_of(model, processor, [row], max_new_tokens=5)[0][0] for row in rows]
     assert together == alone and tokens == 12
+
+
+@slow
+def test_vllm(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads each prompt as the trainer does, with images and without; so do further prompts."""
+    fake_vllm.install(monkeypatch)
+    rewarded: list[int] = []
+
+    def reward(completions: Any, problem_id: Any, **columns: Any) -> list[float]:
+        rewarded.append(len(completions))
+        values = tiny.reward(completions)
+        return [x if n in "12" else 0.0 for n, x in zip(problem_id, values, strict=True)]
+
+    trainer: Any = tiny.trainer(
+        paths["qwen2_5_vl"], tmp_path, train_dataset=mixed(), reward_funcs=reward, use_vllm=True,
+        vllm_mode="colocate", resample_equal_groups=3, eval_dataset=mixed(), eval_temperature=1e-3,
+        num_generations_eval=1, max_steps=1,
+    )  # fmt: skip
+    trainer.train()  # or `vllm_min_ratio` stops it
+    engine = trainer.vllm_generation
+    assert len(engine.llm.lengths) == sum(rewarded)
+    assert tiny.logged(trainer, "groups/left_equal") == [0]
+    ratios = tiny.logged(trainer, "sampling/importance_sampling_ratio/mean")
+    assert 0.9 < ratios[0] < 1.1  # of a response: tokens that are kept out take 1 % of each of 8
+
+    def answers() -> list[str]:
+        trainer.evaluate()
+        (file,) = (Path(trainer.args.output_dir) / "evaluations").iterdir()
+        return [json.loads(line)["answer"] for line in file.read_text("utf-8").splitlines()]
+
+    assert answers() == answers()  # as good as greedy
+    assert engine.temperature == trainer.temperature == 1.0
