@@ -153,6 +153,9 @@ class RALConfig(GRPOConfig):
         "which training with use_vllm stops; 0 = never.",
     )
 
+    metric_for_best_model: str | None = _setting(
+        None, "Which metric load_best_model_at_end compares, such as accuracy; None = reward."
+    )
     resample_equal_groups: int = _setting(
         0,
         "How often further prompts are drawn in place of those whose rollouts all have the same "

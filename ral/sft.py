@@ -14,11 +14,27 @@ from transformers import TrainerCallback  # noqa: E402  (after the check, whose 
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from .sealing import SealsCheckpoints  # noqa: E402
-from .vision import image_lists  # noqa: E402
+from .vision import blank_for, image_lists, without_empty_images  # noqa: E402
 
 
 class _SFTTrainer(SealsCheckpoints, SFTTrainer):
-    """TRL's SFTTrainer, with checkpoints that can be resumed, of Qwen-VL, too."""
+    """TRL's SFTTrainer, with checkpoints that can be resumed, of Qwen-VL, too.
+
+    Some rows may have no images, and in several processes some micro-batches none at all.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._blank = blank_for(self)
+        self.data_collator = partial(_collated, self.data_collator)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with without_empty_images(model, self._blank):
+            return super().compute_loss(model, *args, **kwargs)
+
+
+def _collated(collate: Any, examples: list[dict[str, Any]]) -> Any:
+    return collate(image_lists(examples))
 
 
 def sft_trainer(
@@ -63,7 +79,7 @@ def sft_trainer(
             "loss; got false"
         )
     trainer_class: Any = _SFTTrainer
-    trainer = trainer_class(
+    return trainer_class(
         model=model,
         args=config,
         train_dataset=rows,
@@ -72,9 +88,3 @@ def sft_trainer(
         peft_config=peft_config,
         callbacks=list(callbacks),
     )
-    trainer.data_collator = partial(_collated, trainer.data_collator)
-    return trainer
-
-
-def _collated(collate: Any, examples: list[dict[str, Any]]) -> Any:
-    return collate(image_lists(examples))

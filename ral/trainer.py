@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,14 @@ from .resampling import Resampler, equal_groups
 from .rewards.tags import rendered_end
 from .terms import ATTENTION, Batch, Role, Term, Terms, check_references, terms_of
 from .validation import Validates
-from .vision import VisionLayout, has_images, image_lists, lay_out, without_empty_images
+from .vision import (
+    VisionLayout,
+    blank_for,
+    has_images,
+    image_lists,
+    lay_out,
+    without_empty_images,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +79,7 @@ class RALTrainer(Validates, MeasuringTrainer):
 
     _tag_names: ClassVar = ["trl", "grpo", "ral"]
     _name = "RAL"
+    log_multimodal: bool
 
     def __init__(
         self,
@@ -98,6 +106,7 @@ class RALTrainer(Validates, MeasuringTrainer):
         # For its table TRL gathers images in processes that have any: the others would not join.
         self._tables_images = self.log_multimodal and self.log_completions and not self.tools
         self.log_multimodal = self.log_multimodal and bool(self.tools)
+        self._blank = blank_for(self)
         self._resampler: Resampler | None = None
         if args.resample_equal_groups > 0:
             self._resampler = Resampler(self, args.resample_equal_groups)
@@ -204,7 +213,7 @@ class RALTrainer(Validates, MeasuringTrainer):
             view = losses.view_of(self.args, ids.shape[1] - length, length, layout.spans)
             with (
                 self._timed("old_policy"),
-                without_empty_images(self.teacher_model),
+                self._mixing(self.teacher_model),
                 self._terms.taking("teacher", self.teacher_model, view),
                 torch.no_grad(),
             ):
@@ -214,6 +223,10 @@ class RALTrainer(Validates, MeasuringTrainer):
                     **{name: output.get(name) for name in _MODEL_FIELDS},
                 )  # fmt: skip
         return output
+
+    def _mixing(self, model: Any) -> AbstractContextManager[None]:
+        """For forwards of rows some of which have no images."""
+        return without_empty_images(model, self._blank)
 
     def _table_images(self, rows: list[dict[str, Any]]) -> None:
         if self._tables_images and has_images(rows):
@@ -278,7 +291,10 @@ class RALTrainer(Validates, MeasuringTrainer):
         if images is not None and self.use_vllm:  # which takes None for a prompt without images
             images = [each or None for each in images]
         if not (self.args.explores and self._rolling_out):
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
+            with self._mixing(self.accelerator.unwrap_model(self.model)):
+                return super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, *rest, **kw
+                )
         ids, mask = self._pad_prompts(prompt_ids)
         layout = self._lay_out(ids, mask, multimodal_fields)
         assert layout.spans is not None
@@ -290,6 +306,7 @@ class RALTrainer(Validates, MeasuringTrainer):
                 stack.enter_context(
                     rk.steer(self.model, self._bias[:, number], spans=layout.spans, layers=layer)
                 )
+            stack.enter_context(self._mixing(self.accelerator.unwrap_model(self.model)))
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
 
     def _lay_out(
@@ -314,7 +331,7 @@ class RALTrainer(Validates, MeasuringTrainer):
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if not self._rolling_out:
-            with gathered_head(model), without_empty_images(model):
+            with gathered_head(model), self._mixing(model):
                 return super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
                 )
@@ -323,7 +340,7 @@ class RALTrainer(Validates, MeasuringTrainer):
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
             stack.enter_context(gathered_head(model))
-            stack.enter_context(without_empty_images(model))
+            stack.enter_context(self._mixing(model))
             if self._bias is not None or role in self._terms.roles:
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import ral_kernels as rk
 
 from .config import RALConfig
+from .distillation import backbone_of
 
 # Fields of the processor's output that TRL's rollout batch keeps, by the processor's names.
 _FIELDS = ("image_grid_thw", "image_sizes")
@@ -46,8 +49,30 @@ def image_lists(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "images": of(row)} for row in rows]
 
 
+def blank_for(trainer: Any) -> dict[str, Any] | None:
+    """What processes encode that have no images: a model's arguments for one small image.
+
+    Args:
+        trainer: of transformers, made.
+
+    Returns:
+        Arguments by names such as `pixel_values`; None for one process, or a model without images.
+    """
+    from PIL import Image
+
+    backbone = backbone_of(trainer.accelerator.unwrap_model(trainer.model))
+    processor = getattr(trainer.processing_class, "image_processor", None)
+    reads = processor is not None and hasattr(backbone, "get_image_features")
+    if trainer.accelerator.num_processes == 1 or not reads:
+        return None
+    made = processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
+    return {name: value for name, value in made.items() if name in _OF_IMAGES}
+
+
 @contextmanager
-def without_empty_images(model: nn.Module) -> Iterator[None]:
+def without_empty_images(
+    model: nn.Module, blank: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Leave images out of those forwards of `model` whose rows have none.
 
     TRL cuts the images of a rollout batch to the rows of a forward. Where these have none it leaves
@@ -55,19 +80,53 @@ def without_empty_images(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: called with keyword arguments.
+        blank: of `blank_for`. A forward without images then encodes it, and adds 0 times the
+            result. Several processes need that: FSDP gathers the encoder's weights, and DDP waits
+            for its gradients, in all processes or in none.
     """
+    encodes = False
 
     def leave_out(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        pixels = kwargs.get("pixel_values")
+        nonlocal encodes
+        pixels, cache = kwargs.get("pixel_values"), kwargs.get("past_key_values")
+        begins = cache is None or cache.get_seq_length() == 0  # later tokens show no image
+        encodes = begins and (pixels is None or pixels.shape[0] == 0)
         if pixels is None or pixels.shape[0] > 0:
             return None
         return args, {name: value for name, value in kwargs.items() if name not in _OF_IMAGES}
 
-    handle = model.register_forward_pre_hook(leave_out, with_kwargs=True, prepend=True)
+    def add_nothing(module: nn.Module, args: Any, embedded: Tensor) -> Tensor | None:
+        nonlocal encodes
+        if not encodes or blank is None:
+            return None
+        encodes = False
+        on_device = {name: value.to(embedded.device) for name, value in blank.items()}
+        features = tree_leaves(backbone.get_image_features(**on_device))
+        sums = [x.sum() for x in features if isinstance(x, Tensor) and x.is_floating_point()]
+        return embedded + 0.0 * torch.stack(sums).sum()
+
+    with ExitStack() as stack:
+        handle = model.register_forward_pre_hook(leave_out, with_kwargs=True, prepend=True)
+        stack.callback(handle.remove)
+        if blank is not None:
+            unwrapped = extract_model_from_parallel(model)
+            backbone: Any = backbone_of(unwrapped)
+            # Where a forward encodes images: the order of collectives is the same everywhere. But
+            # `generate` would encode them before the forward.
+            embedding = backbone.get_input_embeddings()
+            stack.callback(embedding.register_forward_hook(add_nothing).remove)
+            stack.enter_context(_replaced(unwrapped, "_supports_mm_encoder_outputs", lambda: False))
+        yield
+
+
+@contextmanager
+def _replaced(model: Any, method: str, function: Any) -> Iterator[None]:
+    """A method of an object replaced, for that object alone."""
+    vars(model)[method] = function
     try:
         yield
     finally:
-        handle.remove()
+        del vars(model)[method]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from ral.data import DataError, load_jsonl
 from ral.evaluation import answers_of
 from ral.models import load_model, load_processor
 from ral.sft import sft_trainer
-from ral.vision import image_lists
+from ral.vision import blank_for, image_lists
 from tests.integrations.eager_maps import assert_same_gradients, gradients
 
-from . import by_hand, cli_case, tiny
+from . import by_hand, cli_case, fake_vllm, tiny
 from .test_gradient import outcomes
 
 IMAGES = (1, 0, 2, 0)  # of each prompt
@@ -231,6 +231,48 @@ def test_sft(paths: dict[str, Path], tmp_path: Path) -> None:
     trainer.train()
 
 
+@pytest.mark.slow(stands_in="test_rows_of_a_file")
+@pytest.mark.parametrize("which", ["rl", "sft"])
+def test_a_blank_image_gives_the_encoder_gradients_of_zero(
+    which: str, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What several processes do for a forward without images: its loss and gradients stay."""
+    text = tiny.dataset(2).remove_columns("images")
+    model, processor = load_model(paths["qwen2_5_vl"]), load_processor(paths["qwen2_5_vl"])
+    trainer: Any
+    if which == "rl":
+        trainer = tiny.trainer(paths["qwen2_5_vl"], tmp_path, train_dataset=text)
+        inputs = by_hand.batch_of(trainer)
+    else:
+        config = SFTConfig(
+            output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False, report_to=[]
+        )
+        answers = text.add_column(
+            "completion", [[{"role": "assistant", "content": "the cat"}]] * 2
+        ).add_column("images", [[], []])
+        trainer = sft_trainer(model, processor, answers, config)
+        inputs = trainer.data_collator([dict(row) for row in answers])
+    assert trainer._blank is None
+    found = []
+    for processes in (1, 2):
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", processes)
+        blank = blank_for(trainer)
+        monkeypatch.undo()
+        assert (blank is None) == (processes == 1)
+        trainer._blank = blank
+        loss = trainer.compute_loss(trainer.model, dict(inputs))
+        trainer.model.zero_grad()
+        loss.backward()
+        found.append((loss, {n: x.grad for n, x in trainer.model.named_parameters()}))
+    (loss, without), (again, with_blank) = found
+    assert torch.equal(loss, again)
+    for name, gradient in with_blank.items():
+        if "visual" in name:
+            assert without[name] is None and not gradient.any(), name
+        else:
+            torch.testing.assert_close(gradient, without[name], rtol=0, atol=0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = cli_case.make(tmp_path_factory.mktemp("case"))
@@ -268,3 +310,35 @@ def test_answers_do_not_depend_on_the_batch(folder: Path) -> None:
     together, tokens = answers_of(model, processor, rows, max_new_tokens=5)
     alone = [answers_of(model, processor, [row], max_new_tokens=5)[0][0] for row in rows]
     assert together == alone and tokens == 12
+
+
+@slow
+def test_vllm(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads each prompt as the trainer does, with images and without; so do further prompts."""
+    fake_vllm.install(monkeypatch)
+    rewarded: list[int] = []
+
+    def reward(completions: Any, problem_id: Any, **columns: Any) -> list[float]:
+        rewarded.append(len(completions))
+        values = tiny.reward(completions)
+        return [x if n in "12" else 0.0 for n, x in zip(problem_id, values, strict=True)]
+
+    trainer: Any = tiny.trainer(
+        paths["qwen2_5_vl"], tmp_path, train_dataset=mixed(), reward_funcs=reward, use_vllm=True,
+        vllm_mode="colocate", resample_equal_groups=3, eval_dataset=mixed(), eval_temperature=1e-3,
+        num_generations_eval=1, max_steps=1,
+    )  # fmt: skip
+    trainer.train()  # or `vllm_min_ratio` stops it
+    engine = trainer.vllm_generation
+    assert len(engine.llm.lengths) == sum(rewarded)
+    assert tiny.logged(trainer, "groups/left_equal") == [0]
+    ratios = tiny.logged(trainer, "sampling/importance_sampling_ratio/mean")
+    assert 0.9 < ratios[0] < 1.1  # of a response: tokens that are kept out take 1 % of each of 8
+
+    def answers() -> list[str]:
+        trainer.evaluate()
+        (file,) = (Path(trainer.args.output_dir) / "evaluations").iterdir()
+        return [json.loads(line)["answer"] for line in file.read_text("utf-8").splitlines()]
+
+    assert answers() == answers()  # as good as greedy
+    assert engine.temperature == trainer.temperature == 1.0

@@ -28,6 +28,8 @@ EQUAL = {
     "teacher": ["fsdp2"],
     "lora": ["fsdp2"],
     "pictures": ["ddp", "fsdp2"],
+    "mixed": ["ddp", "fsdp2"],
+    "resampling": ["ddp"],
 }
 RESUMING = ["ddp", "fsdp2", "fsdp2-sharded"]
 # One case is in the quick tier: a run takes seconds of both processors.
@@ -95,8 +97,9 @@ def test_two_processes_train_as_one(case: str, how: str, results: Path) -> None:
 
 def assert_same_run(one: dict[str, Any], two: dict[str, Any], left_out: tuple[str, ...]) -> None:
     """Logs but for times and what is left out, and weights: those of the steps that were made."""
-    assert len(one["log"]) == len(two["log"]) >= 5  # 4 steps, and the summary
-    for ours, theirs in zip(one["log"], two["log"], strict=True):
+    logs = [[entry for entry in run["log"] if "eval_loss" not in entry] for run in (one, two)]
+    assert len(logs[0]) == len(logs[1]) >= 5  # 4 steps, and the summary
+    for ours, theirs in zip(*logs, strict=True):
         names = [name for name in ours if not name.startswith(TIMES + left_out)]
         assert [theirs[name] for name in names] == pytest.approx(
             [ours[name] for name in names], rel=RELATIVE, abs=ABSOLUTE
@@ -108,6 +111,37 @@ def assert_same_run(one: dict[str, Any], two: dict[str, Any], left_out: tuple[st
         moved += (ours - one["start"][name]).square().sum().item()
         apart += error.square().sum().item()
     assert 0 < apart < 1e-8 * moved
+
+
+@slow_train
+@pytest.mark.parametrize("case, how", [("mixed", how) for how in EQUAL["mixed"]])
+def test_evaluations_are_those_of_one_process(case: str, how: str, results: Path) -> None:
+    """Of five rows: with two processes, batches of two end in rows that are there twice."""
+
+    def evaluated(way: str) -> tuple[list[dict[str, float]], list[list[str]]]:
+        entries = [entry for entry in load(results, case, way)["log"] if "eval_loss" in entry]
+        exact = ("eval_reward", "eval_accuracy")
+        files = sorted((results / case / way / "evaluations").iterdir())
+        assert [file.name for file in files] == ["step-000002.jsonl", "step-000004.jsonl"]
+        return [
+            {n: x for n, x in entry.items() if n.startswith(exact) and "std" not in n}
+            for entry in entries
+        ], [file.read_text("utf-8").splitlines() for file in files]
+
+    ours, theirs = evaluated("one"), evaluated(how)
+    assert ours == theirs
+    assert [len(lines) for lines in ours[1]] == [5, 5]
+    assert "eval_reward/multiple_choice" in ours[0][0] and "eval_rewards/reward/mean" in ours[0][0]
+
+
+@slow_train
+@pytest.mark.parametrize("case, how", [("resampling", how) for how in EQUAL["resampling"]])
+def test_processes_draw_the_same_prompts(case: str, how: str, results: Path) -> None:
+    """Of fewer than all groups of a batch: the rollouts of one lie in both processes."""
+    for way in ("one", how):
+        logs = [entry for entry in load(results, case, way)["log"] if "groups/drawn" in entry]
+        assert len(logs) == 2  # rollout batches
+        assert all(entry["groups/drawn"] > 0 == entry["groups/left_equal"] for entry in logs)
 
 
 @slow_train

@@ -56,15 +56,31 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher": {"attn_coef": 0.0, "distill_attn_coef": 5.0, "distill_logit_coef": 1.0},
     "lora": {"peft_config": tiny.lora()},
     "pictures": {"attn_map_every": 2, "report_to": ["tensorboard"], "attn_map_rows": 1},
+    "mixed": {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": 2,
+        "eval_temperature": 0.0,
+        # DDP then looks for no unused parameters, and the encoder is trained.
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "resampling": {"resample_equal_groups": 9},
     "resuming": {"optim": "adamw_torch", "learning_rate": 1e-3},
     "evaluating": {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny.dataset(4)},
 }
 
 
 class FixedRollouts(RALTrainer):
-    """Writes a response that the prompt, the index in the group and the step determine."""
+    """Writes a response that the prompt, the index in the group and the step determine.
+
+    Greedy answers of evaluations are the model's own.
+    """
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training and self.args.eval_temperature == 0:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         first = self.accelerator.process_index * len(prompt_ids)
         return [
             self._response(ids, (first + row) % self.num_generations)
@@ -81,12 +97,20 @@ class FixedRollouts(RALTrainer):
         return torch.cat([shared[:2], own])[:length].tolist()
 
 
-def dataset() -> Dataset:
-    """Prompts of many lengths: the processes pad differently."""
+def dataset(case: str) -> Dataset:
+    """Prompts of many lengths: the processes pad differently. Some are without images if mixed."""
     rows = list(tiny.dataset(8))
     for number, row in enumerate(rows):
         row["prompt"][0]["content"] = "the cat " * number + row["prompt"][0]["content"]
+        if case == "mixed" and number not in (4, 6):
+            row["images"] = None
     return Dataset.from_list(rows)
+
+
+def reward(completions: Any, problem_id: Any, **columns: Any) -> list[float]:
+    """As in `tiny`, but for every second prompt, whose rollouts get the same."""
+    values = tiny.reward(completions)
+    return [1.0 if int(n) % 2 else x for n, x in zip(problem_id, values, strict=True)]
 
 
 def _train(model: str, case: str, how: str, folder: Path) -> dict[str, Any]:
@@ -99,8 +123,11 @@ def _train(model: str, case: str, how: str, folder: Path) -> dict[str, Any]:
     teacher = None
     if case == "teacher":
         teacher = tiny.checkpoint(folder.parent, num_hidden_layers=3)
+    rows = dataset(case)
     trainer = tiny.trainer(
-        model, folder, trainer_class=FixedRollouts, train_dataset=dataset(),
+        model, folder, trainer_class=FixedRollouts, train_dataset=rows,
+        eval_dataset=rows.select(range(5)) if case == "mixed" else None,
+        reward_funcs=reward if case == "resampling" else tiny.reward,
         teacher_model=None if teacher is None else str(teacher), **merged,
     )  # fmt: skip
     start = {name: _whole(parameter) for name, parameter in trainer.model.named_parameters()}
