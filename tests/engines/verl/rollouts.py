@@ -1,4 +1,4 @@
-"""What test_verl's processes and its computation by hand share: four rollouts, and the cases."""
+"""What test_update's processes and its computation by hand share: four rollouts, and the cases."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ COEFFICIENT = 20.0  # so large that the term shows in the gradient's norm
 LEARNING_RATE = 0.02
 LENGTHS, RESPONSES = (23, 40, 31, 27), (7, 12, 9, 5)
 ADVANTAGES = (1.0, -0.5, 0.7, -1.2)
-ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "tests.engines.verl_on_cpu"}
-FLASH = "varlen_on_cpu"  # an attention that runs where flash attention runs: `verl_on_cpu`
+ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "tests.engines.verl.on_cpu"}
+WORKER = "worker"  # a case of its own: verl's worker runs it
+FLASH = "varlen_on_cpu"  # an attention that runs where flash attention runs: `on_cpu`
 
 
 @dataclass(frozen=True)

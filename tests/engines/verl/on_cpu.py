@@ -15,7 +15,7 @@ from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 import ral_kernels as rk
-from tests.engines.rollouts import FLASH
+from tests.engines.verl.rollouts import FLASH
 
 _DEVICE = SimpleNamespace(
     **{name: getattr(torch.cpu, name) for name in ("synchronize", "is_available", "Stream")},
