@@ -20,6 +20,7 @@ from tests.engines.verl.rollouts import FLASH
 _DEVICE = SimpleNamespace(
     **{name: getattr(torch.cpu, name) for name in ("synchronize", "is_available", "Stream")},
     current_device=lambda: "cpu",
+    get_device_name=lambda *_: "cpu",
     empty_cache=lambda: None,
     max_memory_allocated=lambda: 0,
     max_memory_reserved=lambda: 0,

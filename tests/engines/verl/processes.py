@@ -51,7 +51,7 @@ def configured(case: Case, folder: Path) -> tuple[Any, Any, Any]:
         fsdp_config=FSDPEngineConfig(
             strategy="fsdp2",
             use_torch_compile=False,
-            mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},
+            mixed_precision={"param_dtype": case.dtype, "reduce_dtype": "fp32"},
             ulysses_sequence_parallel_size=case.ulysses,
         ),
         ral={"coef": rollouts.COEFFICIENT, **dict(case.ral)},
@@ -98,6 +98,8 @@ def batch_of(case: Case, mine: list[int]) -> Any:
     }
     if rows[0].pictures:
         tensors["multi_modal_inputs"] = [row.pictures for row in rows]
+    else:
+        tensors["uid"] = [f"prompt {i // 2}" for i in mine]
     settings = {
         "temperature": 1.0,
         "use_remove_padding": case.packed,

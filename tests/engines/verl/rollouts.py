@@ -74,6 +74,7 @@ class Case:
     shuffled: bool = False
     ulysses: int = 1
     lora: int = 0
+    dtype: str = "fp32"
 
 
 CASES: dict[str, Case] = {
@@ -86,7 +87,9 @@ CASES: dict[str, Case] = {
     "dynamic": Case(tokens=64, shuffled=True),
     "sequence mean": Case(ral=(("reduction", "sequence_mean"), ("divergence", "kl")), micro=2),
     "pictures": Case(family="qwen2_5_vl", checkpointing=True),
+    "pictures of Qwen3-VL": Case(family="qwen3_vl", checkpointing=True),
     "lora": Case(lora=4),
+    "bfloat16": Case(dtype="bf16", checkpointing=True),
     "ulysses": Case(ulysses=2, attention=FLASH, micro=2, shuffled=True),
     "ulysses pictures": Case(ulysses=2, family="qwen2_5_vl", checkpointing=True, shuffled=True),
 }
