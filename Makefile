@@ -12,6 +12,7 @@
 # make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
 # make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
 # make test-verl    run the RAL term inside verl's own update, on the CPU, in .venv-verl: docs/verl.md
+# make test-trl TRL=1.15.0    run the tests of the trainer with another version of TRL, in .venv-trl-1.15.0
 # make hub     lay the package out as the Hub's `kernels` loads it, into build/hub
 # make wheel   build the wheel that serves every Python, torch and glibc from 2.28 on, into dist/
 #
@@ -26,6 +27,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV36 ?= .venv-triton36
 VENV_VERL ?= .venv-verl
+TRL ?= 1.15.0
+VENV_TRL ?= .venv-trl-$(TRL)
 TIER ?= all
 OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
@@ -45,7 +48,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-verl gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-verl test-trl gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -113,6 +116,9 @@ triton36: $(VENV36)/installed.stamp
 
 test-verl: $(LIBRARY) $(VENV_VERL)/installed.stamp
 	$(VENV_VERL)/bin/python -m pytest -q -p no:cacheprovider tests/engines/verl
+
+test-trl: build $(VENV_TRL)/installed.stamp
+	$(VENV_TRL)/bin/python -m pytest -q tests/trainer -n auto --dist loadgroup --tier $(TIER)
 
 # It uses the machine's own torch and Triton: no venv, no pip, no network.
 gpu:
@@ -183,6 +189,15 @@ $(VENV_VERL)/installed.stamp: constraints-verl.txt
 	@[ -x $(VENV_VERL)/bin/python ] || $(PYTHON) -m venv $(VENV_VERL)
 	$(VENV_VERL)/bin/python $(PIP) -c constraints-verl.txt "$$(grep '^torch==' constraints.txt)"
 	$(VENV_VERL)/bin/python $(PIP) --no-deps -r constraints-verl.txt
+	@touch $@
+
+# All but TRL is that of .venv, which the path file adds after its own packages.
+$(VENV_TRL)/installed.stamp: $(INSTALLED)
+	@echo "== $(VENV_TRL)"
+	@[ -x $(VENV_TRL)/bin/python ] || $(BIN)/python -m venv $(VENV_TRL)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(VENV_TRL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_venv.pth
+	$(VENV_TRL)/bin/python $(PIP) --no-deps trl==$(TRL)
 	@touch $@
 
 # The hooks of pre-commit call the five targets below, so a commit must pass exactly what CI checks. A tree without git,

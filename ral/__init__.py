@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import RALConfig
+    from .terms import Term
     from .trainer import RALTrainer
 
-__all__ = ["RALConfig", "RALTrainer"]
+__all__ = ["RALConfig", "RALTrainer", "Term"]
 
 # Imported on first use, because rewards and data do not need TRL.
-_LAZY = {"RALConfig": "config", "RALTrainer": "trainer"}
+_LAZY = {"RALConfig": "config", "RALTrainer": "trainer", "Term": "terms"}
 
 
 def __getattr__(name: str) -> Any:

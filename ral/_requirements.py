@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 
-# RALTrainer overrides private methods of GRPOTrainer; a newer TRL may have renamed them.
-OLDEST, FIRST_UNKNOWN = (1, 16), (1, 17)
+# RALTrainer overrides private methods of GRPOTrainer, which any release may rename. So these minor
+# versions are those that the tests passed with: `make test-trl TRL=1.15.0`, and `make test`.
+TESTED = ((1, 15), (1, 16))
+VERSIONS = f"trl>={TESTED[0][0]}.{TESTED[0][1]},<{TESTED[-1][0]}.{TESTED[-1][1] + 1}"
 
 
 def check_trl() -> None:
-    """Check that TRL is there, in a version whose private methods are those that we override.
+    """Check that TRL is there, in a version that the trainer was tested with.
 
     Raises:
         ImportError: it is missing, or another version.
@@ -17,18 +19,13 @@ def check_trl() -> None:
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError as error:
-        versions = f"trl>={_text(OLDEST)},<{_text(FIRST_UNKNOWN)}"
         raise ImportError(
-            f"ral: the trainer needs TRL: `pip install '{versions}'`, "
+            f"ral: the trainer needs TRL: `pip install '{VERSIONS}'`, "
             "or all that it uses: `pip install '.[train]'` in a checkout of ral_kernels"
         ) from error
-    parts = version.split(".")
-    if not OLDEST <= (int(parts[0]), int(parts[1])) < FIRST_UNKNOWN:
+    major, minor = version.split(".")[:2]
+    if (int(major), int(minor)) not in TESTED:
         raise ImportError(
-            f"ral: the trainer needs trl>={_text(OLDEST)},<{_text(FIRST_UNKNOWN)}, whose private "
-            f"methods it overrides; got trl {version}"
+            f"ral: the trainer needs {VERSIONS}, the versions that it was tested with, because it "
+            f"overrides private methods; got trl {version}"
         )
-
-
-def _text(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
@@ -52,7 +49,7 @@ class LogsAttentionMaps(TrainerCallback):
                 "weights of the others"
             )
         self._trainer = trainer
-        with self._randomness_kept():
+        with rollouts.randomness_kept(trainer.accelerator.device):
             self._rows = list(_first_rows(trainer))
 
     def on_train_begin(
@@ -74,7 +71,7 @@ class LogsAttentionMaps(TrainerCallback):
         was_training = model.training
         model.eval()
         try:
-            with self._randomness_kept():
+            with rollouts.randomness_kept(self._trainer.accelerator.device):
                 maps = [self._map(*row) for row in self._rows]
         finally:
             model.train(was_training)
@@ -105,18 +102,6 @@ class LogsAttentionMaps(TrainerCallback):
                 "synced_gpus": self._together,
             },
         )
-
-    @contextmanager
-    def _randomness_kept(self) -> Iterator[None]:
-        """Leave all random states as they were: datasets and attention may use any."""
-        device = self._trainer.accelerator.device
-        states = random.getstate(), np.random.get_state()
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
     def _show(self, name: str, pixels: np.ndarray, step: int) -> None:
         for callback in self._trainer.callback_handler.callbacks:

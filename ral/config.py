@@ -9,6 +9,7 @@ import ral_kernels as rk
 
 from . import schedule
 from ._requirements import check_trl
+from .losses import Which as Rows
 from .processes import check_parallelism, check_world_size
 
 check_trl()
@@ -20,7 +21,6 @@ Granularity = Literal["token", "tile", "frame", "image"]
 Scope = Literal["context", "visual"]
 Divergence = Literal["jsd", "kl", "reverse_kl"]
 Reference = Literal["old", "ref", "teacher"]
-Rows = Literal["predicting", "token"]
 Reduction = Literal["token_mean", "sequence_mean"]
 TRACKERS = ("tensorboard", "wandb")  # that `attn_map_every` gives pictures to
 _CHOICES = {
@@ -153,7 +153,18 @@ class RALConfig(GRPOConfig):
         "which training with use_vllm stops; 0 = never.",
     )
 
+    resample_equal_groups: int = _setting(
+        0,
+        "How often further prompts are drawn in place of those whose rollouts all have the same "
+        "reward, and so no gradient; 0 = never. DAPO's dynamic sampling.",
+    )
+    eval_temperature: float | None = _setting(
+        None, "Temperature of answers in evaluation; 0 = greedy, None = that of the rollouts."
+    )
+
     def __post_init__(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "reward"  # GRPO's loss says nothing of the policy
         super().__post_init__()
         check_world_size(self)
         check_parallelism(self)
@@ -183,11 +194,17 @@ class RALConfig(GRPOConfig):
             "distill_attn_coef",
             "attn_metrics_every",
             "attn_map_every",
+            "resample_equal_groups",
         ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
                     f"RALConfig: {name} must be finite and >= 0; got {getattr(self, name)!r}"
                 )
+        if self.eval_temperature is not None and not 0 <= self.eval_temperature < float("inf"):
+            raise ValueError(
+                f"RALConfig: eval_temperature must be None, or finite and >= 0; got "
+                f"{self.eval_temperature!r}"
+            )
         for name in ("distill_beta", "vllm_min_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
@@ -243,6 +260,11 @@ class RALConfig(GRPOConfig):
             raise ValueError(
                 "RALConfig: attn_explore_sigma needs attn_granularity 'tile', 'frame' or "
                 "'image', whose spans get the noise; got 'token'"
+            )
+        if self.explores and self.resample_equal_groups > 0:
+            raise ValueError(
+                "RALConfig: resample_equal_groups is not supported with attn_explore_sigma > 0: "
+                "the noise of a rollout does not move with it"
             )
         if self.explores and self.use_vllm:
             raise ValueError(

@@ -1,16 +1,19 @@
-"""The teacher of On-Policy Attention Distillation, eq. (4): its checks, and the loss on tokens."""
+"""The teacher of On-Policy Attention Distillation, eq. (4): its checks, and the term on tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from .config import RALConfig
+from .losses import PolicyView
+from .terms import Batch, Layers, Role, Term
 
 _OP = "RALTrainer"
 
@@ -28,7 +31,9 @@ def load_teacher(teacher: Any, config: RALConfig, dtype: torch.dtype) -> nn.Modu
     return frozen
 
 
-def check_teacher(student: Any, teacher: Any, processing_class: Any) -> None:
+def check_teacher(
+    student: Any, teacher: Any, processing_class: Any, *, on_tokens: bool = False
+) -> None:
     """Check that a teacher reads the student's rollouts as the student does.
 
     Token ids must have the same meaning, and an image must give as many tokens at the same places.
@@ -36,9 +41,11 @@ def check_teacher(student: Any, teacher: Any, processing_class: Any) -> None:
     Args:
         student, teacher: transformers models.
         processing_class: the student's processor or tokenizer.
+        on_tokens: whether their next tokens are compared, too.
 
     Raises:
         ValueError: vocabularies, image tokens or patches differ.
+        NotImplementedError: ZeRO-3 has partitioned weights of which a part would be needed.
     """
     tokenizer = (
         processing_class.tokenizer
@@ -53,6 +60,11 @@ def check_teacher(student: Any, teacher: Any, processing_class: Any) -> None:
         raise ValueError(
             f"{_OP}: teacher_model must have the student's vocabulary of {num_tokens} tokens; got "
             f"{got} (the student has {wanted})"
+        )
+    if on_tokens and got < wanted and _is_partitioned(student.get_output_embeddings().weight):
+        raise NotImplementedError(
+            f"{_OP}: distill_logit_coef under DeepSpeed's ZeRO-3 needs a teacher of at least the "
+            f"student's {wanted} rows of embeddings (ZeRO-2 and FSDP2 do not); got {got}"
         )
     own = _own_vocabulary(teacher)
     if own is not None and own != tokenizer.get_vocab():
@@ -109,6 +121,69 @@ def pair_layers(
     return sorted(number % teacher_depth for number in numbers)
 
 
+class LogitDistillation(Term):
+    """The term of eq. (4) on tokens: generalised JSD between the teacher's and the student's.
+
+    Args:
+        config: μ (`distill_logit_coef`), β and the temperature.
+    """
+
+    name = "distill/logits"
+    reference: Role | None = "teacher"
+    rows = "predicting"
+    on_attention = False
+
+    def __init__(self, config: RALConfig) -> None:
+        super().__init__(config.distill_logit_coef, layers=-1)
+        self._config = config
+
+    def capture(self, model: nn.Module, layers: Layers) -> HiddenStates:
+        return HiddenStates(model)
+
+    def take(self, captured: HiddenStates, layer: int, view: PolicyView) -> Tensor:
+        return captured.states(view).clone()  # or the memory would grow with the prompts
+
+    def loss(self, batch: Batch) -> Tensor:
+        (teacher_hidden,) = batch.references.values()
+        student, teacher = map(extract_model_from_parallel, (batch.model, batch.teacher))
+        return logit_divergence(
+            student, batch.captured.states(batch.view), teacher, teacher_hidden, batch.mask,
+            batch.num_tokens, self._config,
+        )  # fmt: skip
+
+
+class HiddenStates:
+    """Capture the last hidden states of a model's forwards, as `rk.capture` does q and k.
+
+    Args:
+        model: a transformers model, or one inside peft, DDP, FSDP or DeepSpeed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        unwrapped: Any = extract_model_from_parallel(model)
+        self._backbone = backbone_of(unwrapped)
+        self.layers = [unwrapped.config.get_text_config().num_hidden_layers - 1]
+        self._last: Tensor | None = None
+
+    def states(self, view: PolicyView) -> Tensor:
+        """[B, C, D], those of the view's rows in the last forward."""
+        assert self._last is not None
+        return self._last[:, slice(*view.rows)]
+
+    def clear(self) -> None:
+        self._last = None
+
+    def __enter__(self) -> HiddenStates:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self._last = output.last_hidden_state
+
+        self._handle = self._backbone.register_forward_hook(keep)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._handle.remove()
+
+
 def logit_divergence(
     student: Any,
     student_hidden: Tensor,
@@ -125,7 +200,8 @@ def logit_divergence(
     TRL's chunked form: logits exist for a few tokens at a time.
 
     Args:
-        student, teacher: unwrapped transformers models.
+        student, teacher: unwrapped transformers models. Under DeepSpeed's ZeRO-3 TRL gathers the
+            weights of their heads, and takes a weight as a whole (`check_teacher`).
         student_hidden, teacher_hidden: [B, C, D] and [B, C, D'], the states that predict the
             response's tokens.
         mask: [B, C], 1 for a response token that counts.
@@ -133,7 +209,7 @@ def logit_divergence(
         config: β and the temperature.
     """
     heads = [model.get_output_embeddings() for model in (student, teacher)]
-    num_tokens = min(head.weight.shape[0] for head in heads)
+    num_tokens = min(_vocab_size(model) for model in (student, teacher))
     (student_weight, student_bias), (teacher_weight, teacher_bias) = (
         (_first(head.weight, num_tokens), _first(head.bias, num_tokens)) for head in heads
     )
@@ -167,11 +243,19 @@ def backbone_of(model: Any) -> nn.Module:
 
 def _first(weight: Tensor | None, num_tokens: int) -> Any:
     """The rows of the tokens that both models have; a sharded tensor of that size is unchanged."""
-    return weight if weight is None or weight.shape[0] == num_tokens else weight[:num_tokens]
+    if weight is None or weight.shape[0] == num_tokens or _is_partitioned(weight):
+        return weight
+    return weight[:num_tokens]
 
 
 def _vocab_size(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
+    weight = model.get_output_embeddings().weight
+    return int((weight.ds_shape if _is_partitioned(weight) else weight.shape)[0])
+
+
+def _is_partitioned(weight: Tensor) -> bool:
+    """Whether it is a parameter of DeepSpeed's ZeRO-3, whose own shape is that of nothing."""
+    return hasattr(weight, "ds_shape")
 
 
 def _own_vocabulary(teacher: Any) -> dict[str, int] | None:

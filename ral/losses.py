@@ -6,16 +6,18 @@ They take captured layers, reference policies and masks, and return a scalar. Th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 import ral_kernels as rk
 
-from .config import RALConfig
+if TYPE_CHECKING:
+    from .config import RALConfig  # which imports TRL
 
+Which = Literal["predicting", "token"]  # query of a response token
 _TINY = 1e-30  # below any share of attention that counts
 
 
@@ -44,6 +46,8 @@ class PolicyView:
         exclude_self: whether a row's own key is left out.
         kind: "jsd", "kl" or "reverse_kl".
         backend: backend of the ops, or None.
+        which: "predicting", the query that predicts a token, at the token before it; or "token",
+            the token's own query.
     """
 
     rows: tuple[int, int]
@@ -52,6 +56,12 @@ class PolicyView:
     exclude_self: bool = True
     kind: str = "jsd"
     backend: str | None = None
+    which: Which = "predicting"
+
+    def at(self, which: Which) -> PolicyView:
+        """The same for the other queries of the response's tokens."""
+        shift = (which == "token") - (self.which == "token")
+        return replace(self, rows=(self.rows[0] + shift, self.rows[1] + shift), which=which)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for the methods of a captured layer, without the divergence's kind."""
@@ -63,18 +73,6 @@ class PolicyView:
             "backend": self.backend,
             "steered": False,  # in a forward under noise: the policy without the noise
         }
-
-
-def response_rows(which: str, prompt_length: int, completion_length: int) -> tuple[int, int]:
-    """The queries [start, stop) of the response's tokens.
-
-    Args:
-        which: "predicting", the query that predicts a token, at the token before it; or "token",
-            the token's own query.
-        prompt_length, completion_length: P and C, padding included.
-    """
-    start = prompt_length - (1 if which == "predicting" else 0)
-    return start, start + completion_length
 
 
 def token_weights(mask: Tensor, reduction: str, normaliser: float | Tensor) -> Tensor:
@@ -166,14 +164,18 @@ def _share(marginals: Tensor) -> Tensor:
 
 
 def view_of(
-    config: RALConfig, rows: tuple[int, int], spans: rk.Spans | None, scope: Tensor | None
+    config: RALConfig,
+    prompt_length: int,
+    completion_length: int,
+    spans: rk.Spans | None = None,
+    scope: Tensor | None = None,
 ) -> PolicyView:
-    """The view that the configuration asks for."""
+    """The view that the configuration asks for, of prompts and responses padded to P and C."""
     return PolicyView(
-        rows=rows,
+        rows=(prompt_length - 1, prompt_length - 1 + completion_length),
         spans=spans,
         scope=scope,
         exclude_self=config.attn_exclude_self,
         kind=config.attn_divergence,
         backend=config.attn_backend,
-    )
+    ).at(config.attn_rows)

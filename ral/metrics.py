@@ -14,9 +14,10 @@ from transformers.utils import logging
 
 import ral_kernels as rk
 
-from . import attention_statistics, losses, schedule
+from . import attention_statistics, schedule
 from .config import RALConfig
 from .resuming import ResumableTrainer
+from .terms import Batch, Term
 
 logger = logging.get_logger(__name__)
 _WARN_AGAIN = 50  # optimizer steps between two warnings of a kind
@@ -37,54 +38,55 @@ class MeasuringTrainer(ResumableTrainer):
         super().__init__(*positional, **named)
 
     def _measure(
-        self, captured: Any, inputs: dict[str, Any], mask: Tensor, view: losses.PolicyView,
-        rl_loss: Tensor, terms: dict[str, tuple[float, Tensor]],
+        self, batch: Batch, terms: list[tuple[Term, Batch]], values: list[tuple[Term, Tensor]],
+        rl_loss: Tensor,
     ) -> None:  # fmt: skip
         accumulated: int = self.current_gradient_accumulation_steps
-        for name, (_, term) in terms.items():
-            total = self.accelerator.gather(term.detach() * accumulated).mean().item()
-            self._metrics["train"][name].append(total)
+        for term, value in values:
+            total = self.accelerator.gather(value.detach() * accumulated).mean().item()
+            self._metrics["train"][term.name].append(total)
         if self._step % self.args.gradient_accumulation_steps != 0:
             return
         inner = schedule.inner_step(self.args, self._step)
         every = self.args.attn_metrics_every
         in_detail = every > 0 and (self._generations - 1) % every == 0
-        reference = "teacher" if self.args.attn_coef == 0 else self.args.attn_reference
-        if reference in self._references:
-            of_batch = self._references.of(reference, inputs["rollout_index"], mask.device)
-            sums = losses.mean_divergence(captured, of_batch, mask, view)
-            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-            self._log_inner("attn/divergence", total / max(count, 1.0), inner)
-            if reference != "teacher":  # a student may start at any distance from its teacher
-                self._warn_above("attn/divergence", total / max(count, 1.0), "attn_warn_divergence")
+        for term, of in terms:
+            self._log_metrics(term, of, inner)
         if in_detail:
             if inner == 0:
-                self._log_statistics(captured, inputs, mask, view)
-            self._log_gradient_share(rl_loss, terms, inner)
+                self._log_statistics(batch)
+            self._log_gradient_share(rl_loss, values, inner)
 
-    def _log_statistics(
-        self, captured: Any, inputs: dict[str, Any], mask: Tensor, view: losses.PolicyView
-    ) -> None:
+    @torch.no_grad()
+    def _log_metrics(self, term: Term, batch: Batch, inner: int) -> None:
+        for name, sums in term.metrics(batch).items():
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+            mean = total / max(count, 1.0)
+            self._log_inner(name, mean, inner)
+            # A student may start at any distance from its teacher.
+            if name == "attn/divergence" and term.reference != "teacher":
+                self._warn_above(name, mean, "attn_warn_divergence")
+
+    def _log_statistics(self, batch: Batch) -> None:
         sums = sum(
-            attention_statistics.attention_statistics(captured, layer, mask, inputs["visual"], view)
-            for layer in self._layers
+            attention_statistics.attention_statistics(
+                batch.captured, layer, batch.mask, batch.inputs["visual"], batch.view
+            )
+            for layer in batch.layers
         )
         share, entropy, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         self._metrics["train"]["attn/visual_share"].append(share / max(count, 1.0))
         self._metrics["train"]["attn/entropy"].append(entropy / max(count, 1.0))
 
     def _log_gradient_share(
-        self, rl_loss: Tensor, terms: dict[str, tuple[float, Tensor]], inner: int
+        self, rl_loss: Tensor, values: list[tuple[Term, Tensor]], inner: int
     ) -> None:
         reason = attention_statistics.can_measure_gradients(self)
         if reason is not None:
             if self._generations == 1 and inner == 0:
                 logger.info("RALTrainer: attn/grad_share is not measured: %s", reason)
             return
-        attention = [
-            coefficient * term for name, (coefficient, term) in terms.items()
-            if name != "distill/logits"
-        ]  # fmt: skip
+        attention = [term.coefficient * value for term, value in values if term.on_attention]
         if not attention:
             return
         parameters = [x for x in self.model.parameters() if x.requires_grad]

@@ -1,155 +1,191 @@
-"""Reference policies of a rollout batch, taken as the models run and kept for its inner steps."""
+"""Reference policies of a rollout batch, kept for its inner steps. It does not use TRL."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import ral_kernels as rk
-
-Snapshots = dict[int, rk.AttentionSnapshot]
+PINNED = "pinned"  # page-locked memory of the CPU, as a device
 
 
-@contextmanager
-def taking_snapshots(
-    model: nn.Module, layers: Any, rows: tuple[int, int], *, steered: bool = True
-) -> Iterator[dict[int, list[rk.AttentionSnapshot]]]:
-    """Collect a snapshot of the chosen layers from each forward of `model` inside the `with`.
+class Rows(Protocol):
+    """What can be kept: `rk.AttentionSnapshot`, and tensors whose first dimension is the batch.
 
-    After each forward only k and the chosen rows of q are kept. A rollout batch runs in several
-    forwards, and all rows of q of all of them would take as much memory as a layer's activations.
-
-    Args:
-        model: any module that `rk.capture` takes.
-        layers: as in `rk.capture`.
-        rows: (start, stop) of the queries of response tokens.
-        steered: with the bias of the `rk.steer` that the model runs under, if any.
-
-    Yields:
-        A list of snapshots for each layer's number, in the order of the forwards.
+    A class of one's own also needs `cat`, a class method that joins a sequence along the batch.
     """
-    taken: dict[int, list[rk.AttentionSnapshot]] = {}
-    with rk.capture(model, layers, rows=rows, detach=True) as captured:
 
-        def take(*_: Any) -> None:
-            for layer in captured.layers:
-                taken.setdefault(layer, []).append(captured.snapshot(layer=layer, steered=steered))
-            captured.clear()
+    @property
+    def device(self) -> torch.device: ...
 
-        handle = model.register_forward_hook(take)
-        try:
-            yield taken
-        finally:
-            handle.remove()
+    @property
+    def nbytes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+    def to(self, device: Any, *, non_blocking: bool) -> Any: ...
+
+    def pin_memory(self) -> Any: ...
 
 
-@contextmanager
-def taking_hidden_states(
-    backbone: nn.Module, rows: tuple[int, int], *, detach: bool
-) -> Iterator[list[Tensor]]:
-    """Collect rows (start, stop) of the last hidden state of each forward of a model's backbone.
-
-    Yields:
-        A list of [B, stop - start, D]. With `detach` they are copies, so that the kept memory does
-        not grow with the prompts.
-    """
-    taken: list[Tensor] = []
-
-    def take(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output.last_hidden_state[:, slice(*rows)]
-        taken.append(hidden.detach().clone() if detach else hidden)
-
-    handle = backbone.register_forward_hook(take)
-    try:
-        yield taken
-    finally:
-        handle.remove()
+Kept = dict[int, Any]  # rows by the number of their layer
 
 
 class References:
-    """Snapshots of a rollout batch by name ("old", "ref", "teacher"), for each micro-batch.
+    """What the terms compare a rollout batch with, by name, for each micro-batch of its update.
 
-    TRL shuffles a rollout batch and splits it. `rollout_index`, int64 [b], says which rollouts a
-    micro-batch holds. A micro-batch gets the same objects in every iteration, unless they are kept
-    on another device. So the normalisers of a snapshot are computed once.
+        references.add("old", {layer: [snapshot, ...]})     # as the forwards come
+        references.split([index, ...])                      # the micro-batches to come, if known
+        references.of("old", index, device)[layer]          # the rollouts of one of them
+        references.clear()                                  # before the next rollout batch
+
+    Rollouts have numbers. A micro-batch names those that it holds, in its order. It gets the same
+    objects in every iteration, unless they are kept on another device. So the normalisers of a
+    snapshot are computed once.
+
+    Args:
+        device: where to keep everything: None where it was made, a device such as "cpu", or
+            "pinned", memory of the CPU from which copies to a GPU do not wait.
     """
 
     def __init__(self, device: str | None = None) -> None:
         self._keep_on = device
-        # Snapshots by name and by the rollouts that they hold, in their order.
-        self._parts: dict[str, dict[tuple[int, ...], Snapshots]] = {}
+        # By name, and by the numbers of the rollouts that a part holds, in its order.
+        self._parts: dict[str, dict[tuple[int, ...], Kept]] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all kept snapshots."""
+        """Bytes of all that is kept."""
         return sum(
-            snapshot.nbytes
+            rows.nbytes
             for parts in self._parts.values()
             for part in parts.values()
-            for snapshot in part.values()
+            for rows in part.values()
         )
 
     def clear(self) -> None:
         """Forget the rollout batch."""
         self._parts = {}
 
-    def add(self, name: str, taken: dict[int, list[rk.AttentionSnapshot]]) -> None:
-        """Keep what `taking_snapshots` collected of the rollout batch, in its order."""
-        joined = {layer: rk.AttentionSnapshot.cat(parts) for layer, parts in taken.items()}
-        if self._keep_on is not None:
-            joined = {layer: snapshot.to(self._keep_on) for layer, snapshot in joined.items()}
-        size = next(iter(joined.values())).batch_size
-        self._parts[name] = {tuple(range(size)): joined}
-
-    def split(self, parts: list[Tensor]) -> None:
-        """Keep the snapshots of each micro-batch, and no longer those of the whole batch.
+    def add(
+        self, name: str, taken: Mapping[int, Sequence[Rows]], index: Tensor | None = None
+    ) -> None:
+        """Keep rows of some rollouts.
 
         Args:
-            parts: `rollout_index` of each micro-batch.
+            name: such as "old", "ref" or "teacher".
+            taken: by the number of its layer, what each forward gave, in their order.
+            index: int64 [b], the numbers of these rollouts; default those after the ones that are
+                here.
+
+        Raises:
+            ValueError: layers with different numbers of rows, an index of another length, or a
+                rollout that is here.
+            RuntimeError: "pinned" on a machine without an accelerator.
         """
-        for name in self._parts:
-            whole = self._joined(name)
-            split: dict[tuple[int, ...], Snapshots] = {tuple(x.tolist()): {} for x in parts}
-            for layer in list(whole):
-                snapshot = whole.pop(layer)  # only one layer at a time exists twice
+        joined = {layer: self._placed(_cat(rows)) for layer, rows in taken.items()}
+        here = [number for key in self._parts.get(name, {}) for number in key]
+        sizes = {len(rows) for rows in joined.values()}
+        if len(sizes) != 1:
+            got = ", ".join(map(str, sorted(sizes))) or "none"
+            raise ValueError(f"References.add: layers must have the same number of rows; got {got}")
+        (size,) = sizes
+        first = max(here, default=-1) + 1
+        key = tuple(range(first, first + size) if index is None else index.tolist())
+        if len(key) != size or len(set(key).difference(here)) != size:
+            raise ValueError(
+                f"References.add: index must hold {size} rollouts that {name!r} does not have; "
+                f"got {list(key)}, with {here} here"
+            )
+        self._parts.setdefault(name, {})[key] = joined
+
+    def split(self, parts: Iterable[Tensor]) -> None:
+        """Keep the rows of each micro-batch, and no longer those of the whole batch.
+
+        Args:
+            parts: int64 [b], the rollouts of each micro-batch.
+
+        Raises:
+            KeyError: a rollout that was not added.
+        """
+        keys = [tuple(numbers.tolist()) for numbers in parts]
+        for name, whole in self._parts.items():
+            split: dict[tuple[int, ...], Kept] = {key: {} for key in keys}
+            for layer in list(next(iter(whole.values()))):
                 for key, part in split.items():
-                    part[layer] = snapshot[torch.tensor(key)]
+                    part[layer] = _picked(name, whole, layer, key)
+                for part in whole.values():
+                    del part[layer]  # only one layer at a time exists twice
             self._parts[name] = split
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
-    def of(self, name: str, rollout_index: Tensor, device: torch.device) -> Snapshots:
-        """The snapshots of some rollouts, on `device`, by layer.
+    def of(self, name: str, rollout_index: Tensor, device: torch.device) -> Kept:
+        """The rows of some rollouts, on `device`, by layer.
+
+        Args:
+            name: as it was added.
+            rollout_index: int64 [b], their numbers.
+            device: where to have them.
 
         Raises:
-            KeyError: nothing of that name was added.
+            KeyError: nothing of that name was added, or not of these rollouts.
         """
-        key = tuple(rollout_index.tolist())
-        part = self._parts[name].get(key)
-        if part is None:
-            whole = self._joined(name)
-            part = {layer: snapshot[torch.tensor(key)] for layer, snapshot in whole.items()}
+        if name not in self._parts:
+            raise KeyError(
+                f"References.of: {name!r} was not added; {', '.join(self._parts) or 'nothing'} was"
+            )
+        parts, key = self._parts[name], tuple(rollout_index.tolist())
+        found = parts.get(key)
+        if found is None:
+            layers = next(iter(parts.values()))
+            found = {layer: _picked(name, parts, layer, key) for layer in layers}
         return {
-            layer: snapshot if snapshot.device == device else snapshot.to(device)
-            for layer, snapshot in part.items()
+            # Only a copy from the CPU may run while we go on: its reader waits for it by itself.
+            layer: rows
+            if rows.device == device
+            else rows.to(device, non_blocking=rows.device.type == "cpu")
+            for layer, rows in found.items()
         }
 
-    def _joined(self, name: str) -> Snapshots:
-        """The snapshots of all rollouts, in the order of their numbers."""
-        parts = self._parts[name]
-        numbers = torch.tensor([number for key in parts for number in key])
-        if len(parts) == 1 and torch.equal(numbers, torch.arange(len(numbers))):
-            (whole,) = parts.values()
-            return whole
-        layers = next(iter(parts.values()))
-        return {
-            layer: rk.AttentionSnapshot.cat([part[layer] for part in parts.values()])[
-                numbers.argsort()
-            ]
-            for layer in layers
-        }
+    def _placed(self, rows: Any) -> Any:
+        if self._keep_on is None:
+            return rows
+        if self._keep_on == PINNED:
+            if not torch.accelerator.is_available():
+                raise RuntimeError("References: device='pinned' needs an accelerator; got none")
+            return rows.to("cpu", non_blocking=False).pin_memory()
+        return rows.to(self._keep_on, non_blocking=False)
+
+
+def _picked(
+    name: str, parts: Mapping[tuple[int, ...], Kept], layer: int, numbers: tuple[int, ...]
+) -> Any:
+    """A layer's rows of these rollouts, in this order, from the parts that hold them."""
+    pieces, found = [], []
+    for key, part in parts.items():
+        places = {number: place for place, number in enumerate(key)}
+        here = [number for number in numbers if number in places]
+        if here:
+            pieces.append(part[layer][torch.tensor([places[number] for number in here])])
+            found += here
+    missing = set(numbers).difference(found)
+    if missing:
+        raise KeyError(f"References: rollouts {sorted(missing)} of {name!r} were not added")
+    joined = _cat(pieces)
+    if found == list(numbers):
+        return joined
+    order = {number: place for place, number in enumerate(found)}
+    return joined[torch.tensor([order[number] for number in numbers])]
+
+
+def _cat(rows: Sequence[Any]) -> Any:
+    first = rows[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(rows)) if len(rows) > 1 else first
+    return type(first).cat(rows)

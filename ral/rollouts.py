@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,18 @@ _NEVER = -100.0  # vLLM's lowest bias
 
 class RolloutError(RuntimeError):
     """The engine that wrote the rollouts disagrees with the trainer's model."""
+
+
+@contextmanager
+def randomness_kept(device: torch.device) -> Iterator[None]:
+    """Leave all random states as they were: datasets, rewards and attention may use any."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def media_tokens(model_config: Any, processor: Any) -> set[int]:
@@ -82,6 +97,30 @@ def keep_media_out(trainer: Any) -> None:
         suppressed = sorted(tokens.union(trainer.generation_config.suppress_tokens or ()))
         trainer.generation_config.suppress_tokens = suppressed
         trainer.generation_kwargs["suppress_tokens"] = suppressed
+
+
+def forget_images(trainer: Any) -> None:
+    """Let vLLM encode images anew after each change of its weights.
+
+    It keeps what its vision tower made of an image for the next prompt that has the image. TRL has
+    it forget keys and values of prompts, and not that (trl#7198).
+
+    Args:
+        trainer: TRL's, made, with use_vllm.
+    """
+    engine = trainer.vllm_generation
+    sync_weights = engine.sync_weights
+
+    def sync_and_forget() -> None:
+        sync_weights()
+        if engine.mode == "colocate":
+            engine.llm.llm_engine.reset_encoder_cache()
+        elif trainer.accelerator.is_main_process:
+            client = engine.vllm_client
+            # The answer has no body, which the client's own `_post` would read.
+            client.session.post(f"{client.base_url}/reset_encoder_cache").raise_for_status()
+
+    engine.sync_weights = sync_and_forget
 
 
 class UnexpandedPrompts:

@@ -14,6 +14,12 @@ def micro_steps_per_generation(config: RALConfig) -> int:
     return config.steps_per_generation * config.num_iterations
 
 
+def runs_old_policy(config: RALConfig) -> bool:
+    """Whether TRL runs the policy that wrote a rollout batch over it: what "old" is taken from."""
+    one_step = config.gradient_accumulation_steps % micro_steps_per_generation(config) == 0
+    return not one_step or (config.use_vllm and config.vllm_importance_sampling_correction)
+
+
 def inner_step(config: RALConfig, micro_step: int) -> int:
     """The optimizer step on its rollout batch that a micro-step belongs to, from 0."""
     return (micro_step % micro_steps_per_generation(config)) // config.gradient_accumulation_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ._requirements import check_trl
@@ -13,6 +14,7 @@ from transformers import TrainerCallback  # noqa: E402  (after the check, whose 
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from .sealing import SealsCheckpoints  # noqa: E402
+from .vision import image_lists  # noqa: E402
 
 
 class _SFTTrainer(SealsCheckpoints, SFTTrainer):
@@ -26,6 +28,7 @@ def sft_trainer(
     config: SFTConfig,
     *,
     peft_config: Any = None,
+    eval_rows: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
     """TRL's SFTTrainer for rows with prompt, images and completion, with loss on completions.
@@ -33,9 +36,11 @@ def sft_trainer(
     Args:
         model: of transformers.
         processor: the model's; one for images only suffices.
-        rows: a `datasets.Dataset` or IterableDataset, of `ral.data.to_sft` or `ral.digits`.
+        rows: a `datasets.Dataset` or IterableDataset, of `ral.data.to_sft` or `ral.digits`. In some
+            `images` may be None or an empty list.
         config: TRL's; `max_length` None, since cutting a prompt would cut its visual tokens.
         peft_config: of LoRA, for a model without adapters.
+        eval_rows: the same, for evaluation during training.
         callbacks: further ones.
 
     Raises:
@@ -58,11 +63,18 @@ def sft_trainer(
             "loss; got false"
         )
     trainer_class: Any = _SFTTrainer
-    return trainer_class(
+    trainer = trainer_class(
         model=model,
         args=config,
         train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
         peft_config=peft_config,
         callbacks=list(callbacks),
     )
+    trainer.data_collator = partial(_collated, trainer.data_collator)
+    return trainer
+
+
+def _collated(collate: Any, examples: list[dict[str, Any]]) -> Any:
+    return collate(image_lists(examples))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -14,24 +16,21 @@ import ral_kernels as rk
 from . import losses, rollouts, schedule
 from .attention_maps import LogsAttentionMaps
 from .config import RALConfig
-from .distillation import (
-    backbone_of,
-    check_teacher,
-    load_teacher,
-    logit_divergence,
-    pair_layers,
-)
+from .distillation import check_teacher, load_teacher, pair_layers
 from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
 from .metrics import MeasuringTrainer
-from .references import References, taking_hidden_states, taking_snapshots
+from .references import References
+from .resampling import Resampler, equal_groups
 from .rewards.tags import rendered_end
-from .vision import VisionLayout, lay_out
+from .terms import ATTENTION, Batch, Role, Term, Terms, check_references, terms_of
+from .validation import Validates
+from .vision import VisionLayout, has_images, image_lists, lay_out, without_empty_images
 
 logger = logging.get_logger(__name__)
 
 
-class RALTrainer(MeasuringTrainer):
+class RALTrainer(Validates, MeasuringTrainer):
     """GRPO with Reinforced Attention Learning, and On-Policy Attention Distillation.
 
     TRL's `GRPOTrainer` does the rest as usual: rollouts, advantages, KL, LoRA, checkpoints,
@@ -51,17 +50,23 @@ class RALTrainer(MeasuringTrainer):
             over keys (nats), every `attn_metrics_every` batches.
         attn/differing_prefixes: share of response tokens whose prefix differs within the group;
             the others have no RAL signal.
+        groups/equal: groups of a rollout batch whose rewards are all equal: they have no gradient.
+            With `resample_equal_groups` also groups/drawn, the further prompts that were drawn for
+            it, and groups/left_equal.
         time/rollout, time/old_policy, time/update: seconds of an optimizer step.
+        eval_reward, eval_accuracy, ...: of evaluations (`Validates`).
 
     Args:
         model, reward_funcs, args, ...: as in `GRPOTrainer`; args is a `RALConfig`.
         teacher_model: a frozen model, or its path, for the terms that compare with a teacher. It
             must read the same tokens and cut images in the same way. Depth, heads and head dim may
             differ.
+        terms: more terms of the loss, after those of args.
 
     Raises:
-        TypeError: args is not a `RALConfig`.
-        ValueError: a teacher is missing or not needed, or it reads rollouts differently.
+        TypeError: args is not a `RALConfig`, or a term not a `Term`.
+        ValueError: a teacher is missing or not needed, or it reads rollouts differently; two terms
+            have one name, or a term compares with what this schedule does not have.
         NotImplementedError: the model's decoder layers are not found, or not usable.
     """
 
@@ -75,32 +80,34 @@ class RALTrainer(MeasuringTrainer):
         args: RALConfig | None = None,
         *positional: Any,
         teacher_model: str | nn.Module | None = None,
+        terms: Sequence[Term] = (),
         **named: Any,
     ) -> None:
         if not isinstance(args, RALConfig):
             raise TypeError(f"RALTrainer: args must be a RALConfig; got {type(args).__name__}")
-        if args.needs_teacher and teacher_model is None:
-            raise ValueError(
-                "RALTrainer: teacher_model must be given for distill_logit_coef > 0, "
-                "distill_attn_coef > 0 or attn_reference='teacher'; got None"
-            )
-        if teacher_model is not None and not args.needs_teacher:
-            raise ValueError(
-                "RALTrainer: teacher_model needs distill_logit_coef > 0, distill_attn_coef "
-                "> 0 or attn_reference='teacher'; got a teacher that nothing compares with"
-            )
+        terms = [*terms_of(args), *terms]
+        check_references(terms, args, teacher_model)
         self.teacher_model: Any = None
         self._references = References(args.attn_snapshot_device)
         self._rolling_out = False
         self._generations = 0  # rollout batches so far
         self._bias: Any = None  # [B, layers, S] of the rollout batch being made, if it explores
         self._num_spans = 0
+        self._needs_images = True  # unless there is a column of images: a batch may have none
         super().__init__(model, reward_funcs, args, *positional, **named)
+        # For its table TRL gathers images in processes that have any: the others would not join.
+        self._tables_images = self.log_multimodal and self.log_completions and not self.tools
+        self.log_multimodal = self.log_multimodal and bool(self.tools)
+        self._resampler: Resampler | None = None
+        if args.resample_equal_groups > 0:
+            self._resampler = Resampler(self, args.resample_equal_groups)
         rollouts.keep_media_out(self)
         self._unexpanded = rollouts.UnexpandedPrompts(self)
         if args.use_vllm and args.vllm_mode == "colocate":
             engine = self.vllm_generation
             engine.generate = self._unexpanded.around(engine.generate)
+        if args.use_vllm and self._is_vlm:
+            rollouts.forget_images(self)
         self._agrees = not args.use_vllm or not rollouts.samples_the_whole_distribution(self)
         # TRL pads prompts on the left, but takes token types as the processor pads them. On another
         # side, image positions would be wrong in a batch of prompts of different lengths.
@@ -109,12 +116,13 @@ class RALTrainer(MeasuringTrainer):
             check_can_explore(self)
         # It raises now, and not in the first step, if the layers cannot be captured.
         assert args.attn_layers is not None  # RALConfig has put the last one
-        self._layers: list[int] = rk.capture(self.model, args.attn_layers).layers
-        if args.needs_teacher:
+        self._terms = Terms(terms, self.model, args.attn_layers, self._references)
+        self._layers = self._terms.layers
+        if teacher_model is not None:
             self._set_up_teacher(teacher_model)
         if args.attn_map_every > 0:
             self.add_callback(LogsAttentionMaps(self))
-        if schedule.stands_still(args):
+        if schedule.stands_still(args) and len(self._terms) == 1:
             logger.warning(
                 "RALTrainer: rl_coef=0 with attn_reference='old': the policy's divergence from "
                 "itself has no gradient, and nothing else moves it: no weight will change"
@@ -130,9 +138,15 @@ class RALTrainer(MeasuringTrainer):
     def _set_up_teacher(self, teacher: Any) -> None:
         unwrapped = self.accelerator.unwrap_model(self.model)
         teacher = load_teacher(teacher, self.args, unwrapped.dtype)
-        check_teacher(unwrapped, teacher, self.processing_class)
+        on_tokens = self.args.distill_logit_coef > 0
+        check_teacher(unwrapped, teacher, self.processing_class, on_tokens=on_tokens)
         depths = [m.config.get_text_config().num_hidden_layers for m in (teacher, unwrapped)]
-        self._teacher_layers = pair_layers(self._layers, self.args.distill_teacher_layers, *depths)
+
+        def pair(term: Term, layers: list[int]) -> list[int]:
+            wanted = self.args.distill_teacher_layers if term.layers is None else None
+            return pair_layers(layers, wanted, *depths)
+
+        self._terms.pair("teacher", pair)
         self.teacher_model = self._prepare_frozen(teacher)
 
     def _prepare_frozen(self, model: nn.Module) -> Any:
@@ -150,13 +164,20 @@ class RALTrainer(MeasuringTrainer):
     # -- rollouts --------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = image_lists(inputs)
         if not self.model.training:
+            self._table_images(inputs)
             return super()._generate_and_score_completions(inputs)
+        self._needs_images = not has_images(inputs)
         self._references.clear()
         self._bias = None
         self._rolling_out = True
         try:
-            with self._timed("rollout"):  # less the forwards inside
+            with self._timed("rollout"), ExitStack() as stack:  # less the forwards inside
+                if self._resampler is not None:
+                    inputs, replayed = self._resampler.fill(inputs, self._generations)
+                    stack.enter_context(replayed)
+                self._table_images(inputs)
                 output = super()._generate_and_score_completions(inputs)
         finally:
             self._rolling_out = False
@@ -179,11 +200,24 @@ class RALTrainer(MeasuringTrainer):
         if self._bias is not None:
             output["explore_bias"] = self._bias
         if self.teacher_model is not None:
-            with self._timed("old_policy"), torch.no_grad():
-                hidden = self._run_teacher(ids, mask, output)
-            if hidden is not None:
-                output["teacher_hidden"] = hidden
+            length = output["completion_ids"].shape[1]
+            view = losses.view_of(self.args, ids.shape[1] - length, length, layout.spans)
+            with (
+                self._timed("old_policy"),
+                without_empty_images(self.teacher_model),
+                self._terms.taking("teacher", self.teacher_model, view),
+                torch.no_grad(),
+            ):
+                super()._get_per_token_logps_and_entropies(
+                    self.teacher_model, ids, mask, length,
+                    batch_size=self.args.per_device_train_batch_size,
+                    **{name: output.get(name) for name in _MODEL_FIELDS},
+                )  # fmt: skip
         return output
+
+    def _table_images(self, rows: list[dict[str, Any]]) -> None:
+        if self._tables_images and has_images(rows):
+            self._logs["images"].extend(gather_object([row["images"] for row in rows]))
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], *completions: Any
@@ -200,6 +234,9 @@ class RALTrainer(MeasuringTrainer):
         )  # fmt: skip
         inputs = [{**row, "prompt_end": end} for row in inputs]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, *completions)
+        if self.model.training:
+            equal = equal_groups(self, rewards).sum().item()
+            self._metrics["train"]["groups/equal"].append(equal)
         return rewards
 
     def _check_agreement(self, output: dict[str, Any]) -> None:
@@ -216,6 +253,8 @@ class RALTrainer(MeasuringTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None:  # the processor takes no None beside lists
+            images = [each or [] for each in images]
         if images is not None and self.use_vllm and self.vllm_mode == "colocate":
             self._unexpanded.remember(prompts, ids)
         return ids, images, fields
@@ -236,6 +275,8 @@ class RALTrainer(MeasuringTrainer):
         *rest: Any,
         **kw: Any,
     ) -> Any:
+        if images is not None and self.use_vllm:  # which takes None for a prompt without images
+            images = [each or None for each in images]
         if not (self.args.explores and self._rolling_out):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *rest, **kw)
         ids, mask = self._pad_prompts(prompt_ids)
@@ -254,10 +295,9 @@ class RALTrainer(MeasuringTrainer):
     def _lay_out(
         self, ids: Tensor, mask: Tensor, fields: dict[str, Any], response: int = 0
     ) -> VisionLayout:
-        # Even with a column of images, a rollout batch may have none.
-        columns = getattr(self.train_dataset, "column_names", None) or []
-        needs_images = not {"image", "images"}.intersection(columns)
-        return lay_out(self.args, self.model.config, ids, mask, fields, response, needs_images)
+        return lay_out(
+            self.args, self.model.config, ids, mask, fields, response, self._needs_images
+        )
 
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Prompts as `generate` gets them: padded on the left."""
@@ -274,35 +314,31 @@ class RALTrainer(MeasuringTrainer):
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if not self._rolling_out:
-            with gathered_head(model):
+            with gathered_head(model), without_empty_images(model):
                 return super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
                 )
-        role = "old" if self._is_policy(model) else "ref"
-        rows = self._rows(input_ids.shape[1] - logits_to_keep, logits_to_keep)
-        wanted = self.args.attn_coef > 0 and self.args.attn_reference == role
+        role: Role = "old" if self._is_policy(model) else "ref"
+        spans = None
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
             stack.enter_context(gathered_head(model))
-            if (
-                self._bias is not None
-            ):  # also for TRL's reference model, or KL would measure the noise
+            stack.enter_context(without_empty_images(model))
+            if self._bias is not None or role in self._terms.roles:
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}
-                layout = self._lay_out(input_ids, attention_mask, fields, logits_to_keep)
-                assert layout.spans is not None
-                stack.enter_context(steered(model, self._layers, self._bias, layout.spans))
-            taken = None
-            if wanted:
-                taken = stack.enter_context(
-                    taking_snapshots(model, self._layers, rows, steered=False)
-                )
-            result = super()._get_per_token_logps_and_entropies(
+                response = 0 if self.tools else logits_to_keep
+                spans = self._lay_out(input_ids, attention_mask, fields, response).spans
+            if self._bias is not None:
+                # Also for TRL's reference model, or KL would measure the noise.
+                assert spans is not None
+                stack.enter_context(steered(model, self._layers, self._bias, spans))
+            prompt = input_ids.shape[1] - logits_to_keep
+            view = losses.view_of(self.args, prompt, logits_to_keep, spans)
+            stack.enter_context(self._terms.taking(role, model, view))
+            return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        if taken is not None:
-            self._references.add(role, taken)
-        return result
 
     def _is_policy(self, model: Any) -> bool:
         """Whether `model` is now the policy and not TRL's reference model.
@@ -319,38 +355,11 @@ class RALTrainer(MeasuringTrainer):
         tuned = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
         return not any(layer.disable_adapters or "ref" in layer.active_adapters for layer in tuned)
 
-    def _run_teacher(self, ids: Tensor, mask: Tensor, output: dict[str, Any]) -> Tensor | None:
-        """The teacher's forward over the rollouts: its snapshots, and its [B, C, D] states.
-
-        The states are None if no term compares tokens.
-        """
-        length = output["completion_ids"].shape[1]
-        prompt = ids.shape[1] - length
-        unwrapped = self.accelerator.unwrap_model(self.teacher_model)
-        layers = self._teacher_layers
-        hidden: list[Tensor] = []
-        with ExitStack() as stack:
-            taken = stack.enter_context(
-                taking_snapshots(self.teacher_model, layers, self._rows(prompt, length))
-            )
-            if self.args.distill_logit_coef > 0:
-                backbone, rows = backbone_of(unwrapped), (prompt - 1, prompt - 1 + length)
-                hidden = stack.enter_context(taking_hidden_states(backbone, rows, detach=True))
-            super()._get_per_token_logps_and_entropies(
-                self.teacher_model, ids, mask, length,
-                batch_size=self.args.per_device_train_batch_size,
-                **{name: output.get(name) for name in _MODEL_FIELDS},
-            )  # fmt: skip
-        beside = dict(zip(self._layers, layers, strict=True))
-        self._references.add("teacher", {ours: taken[beside[ours]] for ours in self._layers})
-        return torch.cat(hidden) if hidden else None
-
     # -- the loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not self.model.training or not self._has_terms:
             return self.args.rl_coef * super()._compute_loss(model, inputs)
-        prompt, length = inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]
         spans = None
         if "span_ids" in inputs:
             spans = rk.Spans(inputs["span_ids"], self._num_spans)
@@ -360,69 +369,43 @@ class RALTrainer(MeasuringTrainer):
                 seen = stack.enter_context(
                     steered(model, self._layers, inputs["explore_bias"], spans)
                 )
-            captured = stack.enter_context(rk.capture(model, self._layers))
-            hidden = []
-            if self.args.distill_logit_coef > 0:
-                backbone = backbone_of(self.accelerator.unwrap_model(model))
-                rows = (prompt - 1, prompt - 1 + length)
-                hidden = stack.enter_context(taking_hidden_states(backbone, rows, detach=False))
+            captured = stack.enter_context(self._terms.capturing(model))
             rl_loss = self.args.rl_coef * super()._compute_loss(model, inputs)
         if "explore_bias" in inputs:
             spans = seen[-1]
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        scope = inputs["visual"] if self.args.attn_scope == "visual" and spans is None else None
-        view = losses.view_of(self.args, self._rows(prompt, length), spans, scope)
-        weights = losses.token_weights(mask, self.args.attn_reduction, self._normaliser(inputs))
-        terms = self._terms(captured, inputs, weights, view)
-        if hidden:
-            terms["distill/logits"] = (
-                self.args.distill_logit_coef,
-                logit_divergence(
-                    self.accelerator.unwrap_model(model), hidden[-1],
-                    self.accelerator.unwrap_model(self.teacher_model), inputs["teacher_hidden"],
-                    mask, self._normaliser(inputs, "token_mean"), self.args,
-                ),
-            )  # fmt: skip
-        weighted = [coefficient * term for coefficient, term in terms.values()]
-        self._measure(captured, inputs, mask.bool(), view, rl_loss, terms)
+        batch = self._batch(model, captured, inputs, spans)
+        terms = self._terms.seen(captured, batch, inputs["rollout_index"])
+        values = [(term, term.loss(of)) for term, of in terms if term.coefficient > 0]
+        self._measure(batch, terms, values, rl_loss)
+        weighted = [term.coefficient * value for term, value in values]
         return torch.stack([rl_loss, *weighted]).sum()
 
-    def _terms(
-        self, captured: Any, inputs: dict[str, Any], weights: Tensor, view: losses.PolicyView
-    ) -> dict[str, tuple[float, Tensor]]:
-        """The attention terms by metric name, each with its coefficient."""
-        args, index = self.args, inputs["rollout_index"]
+    def _batch(
+        self, model: Any, captured: Any, inputs: dict[str, Any], spans: rk.Spans | None
+    ) -> Batch:
+        """The micro-batch as all terms see it."""
+        args, mask = self.args, inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
         advantages = inputs["advantages"].float()
-        advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-        terms = {}
-        if args.attn_coef > 0:
-            reference = self._references.of(args.attn_reference, index, weights.device)
-            terms["attn/loss"] = (
-                args.attn_coef,
-                losses.weighted_divergence(captured, reference, weights * advantages, view),
-            )
-        if args.distill_attn_coef > 0:
-            teacher = self._references.of("teacher", index, weights.device)
-            terms["distill/attention"] = (
-                args.distill_attn_coef,
-                losses.weighted_divergence(captured, teacher, weights, view),
-            )
-        if "explore_bias" in inputs and args.attn_explore_coef > 0:
-            terms["explore/loss"] = (
-                args.attn_explore_coef,
-                losses.exploration_loss(captured, self._layers, weights * advantages, view),
-            )
-        return terms
+        scope = inputs["visual"] if args.attn_scope == "visual" and spans is None else None
+        return Batch(
+            captured=captured[ATTENTION],
+            layers=self._layers,
+            references={},
+            advantages=advantages[:, None] if advantages.dim() == 1 else advantages,
+            mask=mask.bool(),
+            weights=losses.token_weights(mask, args.attn_reduction, self._normaliser(inputs)),
+            num_tokens=self._normaliser(inputs, "token_mean"),
+            view=losses.view_of(args, inputs["prompt_ids"].shape[1], mask.shape[1], spans, scope),
+            inputs=inputs,
+            model=model,
+            teacher=self.teacher_model,
+        )
 
     @property
     def _has_terms(self) -> bool:
-        args = self.args
-        return args.attn_coef > 0 or args.needs_teacher or args.explores
-
-    def _rows(self, prompt: int, length: int) -> tuple[int, int]:
-        return losses.response_rows(self.args.attn_rows, prompt, length)
+        return len(self._terms) > 0 or self.args.explores
 
     def _normaliser(self, inputs: dict[str, Any], reduction: str | None = None) -> Tensor | float:
         """The divisor of the sum over this micro-batch, so that an optimizer step is a mean.

@@ -1,12 +1,14 @@
-"""Where the images of a rollout batch are: spans and scopes for its token ids."""
+"""Images of a rollout batch, some of whose rows may have none: where they are in its token ids."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ral_kernels as rk
 
@@ -14,6 +16,58 @@ from .config import RALConfig
 
 # Fields of the processor's output that TRL's rollout batch keeps, by the processor's names.
 _FIELDS = ("image_grid_thw", "image_sizes")
+# Arguments of a model that have a row for each image, patch or tile.
+_OF_IMAGES = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes",
+    "image_position_ids",
+)  # fmt: skip
+
+
+def has_images(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the rows have a column for images, even if it is empty in all of them."""
+    return any("images" in row or "image" in row for row in rows)
+
+
+def image_lists(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose `images` is a list, empty in a row without images: TRL can mix those.
+
+    A row has its images in `images` or `image`. Either may be None or missing, in some rows or in
+    all; without a column of images in any row, the rows are as they were.
+    """
+    if not has_images(rows):
+        return list(rows)
+
+    def of(row: dict[str, Any]) -> list[Any]:
+        images = row.get("images")
+        if images is None:
+            images = [] if row.get("image") is None else [row["image"]]
+        return list(images)
+
+    return [{**row, "images": of(row)} for row in rows]
+
+
+@contextmanager
+def without_empty_images(model: nn.Module) -> Iterator[None]:
+    """Leave images out of those forwards of `model` whose rows have none.
+
+    TRL cuts the images of a rollout batch to the rows of a forward. Where these have none it leaves
+    tensors of no rows, which vision encoders do not take.
+
+    Args:
+        model: called with keyword arguments.
+    """
+
+    def leave_out(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        pixels = kwargs.get("pixel_values")
+        if pixels is None or pixels.shape[0] > 0:
+            return None
+        return args, {name: value for name, value in kwargs.items() if name not in _OF_IMAGES}
+
+    handle = model.register_forward_pre_hook(leave_out, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)

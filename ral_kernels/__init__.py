@@ -18,6 +18,7 @@ from .ops.attention import (
 from .ops.divergence import divergence
 from .ops.policy import attention_divergence, attention_policy, ral_loss
 from .runtime.backends import available_backends
+from .sharded import ShardedPolicy, ShardedSnapshot, sharded_bytes
 from .snapshot import AttentionSnapshot
 from .spans import Spans
 
@@ -44,6 +45,8 @@ __all__ = [
     "AttentionMap",
     "AttentionOutput",
     "AttentionSnapshot",
+    "ShardedPolicy",
+    "ShardedSnapshot",
     "Spans",
     "attention",
     "attention_divergence",
@@ -62,6 +65,7 @@ __all__ = [
     "ral_loss",
     "record_attention",
     "scaled_dot_product_attention",
+    "sharded_bytes",
     "spans_for",
     "steer",
 ]

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .ops import qkv
+from .ops import packing, qkv
+from .ops.packing import PackedRows
 from .runtime import checks
 
 if TYPE_CHECKING:
     from .ops.policy.arguments import PolicyArgs
 
 _OP = "AttentionSnapshot"
-_TENSORS = ("q", "k", "k_prefix", "prefix_index", "span_bias")
+_PACKING = ("cu_seqlens_q", "cu_seqlens_k", "query_starts")
+_TENSORS = ("q", "k", "k_prefix", "prefix_index", "span_bias", *_PACKING)
 _OPTIONS = ("query_start", "scale", "window_left", "window_right", "softcap")
 _PARTS = operator.attrgetter(*_TENSORS, *_OPTIONS)
+_PACKED = operator.attrgetter(*_PACKING)
 _FORMAT = "ral_kernels.AttentionSnapshot/1"
 
 
@@ -49,6 +52,9 @@ class AttentionSnapshot:
         group_size: G, where the G rollouts of a prompt are adjacent in the batch.
         shared_prefix: N0, the first keys that the samples of a group share (the prompt). They are
             kept once per group. Their values must be equal bit for bit.
+        cu_seqlens_q, cu_seqlens_k: offsets of packed sequences, with `rows` a sequence, as in
+            `attention_policy`. Such a snapshot compares with calls of the same sequences. It
+            supports no shared_prefix.
 
     Attributes:
         q: [B, H, T, D], the chosen rows.
@@ -56,7 +62,10 @@ class AttentionSnapshot:
         k_prefix, prefix_index: [P, Hk, N0, D] and int64 [B], each sample's place in it; both None
             without a shared prefix.
         span_bias: [B, 1 or H, 1 or T, S] float32 (float64 with float64 q), or None.
-        query_start: key position of row 0.
+        query_start: key position of row 0; 0 where packed.
+        cu_seqlens_q, cu_seqlens_k, query_starts: where packed, int32 [S + 1], [S + 1] and [S]:
+            offsets of the chosen rows and of the keys, and the position of each sequence's first
+            row in its own keys; else None.
         scale, window_left, window_right, softcap: resolved options; -1 = no bound, 0 = no soft cap.
 
     Raises:
@@ -72,6 +81,9 @@ class AttentionSnapshot:
     k_prefix: Tensor | None
     prefix_index: Tensor | None
     span_bias: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    query_starts: Tensor | None
     query_start: int
     scale: float
     window_left: int
@@ -80,14 +92,14 @@ class AttentionSnapshot:
     _normalisers: tuple[list[Any], Tensor, Tensor] | None = (
         None  # of this object only, not of its copies
     )
-    _checked: tuple[Any, ...] = (-1,)  # see `check`
+    _checked: tuple[Any, ...] = ((),)  # see `check`
 
     def __init__(
         self,
         q: Tensor,
         k: Tensor,
         *,
-        rows: slice | tuple[int, int] | None = None,
+        rows: slice | tuple[int, int] | PackedRows | None = None,
         span_bias: Tensor | None = None,
         is_causal: bool = True,
         scale: float | None = None,
@@ -98,14 +110,18 @@ class AttentionSnapshot:
         pin_memory: bool = False,
         group_size: int = 1,
         shared_prefix: int = 0,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
     ) -> None:
         q, k, _ = qkv.autocast_inputs(q, k, k)
         qkv.check_qkv(_OP, q, k, k, None)  # k in place of v: the same checks
         checks.check_flag(_OP, "is_causal", is_causal)
         checks.check_flag(_OP, "pin_memory", pin_memory)
         _check_dtype(dtype)
-        start, stop = checks.resolve_rows(_OP, rows, q.shape[2])
-        self.query_start = k.shape[2] - q.shape[2] + start
+        packed = packing.resolve(_OP, q, k, cu_seqlens_q, cu_seqlens_k, rows)
+        if packed is None:
+            start, stop = checks.resolve_rows(_OP, rows, q.shape[2])
+        self.query_start = 0 if packed is not None else k.shape[2] - q.shape[2] + start
         self.scale = checks.resolve_scale(_OP, scale, q.shape[3])
         self.window_left, self.window_right = checks.resolve_window(_OP, window, is_causal)
         self.softcap = checks.resolve_softcap(_OP, softcap)
@@ -115,8 +131,16 @@ class AttentionSnapshot:
                 raise ValueError(
                     f"{_OP}: pin_memory must go with device=None or 'cpu'; got {device}"
                 )
-        q, k = q.detach()[:, :, start:stop], k.detach()
+        q, k = q.detach(), k.detach()
+        if packed is not None and (group_size, shared_prefix) != (1, 0):
+            raise ValueError(
+                f"{_OP}: group_size and shared_prefix are not supported with cu_seqlens_q; got "
+                f"{group_size} and {shared_prefix}"
+            )
         check_prefix(k, group_size, shared_prefix)
+        q = q[:, :, start:stop] if packed is None else packed.chosen(q)
+        for name in _PACKING:
+            setattr(self, name, None if packed is None else getattr(packed, name))
         self.span_bias = _resolve_span_bias(span_bias, q)
         self.k_prefix = self.prefix_index = None
         if group_size > 1 and shared_prefix > 0:
@@ -124,6 +148,8 @@ class AttentionSnapshot:
             self.prefix_index = torch.arange(q.shape[0], device=q.device) // group_size
             k = k[:, :, shared_prefix:]
         self.q, self.k = q, k
+        if not torch.compiler.is_compiling():
+            self._checked = self._found()
         copies = self._map(lambda name, x: _copy(x, device, None if name in _EXACT else dtype))
         self._adopt(copies.pin_memory() if pin_memory else copies)
 
@@ -132,6 +158,15 @@ class AttentionSnapshot:
     @property
     def batch_size(self) -> int:
         return self.q.shape[0]
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def num_sequences(self) -> int:
+        """S of a packed snapshot, else the batch size."""
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
     def num_rows(self) -> int:
@@ -160,13 +195,14 @@ class AttentionSnapshot:
         return sum(x.numel() * x.element_size() for x in self._all_tensors().values())
 
     def __len__(self) -> int:
-        return self.batch_size
+        return self.num_sequences
 
     def __repr__(self) -> str:
         return (
             f"AttentionSnapshot(q={tuple(self.q.shape)}, seqlen_k={self.seqlen_k}, "
             f"num_kv_heads={self.k.shape[1]}, shared_prefix={self.shared_prefix}, "
-            f"dtype={checks.dtype_name(self.dtype)}, device={self.device})"
+            + (f"sequences={self.num_sequences}, " if self.is_packed else "")
+            + f"dtype={checks.dtype_name(self.dtype)}, device={self.device})"
         )
 
     # -- its normalisers -------------------------------------------------------------------------
@@ -241,17 +277,19 @@ class AttentionSnapshot:
     # -- along the batch -------------------------------------------------------------------------
 
     def __getitem__(self, index: Tensor | slice) -> AttentionSnapshot:
-        """Some samples: a slice, an int64 tensor of sample numbers, or a bool mask [B]."""
+        """Some samples: a slice, an int64 tensor of sample numbers, or a bool mask [B].
+
+        Packed, they are sequences of the S, in the order asked for.
+        """
         if isinstance(index, Tensor):
             if index.dim() != 1 or index.dtype not in (torch.int64, torch.bool):
                 raise TypeError(
                     f"{_OP}: index must be a slice, an int64 tensor [n] or a bool mask [B]; got "
                     f"{checks.dtype_name(index.dtype)} {tuple(index.shape)}"
                 )
-            if index.dtype == torch.bool and index.shape[0] != self.batch_size:
+            if index.dtype == torch.bool and index.shape[0] != len(self):
                 raise ValueError(
-                    f"{_OP}: index must be a mask [B] = ({self.batch_size},); got "
-                    f"{tuple(index.shape)}"
+                    f"{_OP}: index must be a mask [B] = ({len(self)},); got {tuple(index.shape)}"
                 )
             index = index.to(self.device)
         elif not isinstance(index, slice):
@@ -259,14 +297,40 @@ class AttentionSnapshot:
                 f"{_OP}: index must be a slice, an int64 tensor [n] or a bool mask [B]; got "
                 f"{type(index).__name__}"
             )
+        if self.is_packed:
+            return self._pick_sequences(index)
         picked = {name: x[index] for name, x in self.tensors().items()}
         return self.from_tensors(picked, like=self)
+
+    def _pick_sequences(self, index: Tensor | slice) -> AttentionSnapshot:
+        self.check()
+        assert self.cu_seqlens_q is not None and self.cu_seqlens_k is not None
+        assert self.query_starts is not None
+        if isinstance(index, Tensor):
+            index = index.cpu()
+        picked = torch.arange(self.num_sequences)[index]
+        bounds_q, bounds_k = self.cu_seqlens_q.cpu(), self.cu_seqlens_k.cpu()
+        counts_q, counts_k = (x.diff()[picked].tolist() for x in (bounds_q, bounds_k))
+        rows = packing.token_index(bounds_q[picked].tolist(), counts_q).to(self.device)
+        keys = packing.token_index(bounds_k[picked].tolist(), counts_k).to(self.device)
+        tensors = {
+            "q": self.q[:, :, rows],
+            "k": self.k[:, :, keys],
+            "cu_seqlens_q": packing.offsets_of(counts_q).to(self.device),
+            "cu_seqlens_k": packing.offsets_of(counts_k).to(self.device),
+            "query_starts": self.query_starts[picked.to(self.device)],
+        }
+        if self.span_bias is not None:
+            by_row = self.span_bias.shape[2] > 1
+            tensors["span_bias"] = self.span_bias[:, :, rows] if by_row else self.span_bias
+        return self._make(_OP, tensors, self._options(), read_values=False)
 
     @classmethod
     def cat(cls, snapshots: Sequence[AttentionSnapshot]) -> AttentionSnapshot:
         """One batch of several, in order. All but their batch sizes must agree.
 
-        A prefix that two of them hold is kept twice.
+        A prefix that two of them hold is kept twice. Packed ones become one packed snapshot of all
+        their sequences.
         """
         snapshots = list(snapshots)
         if not snapshots:
@@ -287,6 +351,8 @@ class AttentionSnapshot:
                 )
         if len(snapshots) == 1:
             return first
+        if first.is_packed:
+            return cls._cat_packed(snapshots)
         joined: dict[str, Tensor] = {}
         for name in first._all_tensors():
             parts = [snapshot._all_tensors()[name] for snapshot in snapshots]
@@ -300,12 +366,42 @@ class AttentionSnapshot:
             joined[name] = torch.cat(parts)
         return cls._make(f"{_OP}.cat", joined, first._options())
 
+    @classmethod
+    def _cat_packed(cls, snapshots: Sequence[AttentionSnapshot]) -> AttentionSnapshot:
+        parts = [snapshot[:] for snapshot in snapshots]  # without tokens after the last offset
+        joined = {
+            name: torch.cat([part._all_tensors()[name] for part in parts], dim=dim)
+            for name, dim in (("q", 2), ("k", 2), ("query_starts", 0))
+        }
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            lengths = torch.cat([part._all_tensors()[name].diff() for part in parts])
+            joined[name] = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        biases = [part.span_bias for part in parts if part.span_bias is not None]
+        if biases:
+            heads = max(x.shape[1] for x in biases)
+            joined["span_bias"] = torch.cat(
+                [
+                    x.expand(-1, heads, part.num_rows, -1)
+                    for x, part in zip(biases, parts, strict=True)
+                ],
+                dim=2,
+            )
+        return cls._make(f"{_OP}.cat", joined, snapshots[0]._options(), read_values=False)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors whose first dimension is the batch, for a trainer that shuffles or splits.
 
         A shared prefix is not among them; `prefix_index` says which one each sample has. See
         `from_tensors`.
+
+        Raises:
+            ValueError: the snapshot is packed, so no dimension is the batch; index it instead.
         """
+        if self.is_packed:
+            raise ValueError(
+                f"{_OP}: tensors are not along a batch where sequences are packed; use "
+                "snapshot[index] and AttentionSnapshot.cat"
+            )
         return {name: x for name, x in self._all_tensors().items() if name != "k_prefix"}
 
     @classmethod
@@ -397,10 +493,12 @@ class AttentionSnapshot:
             self._checked, self._normalisers = found, None
 
     def _found(self) -> tuple[Any, ...]:
-        """How often torch wrote into prefix_index (None if not counted), and what there is."""
-        index = self.prefix_index
-        version = index._version if isinstance(index, Tensor) and not index.is_inference() else None
-        return version, *_PARTS(self)
+        """How often torch wrote into the indices (None if not counted), and what there is."""
+        versions = tuple(
+            x._version if isinstance(x, Tensor) and not x.is_inference() else None
+            for x in (self.prefix_index, *_PACKED(self))
+        )
+        return versions, *_PARTS(self)
 
     def _all_tensors(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in _TENSORS}
@@ -412,9 +510,11 @@ class AttentionSnapshot:
     def _signature(self) -> dict[str, Any]:
         """What must be equal in snapshots that form one batch."""
         bias = self.span_bias
+        step = 2 if self.is_packed else 1  # their numbers of tokens may differ
         return {
             **self._options(),
-            "shape": (*self.q.shape[1:], *self.k.shape[1:]),
+            "packing": "packed" if self.is_packed else "padded",
+            "shape": (*self.q.shape[1::step], *self.k.shape[1::step]),
             "shared_prefix": self.shared_prefix,
             "num_spans": None if bias is None else bias.shape[-1],
             "dtype": self.dtype,
@@ -506,7 +606,36 @@ def _check(
         shape = (*q.shape[:3], bias.shape[3])
         checks.check_broadcastable(op, "span_bias", bias, shape, "[B, H, T, S]")
         checks.check_same_device(op, "span_bias", bias, q, "q")
+    _check_packing(op, tensors, read_values=read_values)
     _check_options(op, options)
+
+
+def _check_packing(op: str, tensors: Mapping[str, Any], *, read_values: bool) -> None:
+    given = [name for name in _PACKING if tensors.get(name) is not None]
+    if not given:
+        return
+    q = tensors["q"]
+    if len(given) < len(_PACKING):
+        missing = next(name for name in _PACKING if name not in given)
+        raise ValueError(f"{op}: {given[0]} needs {missing}; got none")
+    if tensors.get("k_prefix") is not None:
+        raise ValueError(f"{op}: k_prefix is not supported with {given[0]}; got both")
+    if q.shape[0] != 1:
+        raise ValueError(f"{op}: q must be [1, H, T, D] with {given[0]}; got {tuple(q.shape)}")
+    for name in given:
+        what, least = ("[S]", 0) if name == "query_starts" else ("[S + 1]", 1)
+        packing.check_offsets(op, name, tensors[name], q, what, least)
+        checks.check_same_device(op, name, tensors[name], q, "q")
+    count = tensors["query_starts"].shape[0]
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        if tensors[name].shape[0] != count + 1:
+            raise ValueError(
+                f"{op}: {name} must be [S + 1] with S={count}, the length of query_starts; got "
+                f"{tuple(tensors[name].shape)}"
+            )
+        if read_values and checks.has_values(tensors[name]):
+            side = "q" if name == "cu_seqlens_q" else "k"
+            packing.lengths(op, name, tensors[name], tensors[side].shape[2], side)
 
 
 def _check_options(op: str, options: Mapping[str, Any]) -> None:
@@ -543,7 +672,7 @@ def _check_prefix_index(op: str, index: Any, k_prefix: Tensor, *, read_values: b
         )
 
 
-_EXACT = ("prefix_index", "span_bias")  # tensors that keep their dtype
+_EXACT = ("prefix_index", "span_bias", *_PACKING)  # tensors that keep their dtype
 
 
 def _check_dtype(dtype: Any) -> None:

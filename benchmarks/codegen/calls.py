@@ -101,10 +101,19 @@ def _packed(dtype: torch.dtype, head_dim: int) -> None:
     _backward(out, lse, marginals)
 
 
+def _offsets() -> dict[str, Any]:
+    """Two packed sequences of a policy, of different lengths."""
+    rows, keys = ([0, n // 4, n] for n in (ROWS, SEQLEN))
+    return {
+        "cu_seqlens_q": torch.tensor(rows, dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor(keys, dtype=torch.int32),
+    }
+
+
 def _policy(dtype: torch.dtype, head_dim: int, variant: str) -> None:
     q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
-    options: dict[str, Any] = {}
-    if variant == "spans":
+    options: dict[str, Any] = _offsets() if variant.startswith("packed") else {}
+    if variant.endswith("spans"):
         bias = torch.zeros(1, HEADS, ROWS, SPANS, requires_grad=True)
         options.update(spans=_frames(SEQLEN), span_bias=bias)
     elif variant == "masks":
@@ -118,15 +127,18 @@ def _divergence(kind: Kind) -> None:
     _backward(rk.divergence(p, p.detach(), kind, backend="triton"))
 
 
-def _snapshot(dtype: torch.dtype, head_dim: int) -> rk.AttentionSnapshot:
+def _snapshot(dtype: torch.dtype, head_dim: int, **offsets: Any) -> rk.AttentionSnapshot:
     q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
-    return rk.AttentionSnapshot(q, k)
+    return rk.AttentionSnapshot(q, k, **offsets)
 
 
-def _policy_divergence(dtype: torch.dtype, head_dim: int, kind: Kind, reference_dim: int) -> None:
+def _policy_divergence(
+    dtype: torch.dtype, head_dim: int, kind: Kind, reference_dim: int, packed: bool = False
+) -> None:
     q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
-    reference = _snapshot(dtype, reference_dim)
-    _backward(rk.attention_divergence(q, k, reference, kind, backend="triton"))
+    offsets = _offsets() if packed else {}
+    reference = _snapshot(dtype, reference_dim, **offsets)
+    _backward(rk.attention_divergence(q, k, reference, kind, backend="triton", **offsets))
 
 
 def _ral_loss(dtype: torch.dtype, head_dim: int) -> None:
@@ -139,7 +151,7 @@ def _of_model(name: str, head_dim: int) -> Iterator[tuple[str, str, Callable[[],
     """(op, variant, run) of the calls that take q and k, for one dtype and head dim."""
     dtype = DTYPES[name]
     variants = ["spans", "no spans", "span bias"]
-    policies = ["keys", "spans"]
+    policies = ["keys", "spans", "packed keys", "packed spans"]
     teacher = 128 if head_dim == 64 else 64
     if head_dim == 128:
         variants += ["masks", "Dv = 64"]
@@ -155,6 +167,8 @@ def _of_model(name: str, head_dim: int) -> Iterator[tuple[str, str, Callable[[],
         yield "policy_divergence", kind, run
     run = functools.partial(_policy_divergence, dtype, head_dim, "jsd", teacher)
     yield "policy_divergence", f"teacher of {teacher}", run
+    run = functools.partial(_policy_divergence, dtype, head_dim, "jsd", head_dim, packed=True)
+    yield "policy_divergence", "packed", run
     yield "policy_divergence", "loss", functools.partial(_ral_loss, dtype, head_dim)
 
 
@@ -199,6 +213,8 @@ TESTED = (
 TESTED_ON_SM_90 = (
     ("bfloat16", 128, "attention", "span bias"),
     ("bfloat16", 256, "attention", "spans"),  # Triton 3.6 has tiles of its own here
+    ("bfloat16", 64, "policy", "packed spans"),
+    ("bfloat16", 64, "policy_divergence", "packed"),
 )
 
 

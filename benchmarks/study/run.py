@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -243,6 +243,7 @@ def _remember_positions(model: Any) -> None:
 
 def _study_trainer() -> Any:
     from ral import RALTrainer
+    from ral.terms import Batch
 
     class StudyTrainer(RALTrainer):
         """RALTrainer whose attention terms may see other advantages than the rollouts have."""
@@ -251,14 +252,14 @@ def _study_trainer() -> Any:
             self._control = control
             super().__init__(*args, **kwargs)
 
-        def _terms(self, captured: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        def _batch(self, *args: Any) -> Batch:
+            batch = super()._batch(*args)
+            advantages = batch.advantages
             if self._control == "flipped":
-                inputs = {**inputs, "advantages": -inputs["advantages"]}
+                advantages = -advantages
             elif self._control == "shuffled":
-                advantages = inputs["advantages"]
-                order = torch.randperm(len(advantages), device=advantages.device)
-                inputs = {**inputs, "advantages": advantages[order]}
-            return super()._terms(captured, inputs, *rest)
+                advantages = advantages[torch.randperm(len(advantages), device=advantages.device)]
+            return replace(batch, advantages=advantages)
 
     return StudyTrainer
 

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..data import load_jsonl
+from ..data import load_rows
 from ..evaluation import Cell, as_json, as_table, plot, score
 from ..models import default_dtype, limit_pixels, load_model, load_processor
 from .errors import Refused, refusing
+from .hub import check_model_name
 from .parsing import Settings
-from .run import check_model_name
-from .settings import EvalSettings
-from .sources import digits_task
+from .settings import DIGITS_EVAL_ROWS, EvalSettings
+from .sources import data_source, digits_task
 
 if TYPE_CHECKING:
     from ..digits.tasks import Style
 
-FRAMES, GRIDS, DIGITS_ROWS = [4, 8, 16, 32, 64], [2, 3, 4, 6, 8], 500
+FRAMES, GRIDS = [4, 8, 16, 32, 64], [2, 3, 4, 6, 8]
 DIGITS_TOKENS, TOKENS = 24, 768
 
 
@@ -30,18 +30,17 @@ def evaluate(settings: Settings) -> int:
     if given.model is None:
         raise Refused("model must be given: a folder, or a name on the Hub")
     if given.data is None:
-        raise Refused("data must be given: a file of JSON lines, digits:cell or digits:timestamp")
+        raise Refused("data must be given: a file, a dataset, digits:cell or digits:timestamp")
     check_model_name(given.model)
     task = digits_task(given.data)
-    if task is None and not Path(given.data).expanduser().is_file():
-        raise Refused(f"there is no data file {given.data}")
+    source = data_source(given.data) if task is None else ""
     if given.plot is not None:
         _check_parent("plot", given.plot)
     if given.out is not None:
         _check_parent("out", given.out)
     model, processor = _load(given)
     cells = []
-    for cell, rows in _cells(given, task, processor):
+    for cell, rows in _cells(given, task, source, processor):
         with refusing(f"cannot evaluate {given.model}"):
             cells.append(
                 Cell(**cell, score=_score(given, task, model, processor, rows, _name(cell)))
@@ -69,11 +68,13 @@ def _load(given: EvalSettings) -> tuple[Any, Any]:
         raise Refused(f"device {device}: {str(error).splitlines()[0]}") from error
 
 
-def _cells(given: EvalSettings, task: Any, processor: Any) -> Iterator[tuple[dict, Any]]:
+def _cells(
+    given: EvalSettings, task: Any, source: str, processor: Any
+) -> Iterator[tuple[dict, Any]]:
     """Sizes and rows of each entry of the table."""
     if task is not None:
         if given.max_pixels:
-            raise Refused("max_pixels needs a file of JSON lines as data; digits have one size")
+            raise Refused("max_pixels needs other data than digits, which have one size")
         from ..digits.tasks import make_dataset
 
         size = "grid" if task == "cell" else "frames"
@@ -83,7 +84,7 @@ def _cells(given: EvalSettings, task: Any, processor: Any) -> Iterator[tuple[dic
         for extent in (given.grids or GRIDS) if task == "cell" else (given.frames or FRAMES):
             with refusing():
                 rows = make_dataset(
-                    task, size=given.rows or DIGITS_ROWS, split="test", seed=given.seed,
+                    task, size=given.rows or DIGITS_EVAL_ROWS, split="test", seed=given.seed,
                     style=cast("Style", given.style), grid=extent, frames=extent,
                 )  # fmt: skip
             yield {"frames": None, "grid": None, "max_pixels": None, size: extent}, rows
@@ -92,9 +93,9 @@ def _cells(given: EvalSettings, task: Any, processor: Any) -> Iterator[tuple[dic
         raise Refused("grids needs data=digits:cell")
     for frames in given.frames or [16]:
         with refusing():
-            rows = load_jsonl(
-                Path(str(given.data)).expanduser(), image_root=given.image_root,
-                style=given.style, max_frames=frames,
+            rows = load_rows(
+                source, config=given.data_config, split=given.data_split,
+                image_root=given.image_root, style=given.style, max_frames=frames, fps=given.fps,
             )  # fmt: skip
         if given.rows:
             rows = rows.select(range(min(given.rows, len(rows))))

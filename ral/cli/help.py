@@ -7,7 +7,8 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from .parsing import Command, Setting, presets, type_text, value_text
+from .parsing import Command, Setting, presets, value_text
+from .typed import describe
 
 _INDENT = " " * 4
 _BRIEF = 220  # letters
@@ -65,8 +66,7 @@ def help_text(command: Command, everything: bool) -> str:
         lines += _group(getattr(config, "title", config.__name__), _of(command, config), command)
     if command.trainer_config is None:
         return "\n".join(lines)
-    trainer = command.trainer_config()
-    settings = _of(command, trainer)
+    settings = _of(command, command.configs[-1])
     attention = {name: setting for name, setting in settings.items() if setting.is_ours}
     if attention:
         lines += _group("attention", attention, command)
@@ -86,7 +86,7 @@ def _group(title: str, settings: dict[str, Setting], command: Command) -> list[s
     lines = ["", f"{title}:"]
     for name, setting in settings.items():
         default = command.defaults.get(name, setting.default)
-        lines.append(f"  {name}  ({type_text(setting)}; default {value_text(default)})")
+        lines.append(f"  {name}  ({describe(setting.hint)}; default {value_text(default)})")
         lines += _wrapped(setting.help if setting.is_ours else _brief(setting.help), _INDENT)
     return lines
 

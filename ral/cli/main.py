@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from .errors import FAILED, Refused, complain
 from .help import help_text, overview
-from .parsing import Command, Settings, parse
+from .parsing import Command, parse
 from .settings import (
     DataSettings,
     DemoSettings,
@@ -28,51 +28,12 @@ _SCHEDULE = (
     "output_dir", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "gradient_checkpointing", "bf16", "seed", "save_steps", "save_total_limit", "logging_steps",
-    "report_to",
+    "report_to", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
 _ROLLOUTS = (
     "num_generations", "num_iterations", "steps_per_generation", "max_completion_length",
     "temperature", "beta", "epsilon", "loss_type", "use_vllm", "vllm_mode",
 )  # fmt: skip
-
-
-def _train(settings: Settings) -> int:
-    from .train import train
-
-    return train(settings)
-
-
-def _sft(settings: Settings) -> int:
-    from .train import sft
-
-    return sft(settings)
-
-
-def _evaluate(settings: Settings) -> int:
-    from .evaluate import evaluate
-
-    return evaluate(settings)
-
-
-def _demo(settings: Settings) -> int:
-    from .demo import demo
-
-    return demo(settings)
-
-
-def _ral_config() -> Any:
-    from ..config import RALConfig
-
-    return RALConfig
-
-
-def _sft_config() -> Any:
-    from .._requirements import check_trl
-
-    check_trl()
-    from trl import SFTConfig
-
-    return SFTConfig
 
 
 COMMANDS = (
@@ -82,7 +43,7 @@ COMMANDS = (
         "Ask the bundled model which digit is in a tile of some frames, and draw where it looks "
         "as it answers. It needs no network and no GPU.",
         (DemoSettings,),
-        _demo,
+        "ral.cli.demo:demo",
     ),
     Command(
         "sft",
@@ -90,8 +51,8 @@ COMMANDS = (
         "Supervised fine-tuning on worked think-and-answer responses, the stage before RL: loss on "
         "responses alone.",
         (ModelSettings, DataSettings, RunSettings),
-        _sft,
-        _sft_config,
+        "ral.cli.train:sft",
+        "ral.sft:SFTConfig",
         {"logging_steps": 1.0, "max_length": None},
         _SCHEDULE,
     ),
@@ -101,8 +62,8 @@ COMMANDS = (
         "GRPO + attn_coef · RAL, eq. (3) of arXiv 2602.04884. A schedule under which the attention "
         "term is identically zero is refused.",
         _RL,
-        _train,
-        _ral_config,
+        "ral.cli.train:train",
+        "ral.config:RALConfig",
         {"logging_steps": 1.0, "num_iterations": 2},
         (*_ROLLOUTS, *_SCHEDULE),
     ),
@@ -112,8 +73,8 @@ COMMANDS = (
         "GRPO + distill_logit_coef · GKD + distill_attn_coef · attention divergence from a "
         "teacher, on the student's own rollouts: eq. (4) of arXiv 2602.04884.",
         _RL,
-        _train,
-        _ral_config,
+        "ral.cli.train:train",
+        "ral.config:RALConfig",
         {
             "logging_steps": 1.0, "attn_coef": 0.0, "distill_logit_coef": 1.0,
             "distill_attn_coef": 0.5, "attn_warn_divergence": 1.0,
@@ -126,7 +87,7 @@ COMMANDS = (
         "Accuracy of greedy answers over numbers of frames and resolutions, as a table, as JSON, "
         "and as a picture.",
         (EvalSettings,),
-        _evaluate,
+        "ral.cli.evaluate:evaluate",
     ),
 )  # fmt: skip
 
@@ -192,7 +153,7 @@ def _run(name: str, words: list[str]) -> int:
         import torch
 
         torch.set_num_threads(threads)
-    return command.run(settings)
+    return int(pkgutil.resolve_name(command.function)(settings))
 
 
 def _be_quiet() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import pkgutil
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .errors import Refused
-from .typed import describe, is_bool, read_yaml, typed
+from .guesses import RENAMED, meant
+from .typed import is_bool, read_yaml, typed
 
 SWITCHES = ("help", "help_all", "print_config")
 _COMMAND = "command"  # the key of a YAML file that says which command it is for
@@ -26,8 +30,8 @@ class Command:
         name: at the shell.
         summary, description: for --help.
         ours: dataclasses of our own settings, in the order of --help.
-        run: what is done with the settings; returns the exit status.
-        trainer_config: the dataclass of TRL whose fields are settings too, imported when needed.
+        function: "module:name", imported when needed: takes `Settings`, returns the exit status.
+        trainer_config: "module:name" of the dataclass of TRL whose fields are settings too.
         defaults: values that differ from the dataclasses' own.
         often: TRL's settings that --help shows.
     """
@@ -36,17 +40,22 @@ class Command:
     summary: str
     description: str
     ours: tuple[type, ...]
-    run: Callable[[Settings], int]
-    trainer_config: Callable[[], type] | None = None
+    function: str
+    trainer_config: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     often: tuple[str, ...] = ()
+
+    @property
+    def configs(self) -> list[type]:
+        """The dataclasses of its settings, TRL's last."""
+        trainer = self.trainer_config and pkgutil.resolve_name(self.trainer_config)
+        return [*self.ours, *([trainer] if trainer else [])]
 
     @cached_property
     def known(self) -> dict[str, Setting]:
         """Every setting by its name."""
         found: dict[str, Setting] = {}
-        configs = [*self.ours, *([self.trainer_config()] if self.trainer_config else [])]
-        for config in configs:
+        for config in self.configs:
             hints = typing.get_type_hints(config)
             for entry in fields(config):
                 if not entry.init:
@@ -118,8 +127,6 @@ class Settings:
 
     def as_yaml(self) -> str:
         """All our settings and the given ones of TRL, in the form that --config reads."""
-        import yaml
-
         shown: dict[str, Any] = {_COMMAND: self.command.name}
         for name, setting in self.command.known.items():
             if setting.is_ours or name in self.values:
@@ -228,6 +235,7 @@ def _apply(settings: Settings, values: dict[str, Any], source: str) -> None:
     command = settings.command
     for key, value in values.items():
         name = key.replace("-", "_")
+        name = RENAMED.get(name, name)
         if name == _COMMAND:
             if value != command.name:
                 raise Refused(f"{command.name}: {source} is for the command {value}")
@@ -243,7 +251,7 @@ def _apply(settings: Settings, values: dict[str, Any], source: str) -> None:
 def _check_known(command: Command, name: str, source: str) -> None:
     if name in command.known:
         return
-    near = difflib.get_close_matches(name, command.known, n=3, cutoff=0.6)
+    near = meant(name, command.known) or difflib.get_close_matches(name, command.known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "--help and --help-all list them"
     raise Refused(f"{command.name}: there is no setting {name!r} ({source}); {hint}")
 
@@ -255,8 +263,3 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(value_text, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def type_text(setting: Setting) -> str:
-    """The type of a setting for --help."""
-    return describe(setting.hint)

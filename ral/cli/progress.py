@@ -24,6 +24,8 @@ METRICS = "metrics.jsonl"
 _SHOWN = (
     ("reward", "reward", ".3f"),
     ("accuracy", "accuracy", ".3f"),
+    ("eval_reward", "eval reward", ".3f"),
+    ("eval_accuracy", "eval accuracy", ".3f"),
     ("attn/divergence", "divergence", ".2e"),
     ("loss", "loss", ".4f"),
     ("mean_token_accuracy", "token accuracy", ".3f"),

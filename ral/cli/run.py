@@ -15,6 +15,7 @@ from ..lock import locked
 from ..models import freeze_vision, has_bfloat16, load_model, load_processor, lora_config
 from ..processes import check_world_size
 from .errors import Refused, is_first_process, refusing
+from .hub import check_model_name
 from .parsing import Settings
 from .settings import ModelSettings, RunSettings
 
@@ -131,13 +132,6 @@ def load(settings: ModelSettings, name: str, trust_remote_code: bool) -> tuple[A
         elif settings.freeze_vision:
             freeze_vision(model)
     return model, processor, peft_config
-
-
-def check_model_name(name: str) -> None:
-    """Refuse what is neither a folder nor can be a name on the Hub."""
-    path = Path(name).expanduser()
-    if not path.is_dir() and (name.count("/") != 1 or name[0] in "./~"):
-        raise Refused(f"there is no model folder {name}, and that is not a name on the Hub")
 
 
 def say(text: str) -> None:

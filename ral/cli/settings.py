@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..rewards import ACCURACY_WEIGHT, FORMAT_WEIGHT, STYLES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DIGITS_EVAL_ROWS = 500
 DIGITS = "digits"  # the bundled model, and the prefix of the bundled data
+_DATA = (
+    "A file of JSON lines, a JSON array, a parquet file, a folder of `datasets`, OWNER/NAME of a "
+    "dataset on the Hub, or the bundled digits:cell or digits:timestamp."
+)
+_ROOT = "Folder that paths in the data are relative to; default the data's own."
+_FPS = "Frames a second of a video file, as far as {0} allows; default {0} of any video."
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -94,23 +102,28 @@ class DataSettings:
     """The training data."""
 
     title = "data"
-    data: str | None = _setting(
-        None, "A file of JSON lines, or the bundled digits:cell or digits:timestamp."
-    )
+    data: str | None = _setting(None, _DATA)
+    data_config: str | None = _setting(None, "Configuration of a dataset on the Hub.")
+    data_split: str = _setting("train", "Split of a dataset.")
     style: str = _setting(
         "think",
         "'think': <think>…</think><answer>…</answer>; 'direct': <answer>…</answer>, RAL-zero.",
     )
-    image_root: str | None = _setting(
-        None, "Folder that paths in the file of JSON lines are relative to; default the file's own."
-    )
+    image_root: str | None = _setting(None, _ROOT)
     max_frames: int = _setting(16, "Frames of a video at most, evenly spread.")
+    fps: float | None = _setting(None, _FPS.format("max_frames"))
     streaming: bool = _setting(False, "Read the file during training, not before.")
     skip_bad_rows: bool = _setting(
         False,
         "Skip invalid rows and rows with broken images, with a warning. All images are decoded for "
         "it, before training unless streaming.",
     )
+    eval_data: str | None = _setting(
+        None,
+        "Data to evaluate in during training, in the form of data. train answers greedily, once a "
+        "row, as far as eval_temperature and num_generations_eval are not given.",
+    )
+    eval_rows: int = _setting(0, "Rows of eval_data at most; 0 = all of a file, or 500 of digits.")
     digits_rows: int = _setting(4096, "Rows of digits: data.")
     digits_extent: list[int] = field(
         default_factory=lambda: [8],
@@ -123,6 +136,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         _check("style", self.style, self.style in STYLES, f"one of {', '.join(STYLES)}")
         _check("max_frames", self.max_frames, self.max_frames >= 1, ">= 1")
+        _check("eval_rows", self.eval_rows, self.eval_rows >= 0, ">= 0")
+        _check("fps", self.fps, self.fps is None or 0 < self.fps < math.inf, "> 0")
         _check("digits_rows", self.digits_rows, self.digits_rows >= 1, ">= 1")
         ok = bool(self.digits_extent) and all(n >= 1 for n in self.digits_extent)
         _check("digits_extent", self.digits_extent, ok, "a list of numbers >= 1")
@@ -135,9 +150,13 @@ class RewardSettings:
     title = "rewards"
     accuracy_weight: float = _setting(ACCURACY_WEIGHT, "Weight of a right answer.")
     format_weight: float = _setting(FORMAT_WEIGHT, "Weight of the form that `style` asks for.")
-    reward: str | None = _setting(
-        None,
-        "A function that replaces both, with TRL's signature: file.py:name or package.module:name.",
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards in place of both, each with its weight (1 if there is none): "
+            "accuracy:1,format:0.5,file.py:name:2. `accuracy`, `format`, or functions with TRL's "
+            "signature: file.py:name or package.module:name."
+        },
     )
 
 
@@ -166,13 +185,11 @@ class EvalSettings:
 
     title = "eval"
     model: str | None = _setting(None, "Folder of a model, or its name on the Hub.")
-    data: str | None = _setting(
-        None, "A file of JSON lines, or the bundled digits:cell or digits:timestamp."
-    )
+    data: str | None = _setting(None, _DATA)
+    data_config: str | None = _setting(None, "Configuration of a dataset on the Hub.")
+    data_split: str = _setting("train", "Split of a dataset, such as test.")
     style: str = _setting("think", "Form of the answers: 'think' or 'direct'.")
-    image_root: str | None = _setting(
-        None, "Folder that paths in the file of JSON lines are relative to; default the file's own."
-    )
+    image_root: str | None = _setting(None, _ROOT)
     rows: int = _setting(0, "Rows at most; 0 = all of a file, or 500 of digits.")
     frames: list[int] = field(
         default_factory=list,
@@ -180,6 +197,7 @@ class EvalSettings:
             "help": "Numbers of frames; default 4,8,16,32,64 for digits:timestamp, 16 for videos."
         },
     )
+    fps: float | None = _setting(None, _FPS.format("frames"))
     grids: list[int] = field(
         default_factory=list,
         metadata={"help": "Cells on a side in digits:cell; default 2,3,4,6,8."},
@@ -187,8 +205,8 @@ class EvalSettings:
     max_pixels: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Resolutions for a file of JSON lines: pixels of an image at most; default the "
-            "processor's."
+            "help": "Resolutions for data other than digits: pixels of an image at most; default "
+            "the processor's."
         },
     )
     batch_size: int = _setting(16, "Rows in a batch.")
@@ -214,6 +232,7 @@ class EvalSettings:
         _check("style", self.style, self.style in STYLES, f"one of {', '.join(STYLES)}")
         _check("dtype", self.dtype, self.dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}")
         _check("rows", self.rows, self.rows >= 0, ">= 0")
+        _check("fps", self.fps, self.fps is None or 0 < self.fps < math.inf, "> 0")
         _check("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
         _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
         for name in ("frames", "grids", "max_pixels"):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..data import load_jsonl, to_sft
-from ..rewards import combined_reward
+from ..data import load_rows, to_sft
+from ..data.sources import FILES, may_be_on_hub
+from ..rewards import accuracy_reward, combined_reward, direct_format_reward, format_reward
 from .errors import Refused, refusing
-from .settings import DIGITS, DataSettings, RewardSettings
+from .hub import check_on_hub
+from .settings import DIGITS, DIGITS_EVAL_ROWS, DataSettings, RewardSettings
 
 if TYPE_CHECKING:
+    from ..digits.scans import Split
     from ..digits.tasks import Style
 
 
@@ -31,23 +36,43 @@ def digits_task(data: str) -> Any:
 
     if not colon or task not in TASKS:
         known = " or ".join(f"{DIGITS}:{name}" for name in TASKS)
-        raise Refused(f"data must be a file of JSON lines, {known}; got {data!r}")
+        raise Refused(f"data must be a file, a dataset, {known}; got {data!r}")
     return task
 
 
-def training_rows(settings: DataSettings, seed: int, *, demonstrations: bool = False) -> Any:
+def evaluation_rows(settings: DataSettings, *, demonstrations: bool = False) -> Any:
+    """The dataset to evaluate in during training, None if there is none to.
+
+    Raises:
+        Refused: it is not there, or it has invalid rows.
+    """
+    if settings.eval_data is None:
+        return None
+    size = settings.eval_rows or DIGITS_EVAL_ROWS
+    given = replace(settings, data=settings.eval_data, streaming=False, digits_rows=size)
+    try:
+        rows = training_rows(given, seed=0, demonstrations=demonstrations, split="test")
+    except Refused as error:
+        raise Refused(f"eval_data: {error}") from error
+    return rows.select(range(min(settings.eval_rows or len(rows), len(rows))))
+
+
+def training_rows(
+    settings: DataSettings, seed: int, *, demonstrations: bool = False, split: Split = "train"
+) -> Any:
     """The dataset to train on.
 
     Args:
         settings: which.
         seed: of digits rows.
         demonstrations: with completions, for supervised fine-tuning.
+        split: of digits.
 
     Raises:
         Refused: there is none, or it has invalid rows.
     """
     if settings.data is None:
-        raise Refused("data must be given: a file of JSON lines, digits:cell or digits:timestamp")
+        raise Refused("data must be given: a file, a dataset, digits:cell or digits:timestamp")
     task = digits_task(settings.data)
     if task is not None:
         from ..digits.tasks import make_dataset
@@ -56,15 +81,17 @@ def training_rows(settings: DataSettings, seed: int, *, demonstrations: bool = F
         with refusing():
             return make_dataset(
                 task, size=settings.digits_rows, style=cast("Style", settings.style), seed=seed,
-                grid=extent, frames=extent,
+                split=split, grid=extent, frames=extent,
             )  # fmt: skip
-    path = _file(settings.data)
     with refusing():
-        rows = load_jsonl(
-            path,
+        rows = load_rows(
+            data_source(settings.data),
+            config=settings.data_config,
+            split=settings.data_split,
             image_root=settings.image_root,
             style=settings.style,
             max_frames=settings.max_frames,
+            fps=settings.fps,
             streaming=settings.streaming,
             on_error="skip" if settings.skip_bad_rows else "raise",
         )
@@ -74,43 +101,82 @@ def training_rows(settings: DataSettings, seed: int, *, demonstrations: bool = F
     return rows
 
 
-def _file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise Refused(f"there is no data file {name}")
-    return path
-
-
-def reward_function(settings: RewardSettings, style: str) -> Callable[..., list[float]]:
-    """The function that rewards a completion.
+def data_source(name: str) -> str:
+    """The path of a file or folder, or a name that the Hub has.
 
     Raises:
-        Refused: the named function is not found, or a weight is out of range.
+        Refused: it is none.
     """
-    if settings.reward is None:
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    if not may_be_on_hub(name) or name.lower().endswith(FILES):
+        raise Refused(f"there is no data file {name}")
+    check_on_hub(name, "dataset")
+    return name
+
+
+def reward_functions(
+    settings: RewardSettings, style: str
+) -> tuple[list[Callable[..., list[float]]], list[float] | None]:
+    """The functions that reward a completion, and their weights; None for 1 each.
+
+    Raises:
+        Refused: a name is not known, a function is not found, or a weight is out of range.
+    """
+    if not settings.rewards:
         with refusing():
-            return combined_reward(
+            paper = combined_reward(
                 style,
                 accuracy_weight=settings.accuracy_weight,
                 format_weight=settings.format_weight,
                 name="reward",
             )
-    where, colon, name = settings.reward.rpartition(":")
-    if not colon or not where or not name:
+        return [paper], None
+    known = {
+        "accuracy": accuracy_reward,
+        "format": format_reward if style == "think" else direct_format_reward,
+    }
+    functions, weights = [], []
+    for given in settings.rewards:
+        name, weight = _weighted(given)
+        functions.append(known[name] if name in known else _function(name, known))
+        weights.append(weight)
+    names = [getattr(function, "__name__", "") for function in functions]
+    for name in names:
+        if names.count(name) > 1:  # under which TRL logs them
+            raise Refused(f"rewards must have different names; got {name} twice")
+    return functions, None if set(weights) == {1.0} else weights
+
+
+def _weighted(given: str) -> tuple[str, float]:
+    """The name of a reward, and its weight."""
+    name, colon, text = given.rpartition(":")
+    try:
+        weight = float(text) if colon else 1.0
+    except ValueError:  # name of a function
+        return given, 1.0
+    if not math.isfinite(weight):
+        raise Refused(f"rewards: the weight of {name} must be finite; got {text}")
+    return (name, weight) if colon else (given, weight)
+
+
+def _function(given: str, known: Iterable[str]) -> Callable[..., list[float]]:
+    where, _, name = given.rpartition(":" if ":" in given else ".")
+    if not where or not name or given.endswith(".py"):
         raise Refused(
-            "reward must be file.py:name or package.module:name; got " + repr(settings.reward)
+            f"rewards must be {', '.join(known)}, file.py:name or package.module:name, each with "
+            f"or without a weight; got {given!r}"
         )
-    with refusing(f"reward {settings.reward}"):
-        module = _module(where)
+    with refusing(f"reward {given}"):
+        module = _of_file(where) if where.endswith(".py") else importlib.import_module(where)
     function = getattr(module, name, None)
     if not callable(function):
-        raise Refused(f"reward must name a function; {where} has no function {name!r}")
+        raise Refused(f"rewards must name functions; {where} has no function {name!r}")
     return function
 
 
-def _module(where: str) -> Any:
-    if not where.endswith(".py"):
-        return importlib.import_module(where)
+def _of_file(where: str) -> Any:
     path = Path(where).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {where}")

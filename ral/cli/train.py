@@ -11,9 +11,10 @@ from ..models import default_dtype, load_model
 from .bundled import bundled_model
 from .curves import CURVES, draw_curves
 from .errors import Refused, failing_on_data, refusing
+from .hub import check_model_name
 from .parsing import Settings
 from .progress import METRICS, show_progress
-from .run import CONFIG, check_model_name, load, open_folder, say, trainer_config
+from .run import CONFIG, load, open_folder, say, trainer_config
 from .settings import (
     DIGITS,
     DataSettings,
@@ -22,7 +23,7 @@ from .settings import (
     RunSettings,
     TeacherSettings,
 )
-from .sources import reward_function, training_rows
+from .sources import evaluation_rows, reward_functions, training_rows
 
 
 def train(settings: Settings) -> int:
@@ -35,9 +36,16 @@ def train(settings: Settings) -> int:
         for config in (ModelSettings, DataSettings, RewardSettings, RunSettings, TeacherSettings)
     )
     _check_named(model_of, data)
-    reward = reward_function(rewards, data.style)
+    functions, weights = reward_functions(rewards, data.style)
+    if weights is not None and settings.values.get("reward_weights") is not None:
+        raise Refused("rewards has weights, and so has reward_weights: give one of them")
+    _evaluate_often(settings, data)
+    if data.eval_data is not None:  # as `eval` does
+        settings.values = {"num_generations_eval": 1, "eval_temperature": 0.0, **settings.values}
     with open_folder(settings, run) as folder:
         config = trainer_config(settings, RALConfig)
+        if weights is not None:
+            config.reward_weights = weights
         if config.needs_teacher and teacher.teacher_model is None:
             raise Refused(
                 "teacher_model must be given for distill_logit_coef, distill_attn_coef or "
@@ -45,7 +53,7 @@ def train(settings: Settings) -> int:
             )
         if teacher.teacher_model not in (None, DIGITS):
             check_model_name(teacher.teacher_model)
-        rows = training_rows(data, config.seed)
+        rows, eval_rows = training_rows(data, config.seed), evaluation_rows(data)
         model, processor, peft_config = load(
             model_of, _path(model_of.model, "start", data, folder), config.trust_remote_code
         )
@@ -63,9 +71,10 @@ def train(settings: Settings) -> int:
         with refusing():
             trainer = RALTrainer(
                 model,
-                reward,
+                functions,
                 config,
                 train_dataset=rows,
+                eval_dataset=eval_rows,
                 processing_class=processor,
                 peft_config=peft_config,
                 teacher_model=teacher_model,
@@ -83,15 +92,34 @@ def sft(settings: Settings) -> int:
         settings.build(config) for config in (ModelSettings, DataSettings, RunSettings)
     )
     _check_named(model_of, data)
+    _evaluate_often(settings, data)
     with open_folder(settings, run) as folder:
         config = trainer_config(settings, SFTConfig)
         rows = training_rows(data, config.seed, demonstrations=True)
+        eval_rows = evaluation_rows(data, demonstrations=True)
         model, processor, peft_config = load(
             model_of, _path(model_of.model, "start", data, folder), config.trust_remote_code
         )
         with refusing():
-            trainer = sft_trainer(model, processor, rows, config, peft_config=peft_config)
+            trainer = sft_trainer(
+                model, processor, rows, config, peft_config=peft_config, eval_rows=eval_rows
+            )
         return _go(trainer, settings, run, folder)
+
+
+def _evaluate_often(settings: Settings, data: DataSettings) -> None:
+    """Evaluate as often as checkpoints are saved, if eval_data is given and nothing else is said.
+
+    Raises:
+        Refused: there is nothing to evaluate in.
+    """
+    strategy = settings.values.get("eval_strategy", "no")
+    if data.eval_data is None:
+        if strategy != "no":
+            raise Refused(f"eval_strategy={strategy} needs eval_data; got none")
+        return
+    steps = settings.values.get("save_steps", 500)  # transformers' default
+    settings.values = {"eval_strategy": "steps", "eval_steps": steps, **settings.values}
 
 
 def _check_named(model: ModelSettings, data: DataSettings) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import operator
 import types
 import typing
 from enum import Enum
-from functools import cache
 from typing import Any, ClassVar
+
+import yaml
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -86,23 +87,19 @@ def _as(value: Any, option: Any) -> Any:
     origin = typing.get_origin(option) or option
     if origin is bool:
         return _truth(value)
-    if origin is int:
-        return _int(value)
-    if origin is float:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
     if origin is list:
         return _list(value, typing.get_args(option))
     if origin is dict:
         return _mapping(value)
-    if origin is str:
-        if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise ValueError
-        return str(value)
-    if origin is types.NoneType:
+    if origin not in (int, float, str, types.NoneType):
+        return value  # enums and the like check for themselves
+    if origin is types.NoneType or isinstance(value, bool):
         raise ValueError
-    return value  # enums and the like check for themselves
+    if origin is int:
+        return _int(value)
+    if origin is str and not isinstance(value, str | int | float):
+        raise ValueError
+    return origin(value)
 
 
 def _truth(value: Any) -> bool:
@@ -114,12 +111,13 @@ def _truth(value: Any) -> bool:
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, bool):
-        raise ValueError
-    number = float(value)
-    if not number.is_integer():
-        raise ValueError
-    return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
+    try:
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):  # 1e3, 2.0
+        number = float(value)
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 def _list(value: Any, inside: tuple[Any, ...]) -> list[Any]:
@@ -152,27 +150,17 @@ def read_yaml(text: str) -> Any:
     Raises:
         ValueError: it is no YAML; the message says where.
     """
-    import yaml
-
     try:
-        return yaml.load(text, Loader=_loader())
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where is not None else ""
         raise ValueError(f"{getattr(error, 'problem', None) or 'not YAML'}{line}") from error
 
 
-@cache
-def _loader() -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: ClassVar = {
-            letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-            for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-    )
-    return Loader
+class _Loader(yaml.SafeLoader):
+    # YAML 1.1 finds a bool by the first letter of a word; 1.2 knows true and false alone.
+    yaml_implicit_resolvers: ClassVar = {
+        letter: [each for each in resolvers if letter in "tTfF" or not each[0].endswith(":bool")]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }

@@ -1,8 +1,8 @@
-"""Data: JSON lines with images or frames of videos as rows for TRL, and what prompts say."""
+"""Data: rows with images or frames of videos for TRL, from JSON, parquet or `datasets`; prompts."""
 
 from .errors import DataError
 from .frames import natural_key, read_images, uniform_indices
-from .jsonl import decode_batch, load_jsonl
+from .loading import decode_batch, load_jsonl, load_rows
 from .prompts import conversation, question_text, response
 from .sft import completion, to_sft
 
@@ -12,6 +12,7 @@ __all__ = [
     "conversation",
     "decode_batch",
     "load_jsonl",
+    "load_rows",
     "natural_key",
     "question_text",
     "read_images",

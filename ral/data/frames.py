@@ -6,11 +6,14 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from .errors import DataError, shown_path
+from .sources import stored_images
+
+_Frame = TypeVar("_Frame")
 
 
 def natural_key(name: str) -> list[Any]:
@@ -36,12 +39,14 @@ class FrameFinder:
 
     Args:
         root: the folder that relative paths start from.
-        max_frames: how many frames of a video are taken, at equal steps.
+        max_frames: how many frames of a video are taken at most, at equal steps.
+        fps: how many a second, where the frames have times.
     """
 
-    def __init__(self, root: str, max_frames: int) -> None:
+    def __init__(self, root: str, max_frames: int, fps: float | None = None) -> None:
         self.root = root
         self.max_frames = max_frames
+        self.fps = fps
         self._found: dict[str, list[tuple[str, int]]] = {}
 
     def find(self, path: str | Sequence[str], *, video: bool) -> list[tuple[str, int]]:
@@ -54,16 +59,25 @@ class FrameFinder:
             for each in path:
                 _refuse_video(each)
             files = [(self._file(each), 0) for each in path]
-            return self._sample(files) if video else files
+            return self.sample(files) if video else files
         if not video:
             _refuse_video(path)
             return [(self._file(path), 0)]
         if path not in self._found:
-            self._found[path] = self._sample(self._frames(path))
+            self._found[path] = self._frames(path)
         return self._found[path]
 
-    def _sample(self, frames: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        return [frames[i] for i in uniform_indices(len(frames), self.max_frames)]
+    def sample(self, frames: Sequence[_Frame], seconds: float | None = None) -> list[_Frame]:
+        """Those of all frames of a video that are taken.
+
+        Args:
+            frames: in their order.
+            seconds: that they last, if that is known.
+        """
+        count = self.max_frames
+        if self.fps is not None and seconds is not None:
+            count = min(count, max(1, round(seconds * self.fps)))
+        return [frames[i] for i in uniform_indices(len(frames), count)]
 
     def _file(self, path: str) -> str:
         full = os.path.join(self.root, path)
@@ -77,13 +91,17 @@ class FrameFinder:
         return full
 
     def _frames(self, path: str) -> list[tuple[str, int]]:
-        from ral_kernels.viz import PictureError, count_frames  # brings torch
+        """The chosen frames of a file or folder."""
+        from ral_kernels.viz import PictureError, count_frames, frame_times  # brings torch
 
         full = os.path.join(self.root, path)
         if not os.path.isdir(full):
             file = self._file(path)
             try:
-                return [(file, i) for i in range(count_frames(file))]
+                if self.fps is None:  # which takes reading the times, in a GIF of every frame
+                    return self.sample([(file, i) for i in range(count_frames(file))])
+                times, seconds = frame_times(file)
+                return self.sample([(file, i) for i in range(len(times))], seconds)
             except ImportError as error:
                 raise DataError(_without_pyav(path)) from error
             except (OSError, PictureError) as error:
@@ -95,7 +113,9 @@ class FrameFinder:
             names = [entry.name for entry in entries if _is_frame(entry)]
         if not names:
             raise DataError(f"path must be a folder with images; got none in {shown_path(full)}")
-        return [(os.path.join(full, name), 0) for name in sorted(names, key=natural_key)]
+        return self.sample(
+            [(os.path.join(full, name), 0) for name in sorted(names, key=natural_key)]
+        )
 
 
 def _is_frame(entry: os.DirEntry[str]) -> bool:
@@ -133,7 +153,8 @@ def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
 
     Args:
         references: for each image its `path`, the index of its `frame` and its `source`
-            ("file:line"). Frames of one animation are read fastest in order.
+            ("file:line"). With `row`, path is the key of a `Source`, and frame counts the images of
+            that row. Frames of one animation are read fastest in order.
 
     Raises:
         DataError: an image that cannot be decoded, by line and path.
@@ -141,16 +162,29 @@ def read_images(references: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
     from ral_kernels.viz import PictureError, read_pictures
 
     images: list[Image.Image] = []
-    for path, group in itertools.groupby(references, key=lambda reference: reference["path"]):
+    for (path, row), group in itertools.groupby(references, key=_file_of):
         frames = list(group)
+        numbers = [reference["frame"] for reference in frames]
         try:
-            images += read_pictures(path, [reference["frame"] for reference in frames])
+            if row is None:
+                images += read_pictures(path, numbers)
+            else:
+                contents = stored_images(path, row)
+                images += [read_pictures(contents[number])[0] for number in numbers]
         except (OSError, PictureError) as error:
+            what = "path" if row is None else "images"
+            got = (
+                shown_path(path) if row is None else f"row {row + 1} of {path.rsplit('::', 2)[0]!r}"
+            )
             raise DataError(
-                f"{frames[0]['source']}: path must be an image that can be decoded; "
-                f"got {shown_path(path)}: {_reason(error)}"
+                f"{frames[0]['source']}: {what} must be an image that can be decoded; "
+                f"got {got}: {_reason(error)}"
             ) from error
     return images
+
+
+def _file_of(reference: Mapping[str, Any]) -> tuple[str, int | None]:
+    return reference["path"], reference.get("row")
 
 
 def _reason(error: Exception) -> str:

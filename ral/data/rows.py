@@ -1,4 +1,4 @@
-"""One line of a data file, checked and turned into a row."""
+"""One record of a data set, checked and turned into a row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ral.rewards.tags import has_tags
 from .errors import DataError, shown
 from .frames import FrameFinder
 from .prompts import conversation, letter, question_text
+from .sources import Record, images_of
 
-_DATA_TYPES = ("image", "video")
+_DATA_TYPES = ("image", "video", "text")
 _OPTION_LETTER = re.compile(
     r"\s*[(\[（【]?([A-Za-zＡ-Ｚａ-ｚ])(?:[)\]）】][.:、．：]?|[.:、．：])\s*(?=\S)"
 )
@@ -24,54 +25,59 @@ _OPTION_LETTER = re.compile(
 
 @dataclass
 class RowReader:
-    """Reads lines of Video-R1's format.
+    """Reads rows of Video-R1's format.
 
     Args:
         finder: finds the images of a row.
         style: the form of response that the prompts ask for.
+        table: key of the table that holds the rows, and may hold their images; None for JSON.
     """
 
     finder: FrameFinder
     style: str
+    table: str | None = None
 
-    def read(self, line: bytes, source: str, problem_id: str) -> dict[str, Any] | list[str]:
-        """The row of a line, or all its errors.
+    def read(self, record: Record, problem_id: str) -> dict[str, Any] | list[str]:
+        """The row of a record, or all its errors.
 
         Args:
-            line: a JSON object.
-            source: its place, "file:line".
+            record: of a `Source`.
             problem_id: the id of a row that has none.
 
         Returns:
             The row as it is stored, its `images` still references; or a list of errors.
         """
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            return [f"{source}: the line must be a JSON object; got {shown(line)}: {error}"]
-        if not isinstance(fields, dict):
-            return [f"{source}: the line must be a JSON object; got {shown(fields)}"]
+        fields, place = record.content, record.place
+        if isinstance(fields, bytes):
+            try:
+                fields = json.loads(fields)
+            except (ValueError, RecursionError) as error:
+                return [f"{place}: the line must be a JSON object; got {shown(fields)}: {error}"]
+            if not isinstance(fields, dict):
+                return [f"{place}: the line must be a JSON object; got {shown(fields)}"]
         checked = _Checked(fields)
-        row = self._row(checked, source, problem_id)
-        return [f"{source}: {error}" for error in checked.errors] or row
+        row = self._row(checked, record, problem_id)
+        return [f"{place}: {error}" for error in checked.errors] or row
 
-    def _row(self, checked: _Checked, source: str, problem_id: str) -> dict[str, Any]:
+    def _row(self, checked: _Checked, record: Record, problem_id: str) -> dict[str, Any]:
+        held = images_of(checked.fields) if self.table is not None else []
+        if self.table is not None and checked.fields.get("data_type") is None:
+            shows = held or checked.fields.get("path")
+            checked.fields = {**checked.fields, "data_type": "image" if shows else "text"}
         problem = checked.text("problem")
         problem_type = checked.one_of("problem_type", PROBLEM_TYPES)
-        video = checked.one_of("data_type", _DATA_TYPES) == "video"
+        data_type = checked.one_of("data_type", _DATA_TYPES)
+        video = data_type == "video"
         options = checked.options(problem_type)
         solution = checked.solution(problem_type, options)
         process = checked.process()
         given_id = checked.fields.get("problem_id")
         if given_id is not None:
             problem_id = checked.text("problem_id", numbers=True)
-        path = checked.path()
-        images: list[tuple[str, int]] = []
-        if path:
-            try:
-                images = self.finder.find(path, video=video)
-            except DataError as error:
-                checked.errors.append(str(error))
+        try:
+            images = self._images(checked, held, record.number - 1, data_type)
+        except DataError as error:
+            checked.errors.append(str(error))
         if checked.errors:
             return {}
         text = question_text(
@@ -85,13 +91,33 @@ class RowReader:
             return {}
         return {
             "prompt": prompt,
-            "images": [{"path": path, "frame": frame, "source": source} for path, frame in images],
+            "images": [{**image, "source": record.place} for image in images],
             "solution": solution,
             "problem_type": problem_type,
             "problem_id": problem_id,
             "options": options,
             "process": process,
         }
+
+    def _images(
+        self, checked: _Checked, held: list[Any], row: int, data_type: str
+    ) -> list[dict[str, Any]]:
+        """References to the images of a row: to files, or into the table."""
+        if data_type == "text":
+            checked.no_images(held)
+            return []
+        video = data_type == "video"
+        contents = [image.get("bytes") if isinstance(image, dict) else image for image in held]
+        if held and all(isinstance(content, bytes) for content in contents):
+            indices: list[int] = list(range(len(held)))
+            if video:
+                indices = self.finder.sample(indices)
+            return [{"path": self.table, "frame": i, "row": row} for i in indices]
+        if held:
+            checked.fields = {**checked.fields, "path": [_path_of(image) for image in held]}
+        path = checked.path()
+        found = self.finder.find(path, video=video) if path else []
+        return [{"path": file, "frame": frame, "row": None} for file, frame in found]
 
 
 @dataclass
@@ -167,6 +193,12 @@ class _Checked:
             self.wrong("process", "one thinking text, bare or between <think> and </think>")
         return process
 
+    def no_images(self, held: list[Any]) -> None:
+        """A row of text shows none."""
+        for name in ("path", "images", "image"):
+            if self.fields.get(name) and (held or name == "path"):
+                self.wrong(name, "left out of a row with data_type 'text'")
+
     def path(self) -> str | list[str]:
         path: Any = self.fields.get("path")
         if _is_text(path) or (isinstance(path, list) and path and all(map(_is_text, path))):
@@ -175,6 +207,11 @@ class _Checked:
             "path", "the path of an image, animation or folder of frames, or a list of images"
         )
         return ""
+
+
+def _path_of(image: Any) -> Any:
+    """The file of an image that a table names and does not hold."""
+    return image.get("path") if isinstance(image, dict) else image
 
 
 def _is_text(value: object) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from typing import IO
+
+File = str | os.PathLike[str] | bytes  # a path, or the contents of a picture
 
 # Pillow tries no other decoder: it would hand an EPS file to Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -25,13 +28,15 @@ class VideoError(PictureError):
     wanted = "a video must be a file that PyAV decodes"
 
 
-def opened_file(path: str | os.PathLike[str]) -> IO[bytes]:
+def opened_file(path: File) -> IO[bytes]:
     """The file, to read.
 
     Raises:
         OSError: it cannot be opened.
         PictureError: it has an impossible name.
     """
+    if isinstance(path, bytes):
+        return io.BytesIO(path)
     name = short_path(path)
     try:
         return open(path, "rb")
@@ -41,7 +46,9 @@ def opened_file(path: str | os.PathLike[str]) -> IO[bytes]:
         raise PictureError(name, str(error)) from error
 
 
-def short_path(path: str | os.PathLike[str]) -> str:
+def short_path(path: File) -> str:
     """A path as a message shows it: of a very long one, such as a `data:` URI, both ends."""
+    if isinstance(path, bytes):
+        return f"a file of {len(path):,} bytes"
     text = os.fspath(path)
     return text if len(text) <= 400 else f"{text[:60]}...{text[-60:]} ({len(text)} characters)"

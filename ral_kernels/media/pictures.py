@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import video_file
-from .errors import FORMATS, PictureError, opened_file, short_path
+from .errors import FORMATS, File, PictureError, opened_file, short_path
 
 PICTURE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
@@ -19,11 +19,12 @@ PICTURE_SUFFIXES = (
 SHORTEST = 100  # milliseconds of a frame that says nothing, as browsers have it
 
 
-def read_pictures(path: str | os.PathLike[str], frames: Sequence[int] = (0,)) -> list[Any]:
+def read_pictures(path: File, frames: Sequence[int] = (0,)) -> list[Any]:
     """Frames of a file, as `as_rgb` makes them; a still picture has the frame 0 alone.
 
     Of a video, of an animation (GIF, WebP, APNG) and of a TIFF of several pages, the first frame
-    stands for the picture. Frames are read fastest in order.
+    stands for the picture. Frames are read fastest in order. `path` may also be the contents of a
+    picture, in bytes.
 
     Raises:
         ImportError: it is a video, and PyAV is missing.
@@ -31,7 +32,7 @@ def read_pictures(path: str | os.PathLike[str], frames: Sequence[int] = (0,)) ->
         PictureError: it is no picture of `FORMATS` and no video, or cannot be decoded.
         ValueError: it has no such frame.
     """
-    if video_file.is_video(path):
+    if not isinstance(path, bytes) and video_file.is_video(path):
         return video_file.frames_of(path, frames)
     with _opened(path) as image:
         first, count = _span(image)
@@ -57,11 +58,13 @@ def count_frames(path: str | os.PathLike[str]) -> int:
 
 
 def frame_times(path: str | os.PathLike[str]) -> tuple[list[float], float]:
-    """When each frame of an animation is shown, in seconds, and how long it lasts.
+    """When each frame of a video or an animation is shown, in seconds, and how long it lasts.
 
     Raises:
-        OSError, PictureError: as in `read_pictures`.
+        ImportError, OSError, PictureError: as in `read_pictures`.
     """
+    if video_file.is_video(path):
+        return video_file.times_of(path)
     with _opened(path) as image:
         first, count = _span(image)
         now, times = 0.0, []
@@ -148,7 +151,7 @@ def _span(image: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+def _opened(path: File) -> Iterator[Any]:
     from PIL import Image, UnidentifiedImageError
 
     name = short_path(path)

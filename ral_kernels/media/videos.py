@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from . import video_file
 from .pictures import frame_times, read_pictures
 
 FPS = 2.0  # frames a second that Qwen-VL samples
@@ -64,7 +63,7 @@ def read_video(
     if fps is not None and num_frames is not None:
         raise ValueError(f"read_video: fps must be None where num_frames is given; got {fps!r}")
     rate, count = check_sampling("read_video", fps, num_frames)
-    times, duration = video_file.times_of(path) if video_file.is_video(path) else frame_times(path)
+    times, duration = frame_times(path)
     wanted = count or min(MOST, max(1, round(duration * rate)))
     chosen = evenly(len(times), wanted)
     frames = read_pictures(path, chosen)

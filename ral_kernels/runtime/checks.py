@@ -192,7 +192,7 @@ def resolve_window(op: str, window: Any, is_causal: bool, name: str = "window") 
     return left, 0 if is_causal else right
 
 
-def resolve_rows(op: str, rows: Any, seqlen_q: int) -> tuple[int, int]:
+def resolve_rows(op: str, rows: Any, seqlen_q: int, name: str = "rows") -> tuple[int, int]:
     """The half-open range of queries that `rows` picks: a slice of step 1 or (start, stop).
 
     Negative indices count from the end, as in Python. Unlike Python's slices it clamps nothing: a
@@ -202,26 +202,26 @@ def resolve_rows(op: str, rows: Any, seqlen_q: int) -> tuple[int, int]:
         return 0, seqlen_q
     if isinstance(rows, slice):
         if rows.step is not None and rows.step != 1:
-            raise ValueError(f"{op}: rows must be a slice of step 1; got step {rows.step!r}")
+            raise ValueError(f"{op}: {name} must be a slice of step 1; got step {rows.step!r}")
         bounds = (rows.start, rows.stop)
     elif isinstance(rows, (tuple, list)):
         if len(rows) != 2:
-            raise ValueError(f"{op}: rows must be (start, stop); got {len(rows)} elements")
+            raise ValueError(f"{op}: {name} must be (start, stop); got {len(rows)} elements")
         bounds = (rows[0], rows[1])
     else:
         raise TypeError(
-            f"{op}: rows must be None, a slice of step 1 or (start, stop); got "
+            f"{op}: {name} must be None, a slice of step 1 or (start, stop); got "
             f"{type(rows).__name__}"
         )
     for bound in bounds:
         if bound is not None and not is_int(bound):
-            raise TypeError(f"{op}: rows must hold integers; got {bound!r}")
+            raise TypeError(f"{op}: {name} must hold integers; got {bound!r}")
     start, stop = (None if bound is None else to_int(bound) for bound in bounds)
     start = 0 if start is None else start + seqlen_q if start < 0 else start
     stop = seqlen_q if stop is None else stop + seqlen_q if stop < 0 else stop
     if not 0 <= start <= stop <= seqlen_q:
         raise ValueError(
-            f"{op}: rows must satisfy 0 <= start <= stop <= T={seqlen_q}; got {bounds[0]}, "
+            f"{op}: {name} must satisfy 0 <= start <= stop <= T={seqlen_q}; got {bounds[0]}, "
             f"{bounds[1]}"
         )
     return start, stop

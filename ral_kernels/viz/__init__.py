@@ -16,6 +16,7 @@ from ..media.pictures import (
     PICTURE_SUFFIXES,
     as_rgb,
     count_frames,
+    frame_times,
     read_pictures,
 )
 from ..media.video_file import VIDEO_SUFFIXES
@@ -42,6 +43,7 @@ __all__ = [
     "colour_limit",
     "count_frames",
     "film_strip",
+    "frame_times",
     "layer_head_grid",
     "overlay",
     "read_pictures",

@@ -19,6 +19,7 @@ from ral_kernels.ops.attention import cuda as attention_cuda
 from ral_kernels.ops.attention import interface as attention_interface
 from ral_kernels.ops.policy import cuda as divergence_cuda
 from ral_kernels.ops.policy import divergence as divergence_interface
+from ral_kernels.ops.policy.chunks import Chunk, chunks_of_sequences
 from ral_kernels.runtime import cuda_library
 from tests.cuda_host.build import Patch, build, sources_of
 from tests.cuda_host.library import HostLibrary
@@ -95,6 +96,11 @@ class _Watched:
                 allow(made, False)
             return made
 
+        def chunks(*sizes: Any, **more: Any) -> Iterator[Chunk]:
+            for chunk in chunks_of_sequences(*sizes, **more):
+                allow(chunk.packing, False)
+                yield chunk
+
         library.calls[name] += 1
         library.clear()
         allow(args, False)
@@ -110,6 +116,7 @@ class _Watched:
             with (
                 mock.patch.object(self._module, "cuda_library", seam),
                 mock.patch.object(self._module, "_library", lambda: library.functions),
+                mock.patch.object(self._module, "chunks_of_sequences", chunks, create=True),
             ):
                 getattr(self._backend, name)(args, *others)
         finally:

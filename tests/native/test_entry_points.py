@@ -99,6 +99,7 @@ def _policy_args(with_spans: bool) -> PolicyArgs:
         span_bias=torch.zeros(B, H, T, S) if with_spans else None, scope=None,
         key_padding_mask=None, num_spans=S if with_spans else 0, query_start=N - T, scale=0.1,
         window_left=-1, window_right=0, softcap=0.0, exclude_self=True,
+        cu_seqlens_q=None, cu_seqlens_k=None, query_starts=None, max_rows=0, max_keys=0,
     )  # fmt: skip
 
 

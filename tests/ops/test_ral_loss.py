@@ -219,8 +219,8 @@ def test_opcheck_and_compile(backend: str) -> None:
     for got, wanted in zip(torch.autograd.grad(compiled(q, k), (q, k)), eager, strict=True):
         assert torch.equal(got, wanted)
     inputs = (
-        *(q, k, None, None, snapshot.q, snapshot.k, None, None),
-        *(snapshot.query_start, snapshot.scale, -1, 0, 0.0, True),
+        *(q, k, None, None, None, None, None, snapshot.q, snapshot.k, None, None),
+        *(snapshot.query_start, snapshot.scale, -1, 0, 0.0, True, 0, 0),
         *(snapshot.scale, -1, 0, 0.0, "jsd", backend, advantages),
     )
     op = torch.ops.ral.policy_divergence_loss.default

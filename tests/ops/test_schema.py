@@ -26,14 +26,16 @@ ATTENTION = (
 )
 POLICY = (
     "Tensor q, Tensor k, Tensor? span_ids, Tensor? span_bias, Tensor? scope, "
-    "Tensor? key_padding_mask, SymInt num_spans, SymInt query_start, float scale, "
-    "SymInt window_left, SymInt window_right, float softcap, bool exclude_self, str backend"
+    "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? query_starts, "
+    "SymInt num_spans, SymInt query_start, float scale, SymInt window_left, SymInt window_right, "
+    "float softcap, bool exclude_self, SymInt max_rows, SymInt max_keys, str backend"
 )
 POLICY_DIVERGENCE = (
-    "Tensor q, Tensor k, Tensor? scope, Tensor? key_padding_mask, Tensor reference_q, "
-    "Tensor reference_k, Tensor? reference_k_prefix, Tensor? reference_prefix_index, "
-    "SymInt query_start, float scale, SymInt window_left, SymInt window_right, float softcap, "
-    "bool exclude_self, float reference_scale, SymInt reference_window_left, "
+    "Tensor q, Tensor k, Tensor? scope, Tensor? key_padding_mask, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? query_starts, Tensor reference_q, Tensor reference_k, "
+    "Tensor? reference_k_prefix, Tensor? reference_prefix_index, SymInt query_start, float scale, "
+    "SymInt window_left, SymInt window_right, float softcap, bool exclude_self, SymInt max_rows, "
+    "SymInt max_keys, float reference_scale, SymInt reference_window_left, "
     "SymInt reference_window_right, float reference_softcap, str kind, str backend"
 )
 SCHEMAS = {
@@ -69,6 +71,7 @@ def test_nested_arguments_survive_the_flat_form() -> None:
     policy = PolicyArgs(
         q, k, span_ids=None, span_bias=None, scope=scope, key_padding_mask=padding, num_spans=0,
         query_start=1, scale=0.5, window_left=2, window_right=3, softcap=4.0, exclude_self=True,
+        cu_seqlens_q=None, cu_seqlens_k=None, query_starts=None, max_rows=0, max_keys=0,
     )  # fmt: skip
     reference = ReferenceArgs(other_q, other_k, None, None, 0.25, 5, 6, 7.0)
     args = PolicyDivergenceArgs(policy, reference, "kl")

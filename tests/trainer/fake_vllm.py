@@ -29,6 +29,7 @@ class LLM:
 
     Attributes:
         lengths: of the prompts as the model read them, in order.
+        events: "weights", "images forgotten" and "prompts", without repetitions.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -37,14 +38,21 @@ class LLM:
         self._processor = load_processor(Path(model))
         self._pad = self.model.config.image_token_id
         self.lengths: list[int] = []
+        self.events: list[str] = []
         # From here TRL reaches for the weights and the longest prompt.
         runner = SimpleNamespace(model_runner=SimpleNamespace(model=self))
         self.llm_engine = SimpleNamespace(
             model_executor=SimpleNamespace(driver_worker=runner),
             model_config=SimpleNamespace(max_model_len=4096),
+            reset_encoder_cache=lambda: self._note("images forgotten"),
         )
 
+    def _note(self, event: str) -> None:
+        if self.events[-1:] != [event]:
+            self.events.append(event)
+
     def load_weights(self, weights: Any) -> None:
+        self._note("weights")
         with torch.no_grad():
             for name, value in weights:
                 self.model.get_parameter(name).copy_(value)
@@ -53,6 +61,7 @@ class LLM:
         pass
 
     def generate(self, prompts: list[Any], sampling_params: Any, use_tqdm: bool) -> list[Any]:
+        self._note("prompts")
         return [self._answer(prompt, sampling_params) for prompt in prompts]
 
     def _answer(self, prompt: dict[str, Any], sampling: Any) -> Any:

@@ -13,14 +13,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from ral.cli.main import main
+from ral.cli.main import COMMANDS, main
+from ral.cli.parsing import parse
 from ral.cli.progress import read_metrics
+from ral.cli.settings import DataSettings, RewardSettings
+from ral.cli.sources import reward_functions, training_rows
 from ral.lock import LOCK
+from tests.integrations import films
 
 from . import cli_case
 from .cli_case import words
@@ -60,7 +67,7 @@ def changed(before: Path, after: Path) -> set[str]:
 
 def test_train(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    reward = f"reward={folder / 'rewards.py'}:letters"
+    reward = f"rewards={folder / 'rewards.py'}:letters"
     assert main(["train", *words(folder, out, *RL, reward)]) == 0
     rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -79,6 +86,59 @@ def test_train(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert settings["attn_coef"] == 2.0 and settings["command"] == "train"
 
 
+def test_rewards_with_weights_and_logged_completions(folder: Path, tmp_path: Path) -> None:
+    """TRL logs each reward by its name, and trains on their weighted sum.
+
+    Completions are in one parquet file for each log, in `completions` of output_dir.
+    """
+    out = tmp_path / "run"
+    names = ("accuracy_reward", "format_reward", "letters")
+    given = f"rewards=accuracy:2,format:0.5,{folder / 'rewards.py'}:letters:0.25"
+    more = ("max_steps=2", "log_completions=true")
+    assert main(["train", *words(folder, out, *RL, given, *more)]) == 0
+    [train] = [command for command in COMMANDS if command.name == "train"]
+    kept = parse(train, ["--config", str(out / "config.yaml")]).values  # of a run that goes on
+    assert kept["rewards"] == given.removeprefix("rewards=").split(",")
+    assert "reward_weights" not in kept  # which would be given twice
+    row = read_metrics(out / "metrics.jsonl")[0]
+    parts = [row[f"rewards/{name}/mean"] for name in names]
+    assert row["reward"] == pytest.approx(2 * parts[0] + parts[1] / 2 + parts[2] / 4)
+    assert parts[2] > 0
+    files = sorted((out / "completions").iterdir())
+    assert [file.name for file in files] == [f"completions_0000{step}.parquet" for step in (1, 2)]
+    written = pq.read_table(files[0]).to_pylist()
+    assert len(written) == 8 and {rollout["step"] for rollout in written} == {1}
+    for rollout in written:
+        [message] = rollout["completion"]
+        assert rollout["letters"] == len(message["content"]) % 5
+        assert rollout["prompt"][0]["content"][-1]["text"].startswith("What is in picture")
+    for name in names:
+        mean = sum(rollout[name] for rollout in written) / len(written)
+        assert mean == pytest.approx(row[f"rewards/{name}/mean"])
+    assert sum(rollout["advantage"] for rollout in written) == pytest.approx(0, abs=1e-4)
+
+
+def test_functions_by_a_dotted_path_and_without_weights() -> None:
+    settings = RewardSettings(
+        rewards=["format", "ral.rewards.accuracy_reward", "ral.rewards:rouge:3"]
+    )
+    functions, weights = reward_functions(settings, "direct")
+    assert [function.__name__ for function in functions] == [
+        "direct_format_reward", "accuracy_reward", "rouge"
+    ]  # fmt: skip
+    assert weights == [1, 1, 3]
+    assert reward_functions(RewardSettings(rewards=["accuracy"]), "think")[1] is None
+
+
+def test_the_former_name_of_rewards(folder: Path, tmp_path: Path) -> None:
+    """`reward`, which config.yaml of older runs holds."""
+    file = tmp_path / "old.yaml"
+    for written, wanted in (("null", None), ("f.py:letters", ["f.py:letters"])):
+        file.write_text(f"command: train\nreward: {written}\n")
+        [train] = [command for command in COMMANDS if command.name == "train"]
+        assert parse(train, ["--config", str(file)]).values["rewards"] == wanted
+
+
 def test_the_written_config_repeats_the_run(folder: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["train", *words(folder, one, *RL, "max_steps=2")]) == 0
@@ -90,7 +150,7 @@ def test_the_written_config_repeats_the_run(folder: Path, tmp_path: Path) -> Non
 
 def test_vision_is_trained_when_asked(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    reward = f"reward={folder / 'rewards.py'}:letters"
+    reward = f"rewards={folder / 'rewards.py'}:letters"
     given = words(folder, out, *RL, reward, "freeze_vision=false", "max_steps=1")
     assert main(["train", *given]) == 0
     assert any("visual" in name for name in changed(folder / "qwen2_5_vl", out))
@@ -99,7 +159,7 @@ def test_vision_is_trained_when_asked(folder: Path, tmp_path: Path) -> None:
 def test_lora(folder: Path, tmp_path: Path) -> None:
     """Adapters sit on the language model alone, although its layers' names occur in vision too."""
     out = tmp_path / "run"
-    reward = f"reward={folder / 'rewards.py'}:letters"
+    reward = f"rewards={folder / 'rewards.py'}:letters"
     given = words(folder, out, *RL, reward, "lora_rank=2", "max_steps=2", "beta=0.04")
     assert main(["train", *given]) == 0
     adapters = load_file(out / "adapter_model.safetensors")
@@ -176,6 +236,41 @@ def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert picture.stat().st_size > 5000
 
 
+@pytest.fixture(scope="module")
+def film_rows(folder: Path) -> Path:
+    """Two rows of a video of 1.2 seconds, 12 frames, in parquet."""
+    pytest.importorskip("av")
+    films.write(folder / "film.mp4", films.steps(12, (56, 56)), g="4")
+    row = json.loads((folder / "films.jsonl").read_text().splitlines()[0])
+    path = folder / "film_rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{**row, "path": "film.mp4"}] * 2), path)
+    return path
+
+
+@pytest.mark.parametrize("demonstrations", [False, True])
+def test_frames_a_second_in_training(
+    film_rows: Path, demonstrations: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for limits, frames in (({"fps": 2.5}, 3), ({"fps": 2.5, "max_frames": 2}, 2), ({}, 12)):
+        settings = DataSettings(data=str(film_rows), **limits)
+        rows = training_rows(settings, 0, demonstrations=demonstrations)
+        assert [len(row["images"]) for row in rows] == [frames] * 2
+        assert all(("completion" in row) is demonstrations for row in rows)
+
+
+def test_frames_a_second_in_eval(
+    folder: Path, film_rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    out = tmp_path / "table.json"
+    given = [f"model={folder / 'qwen2_5_vl'}", f"data={film_rows}", "max_new_tokens=1"]
+    assert main(["eval", *given, "fps=2.5", "frames=2,16", f"out={out}"]) == 0
+    found = json.loads(out.read_text())["results"]
+    # A frame of 56 × 56 is four visual tokens: 2 frames, and 3 at 2.5 a second.
+    assert [(cell["frames"], cell["visual_tokens"]) for cell in found] == [(2, 8), (16, 12)]
+
+
 @pytest.mark.slow(stands_in="test_train")
 @pytest.mark.long
 def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
@@ -196,7 +291,7 @@ def test_from_the_shell(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
     """Both end well, and one of them speaks; an error of both is said once."""
-    reward = f"reward={folder / 'rewards.py'}:letters"
+    reward = f"rewards={folder / 'rewards.py'}:letters"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "ral"]
     given = words(folder, tmp_path / "run", *RL, reward, "max_steps=2")
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
@@ -216,7 +311,7 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_ctrl_c_and_the_command_that_it_names(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "a run"  # the space is quoted
-    given = words(folder, out, *RL, f"reward={folder / 'rewards.py'}:letters", "max_steps=5000")
+    given = words(folder, out, *RL, f"rewards={folder / 'rewards.py'}:letters", "max_steps=5000")
     given += ["save_strategy=steps", "save_steps=5000"]
     running = subprocess.Popen(
         [sys.executable, "-m", "ral", "train", *given], stderr=subprocess.PIPE, text=True
@@ -258,9 +353,34 @@ FAILING: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a dtype": ("train", ("dtype=int8",), "dtype must be one of"),
     "a rank": ("train", ("lora_rank=-1",), "lora_rank must be >= 0"),
     "LoRA targets": ("train", ("lora_rank=2", "lora_targets=nothing"), "targets must name linear"),
-    "a reward file": ("train", ("reward=/no/such.py:f",), "there is no file /no/such.py"),
-    "a reward": ("train", ("reward=math:nothing",), "has no function 'nothing'"),
-    "a reward's form": ("train", ("reward=math",), "file.py:name or package.module:name"),
+    "a reward file": ("train", ("rewards=/no/such.py:f",), "there is no file /no/such.py"),
+    "a reward": ("train", ("rewards=math:nothing",), "has no function 'nothing'"),
+    "a reward's form": ("train", ("rewards=math",), "rewards must be accuracy, format, file.py:"),
+    "a reward's file alone": ("train", ("rewards=f.py:2",), "file.py:name or package.module:name"),
+    "rewards of one name": ("train", ("rewards=accuracy,accuracy:2",), "different names; got acc"),
+    "a reward's weight": (
+        "train",
+        ("rewards=accuracy:inf",),
+        "weight of accuracy must be finite",
+    ),
+    "two sorts of weights": (
+        "train",
+        ("rewards=accuracy:2", "reward_weights=1"),
+        "give one of them",
+    ),
+    "weights of other rewards": (
+        "train",
+        ("rewards=accuracy,format", "reward_weights=1"),
+        "Number of reward weights (1)",
+    ),
+    "a model's path": ("train", ("model={folder}/typo",), "there is no model folder {folder}/typo"),
+    "a data set": ("sft", ("data={folder}/typo",), "there is no data file {folder}/typo"),
+    "a file of code": (
+        "sft",
+        ("data={folder}/rewards.py",),
+        "rewards.py:2: the line must be a JSON",
+    ),
+    "frames a second": ("sft", ("fps=0",), "fps must be > 0; got 0"),
     "a teacher for nothing": ("train", ("teacher_model={folder}/qwen2_5_vl",), "nothing compares"),
     "no teacher": ("distill", (), "teacher_model must be given"),
     "a length": ("sft", ("max_length=4",), "max_length must be None"),
@@ -281,8 +401,8 @@ def test_errors_are_one_sentence(
     assert main([command, *given, *(word.format(folder=folder) for word in wrong)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     text = "\n".join(lines[[line.startswith("ral: ") for line in lines].index(True) :])
-    assert said in text
-    assert name == "bad rows" or "\n" not in text
+    assert said.format(folder=folder) in text
+    assert name in ("bad rows", "a file of code") or "\n" not in text
 
 
 def test_one_run_in_a_folder(
@@ -345,7 +465,7 @@ def test_code_of_a_model_runs_only_when_asked_by_name(
         (("data=/no/such.jsonl",), "there is no data file"),
         (("grids=3",), "grids needs data=digits:cell"),
         (("data=digits:cell", "frames=3"), "takes grids only"),
-        (("data=digits:cell", "max_pixels=3"), "max_pixels needs a file"),
+        (("data=digits:cell", "max_pixels=3"), "max_pixels needs other data"),
         (("device=abacus",), "device abacus"),
         (("frames=0",), "frames must be a list of numbers >= 1"),
         (("out=/no/such/table.json",), "out: there is no folder"),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from ral.cli import guesses
 from ral.cli.errors import Refused
 from ral.cli.help import help_text, overview
 from ral.cli.main import COMMANDS, main
@@ -165,6 +166,41 @@ def test_refused(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(Refused) as error:
         parse(TRAIN, words)
     assert said in str(error.value)
+
+
+# What people bring from other trainers: command, what they write, what it is called here.
+GUESSED = [
+    (TRAIN, "lr", "learning_rate"),
+    (TRAIN, "LR", "learning_rate"),
+    (TRAIN, "grad_accum", "gradient_accumulation_steps"),
+    (SFT, "batch-size", "per_device_train_batch_size"),
+    (TRAIN, "epochs", "num_train_epochs"),
+    (TRAIN, "max_new_tokens", "max_completion_length"),
+    (EVAL, "max_completion_length", "max_new_tokens"),
+    (EVAL, "max_frames", "frames"),
+    (TRAIN, "frames", "max_frames"),
+    (TRAIN, "kl_coef", "beta"),
+    (TRAIN, "model_name_or_path", "model"),
+    (DISTILL, "dataset_name", "data"),
+]
+
+
+@pytest.mark.parametrize("command, written, name", GUESSED)
+def test_names_from_elsewhere_are_answered(command: Command, written: str, name: str) -> None:
+    with pytest.raises(Refused) as error:
+        parse(command, (f"{written}=1",))
+    assert str(error.value).endswith(f"(the command line); did you mean {name}?")
+
+
+def test_guesses_are_no_settings_and_name_settings() -> None:
+    known = {name for command in COMMANDS for name in command.known}
+    assert set(guesses.WRITTEN) <= known
+    for command in COMMANDS:
+        for name, written in guesses.WRITTEN.items():
+            if name in command.known:
+                taken = set(written.split()) & set(command.known)
+                assert not taken, f"{command.name}: {taken}"
+    assert not set(guesses.RENAMED) & known
 
 
 @pytest.mark.parametrize(

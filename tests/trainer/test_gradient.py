@@ -58,10 +58,11 @@ CASES = (
 )
 
 
-def _groups(inputs: dict[str, Any], granularity: str, scope: str) -> torch.Tensor | None:
+def outcomes(
+    inputs: dict[str, Any], visual: torch.Tensor, granularity: str, scope: str
+) -> torch.Tensor | None:
     """Which keys make up each outcome, from what the pictures are: tiny.dataset's 2 x 3 tokens."""
     ids = by_hand.model_inputs(inputs)["input_ids"]
-    visual = inputs["mm_token_type_ids"] == 1
     if granularity == "token":
         if scope == "context":
             return None
@@ -80,10 +81,10 @@ def _groups(inputs: dict[str, Any], granularity: str, scope: str) -> torch.Tenso
         return groups
     starts = visual & ~torch.nn.functional.pad(visual, (1, -1))  # one run of tokens an image
     number = starts.long().cumsum(-1) * visual
-    outcomes = [number == image for image in range(1, int(number.max()) + 1)]
+    found = [number == image for image in range(1, int(number.max()) + 1)]
     if scope == "context":
-        outcomes.append(~visual & by_hand.model_inputs(inputs)["attention_mask"].bool())
-    return torch.stack(outcomes, 1)
+        found.append(~visual & by_hand.model_inputs(inputs)["attention_mask"].bool())
+    return torch.stack(found or [visual], 1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -105,7 +106,8 @@ def test_eq_2_from_eager_maps(case: Case, tmp_path, tmp_path_factory) -> None:
     got = gradients(trainer.model, loss)
 
     options: dict[str, Any] = {"rows": args.attn_rows, "exclude_self": args.attn_exclude_self}
-    options["groups"] = _groups(inputs, args.attn_granularity, args.attn_scope)
+    visual = inputs["mm_token_type_ids"] == 1
+    options["groups"] = outcomes(inputs, visual, args.attn_granularity, args.attn_scope)
     with torch.no_grad(), by_hand.weights(model, before):
         r = by_hand.policies(model, inputs, layers, **options)
     with by_hand.weights(model, None):

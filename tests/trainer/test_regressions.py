@@ -12,7 +12,6 @@ from torch import nn
 
 from ral import RALConfig, RALTrainer, attention_statistics
 from ral.exploration import check_can_explore
-from ral.references import taking_hidden_states
 from ral.vision import lay_out
 from ral_kernels import AttentionSnapshot
 
@@ -116,19 +115,29 @@ def test_a_policy_over_tokens_needs_no_known_family(name: str, scope: str) -> No
         lay_out(spans, config, ids, torch.ones_like(ids), fields, 2)
 
 
-def test_only_the_states_that_predict_are_kept() -> None:
+def test_only_the_states_that_predict_are_kept(path, teacher_path, tmp_path) -> None:
     """The teacher's states of a whole rollout batch would grow with its prompts."""
-    states = torch.arange(24.0).view(2, 4, 3)
-    backbone = nn.Identity()
-    with taking_hidden_states(backbone, (1, 3), detach=True) as taken:
-        backbone(SimpleNamespace(last_hidden_state=states))
-    assert torch.equal(taken[0], states[:, 1:3])
-    assert taken[0].untyped_storage().nbytes() == taken[0].numel() * taken[0].element_size()
+    trainer = tiny.trainer(path, tmp_path, teacher_model=teacher_path, distill_logit_coef=1.0)
+    inputs = by_hand.batch_of(trainer)
+    index, length = inputs["rollout_index"], inputs["completion_ids"].shape[1]
+    name, device = "teacher of distill/logits", torch.device("cpu")
+    (kept,) = trainer._references.of(name, index, device).values()
+    assert kept.shape[:2] == (len(index), length)
+    assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+    hidden = []
+    base = trainer.teacher_model.base_model
+    handle = base.register_forward_hook(lambda *call: hidden.append(call[-1].last_hidden_state))
+    with torch.no_grad():
+        trainer.teacher_model(**by_hand.model_inputs(inputs), use_cache=False)
+    handle.remove()
+    torch.testing.assert_close(kept, hidden[0][:, -length - 1 : -1], rtol=1e-4, atol=1e-5)
 
 
 def test_states_are_kept_for_the_logits_alone(path, teacher_path, tmp_path) -> None:
     trainer = tiny.trainer(path, tmp_path, teacher_model=teacher_path, distill_attn_coef=1.0)
-    assert "teacher_hidden" not in by_hand.batch_of(trainer)
+    by_hand.batch_of(trainer)
+    assert "teacher" in trainer._references
+    assert "teacher of distill/logits" not in trainer._references
 
 
 def test_a_teacher_may_be_far_away(path, teacher_path, tmp_path, caplog) -> None:

@@ -129,7 +129,10 @@ def test_vllm_reads_the_prompts_that_are_trained_on(
         use_vllm=True, vllm_mode="colocate", max_steps=5,
     )  # fmt: skip
     trainer.train()
-    assert trainer.vllm_generation.llm.lengths == prompts and len(prompts) == 16
+    engine = trainer.vllm_generation.llm
+    assert engine.lengths == prompts and len(prompts) == 16
+    # What the last vision tower made of the images goes with its weights.
+    assert engine.events == ["weights", "images forgotten", "prompts"] * 2
     # The second batch with the weights of the fourth step. The rest is the mass of media tokens.
     differences = tiny.logged(trainer, "sampling/sampling_logp_difference/mean")
     assert len(differences) == 2 and max(differences) < 0.015

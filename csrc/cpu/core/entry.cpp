@@ -1,6 +1,7 @@
 // C entry points of the CPU backend. Each checks the call, looks up its variant and calls its
 // kernel.
 #include "core/kernels.h"
+#include "core/packed.h"
 #include "core/threads.h"
 #include "ral/check.h"
 
@@ -12,12 +13,15 @@ using ral::kernels_of;
 using ral::Memory;
 
 // Returns what the call returns, or the status that says why it must not run.
-#define RAL_RUN(status, isa, call)                          \
-  do {                                                      \
-    if (const int32_t wrong = (status)) return wrong;       \
-    const Kernels* kernels = kernels_of(isa);               \
-    return kernels ? kernels->call : RAL_ISA_NOT_AVAILABLE; \
+#define RAL_RUN_CALL(status, isa, call)               \
+  do {                                                \
+    if (const int32_t wrong = (status)) return wrong; \
+    const Kernels* kernels = kernels_of(isa);         \
+    return kernels ? call : RAL_ISA_NOT_AVAILABLE;    \
   } while (false)
+#define RAL_RUN(status, isa, call) RAL_RUN_CALL(status, isa, kernels->call)
+#define RAL_RUN_POLICY(status, params, kernel) \
+  RAL_RUN_CALL(status, (params)->common.isa, ral::run_policy(*(params), kernels->kernel))
 
 // sizeof of each parameter struct, for the caller to compare with its own.
 RAL_EXPORT void ral_cpu_attention_struct_sizes(int64_t sizes[3]) {
@@ -46,27 +50,27 @@ RAL_EXPORT int32_t ral_cpu_attention_bwd(const ral_attention_params* params,
 }
 
 RAL_EXPORT int32_t ral_cpu_policy_fwd(const ral_policy_params* params) {
-  RAL_RUN(ral::check_policy(Memory::kHost, params, false), params->common.isa, policy_fwd(*params));
+  RAL_RUN_POLICY(ral::check_policy(Memory::kHost, params, false), params, policy_fwd);
 }
 
 RAL_EXPORT int32_t ral_cpu_policy_bwd(const ral_policy_params* params) {
-  RAL_RUN(ral::check_policy(Memory::kHost, params, true), params->common.isa, policy_bwd(*params));
+  RAL_RUN_POLICY(ral::check_policy(Memory::kHost, params, true), params, policy_bwd);
 }
 
 RAL_EXPORT int32_t ral_cpu_policy_divergence_fwd(const ral_policy_divergence_params* params) {
-  RAL_RUN(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kForward),
-          params->common.isa, policy_divergence_fwd(*params));
+  RAL_RUN_POLICY(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kForward),
+                 params, policy_divergence_fwd);
 }
 
 RAL_EXPORT int32_t ral_cpu_policy_divergence_bwd(const ral_policy_divergence_params* params) {
-  RAL_RUN(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kBackward),
-          params->common.isa, policy_divergence_bwd(*params));
+  RAL_RUN_POLICY(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kBackward),
+                 params, policy_divergence_bwd);
 }
 
 // value, dq and dk for row weights `dvalue`. It stores nothing for a separate backward.
 RAL_EXPORT int32_t ral_cpu_policy_loss(const ral_policy_divergence_params* params) {
-  RAL_RUN(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kLoss),
-          params->common.isa, policy_loss(*params));
+  RAL_RUN_POLICY(ral::check_policy_divergence(Memory::kHost, params, DivergencePass::kLoss), params,
+                 policy_loss);
 }
 
 RAL_EXPORT int32_t ral_cpu_divergence_fwd(const ral_divergence_params* params) {

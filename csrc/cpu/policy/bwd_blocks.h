@@ -231,8 +231,8 @@ class PolicyGradientBlocks {
       for (int64_t sub = 0; sub < rows; sub += kLanes) {
         memset(stage, 0, kLanes * kChunkKeys * sizeof(float));
         for (int64_t i = 0; i < kLanes && sub + i < block.count; ++i) {
-          const int64_t row = block.batch * common_.num_rows + block.first_row + sub + i;
-          memcpy(stage + i * kChunkKeys, source_.dp + row * common_.seqlen_k + first,
+          memcpy(stage + i * kChunkKeys,
+                 source_.dp + block.row(common_, sub + i) * common_.row_length + first,
                  real * sizeof(float));
         }
         transpose_block(stage, kChunkKeys, l + sub, rows, kLanes, kChunkKeys);
@@ -319,7 +319,7 @@ class PolicyGradientBlocks {
     for (int64_t i = 0; i < policy.rows; ++i) {
       float weight = i < block.count ? 1.f : 0.f;
       if (compares && i < block.count) {
-        weight = source_.dvalue[block.batch * common_.num_rows + block.first_row + i];
+        weight = source_.dvalue[block.row(common_, i)];
         if (reference_inverse[i] == 0.f) weight = 0.f;
       }
       scale[i] = weight * inverse[i];
@@ -395,8 +395,7 @@ class PolicyGradientBlocks {
   template <class Side>
   void invert(const Side& side, const TokenBlock& block, float* inverse) const {
     for (int64_t i = 0; i < side.rows; ++i) {
-      const float z =
-          i < block.count ? side.side.z[block.batch * common_.num_rows + block.first_row + i] : 0.f;
+      const float z = i < block.count ? side.side.z[block.row(common_, i)] : 0.f;
       inverse[i] = side.inverse_of(z);
     }
   }
@@ -429,8 +428,7 @@ class PolicyGradientBlocks {
   void load_span_gradient(const TokenBlock& block, int64_t index) const {
     float* dst = block_floats(index, block_layout_.span_gradient);
     for (int64_t i = 0; i < policy.rows; ++i) {
-      const float* row =
-          source_.dp + (block.batch * common_.num_rows + block.first_row + i) * common_.num_spans;
+      const float* row = source_.dp + block.row(common_, i) * common_.row_length;
       for (int64_t s = 0; s < common_.num_spans; ++s) {
         dst[s * policy.rows + i] = i < block.count ? row[s] : 0.f;
       }
@@ -465,7 +463,7 @@ class PolicyGradientBlocks {
     for (int64_t i = 0; i < side.rows; ++i) {
       inverse[i] = side.inverse_of(z[i]);
       if (keeps && side.side.z && i < block.count) {
-        side.side.z[block.batch * common_.num_rows + block.first_row + i] = z[i];
+        side.side.z[block.row(common_, i)] = z[i];
       }
     }
   }

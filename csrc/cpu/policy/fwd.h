@@ -129,7 +129,7 @@ class PolicyForward {
     finish_sums(side, norm, valid, inverse, z);
     side.store_norm(block, norm, side.side.norm);
     for (int64_t i = 0; i < block.count; ++i) {
-      side.side.z[block.batch * common_.num_rows + block.first_row + i] = z[i];
+      side.side.z[block.row(common_, i)] = z[i];
     }
     return in;
   }
@@ -209,8 +209,7 @@ class PolicyForward {
   }
 
   float* policy_row(const TokenBlock& block, int64_t row) const {
-    const int64_t length = common_.span_ids ? common_.num_spans : common_.seqlen_k;
-    return p + (block.batch * common_.num_rows + block.first_row + row) * length;
+    return p + block.row(common_, row) * common_.row_length;
   }
 
   void start_policy(const TokenBlock& block, float* span_sums) const {
@@ -219,7 +218,7 @@ class PolicyForward {
       return;
     }
     for (int64_t i = 0; i < block.count; ++i) {
-      memset(policy_row(block, i), 0, common_.seqlen_k * sizeof(float));
+      memset(policy_row(block, i), 0, common_.row_length * sizeof(float));
     }
   }
 
@@ -277,7 +276,7 @@ class PolicyForward {
                         const float* reference_inverse) const {
     finish_divergence(policy_, inverse, reference_inverse, total, moment);
     for (int64_t i = 0; i < block.count; ++i) {
-      value[block.batch * common_.num_rows + block.first_row + i] = total[i];
+      value[block.row(common_, i)] = total[i];
     }
     policy_.store_columns(block, moment, u);
   }

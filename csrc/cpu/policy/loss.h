@@ -22,6 +22,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
 
  public:
   static constexpr int64_t kCacheBytes = int64_t{128} << 20;  // of all workers together
+  static constexpr int64_t kPackedSharers = 4;  // as many workers are taken for granted
 
   PolicyLoss(const ral_policy_common& common, const ral_policy_side& policy,
              const ral_policy_side& reference, const PolicyGradientSource& source, float* value,
@@ -37,7 +38,10 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     chunk_weights_size_ = policy_.total_panels * kChunkKeys * Base::kWidth;
     const int64_t columns = policy_.columns_size(), other = blocks_.reference.columns_size();
     const int64_t cache_size = chunks_ * (kChunkKeys + 1) * (columns + other);
-    caches_ = policy_.side.softcap <= 0 && cache_size * threads * int64_t{4} <= kCacheBytes;
+    // A sequence of a packed call may run on one thread or on all. Its bits must not depend on
+    // that.
+    const int64_t sharers = common_.max_keys > 0 ? kPackedSharers : threads;
+    caches_ = policy_.side.softcap <= 0 && cache_size * sharers * int64_t{4} <= kCacheBytes;
     this->reserve_scratch();
     extra_.valid = extra_.add(2 * (columns > other ? columns : other));
     extra_.z = extra_.add(policy_.rows);
@@ -156,7 +160,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     }
     blocks_.finish_divergence(index, total, scratch.moment);
     for (int64_t i = 0; i < block.count; ++i) {
-      value_[block.batch * common_.num_rows + block.first_row + i] = total[i];
+      value_[block.row(common_, i)] = total[i];
     }
     blocks_.finish_moments(index, scratch.moment, scratch.share);
   }

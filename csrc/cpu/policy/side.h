@@ -24,6 +24,11 @@ struct TokenBlock {
   int64_t batch, first_row, count;                     // rows [first_row, first_row + count) exist
   int64_t some_first, some_last, all_first, all_last;  // as in ColumnBlock
 
+  // Where row `i` of the block lies in tensors [B, T].
+  int64_t row(const ral_policy_common& c, int64_t i) const {
+    return batch * c.total_rows + first_row + i;
+  }
+
   void build(const ral_policy_common& c, const ral_policy_side& side, int64_t sample, int64_t block,
              int64_t rows) {
     batch = sample;
@@ -173,7 +178,7 @@ class PolicySide {
     return static_cast<const char*>(q.data) + offset * element_size(side.dtype);
   }
   int64_t column_index(const TokenBlock& block, int64_t head, int64_t row) const {
-    return (block.batch * side.num_heads + head) * common.num_rows + block.first_row + row;
+    return (block.batch * side.num_heads + head) * common.total_rows + block.first_row + row;
   }
 
   // Queries as B operands: [total_panels][padded_steps][kWidth].
@@ -226,7 +231,7 @@ class PolicySide {
     store_columns(block, src, dst);
     store_columns(block, src + columns_size(), dst + norm_stride());
   }
-  int64_t norm_stride() const { return common.batch_size * side.num_heads * common.num_rows; }
+  int64_t norm_stride() const { return common.batch_size * side.num_heads * common.total_rows; }
 
   // Span bias as [padded_spans][total_panels][kWidth].
   void load_bias(const TokenBlock& block, float* dst) const {

@@ -28,8 +28,9 @@ struct PolicyBwdParams {
 
 // What a CTA has: rows of a head of a chunk, and a piece of the keys that they see.
 struct RowsOfHead {
+  Sample sample;
   int64_t b, h, kv_head, piece;
-  int32_t first_row, num_rows;
+  int32_t first_row, num_rows;  // none: nothing to do
   int32_t begin, end;  // the piece's keys [begin, end), in blocks of kBlockK
 
   RAL_DEVICE RowsOfHead(const PolicyBwdParams& params, int32_t block_q) {
@@ -37,15 +38,17 @@ struct RowsOfHead {
     const int64_t num_heads = params.side.num_heads;
     // Late causal rows see the most keys, so they start first.
     const int64_t program = block_index();
-    const int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
+    int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
     h = program / params.num_blocks % num_heads;
     const int64_t rest = program / params.num_blocks / num_heads;
     b = chunk.first_sample + rest % chunk.num_samples;
     piece = rest / chunk.num_samples;
     kv_head = h / (num_heads / params.side.num_kv_heads);
-    first_row = chunk.first_row + block * block_q;
-    num_rows = minimum(block_q, chunk.stop() - first_row);
-    const KeysOfRows seen(visibility_of(params.common, params.side), first_row, num_rows);
+    sample = sample_of_block(params.common, params.common.cu_seqlens_q, block_q, block, b,
+                             chunk.first_row, chunk.stop());
+    first_row = sample.first_row + block * block_q;
+    num_rows = minimum(block_q, sample.stop - first_row);
+    const KeysOfRows seen(visibility_of(sample, params.side), first_row, num_rows);
     const int32_t start = int32_t(piece) * params.keys_per_piece;
     begin = maximum(seen.low / kBlockK * kBlockK, start);
     end = minimum(seen.high + 1, start + params.keys_per_piece);

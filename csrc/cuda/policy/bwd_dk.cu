@@ -10,7 +10,9 @@ template <typename T, int kHeadDim>
 static int launch_dk(PolicyBwdParams params, void* stream) {
   using Dk = policy_bwd_dk_kernel<T, kHeadDim>;
   static_assert(Dk::kBlockQ == kChunkBlockQ, "a chunk has whole blocks of rows");
-  params.num_blocks = int32_t(cdiv(params.common.seqlen_k, kBlockK));
+  const ral_policy_common& common = params.common;
+  params.num_blocks = int32_t(count_blocks(common.seqlen_k, common.num_sequences, kBlockK,
+                                           common.cu_seqlens_k != nullptr));
   return run<Dk>(params.chunk.num_samples * params.side.num_kv_heads * params.num_blocks, params,
                  stream);
 }

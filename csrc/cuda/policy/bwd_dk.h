@@ -35,25 +35,29 @@ struct policy_bwd_dk_kernel {
     const RowChunk& chunk = params.chunk;
     // Most rows see early causal keys, so they start first.
     const int64_t program = block_index();
-    const int32_t first_key = int32_t(program % params.num_blocks) * kBlockK;
+    int32_t block = int32_t(program % params.num_blocks);
     const int64_t kv_head = program / params.num_blocks % side.num_kv_heads;
     const int32_t b = chunk.first_sample + int32_t(program / params.num_blocks / side.num_kv_heads);
-    const int32_t num_keys = minimum(kBlockK, int32_t(common.seqlen_k) - first_key);
-    const Visibility visibility = visibility_of(common, side);
+    const Sample sample = sample_of_block(common, common.cu_seqlens_k, kBlockK, block, b,
+                                          chunk.first_row, chunk.stop());
+    const int32_t first_key = block * kBlockK;
+    const int32_t num_keys = minimum(kBlockK, sample.num_keys - first_key);
+    if (num_keys <= 0) return;
+    const Visibility visibility = visibility_of(sample, side);
     const int32_t group = int32_t(side.num_heads / side.num_kv_heads);
     const int32_t first_head = int32_t(kv_head) * group;
 
-    // Rows [begin, high] of the chunk see some of the keys. `begin` is whole blocks of kBlockQ
-    // after the chunk's first row.
-    const int32_t low = maximum(visibility.first_query(first_key) - chunk.first_row, 0);
-    const int32_t begin = chunk.first_row + low / kBlockQ * kBlockQ;
-    const int32_t high = minimum(visibility.last_query(first_key + num_keys - 1), chunk.stop() - 1);
+    // Rows [begin, high] of the sample see some of the keys. `begin` is whole blocks of kBlockQ
+    // after its first row.
+    const int32_t low = maximum(visibility.first_query(first_key) - sample.first_row, 0);
+    const int32_t begin = sample.first_row + low / kBlockQ * kBlockQ;
+    const int32_t high = minimum(visibility.last_query(first_key + num_keys - 1), sample.stop - 1);
 
     const TileT k{reinterpret_cast<T*>(shared)};
     const TileT q{k.data + kBlockK * kHeadDim};  // double buffer
     // likewise
     float* const statistics = reinterpret_cast<float*>(q.data + 2 * kBlockQ * kHeadDim);
-    const KeyBits bits(common, b, first_key);
+    const KeyBits bits(common, sample, first_key);
     const int warp_key = warp_index() * 16;
     float dk[1][kHeadDim / 8][4];
     clear(dk);
@@ -63,8 +67,8 @@ struct policy_bwd_dk_kernel {
     Mask masks[kRows];
     Step step{first_head, begin};
     if (begin <= high) {
-      HeadKeys<T>(side, b, kv_head).template copy_block<kThreads>(k, first_key, bits);
-      load_queries(params, b, step, q, statistics);
+      HeadKeys<T>(side, sample, kv_head).template copy_block<kThreads>(k, first_key, bits);
+      load_queries(params, sample, step, q, statistics);
     }
     commit_copies();
     int buffer = 0;
@@ -77,7 +81,7 @@ struct policy_bwd_dk_kernel {
       const float* const of_rows = statistics + buffer * kStatistics * kBlockQ;
       buffer = 1 - buffer;
       if (next.first_row <= high)
-        load_queries(params, b, next, TileT{q.data + buffer * kBlockQ * kHeadDim},
+        load_queries(params, sample, next, TileT{q.data + buffer * kBlockQ * kHeadDim},
                      statistics + buffer * kStatistics * kBlockQ);
       commit_copies();
       if (warp_key >= num_keys) {
@@ -85,11 +89,11 @@ struct policy_bwd_dk_kernel {
         continue;
       }
       if (step.h == first_head) {
-        load_l_transposed(params, b, step.first_row, first_key + warp_key, l);
+        load_l_transposed(params, sample, step.first_row, first_key + warp_key, l);
         RAL_UNROLL for (int i = 0; i < kRows; ++i) {
           const int key = warp_key + row_in_warp(i);
           masks[i] = Mask::of_key(common, visibility, bits, key, first_key + key, step.first_row,
-                                  chunk.stop());
+                                  sample.stop);
         }
       }
       float ds[1][kBlockQ / 8][4];
@@ -107,7 +111,7 @@ struct policy_bwd_dk_kernel {
     if (params.is_last) {
       sync_block();  // the keys are no longer read
       store_rows<1>(
-          rows_of<T>(params.dk, b, kv_head, first_key), params.dk.stride_t, warp_key, num_keys, dk,
+          rows_of<T>(params.dk, b, kv_head, sample.first_key + first_key), params.dk.stride_t, warp_key, num_keys, dk,
           [&](int) { return side.scale; }, k);
     } else {
       store_so_far(params, kv_head, first_key + warp_key, dk);
@@ -115,11 +119,12 @@ struct policy_bwd_dk_kernel {
   }
 
  private:
-  RAL_DEVICE static void load_queries(const Params& params, int32_t b, Step step, TileT q,
-                                      float* statistics) {
+  RAL_DEVICE static void load_queries(const Params& params, const Sample& sample, Step step,
+                                      TileT q, float* statistics) {
+    const int32_t b = int32_t(sample.b);
     const ral_policy_side& side = params.side;
     const RowChunk& chunk = params.chunk;
-    const int32_t num_rows = chunk.stop() - step.first_row;
+    const int32_t num_rows = sample.stop - step.first_row;
     copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(side.q, b, step.h, step.first_row),
                                  side.q.stride_t, [&](int row) { return row < num_rows; });
     const int row = thread_index();
@@ -137,16 +142,16 @@ struct policy_bwd_dk_kernel {
   }
 
   // Loads l of rows [first_row, first_row + 64) for the lane's keys of a warp's 16.
-  RAL_DEVICE static void load_l_transposed(const Params& params, int32_t b, int32_t first_row,
-                                           int32_t warp_key, float (&l)[1][kBlockQ / 8][4]) {
+  RAL_DEVICE static void load_l_transposed(const Params& params, const Sample& sample,
+                                           int32_t first_row, int32_t warp_key, float (&l)[1][kBlockQ / 8][4]) {
     const RowChunk& chunk = params.chunk;
     const int mine = 2 * (lane_index() % 4);
     const float* const lines =
-        params.l + chunk.at(b, first_row) * chunk.stride + warp_key + lane_index() / 4;
+        params.l + chunk.at(int32_t(sample.b), first_row) * chunk.stride + warp_key + lane_index() / 4;
     RAL_UNROLL for (int c = 0; c < kBlockQ / 8; ++c) RAL_UNROLL
       for (int e = 0; e < 2; ++e) {
         const int row = 8 * c + mine + e;
-        const bool there = first_row + row < chunk.stop();
+        const bool there = first_row + row < sample.stop;
         RAL_UNROLL for (int i = 0; i < kRows; ++i)
           l[0][c][2 * i + e] = there ? load_global(lines + row * chunk.stride + 8 * i) : 0.0f;
       }

@@ -12,7 +12,8 @@ static int launch_dq(PolicyBwdParams params, void* stream) {
   using Join = policy_bwd_join_kernel<T, kHeadDim>;
   static_assert(Dq::kBlockQ == kChunkBlockQ, "a chunk has whole blocks of rows");
   const int64_t heads = params.chunk.num_samples * params.side.num_heads;
-  params.num_blocks = int32_t(cdiv(params.chunk.num_rows, Dq::kBlockQ));
+  params.num_blocks =
+      int32_t(blocks_of_rows(params.common, params.chunk.num_rows, Dq::kBlockQ));
   const int error = run<Dq>(params.pieces * heads * params.num_blocks, params, stream);
   if (error != 0 || params.dq_parts == nullptr) return error;
   const int64_t pairs = heads * params.chunk.num_rows * Join::kPairs;

@@ -25,15 +25,16 @@ struct policy_bwd_dq_kernel {
 
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const RowsOfHead at(params, kBlockQ);
+    if (at.num_rows <= 0) return;
     const TileT q{reinterpret_cast<T*>(shared)};
     const TileT k{q.data + kBlockQ * kHeadDim};  // double buffer
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
-    const Visibility visibility = visibility_of(common, side);
-    const HeadKeys<T> keys(side, at.b, at.kv_head);
+    const Visibility visibility = visibility_of(at.sample, side);
+    const HeadKeys<T> keys(side, at.sample, at.kv_head);
     copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(side.q, at.b, at.h, at.first_row),
                                  side.q.stride_t, [&](int row) { return row < at.num_rows; });
-    KeyBits next(common, at.b, at.begin);
+    KeyBits next(common, at.sample, at.begin);
     if (at.begin < at.end) keys.template copy_block<kThreads>(k, at.begin, next);
     commit_copies();
 
@@ -48,7 +49,7 @@ struct policy_bwd_dq_kernel {
     int offset = 0;  // of the tile in use
     for (int32_t first = at.begin; first < at.end; first += kBlockK) {
       const KeyBits bits = next;
-      next = KeyBits(common, at.b, first + kBlockK);
+      next = KeyBits(common, at.sample, first + kBlockK);
       wait_for_copies<0>();
       sync_block();  // the tile has arrived; the previous one is no longer read
       const TileT now{k.data + offset};
@@ -143,6 +144,7 @@ struct policy_bwd_join_kernel {
       sum.y += more.y;
     }
     const int64_t t = chunk.first_row + row % chunk.num_rows;
+    if (t >= stop_of_rows(params.common)) return;
     const int64_t h = row / chunk.num_rows % num_heads;
     const int64_t b = chunk.first_sample + row / chunk.num_rows / num_heads;
     store_global(reinterpret_cast<uint32_t*>(rows_of<T>(params.dq, b, h, t)) + pair,

@@ -52,23 +52,28 @@ struct Pieces {
 
 class PolicyDivergence {
  public:
-  // `limit`: floats that a chunk's l and its parts of U may take. A chunk of kChunkBlockQ rows may
-  // take more.
+  // `limit`: floats that a chunk's l and its parts of U may take. A chunk of kChunkBlockQ rows, or
+  // of packed sequences, may take more.
   PolicyDivergence(const ral_policy_divergence_params& call, const Pass& pass, int64_t limit,
                    float* memory, void* stream)
       : call_(call), pass_(pass), stream_(stream) {
     const ral_policy_common& common = call.common;
     const int64_t num_heads = call.policy.num_heads;
-    stride_ = cdiv(common.seqlen_k, kTermKeys) * kTermKeys;
+    const bool packed = common.cu_seqlens_q != nullptr;
+    const int64_t seqlen_k = packed ? common.max_keys : common.seqlen_k;
+    stride_ = cdiv(seqlen_k, kTermKeys) * kTermKeys;
     const int64_t u_parts = pass.wants_sums ? num_heads * (stride_ / kBlockK) : 0;  // per row
     int64_t blocks = limit / ((stride_ + u_parts) * kChunkBlockQ);
     if (blocks < 1) blocks = 1;
     const int64_t of_sample = cdiv(common.num_rows, kChunkBlockQ);
-    rows_ = blocks < of_sample ? blocks * kChunkBlockQ : common.num_rows;
-    samples_ = blocks < of_sample ? 1 : blocks / of_sample;
+    // The lengths of packed sequences are on the device: a call of them is one chunk.
+    const bool whole = packed || blocks >= of_sample;
+    rows_ = whole ? common.num_rows : blocks * kChunkBlockQ;
+    samples_ = whole ? blocks / of_sample : 1;
     if (samples_ > common.batch_size) samples_ = common.batch_size;
+    if (samples_ < 1) samples_ = 1;
     // Some chunks have fewer rows or samples than others, but none has more CTAs.
-    pieces_ = Pieces(cdiv(rows_, kChunkBlockQ) * num_heads * samples_, common.seqlen_k);
+    pieces_ = Pieces(blocks_of_rows(common, rows_, kChunkBlockQ) * num_heads * samples_, seqlen_k);
 
     Scratch scratch(memory);
     const int64_t rows = samples_ * rows_, all_rows = common.batch_size * common.num_rows;
@@ -123,7 +128,7 @@ class PolicyDivergence {
     params.common = call_.common;
     params.side = side;
     params.chunk = chunk;
-    params.num_row_blocks = int32_t(cdiv(chunk.num_rows, kChunkBlockQ));
+    params.num_row_blocks = int32_t(blocks_of_rows(call_.common, chunk.num_rows, kChunkBlockQ));
     params.num_key_blocks = int32_t(stride_ / kTermKeys);
     params.other_left = other.window_left;
     params.other_right = other.window_right;
@@ -238,7 +243,7 @@ ral_cuda_policy_divergence_loss_scratch(const ral_policy_divergence_params* call
 }
 
 // `limit`: floats that l of a chunk of rows and its parts of U may take. A chunk of 64 rows may
-// take more. It must be the `limit` that the scratch was sized for.
+// take more, and packed sequences are one chunk. It must be the `limit` that the scratch was sized for.
 extern "C" RAL_EXPORT int32_t ral_cuda_policy_divergence_fwd(
     const ral_policy_divergence_params* call, int64_t limit, float* scratch, void* stream) {
   return ral::cuda::run_pass(call, ral::cuda::kFwd, limit, scratch, stream);

@@ -42,8 +42,9 @@ struct policy_rows_kernel {
     const float z = load_global(params.policy.z + row);
     bool constant = z == 0.0f || load_global(params.reference.z + row) == 0.0f;
     // Key blocks that the row sees on neither side may not have been formed.
-    const KeysOfRows mine(visibility_of(params.common, params.policy), t, 1);
-    const KeysOfRows others(visibility_of(params.common, params.reference), t, 1);
+    const Sample sample = sample_of_row(params.common, b, t);
+    const KeysOfRows mine(visibility_of(sample, params.policy), t, 1);
+    const KeysOfRows others(visibility_of(sample, params.reference), t, 1);
 
     float value = 0.0f;
     const int32_t num_parts = int32_t(chunk.stride / kTermKeys);

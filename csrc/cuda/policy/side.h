@@ -12,9 +12,75 @@
 namespace ral {
 namespace cuda {
 
-RAL_DEVICE Visibility visibility_of(const ral_policy_common& common, const ral_policy_side& side) {
-  return Visibility(int32_t(common.query_start), side.window_left, side.window_right,
-                    int32_t(common.seqlen_k));
+// The sample of a CTA, or its packed sequence. Rows are numbered as in the tensors of the call; keys
+// from the sample's first one on.
+struct Sample {
+  int64_t b;
+  int32_t first_row, stop;  // its rows, or those of a chunk
+  int32_t first_key;        // in the tensors of the call
+  int32_t num_keys;
+  int32_t offset;  // position among its keys of row 0 of the tensors
+};
+
+RAL_DEVICE Sample packed_sample(const ral_policy_common& common, int32_t n) {
+  const int32_t row = load_global(common.cu_seqlens_q + n);
+  const int32_t key = load_global(common.cu_seqlens_k + n);
+  return Sample{0,
+                row,
+                load_global(common.cu_seqlens_q + n + 1),
+                key,
+                load_global(common.cu_seqlens_k + n + 1) - key,
+                load_global(common.query_starts + n) - row};
+}
+
+// Where `block` counts the blocks of all packed sequences, finds its sequence, and makes `block`
+// the number there. It may lie beyond the sequence's end. Otherwise it is sample b, of which
+// [first_row, stop) are taken.
+RAL_DEVICE Sample sample_of_block(const ral_policy_common& common, const int32_t* offsets,
+                                  int32_t block_size, int32_t& block, int64_t b, int32_t first_row,
+                                  int32_t stop) {
+  if (offsets == nullptr)
+    return Sample{b,
+                  first_row,
+                  stop,
+                  0,
+                  int32_t(common.seqlen_k),
+                  int32_t(common.query_start)};
+  const int32_t n = sequence_of_block(offsets, common.num_sequences, block_size, block);
+  block -= load_global(offsets + n) / block_size + n;
+  return packed_sample(common, n);
+}
+
+// The sample of a row of sample b.
+RAL_DEVICE Sample sample_of_row(const ral_policy_common& common, int64_t b, int32_t row) {
+  int32_t block = row;
+  if (common.cu_seqlens_q == nullptr)
+    return sample_of_block(common, nullptr, 1, block, b, 0, int32_t(common.num_rows));
+  int32_t low = 0, high = int32_t(common.num_sequences) - 1;  // the last that begins by then
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (load_global(common.cu_seqlens_q + middle) <= row)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return packed_sample(common, low);
+}
+
+// Rows before it belong to samples; packed, later ones may belong to no sequence.
+RAL_DEVICE int64_t stop_of_rows(const ral_policy_common& common) {
+  return common.cu_seqlens_q == nullptr ? common.num_rows
+                                        : load_global(common.cu_seqlens_q + common.num_sequences);
+}
+
+RAL_DEVICE Visibility visibility_of(const Sample& sample, const ral_policy_side& side) {
+  return Visibility(sample.offset, side.window_left, side.window_right, sample.num_keys);
+}
+
+// CTAs for all blocks of rows of a sample, or of packed sequences. Some of these may be empty.
+inline int64_t blocks_of_rows(const ral_policy_common& common, int64_t num_rows,
+                              int64_t block_size) {
+  return count_blocks(num_rows, common.num_sequences, block_size, common.cu_seqlens_q != nullptr);
 }
 
 // Keys [low, high] that some of the rows [row, row + num_rows) see by position.
@@ -32,15 +98,14 @@ struct KeysOfRows {
 struct KeyBits {
   uint64_t real, in_scope;
 
-  RAL_DEVICE KeyBits(const ral_policy_common& common, int64_t b, int32_t first) {
-    const int32_t length = int32_t(common.seqlen_k);
+  RAL_DEVICE KeyBits(const ral_policy_common& common, const Sample& sample, int32_t first) {
     const uint8_t* padding = nullptr;
     if (common.key_padding_mask != nullptr)
-      padding = common.key_padding_mask + b * common.key_padding_mask_stride_b;
-    in_scope = real = load_key_block(nullptr, padding, first, length).real;
+      padding = common.key_padding_mask + sample.b * common.key_padding_mask_stride_b;
+    in_scope = real = load_key_block(nullptr, padding, first, sample.num_keys).real;
     if (common.scope != nullptr) {
-      const uint8_t* scope = common.scope + b * common.scope_stride_b;
-      in_scope &= load_key_block(nullptr, scope, first, length).real;
+      const uint8_t* scope = common.scope + sample.b * common.scope_stride_b + sample.first_key;
+      in_scope &= load_key_block(nullptr, scope, first, sample.num_keys).real;
     }
   }
 };
@@ -54,15 +119,15 @@ struct HeadKeys {
   int64_t stride, prefix_stride;
   int32_t prefix_length;
 
-  RAL_DEVICE HeadKeys(const ral_policy_side& side, int64_t b, int64_t kv_head)
-      : own(rows_of<const T>(side.k, b, kv_head, 0)),
+  RAL_DEVICE HeadKeys(const ral_policy_side& side, const Sample& sample, int64_t kv_head)
+      : own(rows_of<const T>(side.k, sample.b, kv_head, sample.first_key)),
         prefix(nullptr),
         stride(side.k.stride_t),
         prefix_stride(side.k_prefix.stride_t),
         prefix_length(0) {
     if (side.k_prefix.data == nullptr) return;
     prefix_length = int32_t(side.shared_prefix);
-    prefix = rows_of<const T>(side.k_prefix, load_global(side.prefix_index + b), kv_head, 0);
+    prefix = rows_of<const T>(side.k_prefix, load_global(side.prefix_index + sample.b), kv_head, 0);
   }
 
   // Starts copying keys [first, first + kRows). Keys where `exists(row)` is false become 0: padding

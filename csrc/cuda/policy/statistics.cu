@@ -8,7 +8,7 @@ template <typename T, int kHeadDim>
 static int launch_statistics(const ral_policy_common& common, const ral_policy_side& side, float* w,
                              void* stream) {
   using Statistics = policy_statistics_kernel<T, kHeadDim>;
-  const int64_t blocks = cdiv(common.num_rows, Statistics::kBlockQ);
+  const int64_t blocks = blocks_of_rows(common, common.num_rows, Statistics::kBlockQ);
   const int error =
       run<Statistics>(blocks * side.num_heads * common.batch_size,
                       PolicyStatisticsParams{common, side, w, int32_t(blocks)}, stream);

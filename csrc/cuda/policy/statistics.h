@@ -43,13 +43,16 @@ struct policy_statistics_kernel {
     const ral_policy_side& side = params.side;
     // Late causal rows see the most keys, so they start first.
     const int64_t program = block_index();
-    const int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
+    int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
     const int64_t h = program / params.num_blocks % side.num_heads;
     const int64_t b = program / params.num_blocks / side.num_heads;
-    const int32_t first_row = block * kBlockQ;
-    const int32_t num_rows = minimum(kBlockQ, int32_t(common.num_rows) - first_row);
-    const Visibility visibility = visibility_of(common, side);
-    const HeadKeys<T> keys(side, b, h / (side.num_heads / side.num_kv_heads));
+    const Sample sample = sample_of_block(common, common.cu_seqlens_q, kBlockQ, block, b, 0,
+                                          int32_t(common.num_rows));
+    const int32_t first_row = sample.first_row + block * kBlockQ;
+    const int32_t num_rows = minimum(kBlockQ, sample.stop - first_row);
+    if (num_rows <= 0) return;
+    const Visibility visibility = visibility_of(sample, side);
+    const HeadKeys<T> keys(side, sample, h / (side.num_heads / side.num_kv_heads));
 
     const TileT q{reinterpret_cast<T*>(shared)};
     const TileT k{q.data + kBlockQ * kHeadDim};  // double buffer
@@ -57,7 +60,7 @@ struct policy_statistics_kernel {
                                  [&](int row) { return row < num_rows; });
     const KeysOfRows seen(visibility, first_row, num_rows);
     const int32_t begin = seen.low / kBlockK * kBlockK;
-    KeyBits next(common, b, begin);
+    KeyBits next(common, sample, begin);
     if (begin <= seen.high) keys.template copy_block<kThreads>(k, begin, next);
     commit_copies();
 
@@ -69,7 +72,7 @@ struct policy_statistics_kernel {
     int offset = 0;  // of the tile in use
     for (int32_t first = begin; first <= seen.high; first += kBlockK) {
       const KeyBits bits = next;
-      next = KeyBits(common, b, first + kBlockK);
+      next = KeyBits(common, sample, first + kBlockK);
       wait_for_copies<0>();
       sync_block();  // the tile has arrived; the previous one is no longer read
       const TileT now{k.data + offset};
@@ -153,7 +156,7 @@ struct policy_share_kernel {
     if (index >= params.common.batch_size * num_rows) return;
     const int64_t b = index / num_rows, t = index % num_rows;
     float sum = 0.0f;
-    for (int64_t h = 0; h < num_heads; ++h)
+    for (int64_t h = 0; h < num_heads && t < stop_of_rows(params.common); ++h)
       sum += load_global(params.w + (b * num_heads + h) * num_rows + t);
     store_global(params.side.z + index, sum < kSmallestWeight ? 0.0f : sum / float(num_heads));
   }

@@ -59,11 +59,14 @@ struct policy_terms_kernel {
     const int64_t program = block_index();
     const int32_t first_key = int32_t(program % params.num_key_blocks) * kTermKeys;
     const int64_t rest = program / params.num_key_blocks;
-    const int32_t block = params.num_row_blocks - 1 - int32_t(rest % params.num_row_blocks);
+    int32_t block = params.num_row_blocks - 1 - int32_t(rest % params.num_row_blocks);
     const int32_t b = chunk.first_sample + int32_t(rest / params.num_row_blocks);
-    const int32_t first_row = chunk.first_row + block * kBlockQ;
-    const int32_t num_rows = minimum(kBlockQ, chunk.stop() - first_row);
-    const Visibility visibility = visibility_of(common, side);
+    const Sample sample = sample_of_block(common, common.cu_seqlens_q, kBlockQ, block, b,
+                                          chunk.first_row, chunk.stop());
+    const int32_t first_row = sample.first_row + block * kBlockQ;
+    const int32_t num_rows = minimum(kBlockQ, sample.stop - first_row);
+    if (num_rows <= 0) return;
+    const Visibility visibility = visibility_of(sample, side);
     const bool sees = KeysOfRows(visibility, first_row, num_rows).meet(first_key, kTermKeys);
     const bool other_sees = KeysOfRows(Visibility(visibility.offset, params.other_left,
                                                   params.other_right, visibility.length_k),
@@ -72,16 +75,16 @@ struct policy_terms_kernel {
     if (!sees && !other_sees) return;  // no kernel reads p, l or partial sums here
     Scores sum;
     clear(sum);
-    if (sees) add_heads(params, shared, b, first_row, num_rows, first_key, sum);
+    if (sees) add_heads(params, shared, sample, first_row, num_rows, first_key, sum);
     // Sums pass through shared memory: a warp then has whole lines, and few elements at a time.
     float* const stage = reinterpret_cast<float*>(shared);
     sync_block();  // queries and keys are no longer read
-    stage_policy(params, b, first_row, num_rows, first_key, sum, stage);
+    stage_policy(params, sample, first_row, num_rows, first_key, sum, stage);
     sync_block();
-    finish_lines(params, b, first_row, num_rows, first_key, stage);
+    finish_lines(params, sample.b, first_row, num_rows, first_key, stage);
     if (sees && params.u_parts != nullptr) {
       sync_block();  // l is on the stage
-      add_moments(params, shared, b, first_row, num_rows, first_key, stage);
+      add_moments(params, shared, sample, first_row, num_rows, first_key, stage);
     }
   }
 
@@ -94,8 +97,10 @@ struct policy_terms_kernel {
   // Calls visit(h, scores, norm) head by head. The scores are q kᵀ of the warp's rows and keys.
   // Warps without rows only take part in copies and barriers.
   template <typename Visit>
-  RAL_DEVICE static void for_heads(const Params& params, char* shared, int32_t b, int32_t first_row,
-                                   int32_t num_rows, int32_t first_key, Visit visit) {
+  RAL_DEVICE static void for_heads(const Params& params, char* shared, const Sample& sample,
+                                   int32_t first_row, int32_t num_rows, int32_t first_key,
+                                   Visit visit) {
+    const int64_t b = sample.b;
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
     const TileT q{reinterpret_cast<T*>(shared)};  // double buffer
@@ -108,10 +113,10 @@ struct policy_terms_kernel {
     const int64_t inverses = common.batch_size * side.num_heads * common.num_rows;
     const int32_t num_heads = int32_t(side.num_heads);
     const int32_t group = num_heads / int32_t(side.num_kv_heads);
-    const uint64_t low = KeyBits(common, b, first_key).real;
-    const uint64_t high = KeyBits(common, b, first_key + kWarpKeys).real;
+    const uint64_t low = KeyBits(common, sample, first_key).real;
+    const uint64_t high = KeyBits(common, sample, first_key + kWarpKeys).real;
     const auto copy_keys = [&](int64_t kv_head) {
-      HeadKeys<T>(side, b, kv_head).template copy<kTermKeys, kThreads>(k, first_key, [&](int row) {
+      HeadKeys<T>(side, sample, kv_head).template copy<kTermKeys, kThreads>(k, first_key, [&](int row) {
         return ((row < kWarpKeys ? low >> row : high >> (row - kWarpKeys)) & 1) != 0;
       });
     };
@@ -123,7 +128,7 @@ struct policy_terms_kernel {
     int64_t kv_head = 0;
     for (int32_t h = 0; h < num_heads; ++h) {
       const float* const at =
-          side.norm + (int64_t(b) * num_heads + h) * common.num_rows + first_row;
+          side.norm + (b * num_heads + h) * common.num_rows + first_row;
       Norm norm;
       RAL_UNROLL for (int i = 0; i < kRows; ++i) {
         const int row = warp_row + row_in_warp(i);
@@ -151,10 +156,11 @@ struct policy_terms_kernel {
   }
 
   // Adds the heads' weights on keys that a row sees. Elsewhere the sum may be anything.
-  RAL_DEVICE static void add_heads(const Params& params, char* shared, int32_t b, int32_t first_row,
-                                   int32_t num_rows, int32_t first_key, Scores& sum) {
+  RAL_DEVICE static void add_heads(const Params& params, char* shared, const Sample& sample,
+                                   int32_t first_row, int32_t num_rows, int32_t first_key,
+                                   Scores& sum) {
     const float scale = params.side.scale * kLog2e;
-    for_heads(params, shared, b, first_row, num_rows, first_key,
+    for_heads(params, shared, sample, first_row, num_rows, first_key,
               [&](int32_t, const Scores& s, const Norm& norm) {
                 RAL_UNROLL for (int i = 0; i < kRows; ++i) RAL_UNROLL
                   for (int c = 0; c < kWarpKeys / 8; ++c) RAL_UNROLL
@@ -167,7 +173,7 @@ struct policy_terms_kernel {
   }
 
   // Partial sums of U (3), from l on the stage.
-  RAL_DEVICE static void add_moments(const Params& params, char* shared, int32_t b,
+  RAL_DEVICE static void add_moments(const Params& params, char* shared, const Sample& sample,
                                      int32_t first_row, int32_t num_rows, int32_t first_key,
                                      const float* stage) {
     const ral_policy_side& side = params.side;
@@ -187,7 +193,7 @@ struct policy_terms_kernel {
     const int64_t num_parts = params.chunk.stride / kWarpKeys;
     const int64_t part = (first_key + warp_key) / kWarpKeys;
     const float scale = side.scale * kLog2e;
-    for_heads(params, shared, b, first_row, num_rows, first_key,
+    for_heads(params, shared, sample, first_row, num_rows, first_key,
               [&](int32_t h, const Scores& s, const Norm& norm) {
                 RAL_UNROLL for (int i = 0; i < kRows; ++i) {
                   float u = 0.0f;
@@ -201,7 +207,7 @@ struct policy_terms_kernel {
                     }
                   u = quad_sum(u) * norm.inverse[i];
                   const int row = warp_row + row_in_warp(i);
-                  const int64_t line = params.chunk.at(b, first_row + row) * side.num_heads + h;
+                  const int64_t line = params.chunk.at(int32_t(sample.b), first_row + row) * side.num_heads + h;
                   if (lane_index() % 4 == 0 && row < num_rows)
                     store_global(params.u_parts + line * num_parts + part, u);
                 }
@@ -209,18 +215,18 @@ struct policy_terms_kernel {
   }
 
   // Stages the warp's part of the policy's rows (7), 0 on keys that do not count.
-  RAL_DEVICE static void stage_policy(const Params& params, int32_t b, int32_t first_row,
+  RAL_DEVICE static void stage_policy(const Params& params, const Sample& sample, int32_t first_row,
                                       int32_t num_rows, int32_t first_key, const Scores& sum,
                                       float* stage) {
     const ral_policy_common& common = params.common;
-    const Visibility visibility = visibility_of(common, params.side);
+    const Visibility visibility = visibility_of(sample, params.side);
     const int warp_row = warp_index() / 2 * kWarpQ, warp_key = warp_index() % 2 * kWarpKeys;
-    const KeyBits bits(common, b, first_key + warp_key);
+    const KeyBits bits(common, sample, first_key + warp_key);
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
       const int row = warp_row + row_in_warp(i);
       const Mask mask =
           Mask::of_row(common, visibility, bits, first_row + row, first_key + warp_key);
-      const float* const z_rows = params.side.z + int64_t(b) * common.num_rows + first_row;
+      const float* const z_rows = params.side.z + sample.b * common.num_rows + first_row;
       const float z = row < num_rows ? load_global(z_rows + row) : 0.0f;
       const float share = z > 0.0f ? 1.0f / (z * float(params.side.num_heads)) : 0.0f;
       float* const at = stage + row * kStride + warp_key + 2 * (lane_index() % 4);
@@ -234,12 +240,12 @@ struct policy_terms_kernel {
   }
 
   // Writes p. In a comparison it reads r where p would go, and writes l there and to the stage.
-  RAL_DEVICE static void finish_lines(const Params& params, int32_t b, int32_t first_row,
+  RAL_DEVICE static void finish_lines(const Params& params, int64_t b, int32_t first_row,
                                       int32_t num_rows, int32_t first_key, float* stage) {
     const RowChunk& chunk = params.chunk;
     const int lane = lane_index();
     for (int row = warp_index(); row < num_rows; row += kWarps) {
-      const int64_t line = chunk.at(b, first_row + row);
+      const int64_t line = chunk.at(int32_t(b), first_row + row);
       Float4* const staged = reinterpret_cast<Float4*>(stage + row * kStride) + lane;
       Float4* const at =
           reinterpret_cast<Float4*>(params.p + line * chunk.stride + first_key) + lane;

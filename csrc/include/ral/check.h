@@ -106,11 +106,39 @@ static inline int32_t check_attention_bwd(Memory memory, const ral_attention_par
   return gradients ? check_attention(memory, params, outputs, gradients) : RAL_BAD_ARGUMENT;
 }
 
+// Offsets of packed sequences from 0 on, each at most `longest` after the one before it.
+static inline bool are_offsets(const int32_t* offsets, int64_t num_sequences, int64_t total,
+                               int64_t longest) {
+  if (offsets[0] != 0 || !are_bounds(offsets, num_sequences, total)) return false;
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    if (offsets[i + 1] - offsets[i] > longest) return false;
+  }
+  return true;
+}
+
+static inline int32_t check_packed_policy(Memory memory, const ral_policy_common& x) {
+  const bool fits = x.cu_seqlens_q && x.cu_seqlens_k && x.query_starts && x.batch_size == 1 &&
+                    !x.key_padding_mask && in_range(x.num_sequences, 0, INT32_MAX) &&
+                    in_range(x.max_rows, 1, x.num_rows) && in_range(x.max_keys, 1, x.seqlen_k);
+  if (!fits) return RAL_BAD_ARGUMENT;
+  if (memory == Memory::kDevice) return RAL_OK;
+  return are_offsets(x.cu_seqlens_q, x.num_sequences, x.num_rows, x.max_rows) &&
+                 are_offsets(x.cu_seqlens_k, x.num_sequences, x.seqlen_k, x.max_keys)
+             ? RAL_OK
+             : RAL_BAD_BOUNDS;
+}
+
 static inline int32_t check_policy_common(Memory memory, const ral_policy_common& x) {
+  const bool packed = x.cu_seqlens_q || x.cu_seqlens_k || x.query_starts;
+  const int64_t outcomes = x.span_ids ? x.num_spans : packed ? x.max_keys : x.seqlen_k;
   if (!are_sizes(x.batch_size, x.num_rows, x.seqlen_k) || !in_range(x.num_spans, 0, INT32_MAX) ||
       (x.num_spans > 0 && !x.span_ids) || !in_range(x.query_start, -INT32_MAX, INT32_MAX) ||
+      x.total_rows != x.num_rows || x.row_length != outcomes ||
       (memory == Memory::kHost && x.num_threads < 1))
     return RAL_BAD_ARGUMENT;
+  if (packed) {
+    if (const int32_t wrong = check_packed_policy(memory, x)) return wrong;
+  }
   if (memory == Memory::kHost && x.span_ids &&
       !are_span_ids(x.span_ids, x.span_ids_stride_b, x.batch_size, x.seqlen_k, x.num_spans))
     return RAL_BAD_SPAN_ID;
@@ -129,6 +157,7 @@ static inline int32_t check_policy_side(Memory memory, const ral_policy_common& 
       are_scores(x.window_left, x.window_right, x.scale, x.softcap) && is_float_dtype(x.dtype);
   const bool given =
       x.q.data && (x.k.data || x.shared_prefix == common.seqlen_k) &&
+      (x.shared_prefix == 0 || !common.cu_seqlens_q) &&
       (x.shared_prefix == 0 || (x.k_prefix.data && x.prefix_index && x.num_prefixes >= 1)) &&
       (common.span_ids || !x.span_bias.data) && (!normalised || (x.norm && x.z));
   if (!fits || !given) return RAL_BAD_ARGUMENT;

@@ -37,10 +37,20 @@ typedef struct {
 } ral_policy_side;
 
 // What both policies of a comparison share.
+//
+// A packed call has batch size 1. cu_seqlens_q and cu_seqlens_k hold the offsets of its sequences'
+// rows and keys among num_rows and seqlen_k, from 0. Rows and keys after the last offset belong to
+// none: their results and gradients are 0.
 typedef struct {
   int64_t batch_size, num_rows, seqlen_k, num_spans;
-  int64_t query_start;      // key position of row 0
-  const int32_t* span_ids;  // [seqlen_k] per batch entry, or null
+  int64_t query_start;  // key position of row 0; unused where packed
+  int64_t total_rows;   // rows of norm, z, u and w: num_rows, or more where these are of a part
+  int64_t row_length;   // elements of a row of p and dp: num_spans, or keys (packed: max_keys)
+  int64_t num_sequences, max_rows, max_keys;  // the longest; 0 where not packed
+  const int32_t* cu_seqlens_q;                // [num_sequences + 1], or null: not packed
+  const int32_t* cu_seqlens_k;
+  const int32_t* query_starts;  // [num_sequences], position of a sequence's first row in its keys
+  const int32_t* span_ids;      // [seqlen_k] per batch entry, or null
   int64_t span_ids_stride_b;
   const uint8_t* scope;  // 1 = in the scope, or null = all are
   int64_t scope_stride_b;

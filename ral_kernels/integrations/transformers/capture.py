@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...ops.divergence.arguments import Kind
 from ...runtime import checks
+from ...sharded import ShardedPolicy
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
 from .captured import CapturedLayer
@@ -53,6 +54,11 @@ class CapturedForward:
         """See `CapturedLayer.k`."""
         return self.layer(layer).k
 
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """See `CapturedLayer.cu_seqlens`; the same for all layers."""
+        return next(iter(self._layers.values())).cu_seqlens
+
     def options(self, layer: int | None = None, **options: Any) -> dict[str, Any]:
         """See `CapturedLayer.options`."""
         return self.layer(layer).options(**options)
@@ -68,6 +74,10 @@ class CapturedForward:
     def snapshot(self, layer: int | None = None, **options: Any) -> AttentionSnapshot:
         """See `CapturedLayer.snapshot`."""
         return self.layer(layer).snapshot(**options)
+
+    def sharded(self, layer: int | None = None, **options: Any) -> ShardedPolicy:
+        """See `CapturedLayer.sharded`."""
+        return self.layer(layer).sharded(**options)
 
     def divergence(
         self,
@@ -107,10 +117,10 @@ class Capture(CapturedForward):
     graph. Under FSDP2 the loss must also depend on the model's output, whose backward gathers the
     parameters.
 
-    The methods (`policy`, `marginals`, `snapshot`, `ral_loss`, `divergence`, `q`, `k`, `options`)
-    refer to the last forward. `forwards`, `captured[i]` and `len(captured)` refer to all forwards
-    since the capture was opened. They work inside the `with` and after it. q and k live as long as
-    the capture, or until `clear()` or the next `with`.
+    The methods (`policy`, `marginals`, `snapshot`, `ral_loss`, `divergence`, `sharded`, `q`, `k`,
+    `options`) and `cu_seqlens` refer to the last forward. `forwards`, `captured[i]` and
+    `len(captured)` refer to all forwards since the capture was opened. They work inside the `with`
+    and after it. q and k live as long as the capture, or until `clear()` or the next `with`.
 
     A `generate()` counts as one forward with a row for each generated token: the query that
     produced it, at the position of the token before. It keeps one cache, not one for each step.
@@ -124,8 +134,9 @@ class Capture(CapturedForward):
         model: a transformers model, or a module that holds one (DDP, FSDP, peft, torch.compile).
         layers: numbers of text decoder layers, negative from the end: an int, a sequence, or "all".
         rows: the rows that the methods use by default: a slice or (start, stop) out of a
-            forward's queries. None: all rows of a forward, and of a generation those that produced
-            its tokens; rows of the prompt are then dropped. "all" also keeps those of the prompt.
+            forward's queries, or one for each packed sequence. None: all rows of a forward, and of
+            a generation those that produced its tokens; rows of the prompt are then dropped. "all"
+            also keeps those of the prompt.
         spans, scope: defaults for the methods.
         detach: keep q and k without their graph.
 
@@ -192,6 +203,11 @@ class Capture(CapturedForward):
     def layers(self) -> list[int]:
         """The numbers of the captured layers."""
         return [layer.index for layer in self._found]
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Offsets of the packed sequences of the last forward; see `CapturedLayer.cu_seqlens`."""
+        return self.layer(self.layers[0]).cu_seqlens
 
     @property
     def forwards(self) -> list[CapturedForward]:

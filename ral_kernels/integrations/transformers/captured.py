@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -13,13 +15,19 @@ from ...ops.policy import attention_divergence, attention_policy, ral_loss
 from ...ops.policy.loss import Reduction
 from ...runtime import checks
 from ...runtime.backends import BackendName
+from ...sharded import ShardedPolicy
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
+from .registration import NAME as RAL
 from .tap import Call
 from .visibility import (
+    PACKED_BY_MASK_ALONE,
+    Rows,
     Visibility,
     allowed,
+    packed_by_position,
     read_dense_mask,
+    read_packed_mask,
     read_simple_mask,
     window_of,
 )
@@ -36,6 +44,11 @@ class CapturedLayer:
 
     A generation has one row for each generated token: the query that produced it, at the position
     of the token before. Rows of the prompt come first, if the capture keeps them.
+
+    A packed call (`cu_seqlens`) holds S sequences one after another, in a batch of 1. `rows` is
+    then None or (start, stop) for each, relative to its own tokens. Results are [1, T, ...] for the
+    T rows of all sequences. The forward says so itself, under every attention: by positions that
+    restart, or under "ral" and flash attention by cu_seq_lens_q and cu_seq_lens_k.
 
     Attributes:
         index: the layer's number.
@@ -66,6 +79,12 @@ class CapturedLayer:
         return self._join()[1]
 
     @property
+    def cu_seqlens(self) -> Tensor | None:
+        """int32 [S + 1], the offsets of S packed sequences; None where the call is not packed."""
+        seen = self._packed
+        return None if seen is None else seen.cu_seqlens
+
+    @property
     def scoring(self) -> dict[str, Any]:
         """scale, window and softcap of the layer, as the policy ops take them, whatever its mask.
 
@@ -84,7 +103,7 @@ class CapturedLayer:
             "softcap": first.softcap,
         }
 
-    def options(self, rows: slice | tuple[int, int] | None = None) -> dict[str, Any]:
+    def options(self, rows: Rows = None) -> dict[str, Any]:
         """Keyword arguments of the policy ops under which q and k give this layer's attention.
 
         Args:
@@ -93,25 +112,32 @@ class CapturedLayer:
 
         Returns:
             is_causal, scale, window, softcap and key_padding_mask (bool [B, N] or None), as
-            `attention_policy`, `ral_loss` and `attention_divergence` take them.
+            `attention_policy`, `ral_loss` and `attention_divergence` take them. Of a packed call
+            also cu_seqlens_q and cu_seqlens_k, and all rows.
 
         Raises:
             NotImplementedError: the ops do not support how these rows attend.
         """
-        seen = self._visibility(*checks.resolve_rows(_OP, rows, self.q.shape[2]))
+        self._refuse()
+        seen = self._packed
+        if seen is None:
+            seen = self._visibility(*checks.resolve_rows(_OP, rows, self.q.shape[2]))
         first = self._calls[0]
-        return {
+        options = {
             "is_causal": seen.is_causal,
             "scale": first.scaling,
             "window": seen.window,
             "softcap": first.softcap,
             "key_padding_mask": seen.key_padding_mask,
         }
+        if seen.cu_seqlens is not None:
+            options.update(cu_seqlens_q=seen.cu_seqlens, cu_seqlens_k=seen.cu_seqlens)
+        return options
 
     def policy(
         self,
         *,
-        rows: slice | tuple[int, int] | None = None,
+        rows: Rows = None,
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
@@ -146,7 +172,7 @@ class CapturedLayer:
         reference: Tensor | AttentionSnapshot,
         kind: Kind = "jsd",
         *,
-        rows: slice | tuple[int, int] | None = None,
+        rows: Rows = None,
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
@@ -170,7 +196,7 @@ class CapturedLayer:
         *,
         kind: Kind = "jsd",
         reduction: Reduction = "token_mean",
-        rows: slice | tuple[int, int] | None = None,
+        rows: Rows = None,
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
         exclude_self: bool = True,
@@ -191,7 +217,7 @@ class CapturedLayer:
     def snapshot(
         self,
         *,
-        rows: slice | tuple[int, int] | None = None,
+        rows: Rows = None,
         steered: bool = True,
         **options: Any,
     ) -> AttentionSnapshot:
@@ -211,7 +237,7 @@ class CapturedLayer:
     def marginals(
         self,
         *,
-        rows: slice | tuple[int, int] | None = None,
+        rows: Rows = None,
         spans: Spans | None = None,
         head_reduction: Literal["mean"] | None = None,
         steered: bool = True,
@@ -232,21 +258,78 @@ class CapturedLayer:
         del arguments["scope"]
         if arguments["spans"] is None:
             raise ValueError(f"{_OP}.marginals: spans must be given, here or to capture; got None")
-        q, k = self.q, self.k
-        start, stop = checks.resolve_rows(_OP, arguments["rows"], q.shape[2])
+        rows = arguments.pop("rows")
+        if self.cu_seqlens is None:
+            return self._marginals(rows, (0, self.k.shape[2]), head_reduction, backend, arguments)
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            del arguments[name]
+        bias, parts, done = arguments.pop("span_bias", None), [], 0
+        for first, start, stop in self._packed_rows(rows):
+            own = dict(arguments)
+            if bias is not None:
+                at = slice(None) if bias.shape[2] == 1 else slice(done, done + stop - start)
+                own["span_bias"] = bias[:, :, at]
+            done += stop - start
+            parts.append(
+                self._marginals((start, stop), (first, stop), head_reduction, backend, own)
+            )
+        return torch.cat(parts, dim=1 if head_reduction else 2)
+
+    def _marginals(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        head_reduction: Literal["mean"] | None,
+        backend: BackendName | None,
+        arguments: dict[str, Any],
+    ) -> Tensor:
+        """Those of `rows` over a sequence's keys, a half-open range of the tokens."""
+        q, k, (start, stop) = self.q, self.k, rows
+        first, last = keys
+        arguments = dict(arguments)
         if arguments["is_causal"]:
             # Rows before `start` need no attention, and no row sees a key after the last one.
-            keys = k.shape[2] - q.shape[2] + stop
-            q, k = q[:, :, start:stop], k[:, :, :keys]
-            cut = arguments["spans"].ids[..., :keys].contiguous()
+            last = min(last, k.shape[2] - q.shape[2] + stop)
+            q, k = q[:, :, start:stop], k[:, :, first:last]
+            cut = arguments["spans"].ids[..., first:last].contiguous()
             arguments["spans"] = arguments["spans"]._replace(cut, arguments["spans"].num_spans)
             if arguments["key_padding_mask"] is not None:
-                arguments["key_padding_mask"] = arguments["key_padding_mask"][:, :keys]
-            arguments["rows"] = None
+                arguments["key_padding_mask"] = arguments["key_padding_mask"][:, first:last]
+        else:
+            arguments["rows"] = rows
         values = k[..., :1].detach()  # `out` is not used, so values are one column
         return attention(
             q, k, values, head_reduction=head_reduction, backend=backend, **arguments
         ).marginals
+
+    def sharded(self, **options: Any) -> ShardedPolicy:
+        """The policy of a sequence of which this rank's forward had a part: `ShardedPolicy`.
+
+        The layer's scale, window and soft cap are given, and the capture's rows, spans and scope.
+        The forward's mask is not read: it says nothing of other ranks' keys.
+
+        Args:
+            options: those of `ShardedPolicy`, such as layout, group and rows.
+
+        Raises:
+            NotImplementedError: a generation, or an argument that may change the layer's attention.
+        """
+        self._refuse()
+        first, *steps = self._calls
+        if steps or first.steering is not None:
+            raise NotImplementedError(
+                f"{_OP}.sharded: it must be a forward without `steer`; got "
+                f"{'a generation' if steps else 'a steered one'}"
+            )
+        given = {
+            "rows": self._rows,
+            "spans": self._spans,
+            "scope": self._scope,
+            "scale": first.scaling,
+            "window": window_of(first.sliding_window, is_causal=True),
+            "softcap": first.softcap,
+        }
+        return ShardedPolicy(first.q, first.k, **{**given, **options})
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -295,7 +378,6 @@ class CapturedLayer:
         return self._seen[start, stop]
 
     def _read_masks(self, start: int, stop: int) -> Visibility:
-        self._refuse()
         first, *steps = self._calls
         num_keys, seen = self._first_keys()
         if seen is None:
@@ -361,18 +443,43 @@ class CapturedLayer:
                 raise NotImplementedError(
                     f"{_OP}: a generation must be steered in the same way from its start to its end"
                 )
-        positions = first.position_ids
-        if (
-            first.mask is None
-            and first.implementation not in (None, "eager", "sdpa", "flex_attention")
-            and isinstance(positions, Tensor)
-            and positions.dim() == 2
-            and bool((positions[:, 1:] - positions[:, :-1] != 1).any())
-        ):
-            raise NotImplementedError(
-                f"{_OP}: packed sequences are not supported; the positions of this call restart, "
-                "and flash attention separates sequences there"
+
+    @functools.cached_property
+    def _packed(self) -> Visibility | None:
+        """What rows of packed sequences see; None where the call is not packed."""
+        first, *steps = self._calls
+        if steps:
+            return None
+        sizes = {"seqlen_q": first.seqlen_q, "seqlen_k": first.k.shape[2]}
+        if self._first_keys()[1] is None:
+            return read_packed_mask(
+                _OP, first.mask, first.position_ids, sliding_window=first.sliding_window, **sizes
             )
+        if first.mask is not None or first.implementation in PACKED_BY_MASK_ALONE:
+            return None
+        cu_seqlens, of_keys = first.cu_seq_lens
+        if cu_seqlens is None and first.implementation != RAL:
+            cu_seqlens = of_keys = packed_by_position(first.position_ids, **sizes)
+        if cu_seqlens is None:
+            return None
+        if not torch.equal(cu_seqlens, of_keys):
+            raise NotImplementedError(
+                f"{_OP}: packed sequences must have a query for each key; cu_seq_lens_q and "
+                "cu_seq_lens_k of this call differ"
+            )
+        window = window_of(first.sliding_window, first.is_causal)
+        return Visibility(first.is_causal, window, None, cu_seqlens.to(torch.int32))
+
+    def _packed_rows(self, rows: Any) -> list[tuple[int, int, int]]:
+        """(first key, first row, row after the last) of each packed sequence, along the tokens."""
+        assert self.cu_seqlens is not None
+        bounds = self.cu_seqlens.tolist()
+        rows = [None] * (len(bounds) - 1) if rows is None else rows
+        found = []
+        for (low, high), chosen in zip(pairwise(bounds), rows, strict=True):
+            start, stop = checks.resolve_rows(_OP, chosen, high - low)
+            found.append((low, low + start, low + stop))
+        return found
 
     def _arguments(
         self, rows: Any, spans: Any, scope: Any, steered: bool, any_spans: bool = False
@@ -382,9 +489,10 @@ class CapturedLayer:
         rows = self._rows if rows is None else rows
         spans = self._extend(self._spans if spans is None else spans)
         scope = self._extend(self._scope if scope is None else scope)
-        start, stop = checks.resolve_rows(_OP, rows, self.q.shape[2])
-        arguments = self.options((start, stop))
-        arguments.update(rows=(start, stop), spans=spans, scope=scope)
+        if self.cu_seqlens is None:
+            rows = checks.resolve_rows(_OP, rows, self.q.shape[2])
+        arguments = self.options(rows)
+        arguments.update(rows=rows, spans=spans, scope=scope)
         steering = self._calls[0].steering
         if steering is not None and steered:
             own = self._extend(steering.spans)
@@ -393,9 +501,16 @@ class CapturedLayer:
                     f"{_OP}: spans must be those of the steer that layer {self.index} ran under, "
                     "or steered must be False; got other spans"
                 )
-            bias = steering.bias
-            arguments["span_bias"] = bias if bias.shape[2] == 1 else bias[:, :, start:stop]
+            arguments["span_bias"] = self._rows_of_bias(steering.bias, rows)
         return arguments
+
+    def _rows_of_bias(self, bias: Tensor, rows: Any) -> Tensor:
+        if bias.shape[2] == 1:
+            return bias
+        if self.cu_seqlens is None:
+            return bias[:, :, slice(*rows)]
+        ranges = self._packed_rows(rows)
+        return torch.cat([bias[:, :, start:stop] for _, start, stop in ranges], dim=2)
 
     def _extend(self, keys: Any) -> Any:
         """Spans or a scope over the first keys, extended to all."""

@@ -31,8 +31,8 @@ from .decoder import DecoderLayer
 NAME = "ral_tap"
 # Arguments of attention functions that a policy accounts for or does not depend on.
 KNOWN = HARMLESS_KEYWORDS | {
-    "dropout", "is_causal", "kernel_options", "output_attentions", "scaling", "sliding_window",
-    "softcap",
+    "cu_seq_lens_k", "cu_seq_lens_q", "dropout", "is_causal", "kernel_options", "max_length_k",
+    "max_length_q", "output_attentions", "scaling", "sliding_window", "softcap",
 }  # fmt: skip
 
 
@@ -59,6 +59,7 @@ class Call:
         sliding_window: int | None,
         softcap: float | None,
         position_ids: Any,
+        cu_seq_lens: tuple[Any, Any],
         steering: Any,
     ) -> None:
         self.q, self.k, self.mask, self.is_step = q, k, mask, is_step
@@ -67,6 +68,7 @@ class Call:
         self.implementation: str | None = config._attn_implementation
         self.scaling, self.sliding_window, self.softcap = scaling, sliding_window, softcap
         self.position_ids, self.steering = position_ids, steering
+        self.cu_seq_lens = cu_seq_lens  # of queries and keys
         self.seqlen_q = q.shape[2]  # `q` may be cut later
 
 
@@ -119,6 +121,7 @@ class Sink:
             given.get("sliding_window"),
             given.get("softcap"),
             given.get("position_ids"),
+            (given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")),
             tap.steering,
         )
         self.last_k = k

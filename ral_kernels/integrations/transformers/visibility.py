@@ -3,7 +3,7 @@
 The ops take causality, a window and a padding of keys. An attention function gets a mask in the
 form of its implementation: None, a [B, N] padding, a dense mask or a BlockMask. This module reads
 the padding from the mask and then compares the mask with what the ops will assume. A mask that
-differs (packed sequences, images that attend both ways) is refused.
+differs (a batch of several packed rows, images that attend both ways) is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.packing import PackedRows
 from .masks import PATTERNS
 from .registration import NAME as RAL
 
 Window = tuple[int, int | None] | None
+Rows = slice | tuple[int, int] | PackedRows | None
+# Implementations that tell packed sequences apart by their mask, and ignore positions and lengths.
+PACKED_BY_MASK_ALONE = (None, "eager", "sdpa", "flex_attention")
 _CHUNK = 1 << 24  # elements of a mask that are compared at a time
 
 
@@ -28,6 +32,7 @@ class Visibility:
     is_causal: bool
     window: Window
     key_padding_mask: Tensor | None
+    cu_seqlens: Tensor | None = None  # int32 [S + 1], of packed sequences, causal each
 
     def rows(self, start: int, stop: int, seqlen_q: int, seqlen_k: int, device: Any) -> Tensor:
         """Bool [B or 1, stop - start, N] for these queries of `seqlen_q`."""
@@ -36,6 +41,9 @@ class Visibility:
         seen = torch.ones(stop - start, seqlen_k, dtype=torch.bool, device=device)
         if self.is_causal:
             seen &= key <= own
+        if self.cu_seqlens is not None:
+            first = torch.searchsorted(self.cu_seqlens, own.int(), right=True) - 1
+            seen &= key >= self.cu_seqlens[first]
         if self.window is not None:
             seen &= key >= own - self.window[0]
             if self.window[1] is not None:
@@ -141,6 +149,62 @@ def read_dense_mask(
         "outside a window; the attention mask of this call differs (packed sequences, a static "
         "cache, or images that attend both ways: choose rows after them)"
     )
+
+
+def read_packed_mask(
+    op: str,
+    mask: Any,
+    positions: Any,
+    *,
+    seqlen_q: int,
+    seqlen_k: int,
+    sliding_window: int | None,
+) -> Visibility | None:
+    """The packed sequences of a dense mask or a BlockMask; None if it holds none.
+
+    A sequence starts where a token does not see the one before, unless that is padding. Positions
+    that count up say that there is one sequence, as where attention is in chunks.
+    """
+    if seqlen_q != seqlen_k or seqlen_q < 2 or sliding_window == 1:
+        return None
+    if isinstance(positions, Tensor) and positions.dim() == 2 and _counts_up(positions):
+        return None
+    dense = allowed(op, mask, seqlen_q, seqlen_k)
+    if dense.shape[0] != 1:
+        return None
+    padding = dense.any(-2)
+    apart = ~dense[0].diagonal(-1) & padding[0, :-1] & padding[0, 1:]
+    starts = apart.nonzero()[:, 0].int() + 1
+    if starts.numel() == 0:
+        return None
+    if not bool(padding.all()):
+        return None
+    cu_seqlens = torch.cat([starts.new_tensor([0]), starts, starts.new_tensor([seqlen_k])])
+    window = window_of(sliding_window, is_causal=True)
+    for candidate in dict.fromkeys((window, None)):
+        visibility = Visibility(True, candidate, padding, cu_seqlens)
+        if _agrees(visibility, dense, (0, seqlen_q), seqlen_q, seqlen_k):
+            return Visibility(True, candidate, None, cu_seqlens)
+    return None
+
+
+def _counts_up(positions: Tensor) -> bool:
+    return bool((positions.diff(dim=-1) == 1).all())
+
+
+def packed_by_position(positions: Any, seqlen_q: int, seqlen_k: int) -> Tensor | None:
+    """Offsets [S + 1] of the sequences that flash attention finds in positions, or None.
+
+    It takes one row of positions that do not count up, and starts a sequence at each smallest one.
+    """
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[0] != 1:
+        return None
+    if positions.shape[1] != seqlen_q or seqlen_q != seqlen_k:
+        return None
+    if _counts_up(positions):
+        return None
+    starts = (positions[0] == positions.min()).nonzero()[:, 0].int()
+    return torch.cat([starts, starts.new_tensor([seqlen_q])])
 
 
 def allowed(op: str, mask: Any, seqlen_q: int, seqlen_k: int) -> Tensor:

@@ -21,6 +21,11 @@ class PolicyArgs:
     a bound of -1 meaning "no bound"; causal is `window_right = 0`. Its *valid* keys, over which the
     policy is renormalised, are those it sees that are in the scope and, with `exclude_self`, are
     not its self.
+
+    A *packed* call has B = 1 and S sequences, told apart by `cu_seqlens_q` and `cu_seqlens_k`. The
+    rows of sequence i, `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1]`, see its keys alone. Its row t
+    stands at `query_starts[i] + t` among these. Rows and keys after the last offset belong to no
+    sequence: their results and gradients are 0. `query_start` is then 0 and unused.
     """
 
     q: Tensor  # [B, H, T, D] the chosen rows alone, float32 | bfloat16 | float16 (reference
@@ -30,7 +35,11 @@ class PolicyArgs:
     span_bias: Tensor | None  # float32 (float64 with float64 q) [B, H, T, S], with span_ids only;
     #                           strides of 0 broadcast
     scope: Tensor | None  # bool [B or 1, N], True = in the scope; None: every key is
-    key_padding_mask: Tensor | None  # bool [B, N], True = a real key
+    key_padding_mask: Tensor | None  # bool [B, N], True = a real key; None where packed
+    cu_seqlens_q: Tensor | None  # int32 [S + 1], offsets of the rows of each sequence in q, from 0,
+    #                              never decreasing; None: the call is not packed
+    cu_seqlens_k: Tensor | None  # int32 [S + 1], offsets of its keys in k
+    query_starts: Tensor | None  # int32 [S], the position of its row 0 among its keys
     num_spans: int  # 0 without span_ids
     query_start: int  # key position of row 0; negative where rows stand before the first key
     scale: float
@@ -38,6 +47,8 @@ class PolicyArgs:
     window_right: int
     softcap: float  # 0 = off
     exclude_self: bool
+    max_rows: int  # rows and keys of the longest sequences of a packed call; 0 where not packed
+    max_keys: int
 
     @property
     def batch_size(self) -> int:
@@ -64,16 +75,34 @@ class PolicyArgs:
         return self.q.shape[3]
 
     @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def num_sequences(self) -> int:
+        """S of a packed call, else the batch size."""
+        return self.batch_size if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
     def num_outcomes(self) -> int:
-        """Length of a row of the policy: spans, or keys without spans."""
-        return self.seqlen_k if self.span_ids is None else self.num_spans
+        """Length of a row of the policy: spans, or keys (of the longest sequence) without spans."""
+        if self.span_ids is not None:
+            return self.num_spans
+        return self.max_keys if self.is_packed else self.seqlen_k
+
+    @property
+    def sees_nothing(self) -> bool:
+        """Whether no row has a key: results are 0, and backends are not asked."""
+        if self.is_packed:
+            return self.max_rows == 0 or self.max_keys == 0
+        return self.batch_size == 0 or self.num_rows == 0 or self.seqlen_k == 0
 
 
 @dataclass(slots=True)
 class PolicyOutputs:
     """What the forward of `policy` writes; float32 (float64 with float64 q), contiguous."""
 
-    p: Tensor  # [B, T, N], or [B, T, S] with spans
+    p: Tensor  # [B, T, N], or [B, T, S] with spans; packed without spans [1, T, max_keys]
     # [2, B, H, T], over all visible keys: m, in powers of two, and 1 / Σ 2^(s log₂e − m). Both are
     # 0 for a row that sees no key.
     norm: Tensor
@@ -94,8 +123,9 @@ class PolicyGradients:
 class ReferenceArgs:
     """The reference policy: what an `AttentionSnapshot` holds.
 
-    Heads, kv heads, head dim and dtype may differ from the policy's. The batch, rows and their key
-    positions, number of keys, scope, key padding and `exclude_self` are the policy's. Key j < N0 of
+    Heads, kv heads, head dim and dtype may differ from the policy's. The batch or packed sequences,
+    rows and their key positions, number of keys, scope, key padding and `exclude_self` are the
+    policy's. A packed one has no k_prefix. Key j < N0 of
     sample b is `k_prefix[prefix_index[b], :, j]`, key j >= N0 is `k[b, :, j - N0]`.
     """
 

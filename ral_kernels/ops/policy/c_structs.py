@@ -52,6 +52,14 @@ class CommonStruct(ctypes.Structure):
         ("seqlen_k", c_int64),
         ("num_spans", c_int64),
         ("query_start", c_int64),
+        ("total_rows", c_int64),
+        ("row_length", c_int64),
+        ("num_sequences", c_int64),
+        ("max_rows", c_int64),
+        ("max_keys", c_int64),
+        ("cu_seqlens_q", c_void_p),
+        ("cu_seqlens_k", c_void_p),
+        ("query_starts", c_void_p),
         ("span_ids", c_void_p),
         ("span_ids_stride_b", c_int64),
         ("scope", c_void_p),
@@ -125,6 +133,14 @@ class CallStructs:
             seqlen_k=args.seqlen_k,
             num_spans=args.num_spans,
             query_start=args.query_start,
+            total_rows=args.num_rows,
+            row_length=args.num_outcomes,
+            num_sequences=args.num_sequences,
+            max_rows=args.max_rows,
+            max_keys=args.max_keys,
+            cu_seqlens_q=self._offsets(args.cu_seqlens_q),
+            cu_seqlens_k=self._offsets(args.cu_seqlens_k),
+            query_starts=self._offsets(args.query_starts),
             span_ids=ids,
             span_ids_stride_b=ids_stride,
             scope=scope,
@@ -150,6 +166,13 @@ class CallStructs:
             softcap=args.softcap,
             dtype=DTYPES[args.q.dtype],
         )
+
+    def _offsets(self, x: Tensor | None) -> int | None:
+        """The address of contiguous offsets."""
+        if x is not None and not x.is_contiguous():
+            x = x.contiguous()
+            self._kept.append(x)
+        return address(x)
 
     def _rows(self, x: Tensor | None) -> tuple[int | None, int]:
         """The address of [N], [1, N] or [B, N] with unit last stride, and the stride of samples."""

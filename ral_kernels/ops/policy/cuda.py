@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -19,10 +20,12 @@ from .arguments import (
     PolicyDivergenceOutputs,
 )
 from .c_structs import CallStructs, DivergenceParams, SideStruct, divergence_params
+from .chunks import Packing, chunks_of_sequences, clear_packed
 
 # How many floats ∂D/∂p of a chunk of rows may take, together with the parts of U. A chunk of 64
 # rows may take more.
 CHUNK = 8 * 2**20
+ALL = slice(None)
 
 
 @functools.cache
@@ -92,10 +95,14 @@ class CudaPolicyDivergence(
         return reason
 
     def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
-        args = _prepared(args)
-        params = _params(args, outputs)
-        params.value = address(outputs.value)
-        _run("attention_divergence", "ral_cuda_policy_divergence_fwd", params, args.policy)
+        clear_packed(args.policy, *_tensors_of(outputs))
+        for part in _parts(args):
+            own = PolicyDivergenceOutputs(*map(part.statistics, _tensors_of(outputs)))
+            params = _params(part.args, own)
+            params.value = address(own.value)
+            _run("attention_divergence", "ral_cuda_policy_divergence_fwd", params, part.args.policy)
+            for whole, written in zip(_tensors_of(outputs), _tensors_of(own), strict=True):
+                part.keep(written, whole)
 
     def bwd(
         self,
@@ -103,27 +110,94 @@ class CudaPolicyDivergence(
         outputs: PolicyDivergenceOutputs,
         gradients: PolicyDivergenceGradients,
     ) -> None:
-        args = _prepared(args)
-        params = _params(args, outputs)
-        params.dvalue = address(gradients.dvalue)
-        params.dq = tensor_struct(gradients.dq)
-        params.dk = tensor_struct(gradients.dk)
-        _run("attention_divergence", "ral_cuda_policy_divergence_bwd", params, args.policy)
+        clear_packed(args.policy, gradients.dq, gradients.dk)
+        for part in _parts(args):
+            own = PolicyDivergenceOutputs(*map(part.statistics, _tensors_of(outputs)))
+            dvalue = part.statistics(gradients.dvalue)
+            params = _params(part.args, own)
+            params.dvalue = address(dvalue)
+            params.dq = tensor_struct(gradients.dq[:, :, part.rows])
+            params.dk = tensor_struct(gradients.dk[:, :, part.keys])
+            _run("attention_divergence", "ral_cuda_policy_divergence_bwd", params, part.args.policy)
 
     def loss(
         self, args: PolicyDivergenceArgs, weights: Tensor, normalised: bool, outputs: LossOutputs
     ) -> None:
-        args = _prepared(args)
-        structs = CallStructs(args.policy, None, None)
-        params = divergence_params(
-            structs, args, outputs.reference_norm, outputs.reference_z, None, None
+        kept = [outputs.value]
+        kept += [] if normalised else [outputs.reference_norm, outputs.reference_z]
+        clear_packed(args.policy, outputs.dq, outputs.dk, *kept)
+        for part in _parts(args):
+            structs = CallStructs(part.args.policy, None, None)
+            value, weight = part.statistics(outputs.value), part.statistics(weights)
+            norm, z = map(part.statistics, (outputs.reference_norm, outputs.reference_z))
+            params = divergence_params(structs, part.args, norm, z, None, None)
+            params.reference_normalised = normalised
+            params.value = address(value)
+            params.dvalue = address(weight)
+            params.dq = tensor_struct(outputs.dq[:, :, part.rows])
+            params.dk = tensor_struct(outputs.dk[:, :, part.keys])
+            _run("ral_loss", "ral_cuda_policy_divergence_loss", params, part.args.policy)
+            for whole, written in zip(kept, (value, norm, z), strict=False):
+                part.keep(written, whole)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A call of the library: all of a call, or some sequences of a packed one."""
+
+    args: PolicyDivergenceArgs
+    rows: slice
+    keys: slice
+
+    def statistics(self, x: Tensor) -> Tensor:
+        """[..., T] of the part's rows, contiguous as the library takes it."""
+        if self.rows == ALL:
+            return x
+        own = x[..., self.rows]
+        return cuda_library.scratch(x, *own.shape).copy_(own)
+
+    def keep(self, own: Tensor, x: Tensor) -> None:
+        """Put what the library wrote to `statistics(x)` into x."""
+        if self.rows != ALL:
+            x[..., self.rows] = own
+
+
+def _parts(args: PolicyDivergenceArgs) -> Iterator[_Part]:
+    """Calls whose scratch is bounded. The library itself cuts a call that is not packed.
+
+    It takes packed sequences in one chunk, because it does not know where they end.
+    """
+    packing = Packing.of(args.policy)
+    if packing is None:
+        yield _Part(_prepared(args), ALL, ALL)
+        return
+    policy, reference = args.policy, args.reference
+    num_rows = policy.num_rows
+    sizes = num_rows, policy.max_keys, policy.seqlen_k
+    for chunk in chunks_of_sequences(packing, *sizes, limit=CHUNK, block_q=num_rows):
+        if chunk.packing is packing:
+            yield _Part(_prepared(args), ALL, ALL)
+            return
+        rows, keys, own = chunk.rows, chunk.keys, chunk.packing
+        part = replace(
+            policy,
+            q=policy.q[:, :, rows],
+            k=policy.k[:, :, keys],
+            scope=None if policy.scope is None else policy.scope[:, keys],
+            cu_seqlens_q=None if own is None else own.row_offsets,
+            cu_seqlens_k=None if own is None else own.key_offsets,
+            query_starts=None if own is None else own.query_starts,
+            query_start=chunk.query_start,
+            max_rows=0 if own is None else min(policy.max_rows, rows.stop - rows.start),
+            max_keys=0 if own is None else chunk.seqlen_k,
         )
-        params.reference_normalised = normalised
-        params.value = address(outputs.value)
-        params.dvalue = address(weights)
-        params.dq = tensor_struct(outputs.dq)
-        params.dk = tensor_struct(outputs.dk)
-        _run("ral_loss", "ral_cuda_policy_divergence_loss", params, args.policy)
+        of_reference = replace(reference, q=reference.q[:, :, rows], k=reference.k[:, :, keys])
+        whole = replace(args, policy=part, reference=of_reference)
+        yield _Part(_prepared(whole), rows, keys)
+
+
+def _tensors_of(outputs: PolicyDivergenceOutputs) -> list[Tensor]:
+    return [getattr(outputs, field.name) for field in fields(outputs)]
 
 
 def _params(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> DivergenceParams:

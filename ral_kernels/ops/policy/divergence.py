@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from ...spans import Spans
 from .. import allocation, schema
 from ..divergence.arguments import Kind
 from ..divergence.interface import call_divergence, check_kind
+from ..packing import PackedRows
 from .arguments import (
     LossOutputs,
     PolicyArgs,
@@ -68,7 +69,7 @@ def attention_divergence(
     reference: Tensor | AttentionSnapshot,
     kind: Kind = "jsd",
     *,
-    rows: slice | tuple[int, int] | None = None,
+    rows: slice | tuple[int, int] | PackedRows | None = None,
     spans: Spans | None = None,
     span_bias: Tensor | None = None,
     scope: Tensor | Spans | None = None,
@@ -78,6 +79,8 @@ def attention_divergence(
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Tensor:
     """How far each row's attention policy is from a reference policy.
@@ -98,11 +101,12 @@ def attention_divergence(
     Args:
         q, k: the policy, as in `attention_policy`.
         rows, spans, span_bias, scope, exclude_self: as there.
-        is_causal, scale, window, softcap, key_padding_mask: as there.
+        is_causal, scale, window, softcap, key_padding_mask, cu_seqlens_q, cu_seqlens_k: as there.
         reference: the reference policy: rows [B, T, N], or [B, T, S] with spans, in any floating
             dtype; or an `AttentionSnapshot` of the same batch, keys and row positions, with heads
             and head dim of its own. A snapshot brings its own span_bias, is_causal, scale, window
             and softcap; spans, scope, exclude_self and key_padding_mask of this call hold for both.
+            Packed, it has the same sequences, and dense rows are [1, T, max N_i] or [1, T, S].
         kind: "jsd", "kl" (of the policy from the reference) or "reverse_kl".
         backend: name of a backend, or None for the first that can run the call.
 
@@ -119,7 +123,8 @@ def attention_divergence(
     args = resolve_call(
         op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
         exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
-        softcap=softcap, key_padding_mask=key_padding_mask,
+        softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     return divergence_of(op, args, reference, kind, backends.check_backend(op, backend))
 
@@ -134,10 +139,10 @@ def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend:
         reference = _span_policy_of(op, reference, args, backend)
     else:
         _check_dense(op, reference, args)
-    return _composed(call_policy(args, backend), reference, kind, backend)
+    return composed(call_policy(args, backend), reference, kind, backend)
 
 
-def _composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
+def composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
     """The divergence of two materialised policies, with the conventions of the streamed one."""
     value = call_divergence(p, r, kind, backend)
     if kind != "jsd":
@@ -160,24 +165,55 @@ def _check_dense(op: str, reference: Any, args: PolicyArgs) -> None:
         )
     shape = (args.batch_size, args.num_rows, args.num_outcomes)
     if reference.shape != shape:
-        dims = "[B, T, N]" if args.span_ids is None else "[B, T, S]"
+        keys = "max N_i" if args.is_packed else "N"
+        dims = f"[B, T, {keys}]" if args.span_ids is None else "[B, T, S]"
         raise ValueError(f"{op}: reference must be {dims} = {shape}; got {tuple(reference.shape)}")
     checks.check_same_device(op, "reference", reference, args.q, "q")
 
 
 def check_snapshot(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> None:
     snapshot.check()
-    for what, got, wanted in (
+    sizes = [
         ("of batch size B", snapshot.batch_size, args.batch_size),
         ("of T rows, T", snapshot.num_rows, args.num_rows),
         ("over N keys, N", snapshot.seqlen_k, args.seqlen_k),
-        ("whose rows start at key", snapshot.query_start, args.query_start),
-    ):
+    ]
+    if args.is_packed or snapshot.is_packed:
+        _check_packed_alike(op, snapshot, args)
+    else:
+        sizes.append(("whose rows start at key", snapshot.query_start, args.query_start))
+    for what, got, wanted in sizes:
         if got != wanted:
             raise ValueError(f"{op}: reference must be a snapshot {what}={wanted}; got {got}")
     checks.check_same_device(op, "reference", snapshot.q, args.q, "q")
     if snapshot.span_bias is not None and args.span_ids is None:
         raise ValueError(f"{op}: reference has a span_bias, which needs spans; got spans=None")
+
+
+def _check_packed_alike(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> None:
+    """Both must hold the same sequences, with the same rows at the same keys."""
+    for is_packed, name in ((args.is_packed, "reference"), (snapshot.is_packed, "the call")):
+        if not is_packed:
+            raise ValueError(
+                f"{op}: reference must be packed if the call is, both with cu_seqlens_q and "
+                f"cu_seqlens_k; got {name} alone packed"
+            )
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "query_starts"):
+        got, wanted = getattr(snapshot, name), getattr(args, name)
+        if got is wanted or not checks.has_values(wanted):
+            continue
+        checks.check_same_device(op, "reference", got, wanted, "q")
+        if got.shape != wanted.shape:
+            raise ValueError(
+                f"{op}: reference must be a snapshot of S={args.num_sequences} sequences; got "
+                f"{snapshot.num_sequences}"
+            )
+        if not torch.equal(got, wanted):
+            i = int((got != wanted).nonzero()[0])
+            raise ValueError(
+                f"{op}: reference must be a snapshot of the same sequences, {name}[{i}]="
+                f"{int(wanted[i])}; got {int(got[i])}"
+            )
 
 
 @torch.no_grad()
@@ -188,20 +224,15 @@ def _span_policy_of(op: str, snapshot: AttentionSnapshot, args: PolicyArgs, back
         shape = (*snapshot.q.shape[:3], args.num_spans)
         checks.check_broadcastable(op, "reference.span_bias", span_bias, shape, "[B, H, T, S]")
         span_bias = span_bias.to(allocation.accumulation_dtype(snapshot.q)).expand(shape)
-    policy = PolicyArgs(
+    policy = replace(
+        args,
         q=snapshot.q,
         k=snapshot.materialised_k(),
-        span_ids=args.span_ids,
         span_bias=span_bias,
-        scope=args.scope,
-        key_padding_mask=args.key_padding_mask,
-        num_spans=args.num_spans,
-        query_start=args.query_start,
         scale=snapshot.scale,
         window_left=snapshot.window_left,
         window_right=snapshot.window_right,
         softcap=snapshot.softcap,
-        exclude_self=args.exclude_self,
     )
     return call_policy(policy, backend)
 
@@ -263,7 +294,7 @@ def _policy_divergence_fwd(args: PolicyDivergenceArgs, backend: str) -> tuple[Te
     outputs = _allocate_outputs(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
     results = _tensors_of(outputs)
-    if outputs.value.numel() == 0 or args.policy.seqlen_k == 0:  # never reaches a backend
+    if args.policy.sees_nothing:  # never reaches a backend
         for result in results:
             result.zero_()
     else:
@@ -282,7 +313,7 @@ def _policy_divergence_bwd(
     *statistics, dvalue = statistics_and_dvalue
     dq, dk = allocate_gradients(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
-    if dvalue.numel() == 0 or args.policy.seqlen_k == 0:
+    if args.policy.sees_nothing:
         dq.zero_()
         dk.zero_()
     else:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ...runtime import backends, checks
 from ...runtime.backends import BackendName, DifferentiableBackend
 from ...spans import Spans
-from .. import allocation, qkv, schema
+from .. import allocation, packing, qkv, schema
+from ..packing import PackedRows
 from .arguments import PolicyArgs, PolicyGradients, PolicyOutputs
 from .cpu import CpuPolicy
 from .reference import TorchPolicy
@@ -28,7 +29,7 @@ def attention_policy(
     q: Tensor,
     k: Tensor,
     *,
-    rows: slice | tuple[int, int] | None = None,
+    rows: slice | tuple[int, int] | PackedRows | None = None,
     spans: Spans | None = None,
     span_bias: Tensor | None = None,
     scope: Tensor | Spans | None = None,
@@ -38,6 +39,8 @@ def attention_policy(
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Tensor:
     """Where a layer attends, as a distribution over keys or spans for each chosen row.
@@ -72,10 +75,21 @@ def attention_policy(
             means (w, w), or (w, 0) with is_causal.
         softcap: c > 0 turns scores into c * tanh(scores / c).
         key_padding_mask: bool [B, N], True = a real key.
+        cu_seqlens_q: int32 [n + 1], on the device of q or on the CPU: q is [1, H, Tq, D] and holds
+            the queries of n sequences one after another, those of sequence i from offset i to
+            offset i + 1. Its query t stands at key N_i - Tq_i + t of its own N_i keys. `rows` is
+            then a slice or (start, stop) for each sequence, relative to its own queries. Without
+            rows, queries after the last offset give rows of 0.
+        cu_seqlens_k: int32 [n + 1], the same of k [1, Hk, N, D]; both or neither. `spans` and
+            `scope` are then of all keys, [N] or [1, N]. Each row sees its own sequence alone, and
+            no other work is done. Offsets on a GPU are read by the host, which waits. They break a
+            graph of `torch.compile`, unless it captures scalar outputs.
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:
-        p, float32 [B, T, N], or [B, T, S] with spans; differentiable in q, k and span_bias.
+        p, float32 [B, T, N], or [B, T, S] with spans; differentiable in q, k and span_bias. Packed
+        without spans it is [1, T, max N_i]: columns are positions in the row's own sequence, 0
+        after its keys.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -87,7 +101,8 @@ def attention_policy(
     args = resolve_call(
         op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
         exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
-        softcap=softcap, key_padding_mask=key_padding_mask,
+        softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     return call_policy(args, backends.check_backend(op, backend))
 
@@ -107,6 +122,8 @@ def resolve_call(
     window: Any,
     softcap: Any,
     key_padding_mask: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
 ) -> PolicyArgs:
     """Check the arguments that the public functions share; `op` is the caller, for messages.
 
@@ -116,16 +133,26 @@ def resolve_call(
     qkv.check_qkv(op, q, k, k, spans)  # k in place of v, which a policy does not have
     checks.check_flag(op, "exclude_self", exclude_self)
     checks.check_flag(op, "is_causal", is_causal)
-    start, stop = checks.resolve_rows(op, rows, q.shape[2])
-    query_start = k.shape[2] - q.shape[2] + start
+    packed = packing.resolve(op, q, k, cu_seqlens_q, cu_seqlens_k, rows)
+    query_start = 0
+    if packed is None:
+        start, stop = checks.resolve_rows(op, rows, q.shape[2])
+        query_start = k.shape[2] - q.shape[2] + start
     scale = checks.resolve_scale(op, scale, q.shape[3])
     window_left, window_right = checks.resolve_window(op, window, is_causal)
     softcap = checks.resolve_softcap(op, softcap)
-    if rows is not None:
+    if packed is not None:
+        q = packed.chosen(q)
+    elif rows is not None:
         q = q[:, :, start:stop]
     if span_bias is not None:
         span_bias = qkv.prepare_span_bias(op, span_bias, spans, q)
     if key_padding_mask is not None:
+        if packed is not None:
+            raise ValueError(
+                f"{op}: key_padding_mask is not supported with cu_seqlens_k, because packed "
+                "sequences have no padding; use scope to leave out keys"
+            )
         qkv.check_key_padding_mask(op, key_padding_mask, k)
     return PolicyArgs(
         q=q,
@@ -134,6 +161,9 @@ def resolve_call(
         span_bias=span_bias,
         scope=_resolve_scope(op, scope, spans, k),
         key_padding_mask=key_padding_mask,
+        cu_seqlens_q=None if packed is None else packed.cu_seqlens_q,
+        cu_seqlens_k=None if packed is None else packed.cu_seqlens_k,
+        query_starts=None if packed is None else packed.query_starts,
         num_spans=0 if spans is None else spans.num_spans,
         query_start=query_start,
         scale=scale,
@@ -141,6 +171,8 @@ def resolve_call(
         window_right=window_right,
         softcap=softcap,
         exclude_self=exclude_self,
+        max_rows=0 if packed is None else packed.max_rows,
+        max_keys=0 if packed is None else packed.max_keys,
     )
 
 
@@ -210,7 +242,7 @@ def _policy_fwd(args: PolicyArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]
     outputs = _allocate_outputs(args)
     chosen = backends.choose("policy", BACKENDS, args, backend)
     results = outputs.p, outputs.norm, outputs.z
-    if outputs.p.numel() == 0 or args.seqlen_k == 0:  # empty calls never reach a backend
+    if outputs.p.numel() == 0 or args.sees_nothing:  # empty calls never reach a backend
         for result in results:
             result.zero_()
     else:
@@ -235,7 +267,7 @@ def _policy_bwd(
     """-> (dq, dk, dspan_bias), the last of shape [0] if it is not wanted."""
     gradients = _allocate_gradients(args, wants_dspan_bias)
     chosen = backends.choose("policy", BACKENDS, args, backend)
-    if p.numel() == 0 or args.seqlen_k == 0:
+    if p.numel() == 0 or args.sees_nothing:
         for gradient in gradients:
             gradient.zero_()
         return gradients

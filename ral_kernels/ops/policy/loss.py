@@ -15,6 +15,7 @@ from ...spans import Spans
 from .. import allocation, schema
 from ..divergence.arguments import Kind
 from ..divergence.interface import check_kind, scaled_gradient
+from ..packing import PackedRows
 from .arguments import LossOutputs, PolicyArgs, PolicyDivergenceArgs
 from .divergence import (
     BACKENDS,
@@ -39,7 +40,7 @@ def ral_loss(
     *,
     kind: Kind = "jsd",
     reduction: Reduction = "token_mean",
-    rows: slice | tuple[int, int] | None = None,
+    rows: slice | tuple[int, int] | PackedRows | None = None,
     spans: Spans | None = None,
     span_bias: Tensor | None = None,
     scope: Tensor | Spans | None = None,
@@ -49,6 +50,8 @@ def ral_loss(
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Tensor:
     """The RAL objective: the divergence from a reference policy, weighted by the advantage.
@@ -65,11 +68,13 @@ def ral_loss(
 
     Args:
         q, k, reference, kind and the other options: as in `attention_divergence`.
-        advantages: floating [B] or [B, T], of either sign; it gets no gradient.
+        advantages: floating [B] or [B, T], of either sign; it gets no gradient. Packed, [S] (one a
+            sequence) or [1, T].
         mask: bool [B, T], True = a token that counts; default all. A masked token has no gradient,
             and if all are masked the loss is exactly 0.
         reduction: "token_mean" over the tokens that count, as the paper's E_t; "sequence_mean", the
-            mean over sequences with such tokens of each one's mean; or "sum".
+            mean over sequences with such tokens of each one's mean; or "sum". Packed, a sequence
+            is one of cu_seqlens_q.
 
     Returns:
         The loss, a float32 scalar.
@@ -79,6 +84,23 @@ def ral_loss(
             NotImplementedError also for advantages that require grad.
     """
     op = "ral_loss"
+    args = resolve_call(
+        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
+        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
+        softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    weights = row_weights(op, advantages, mask, reduction, args)
+    requested = backends.check_backend(op, backend)
+    if isinstance(reference, AttentionSnapshot) and _fuses(args):
+        check_kind(op, kind)
+        check_snapshot(op, reference, args)
+        return _fused_loss(args, reference, kind, requested, weights)
+    return weighted_sum(divergence_of(op, args, reference, kind, requested), weights)
+
+
+def row_weights(op: str, advantages: Any, mask: Any, reduction: Any, args: PolicyArgs) -> Tensor:
+    """[B, T]: what each row's divergence is multiplied by, from checked arguments of a loss."""
     if not isinstance(reduction, str):
         raise TypeError(
             f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got "
@@ -88,20 +110,10 @@ def ral_loss(
         raise ValueError(
             f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
         )
-    args = resolve_call(
-        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
-        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
-        softcap=softcap, key_padding_mask=key_padding_mask,
-    )  # fmt: skip
     advantages = _resolve_advantages(op, advantages, args)
     _check_mask(op, mask, args)
-    requested = backends.check_backend(op, backend)
-    weights = _row_weights(advantages.to(allocation.accumulation_dtype(args.q)), mask, reduction)
-    if isinstance(reference, AttentionSnapshot) and _fuses(args):
-        check_kind(op, kind)
-        check_snapshot(op, reference, args)
-        return _fused_loss(args, reference, kind, requested, weights)
-    return _weighted_sum(divergence_of(op, args, reference, kind, requested), weights)
+    advantages = advantages.to(allocation.accumulation_dtype(args.q))
+    return _row_weights(advantages, mask, reduction, args)
 
 
 def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:
@@ -111,20 +123,31 @@ def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:
         raise TypeError(
             f"{op}: advantages must be floating; got {checks.dtype_name(advantages.dtype)}"
         )
-    shape = (args.batch_size, args.num_rows)
+    sequences, rows = args.num_sequences, (args.batch_size, args.num_rows)
     # not `in`, which under torch.compile does not find sizes that are symbolic
-    if not (advantages.shape == shape[:1] or advantages.shape == shape):
-        raise ValueError(
-            f"{op}: advantages must be [B] or [B, T] with B={shape[0]}, T={shape[1]}; got "
-            f"{tuple(advantages.shape)}"
+    if not (advantages.shape == (sequences,) or advantages.shape == rows):
+        wanted = (
+            f"[S] or [1, T] with S={sequences}, T={rows[1]}"
+            if args.is_packed
+            else f"[B] or [B, T] with B={rows[0]}, T={rows[1]}"
         )
+        raise ValueError(f"{op}: advantages must be {wanted}; got {tuple(advantages.shape)}")
     checks.check_same_device(op, "advantages", advantages, args.q, "q")
     if advantages.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             f"{op}: advantages get no gradient, so they must not require grad; use "
             "advantages.detach()"
         )
-    return (advantages[:, None] if advantages.dim() == 1 else advantages).expand(shape)
+    if advantages.dim() == 1 and args.is_packed:
+        return torch.cat([advantages, advantages.new_zeros(1)])[_sequence_of_rows(args)]
+    return (advantages[:, None] if advantages.dim() == 1 else advantages).expand(rows)
+
+
+def _sequence_of_rows(args: PolicyArgs) -> Tensor:
+    """[1, T] int64, the sequence of each packed row; S for rows after the last offset."""
+    assert args.cu_seqlens_q is not None
+    rows = torch.arange(args.num_rows, device=args.q.device, dtype=torch.int32)
+    return torch.searchsorted(args.cu_seqlens_q[1:], rows, right=True)[None]
 
 
 def _check_mask(op: str, mask: Any, args: PolicyArgs) -> None:
@@ -142,19 +165,29 @@ def _check_mask(op: str, mask: Any, args: PolicyArgs) -> None:
     checks.check_same_device(op, "mask", mask, args.q, "q")
 
 
-def _row_weights(advantages: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
+def _row_weights(
+    advantages: Tensor, mask: Tensor | None, reduction: str, args: PolicyArgs
+) -> Tensor:
     """[B, T]: what each row's divergence is multiplied by; 0 for a token that does not count."""
     counts = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
+    if args.is_packed:
+        sequence = _sequence_of_rows(args)
+        counts = counts & (sequence < args.num_sequences)
     weights = torch.where(counts, advantages, 0.0)
     if reduction == "sum":
         return weights
     if reduction == "token_mean":
         return weights / counts.sum().clamp(min=1)
-    tokens = counts.sum(-1, keepdim=True)
-    return weights / tokens.clamp(min=1) / (tokens > 0).sum().clamp(min=1)
+    if not args.is_packed:
+        tokens = counts.sum(-1, keepdim=True)
+        return weights / tokens.clamp(min=1) / (tokens > 0).sum().clamp(min=1)
+    # Integers, so that the order in which a GPU adds them changes nothing.
+    tokens = torch.zeros(args.num_sequences + 1, dtype=torch.int64, device=weights.device)
+    tokens = tokens.index_add(0, sequence[0], counts[0].long())
+    return weights / tokens.clamp(min=1)[sequence] / (tokens > 0).sum().clamp(min=1)
 
 
-def _weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
     # Rows of weight 0 are left out, not multiplied: 0 * inf would be NaN, here or in the gradient.
     used = weights != 0
     return torch.where(used, torch.where(used, value, 0.0) * weights, 0.0).sum()
@@ -210,7 +243,7 @@ def _policy_divergence_loss(
     results = _allocate(args, normalised)
     loss, dq, dk, norm, z = results
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
-    if weights.numel() == 0 or args.policy.seqlen_k == 0:  # never reaches a backend
+    if args.policy.sees_nothing:  # never reaches a backend
         for result in results:
             result.zero_()
         return results
@@ -218,7 +251,7 @@ def _policy_divergence_loss(
     if given_norm is not None and given_z is not None:
         norm, z = given_norm, given_z
     chosen.loss(args, weights, normalised, LossOutputs(value, norm, z, dq, dk))
-    loss.copy_(_weighted_sum(value, weights))
+    loss.copy_(weighted_sum(value, weights))
     return results
 
 

@@ -2,12 +2,14 @@
 
 Variables carry the names of README.md and divergence.md, whose equations the comments cite. It
 works on chunks of rows, so the largest tensor is [B, H, chunk, N]. It computes in float32, or in
-float64 for float64 inputs, and runs on every device.
+float64 for float64 inputs, and runs on every device. Packed sequences run one after another, each
+on its own slices of all tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +30,52 @@ from .arguments import (
 ROWS_PER_CHUNK = 64
 LOG2_E = 1.4426950408889634
 SMALLEST_WEIGHT = 2.0**-100  # of all heads together on the valid keys; less counts as 0
+
+
+def _packed_sequences(args: PolicyArgs) -> Iterator[tuple[slice, slice, PolicyArgs]]:
+    """The rows and the keys of each sequence that has both, and the call that it would be alone."""
+    assert args.cu_seqlens_q is not None and args.cu_seqlens_k is not None
+    assert args.query_starts is not None
+    bounds_q, bounds_k = args.cu_seqlens_q.tolist(), args.cu_seqlens_k.tolist()
+    for i, query_start in enumerate(args.query_starts.tolist()):
+        rows, keys = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
+        if rows.start == rows.stop or keys.start == keys.stop:
+            continue
+        yield (
+            rows,
+            keys,
+            replace(
+                args,
+                q=args.q[:, :, rows],
+                k=args.k[:, :, keys],
+                span_ids=None if args.span_ids is None else args.span_ids[..., keys],
+                span_bias=None if args.span_bias is None else args.span_bias[:, :, rows],
+                scope=None if args.scope is None else args.scope[:, keys],
+                cu_seqlens_q=None,
+                cu_seqlens_k=None,
+                query_starts=None,
+                query_start=query_start,
+                max_rows=0,
+                max_keys=0,
+            ),
+        )
+
+
+def _packed_comparisons(
+    args: PolicyDivergenceArgs,
+) -> Iterator[tuple[slice, slice, PolicyDivergenceArgs]]:
+    for rows, keys, policy in _packed_sequences(args.policy):
+        reference = replace(
+            args.reference, q=args.reference.q[:, :, rows], k=args.reference.k[:, :, keys]
+        )
+        yield rows, keys, replace(args, policy=policy, reference=reference)
+
+
+def _zero(*tensors: Tensor | None) -> None:
+    """What no sequence writes stays 0."""
+    for x in tensors:
+        if x is not None:
+            x.zero_()
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
@@ -172,7 +220,22 @@ class TorchPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradien
             _policy_bwd(args, outputs, gradients)
 
 
+def _outputs_of(args: PolicyArgs, outputs: PolicyOutputs, rows: slice) -> PolicyOutputs:
+    """The outputs of one packed sequence, over its own keys."""
+    p = outputs.p[:, rows]
+    return PolicyOutputs(
+        p if args.span_ids is not None else p[..., : args.seqlen_k],
+        outputs.norm[..., rows],
+        outputs.z[:, rows],
+    )
+
+
 def _policy_fwd(args: PolicyArgs, outputs: PolicyOutputs) -> None:
+    if args.is_packed:
+        _zero(outputs.p, outputs.norm, outputs.z)
+        for rows, _, own in _packed_sequences(args):
+            _policy_fwd(own, _outputs_of(own, outputs, rows))
+        return
     dtype = _compute_dtype(args.q)
     k = _keys(args, args.k, args.num_heads)
     one_hot = None if args.span_ids is None else _one_hot(args, dtype)
@@ -187,6 +250,19 @@ def _policy_fwd(args: PolicyArgs, outputs: PolicyOutputs) -> None:
 
 
 def _policy_bwd(args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradients) -> None:
+    if args.is_packed:
+        _zero(gradients.dq, gradients.dk, gradients.dspan_bias)
+        dspan_bias = gradients.dspan_bias
+        for rows, keys, own in _packed_sequences(args):
+            own_outputs = _outputs_of(own, outputs, rows)
+            own_gradients = PolicyGradients(
+                dp=gradients.dp[:, rows, : own_outputs.p.shape[-1]],
+                dq=gradients.dq[:, :, rows],
+                dk=gradients.dk[:, :, keys],
+                dspan_bias=None if dspan_bias is None else dspan_bias[:, :, rows],
+            )
+            _policy_bwd(own, own_outputs, own_gradients)
+        return
     dtype = _compute_dtype(args.q)
     k = _keys(args, args.k, args.num_heads)
     dk_h = torch.zeros_like(k)
@@ -284,8 +360,20 @@ def _reference_rows(
     return r, norm, z
 
 
+def _divergence_outputs_of(
+    outputs: PolicyDivergenceOutputs, rows: slice
+) -> PolicyDivergenceOutputs:
+    """The outputs of one packed sequence: rows are the last dimension of each."""
+    return PolicyDivergenceOutputs(*(getattr(outputs, x.name)[..., rows] for x in fields(outputs)))
+
+
 def _divergence_fwd(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
     policy = args.policy
+    if policy.is_packed:
+        _zero(*(getattr(outputs, x.name) for x in fields(outputs)))
+        for rows, _, own in _packed_comparisons(args):
+            _divergence_fwd(own, _divergence_outputs_of(outputs, rows))
+        return
     k, reference_k = _policy_keys(args), _reference_keys(args)
     for rows in _row_chunks(policy.num_rows):
         visible = _visible_keys(policy, rows, policy.window_left, policy.window_right)
@@ -315,6 +403,14 @@ def _divergence_bwd(
     gradients: PolicyDivergenceGradients,
 ) -> None:
     policy = args.policy
+    if policy.is_packed:
+        _zero(gradients.dq, gradients.dk)
+        for rows, keys, own in _packed_comparisons(args):
+            own_gradients = PolicyDivergenceGradients(
+                gradients.dvalue[:, rows], gradients.dq[:, :, rows], gradients.dk[:, :, keys]
+            )
+            _divergence_bwd(own, _divergence_outputs_of(outputs, rows), own_gradients)
+        return
     k, reference_k = _policy_keys(args), _reference_keys(args)
     dk_h = torch.zeros_like(k)
     for rows in _row_chunks(policy.num_rows):

@@ -4,14 +4,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ....runtime import triton_runtime
+from ....runtime.triton_spans import num_blocks, sequence_of_block
 from ..arguments import KINDS
 from . import tiles
 from .terms import JSD, divergence_gradient, divergence_terms
+
+
+@dataclass(frozen=True)
+class RowEnds:
+    """Where rows end that belong to packed sequences: sequence n has numbers of its own length."""
+
+    row_offsets: Tensor  # int32 [S + 1], the first row of each sequence
+    offsets: Tensor  # int32 [S + 1], whose differences are the lengths
 
 
 @triton.jit(do_not_specialize=["num_rows", "length_per_split"])
@@ -21,6 +32,9 @@ def divergence_fwd_kernel(
     partial_ptr,
     dp_ptr,
     dr_ptr,
+    row_offsets_ptr,
+    offsets_ptr,
+    num_sequences,
     num_rows,
     length,
     length_per_split,
@@ -32,13 +46,25 @@ def divergence_fwd_kernel(
     """Sum the terms of a piece of BLOCK_R rows into partial [splits, rows]; write dp and dr.
 
     With GENERALISED, terms of kl keep − p + r, and those of reverse_kl − r + p. Over rows that sum
-    to 1 these vanish, and gradients have no constant. dp may be p.
+    to 1 these vanish, and gradients have no constant. dp may be p. Rows of packed sequences
+    (`RowEnds`) end where their sequence's do; what lies beyond is neither read nor written.
     """
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
-    mask_r = offs_r < num_rows
     start = split.to(tl.int64) * length_per_split
-    stop = tl.minimum(start + length_per_split, length)
+    if row_offsets_ptr is None:
+        offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < num_rows
+        stop = tl.minimum(start + length_per_split, length)
+    else:
+        n, first_row, own_rows, block = sequence_of_block(
+            row_offsets_ptr, num_sequences, tl.program_id(0), BLOCK_R
+        )
+        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < own_rows
+        offs_r = first_row.to(tl.int64) + offs_r
+        own_length = tl.load(offsets_ptr + n + 1) - tl.load(offsets_ptr + n)
+        own_length = tl.where(block * BLOCK_R < own_rows, own_length, 0)
+        stop = tl.minimum(start + length_per_split, own_length)
     value = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for first in range(start, stop, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
@@ -95,7 +121,13 @@ def divergence_rows_kernel(
 
 
 def sweep(
-    p: Tensor, r: Tensor, kind: str, generalised: bool, dp: Tensor | None, dr: Tensor | None
+    p: Tensor,
+    r: Tensor,
+    kind: str,
+    generalised: bool,
+    dp: Tensor | None,
+    dr: Tensor | None,
+    ends: RowEnds | None = None,
 ) -> Tensor:
     """The sums [pieces, rows] of rows p and r [rows, N], in order; write dp and dr where given."""
     num_rows, length = p.shape
@@ -105,16 +137,21 @@ def sweep(
     per_split = triton.cdiv(triton.cdiv(length, tile.block_n), splits) * tile.block_n
     splits = triton.cdiv(length, per_split)
     partial = p.new_empty((splits, num_rows))
+    num_sequences = None if ends is None else ends.row_offsets.shape[0] - 1
+    row_blocks = num_blocks(num_rows, tile.block_r, num_sequences)
     # jsd(p, r) and jsd(r, p) agree bit for bit only if nothing is fused.
     triton_runtime.launch(
         divergence_fwd_kernel,
-        (triton.cdiv(num_rows, tile.block_r), splits),
+        (row_blocks, splits),
         {
             "p_ptr": p,
             "r_ptr": r,
             "partial_ptr": partial,
             "dp_ptr": dp,
             "dr_ptr": dr,
+            "row_offsets_ptr": None if ends is None else ends.row_offsets,
+            "offsets_ptr": None if ends is None else ends.offsets,
+            "num_sequences": num_sequences,
             "num_rows": num_rows,
             "length": length,
             "length_per_split": per_split,

@@ -20,17 +20,23 @@ from .gradient import (
 from .side import (
     SMALLEST_HEAD_WEIGHT_BWD,
     KeyHead,
+    blocks_of_keys,
+    first_row,
+    first_row_of_head,
     head_scores,
     key_masks,
     key_range,
     keys_in_scope,
     keys_of_head,
     kv_head_of,
+    last_row,
     load_norm,
     outcomes_of,
     product,
     program_of_head,
     real_keys,
+    rows_of_heads,
+    sample_of_keys,
     span_bias,
     weights,
     whole_rows,
@@ -48,7 +54,7 @@ def policy_bwd_dq_kernel(
     dp,
     dq,
     dq_stride_split,
-    batch_size,
+    samples,
     heads,
     num_rows,
     keys_per_split,
@@ -59,28 +65,31 @@ def policy_bwd_dq_kernel(
     tile,
 ):
     """dq of one head, BLOCK_Q rows and BLOCK_D features, over all keys or a piece of them: (15)."""
-    row_block, head, b, split = program_of_head(num_rows, batch_size, heads.num_heads, tile.BLOCK_Q)
+    sample, row_block, head, split = program_of_head(
+        samples, heads, num_rows, query_start, tile.BLOCK_Q
+    )
     first_d = tl.program_id(1) * tile.BLOCK_D
     offs_q = row_block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
-    mask_q = offs_q < num_rows
-    q_head = head_of(q, b, head)
-    keys = keys_of_head(k, b, kv_head_of(head, heads))
+    mask_q = offs_q < sample.num_rows
+    q_head = head_of(q, sample.rows, head)
+    keys = keys_of_head(k, sample.keys, kv_head_of(head, heads))
     # [BLOCK_Q, HEAD_DIM]
     q_rows = whole_rows(q_head, offs_q, mask_q, tile)
     # [BLOCK_Q], each
-    m, inverse = load_norm(norm, b, head, offs_q, mask_q)
-    factor, c = load_factor_and_c(terms, b, num_rows, offs_q, mask_q)
-    delta = load_delta(terms, b, head, heads.num_heads, num_rows, offs_q, mask_q)
+    m, inverse = load_norm(norm, sample.rows, head, offs_q, mask_q)
+    factor, c = load_factor_and_c(terms, first_row(samples, sample, num_rows), offs_q, mask_q)
+    row_of_head = first_row_of_head(samples, sample, head, heads.num_heads, num_rows)
+    delta = load_delta(terms, row_of_head, offs_q, mask_q)
     total = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
     start = split * keys_per_split
-    stop = tl.minimum(start + keys_per_split, heads.seqlen_k)
-    first = query_start + row_block * tile.BLOCK_Q
+    stop = tl.minimum(start + keys_per_split, sample.seqlen_k)
+    first = sample.query_start + row_block * tile.BLOCK_Q
     low, high = key_range(
         first, first + tile.BLOCK_Q - 1, window_left, window_right, start, stop, tile.BLOCK_K
     )
     for key in range(low, high, tile.BLOCK_K):
         offs_k = key + tl.arange(0, tile.BLOCK_K)
-        mask_k = real_keys(flags, b, offs_k, heads.seqlen_k)
+        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
         # [BLOCK_K, HEAD_DIM]
         k_rows = whole_rows(keys.own, offs_k, mask_k, tile)
         x = product(
@@ -88,18 +97,20 @@ def policy_bwd_dq_kernel(
             tile.BLOCK_K, False,
         )  # fmt: skip
         s = head_scores(x, score)
-        outcome = outcomes_of(flags, b, offs_k, mask_k)
+        outcome = outcomes_of(flags, sample.keys, offs_k, mask_k)
         biased = s
         if bias.ptr is not None:
-            biased += span_bias(bias, b, head, offs_q[:, None], outcome[None, :], mask_q[:, None])
+            biased += span_bias(
+                bias, sample.rows, head, offs_q[:, None], outcome[None, :], mask_q[:, None]
+            )
         visible, valid = key_masks(
-            (query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
-            keys_in_scope(flags, b, offs_k, mask_k)[None, :], window_left, window_right,
+            (sample.query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
+            keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
             tile.EXCLUDE_SELF,
         )  # fmt: skip
         # [BLOCK_Q, BLOCK_K]
         dp_here = load_outcomes(
-            dp, b, offs_q[:, None], outcome[None, :], valid & (factor != 0.0)[:, None]
+            dp, sample.rows, offs_q[:, None], outcome[None, :], valid & (factor != 0.0)[:, None]
         )
         p = weights(biased, m[:, None], inverse[:, None], SMALLEST_HEAD_WEIGHT_BWD)
         ds = score_gradient(p, dp_here, visible, valid, factor[:, None], c[:, None], delta[:, None])
@@ -111,7 +122,7 @@ def policy_bwd_dq_kernel(
             total = add_score_gradient(total, ds, k_part, tile.PRECISION)
         else:
             total = add_score_gradient(total, ds, k_rows, tile.PRECISION)
-    dq_head = head_of(dq, b, head)
+    dq_head = head_of(dq, sample.rows, head)
     dq_head = Head(dq_head.ptr + split.to(tl.int64) * dq_stride_split, dq_head.stride)
     store_rows(dq_head, offs_q, mask_q, total * score.scale, first_d, tile.head_dim, tile.BLOCK_D)
 
@@ -120,7 +131,7 @@ def policy_bwd_dq_kernel(
 def policy_bwd_dq_join_kernel(
     parts_ptr,
     dq,
-    batch_size,
+    samples,
     num_heads,
     num_rows,
     num_splits,
@@ -135,14 +146,14 @@ def policy_bwd_dq_join_kernel(
     b = (pid // row_blocks // num_heads).to(tl.int64)
     offs_q = pid % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, HEAD_DIM)
-    mask = (offs_q < num_rows)[:, None] & (offs_d < head_dim)[None, :]
+    mask = (offs_q < last_row(samples, num_rows))[:, None] & (offs_d < head_dim)[None, :]
     row = (b * num_heads + head) * num_rows + offs_q
     parts_ptr += row[:, None] * head_dim + offs_d[None, :]
     total = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
     for _ in range(num_splits):
         # [BLOCK_R, HEAD_DIM]
         total += tl.load(parts_ptr, mask=mask, other=0.0)
-        parts_ptr += tl.cast(batch_size, tl.int64) * num_heads * num_rows * head_dim
+        parts_ptr += rows_of_heads(samples, num_heads, num_rows) * head_dim
     store_rows(head_of(dq, b, head), offs_q, offs_q < num_rows, total, 0, head_dim, HEAD_DIM)
 
 
@@ -157,6 +168,7 @@ def policy_bwd_dk_kernel(
     dp,
     before_ptr,
     dk,
+    samples,
     heads,
     num_rows,
     query_start,
@@ -170,46 +182,50 @@ def policy_bwd_dk_kernel(
     Tiles are [BLOCK_K, BLOCK_Q]. before: float32 [B, Hk, N, D], the sum over earlier rows, which
     this call continues; it may be dk.
     """
-    key_blocks = tl.cdiv(heads.seqlen_k, tile.BLOCK_K)
+    key_blocks = blocks_of_keys(samples, heads.seqlen_k, tile.BLOCK_K)
     pid = tl.program_id(0)
-    key_block = pid % key_blocks
     kv_head = (pid // key_blocks % heads.num_kv_heads).to(tl.int64)
     b = (pid // key_blocks // heads.num_kv_heads).to(tl.int64)
+    sample, key_block = sample_of_keys(
+        samples, num_rows, heads.seqlen_k, query_start, b, pid % key_blocks, tile.BLOCK_K
+    )
     group = heads.num_heads // heads.num_kv_heads
 
     first_key = key_block * tile.BLOCK_K
     offs_k = first_key + tl.arange(0, tile.BLOCK_K)
     first_d = tl.program_id(1) * tile.BLOCK_D
-    outcome = outcomes_of(flags, b, offs_k, offs_k < heads.seqlen_k)
-    mask_k = real_keys(flags, b, offs_k, heads.seqlen_k)
-    in_scope = keys_in_scope(flags, b, offs_k, mask_k)
-    k_head = head_of(k, b, kv_head)
+    outcome = outcomes_of(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
+    mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
+    in_scope = keys_in_scope(flags, sample.keys, offs_k, mask_k)
+    k_head = head_of(k, sample.keys, kv_head)
     # [BLOCK_K, HEAD_DIM]
     k_rows = whole_rows(k_head, offs_k, mask_k, tile)
     total = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
     # Rows whose window reaches the block.
-    low = tl.maximum(first_key - window_right - query_start, 0) // tile.BLOCK_Q * tile.BLOCK_Q
-    high = tl.minimum(first_key + tile.BLOCK_K + window_left - query_start, num_rows)
+    start = sample.query_start
+    low = tl.maximum(first_key - window_right - start, 0) // tile.BLOCK_Q * tile.BLOCK_Q
+    high = tl.minimum(first_key + tile.BLOCK_K + window_left - start, sample.num_rows)
     for row in range(low, high, tile.BLOCK_Q):
         offs_q = row + tl.arange(0, tile.BLOCK_Q)
-        mask_q = offs_q < num_rows
-        factor, c = load_factor_and_c(terms, b, num_rows, offs_q, mask_q)
+        mask_q = offs_q < sample.num_rows
+        factor, c = load_factor_and_c(terms, first_row(samples, sample, num_rows), offs_q, mask_q)
         visible, valid = key_masks(
-            (query_start + offs_q)[None, :], offs_k[:, None], mask_k[:, None], in_scope[:, None],
+            (start + offs_q)[None, :], offs_k[:, None], mask_k[:, None], in_scope[:, None],
             window_left, window_right, tile.EXCLUDE_SELF,
         )  # fmt: skip
         # [BLOCK_K, BLOCK_Q]
         dp_here = load_outcomes(
-            dp, b, offs_q[None, :], outcome[:, None], valid & (factor != 0.0)[None, :]
+            dp, sample.rows, offs_q[None, :], outcome[:, None], valid & (factor != 0.0)[None, :]
         )
         for i in range(group):
             head = kv_head * group + i
-            q_head = head_of(q, b, head)
+            q_head = head_of(q, sample.rows, head)
             # [BLOCK_Q, BLOCK_D]
             q_rows = load_rows(q_head, offs_q, mask_q, first_d, tile.head_dim, tile.BLOCK_D)
             # [BLOCK_Q], each
-            m, inverse = load_norm(norm, b, head, offs_q, mask_q)
-            delta = load_delta(terms, b, head, heads.num_heads, num_rows, offs_q, mask_q)
+            m, inverse = load_norm(norm, sample.rows, head, offs_q, mask_q)
+            row_of_head = first_row_of_head(samples, sample, head, heads.num_heads, num_rows)
+            delta = load_delta(terms, row_of_head, offs_q, mask_q)
             x = product(
                 k_rows, k_head, offs_k, mask_k, q_rows, KeyHead(q_head, q_head, 0), offs_q,
                 mask_q, tile, tile.BLOCK_K, tile.BLOCK_Q, False,
@@ -218,7 +234,7 @@ def policy_bwd_dk_kernel(
             biased = s
             if bias.ptr is not None:
                 biased += span_bias(
-                    bias, b, head, offs_q[None, :], outcome[:, None], mask_q[None, :]
+                    bias, sample.rows, head, offs_q[None, :], outcome[:, None], mask_q[None, :]
                 )
             p = weights(biased, m[None, :], inverse[None, :], SMALLEST_HEAD_WEIGHT_BWD)
             ds = score_gradient(
@@ -228,11 +244,13 @@ def policy_bwd_dk_kernel(
                 ds *= softcap_slope(s, score)
             total = add_score_gradient(total, ds, q_rows, tile.PRECISION)
     total *= score.scale
-    mask = offs_k < heads.seqlen_k
+    mask = offs_k < sample.seqlen_k
     if before_ptr is not None:
-        row = (b * heads.num_kv_heads + kv_head) * heads.seqlen_k + offs_k
+        row = (sample.keys * heads.num_kv_heads + kv_head) * heads.seqlen_k + offs_k
         before = Head(before_ptr, tile.head_dim)
         total += load_rows(before, row, mask, first_d, tile.head_dim, tile.BLOCK_D)
         # Other threads of this CTA may read what this thread is about to overwrite.
         tl.debug_barrier()
-    store_rows(head_of(dk, b, kv_head), offs_k, mask, total, first_d, tile.head_dim, tile.BLOCK_D)
+    store_rows(
+        head_of(dk, sample.keys, kv_head), offs_k, mask, total, first_d, tile.head_dim, tile.BLOCK_D
+    )

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ....runtime import triton_runtime
-from ....runtime.triton_rows import Rows
 from ....runtime.triton_runtime import Tile
 from ..arguments import PolicyArgs
+from ..chunks import clear_packed
 from . import tiles
 from .bwd_bias import policy_bwd_dspan_bias_kernel
 from .bwd_kernels import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
 from .bwd_rows import policy_bwd_rows_kernel, policy_bwd_sums_kernel
-from .launch import Keys, Side, cdiv, outcomes, per_row, splits_of
-from .parameters import Norm, Parts, RowTerms, Totals, ValueParts
+from .launch import Keys, Side, cdiv, splits_of
+from .parameters import Parts, PerRow, RowTerms, Totals, ValueParts
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Gradient:
     def arguments(self, tile: Tile) -> dict[str, Any]:
         return {
             **self.side.arguments(self.keys, tile),
-            "norm": Norm(self.norm, *self.norm.stride()[:3]),
-            "dp": outcomes(self.dp),
+            "norm": self.keys.norm(self.norm),
+            "dp": self.keys.outcomes(self.dp),
         }
 
 
@@ -60,8 +60,9 @@ def bwd(
     dspan_bias: Tensor | None,
 ) -> None:
     """Write dq, dk and, if there is one, dspan_bias."""
+    clear_packed(args, dq, dk, dspan_bias)
     given = Gradient(Side.of(args), Keys.of(args), norm, dp)
-    rows = rows_of(*sums(given, z), z)
+    rows = rows_of(given.keys, *sums(given, z), z)
     assert rows is not None
     query_gradient(given, rows, dq)
     key_gradient(given, rows, None, dk)
@@ -76,7 +77,7 @@ def sums(given: Gradient, z: Tensor) -> tuple[Tensor, Tensor]:
 
     def run(tile: Tile) -> None:
         nonlocal partial
-        programs = cdiv(keys.num_rows, tile.block_q) * side.num_heads * side.batch_size
+        programs = keys.row_blocks(tile.block_q, side.batch_size) * side.num_heads
         splits, per_split = splits_of(programs, keys.seqlen_k, tile.block_k, z.device)
         partial = z.new_empty((2, splits, side.batch_size, side.num_heads, keys.num_rows))
         triton_runtime.launch(
@@ -84,9 +85,8 @@ def sums(given: Gradient, z: Tensor) -> tuple[Tensor, Tensor]:
             (programs * splits,),
             {
                 **given.arguments(tile),
-                "z": per_row(z),
+                "z": keys.per_row(z),
                 "partial_ptr": partial,
-                "batch_size": side.batch_size,
                 "num_splits": splits,
                 "keys_per_split": per_split,
             },
@@ -110,17 +110,22 @@ class Compared:
     w: Tensor | None = None
 
 
+def _per_row(x: Tensor | None) -> PerRow:
+    return PerRow(None, 0) if x is None else PerRow(x, x.stride(0))
+
+
 _NOT_COMPARED: dict[str, Any] = {
-    "ref_z": per_row(None),
+    "ref_z": PerRow(None, 0),
     "value_parts": ValueParts(None, 0, 0),
     "num_value_parts": 0,
-    "weight": per_row(None),
-    "value": per_row(None),
+    "weight": PerRow(None, 0),
+    "value": PerRow(None, 0),
     "totals": Totals(None, None, 0, 0),
 }
 
 
 def rows_of(
+    keys: Keys,
     u_parts: Tensor,
     w_parts: Tensor,
     z: Tensor,
@@ -139,11 +144,11 @@ def rows_of(
     if compared is not None:
         value_parts, u = compared.value_parts, compared.u
         arguments = {
-            "ref_z": per_row(compared.ref_z),
+            "ref_z": _per_row(compared.ref_z),
             "value_parts": ValueParts(value_parts, *value_parts.stride()[:2]),
             "num_value_parts": value_parts.shape[0],
-            "weight": per_row(compared.weight),
-            "value": per_row(compared.value),
+            "weight": _per_row(compared.weight),
+            "value": _per_row(compared.value),
             "totals": Totals(u, compared.w, *((0, 0) if u is None else u.stride()[:2])),
         }
     triton_runtime.launch(
@@ -151,9 +156,10 @@ def rows_of(
         (batch_size * cdiv(num_rows, tiles.ROWS),),
         {
             "parts": Parts(u_parts, w_parts, stride_part, stride_b, stride_h),
-            "z": per_row(z),
+            "z": _per_row(z),
             **arguments,
             "terms": RowTerms(None, None, None) if rows is None else rows.terms,
+            "samples": keys.samples(batch_size),
             "num_heads": num_heads,
             "num_rows": num_rows,
             "num_parts": num_parts,
@@ -172,7 +178,7 @@ def query_gradient(given: Gradient, rows: RowGradient, dq: Tensor) -> None:
 
     def run(tile: Tile) -> None:
         nonlocal parts
-        programs = cdiv(keys.num_rows, tile.block_q) * side.num_heads * side.batch_size
+        programs = keys.row_blocks(tile.block_q, side.batch_size) * side.num_heads
         splits, per_split = splits_of(programs, keys.seqlen_k, tile.block_k, dq.device)
         parts = dq[None]
         if splits > 1:
@@ -183,9 +189,8 @@ def query_gradient(given: Gradient, rows: RowGradient, dq: Tensor) -> None:
             {
                 **given.arguments(tile),
                 "terms": rows.terms,
-                "dq": Rows(parts, *parts.stride()[1:4]),
+                "dq": keys.rows(parts[0]),
                 "dq_stride_split": parts.stride(0),
-                "batch_size": side.batch_size,
                 "keys_per_split": per_split,
             },
             tile.num_warps,
@@ -201,8 +206,8 @@ def query_gradient(given: Gradient, rows: RowGradient, dq: Tensor) -> None:
         (cdiv(keys.num_rows, block_r) * side.num_heads * side.batch_size,),
         {
             "parts_ptr": parts,
-            "dq": Rows.of(dq),
-            "batch_size": side.batch_size,
+            "dq": keys.rows(dq),
+            "samples": keys.samples(side.batch_size),
             "num_heads": side.num_heads,
             "num_rows": keys.num_rows,
             "num_splits": parts.shape[0],
@@ -220,7 +225,7 @@ def key_gradient(given: Gradient, rows: RowGradient, before: Tensor | None, dk: 
     side, keys = given.side, given.keys
 
     def run(tile: Tile) -> None:
-        programs = cdiv(keys.seqlen_k, tile.block_k) * side.num_kv_heads * side.batch_size
+        programs = keys.key_blocks(tile.block_k, side.batch_size) * side.num_kv_heads
         triton_runtime.launch(
             policy_bwd_dk_kernel,
             (programs, cdiv(side.padded_head_dim, side.features(tile))),
@@ -228,7 +233,7 @@ def key_gradient(given: Gradient, rows: RowGradient, before: Tensor | None, dk: 
                 **given.arguments(tile),
                 "terms": rows.terms,
                 "before_ptr": before,
-                "dk": Rows.of(dk),
+                "dk": keys.rows(dk),
             },
             tile.num_warps,
             tile.num_stages,
@@ -242,10 +247,10 @@ def _bias_gradient(given: Gradient, rows: RowGradient, dspan_bias: Tensor) -> No
     side, keys = given.side, given.keys
     tile = side.tile("bias")
     span_blocks = cdiv(dspan_bias.shape[3], tiles.SPANS)
-    row_blocks = cdiv(keys.num_rows, tile.block_q)
+    row_blocks = keys.row_blocks(tile.block_q, side.batch_size)
     triton_runtime.launch(
         policy_bwd_dspan_bias_kernel,
-        (row_blocks * span_blocks * side.num_heads * side.batch_size,),
+        (row_blocks * span_blocks * side.num_heads,),
         {
             **given.arguments(tile),
             "terms": rows.terms,

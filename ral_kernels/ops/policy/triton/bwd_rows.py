@@ -9,17 +9,20 @@ from ....runtime.triton_rows import head_of
 from .gradient import load_outcomes
 from .side import (
     SMALLEST_HEAD_WEIGHT_BWD,
+    first_row_of_head,
     head_scores,
     key_masks,
     key_range,
     keys_in_scope,
     keys_of_head,
     kv_head_of,
+    last_row,
     load_norm,
     outcomes_of,
     product,
     program_of_head,
     real_keys,
+    rows_of_heads,
     span_bias,
     weights,
     whole_rows,
@@ -36,7 +39,7 @@ def policy_bwd_sums_kernel(
     z,
     dp,
     partial_ptr,
-    batch_size,
+    samples,
     heads,
     num_rows,
     num_splits,
@@ -51,27 +54,29 @@ def policy_bwd_sums_kernel(
 
     partial: [2, splits, B, H, T].
     """
-    row_block, head, b, split = program_of_head(num_rows, batch_size, heads.num_heads, tile.BLOCK_Q)
+    sample, row_block, head, split = program_of_head(
+        samples, heads, num_rows, query_start, tile.BLOCK_Q
+    )
     offs_q = row_block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
-    mask_q = offs_q < num_rows
-    q_head = head_of(q, b, head)
-    keys = keys_of_head(k, b, kv_head_of(head, heads))
+    mask_q = offs_q < sample.num_rows
+    q_head = head_of(q, sample.rows, head)
+    keys = keys_of_head(k, sample.keys, kv_head_of(head, heads))
     # [BLOCK_Q, HEAD_DIM]
     q_rows = whole_rows(q_head, offs_q, mask_q, tile)
     # [BLOCK_Q], each
-    m, inverse = load_norm(norm, b, head, offs_q, mask_q)
-    z_rows = tl.load(z.ptr + b * z.stride_b + offs_q, mask=mask_q, other=0.0)
+    m, inverse = load_norm(norm, sample.rows, head, offs_q, mask_q)
+    z_rows = tl.load(z.ptr + sample.rows * z.stride_b + offs_q, mask=mask_q, other=0.0)
     u = tl.zeros([tile.BLOCK_Q], tl.float32)
     w = tl.zeros([tile.BLOCK_Q], tl.float32)
     start = split * keys_per_split
-    stop = tl.minimum(start + keys_per_split, heads.seqlen_k)
-    first = query_start + row_block * tile.BLOCK_Q
+    stop = tl.minimum(start + keys_per_split, sample.seqlen_k)
+    first = sample.query_start + row_block * tile.BLOCK_Q
     low, high = key_range(
         first, first + tile.BLOCK_Q - 1, window_left, window_right, start, stop, tile.BLOCK_K
     )
     for key in range(low, high, tile.BLOCK_K):
         offs_k = key + tl.arange(0, tile.BLOCK_K)
-        mask_k = real_keys(flags, b, offs_k, heads.seqlen_k)
+        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
         # [BLOCK_K, HEAD_DIM]
         k_rows = whole_rows(keys.own, offs_k, mask_k, tile)
         x = product(
@@ -79,23 +84,26 @@ def policy_bwd_sums_kernel(
             tile.BLOCK_K, False,
         )  # fmt: skip
         s = head_scores(x, score)
-        outcome = outcomes_of(flags, b, offs_k, mask_k)
+        outcome = outcomes_of(flags, sample.keys, offs_k, mask_k)
         if bias.ptr is not None:
-            s += span_bias(bias, b, head, offs_q[:, None], outcome[None, :], mask_q[:, None])
+            s += span_bias(
+                bias, sample.rows, head, offs_q[:, None], outcome[None, :], mask_q[:, None]
+            )
         _, valid = key_masks(
-            (query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
-            keys_in_scope(flags, b, offs_k, mask_k)[None, :], window_left, window_right,
+            (sample.query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
+            keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
             tile.EXCLUDE_SELF,
         )  # fmt: skip
         p = weights(s, m[:, None], inverse[:, None], SMALLEST_HEAD_WEIGHT_BWD)
         p = tl.where(valid & (z_rows != 0.0)[:, None], p, 0.0)
         # [BLOCK_Q, BLOCK_K]
-        dp_here = load_outcomes(dp, b, offs_q[:, None], outcome[None, :], p != 0.0)
+        dp_here = load_outcomes(dp, sample.rows, offs_q[:, None], outcome[None, :], p != 0.0)
         u += tl.sum(p * dp_here, 1)
         w += tl.sum(p, 1)
 
-    per_part = tl.cast(heads.num_heads, tl.int64) * batch_size * num_rows
-    partial_ptr += split * per_part + (b * heads.num_heads + head) * num_rows + offs_q
+    per_part = rows_of_heads(samples, heads.num_heads, num_rows)
+    row = first_row_of_head(samples, sample, head, heads.num_heads, num_rows)
+    partial_ptr += split * per_part + row + offs_q
     tl.store(partial_ptr, u, mask=mask_q)
     tl.store(partial_ptr + num_splits * per_part, w, mask=mask_q)
 
@@ -120,6 +128,7 @@ def policy_bwd_rows_kernel(
     value,
     totals,
     terms,
+    samples,
     num_heads,
     num_rows,
     num_parts,
@@ -135,6 +144,7 @@ def policy_bwd_rows_kernel(
     b = (tl.program_id(0) // row_blocks).to(tl.int64)
     offs = tl.program_id(0) % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < num_rows
+    mask_parts = offs < last_row(samples, num_rows)
     # [BLOCK_R]
     z_rows = tl.load(z.ptr + b * z.stride_b + offs, mask=mask, other=0.0)
     constant = z_rows == 0.0
@@ -143,7 +153,9 @@ def policy_bwd_rows_kernel(
         constant = constant | (ref_z_rows == 0.0)
     if value_parts.ptr is not None:
         value_parts_ptr = value_parts.ptr + b * value_parts.stride_b + offs
-        d = sum_of_parts(value_parts_ptr, value_parts.stride_part, num_value_parts, mask, BLOCK_R)
+        d = sum_of_parts(
+            value_parts_ptr, value_parts.stride_part, num_value_parts, mask_parts, BLOCK_R
+        )
         d = tl.where(constant, 0.0, d)
         constant = constant | (d == float("inf"))
         if value.ptr is not None:
@@ -154,11 +166,11 @@ def policy_bwd_rows_kernel(
     all_u = tl.zeros([BLOCK_R], tl.float32)
     for head in range(num_heads):
         of_head = tl.cast(head, tl.int64) * parts.stride_h
-        u = sum_of_parts(u_ptr + of_head, parts.stride_part, num_parts, mask, BLOCK_R)
+        u = sum_of_parts(u_ptr + of_head, parts.stride_part, num_parts, mask_parts, BLOCK_R)
         u = tl.where(constant, 0.0, u)
         all_u += u
         if totals.u_ptr is not None:
-            w = sum_of_parts(w_ptr + of_head, parts.stride_part, num_parts, mask, BLOCK_R)
+            w = sum_of_parts(w_ptr + of_head, parts.stride_part, num_parts, mask_parts, BLOCK_R)
             total = b * totals.stride_b + tl.cast(head, tl.int64) * totals.stride_h + offs
             tl.store(totals.u_ptr + total, u, mask=mask)
             tl.store(totals.w_ptr + total, w, mask=mask)
@@ -177,8 +189,8 @@ def policy_bwd_rows_kernel(
         tl.store(terms.c_ptr + row, c, mask=mask)
         for head in range(num_heads):
             of_head = tl.cast(head, tl.int64) * parts.stride_h
-            u = sum_of_parts(u_ptr + of_head, parts.stride_part, num_parts, mask, BLOCK_R)
-            w = sum_of_parts(w_ptr + of_head, parts.stride_part, num_parts, mask, BLOCK_R)
+            u = sum_of_parts(u_ptr + of_head, parts.stride_part, num_parts, mask_parts, BLOCK_R)
+            w = sum_of_parts(w_ptr + of_head, parts.stride_part, num_parts, mask_parts, BLOCK_R)
             delta = tl.where(constant, 0.0, (u - c * w) * factor)  # (11)
             per_head = (b * num_heads + head) * num_rows + offs
             tl.store(terms.delta_ptr + per_head, delta, mask=mask)

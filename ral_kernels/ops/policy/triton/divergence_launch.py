@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...divergence.triton.kernels import sweep
 from ..arguments import PolicyDivergenceArgs
+from ..chunks import Chunk, clear_packed
 from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums
 from .fwd_launch import over_keys, statistics
 from .launch import Keys, Side, row_chunks
@@ -27,12 +28,13 @@ class Normalised:
     norm: Tensor  # [2, B, H, T]
     z: Tensor  # [B, T]
 
-    def part(self, batch: slice, rows: slice) -> Normalised:
-        side = self.side.part(batch, rows)
+    def part(self, chunk: Chunk) -> Normalised:
+        batch, rows = chunk.batch, chunk.rows
+        side = self.side.part(chunk)
         return Normalised(side, self.norm[:, batch, :, rows], self.z[batch, rows])
 
     def over_keys(self, keys: Keys) -> Tensor:
-        """p or r, [B, T, N]."""
+        """p or r, [B, T, N], without numbers beyond the keys of a packed row."""
         shape = (self.side.batch_size, keys.num_rows, keys.seqlen_k)
         p = self.z.new_empty(shape)
         over_keys(self.side, keys, self.norm, self.z, p)
@@ -48,28 +50,28 @@ class Comparison:
     keys: Keys
     kind: str
 
-    def part(self, batch: slice, rows: slice) -> Comparison:
+    def part(self, chunk: Chunk) -> Comparison:
         return replace(
             self,
-            policy=self.policy.part(batch, rows),
-            reference=self.reference.part(batch, rows),
-            keys=self.keys.part(batch, rows),
+            policy=self.policy.part(chunk),
+            reference=self.reference.part(chunk),
+            keys=self.keys.part(chunk),
         )
 
-    def chunks(self) -> Iterator[tuple[slice, slice, Comparison]]:
-        side, keys = self.policy.side, self.keys
+    def chunks(self) -> Iterator[tuple[Chunk, Comparison]]:
+        side = self.policy.side
         block_q = side.tile("heads").block_q
-        for batch, rows in row_chunks(
-            side.batch_size, keys.num_rows, keys.seqlen_k, block_q, side.q.device
-        ):
-            yield batch, rows, self.part(batch, rows)
+        for chunk in row_chunks(self.keys, side.batch_size, block_q, side.q.device):
+            yield chunk, self.part(chunk)
 
     def sweep(self) -> tuple[Tensor, Gradient]:
         """D in pieces [pieces, B, T]: (1), and ∂D/∂p: (2)."""
         p, r = self.policy.over_keys(self.keys), self.reference.over_keys(self.keys)
         rows = p.shape[:2]
         dp = p.flatten(0, 1)  # in the place of p
-        value_parts = sweep(dp, r.flatten(0, 1), self.kind, generalised=True, dp=dp, dr=None)
+        value_parts = sweep(
+            dp, r.flatten(0, 1), self.kind, generalised=True, dp=dp, dr=None, ends=self.keys.ends()
+        )
         gradient = Gradient(self.policy.side, self.keys, self.policy.norm, p)
         return value_parts.unflatten(1, rows), gradient
 
@@ -103,10 +105,12 @@ def fwd(
     w: Tensor,
 ) -> None:
     """Write the divergence of each row and the statistics that the backward starts from."""
+    clear_packed(args.policy, value, u, w)
     whole = _comparison(args, norm, z, ref_norm, ref_z)
     statistics(whole.policy.side, whole.keys, norm, z)
     statistics(whole.reference.side, whole.keys, ref_norm, ref_z)
-    for batch, rows, part in whole.chunks():
+    for chunk, part in whole.chunks():
+        batch, rows = chunk.batch, chunk.rows
         value_parts, given = part.sweep()
         compared = Compared(
             part.reference.z,
@@ -116,7 +120,7 @@ def fwd(
             w=w[batch, :, rows],
         )
         u_parts, w_parts = sums(given, part.policy.z)  # (3)
-        rows_of(u_parts, w_parts, part.policy.z, compared, wants_gradient=False)
+        rows_of(part.keys, u_parts, w_parts, part.policy.z, compared, wants_gradient=False)
 
 
 def bwd(
@@ -132,6 +136,7 @@ def bwd(
     dk: Tensor,
 ) -> None:
     """Write the gradients of q and k."""
+    clear_packed(args.policy, dq, dk)
     whole = _comparison(args, norm, z, ref_norm, ref_z)
     _gradients(whole, (u, w), dvalue, None, dq, dk)
 
@@ -148,6 +153,7 @@ def loss(
 ) -> None:
     """Write the divergence of each row, and the gradients of its sum weighted by `weights`."""
     policy = args.policy
+    clear_packed(policy, value, dq, dk)
     norm = value.new_empty((2, policy.batch_size, policy.num_heads, policy.num_rows))
     z = torch.empty_like(value)
     whole = _comparison(args, norm, z, ref_norm, ref_z)
@@ -167,7 +173,8 @@ def _gradients(
 ) -> None:
     """Write dq and dk, and `value` where given; U and W are formed where they are not given."""
     so_far: Tensor | None = None  # dk of the earlier rows of a sample
-    for batch, rows, part in whole.chunks():
+    for chunk, part in whole.chunks():
+        batch, rows = chunk.batch, chunk.rows
         value_parts, given = part.sweep()
         if u_w is None:
             u_parts, w_parts = sums(given, part.policy.z)  # (3)
@@ -179,13 +186,13 @@ def _gradients(
             weight=weight[batch, rows],
             value=None if value is None else value[batch, rows],
         )
-        per_row = rows_of(u_parts, w_parts, part.policy.z, compared)  # (4), (6)
+        per_row = rows_of(part.keys, u_parts, w_parts, part.policy.z, compared)  # (4), (6)
         assert per_row is not None
         query_gradient(given, per_row, dq[batch, :, rows])  # (9)
-        target = dk[batch]
-        if rows.start == 0:
+        target = dk[batch, :, chunk.keys]
+        if chunk.is_first:
             so_far = None
-        if rows.stop < whole.keys.num_rows:  # more rows of this sample follow
+        if not chunk.is_last:  # more rows of this sample follow
             target = so_far if so_far is not None else target.new_empty(
                 target.shape, dtype=torch.float32
             )  # fmt: skip

@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 
 from .gradient import add_per_span
-from .side import key_masks, keys_in_scope, outcomes_of, real_keys, sum_of_weights
+from .side import (
+    blocks_of_rows,
+    key_masks,
+    keys_in_scope,
+    outcomes_of,
+    real_keys,
+    sample_of_rows,
+    sum_of_weights,
+)
 
 
 @triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])
@@ -19,6 +27,7 @@ def policy_fwd_kernel(
     norm,
     z,
     p,
+    samples,
     heads,
     num_rows,
     query_start,
@@ -28,42 +37,47 @@ def policy_fwd_kernel(
     tile,
 ):
     """p of BLOCK_Q rows and BLOCK_K keys, all heads inside; 0 on keys that are not valid: (7)."""
-    row_blocks = tl.cdiv(num_rows, tile.BLOCK_Q)
+    row_blocks = blocks_of_rows(samples, num_rows, tile.BLOCK_Q)
     key_blocks = tl.cdiv(heads.seqlen_k, tile.BLOCK_K)
     pid = tl.program_id(0)
-    row_block = pid % row_blocks
     key_block = pid // row_blocks % key_blocks
     b = (pid // row_blocks // key_blocks).to(tl.int64)
+    sample, row_block = sample_of_rows(
+        samples, num_rows, heads.seqlen_k, query_start, b, pid % row_blocks, tile.BLOCK_Q
+    )
 
     offs_q = row_block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
     offs_k = key_block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
-    mask_q = offs_q < num_rows
+    mask_q = offs_q < sample.num_rows
     span_k = offs_k
     if bias.ptr is not None:
-        span_k = outcomes_of(flags, b, offs_k, offs_k < heads.seqlen_k)
-    mask_k = real_keys(flags, b, offs_k, heads.seqlen_k)
+        span_k = outcomes_of(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
+    mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
     _, valid = key_masks(
-        (query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
-        keys_in_scope(flags, b, offs_k, mask_k)[None, :], window_left, window_right,
+        (sample.query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
+        keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
         tile.EXCLUDE_SELF,
     )  # fmt: skip
 
     # A block without visible keys visits no head: p = 0.
-    nearest = key_block * tile.BLOCK_K - (query_start + row_block * tile.BLOCK_Q + tile.BLOCK_Q - 1)
+    first = sample.query_start + row_block * tile.BLOCK_Q
+    nearest = key_block * tile.BLOCK_K - (first + tile.BLOCK_Q - 1)
     farthest = nearest + tile.BLOCK_Q - 1 + tile.BLOCK_K - 1
     seen = (nearest <= window_right) & (farthest >= -window_left)
+    if samples.row_offsets_ptr is not None:
+        seen = seen & (key_block * tile.BLOCK_K < sample.seqlen_k)
     total = sum_of_weights(
-        q, k, prefix, bias, norm, b, tl.where(seen, heads.num_kv_heads, 0),
+        q, k, prefix, bias, norm, sample, tl.where(seen, heads.num_kv_heads, 0),
         heads.num_heads // heads.num_kv_heads, offs_q, mask_q, offs_k, mask_k, span_k, score, tile,
     )  # fmt: skip
     # [BLOCK_Q]
-    z_rows = tl.load(z.ptr + b * z.stride_b + offs_q, mask=mask_q, other=0.0)
+    z_rows = tl.load(z.ptr + sample.rows * z.stride_b + offs_q, mask=mask_q, other=0.0)
     share = 1.0 / (tl.where(z_rows == 0.0, 1.0, z_rows) * heads.num_heads)
     share = tl.where(z_rows == 0.0, 0.0, share)
     values = tl.where(valid, total * share[:, None], 0.0)  # (5), (7)
-    p_ptr = p.ptr + b * p.stride_b
+    p_ptr = p.ptr + sample.rows * p.stride_b
     pointers = p_ptr + offs_q.to(tl.int64)[:, None] * p.stride_t + offs_k[None, :]
-    tl.store(pointers, values, mask=mask_q[:, None] & (offs_k < heads.seqlen_k)[None, :])
+    tl.store(pointers, values, mask=mask_q[:, None] & (offs_k < sample.seqlen_k)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -72,6 +86,7 @@ def policy_fwd_spans_kernel(
     span_ids_ptr,
     span_ids_stride_b,
     p,
+    samples,
     num_rows,
     seqlen_k,
     num_spans,
@@ -84,22 +99,22 @@ def policy_fwd_spans_kernel(
     Blocks of which no key is in these spans are skipped. With contiguous spans each key is read
     once or twice, however many spans there are.
     """
-    row_blocks = tl.cdiv(num_rows, BLOCK_Q)
+    row_blocks = blocks_of_rows(samples, num_rows, BLOCK_Q)
     span_blocks = tl.cdiv(num_spans, BLOCK_S)
     pid = tl.program_id(0)
-    offs_q = pid % row_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    offs_s = pid // row_blocks % span_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     b = (pid // row_blocks // span_blocks).to(tl.int64)
-    mask_q = offs_q < num_rows
-    p_keys_ptr = p_keys.ptr + b * p_keys.stride_b
+    sample, row_block = sample_of_rows(samples, num_rows, seqlen_k, 0, b, pid % row_blocks, BLOCK_Q)
+    offs_q = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_s = pid // row_blocks % span_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_q = offs_q < sample.num_rows
+    p_keys_ptr = p_keys.ptr + sample.rows * p_keys.stride_b
+    span_ids_ptr += sample.keys * span_ids_stride_b
     first_span = pid // row_blocks % span_blocks * BLOCK_S
     sums = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
-    for key in range(0, seqlen_k, BLOCK_K):
+    for key in range(0, sample.seqlen_k, BLOCK_K):
         offs_k = key + tl.arange(0, BLOCK_K)
         # [BLOCK_K]
-        span_k = tl.load(
-            span_ids_ptr + b * span_ids_stride_b + offs_k, mask=offs_k < seqlen_k, other=-1
-        )
+        span_k = tl.load(span_ids_ptr + offs_k, mask=offs_k < sample.seqlen_k, other=-1)
         held = (span_k >= first_span) & (span_k < first_span + BLOCK_S)
         if tl.max(held.to(tl.int32), 0) > 0:
             # [BLOCK_Q, BLOCK_K]
@@ -110,6 +125,6 @@ def policy_fwd_spans_kernel(
             )
             one_hot = (span_k[:, None] == offs_s[None, :]).to(tl.float32)
             sums = add_per_span(sums, x, one_hot)
-    p_ptr = p.ptr + b * p.stride_b
+    p_ptr = p.ptr + sample.rows * p.stride_b
     pointers = p_ptr + offs_q.to(tl.int64)[:, None] * p.stride_t + offs_s[None, :]
     tl.store(pointers, sums, mask=mask_q[:, None] & (offs_s < num_spans)[None, :])

@@ -8,10 +8,10 @@ from torch import Tensor
 from ....runtime import triton_runtime
 from ....runtime.triton_runtime import Tile
 from ..arguments import PolicyArgs
+from ..chunks import clear_packed
 from . import tiles
 from .fwd_kernels import policy_fwd_kernel, policy_fwd_spans_kernel
-from .launch import Keys, Side, cdiv, outcomes, per_row, row_chunks, splits_of, with_stride_b
-from .parameters import Norm
+from .launch import Keys, Side, cdiv, row_chunks, splits_of
 from .statistics import policy_normaliser_kernel, policy_statistics_kernel
 
 
@@ -21,7 +21,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
 
     def run(tile: Tile) -> None:
         nonlocal partial
-        programs = cdiv(keys.num_rows, tile.block_q) * side.num_heads * side.batch_size
+        programs = keys.row_blocks(tile.block_q, side.batch_size) * side.num_heads
         splits, per_split = splits_of(programs, keys.seqlen_k, tile.block_k, norm.device)
         partial = norm.new_empty((3, splits, side.batch_size, side.num_heads, keys.num_rows))
         # Without FMAs: the kernel with a shared prefix must give the same sums as that without.
@@ -32,7 +32,6 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
                 **side.arguments(keys, tile),
                 "prefix": side.prefix(),
                 "partial_ptr": partial,
-                "batch_size": side.batch_size,
                 "num_splits": splits,
                 "keys_per_split": per_split,
             },
@@ -49,7 +48,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
             "partial_ptr": partial,
             "norm_ptr": norm,
             "z_ptr": z,
-            "batch_size": side.batch_size,
+            "samples": keys.samples(side.batch_size),
             "num_heads": side.num_heads,
             "num_rows": keys.num_rows,
             "num_splits": partial.shape[1],
@@ -63,6 +62,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
 
 def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
     """Write the policy, norm and z."""
+    clear_packed(args, p)
     side, keys = Side.of(args), Keys.of(args)
     statistics(side, keys, norm, z)
     if args.span_ids is None:
@@ -70,29 +70,32 @@ def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
         return
     # Some rows at a time: p over keys is written and read once, beside the products of all heads.
     block_q = side.tile("heads").block_q
-    chunks = row_chunks(args.batch_size, args.num_rows, args.seqlen_k, block_q, args.q.device)
-    for batch, rows in chunks:
-        part, part_keys = side.part(batch, rows), keys.part(batch, rows)
-        shape = (part.batch_size, part_keys.num_rows, args.seqlen_k)
+    for chunk in row_chunks(keys, args.batch_size, block_q, args.q.device):
+        batch, rows = chunk.batch, chunk.rows
+        part, part_keys = side.part(chunk), keys.part(chunk)
+        shape = (part.batch_size, part_keys.num_rows, part_keys.seqlen_k)
         p_keys = torch.empty(shape, dtype=torch.float32, device=args.q.device)
         over_keys(part, part_keys, norm[:, batch, :, rows], z[batch, rows], p_keys)
-        _over_spans(part, p_keys, p[batch, rows])
+        _over_spans(part, part_keys, p_keys, p[batch, rows])
 
 
 def over_keys(side: Side, keys: Keys, norm: Tensor, z: Tensor, p: Tensor) -> None:
-    """Write p [B, T, N]. One kernel serves both policies: equal inputs give equal bits."""
+    """Write p [B, T, N], but not beyond the keys of a packed row.
+
+    One kernel serves both policies: equal inputs give equal bits.
+    """
 
     def run(tile: Tile) -> None:
-        row_blocks = cdiv(keys.num_rows, tile.block_q)
+        row_blocks = keys.row_blocks(tile.block_q, side.batch_size)
         triton_runtime.launch(
             policy_fwd_kernel,
-            (row_blocks * cdiv(keys.seqlen_k, tile.block_k) * side.batch_size,),
+            (row_blocks * cdiv(keys.seqlen_k, tile.block_k),),
             {
                 **side.arguments(keys, tile),
                 "prefix": side.prefix(),
-                "norm": Norm(norm, *norm.stride()[:3]),
-                "z": per_row(z),
-                "p": outcomes(p),
+                "norm": keys.norm(norm),
+                "z": keys.per_row(z),
+                "p": keys.outcomes(p),
             },
             tile.num_warps,
             tile.num_stages,
@@ -102,21 +105,21 @@ def over_keys(side: Side, keys: Keys, norm: Tensor, z: Tensor, p: Tensor) -> Non
     run(side.tuned("heads", keys, run))
 
 
-def _over_spans(side: Side, p_keys: Tensor, p: Tensor) -> None:
-    batch_size, num_rows, seqlen_k = p_keys.shape
+def _over_spans(side: Side, keys: Keys, p_keys: Tensor, p: Tensor) -> None:
     tile = side.tile("spans")
     num_spans = p.shape[2]
-    ids, stride = with_stride_b(side.span_ids)
+    ids, stride = keys.per_key(side.span_ids)
     triton_runtime.launch(
         policy_fwd_spans_kernel,
-        (cdiv(num_rows, tile.block_q) * cdiv(num_spans, tiles.SPANS) * batch_size,),
+        (keys.row_blocks(tile.block_q, side.batch_size) * cdiv(num_spans, tiles.SPANS),),
         {
-            "p_keys": outcomes(p_keys),
+            "p_keys": keys.outcomes(p_keys),
             "span_ids_ptr": ids,
             "span_ids_stride_b": stride,
-            "p": outcomes(p),
-            "num_rows": num_rows,
-            "seqlen_k": seqlen_k,
+            "p": keys.outcomes(p),
+            "samples": keys.samples(side.batch_size),
+            "num_rows": keys.num_rows,
+            "seqlen_k": keys.seqlen_k,
             "num_spans": num_spans,
             "BLOCK_Q": tile.block_q,
             "BLOCK_K": tile.block_k,

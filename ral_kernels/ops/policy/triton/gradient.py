@@ -14,18 +14,17 @@ def load_outcomes(x, b, offs_q, outcome, mask):
 
 
 @triton.jit
-def load_factor_and_c(terms, b, num_rows, offs_q, mask_q):
-    """[BLOCK_Q], each."""
+def load_factor_and_c(terms, row, offs_q, mask_q):
+    """[BLOCK_Q], each; row: `first_row`."""
     # Added in turn, the offsets stay int32 vectors, which take half the registers.
-    factor = tl.load(terms.factor_ptr + b * num_rows + offs_q, mask=mask_q, other=0.0)
-    return factor, tl.load(terms.c_ptr + b * num_rows + offs_q, mask=mask_q, other=0.0)
+    factor = tl.load(terms.factor_ptr + row + offs_q, mask=mask_q, other=0.0)
+    return factor, tl.load(terms.c_ptr + row + offs_q, mask=mask_q, other=0.0)
 
 
 @triton.jit
-def load_delta(terms, b, head, num_heads, num_rows, offs_q, mask_q):
-    """[BLOCK_Q]."""
-    delta_ptr = terms.delta_ptr + (b * num_heads + head) * num_rows + offs_q
-    return tl.load(delta_ptr, mask=mask_q, other=0.0)
+def load_delta(terms, row, offs_q, mask_q):
+    """[BLOCK_Q]; row: `first_row_of_head`."""
+    return tl.load(terms.delta_ptr + row + offs_q, mask=mask_q, other=0.0)
 
 
 @triton.jit

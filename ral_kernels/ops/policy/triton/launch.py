@@ -14,11 +14,26 @@ from torch import Tensor
 from ....runtime import triton_runtime
 from ....runtime.triton_rows import Rows, SpanValues, constant
 from ....runtime.triton_runtime import Tile
+from ...divergence.triton.kernels import RowEnds
 from ..arguments import PolicyArgs
+from ..chunks import Chunk, Packing, chunks_of_samples, chunks_of_sequences
 from . import tiles
-from .parameters import Flags, Heads, Outcomes, PerRow, Prefix, Score, TileSizes
+from .parameters import (
+    Flags,
+    Heads,
+    Norm,
+    Outcomes,
+    PerRow,
+    Prefix,
+    Samples,
+    Score,
+    TileSizes,
+)
 
 LOG2_E = math.log2(math.e)
+# A bound of a window that every key is within, where the host knows no position of a row. Twice it
+# fits int32.
+BEYOND = 2**29
 
 
 def precision() -> str:
@@ -31,38 +46,102 @@ class Keys:
     """What the two policies of a comparison share: rows, and the keys that count for them."""
 
     num_rows: int
-    seqlen_k: int
+    seqlen_k: int  # of the longest packed sequence
+    total_k: int  # of all packed sequences
     query_start: int
     key_padding_mask: Tensor | None  # uint8 [B, N], unit last stride
     scope: Tensor | None  # uint8 [B or 1, N], unit last stride
     exclude_self: bool
+    packing: Packing | None = None
 
     @classmethod
     def of(cls, args: PolicyArgs) -> Keys:
         padding, scope = args.key_padding_mask, args.scope
+        packing = Packing.of(args)
         return cls(
             num_rows=args.num_rows,
-            seqlen_k=args.seqlen_k,
+            seqlen_k=args.seqlen_k if packing is None else args.max_keys,
+            total_k=args.seqlen_k,
             query_start=args.query_start,
             key_padding_mask=None if padding is None else padding.contiguous().view(torch.uint8),
             scope=None if scope is None else scope.contiguous().view(torch.uint8),
             exclude_self=args.exclude_self,
+            packing=packing,
         )
 
-    def part(self, batch: slice, rows: slice) -> Keys:
+    def part(self, chunk: Chunk) -> Keys:
         padding, scope = self.key_padding_mask, self.scope
+        batch, rows, keys = chunk.batch, chunk.rows, chunk.keys
         return replace(
             self,
             num_rows=rows.stop - rows.start,
-            query_start=self.query_start + rows.start,
+            seqlen_k=chunk.seqlen_k,
+            total_k=keys.stop - keys.start,
+            query_start=chunk.query_start,
             key_padding_mask=None if padding is None else padding[batch],
-            scope=scope if scope is None or scope.shape[0] == 1 else scope[batch],
+            scope=None if scope is None else of_sample(scope, batch)[:, keys],
+            packing=chunk.packing,
         )
+
+    def row_blocks(self, block_q: int, batch_size: int) -> int:
+        """Blocks of rows of all samples, or of all packed sequences; some of these are empty."""
+        if self.packing is None:
+            return cdiv(self.num_rows, block_q) * batch_size
+        return self.num_rows // block_q + self.packing.num_sequences
+
+    def key_blocks(self, block_k: int, batch_size: int) -> int:
+        if self.packing is None:
+            return cdiv(self.total_k, block_k) * batch_size
+        return self.total_k // block_k + self.packing.num_sequences
+
+    def ends(self) -> RowEnds | None:
+        if self.packing is None:
+            return None
+        return RowEnds(self.packing.row_offsets, self.packing.key_offsets)
+
+    def samples(self, batch_size: int) -> Samples:
+        if self.packing is None:
+            return Samples(batch_size, None, None, None, None)
+        packing = self.packing
+        return Samples(
+            packing.num_sequences, self.total_k, packing.row_offsets, packing.key_offsets,
+            packing.query_starts,
+        )  # fmt: skip
+
+    def rows(self, x: Tensor) -> Rows:
+        """A tensor [B, H, T or N, D] as kernels take it."""
+        b, h, t, _ = x.stride()
+        return Rows(x, b if self.packing is None else t, h, t)
+
+    def span_values(self, x: Tensor | None) -> SpanValues:
+        values = SpanValues.of(x)
+        return values if self.packing is None else values._replace(stride_b=values.stride_t)
+
+    def outcomes(self, x: Tensor) -> Outcomes:
+        b, t = x.stride()[:2]
+        return Outcomes(x, b if self.packing is None else t, t)
+
+    def per_row(self, x: Tensor | None) -> PerRow:
+        if x is None:
+            return PerRow(None, 0)
+        return PerRow(x, x.stride(0) if self.packing is None else x.stride(1))
+
+    def norm(self, x: Tensor) -> Norm:
+        i, b, h, t = x.stride()
+        return Norm(x, i, b if self.packing is None else t, h)
+
+    def per_key(self, x: Tensor | None) -> tuple[Tensor | None, int]:
+        """A tensor [N] or [B, N], and what is between two samples: 0 where they share it."""
+        if x is None:
+            return None, 0
+        if self.packing is not None:
+            return x, x.stride(-1)
+        return x, 0 if x.dim() == 1 or x.shape[0] == 1 else x.stride(0)
 
     def flags(self, span_ids: Tensor | None) -> Flags:
         return Flags(
-            *with_stride_b(span_ids), *with_stride_b(self.key_padding_mask),
-            *with_stride_b(self.scope),
+            *self.per_key(span_ids), *self.per_key(self.key_padding_mask),
+            *self.per_key(self.scope),
         )  # fmt: skip
 
 
@@ -94,15 +173,16 @@ class Side:
             span_ids=args.span_ids,
         )
 
-    def part(self, batch: slice, rows: slice) -> Side:
+    def part(self, chunk: Chunk) -> Side:
         index, bias, ids = self.prefix_index, self.span_bias, self.span_ids
+        batch, rows, keys = chunk.batch, chunk.rows, chunk.keys
         return replace(
             self,
             q=self.q[batch, :, rows],
-            k=self.k[batch],
+            k=self.k[batch, :, keys],
             prefix_index=None if index is None else index[batch],
             span_bias=None if bias is None else bias[batch, :, rows],
-            span_ids=ids if ids is None or ids.dim() == 1 else ids[batch],
+            span_ids=None if ids is None else of_sample(ids, batch)[..., keys],
         )
 
     @property
@@ -155,14 +235,17 @@ class Side:
     def arguments(self, keys: Keys, tile: Tile) -> dict[str, Any]:
         """What every kernel over rows and keys takes; a missing bound is one beyond every key."""
         beyond = keys.num_rows + keys.seqlen_k + abs(keys.query_start)
+        if keys.packing is not None:
+            beyond = BEYOND
         left, right = self.window_left, self.window_right
         has_softcap = self.softcap != 0.0
         factor = self.scale / self.softcap if has_softcap else self.scale * LOG2_E
         return {
-            "q": Rows.of(self.q),
-            "k": Rows.of(self.k),
-            "bias": SpanValues.of(self.span_bias),
+            "q": keys.rows(self.q),
+            "k": keys.rows(self.k),
+            "bias": keys.span_values(self.span_bias),
             "flags": keys.flags(self.span_ids),
+            "samples": keys.samples(self.batch_size),
             "heads": Heads(self.num_heads, self.num_kv_heads, keys.seqlen_k),
             "num_rows": keys.num_rows,
             "query_start": keys.query_start,
@@ -188,18 +271,9 @@ def _tile_sizes(*sizes: int | bool | str) -> TileSizes:
     return TileSizes(*map(constant, sizes))
 
 
-def with_stride_b(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """A tensor [N] or [B, N], and what is between two samples: 0 where they share it."""
-    shared = x is None or x.dim() == 1 or x.shape[0] == 1
-    return x, 0 if shared or x is None else x.stride(0)
-
-
-def outcomes(x: Tensor) -> Outcomes:
-    return Outcomes(x, *x.stride()[:2])
-
-
-def per_row(x: Tensor | None) -> PerRow:
-    return PerRow(None, 0) if x is None else PerRow(x, x.stride(0))
+def of_sample(x: Tensor, batch: slice) -> Tensor:
+    """Samples of a tensor [N], [1, N] or [B, N]."""
+    return x if x.dim() == 1 or x.shape[0] == 1 else x[batch]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -215,20 +289,13 @@ def splits_of(programs: int, seqlen_k: int, block_k: int, device: torch.device) 
     return cdiv(seqlen_k, per_split), per_split
 
 
-def row_chunks(
-    batch_size: int, num_rows: int, seqlen_k: int, block_q: int, device: torch.device
-) -> Iterator[tuple[slice, slice]]:
-    """(samples, rows) for which a float32 for each row and key fits the scratch of a call.
-
-    Several whole samples, or blocks of rows of one sample.
-    """
-    fitting = tiles.scratch_elements(triton_runtime.architecture(device)) // seqlen_k
-    if fitting >= num_rows:
-        samples = fitting // num_rows
-        for b in range(0, batch_size, samples):
-            yield slice(b, min(b + samples, batch_size)), slice(0, num_rows)
-        return
-    rows = max(fitting // block_q, 1) * block_q
-    for b in range(batch_size):
-        for t in range(0, num_rows, rows):
-            yield slice(b, b + 1), slice(t, min(t + rows, num_rows))
+def row_chunks(keys: Keys, batch_size: int, block_q: int, device: torch.device) -> Iterator[Chunk]:
+    """Chunks for which a float32 for each row and key fits the scratch of a call."""
+    limit = tiles.scratch_elements(triton_runtime.architecture(device))
+    if keys.packing is not None:
+        return chunks_of_sequences(
+            keys.packing, keys.num_rows, keys.seqlen_k, keys.total_k, limit, block_q
+        )
+    return chunks_of_samples(
+        batch_size, keys.num_rows, keys.seqlen_k, keys.query_start, limit, block_q
+    )

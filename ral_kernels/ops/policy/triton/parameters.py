@@ -9,6 +9,21 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
+class Samples(NamedTuple):
+    """How many samples there are, and where they lie if they are sequences packed in a tensor.
+
+    In a padded call all but the batch size is None. Tensors of a packed one have the stride of a
+    row or key in the place of that of a sample: kernels multiply it by a sequence's first row or
+    key where they multiply a sample's stride by its number.
+    """
+
+    batch_size: Any
+    total_k: Any  # keys of all sequences
+    row_offsets_ptr: Any  # int32 [B + 1], the sequence's first row
+    key_offsets_ptr: Any  # int32 [B + 1], its first key
+    query_starts_ptr: Any  # int32 [B], the position of its first row among its keys
+
+
 class Prefix(NamedTuple):
     """k_prefix [P, Hk, N0, D], and which of them each sample has; None without one."""
 
@@ -95,7 +110,7 @@ class Heads(NamedTuple):
 
     num_heads: Any
     num_kv_heads: Any
-    seqlen_k: Any
+    seqlen_k: Any  # of the longest packed sequence
 
 
 class Score(NamedTuple):

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ....runtime.triton_rows import head_of, load_rows
 from ....runtime.triton_softmax import in_base_2, tanh
+from ....runtime.triton_spans import sequence_of_block
 
 # Weights below are 0, so that p is 0 exactly where the weights of all heads are: the mean of up to
 # 256 heads stays a normal number. The bound of the backward is higher: where a weight passes it,
@@ -26,14 +27,125 @@ class KeyHead(NamedTuple):
     length: Any
 
 
+class Sample(NamedTuple):
+    """The sample of a program, or its packed sequence: see `Samples`."""
+
+    rows: Any  # what strides between samples multiply in tensors over rows
+    keys: Any  # and in tensors over keys
+    num_rows: Any
+    seqlen_k: Any
+    query_start: Any
+
+
 @triton.jit
-def program_of_head(num_rows, batch_size, num_heads, BLOCK_Q: tl.constexpr):
-    """(block of rows, head, sample, piece of the keys) of this program."""
-    row_blocks = tl.cdiv(num_rows, BLOCK_Q)
+def blocks_of_rows(samples, num_rows, BLOCK_Q: tl.constexpr):
+    """Blocks of rows of one sample; of all packed sequences, some of them empty."""
+    if samples.row_offsets_ptr is None:
+        return tl.cdiv(num_rows, BLOCK_Q)
+    else:
+        return num_rows // BLOCK_Q + samples.batch_size  # see sequence_of_block
+
+
+@triton.jit
+def blocks_of_keys(samples, seqlen_k, BLOCK_K: tl.constexpr):
+    """Likewise of keys."""
+    if samples.key_offsets_ptr is None:
+        return tl.cdiv(seqlen_k, BLOCK_K)
+    else:
+        return samples.total_k // BLOCK_K + samples.batch_size
+
+
+@triton.jit
+def sample_of_rows(samples, num_rows, seqlen_k, query_start, b, block, BLOCK_Q: tl.constexpr):
+    """(the sample, its block of rows); packed: of the sequence whose rows `block` holds."""
+    if samples.row_offsets_ptr is None:
+        return Sample(b, b, num_rows, seqlen_k, query_start), block
+    else:
+        n, start, own_rows, own_block = sequence_of_block(
+            samples.row_offsets_ptr, samples.batch_size, block, BLOCK_Q
+        )
+        first_key = tl.load(samples.key_offsets_ptr + n)
+        # A block beyond the last row sees no key: its loops are empty.
+        own_keys = tl.load(samples.key_offsets_ptr + n + 1) - first_key
+        own_keys = tl.where(own_block * BLOCK_Q < own_rows, own_keys, 0)
+        own_start = tl.load(samples.query_starts_ptr + n)
+        sample = Sample(
+            start.to(tl.int64), first_key.to(tl.int64), own_rows, own_keys, own_start
+        )  # fmt: skip
+        return sample, own_block
+
+
+@triton.jit
+def sample_of_keys(samples, num_rows, seqlen_k, query_start, b, block, BLOCK_K: tl.constexpr):
+    """(the sample, its block of keys), likewise."""
+    if samples.key_offsets_ptr is None:
+        return Sample(b, b, num_rows, seqlen_k, query_start), block
+    else:
+        n, start, own_keys, own_block = sequence_of_block(
+            samples.key_offsets_ptr, samples.batch_size, block, BLOCK_K
+        )
+        first_row = tl.load(samples.row_offsets_ptr + n)
+        own_rows = tl.load(samples.row_offsets_ptr + n + 1) - first_row
+        own_rows = tl.where(own_block * BLOCK_K < own_keys, own_rows, 0)
+        own_start = tl.load(samples.query_starts_ptr + n)
+        sample = Sample(
+            first_row.to(tl.int64), start.to(tl.int64), own_rows, own_keys, own_start
+        )  # fmt: skip
+        return sample, own_block
+
+
+@triton.jit
+def program_of_head(samples, heads, num_rows, query_start, BLOCK_Q: tl.constexpr):
+    """(sample, its block of rows, head, piece of the keys) of this program."""
+    row_blocks = blocks_of_rows(samples, num_rows, BLOCK_Q)
     pid = tl.program_id(0)
-    head = (pid // row_blocks % num_heads).to(tl.int64)
-    b = (pid // row_blocks // num_heads % batch_size).to(tl.int64)
-    return pid % row_blocks, head, b, pid // row_blocks // num_heads // batch_size
+    block = pid % row_blocks
+    head = (pid // row_blocks % heads.num_heads).to(tl.int64)
+    rest = pid // row_blocks // heads.num_heads
+    split = rest
+    if samples.row_offsets_ptr is None:
+        split = rest // samples.batch_size
+        rest = rest % samples.batch_size
+    sample, block = sample_of_rows(
+        samples, num_rows, heads.seqlen_k, query_start, rest.to(tl.int64), block, BLOCK_Q
+    )
+    return sample, block, head, split
+
+
+@triton.jit
+def last_row(samples, num_rows):
+    """The rows of one sample; packed: of all sequences. A tensor may have rows beyond them."""
+    if samples.row_offsets_ptr is None:
+        return num_rows
+    else:
+        return tl.load(samples.row_offsets_ptr + samples.batch_size)
+
+
+@triton.jit
+def rows_of_heads(samples, num_heads, num_rows):
+    """Elements of a contiguous [B, H, T]."""
+    if samples.row_offsets_ptr is None:
+        return tl.cast(num_heads, tl.int64) * samples.batch_size * num_rows
+    else:
+        return tl.cast(num_heads, tl.int64) * num_rows
+
+
+@triton.jit
+def first_row(samples, sample, num_rows):
+    """Index of the sample's first row in a contiguous [B, T]."""
+    if samples.row_offsets_ptr is None:
+        return sample.rows * num_rows
+    else:
+        return sample.rows
+
+
+@triton.jit
+def first_row_of_head(samples, sample, head, num_heads, num_rows):
+    """Index of the sample's first row in a contiguous [B, H, T]."""
+    if samples.row_offsets_ptr is None:
+        return (sample.rows * num_heads + head) * num_rows
+    else:
+        return head * num_rows + sample.rows
 
 
 @triton.jit
@@ -203,7 +315,7 @@ def weights(s, m, inverse, SMALLEST: tl.constexpr):
 
 @triton.jit
 def sum_of_weights(
-    q, k, prefix, bias, norm, b, num_kv_heads, group, offs_q, mask_q, offs_k, mask_k, span_k,
+    q, k, prefix, bias, norm, sample, num_kv_heads, group, offs_q, mask_q, offs_k, mask_k, span_k,
     score, tile,
 ):  # fmt: skip
     """Σ_h P_h of one sample on visible keys, [BLOCK_Q, BLOCK_K], heads in order; see `weights`.
@@ -213,13 +325,13 @@ def sum_of_weights(
     HAS_PREFIX: tl.constexpr = prefix.ptr is not None
     total = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
     for kv_head in range(num_kv_heads):
-        keys = keys_with_prefix(k, prefix, b, tl.cast(kv_head, tl.int64))
+        keys = keys_with_prefix(k, prefix, sample.keys, tl.cast(kv_head, tl.int64))
         # [BLOCK_K, HEAD_DIM]
         k_rows = whole_keys(keys, offs_k, mask_k, tile, HAS_PREFIX)
         for member in range(kv_head * group, (kv_head + 1) * group):
             head = tl.cast(member, tl.int64)
-            q_head = head_of(q, b, head)
-            m, inverse = load_norm(norm, b, head, offs_q, mask_q)
+            q_head = head_of(q, sample.rows, head)
+            m, inverse = load_norm(norm, sample.rows, head, offs_q, mask_q)
             # [BLOCK_Q, HEAD_DIM]
             q_rows = whole_rows(q_head, offs_q, mask_q, tile)
             x = product(
@@ -229,7 +341,7 @@ def sum_of_weights(
             s = head_scores(x, score)
             if bias.ptr is not None:
                 s += span_bias(  # (2)
-                    bias, b, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
+                    bias, sample.rows, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
                 )
             total += weights(s, m[:, None], inverse[:, None], SMALLEST_HEAD_WEIGHT)
     return total

@@ -9,16 +9,19 @@ from ....runtime.triton_rows import head_of
 from ....runtime.triton_softmax import stabiliser
 from .side import (
     SMALLEST_WEIGHT,
+    first_row_of_head,
     head_scores,
     key_masks,
     key_range,
     keys_in_scope,
     keys_with_prefix,
     kv_head_of,
+    last_row,
     outcomes_of,
     product,
     program_of_head,
     real_keys,
+    rows_of_heads,
     span_bias,
     whole_keys,
     whole_rows,
@@ -33,7 +36,7 @@ def policy_statistics_kernel(
     bias,
     flags,
     partial_ptr,
-    batch_size,
+    samples,
     heads,
     num_rows,
     num_splits,
@@ -49,26 +52,28 @@ def policy_statistics_kernel(
     partial: [3, splits, B, H, T].
     """
     HAS_PREFIX: tl.constexpr = prefix.ptr is not None
-    row_block, head, b, split = program_of_head(num_rows, batch_size, heads.num_heads, tile.BLOCK_Q)
+    sample, row_block, head, split = program_of_head(
+        samples, heads, num_rows, query_start, tile.BLOCK_Q
+    )
     offs_q = row_block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
-    mask_q = offs_q < num_rows
-    position = query_start + offs_q
-    q_head = head_of(q, b, head)
-    keys = keys_with_prefix(k, prefix, b, kv_head_of(head, heads))
+    mask_q = offs_q < sample.num_rows
+    position = sample.query_start + offs_q
+    q_head = head_of(q, sample.rows, head)
+    keys = keys_with_prefix(k, prefix, sample.keys, kv_head_of(head, heads))
     # [BLOCK_Q, HEAD_DIM]
     q_rows = whole_rows(q_head, offs_q, mask_q, tile)
     m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([tile.BLOCK_Q], tl.float32)
     w = tl.zeros([tile.BLOCK_Q], tl.float32)
     start = split * keys_per_split
-    stop = tl.minimum(start + keys_per_split, heads.seqlen_k)
-    first = query_start + row_block * tile.BLOCK_Q
+    stop = tl.minimum(start + keys_per_split, sample.seqlen_k)
+    first = sample.query_start + row_block * tile.BLOCK_Q
     low, high = key_range(
         first, first + tile.BLOCK_Q - 1, window_left, window_right, start, stop, tile.BLOCK_K
     )
     for key in range(low, high, tile.BLOCK_K):
         offs_k = key + tl.arange(0, tile.BLOCK_K)
-        mask_k = real_keys(flags, b, offs_k, heads.seqlen_k)
+        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
         # [BLOCK_K, HEAD_DIM]
         k_rows = whole_keys(keys, offs_k, mask_k, tile, HAS_PREFIX)
         x = product(
@@ -77,13 +82,13 @@ def policy_statistics_kernel(
         )  # fmt: skip
         s = head_scores(x, score)
         if bias.ptr is not None:
-            span_k = outcomes_of(flags, b, offs_k, mask_k)
+            span_k = outcomes_of(flags, sample.keys, offs_k, mask_k)
             s += span_bias(  # (2)
-                bias, b, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
+                bias, sample.rows, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
             )
         visible, valid = key_masks(
             position[:, None], offs_k[None, :], mask_k[None, :],
-            keys_in_scope(flags, b, offs_k, mask_k)[None, :], window_left, window_right,
+            keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
             tile.EXCLUDE_SELF,
         )  # fmt: skip
         s = tl.where(visible, s, float("-inf"))
@@ -95,8 +100,9 @@ def policy_statistics_kernel(
         w = w * rescale + tl.sum(tl.where(valid, p, 0.0), 1)
         m = m_new
 
-    per_part = tl.cast(heads.num_heads, tl.int64) * batch_size * num_rows
-    partial_ptr += split * per_part + (b * heads.num_heads + head) * num_rows + offs_q
+    per_part = rows_of_heads(samples, heads.num_heads, num_rows)
+    row = first_row_of_head(samples, sample, head, heads.num_heads, num_rows)
+    partial_ptr += split * per_part + row + offs_q
     tl.store(partial_ptr, m, mask=mask_q)
     tl.store(partial_ptr + num_splits * per_part, total, mask=mask_q)
     tl.store(partial_ptr + 2 * num_splits * per_part, w, mask=mask_q)
@@ -107,7 +113,7 @@ def policy_normaliser_kernel(
     partial_ptr,
     norm_ptr,
     z_ptr,
-    batch_size,
+    samples,
     num_heads,
     num_rows,
     num_splits,
@@ -121,7 +127,8 @@ def policy_normaliser_kernel(
     b = (tl.program_id(0) // row_blocks).to(tl.int64)
     offs = tl.program_id(0) % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < num_rows
-    per_part = tl.cast(num_heads, tl.int64) * batch_size * num_rows
+    mask_parts = offs < last_row(samples, num_rows)
+    per_part = rows_of_heads(samples, num_heads, num_rows)
     all_w = tl.zeros([BLOCK_R], tl.float32)
     for head in range(num_heads):
         row = (b * num_heads + head) * num_rows + offs
@@ -129,7 +136,7 @@ def policy_normaliser_kernel(
         m = tl.full([BLOCK_R], float("-inf"), tl.float32)
         for _ in range(num_splits):
             # [BLOCK_R]
-            m = tl.maximum(m, tl.load(pointers, mask=mask, other=float("-inf")))
+            m = tl.maximum(m, tl.load(pointers, mask=mask_parts, other=float("-inf")))
             pointers += per_part
         m = stabiliser(m)
         total = tl.zeros([BLOCK_R], tl.float32)
@@ -137,9 +144,9 @@ def policy_normaliser_kernel(
         pointers = partial_ptr + row
         for _ in range(num_splits):
             # [BLOCK_R], each
-            rescale = tl.exp2(tl.load(pointers, mask=mask, other=float("-inf")) - m)
-            part = tl.load(pointers + num_splits * per_part, mask=mask, other=0.0)
-            part_w = tl.load(pointers + 2 * num_splits * per_part, mask=mask, other=0.0)
+            rescale = tl.exp2(tl.load(pointers, mask=mask_parts, other=float("-inf")) - m)
+            part = tl.load(pointers + num_splits * per_part, mask=mask_parts, other=0.0)
+            part_w = tl.load(pointers + 2 * num_splits * per_part, mask=mask_parts, other=0.0)
             total += part * rescale
             w += part_w * rescale
             pointers += per_part

@@ -1,16 +1,17 @@
-"""JSON lines in Video-R1's format as a dataset for TRL."""
+"""Rows in Video-R1's format as a dataset for TRL."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from ral.rewards.tags import check_style
@@ -18,6 +19,7 @@ from ral.rewards.tags import check_style
 from .errors import MOST_SHOWN, DataError, collected, shown_path
 from .frames import FrameFinder, read_images
 from .rows import RowReader
+from .sources import Record, Source, find_source, opened
 
 _CHUNK = 1024
 _logger = logging.getLogger(__name__)
@@ -28,7 +30,9 @@ _TEXT = Value("string")
 _FEATURES = Features(
     {
         "prompt": List({"role": _TEXT, "content": List({"type": _TEXT, "text": _TEXT})}),
-        "images": List({"path": _TEXT, "frame": Value("int64"), "source": _TEXT}),
+        "images": List(
+            {"path": _TEXT, "frame": Value("int64"), "row": Value("int64"), "source": _TEXT}
+        ),
         "solution": _TEXT,
         "problem_type": _TEXT,
         "problem_id": _TEXT,
@@ -38,18 +42,22 @@ _FEATURES = Features(
 )
 
 
-def load_jsonl(
+def load_rows(
     path: str | os.PathLike[str],
     *,
+    config: str | None = None,
+    split: str = "train",
     image_root: str | os.PathLike[str] | None = None,
     style: str = "think",
     max_frames: int = 16,
+    fps: float | None = None,
     streaming: bool = False,
     on_error: str = "raise",
 ) -> Dataset | IterableDataset:
-    """The rows of a file of JSON lines in Video-R1's format, for TRL's trainers.
+    """The rows of a data set in Video-R1's format, for TRL's trainers.
 
-    The fields of a line:
+    A file of JSON holds a row a line, or one array of rows. A parquet file, a folder that
+    `save_to_disk` wrote and a dataset of the Hub hold a column for each field. The fields of a row:
 
     - `problem`: the question. `<image>` in it, once for each image, says where the images stand;
       one `<video>` stands for all frames.
@@ -57,13 +65,16 @@ def load_jsonl(
       types need none.
     - `solution`: with or without `<answer>` tags.
     - `problem_type`: one of `ral.rewards.PROBLEM_TYPES`.
-    - `data_type`: "image" or "video".
+    - `data_type`: "image", "video", or "text" for a row without images.
     - `path`: an image or a list of images. For a video a file such as .mp4 (with PyAV), an animated
-      GIF or WebP, or a folder of frames in natural order: frame2 before frame10.
+      GIF or WebP, or a folder of frames in natural order: frame2 before frame10. For text none.
+    - `images` or `image`, in place of `path`, in a parquet file or dataset: pictures that it holds
+      itself, as `datasets.Image` stores them. A table need not say `data_type`: "image", or "text"
+      for a row without images.
     - `problem_id`, optional.
     - `process`, optional: a worked thinking text for SFT.
 
-    Other fields and blank lines are ignored. Every line is checked, and every image file must
+    Other fields and blank lines are ignored. Every row is checked, and every image file must
     exist, before the function returns. Images are decoded when a row is read; an image that several
     rows of a batch share is decoded once.
 
@@ -73,13 +84,19 @@ def load_jsonl(
     `with_transform(decode_batch)`.
 
     Args:
-        path: the file.
-        image_root: the folder of relative paths; by default the file's own.
+        path: a file, a folder, or OWNER/NAME of a dataset on the Hub.
+        config, split: of a dataset that has several.
+        image_root: the folder of relative paths; by default the file's own, the folder itself, or
+            for a name on the Hub the working directory.
         style: the form of response that prompts ask for, "think" or "direct" (RAL-zero).
-        max_frames: how many frames of a video are taken, at equal steps from the first to the last.
-        streaming: return an IterableDataset, which reads and checks line by line.
-        on_error: "raise", or "skip" to leave out lines with errors and log their number. "skip"
-            also leaves out lines whose images cannot be decoded. Without `streaming`, threads
+        max_frames: how many frames of a video are taken at most, at equal steps from the first to
+            the last.
+        fps: frames a second of a video file or an animation, as far as max_frames allows; None for
+            max_frames of any. Folders and lists of frames have no times, and ignore it.
+        streaming: return an IterableDataset, which reads and checks row by row. A dataset of the
+            Hub is downloaded first, all the same.
+        on_error: "raise", or "skip" to leave out rows with errors and log their number. "skip"
+            also leaves out rows whose images cannot be decoded. Without `streaming`, threads
             decode every image for that.
 
     Returns:
@@ -88,59 +105,59 @@ def load_jsonl(
         without letters) and process (str or None).
 
     Raises:
-        DataError: invalid lines (the first 20 errors, and the number of the others), or no valid
-            line at all. When a row is read, an image that cannot be decoded. With `streaming`, each
+        DataError: invalid rows (the first 20 errors by line, in tables by row, and the number of
+            the others), no valid row at all, a broken JSON array, or a dataset that `datasets` does
+            not read. When a row is read, an image that cannot be decoded. With `streaming`, each
             error when it is reached. Images that are skipped raise nothing.
-        FileNotFoundError: no such file, or image_root is no folder.
-        ValueError: another style, max_frames or on_error.
+        FileNotFoundError: no such file or folder, or image_root is no folder.
+        ValueError: another style, max_frames, fps or on_error.
     """
-    check_style("load_jsonl", style)
+    check_style("load_rows", style)
     if not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < 1:
-        raise ValueError(f"load_jsonl: max_frames must be an integer ≥ 1; got {max_frames!r}")
+        raise ValueError(f"load_rows: max_frames must be an integer ≥ 1; got {max_frames!r}")
+    if fps is not None and (isinstance(fps, bool) or not 0 < fps < math.inf):
+        raise ValueError(f"load_rows: fps must be None or a number > 0; got {fps!r}")
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"load_jsonl: on_error must be 'raise' or 'skip'; got {on_error!r}")
-    path = os.path.abspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"load_jsonl: path must be a file of JSON lines; got {shown_path(path)}"
-        )
-    root = os.path.dirname(path) if image_root is None else os.path.abspath(image_root)
+        raise ValueError(f"load_rows: on_error must be 'raise' or 'skip'; got {on_error!r}")
+    source = find_source(path, config, split)
+    opened.cache_clear()  # what was read before may have changed
+    if not source.is_json:
+        opened(source)
+    root = source.folder if image_root is None else os.path.abspath(image_root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"load_jsonl: image_root must be a folder; got {shown_path(root)}")
+        raise FileNotFoundError(f"load_rows: image_root must be a folder; got {shown_path(root)}")
     arguments: dict[str, Any] = {
-        "path": path,
-        "root": root,
-        "style": style,
-        "max_frames": max_frames,
+        "key": source.key, "root": root, "style": style, "max_frames": max_frames, "fps": fps,
         "skip": on_error == "skip",
-    }
+    }  # fmt: skip
     dataset: Dataset | IterableDataset
     if streaming:
         dataset = IterableDataset.from_generator(_stream, gen_kwargs=arguments)
     else:
         table = _table(_rows(**arguments))
         if not table.num_rows:
-            raise collected("load_jsonl", path, [f"{path}: rows must be one or more; got none"], 1)
+            error = f"{source.path}: rows must be one or more; got none"
+            raise collected("load_rows", source.path, [error], 1)
         dataset = Dataset(table).with_transform(decode_batch)
     # By which `RALTrainer` sees whether a resumed run reads the same rows.
-    digest, size = hashlib.sha256(), os.path.getsize(path)
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    checksums = {path: {"num_bytes": size, "checksum": digest.hexdigest()}}
+    checksums = {source.path: source.checksum()}
     if not streaming:
-        checksums[f"{path}: sizes of images"] = _sizes_of_images(table)
+        checksums[f"{source.path}: sizes of images"] = _sizes_of_images(table)
     dataset.info.download_checksums = checksums
     return dataset
+
+
+load_jsonl = load_rows  # its name when it read JSON lines alone
 
 
 def _sizes_of_images(table: pa.Table) -> dict[str, Any]:
     """A checksum of the sizes of all image files, in the order of the rows.
 
     Their contents would take minutes to read. Paths and times are left out, because they differ
-    where the data were copied.
+    where the data were copied. Images in a table are in the table's own checksum.
     """
-    paths = table["images"].combine_chunks().flatten().field("path").unique().to_pylist()
+    images = table["images"].combine_chunks().flatten()
+    paths = images.filter(images.field("row").is_null()).field("path").unique().to_pylist()
     sizes = [os.path.getsize(path) for path in paths]
     digest = hashlib.sha256(" ".join(map(str, sizes)).encode())
     return {"num_bytes": sum(sizes), "checksum": digest.hexdigest()}
@@ -165,12 +182,17 @@ def decode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = []
         for references in batch["images"]:
             # GRPO asks for a row as often as it has rollouts.
-            key = tuple((reference["path"], reference["frame"]) for reference in references)
+            key = tuple(map(_image_key, references))
             if key not in decoded:
                 decoded[key] = read_images(references)
             rows.append(list(decoded[key]))
         batch["images"] = rows
     return batch
+
+
+def _image_key(reference: dict[str, Any]) -> tuple[Any, ...]:
+    """What two references to the same image have in common."""
+    return reference["path"], reference["frame"], reference.get("row")
 
 
 def _without_none(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -190,13 +212,13 @@ class _Decoded:
     """Checks once for each image whether it can be decoded."""
 
     def __init__(self) -> None:
-        self._errors: dict[tuple[str, int], str | None] = {}
+        self._errors: dict[tuple[Any, ...], str | None] = {}
 
     def errors(self, row: dict[str, Any]) -> list[str]:
         """Of the images of a stored row."""
         found = []
         for reference in row["images"]:
-            key = (reference["path"], reference["frame"])
+            key = _image_key(reference)
             if key not in self._errors:
                 try:
                     read_images([reference])
@@ -217,22 +239,27 @@ def _in_order(function: Callable[[Any], Any], items: Iterator[Any], threads: int
 
 
 def _rows(
-    path: str, root: str, style: str, max_frames: int, skip: bool, streaming: bool = False
+    key: str,
+    root: str,
+    style: str,
+    max_frames: int,
+    fps: float | None,
+    skip: bool,
+    streaming: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the file, with images if streaming.
+    """Rows of the source with this key, with images if streaming.
 
-    Raises the errors of all lines at the end, or the first at once if streaming.
+    Raises the errors of all rows at the end, or the first at once if streaming.
     """
-    reader = RowReader(FrameFinder(root, max_frames), style)
+    source = Source.of_key(key)
+    reader = RowReader(FrameFinder(root, max_frames, fps), style, None if source.is_json else key)
     decoded = _Decoded()
-    name = os.path.basename(path)
-    stem = os.path.splitext(name)[0]
+    stem = os.path.splitext(source.name)[0]
     errors: list[str] = []
     count = left_out = 0
 
-    def read(numbered: tuple[int, bytes]) -> tuple[int, bytes, dict[str, Any] | list[str]]:
-        number, line = numbered
-        row = reader.read(line, f"{name}:{number}", f"{stem}:{number}")
+    def read(record: Record) -> dict[str, Any] | list[str]:
+        row = reader.read(record, f"{stem}:{record.number}")
         if streaming and isinstance(row, dict):
             try:
                 row = {**row, "images": read_images(row["images"])}
@@ -240,17 +267,13 @@ def _rows(
                 row = [str(error)]
         elif skip and isinstance(row, dict):
             row = decoded.errors(row) or row
-        return number, line, row
+        return row
 
-    with open(path, "rb") as file:
-        lines = (
-            (number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-            for number, line in enumerate(file, start=1)
-        )
-        lines = (numbered for numbered in lines if numbered[1].strip())
-        threads = os.cpu_count() or 1
-        results = _in_order(read, lines, threads) if skip and not streaming else map(read, lines)
-        for number, line, row in results:
+    records, threads = source.records(), os.cpu_count() or 1
+    try:
+        for row in (
+            _in_order(read, records, threads) if skip and not streaming else map(read, records)
+        ):
             if isinstance(row, dict):
                 yield row
                 continue
@@ -259,17 +282,12 @@ def _rows(
             left_out += 1
             if streaming and not skip:
                 break
-            if number == 1 and line.lstrip().startswith(b"["):
-                errors = [
-                    f"{name}:1: the file must hold one JSON object a line; got a JSON array. "
-                    f"`jq -c '.[]' {name}` writes its rows on lines"
-                ]
-                count = 1
-                break
+    except DataError as error:  # an array that is broken off
+        raise collected("load_rows", source.path, [str(error), *errors], count + 1) from error
     if errors and not skip:
-        raise collected("load_jsonl", path, errors, count)
+        raise collected("load_rows", source.path, errors, count)
     if errors:
         _logger.warning(
-            "load_jsonl: left out %d lines of %s with %d errors, first: %s",
-            *(left_out, path, count, errors[0]),
+            "load_rows: left out %d rows of %s with %d errors, first: %s",
+            *(left_out, source.path, count, errors[0]),
         )

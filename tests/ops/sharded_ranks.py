@@ -1,0 +1,311 @@
+"""What each of 2 or 4 gloo processes does in the tests of `ShardedPolicy`.
+
+    python -m tests.ops.sharded_ranks FILE WORLD_SIZE ... -- CASE ...
+    python -m tests.ops.sharded_ranks --table       # of all cases, as docs/sharded.md shows it
+
+A rank computes the whole sequence with the public ops, then its part of it with `ShardedPolicy`.
+One process imports everything and then forks the ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import ral_kernels as rk
+
+N, HEADS, KV_HEADS, HEAD_DIM = 48, 4, 2, 16
+WORLDS = (2, 4)
+MOVES = ("keys", "rows")
+FRAMES = [5, 9, 3, 11, 8]  # lengths of spans; the keys after them are in none
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sequence, or several packed ones, and how it lies on ranks.
+
+    rows: of the whole; options: of the ops and of `ShardedPolicy`; chunks: (W) -> layout.
+    """
+
+    rows: Any
+    layout: str | Callable[[int], Any] = "contiguous"
+    batch_size: int = 2
+    cu_seqlens: tuple[int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    reference_heads: tuple[int, int, int] = (HEADS, KV_HEADS, HEAD_DIM)
+    kind: str = "jsd"
+    reduction: str = "token_mean"
+    dtype: torch.dtype = torch.float32
+    frames: bool = False
+    padding: bool = False
+    scope: bool = False
+    mask: bool = False
+
+
+def _uneven(world_size: int) -> list[list[tuple[int, int]]]:
+    """The last rank has nothing, rank 0 two chunks that do not follow one another."""
+    middle = [[] for _ in range(world_size - 2)] if world_size > 2 else []
+    chunks: list[list[tuple[int, int]]] = [[(30, 41), (0, 7)], *middle, []]
+    chunks[1 if world_size > 2 else 0] += [(7, 30), (41, N)]
+    return chunks
+
+
+PACKED = (0, 10, 11, 11, 30, 45)  # a sequence of one token, one of none, a tail after the last
+CASES = {
+    "ulysses": Case((10, N - 1)),
+    "ring": Case((3, N - 1), "head_tail"),
+    "response on the last rank": Case((N - 5, N - 1), mask=True, reduction="sequence_mean"),
+    "no rows": Case((7, 7)),
+    "uneven": Case((5, 44), _uneven, padding=True),
+    "window": Case((5, N), "head_tail", options={"window": (6, 0), "softcap": 2.0}),
+    "scope": Case((20, N), "head_tail", scope=True, kind="kl"),
+    "padding": Case((12, N), padding=True, options={"exclude_self": False}, kind="reverse_kl"),
+    "teacher": Case((20, N - 1), "head_tail", reference_heads=(6, 3, 8)),
+    "spans": Case((20, N), "head_tail", frames=True),
+    "packed": Case([(4, 9), (0, 1), (0, 0), (2, 17), (3, 14)], batch_size=1, cu_seqlens=PACKED),
+    "packed ring": Case(
+        [(4, 9), (0, 0), (0, 0), (2, 17), (3, 14)], "head_tail", batch_size=1, cu_seqlens=PACKED,
+        mask=True, reduction="sequence_mean", options={"window": 5},
+    ),
+    "packed spans": Case(
+        [(0, 10), (0, 1), (0, 0), (0, 19), (0, 15)], "head_tail", batch_size=1, cu_seqlens=PACKED,
+        frames=True,
+    ),
+    "float64": Case((3, N - 1), "head_tail", dtype=torch.float64, options={"softcap": 3.0}),
+    "bfloat16": Case((3, N - 1), "head_tail", dtype=torch.bfloat16),
+}  # fmt: skip
+
+
+class Problem:
+    """Tensors of a case, the same on every rank."""
+
+    def __init__(self, name: str) -> None:
+        self.case = case = CASES[name]
+        draw = torch.Generator().manual_seed(len(name))
+
+        def normal(heads: int, head_dim: int) -> Tensor:
+            shape = (case.batch_size, heads, N, head_dim)
+            return torch.randn(shape, generator=draw, dtype=torch.float64).to(case.dtype)
+
+        heads, kv_heads, head_dim = case.reference_heads
+        self.q0, self.k0 = normal(heads, head_dim), normal(kv_heads, head_dim)
+        self.q, self.k = normal(HEADS, HEAD_DIM), normal(KV_HEADS, HEAD_DIM)
+        self.options: dict[str, Any] = dict(case.options)
+        if case.frames:
+            ids = torch.repeat_interleave(torch.arange(len(FRAMES)), torch.tensor(FRAMES))
+            ids = torch.nn.functional.pad(ids, (0, N - len(ids)), value=-1)
+            self.options["spans"] = rk.Spans(ids, len(FRAMES))
+        if case.scope:
+            self.options["scope"] = torch.rand(N, generator=draw) < 0.6
+        if case.padding:
+            self.options["key_padding_mask"] = torch.arange(N) >= torch.tensor([[0], [9]])
+        bounds = case.cu_seqlens
+        self.packing = (
+            {}
+            if bounds is None
+            else {f"cu_seqlens_{x}": torch.tensor(bounds, dtype=torch.int32) for x in "qk"}
+        )
+        num_rows = self.whole().num_rows
+        sequences = case.batch_size if bounds is None else len(bounds) - 1
+        self.advantages = torch.randn(sequences, generator=draw)
+        if case.batch_size > 1 and not case.mask:
+            self.advantages = torch.randn(case.batch_size, num_rows, generator=draw)
+        self.mask = None
+        if case.mask:
+            self.mask = torch.rand(case.batch_size, num_rows, generator=draw) < 0.7
+
+    def whole(self, q: Tensor | None = None, k: Tensor | None = None) -> rk.AttentionSnapshot:
+        """The reference, or the snapshot of another policy, in one piece."""
+        taken = {x: y for x, y in self.case.options.items() if x != "exclude_self"}
+        q, k = self.q0 if q is None else q, self.k0 if k is None else k
+        return rk.AttentionSnapshot(q, k, rows=self.case.rows, **taken, **self.packing)
+
+    def part(self, x: Tensor, rank: int, world_size: int) -> Tensor:
+        """What a rank has of a tensor of all positions, in its order."""
+        layout = self.case.layout
+        if callable(layout):
+            chunks = layout(world_size)[rank]
+        else:
+            parts = world_size * (1 if layout == "contiguous" else 2)
+            numbers = [rank] if layout == "contiguous" else [rank, parts - 1 - rank]
+            chunks = [(n * N // parts, (n + 1) * N // parts) for n in numbers]
+        pieces = [x[:, :, start:stop] for start, stop in chunks]
+        return torch.cat(pieces, 2) if pieces else x[:, :, :0]
+
+    def sharded(self, q: Tensor, k: Tensor, moves: Any) -> rk.ShardedPolicy:
+        world_size = dist.get_world_size()
+        layout = self.case.layout
+        return rk.ShardedPolicy(
+            q, k, rows=self.case.rows, moves=moves, cu_seqlens=cast(Any, self.case.cu_seqlens),
+            layout=cast(Any, layout(world_size) if callable(layout) else layout), **self.options,
+        )  # fmt: skip
+
+
+def run(name: str, moves: str) -> dict[str, Any]:
+    """Differences from the whole sequence on this rank, and what must hold exactly."""
+    problem, rank, world_size = Problem(name), dist.get_rank(), dist.get_world_size()
+    case = problem.case
+    terms = {"kind": case.kind, "reduction": case.reduction}
+
+    q, k = (x.clone().requires_grad_() for x in (problem.q, problem.k))
+    given = {"rows": case.rows, **problem.options, **problem.packing}
+    whole = rk.ral_loss(q, k, problem.whole(), problem.advantages, problem.mask, **terms, **given)
+    wanted = torch.autograd.grad(whole, (q, k))
+
+    def part(x: Tensor) -> Tensor:
+        return problem.part(x, rank, world_size)
+
+    reference = problem.sharded(part(problem.q0), part(problem.k0), moves).snapshot()
+    traffic = Traffic()
+    with traffic:
+        ours = [part(x).clone().requires_grad_() for x in (problem.q, problem.k)]
+        sharded = problem.sharded(*ours, moves)
+        loss = sharded.ral_loss(reference, problem.advantages, problem.mask, **terms)
+        gradients = torch.autograd.grad(loss, ours)
+    again = [part(x).clone().requires_grad_() for x in (problem.q, problem.k)]
+    repeated = problem.sharded(*again, moves)
+    own = repeated.snapshot()  # before the loss: what it fetched must keep its graph
+    second = repeated.ral_loss(reference, problem.advantages, problem.mask, **terms)
+    same = torch.equal(second, loss) and all(
+        torch.equal(a, b)
+        for a, b in zip(torch.autograd.grad(second, again), gradients, strict=True)
+    )
+    zero = repeated.ral_loss(own, problem.advantages, problem.mask, **terms)
+    zeros = [zero, *torch.autograd.grad(zero, again)]
+    found: dict[str, Any] = {
+        "loss": loss.item(),
+        "wanted": whole.item(),
+        "of": [x.abs().max().item() for x in wanted],
+        "gradients": [_apart(a, part(b)) for a, b in zip(gradients, wanted, strict=True)],
+        "rows": sum(len(calls) for calls in sharded.plan.calls(rank)),
+        "repeats": same,
+        "zero": all(bool((x == 0).all()) for x in zeros),
+        "sent": traffic.sent,
+        "bytes": sharded.bytes_moved(),
+    }
+    for what in ("policy", "divergence") if case.frames else ("divergence",):
+        found[what] = _values(problem, what, moves, ours, reference, given)
+    return found
+
+
+def _values(
+    problem: Problem, what: str, moves: str, ours: list[Tensor], reference: Any, given: Any
+) -> tuple[float, float]:
+    """Of `policy` or `divergence`, how far values and gradients of all rows are from the whole."""
+    q, k = (x.clone().requires_grad_() for x in (problem.q, problem.k))
+    sharded = problem.sharded(ours[0], ours[1], moves)
+    if what == "policy":
+        wanted, got = rk.attention_policy(q, k, **given), sharded.policy()
+    else:
+        wanted = rk.attention_divergence(q, k, problem.whole(), **given)
+        got = sharded.divergence(reference)
+        if problem.case.frames:  # a dense reference, too
+            old = problem.sharded(*(x.detach() for x in ours), moves).policy().flip(-1)
+            dense = rk.attention_divergence(q, k, old, **given)
+            wanted, got = torch.stack([wanted, dense]), torch.stack([got, sharded.divergence(old)])
+    cotangent = torch.cos(torch.arange(wanted.numel(), dtype=wanted.dtype).view(wanted.shape))
+    theirs = torch.autograd.grad(wanted, (q, k), cotangent)
+    mine = torch.autograd.grad(got, ours, cotangent)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parts = [problem.part(x, rank, world_size) for x in theirs]
+    apart = max(_apart(a, b) for a, b in zip(mine, parts, strict=True))
+    return _apart(got, wanted), apart
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+    return (a - b).abs().max().item() if a.numel() else 0.0
+
+
+class Traffic:
+    """Counts the bytes that this rank sends to others, by replacing the two collectives."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def __enter__(self) -> None:
+        self._kept = dist.all_to_all_single, dist.all_gather
+        exchange, gather = self._kept
+
+        def counted_exchange(out: Tensor, x: Tensor, outs: Any, ins: list[int], **o: Any) -> Any:
+            own = ins[dist.get_rank()]
+            row = x[:1].numel() if len(x) else 0
+            self.sent += (sum(ins) - own) * row * x.element_size()
+            return exchange(out, x, outs, ins, **o)
+
+        def counted_gather(parts: Any, x: Tensor, **options: Any) -> Any:
+            self.sent += (len(parts) - 1) * x.numel() * x.element_size()
+            return gather(parts, x, **options)
+
+        dist.all_to_all_single, dist.all_gather = counted_exchange, counted_gather
+
+    def __exit__(self, *exception: object) -> None:
+        dist.all_to_all_single, dist.all_gather = self._kept
+
+
+def _rank(rank: int, world_size: int, folder: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store{world_size}"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )  # a rank that failed lets the others fail, too
+    try:
+        of_all: list[Any] = [None] * world_size
+        dist.all_gather_object(
+            of_all, {(name, moves): run(name, moves) for name in names for moves in MOVES}
+        )
+        if rank == 0:
+            results = {key: [each[key] for each in of_all] for key in of_all[0]}
+            torch.save(results, f"{folder}/{world_size}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def results(folder: str, worlds: list[int], names: list[str]) -> dict[Any, list[dict[str, Any]]]:
+    """(world size, case, moves) -> what each rank found."""
+    found = {}
+    for world_size in worlds:
+        mp.start_processes(
+            _rank, (world_size, folder, names), nprocs=world_size, start_method="fork"
+        )
+        for key, ranks in torch.load(f"{folder}/{world_size}.pt", weights_only=False).items():
+            found[(world_size, *key)] = ranks
+    return found
+
+
+def table(found: dict[Any, list[dict[str, Any]]]) -> str:
+    """Markdown: the largest differences over ranks."""
+    lines = [
+        "| case | ranks | moves | loss | gradients | largest gradient |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for (world_size, name, moves), ranks in found.items():
+        loss = max(abs(x["loss"] - x["wanted"]) for x in ranks)
+        apart = max(max(x["gradients"]) for x in ranks)
+        largest = max(ranks[0]["of"])
+        lines.append(
+            f"| {name} | {world_size} | {moves} | {loss:.0e} | {apart:.0e} | {largest:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as temporary:
+        if sys.argv[1:] == ["--table"]:
+            print(table(results(temporary, list(WORLDS), list(CASES))))
+        else:
+            file, *rest = sys.argv[1:]
+            split = rest.index("--")
+            torch.save(results(temporary, [int(x) for x in rest[:split]], rest[split + 1 :]), file)
