@@ -11,6 +11,7 @@
 #
 # make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
 # make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
+# make test-verl    run the RAL term inside verl's own update, on the CPU, in .venv-verl: docs/verl.md
 # make test-trl TRL=1.15.0    run the tests of the trainer with another version of TRL, in .venv-trl-1.15.0
 # make test-deepspeed    test two processes under DeepSpeed's ZeRO-2 and ZeRO-3, in .venv-deepspeed
 # make hub     lay the package out as the Hub's `kernels` loads it, into build/hub
@@ -26,6 +27,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV36 ?= .venv-triton36
+VENV_VERL ?= .venv-verl
 TRL ?= 1.15.0
 VENV_TRL ?= .venv-trl-$(TRL)
 VENV_DEEPSPEED ?= .venv-deepspeed
@@ -48,7 +50,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-trl test-deepspeed gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-verl test-trl test-deepspeed gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -113,6 +115,9 @@ test-triton36: triton36
 
 triton36: $(VENV36)/installed.stamp
 	@:
+
+test-verl: $(LIBRARY) $(VENV_VERL)/installed.stamp
+	$(VENV_VERL)/bin/python -m pytest -q -p no:cacheprovider tests/engines/verl
 
 test-trl: build $(VENV_TRL)/installed.stamp
 	$(VENV_TRL)/bin/python -m pytest -q tests/trainer -n auto --dist loadgroup --tier $(TIER)
@@ -181,6 +186,14 @@ $(VENV36)/installed.stamp: constraints.txt
 	@[ -x $(VENV36)/bin/python ] || $(PYTHON) -m venv $(VENV36)
 	$(PIP_INSTALL36) -c constraints.txt torch pytest pytest-xdist hypothesis pillow tqdm
 	$(PIP_INSTALL36) --no-deps triton==3.6.0 numpy==2.2.6
+	@touch $@
+
+# torch comes first and with its dependencies: which build it is, the machine's package index decides.
+$(VENV_VERL)/installed.stamp: constraints-verl.txt
+	@echo "== $(VENV_VERL): packages of constraints-verl.txt"
+	@[ -x $(VENV_VERL)/bin/python ] || $(PYTHON) -m venv $(VENV_VERL)
+	$(VENV_VERL)/bin/python $(PIP) -c constraints-verl.txt "$$(grep '^torch==' constraints.txt)"
+	$(VENV_VERL)/bin/python $(PIP) --no-deps -r constraints-verl.txt
 	@touch $@
 
 # All but TRL is that of .venv, which the path file adds after its own packages.

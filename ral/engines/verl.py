@@ -203,19 +203,25 @@ def _keys_of(data: Any) -> list[bytes]:
 
     Rows of one key have the same q and k, so that they may share a snapshot.
     """
-    uids = tu.get(data, "uid")
-    pictures = tu.get(data, "multi_modal_inputs")
+    rows = data["input_ids"].unbind()
+    uids, pictures = (_each(data, name, len(rows)) for name in ("uid", "multi_modal_inputs"))
     keys = []
-    for i, ids in enumerate(data["input_ids"].unbind()):
+    for ids, uid, of_row in zip(rows, uids, pictures, strict=True):
         digest = hashlib.blake2b(_bytes(ids), digest_size=16)
-        if uids is not None:
-            digest.update(str(uids[i]).encode())
-        elif pictures is not None and pictures[i] is not None:
-            for name, x in sorted(pictures[i].items()):
+        if uid is not None:
+            digest.update(str(uid).encode())
+        else:
+            for name, x in sorted((of_row or {}).items()):
                 digest.update(name.encode())
                 digest.update(_bytes(x) if isinstance(x, Tensor) else repr(x).encode())
         keys.append(digest.digest())
     return keys
+
+
+def _each(data: Any, name: str, count: int) -> list[Any]:
+    """A non-tensor entry of each row; tensordict stores one where all rows have the same."""
+    found = tu.get(data, name)
+    return list(found) if isinstance(found, (list, tuple)) else [found] * count
 
 
 def _bytes(x: Tensor) -> memoryview:

@@ -43,7 +43,10 @@ def run(*words: str, **options: Any) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    """A new one needs a test below. Notebooks are stored without outputs, and compile."""
+    """A new one needs a test below. Notebooks are stored without outputs, and compile.
+
+    tests/engines/verl runs verl_qwen2_5_vl_7b_8_gpus.sh.
+    """
     here = Path(__file__).read_text()
     names = [path.name for path in EXAMPLES.iterdir() if path.is_file()]
     assert len(names) == 5 and all(name in here for name in names)

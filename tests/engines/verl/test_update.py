@@ -15,18 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines import rollouts
-from tests.engines.rollouts import CASES
+from tests.engines.verl import rollouts
+from tests.engines.verl.rollouts import CASES, WORKER
 from tests.integrations.eager_maps import eager_policy
 from tests.integrations.models import build
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is in an environment of its own: make test-verl", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUNS = [(name, 1) for name, case in CASES.items() if case.ulysses == 1]
 RUNS += [(name, 2) for name, case in CASES.items() if case.ulysses == 2]
 RUNS += [(name, 2) for name in ("checkpointed", "sequence mean", "pictures")]
+
+BY_HAND = [(name, size) for name, size in RUNS if name not in ("lora", "bfloat16")]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]
     }
     for world_size in (1, 2):
         names = [name for name, size in RUNS if size == world_size]
+        names += [WORKER] if world_size == 1 else []
         processes = []
         logs = [folder / f"{world_size}-{rank}.log" for rank in range(world_size)]
         for rank, log in enumerate(logs):
-            job = ["tests.engines.verl_processes", str(folder), str(world_size), str(rank), *names]
+            job = ["tests.engines.verl.processes", str(folder), str(world_size), str(rank), *names]
             with log.open("w") as out:
                 processes.append(
                     subprocess.Popen(
@@ -63,7 +66,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]
             for process in processes:
                 process.kill()
         assert codes == [0] * world_size, "\n".join(log.read_text()[-4000:] for log in logs)
-    return {run: torch.load(folder / f"{run[0]}-{run[1]}.pt", weights_only=False) for run in RUNS}
+    return {
+        (name, size): torch.load(folder / f"{name}-{size}.pt", weights_only=False)
+        for name, size in [*RUNS, (WORKER, 1)]
+    }
 
 
 def _policies(model: Any, row: rollouts.Row, layers: list[int]) -> tuple[list[torch.Tensor], Any]:
@@ -128,7 +134,7 @@ def _by_hand(name: str, weights: dict[str, Any], old: dict[str, Any]) -> dict[st
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "world_size"), [run for run in RUNS if run[0] != "lora"])
+@pytest.mark.parametrize(("name", "world_size"), BY_HAND)
 def test_the_term_is_that_of_eager_attention(
     runs: dict[tuple[str, int], Any], name: str, world_size: int
 ) -> None:
@@ -136,7 +142,11 @@ def test_the_term_is_that_of_eager_attention(
     updates = runs[name, world_size]["updates"]
     for update in updates[1:]:
         wanted = _by_hand(name, update["weights"], updates[0]["weights"])
-        got = {**update["metrics"][0], "grad_norm": update["grad_norm"]}
+        got = {
+            metric: sum(of_rank[metric] for of_rank in update["metrics"]) / world_size
+            for metric in update["metrics"][0]
+        }
+        got["grad_norm"] = update["grad_norm"]
         assert got["attn/loss"] == pytest.approx(wanted["attn/loss"], rel=1e-3)
         assert got["attn/divergence"] == pytest.approx(wanted["attn/divergence"], rel=1e-3)
         assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
@@ -160,4 +170,21 @@ def test_the_first_update_on_a_batch_has_a_term_of_exactly_zero(
 def test_the_weights_on_their_way_to_the_rollouts_end_the_batch(
     runs: dict[tuple[str, int], Any],
 ) -> None:
-    assert all(run["kept"] == 0 for run in runs.values())
+    assert all(runs[run]["kept"] == 0 for run in RUNS)
+
+
+def test_the_worker_of_verl_logs_the_term_of_each_mini_batch_of_each_epoch(
+    runs: dict[tuple[str, int], Any],
+) -> None:
+    metrics = runs[WORKER, 1]["metrics"]
+    for name in ("attn/loss", "attn/divergence"):
+        first, *others = metrics[name]
+        assert abs(first) < 1e-10 and len(others) == 3
+        assert all(abs(x) > 1e-6 for x in others)
+    assert len(metrics["actor/pg_loss"]) == 4
+
+
+def test_an_update_on_rows_without_old_log_probabilities_is_refused(
+    runs: dict[tuple[str, int], Any],
+) -> None:
+    assert "bypass_mode must be false" in runs[WORKER, 1]["refused"]

@@ -15,11 +15,12 @@ from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 import ral_kernels as rk
-from tests.engines.rollouts import FLASH
+from tests.engines.verl.rollouts import FLASH
 
 _DEVICE = SimpleNamespace(
     **{name: getattr(torch.cpu, name) for name in ("synchronize", "is_available", "Stream")},
     current_device=lambda: "cpu",
+    get_device_name=lambda *_: "cpu",
     empty_cache=lambda: None,
     max_memory_allocated=lambda: 0,
     max_memory_reserved=lambda: 0,

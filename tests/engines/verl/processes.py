@@ -1,6 +1,6 @@
-"""What each of one or two gloo processes does in test_verl.
+"""What each of one or two gloo processes does in test_update.
 
-    python -m tests.engines.verl_processes FOLDER WORLD_SIZE RANK CASE...
+    python -m tests.engines.verl.processes FOLDER WORLD_SIZE RANK CASE...
 
 They run with `rollouts.ENVIRONMENT`. FOLDER holds a model for each family. Each case takes old
 log-probabilities of the same rollouts and then updates on them. Rank 0 writes
@@ -10,6 +10,8 @@ before it.
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,26 +22,36 @@ from torch import Tensor
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.config import (
+    FSDPEngineConfig,
+    FSDPOptimizerConfig,
+    HFModelConfig,
+    TrainingWorkerConfig,
+)
 from verl.workers.engine import EngineRegistry
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
-from ral.engines.verl import RALActorConfig
-from tests.engines import rollouts, verl_on_cpu
-from tests.engines.rollouts import CASES, Case
+from ral.engines.verl import NAME, RALActorConfig
+from tests.engines.verl import on_cpu, rollouts
+from tests.engines.verl.rollouts import CASES, WORKER, Case
 
 UPDATES = 3
 
 
-def engine_of(case: Case, folder: Path) -> Any:
+def configured(case: Case, folder: Path) -> tuple[Any, Any, Any]:
+    """The configurations of the actor, its model and its optimizer."""
     actor = RALActorConfig(
         strategy="fsdp2",
         rollout_n=2,
+        ppo_epochs=2,
         ppo_mini_batch_size=2,
         ppo_micro_batch_size_per_gpu=case.micro,
         fsdp_config=FSDPEngineConfig(
             strategy="fsdp2",
             use_torch_compile=False,
-            mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},
+            mixed_precision={"param_dtype": case.dtype, "reduce_dtype": "fp32"},
             ulysses_sequence_parallel_size=case.ulysses,
         ),
         ral={"coef": rollouts.COEFFICIENT, **dict(case.ral)},
@@ -56,8 +68,13 @@ def engine_of(case: Case, folder: Path) -> Any:
         optimizer="SGD", optimizer_impl="torch.optim", lr=rollouts.LEARNING_RATE,
         weight_decay=0.0, clip_grad=1e9, total_training_steps=10,
     )  # fmt: skip
+    return actor, model, optimizer
+
+
+def engine_of(case: Case, folder: Path) -> Any:
+    actor, model, optimizer = configured(case, folder)
     engine = EngineRegistry.new(
-        "language_model", actor.engine.strategy, model, actor.engine, optimizer, CheckpointConfig()
+        "language_model", NAME, model, actor.engine, optimizer, CheckpointConfig()
     )
     engine.initialize()
     return engine
@@ -81,6 +98,8 @@ def batch_of(case: Case, mine: list[int]) -> Any:
     }
     if rows[0].pictures:
         tensors["multi_modal_inputs"] = [row.pictures for row in rows]
+    else:
+        tensors["uid"] = [f"prompt {i // 2}" for i in mine]
     settings = {
         "temperature": 1.0,
         "use_remove_padding": case.packed,
@@ -95,8 +114,6 @@ def batch_of(case: Case, mine: list[int]) -> Any:
 
 def token_loss(model_output: Any, data: Any, dp_group: Any) -> tuple[Tensor, dict[str, Any]]:
     """-mean over response tokens of A_t log p_t: verl's vanilla policy loss in its first update."""
-    from verl.workers.utils.padding import no_padding_2_padding
-
     log_p = no_padding_2_padding(model_output["log_probs"], data)
     weights = torch.nested.to_padded_tensor(data["advantages"], 0.0)
     return -(log_p * weights).sum() / data["batch_num_tokens"] * data["dp_size"], {}
@@ -139,6 +156,47 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     return written
 
 
+def run_worker(folder: Path) -> dict[str, Any]:
+    """verl's worker on one batch: its own loss, dynamic micro-batches, 2 mini-batches, 2 epochs."""
+    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="", MASTER_PORT="")
+    actor, model, optimizer = configured(Case(), folder)
+    worker = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=model,
+            engine_config=actor.engine,
+            optimizer_config=optimizer,
+            checkpoint_config=CheckpointConfig(),
+        )
+    )
+    for name, value in {
+        "use_dynamic_bsz": True, "max_token_len_per_gpu": 64, "infer_max_token_len_per_gpu": 64,
+    }.items():  # fmt: skip
+        setattr(worker.engine_config, name, value)
+    worker.reset()
+    worker.set_loss_fn(functools.partial(ppo_loss, config=actor))
+    batch = batch_of(Case(), [0, 1, 2, 3])
+    for name in ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu"):
+        tu.pop(batch, name)
+    tu.assign_non_tensor(batch, compute_loss=False, calculate_entropy=True)
+    old = tu.get(worker.infer_batch(batch), "log_probs")
+    batch["old_log_probs"] = response_from_nested(old, batch["response_mask"])
+    tu.pop(batch, "global_batch_size")
+    settings = {
+        "global_batch_size": 2, "mini_batch_size": 2, "epochs": actor.ppo_epochs, "seed": 1,
+        "dataloader_kwargs": {"shuffle": True},
+    }  # fmt: skip
+    tu.assign_non_tensor(batch, **settings, compute_loss=True)
+    trained = worker.train_mini_batch(batch)
+    worker.engine._snapshots.clear()
+    try:
+        worker.engine.train_batch(batch, worker.loss_fn)
+        refused = "no error"
+    except RuntimeError as error:
+        refused = str(error)
+    return {"metrics": tu.get(trained, "metrics"), "refused": refused}
+
+
 def _total(metric: Any) -> float:
     """The sum over micro-batches, as verl's trainer forms it."""
     if isinstance(metric, list):
@@ -150,10 +208,10 @@ def main(folder: Path, world_size: int, rank: int, cases: list[str]) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world_size}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    verl_on_cpu.flash_attention()
+    on_cpu.flash_attention()
     try:
         for name in cases:
-            written = run(CASES[name], folder)
+            written = run_worker(folder) if name == WORKER else run(CASES[name], folder)
             if rank == 0:
                 torch.save(written, folder / f"{name}-{world_size}.pt")
             dist.barrier()

@@ -1,4 +1,4 @@
-"""What test_verl's processes and its computation by hand share: four rollouts, and the cases."""
+"""What test_update's processes and its computation by hand share: four rollouts, and the cases."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ COEFFICIENT = 20.0  # so large that the term shows in the gradient's norm
 LEARNING_RATE = 0.02
 LENGTHS, RESPONSES = (23, 40, 31, 27), (7, 12, 9, 5)
 ADVANTAGES = (1.0, -0.5, 0.7, -1.2)
-ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "tests.engines.verl_on_cpu"}
-FLASH = "varlen_on_cpu"  # an attention that runs where flash attention runs: `verl_on_cpu`
+ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "tests.engines.verl.on_cpu"}
+WORKER = "worker"  # a case of its own: verl's worker runs it
+FLASH = "varlen_on_cpu"  # an attention that runs where flash attention runs: `on_cpu`
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Case:
     shuffled: bool = False
     ulysses: int = 1
     lora: int = 0
+    dtype: str = "fp32"
 
 
 CASES: dict[str, Case] = {
@@ -85,7 +87,9 @@ CASES: dict[str, Case] = {
     "dynamic": Case(tokens=64, shuffled=True),
     "sequence mean": Case(ral=(("reduction", "sequence_mean"), ("divergence", "kl")), micro=2),
     "pictures": Case(family="qwen2_5_vl", checkpointing=True),
+    "pictures of Qwen3-VL": Case(family="qwen3_vl", checkpointing=True),
     "lora": Case(lora=4),
+    "bfloat16": Case(dtype="bf16", checkpointing=True),
     "ulysses": Case(ulysses=2, attention=FLASH, micro=2, shuffled=True),
     "ulysses pictures": Case(ulysses=2, family="qwen2_5_vl", checkpointing=True, shuffled=True),
 }
