@@ -61,7 +61,7 @@ def blank_for(trainer: Any) -> dict[str, Any] | None:
     from PIL import Image
 
     backbone = backbone_of(trainer.accelerator.unwrap_model(trainer.model))
-    processor = getattr(trainer.processing_class, "image_processor", None)
+    processor: Any = getattr(trainer.processing_class, "image_processor", None)
     reads = processor is not None and hasattr(backbone, "get_image_features")
     if trainer.accelerator.num_processes == 1 or not reads:
         return None

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "given, said",
     [
         (["eval_data=/no/such.jsonl"], "eval_data: there is no data file /no/such.jsonl"),
-        (["eval_data=digits:cells"], "eval_data: data must be a file of JSON lines"),
+        (["eval_data=digits:cells"], "eval_data: data must be a file"),
         (["eval_strategy=steps"], "eval_strategy=steps needs eval_data; got none"),
         (["eval_temperature=-1"], "eval_temperature must be None, or finite and >= 0; got -1"),
         (["eval_rows=-1"], "eval_rows must be >= 0; got -1"),

@@ -50,7 +50,7 @@ class SaysB(RALTrainer):
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        image = self.processing_class.image_token_id
+        image = self.model.config.image_token_id
         texts = [f"<answer>{'B' if image in ids else '7'}</answer>" for ids in prompt_ids]
         return self._tokenizer(texts)["input_ids"], None
 
