@@ -49,7 +49,10 @@ class Problem:
         self.k = draw(NUM_KV_HEADS, sum(keys)).requires_grad_()
         self.old_q = self.q.detach() + 0.1 * draw(NUM_HEADS, sum(self.rows))
         self.advantages = torch.randn(len(keys), generator=generator)
-        self.packing = {"cu_seqlens_q": _offsets(self.rows), "cu_seqlens_k": _offsets(keys)}
+        self.packing: dict[str, Any] = {
+            "cu_seqlens_q": _offsets(self.rows),
+            "cu_seqlens_k": _offsets(keys),
+        }
 
         tokens = torch.arange(max(keys))
         self.mask = tokens >= max(keys) - torch.tensor(keys)[:, None]
@@ -78,16 +81,16 @@ class Problem:
         pad = torch.nn.functional.pad
         return torch.cat([pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts])
 
-    def forms(self) -> dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
+    def forms(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         """(loss, dq, dk) of each, as calls."""
 
-        def packed() -> tuple[Tensor, Tensor, Tensor]:
+        def packed() -> tuple[Tensor, ...]:
             loss = rk.ral_loss(
                 self.q, self.k, self.snapshot, self.advantages, reduction="sum", **self.packing
             )
             return loss.detach(), *torch.autograd.grad(loss, (self.q, self.k))
 
-        def padded() -> tuple[Tensor, Tensor, Tensor]:
+        def padded() -> tuple[Tensor, ...]:
             q, k, _ = self.padded
             loss = rk.ral_loss(
                 q, k, self.padded_snapshot, self.advantages, self.counted, reduction="sum",
@@ -95,7 +98,7 @@ class Problem:
             )  # fmt: skip
             return loss.detach(), *torch.autograd.grad(loss, (q, k))
 
-        def loop() -> tuple[Tensor, Tensor, Tensor]:
+        def loop() -> tuple[Tensor, ...]:
             calls = zip(self._split(self.q), self._split(self.k), self.snapshots, strict=True)
             losses = [
                 rk.ral_loss(q, k, snapshot, self.advantages[i : i + 1], reduction="sum")
@@ -169,8 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("ral_loss against a snapshot, forward and backward, rows a quarter of the keys")
     run["rows"] = []
     for dtype in DTYPES:
-        for name, keys in {"skewed": SKEWED, "many": MANY}.items():
-            keys = [n // 8 for n in keys] if options.quick else keys
+        for name, sizes in {"skewed": SKEWED, "many": MANY}.items():
+            keys = [n // 8 for n in sizes] if options.quick else sizes
             run["rows"].append(measure(name, keys, dtype, 5 if options.quick else 9))
             show(run["rows"][-1])
     results.finish(run, options)

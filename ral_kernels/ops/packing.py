@@ -96,7 +96,9 @@ def _traced(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Packing:
     ]
     for length in longest:
         torch._check(length >= 0)  # a size, for the tracer
-    return Packing(cu_seqlens_q, cu_seqlens_k, lengths_k - lengths_q, *longest, index=None)
+    max_rows, max_keys = longest
+    starts = lengths_k - lengths_q
+    return Packing(cu_seqlens_q, cu_seqlens_k, starts, max_rows, max_keys, index=None)
 
 
 def check_offsets(

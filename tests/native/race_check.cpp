@@ -114,8 +114,23 @@ struct DivergenceResult {
   std::vector<float> value, loss_value;
 };
 
+struct Sequence {
+  int32_t rows, keys;
+};
+
+// Packed, if there is more than one sequence.
 template <class T>
-DivergenceResult<T> compare(int64_t rows, int64_t seqlen_k, int threads) {
+DivergenceResult<T> compare(const std::vector<Sequence>& sequences, int threads) {
+  std::vector<int32_t> cu_seqlens_q{0}, cu_seqlens_k{0}, starts;
+  int64_t max_rows = 0, max_keys = 0;
+  for (const Sequence& s : sequences) {
+    cu_seqlens_q.push_back(cu_seqlens_q.back() + s.rows);
+    cu_seqlens_k.push_back(cu_seqlens_k.back() + s.keys);
+    starts.push_back(s.keys - s.rows);
+    if (s.rows > max_rows) max_rows = s.rows;
+    if (s.keys > max_keys) max_keys = s.keys;
+  }
+  const int64_t rows = cu_seqlens_q.back(), seqlen_k = cu_seqlens_k.back();
   const int64_t queries = kBatch * kHeads * rows * kDim, keys = kBatch * kKvHeads * seqlen_k * kDim;
   Elements<T> q(queries, 1), r(queries, 2), k(keys, 3), s(keys, 4);
   std::vector<float> dvalue = noise(kBatch * rows, 5);
@@ -130,7 +145,18 @@ DivergenceResult<T> compare(int64_t rows, int64_t seqlen_k, int threads) {
   p.common.batch_size = kBatch;
   p.common.num_rows = rows;
   p.common.seqlen_k = seqlen_k;
-  p.common.query_start = seqlen_k - rows;
+  p.common.total_rows = rows;
+  if (sequences.size() == 1) {
+    p.common.query_start = starts[0];
+    p.common.row_length = seqlen_k;
+  } else {
+    p.common.row_length = p.common.max_keys = max_keys;
+    p.common.max_rows = max_rows;
+    p.common.num_sequences = static_cast<int64_t>(sequences.size());
+    p.common.cu_seqlens_q = cu_seqlens_q.data();
+    p.common.cu_seqlens_k = cu_seqlens_k.data();
+    p.common.query_starts = starts.data();
+  }
   p.common.exclude_self = 1;
   p.common.isa = isa;
   p.common.num_threads = threads;
@@ -194,15 +220,20 @@ int check() {
       }
     }
   }
-  for (int64_t seqlen_k : {100, 500}) {
-    const DivergenceResult<T> alone = compare<T>(70, seqlen_k, 1);
+  const std::vector<Sequence> calls[] = {
+      {{70, 100}},
+      {{70, 500}},
+      // the first is split, and the others get one thread each
+      {{170, 400}, {0, 9}, {1, 1}, {17, 40}, {3, 0}, {9, 33}, {16, 48}, {20, 7}}};
+  for (const std::vector<Sequence>& sequences : calls) {
+    const DivergenceResult<T> alone = compare<T>(sequences, 1);
     for (int threads = 2; threads <= 5; threads += 3) {
-      const DivergenceResult<T> shared = compare<T>(70, seqlen_k, threads);
+      const DivergenceResult<T> shared = compare<T>(sequences, threads);
       if (!equal(alone.value, shared.value) || !equal(alone.dq, shared.dq) ||
           !equal(alone.dk, shared.dk) || !equal(alone.loss_value, shared.loss_value) ||
           !equal(alone.loss_dq, shared.loss_dq) || !equal(alone.loss_dk, shared.loss_dk)) {
-        fprintf(stderr, "race_check: divergence, N=%ld: %d threads differ from 1\n", (long)seqlen_k,
-                threads);
+        fprintf(stderr, "race_check: divergence of %d sequences, N=%d: %d threads differ from 1\n",
+                static_cast<int>(sequences.size()), sequences[0].keys, threads);
         return 1;
       }
     }
