@@ -11,6 +11,7 @@
 #
 # make codegen report what the Triton kernels compile to, without a GPU: benchmarks/results/codegen.md
 # make codegen36, make test-triton36    report and test the same on sm_90 with Triton 3.6.0, in .venv-triton36
+# make test-vllm    train with rollouts of a real vLLM, on the CPU, in .venv-vllm: docs/vllm.md
 # make hub     lay the package out as the Hub's `kernels` loads it, into build/hub
 # make wheel   build the wheel that serves every Python, torch and glibc from 2.28 on, into dist/
 #
@@ -24,6 +25,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV36 ?= .venv-triton36
+VENV_VLLM ?= .venv-vllm
 TIER ?= all
 OUT ?= benchmarks/results/local/gpu-run
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
@@ -43,7 +45,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-vllm gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -109,6 +111,10 @@ test-triton36: triton36
 triton36: $(VENV36)/installed.stamp
 	@:
 
+# The folder's own conftest sets what vLLM needs of the environment. What vLLM and torch trace at DEBUG is no help.
+test-vllm: $(LIBRARY) $(VENV_VLLM)/installed.stamp
+	$(VENV_VLLM)/bin/python -m pytest -q --show-capture=no -p no:cacheprovider tests/engines/vllm
+
 # It uses the machine's own torch and Triton: no venv, no pip, no network.
 gpu:
 	$(PYTHON) -m benchmarks.gpu all --out $(OUT)
@@ -170,6 +176,14 @@ $(VENV36)/installed.stamp: constraints.txt
 	@[ -x $(VENV36)/bin/python ] || $(PYTHON) -m venv $(VENV36)
 	$(PIP_INSTALL36) -c constraints.txt torch pytest pytest-xdist hypothesis pillow tqdm
 	$(PIP_INSTALL36) --no-deps triton==3.6.0 numpy==2.2.6
+	@touch $@
+
+# torch comes first and with its dependencies: which build it is, the machine's package index decides.
+$(VENV_VLLM)/installed.stamp: constraints-vllm.txt
+	@echo "== $(VENV_VLLM): packages of constraints-vllm.txt"
+	@[ -x $(VENV_VLLM)/bin/python ] || $(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python $(PIP) -c constraints-vllm.txt "$$(grep '^torch==' constraints.txt)"
+	$(VENV_VLLM)/bin/python $(PIP) --no-deps -r constraints-vllm.txt
 	@touch $@
 
 # The hooks of pre-commit call the five targets below, so a commit must pass exactly what CI checks. A tree without git,
