@@ -40,8 +40,8 @@ def test_the_papers_preset_trains_with_vllm(tmp_path: Path) -> None:
     assert len(ratios) == 2 and min(ratios) > 0.8
     table = ral(
         "eval", f"model={out}", f"data={folder / 'rows.jsonl'}", f"out={tmp_path / 'eval.json'}",
-        "max_new_tokens=8", "max_frames=4",
+        "max_new_tokens=8",
     )  # fmt: skip
     assert "accuracy" in table
-    [cell] = json.loads((tmp_path / "eval.json").read_text())
-    assert cell["rows"] == 8
+    [cell] = json.loads((tmp_path / "eval.json").read_text())["results"]
+    assert cell["rows"] == 8 and cell["visual_tokens"] == 6

@@ -71,6 +71,8 @@ def test_training_stops_where_the_server_reads_images_in_another_size(
 ) -> None:
     trainer = runs.trainer(path, tmp_path, **{**settings, "train_dataset": models.dataset([1] * 4)})
     limit_pixels(trainer.processing_class, max_pixels=2 * 28 * 28)
-    with pytest.raises(RolloutError, match="got 6 image tokens from vLLM and 1 from the trainer's"):
+    with pytest.raises(
+        RolloutError, match=r"got (6|16) image tokens from vLLM and 1 from the trainer's"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
