@@ -14,6 +14,7 @@
 # make test-verl    run the RAL term inside verl's own update, on the CPU, in .venv-verl: docs/verl.md
 # make test-trl TRL=1.15.0    run the tests of the trainer with another version of TRL, in .venv-trl-1.15.0
 # make test-deepspeed    test two processes under DeepSpeed's ZeRO-2 and ZeRO-3, in .venv-deepspeed
+# make test-vllm    train with rollouts of a real vLLM, on the CPU, in .venv-vllm: docs/vllm.md
 # make hub     lay the package out as the Hub's `kernels` loads it, into build/hub
 # make wheel   build the wheel that serves every Python, torch and glibc from 2.28 on, into dist/
 #
@@ -27,7 +28,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV36 ?= .venv-triton36
-VENV_VERL ?= .venv-verl
 TRL ?= 1.15.0
 VENV_TRL ?= .venv-trl-$(TRL)
 VENV_DEEPSPEED ?= .venv-deepspeed
@@ -50,7 +50,7 @@ PIP_INSTALL36 := $(VENV36)/bin/python $(PIP)
 
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-verl test-trl test-deepspeed gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
+.PHONY: run test test-all coverage conformance sanitize fuzz docs lint bench bench-regress codegen codegen36 test-triton36 triton36 test-verl test-vllm test-trl test-deepspeed gpu gpu-kit wheel hub build library-and-packages clean ruff-format ruff-check mypy clang-format cited-files
 
 run: build
 	$(BIN)/python -m benchmarks.frames_sweep
@@ -116,14 +116,18 @@ test-triton36: triton36
 triton36: $(VENV36)/installed.stamp
 	@:
 
-test-verl: $(LIBRARY) $(VENV_VERL)/installed.stamp
-	$(VENV_VERL)/bin/python -m pytest -q -p no:cacheprovider tests/engines/verl
+test-verl: $(LIBRARY) .venv-verl/installed.stamp
+	.venv-verl/bin/python -m pytest -q -p no:cacheprovider tests/engines/verl
 
 test-trl: build $(VENV_TRL)/installed.stamp
 	$(VENV_TRL)/bin/python -m pytest -q tests/trainer -n auto --dist loadgroup --tier $(TIER)
 
 test-deepspeed: build $(VENV_DEEPSPEED)/installed.stamp
 	RAL_REQUIRE=deepspeed $(VENV_DEEPSPEED)/bin/python -m pytest -q tests/trainer/test_deepspeed.py
+
+# The folder's own conftest sets what vLLM needs of the environment. What vLLM and torch trace at DEBUG is no help.
+test-vllm: $(LIBRARY) .venv-vllm/installed.stamp
+	.venv-vllm/bin/python -m pytest -q --show-capture=no -p no:cacheprovider tests/engines/vllm
 
 # It uses the machine's own torch and Triton: no venv, no pip, no network.
 gpu:
@@ -189,11 +193,11 @@ $(VENV36)/installed.stamp: constraints.txt
 	@touch $@
 
 # torch comes first and with its dependencies: which build it is, the machine's package index decides.
-$(VENV_VERL)/installed.stamp: constraints-verl.txt
-	@echo "== $(VENV_VERL): packages of constraints-verl.txt"
-	@[ -x $(VENV_VERL)/bin/python ] || $(PYTHON) -m venv $(VENV_VERL)
-	$(VENV_VERL)/bin/python $(PIP) -c constraints-verl.txt "$$(grep '^torch==' constraints.txt)"
-	$(VENV_VERL)/bin/python $(PIP) --no-deps -r constraints-verl.txt
+.venv-verl/installed.stamp .venv-vllm/installed.stamp: .venv-%/installed.stamp: constraints-%.txt
+	@echo "== $(@D): packages of $<"
+	@[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) -c $< "$$(grep '^torch==' constraints.txt)"
+	$(@D)/bin/python $(PIP) --no-deps -r $<
 	@touch $@
 
 # All but TRL is that of .venv, which the path file adds after its own packages.

@@ -182,14 +182,7 @@ class UnexpandedPrompts:
                 return generate(prompts, images, *args, **kwargs)
             output = generate([self.of(ids) for ids in prompts], images, *args, **kwargs)
             for ids, read in zip(prompts, output[0], strict=True):
-                ours, theirs = (list(each).count(self._image_token) for each in (ids, read))
-                if ours != theirs:
-                    raise RolloutError(
-                        "train: vLLM must read the images of a prompt as the trainer does; got "
-                        f"{theirs} image tokens from vLLM and {ours} from the trainer's processor: "
-                        "save the processor, with its min_pixels and max_pixels, into the folder "
-                        "of the model"
-                    )
+                _check_image_tokens(*(list(each).count(self._image_token) for each in (ids, read)))
             return output
 
         return generate_unexpanded
@@ -209,6 +202,41 @@ class UnexpandedPrompts:
             for index, token in enumerate(ids)
             if token != self._image_token or index == 0 or ids[index - 1] != token
         ]
+
+
+def check_server_images(trainer: Any) -> None:
+    """Stop rollouts of a vLLM server that makes another number of tokens of an image.
+
+    TRL sends it the trainer's ids, which are expanded, and the server's own features of the images,
+    which it places at the trainer's placeholders however many these are. Elsewhere than in models
+    with a grid, a placeholder of vLLM has other tokens around: there the ratio alone tells.
+
+    Args:
+        trainer: TRL's, made, with vllm_mode="server".
+    """
+    if "image_grid_thw" not in getattr(trainer.processing_class, "model_input_names", ()):
+        return
+    engine = trainer.vllm_generation
+    place = engine._place_features
+
+    def place_and_check(features: Any, prompt_ids: list[int]) -> Any:
+        placed = place(features, prompt_ids)
+        if placed is not None:
+            ranges = (each["mm_placeholders"]["image"] for each in (placed, features))
+            _check_image_tokens(*(sum(one["length"] for one in all_of) for all_of in ranges))
+        return placed
+
+    engine._place_features = place_and_check
+
+
+def _check_image_tokens(ours: int, theirs: int) -> None:
+    if ours != theirs:
+        raise RolloutError(
+            "train: vLLM must read the images of a prompt as the trainer does; got "
+            f"{theirs} image tokens from vLLM and {ours} from the trainer's processor: "
+            "save the processor, with its min_pixels and max_pixels, into the folder "
+            "of the model"
+        )
 
 
 def agreement(

@@ -112,11 +112,13 @@ class RALTrainer(Validates, MeasuringTrainer):
             self._resampler = Resampler(self, args.resample_equal_groups)
         rollouts.keep_media_out(self)
         self._unexpanded = rollouts.UnexpandedPrompts(self)
-        if args.use_vllm and args.vllm_mode == "colocate":
-            engine = self.vllm_generation
-            engine.generate = self._unexpanded.around(engine.generate)
         if args.use_vllm and self._is_vlm:
             rollouts.forget_images(self)
+            if args.vllm_mode == "server":
+                rollouts.check_server_images(self)
+            else:
+                engine = self.vllm_generation
+                engine.generate = self._unexpanded.around(engine.generate)
         self._agrees = not args.use_vllm or not rollouts.samples_the_whole_distribution(self)
         # TRL pads prompts on the left, but takes token types as the processor pads them. On another
         # side, image positions would be wrong in a batch of prompts of different lengths.

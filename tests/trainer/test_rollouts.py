@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import torch
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 from ral import RALTrainer
 from ral.models import limit_pixels
-from ral.rollouts import RolloutError, UnexpandedPrompts, agreement, media_tokens
+from ral.rollouts import RolloutError, UnexpandedPrompts, agreement, forget_images, media_tokens
 from tests.integrations import tiny_checkpoint, tiny_processors
 from tests.trainer import fake_vllm, tiny
 
@@ -222,3 +225,40 @@ def test_agreement_is_one_minus_the_total_variation() -> None:
     theirs[0, 0] = float("nan")
     value = agreement(ours, theirs, torch.ones_like(drawn)[None])
     assert value == pytest.approx(1 - (p - q).abs().sum().item() / 2, abs=0.01)
+
+
+def test_a_server_forgets_images_after_new_weights() -> None:
+    """TRL's client speaks to a server that only notes what it is asked for."""
+    asked: list[str] = []
+
+    class Notes(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")  # as vLLM answers this request
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Notes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = SimpleNamespace(
+            session=requests.Session(), base_url=f"http://127.0.0.1:{server.server_port}"
+        )
+        engine = SimpleNamespace(
+            mode="server", vllm_client=client, sync_weights=lambda: asked.append("weights")
+        )
+        trainers = [
+            SimpleNamespace(
+                vllm_generation=SimpleNamespace(**vars(engine)),
+                accelerator=SimpleNamespace(is_main_process=main),
+            )
+            for main in (True, False)
+        ]
+        for trainer in trainers:
+            forget_images(trainer)
+            trainer.vllm_generation.sync_weights()
+        server.shutdown()
+    # One process of them asks.
+    assert asked == ["weights", "/reset_encoder_cache", "weights"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,9 @@ def launcher_variables() -> Iterator[None]:
     """TRL sets a launcher's variables for vLLM; a later test must not take itself for a rank."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
+    with socket.socket() as free:  # TRL tries four ports, which others may have
+        free.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     yield
     for name, value in before.items():
         if value is None:

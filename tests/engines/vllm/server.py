@@ -11,6 +11,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,14 +47,26 @@ def serving(model: Path, log: Path) -> Iterator[str]:
             command, env=environment, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
     try:
-        yield f"http://127.0.0.1:{port}"
+        _wait_for(url, server)
+        yield url
     except BaseException:
         print(log.read_text(errors="replace")[-8000:], file=sys.stderr)
         raise
     finally:
         server.terminate()
         server.wait(60)
+
+
+def _wait_for(url: str, server: subprocess.Popen) -> None:
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{url}/health").close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the server of vLLM ended with {server.returncode}")
 
 
 def without_nccl(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

