@@ -204,7 +204,7 @@ $(VENV36)/installed.stamp: constraints.txt
 $(VENV_TRL)/installed.stamp: $(INSTALLED)
 	@echo "== $(VENV_TRL)"
 	@[ -x $(VENV_TRL)/bin/python ] || $(BIN)/python -m venv $(VENV_TRL)
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(VENV_TRL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_venv.pth
 	$(VENV_TRL)/bin/python $(PIP) --no-deps trl==$(TRL)
 	@touch $@

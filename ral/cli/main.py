@@ -163,8 +163,10 @@ def _be_quiet() -> None:
     """Without bars of files being written, and without notes to TRL's and transformers' authors."""
     import warnings
 
+    import datasets
     from transformers.utils import logging
 
+    datasets.disable_progress_bars()
     logging.disable_progress_bar()
     for module in ("transformers", "trl", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)

@@ -11,20 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Image,
-    LargeList,
-    List,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .errors import DataError, shown, shown_path
 
 FILES = (".jsonl", ".ndjson", ".json", ".parquet")
 IMAGE_COLUMNS = ("images", "image")
+_ROWS = 64  # of a table that are Python objects at a time
 _SPACE = re.compile(r"\s*")
 _MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors write
 
@@ -93,7 +86,9 @@ class Source:
             DataError: a JSON array that is broken off, or no Arrow table.
         """
         if not self.is_json:
-            for number, row in enumerate(opened(self), start=1):
+            tables = opened(self).iter(_ROWS)
+            rows = (row for table in tables for row in table.to_pylist())
+            for number, row in enumerate(rows, start=1):
                 yield Record(number, f"{self.name}:{number}", row)
             return
         with open(self.path, "rb") as file:
@@ -149,7 +144,7 @@ def may_be_on_hub(name: str) -> bool:
 
 @lru_cache(maxsize=8)
 def opened(source: Source) -> Dataset:
-    """A source of Arrow tables, mapped from disk, with images as they are stored.
+    """A source of Arrow tables, mapped from disk, whose rows come as tables.
 
     Raises:
         DataError: it is none, or has no such split.
@@ -171,10 +166,7 @@ def opened(source: Source) -> Dataset:
         raise DataError(
             f"load_rows: {shown_path(path)} must be a dataset that `datasets` reads: {reason}"
         ) from error
-    for name, feature in found.features.items():
-        if (stored := _undecoded(feature)) is not feature:
-            found = found.cast_column(name, stored)
-    return found
+    return found.with_format("arrow")  # which decodes no image
 
 
 def stored_images(key: str, row: int) -> list[bytes]:
@@ -186,7 +178,7 @@ def stored_images(key: str, row: int) -> list[bytes]:
     """
     dataset = opened(Source.of_key(key))
     names = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
-    images = images_of(dataset.select_columns(names)[row])
+    images = images_of(dataset.select_columns(names)[row].to_pylist()[0])
     return [image["bytes"] if isinstance(image, dict) else image for image in images]
 
 
@@ -194,14 +186,6 @@ def images_of(fields: Mapping[str, Any]) -> list[Any]:
     """The images that the row of a table holds itself: bytes, or dicts with "bytes" and "path"."""
     given: Any = next((fields[n] for n in IMAGE_COLUMNS if fields.get(n) is not None), [])
     return given if isinstance(given, list) else [given]
-
-
-def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, Image):
-        return Image(decode=False)
-    if isinstance(feature, List | LargeList) and isinstance(feature.feature, Image):
-        return type(feature)(Image(decode=False))
-    return feature
 
 
 def _is_saved(folder: str) -> bool:

@@ -229,6 +229,20 @@ def test_what_is_no_picture_is_one_error(
         READERS["ral.data"](path)
 
 
+def test_contents_in_place_of_a_path(tmp_path: Path) -> None:
+    """As a table of a dataset holds pictures; what is none is refused as a file is."""
+    frames = [Image.new("RGB", (2, 1), (10 * i,) * 3) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "a.gif").read_bytes()
+    read = viz.read_pictures(content, [0, 2])
+    assert [row_of(image) for image in read] == [greys(0, 0), greys(20, 20)]
+    for broken, reason in ((b"%!PS-Adobe-3.0", "it begins with b'%!PS-Ad"), (b"", "it is empty")):
+        with pytest.raises(
+            viz.PictureError, match=rf"got 'a file of {len(broken)} bytes'.*{reason}"
+        ):
+            viz.read_pictures(broken)
+
+
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         viz.read_pictures(tmp_path / "none.png")

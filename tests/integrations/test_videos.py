@@ -106,6 +106,7 @@ def test_frames_at_uneven_times(tmp_path: Path) -> None:
     made = viz.read_video(film, num_frames=5)
     assert made.times == pytest.approx([stamp / 1000 for stamp in stamps], abs=2e-3)
     assert made.duration == pytest.approx(2.5, abs=0.01)
+    assert viz.frame_times(film) == (list(made.times), made.duration)
 
 
 def test_a_phone_held_upright(tmp_path: Path) -> None:
@@ -129,6 +130,7 @@ def test_animations_have_times(tmp_path: Path) -> None:
     for name in ("a.gif", "a.webp"):
         made = viz.read_video(tmp_path / name, num_frames=5)
         assert made.times == pytest.approx([0, 0.1, 0.3, 0.6, 1.0]) and made.duration == 1.5
+    assert viz.frame_times(tmp_path / "a.gif")[0] == pytest.approx([0, 0.1, 0.3, 0.6, 1.0])
     assert viz.read_video(tmp_path / "a.gif").times == pytest.approx([0, 0.3, 1.0])
     assert viz.read_video(tmp_path / "b.gif", num_frames=2).times == pytest.approx([0, 0.4])
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ral.data import load_rows
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-CHOICE = {
+CHOICE: dict[str, Any] = {
     "problem": "What barks?",
     "options": ["the cat", "the dog"],
     "solution": "<answer>B</answer>",
@@ -19,7 +19,7 @@ CHOICE = {
     "data_type": "image",
     "path": "red.png",
 }
-NUMBER = {
+NUMBER: dict[str, Any] = {
     "problem": "How many?",
     "options": [],
     "solution": "<answer>1,234</answer>",

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import shutil
+from typing import Any
 
 import datasets
 import pytest
@@ -14,7 +15,10 @@ from ral.data import DataError, decode_batch, load_rows, sources, to_sft
 from .data_case import CHOICE, GREEN, NUMBER, RED, greys, load
 
 # What Arrow can hold in one column: ids are texts.
-ROWS = [CHOICE | {"problem_id": "a", "process": None}, NUMBER | {"problem_id": "7"}]
+ROWS: list[dict[str, Any]] = [
+    CHOICE | {"problem_id": "a", "process": None},
+    NUMBER | {"problem_id": "7"},
+]
 
 
 @pytest.fixture(autouse=True)
