@@ -7,8 +7,8 @@ Forward and backward to q and k against a snapshot, 16:2 heads of 128. Each sequ
 are a quarter of its keys. The padded batch holds them all at the length of the longest, aligned to
 the end. The loop makes one call a sequence and adds the losses. "pairs" is the share of row-key
 pairs of the padded batch that are of a sequence. The second row of each dtype has many short
-sequences beside a long one. Values and gradients of all three agree before any is timed: else the
-exit status is 1.
+sequences beside a long one. "scratch" is the sum of what the kernels allocate. Values and gradients
+of all three agree before any is timed: else the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import ral_kernels as rk
 from benchmarks.harness import cpu_bench, results
 from benchmarks.harness.cpu_bench import DTYPES
 from benchmarks.harness.measure import quantiles
+from ral_kernels.runtime import cpu_library
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 2, 128
 SKEWED = (8192, 4096, 2048, 2048, 1024, 512, 256, 256)
@@ -138,6 +139,11 @@ def measure(name: str, keys: Sequence[int], dtype: str, repeats: int) -> dict[st
     row["wrong"] = problem.why_wrong(TOLERANCE[dtype])
     if row["wrong"]:
         return row
+    row["scratch"] = {}  # bytes of all allocations of the kernels
+    for form, call in problem.forms().items():
+        cpu_library.scratch(reset=True)
+        call()
+        row["scratch"][form] = cpu_library.scratch()[1]
     seconds = cpu_bench.interleave(problem.forms(), repeats)
     row["ms"] = {form: quantiles([1e3 * s for s in times]) for form, times in seconds.items()}
     row["ratio"] = {
@@ -155,7 +161,9 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{head}  "
         + "  ".join(f"{form} {times['median']:8.1f} ms" for form, times in row["ms"].items())
-        + f"  packed / padded {row['ratio']['padded']['median']:.2f} (pairs {row['pairs']:.2f})"
+        + "  scratch "
+        + ", ".join(f"{form} {x / 2**20:.0f}" for form, x in row["scratch"].items())
+        + f" MiB  packed / padded {row['ratio']['padded']['median']:.2f} (pairs {row['pairs']:.2f})"
         f"  packed / loop {row['ratio']['loop']['median']:.2f}",
         flush=True,
     )

@@ -57,6 +57,7 @@ def test_packed_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["pairs"] == (1024 + 256 + 32) / 4096
     for row in rows:
         assert set(row["ms"]) == {"packed", "padded", "loop"}
+        assert row["scratch"]["packed"] == row["scratch"]["loop"] > 0  # one thread
         assert all(row["ratio"][name]["median"] > 0 for name in ("padded", "loop"))
     right = packed_bench.Problem.forms
 
