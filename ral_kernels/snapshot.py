@@ -14,16 +14,24 @@ from torch import Tensor
 from .ops import packing, qkv
 from .ops.packing import PackedRows
 from .runtime import checks
+from .snapshot_parts import (
+    EXACT,
+    OP,
+    OPTIONS,
+    PACKING,
+    TENSORS,
+    check_dtype,
+    check_parts,
+    check_prefix,
+    check_prefix_index,
+    resolve_span_bias,
+)
 
 if TYPE_CHECKING:
     from .ops.policy.arguments import PolicyArgs
 
-_OP = "AttentionSnapshot"
-_PACKING = ("cu_seqlens_q", "cu_seqlens_k", "query_starts")
-_TENSORS = ("q", "k", "k_prefix", "prefix_index", "span_bias", *_PACKING)
-_OPTIONS = ("query_start", "scale", "window_left", "window_right", "softcap")
-_PARTS = operator.attrgetter(*_TENSORS, *_OPTIONS)
-_PACKED = operator.attrgetter(*_PACKING)
+_PARTS = operator.attrgetter(*TENSORS, *OPTIONS)
+_PACKED = operator.attrgetter(*PACKING)
 _FORMAT = "ral_kernels.AttentionSnapshot/1"
 
 
@@ -114,34 +122,34 @@ class AttentionSnapshot:
         cu_seqlens_k: Tensor | None = None,
     ) -> None:
         q, k, _ = qkv.autocast_inputs(q, k, k)
-        qkv.check_qkv(_OP, q, k, k, None)  # k in place of v: the same checks
-        checks.check_flag(_OP, "is_causal", is_causal)
-        checks.check_flag(_OP, "pin_memory", pin_memory)
-        _check_dtype(dtype)
-        packed = packing.resolve(_OP, q, k, cu_seqlens_q, cu_seqlens_k, rows)
+        qkv.check_qkv(OP, q, k, k, None)  # k in place of v: the same checks
+        checks.check_flag(OP, "is_causal", is_causal)
+        checks.check_flag(OP, "pin_memory", pin_memory)
+        check_dtype(dtype)
+        packed = packing.resolve(OP, q, k, cu_seqlens_q, cu_seqlens_k, rows)
         if packed is None:
-            start, stop = checks.resolve_rows(_OP, rows, q.shape[2])
+            start, stop = checks.resolve_rows(OP, rows, q.shape[2])
         self.query_start = 0 if packed is not None else k.shape[2] - q.shape[2] + start
-        self.scale = checks.resolve_scale(_OP, scale, q.shape[3])
-        self.window_left, self.window_right = checks.resolve_window(_OP, window, is_causal)
-        self.softcap = checks.resolve_softcap(_OP, softcap)
+        self.scale = checks.resolve_scale(OP, scale, q.shape[3])
+        self.window_left, self.window_right = checks.resolve_window(OP, window, is_causal)
+        self.softcap = checks.resolve_softcap(OP, softcap)
         if pin_memory:
             device = "cpu" if device is None else device
             if torch.device(device).type != "cpu":
                 raise ValueError(
-                    f"{_OP}: pin_memory must go with device=None or 'cpu'; got {device}"
+                    f"{OP}: pin_memory must go with device=None or 'cpu'; got {device}"
                 )
         q, k = q.detach(), k.detach()
         if packed is not None and (group_size, shared_prefix) != (1, 0):
             raise ValueError(
-                f"{_OP}: group_size and shared_prefix are not supported with cu_seqlens_q; got "
+                f"{OP}: group_size and shared_prefix are not supported with cu_seqlens_q; got "
                 f"{group_size} and {shared_prefix}"
             )
         check_prefix(k, group_size, shared_prefix)
         q = q[:, :, start:stop] if packed is None else packed.chosen(q)
-        for name in _PACKING:
+        for name in PACKING:
             setattr(self, name, None if packed is None else getattr(packed, name))
-        self.span_bias = _resolve_span_bias(span_bias, q)
+        self.span_bias = resolve_span_bias(span_bias, q)
         self.k_prefix = self.prefix_index = None
         if group_size > 1 and shared_prefix > 0:
             self.k_prefix = k[::group_size, :, :shared_prefix]
@@ -150,7 +158,7 @@ class AttentionSnapshot:
         self.q, self.k = q, k
         if not torch.compiler.is_compiling():
             self._checked = self._found()
-        copies = self._map(lambda name, x: _copy(x, device, None if name in _EXACT else dtype))
+        copies = self._map(lambda name, x: _copy(x, device, None if name in EXACT else dtype))
         self._adopt(copies.pin_memory() if pin_memory else copies)
 
     # -- what it is ------------------------------------------------------------------------------
@@ -255,11 +263,11 @@ class AttentionSnapshot:
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        _check_dtype(dtype)
+        check_dtype(dtype)
         return self._map(
             lambda name, x: x.to(
                 device=device,
-                dtype=x.dtype if dtype is None or name in _EXACT else dtype,
+                dtype=x.dtype if dtype is None or name in EXACT else dtype,
                 non_blocking=non_blocking,
             )
         )
@@ -271,7 +279,7 @@ class AttentionSnapshot:
             RuntimeError: this machine has no accelerator, or the snapshot is not on the CPU.
         """
         if not torch.accelerator.is_available():
-            raise RuntimeError(f"{_OP}: pin_memory needs an accelerator; this machine has none")
+            raise RuntimeError(f"{OP}: pin_memory needs an accelerator; this machine has none")
         return self._map(lambda name, x: x.pin_memory())
 
     # -- along the batch -------------------------------------------------------------------------
@@ -284,17 +292,17 @@ class AttentionSnapshot:
         if isinstance(index, Tensor):
             if index.dim() != 1 or index.dtype not in (torch.int64, torch.bool):
                 raise TypeError(
-                    f"{_OP}: index must be a slice, an int64 tensor [n] or a bool mask [B]; got "
+                    f"{OP}: index must be a slice, an int64 tensor [n] or a bool mask [B]; got "
                     f"{checks.dtype_name(index.dtype)} {tuple(index.shape)}"
                 )
             if index.dtype == torch.bool and index.shape[0] != len(self):
                 raise ValueError(
-                    f"{_OP}: index must be a mask [B] = ({len(self)},); got {tuple(index.shape)}"
+                    f"{OP}: index must be a mask [B] = ({len(self)},); got {tuple(index.shape)}"
                 )
             index = index.to(self.device)
         elif not isinstance(index, slice):
             raise TypeError(
-                f"{_OP}: index must be a slice, an int64 tensor [n] or a bool mask [B]; got "
+                f"{OP}: index must be a slice, an int64 tensor [n] or a bool mask [B]; got "
                 f"{type(index).__name__}"
             )
         if self.is_packed:
@@ -323,7 +331,7 @@ class AttentionSnapshot:
         if self.span_bias is not None:
             by_row = self.span_bias.shape[2] > 1
             tensors["span_bias"] = self.span_bias[:, :, rows] if by_row else self.span_bias
-        return self._make(_OP, tensors, self._options(), read_values=False)
+        return self._make(OP, tensors, self._options(), read_values=False)
 
     @classmethod
     def cat(cls, snapshots: Sequence[AttentionSnapshot]) -> AttentionSnapshot:
@@ -334,11 +342,11 @@ class AttentionSnapshot:
         """
         snapshots = list(snapshots)
         if not snapshots:
-            raise ValueError(f"{_OP}.cat: snapshots must hold at least one; got none")
+            raise ValueError(f"{OP}.cat: snapshots must hold at least one; got none")
         for snapshot in snapshots:
             if not isinstance(snapshot, AttentionSnapshot):
                 raise TypeError(
-                    f"{_OP}.cat: snapshots must hold snapshots; got {type(snapshot).__name__}"
+                    f"{OP}.cat: snapshots must hold snapshots; got {type(snapshot).__name__}"
                 )
             snapshot.check()
         first = snapshots[0]
@@ -346,7 +354,7 @@ class AttentionSnapshot:
             if (got := snapshot._signature()) != (wanted := first._signature()):
                 name = next(name for name in wanted if got[name] != wanted[name])
                 raise ValueError(
-                    f"{_OP}.cat: snapshots must agree in {name}; snapshots[0] has {wanted[name]}, "
+                    f"{OP}.cat: snapshots must agree in {name}; snapshots[0] has {wanted[name]}, "
                     f"snapshots[{i}] has {got[name]}"
                 )
         if len(snapshots) == 1:
@@ -364,7 +372,7 @@ class AttentionSnapshot:
                 shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
                 parts = [x.expand(-1, *shape) for x in parts]
             joined[name] = torch.cat(parts)
-        return cls._make(f"{_OP}.cat", joined, first._options())
+        return cls._make(f"{OP}.cat", joined, first._options())
 
     @classmethod
     def _cat_packed(cls, snapshots: Sequence[AttentionSnapshot]) -> AttentionSnapshot:
@@ -386,7 +394,7 @@ class AttentionSnapshot:
                 ],
                 dim=2,
             )
-        return cls._make(f"{_OP}.cat", joined, snapshots[0]._options(), read_values=False)
+        return cls._make(f"{OP}.cat", joined, snapshots[0]._options(), read_values=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors whose first dimension is the batch, for a trainer that shuffles or splits.
@@ -399,7 +407,7 @@ class AttentionSnapshot:
         """
         if self.is_packed:
             raise ValueError(
-                f"{_OP}: tensors are not along a batch where sequences are packed; use "
+                f"{OP}: tensors are not along a batch where sequences are packed; use "
                 "snapshot[index] and AttentionSnapshot.cat"
             )
         return {name: x for name, x in self._all_tensors().items() if name != "k_prefix"}
@@ -416,7 +424,7 @@ class AttentionSnapshot:
             TypeError: a tensor of a wrong type or dtype.
             ValueError: a tensor is missing, or has a wrong shape, device or value.
         """
-        op = f"{_OP}.from_tensors"
+        op = f"{OP}.from_tensors"
         like.check()
         wanted = list(like.tensors())
         if sorted(tensors) != sorted(wanted):
@@ -425,7 +433,7 @@ class AttentionSnapshot:
             )
         taken = {name: tensors[name] for name in wanted}
         if like.k_prefix is not None:
-            _check_prefix_index(op, taken["prefix_index"], like.k_prefix)
+            check_prefix_index(op, taken["prefix_index"], like.k_prefix)
             used, index = torch.unique(taken["prefix_index"], return_inverse=True)
             taken["prefix_index"] = index  # int64, whatever the dtype was
             every = used.numel() == like.k_prefix.shape[0]
@@ -454,7 +462,7 @@ class AttentionSnapshot:
             ValueError: the file holds something else, or tensors and options that do not fit
                 together.
         """
-        op, safetensors = f"{_OP}.load", _safetensors("load")
+        op, safetensors = f"{OP}.load", _safetensors("load")
         wanted = f"{op}: {path} must be written by AttentionSnapshot.save ({_FORMAT})"
         try:
             with safetensors.safe_open(str(path), framework="pt", device=str(device)) as file:
@@ -473,10 +481,10 @@ class AttentionSnapshot:
         return {**self._all_tensors(), **self._options()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        tensors = {name: state[name] for name in _TENSORS if state.get(name) is not None}
-        caches = (*_TENSORS, "_normalisers", "_checked")
+        tensors = {name: state[name] for name in TENSORS if state.get(name) is not None}
+        caches = (*TENSORS, "_normalisers", "_checked")
         options = {name: value for name, value in state.items() if name not in caches}
-        self._adopt(self._make(_OP, tensors, options))
+        self._adopt(self._make(OP, tensors, options))
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -489,7 +497,7 @@ class AttentionSnapshot:
             return
         found = self._found()
         if found[0] != self._checked[0] or not all(map(operator.is_, found[1:], self._checked[1:])):
-            _check(_OP, self._all_tensors(), self._options(), read_values=True)
+            check_parts(OP, self._all_tensors(), self._options(), read_values=True)
             self._checked, self._normalisers = found, None
 
     def _found(self) -> tuple[Any, ...]:
@@ -501,11 +509,11 @@ class AttentionSnapshot:
         return versions, *_PARTS(self)
 
     def _all_tensors(self) -> dict[str, Tensor]:
-        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: getattr(self, name) for name in TENSORS}
         return {name: x for name, x in tensors.items() if x is not None}
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _OPTIONS}
+        return {name: getattr(self, name) for name in OPTIONS}
 
     def _signature(self) -> dict[str, Any]:
         """What must be equal in snapshots that form one batch."""
@@ -530,12 +538,12 @@ class AttentionSnapshot:
         *,
         read_values: bool = True,
     ) -> AttentionSnapshot:
-        _check(op, tensors, options, read_values=read_values)
+        check_parts(op, tensors, options, read_values=read_values)
         snapshot = cls.__new__(cls)
-        for name in _TENSORS:
+        for name in TENSORS:
             x = tensors.get(name)
             setattr(snapshot, name, x if x is None or name == "span_bias" else x.contiguous())
-        for name in _OPTIONS:
+        for name in OPTIONS:
             setattr(snapshot, name, options[name])
         if not torch.compiler.is_compiling():
             snapshot._checked = snapshot._found()
@@ -545,189 +553,10 @@ class AttentionSnapshot:
         self.check()
         tensors = {name: f(name, x) for name, x in self._all_tensors().items()}
         # Reading values would wait for a copy to another device.
-        return self._make(_OP, tensors, self._options(), read_values=False)
+        return self._make(OP, tensors, self._options(), read_values=False)
 
     def _adopt(self, other: AttentionSnapshot) -> None:
         self.__dict__.update(other.__dict__)
-
-
-def _check(
-    op: str, tensors: Mapping[str, Any], options: Mapping[str, Any], *, read_values: bool
-) -> None:
-    """Check that parts form a snapshot: kernels rely on it, whichever way the parts came."""
-    for what, got, needed, known in (
-        ("tensors", tensors, ("q", "k"), _TENSORS),
-        ("options", options, _OPTIONS, _OPTIONS),
-    ):
-        wrong = [x for x in needed if x not in got] or sorted(set(got) - set(known), key=str)
-        if wrong:
-            raise ValueError(
-                f"{op}: {what} must hold {', '.join(needed)} and nothing but {', '.join(known)}; "
-                f"{wrong[0]} is {'unknown' if wrong[0] in got else 'missing'}"
-            )
-    q, k, bias = tensors["q"], tensors["k"], tensors.get("span_bias")
-    k_prefix, index = tensors.get("k_prefix"), tensors.get("prefix_index")
-    qkv.check_qkv(op, q, k, k, None)  # k in place of v: the same checks
-    if (k_prefix is None) != (index is None):
-        names = ("k_prefix", "prefix_index") if index is None else ("prefix_index", "k_prefix")
-        raise ValueError(f"{op}: {names[0]} needs {names[1]}; got none")
-    if k_prefix is not None and index is not None:
-        checks.check_tensor(op, "k_prefix", k_prefix, "a [P, Hk, N0, D] tensor")
-        if k_prefix.dtype != k.dtype:
-            raise TypeError(
-                f"{op}: k_prefix must have k's dtype {checks.dtype_name(k.dtype)}; got "
-                f"{checks.dtype_name(k_prefix.dtype)}"
-            )
-        if k_prefix.dim() != 4 or k_prefix.shape[1::2] != k.shape[1::2]:
-            raise ValueError(
-                f"{op}: k_prefix must be [P, Hk, N0, D] with Hk={k.shape[1]}, D={k.shape[3]}; got "
-                f"{tuple(k_prefix.shape)}"
-            )
-        checks.check_same_device(op, "k_prefix", k_prefix, q, "q")
-        _check_prefix_index(op, index, k_prefix, read_values=read_values)
-        if index.dtype != torch.int64:
-            raise TypeError(
-                f"{op}: prefix_index must be int64; got {checks.dtype_name(index.dtype)}"
-            )
-        if index.shape != q.shape[:1]:
-            raise ValueError(
-                f"{op}: prefix_index must be [B] with B={q.shape[0]}; got {tuple(index.shape)}"
-            )
-    if bias is not None:
-        checks.check_tensor(op, "span_bias", bias, "None or a [B, H, T, S] tensor")
-        if bias.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{op}: span_bias must be float32 or float64; got {checks.dtype_name(bias.dtype)}"
-            )
-        if bias.dim() != 4 or bias.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{op}: span_bias must be [B, H, T, S] with B={q.shape[0]}; got {tuple(bias.shape)}"
-            )
-        shape = (*q.shape[:3], bias.shape[3])
-        checks.check_broadcastable(op, "span_bias", bias, shape, "[B, H, T, S]")
-        checks.check_same_device(op, "span_bias", bias, q, "q")
-    _check_packing(op, tensors, read_values=read_values)
-    _check_options(op, options)
-
-
-def _check_packing(op: str, tensors: Mapping[str, Any], *, read_values: bool) -> None:
-    given = [name for name in _PACKING if tensors.get(name) is not None]
-    if not given:
-        return
-    q = tensors["q"]
-    if len(given) < len(_PACKING):
-        missing = next(name for name in _PACKING if name not in given)
-        raise ValueError(f"{op}: {given[0]} needs {missing}; got none")
-    if tensors.get("k_prefix") is not None:
-        raise ValueError(f"{op}: k_prefix is not supported with {given[0]}; got both")
-    if q.shape[0] != 1:
-        raise ValueError(f"{op}: q must be [1, H, T, D] with {given[0]}; got {tuple(q.shape)}")
-    for name in given:
-        what, least = ("[S]", 0) if name == "query_starts" else ("[S + 1]", 1)
-        packing.check_offsets(op, name, tensors[name], q, what, least)
-        checks.check_same_device(op, name, tensors[name], q, "q")
-    count = tensors["query_starts"].shape[0]
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        if tensors[name].shape[0] != count + 1:
-            raise ValueError(
-                f"{op}: {name} must be [S + 1] with S={count}, the length of query_starts; got "
-                f"{tuple(tensors[name].shape)}"
-            )
-        if read_values and checks.has_values(tensors[name]):
-            side = "q" if name == "cu_seqlens_q" else "k"
-            packing.lengths(op, name, tensors[name], tensors[side].shape[2], side)
-
-
-def _check_options(op: str, options: Mapping[str, Any]) -> None:
-    for name, low in (
-        ("query_start", -checks.FARTHEST),
-        ("window_left", -1),
-        ("window_right", -1),
-    ):
-        value = options[name]
-        if not checks.is_int(value):
-            raise TypeError(f"{op}: {name} must be an int; got {type(value).__name__}")
-        if not low <= value <= checks.FARTHEST:
-            raise ValueError(f"{op}: {name} must lie in [{low}, {checks.FARTHEST}]; got {value}")
-    if options["scale"] is None or options["softcap"] is None:
-        raise TypeError(f"{op}: scale and softcap must be numbers; got None")
-    checks.resolve_scale(op, options["scale"], 1)
-    softcap = options["softcap"]
-    if type(softcap) not in (int, float) or softcap != 0:  # 0 = no soft cap
-        checks.resolve_softcap(op, softcap)
-
-
-def _check_prefix_index(op: str, index: Any, k_prefix: Tensor, *, read_values: bool = True) -> None:
-    checks.check_tensor(op, "prefix_index", index, "an int64 [B] tensor")
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f"{op}: prefix_index must be integer; got {checks.dtype_name(index.dtype)}")
-    checks.check_same_device(op, "prefix_index", index, k_prefix, "k_prefix")
-    count = k_prefix.shape[0]
-    if not read_values or index.numel() == 0 or not checks.has_values(index):
-        return
-    low, high = (int(value) for value in torch.aminmax(index))
-    if low < 0 or high >= count:
-        raise ValueError(
-            f"{op}: prefix_index must lie in [0, {count}); got values from {low} to {high}"
-        )
-
-
-_EXACT = ("prefix_index", "span_bias", *_PACKING)  # tensors that keep their dtype
-
-
-def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in qkv.DTYPES:
-        wanted = ", ".join(checks.dtype_name(x) for x in qkv.DTYPES)
-        raise TypeError(f"{_OP}: dtype must be None or one of {wanted}; got {dtype!r}")
-
-
-def _resolve_span_bias(span_bias: Any, q: Tensor) -> Tensor | None:
-    """The bias as [B, 1 or H, 1 or T, S], so that it can be indexed along the batch."""
-    if span_bias is None:
-        return None
-    checks.check_tensor(
-        _OP, "span_bias", span_bias, "None or a tensor broadcastable to [B, H, T, S]"
-    )
-    if not span_bias.is_floating_point():
-        raise TypeError(
-            f"{_OP}: span_bias must be floating; got {checks.dtype_name(span_bias.dtype)}"
-        )
-    if span_bias.dim() < 1:
-        raise ValueError(f"{_OP}: span_bias must have a last dimension S; got a scalar")
-    shape = (*q.shape[:3], span_bias.shape[-1])
-    checks.check_broadcastable(_OP, "span_bias", span_bias, shape, "[B, H, T, S]")
-    checks.check_same_device(_OP, "span_bias", span_bias, q, "q")
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    bias = span_bias.detach().to(dtype)
-    while bias.dim() < 4:
-        bias = bias[None]
-    return bias.expand(shape[0], -1, -1, -1)
-
-
-def check_prefix(k: Tensor, group_size: Any, shared_prefix: Any) -> None:
-    """Check that `k` has groups of samples with equal keys at the start."""
-    batch_size, _, seqlen_k, _ = k.shape
-    for name, value, low in (("group_size", group_size, 1), ("shared_prefix", shared_prefix, 0)):
-        if not checks.is_int(value):
-            raise TypeError(f"{_OP}: {name} must be an int; got {type(value).__name__}")
-        if value < low:
-            raise ValueError(f"{_OP}: {name} must be >= {low}; got {value}")
-    if batch_size % group_size != 0:
-        raise ValueError(
-            f"{_OP}: group_size must divide the batch size B={batch_size}; got {group_size}"
-        )
-    if shared_prefix > seqlen_k:
-        raise ValueError(f"{_OP}: shared_prefix must be at most N={seqlen_k}; got {shared_prefix}")
-    if group_size == 1 or shared_prefix == 0 or not checks.has_values(k):
-        return
-    prefix = k[:, :, :shared_prefix].unflatten(0, (-1, group_size))
-    for i in range(1, group_size):
-        if not torch.equal(prefix[:, i], prefix[:, 0]):
-            raise ValueError(
-                f"{_OP}: shared_prefix must cover keys that are equal within a group, N0="
-                f"{shared_prefix}; sample {i} of a group of {group_size} differs from sample 0 by "
-                f"up to {float((prefix[:, i] - prefix[:, 0]).abs().max()):.3g}"
-            )
 
 
 def _copy(x: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
@@ -745,7 +574,7 @@ def _safetensors(method: str) -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            f"{_OP}.{method} needs the package safetensors; install it with "
+            f"{OP}.{method} needs the package safetensors; install it with "
             "`pip install safetensors`"
         ) from error
     return safetensors

@@ -150,6 +150,7 @@ def test_opcheck(packed_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow(stands_in="test_opcheck")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_opcheck_of_the_loss(packed_backend: str) -> None:
     inputs = BY_NAME["tail"].inputs(torch.float32).requires_grad_()
