@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..terms import Term
 from .errors import Refused, refusing
 from .settings import TermSettings
-from .sources import _module
+from .sources import module_of, weighted
 
 
 def loss_terms(settings: TermSettings) -> list[Term]:
@@ -18,11 +18,7 @@ def loss_terms(settings: TermSettings) -> list[Term]:
 
 
 def _term(given: str) -> Term:
-    place, _, last = given.rpartition(":")
-    try:
-        coefficient = float(last)
-    except ValueError:
-        place, coefficient = given, 1.0
+    place, coefficient = weighted(given)
     where, colon, name = place.rpartition(":")
     if not colon or not where or not name:
         raise Refused(
@@ -30,7 +26,7 @@ def _term(given: str) -> Term:
             + repr(given)
         )
     with refusing(f"terms {given}"):
-        made = getattr(_module(where), name, None)
+        made = getattr(module_of(where), name, None)
         if not (isinstance(made, type) and issubclass(made, Term)):
             raise Refused(f"terms must name classes of ral.Term; {where} has no such {name!r}")
         return made(coefficient)

@@ -123,6 +123,7 @@ class DataSettings:
         "Data to evaluate in during training, in the form of data. train answers greedily, once a "
         "row, as far as eval_temperature and num_generations_eval are not given.",
     )
+    eval_split: str = _setting("test", "Split of eval_data, where that is a dataset.")
     eval_rows: int = _setting(0, "Rows of eval_data at most; 0 = all of a file, or 500 of digits.")
     digits_rows: int = _setting(4096, "Rows of digits: data.")
     digits_extent: list[int] = field(

@@ -49,7 +49,13 @@ def evaluation_rows(settings: DataSettings, *, demonstrations: bool = False) -> 
     if settings.eval_data is None:
         return None
     size = settings.eval_rows or DIGITS_EVAL_ROWS
-    given = replace(settings, data=settings.eval_data, streaming=False, digits_rows=size)
+    given = replace(
+        settings,
+        data=settings.eval_data,
+        data_split=settings.eval_split,
+        streaming=False,
+        digits_rows=size,
+    )
     try:
         rows = training_rows(given, seed=0, demonstrations=demonstrations, split="test")
     except Refused as error:
@@ -139,7 +145,7 @@ def reward_functions(
     }
     functions, weights = [], []
     for given in settings.rewards:
-        name, weight = _weighted(given)
+        name, weight = weighted(given)
         functions.append(known[name] if name in known else _function(name, known))
         weights.append(weight)
     names = [getattr(function, "__name__", "") for function in functions]
@@ -149,15 +155,19 @@ def reward_functions(
     return functions, None if set(weights) == {1.0} else weights
 
 
-def _weighted(given: str) -> tuple[str, float]:
-    """The name of a reward, and its weight."""
+def weighted(given: str) -> tuple[str, float]:
+    """The parts of NAME or NAME:WEIGHT, where the name may hold colons; without a weight 1.
+
+    Raises:
+        Refused: the weight is not finite.
+    """
     name, colon, text = given.rpartition(":")
     try:
         weight = float(text) if colon else 1.0
-    except ValueError:  # name of a function
+    except ValueError:  # of the name
         return given, 1.0
     if not math.isfinite(weight):
-        raise Refused(f"rewards: the weight of {name} must be finite; got {text}")
+        raise Refused(f"the weight of {name} must be finite; got {text}")
     return (name, weight) if colon else (given, weight)
 
 
@@ -169,14 +179,17 @@ def _function(given: str, known: Iterable[str]) -> Callable[..., list[float]]:
             f"or without a weight; got {given!r}"
         )
     with refusing(f"reward {given}"):
-        module = _of_file(where) if where.endswith(".py") else importlib.import_module(where)
+        module = module_of(where)
     function = getattr(module, name, None)
     if not callable(function):
         raise Refused(f"rewards must name functions; {where} has no function {name!r}")
     return function
 
 
-def _of_file(where: str) -> Any:
+def module_of(where: str) -> Any:
+    """The module of a file ending in .py, or of a name."""
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
     path = Path(where).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {where}")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset, DatasetDict
 
 from ral.cli.main import main
 from ral.cli.progress import read_metrics
 from ral.cli.settings import DataSettings
-from ral.cli.sources import evaluation_rows
+from ral.cli.sources import evaluation_rows, training_rows
 
 from . import cli_case
 from .cli_case import words
@@ -57,6 +59,16 @@ def test_rows(folder: Path) -> None:
         DataSettings(eval_data="digits:cell", digits_rows=9, digits_extent=[2])
     )
     assert len(digits) == 500
+
+
+def test_rows_of_another_split(tmp_path: Path) -> None:
+    row = {"problem": "1 + 1?", "problem_type": "numerical", "data_type": "text", "solution": "2"}
+    parts = {"train": Dataset.from_list([row] * 3), "test": Dataset.from_list([row] * 2)}
+    DatasetDict(parts).save_to_disk(tmp_path / "both")
+    given = DataSettings(data=str(tmp_path / "both"), eval_data=str(tmp_path / "both"))
+    assert len(training_rows(given, 0)) == 3
+    assert len(evaluation_rows(given)) == 2
+    assert len(evaluation_rows(replace(given, eval_split="train"))) == 3
 
 
 @slow
