@@ -76,7 +76,7 @@ BUGS: dict[str, Patch] = {
     "rows_of_the_next_sequence": (
         "policy/side.h", "load_global(common.cu_seqlens_q + n + 1)", "int32_t(common.num_rows)",
     ),
-    "keys_from_the_first": ("policy/side.h", "kv_head, sample.first_key)", "kv_head, 0)"),
+    "keys_from_the_first": ("policy/side.h", "b, kv_head, first_token)", "b, kv_head, 0)"),
 }  # fmt: skip
 
 
