@@ -60,7 +60,7 @@ def train_all(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     names = [f"{case}:{','.join(ways)}" for case, ways in runs.items()]
     done = subprocess.run(
         [sys.executable, "-m", "tests.trainer.two_processes", str(model), str(folder), *names],
-        capture_output=True, text=True, timeout=1200, check=False,
+        capture_output=True, text=True, timeout=2400, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
