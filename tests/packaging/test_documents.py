@@ -40,7 +40,7 @@ DOCUMENTS = tuple(dict.fromkeys((*RUN, *PAGES, *OTHERS)))
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 # Commands beside python and make, which are looked up in the tree.
-PROGRAMS = {"pip", "accelerate", "git", ".venv/bin/pre-commit"}
+PROGRAMS = {"pip", "accelerate", "git", "vllm", ".venv/bin/pre-commit"}
 
 
 @dataclass(frozen=True)

