@@ -224,8 +224,8 @@ def _each(data: Any, name: str, count: int) -> list[Any]:
     return list(found) if isinstance(found, (list, tuple)) else [found] * count
 
 
-def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _bytes(x: Tensor) -> Any:
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -384,12 +384,11 @@ class RALEngine(FSDPEngineWithLMHead):
             reference = reference.to(q.device)
         own = slice(first - row.first, last - row.first)
         if own != slice(0, row.last - row.first):
-            window = (reference.window_left, reference.window_right)
             reference = rk.AttentionSnapshot(
                 reference.q[:, :, own],
                 reference.k[:, :, : last - row.start],
                 scale=reference.scale,
-                window=tuple(None if x < 0 else x for x in window),
+                window=(reference.window_left, reference.window_right),
                 softcap=reference.softcap or None,
             )
         here = slice(row.batch, row.batch + 1)
