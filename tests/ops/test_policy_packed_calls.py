@@ -137,6 +137,7 @@ def test_scratch_is_that_of_each_sequence() -> None:
 # -- torch.library, torch.compile, fake tensors ----------------------------------------------------
 
 
+@pytest.mark.slow(stands_in="test_fake_tensors")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_opcheck(packed_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = op_inputs_of(BY_NAME["bias_per_span"].inputs(torch.float32), monkeypatch, packed_backend)
@@ -150,7 +151,7 @@ def test_opcheck(packed_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.slow(stands_in="test_opcheck")
+@pytest.mark.slow(stands_in="test_fake_tensors")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_opcheck_of_the_loss(packed_backend: str) -> None:
     inputs = BY_NAME["tail"].inputs(torch.float32).requires_grad_()
@@ -165,7 +166,7 @@ def test_opcheck_of_the_loss(packed_backend: str) -> None:
     torch.library.opcheck(op, args)
 
 
-@pytest.mark.slow(stands_in="test_opcheck")
+@pytest.mark.slow(stands_in="test_fake_tensors")
 def test_compile(packed_backend: str) -> None:
     """One graph where scalar outputs are captured."""
     inputs = BY_NAME["tail"].inputs(torch.float32).requires_grad_()
@@ -179,7 +180,7 @@ def test_compile(packed_backend: str) -> None:
     check_compiled(f, inputs, fullgraph=True)
 
 
-@pytest.mark.slow(stands_in="test_opcheck")
+@pytest.mark.slow(stands_in="test_fake_tensors")
 @pytest.mark.parametrize("name", ["tail", "rows"])
 def test_compile_with_a_graph_break(name: str) -> None:
     """Where the lengths are read, as a plain torch.compile does."""

@@ -49,7 +49,7 @@ def test_every_example_is_tested() -> None:
     """
     here = Path(__file__).read_text()
     names = [path.name for path in EXAMPLES.iterdir() if path.is_file()]
-    assert len(names) == 5 and all(name in here for name in names)
+    assert len(names) == 6 and all(name in here for name in names)
     assert len(NOTEBOOKS) == 3
     for name in NOTEBOOKS:
         notebook = nbformat.read(EXAMPLES / "notebooks" / name, as_version=4)

@@ -19,8 +19,8 @@ def test_token_types_stand_on_image_tokens(side: str, tmp_path: Path) -> None:
     processor.tokenizer.padding_side = side
     processor.tokenizer.save_pretrained(path)
     trainer = tiny.trainer(
-        path, tmp_path, train_dataset=two_processes.dataset(), per_device_train_batch_size=16,
-        steps_per_generation=1,
+        path, tmp_path, train_dataset=two_processes.dataset("plain"),
+        per_device_train_batch_size=16, steps_per_generation=1,
     )  # fmt: skip
     inputs = batch_of(trainer)
     lengths = inputs["prompt_mask"].sum(1)

@@ -108,6 +108,7 @@ import ral.references, ral.losses, ral.exploration
 """
 
 
+@pytest.mark.slow(stands_in="test_rows_of_any_kind_follow_their_rollouts")
 def test_it_needs_no_trl() -> None:
     """So that another engine can use it, in an environment that TRL does not share."""
     subprocess.run([sys.executable, "-c", WITHOUT_TRL], cwd=ROOT, check=True)

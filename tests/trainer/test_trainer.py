@@ -69,7 +69,7 @@ def test_without_terms_it_is_grpo(paths, tmp_path) -> None:
     from trl import GRPOTrainer
 
     class Plain(GRPOTrainer):
-        def __init__(self, *args, teacher_model=None, **kwargs) -> None:
+        def __init__(self, *args, teacher_model=None, terms=(), **kwargs) -> None:
             super().__init__(*args, **kwargs)
 
     runs = []

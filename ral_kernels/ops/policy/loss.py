@@ -126,12 +126,11 @@ def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:
     sequences, rows = args.num_sequences, (args.batch_size, args.num_rows)
     # not `in`, which under torch.compile does not find sizes that are symbolic
     if not (advantages.shape == (sequences,) or advantages.shape == rows):
-        wanted = (
-            f"[S] or [1, T] with S={sequences}, T={rows[1]}"
-            if args.is_packed
-            else f"[B] or [B, T] with B={rows[0]}, T={rows[1]}"
+        shapes = "[S] or [1, T] with S" if args.is_packed else "[B] or [B, T] with B"
+        raise ValueError(
+            f"{op}: advantages must be {shapes}={sequences}, T={rows[1]}; got "
+            f"{tuple(advantages.shape)}"
         )
-        raise ValueError(f"{op}: advantages must be {wanted}; got {tuple(advantages.shape)}")
     checks.check_same_device(op, "advantages", advantages, args.q, "q")
     if advantages.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
