@@ -1,13 +1,14 @@
 r"""Answers as people write them, and their rewards: `python -m tests.trainer.reward_table`.
 
 `RIGHT` are 91 right answers, `WRONG` 39 that look right, `HEDGES` those that commit to nothing.
-Each kind of answer has one solution. `test_rewards.py` asserts what the table shows.
+Each kind of answer has one solution. `test_rewards_answers.py` asserts what the table shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ral.rewards import accuracy_reward
 
@@ -137,6 +138,13 @@ HEDGES: Mapping[str, Kind] = {
         ),
     ),
 }  # fmt: skip
+
+
+def accuracy(answer: str, solution: str, problem_type: str, **columns: Any) -> float:
+    """The reward of an answer in tags."""
+    completion = f"<think>so</think><answer>{answer}</answer>"
+    named = {name: [value] for name, value in columns.items()}
+    return accuracy_reward([completion], [solution], [problem_type], **named)[0]
 
 
 def rows() -> Iterator[tuple[str, str, str, str, float, float]]:
