@@ -200,23 +200,24 @@ $(VENV36)/installed.stamp: constraints.txt
 	$(@D)/bin/python $(PIP) --no-deps -r $<
 	@touch $@
 
-# All but TRL is that of .venv, which the path file adds after its own packages.
+# An environment that has the packages of .venv, and others before them. A path file adds those, with their own path files.
+define venv-beside
+@echo "== $(@D)"
+@[ -x $(@D)/bin/python ] || $(BIN)/python -m venv $(@D)
+@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_venv.pth"
+endef
+
 $(VENV_TRL)/installed.stamp: $(INSTALLED)
-	@echo "== $(VENV_TRL)"
-	@[ -x $(VENV_TRL)/bin/python ] || $(BIN)/python -m venv $(VENV_TRL)
-	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > $$($(VENV_TRL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_venv.pth
-	$(VENV_TRL)/bin/python $(PIP) --no-deps trl==$(TRL)
+	$(venv-beside)
+	$(@D)/bin/python $(PIP) --no-deps trl==$(TRL)
 	@touch $@
 
-# It sees the packages of .venv, and has those that DeepSpeed adds. DS_BUILD_OPS=0: nothing is compiled.
+# DS_BUILD_OPS=0: nothing is compiled.
 $(VENV_DEEPSPEED)/installed.stamp: constraints-deepspeed.txt $(INSTALLED)
-	@echo "== $(VENV_DEEPSPEED)"
-	@[ -x $(VENV_DEEPSPEED)/bin/python ] || $(BIN)/python -m venv $(VENV_DEEPSPEED)
-	$(VENV_DEEPSPEED)/bin/python $(PIP) -c constraints.txt setuptools
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
-	  "$$($(VENV_DEEPSPEED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-venv.pth"
-	DS_BUILD_OPS=0 $(VENV_DEEPSPEED)/bin/python $(PIP) --no-deps --no-build-isolation -r constraints-deepspeed.txt
+	$(venv-beside)
+	$(@D)/bin/python $(PIP) -c constraints.txt setuptools
+	DS_BUILD_OPS=0 $(@D)/bin/python $(PIP) --no-deps --no-build-isolation -r constraints-deepspeed.txt
 	@touch $@
 
 # The hooks of pre-commit call the five targets below, so a commit must pass exactly what CI checks. A tree without git,
