@@ -126,6 +126,7 @@ def test_pictures_are_what_the_tower_makes_of_them(plan) -> None:
     assert model.model.visual is pictures
 
 
+@pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
 def test_a_frozen_tower_trains_the_rest(plan) -> None:
     bench = one.Bench.of(plan, TASKS["resolution"], "think")
     model = bench.model(bench.start)

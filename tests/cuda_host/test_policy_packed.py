@@ -36,7 +36,16 @@ CASES: dict[str, tuple[PackedCase, torch.dtype]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "dtype"), CASES.values(), ids=CASES)
+SLOW = pytest.mark.slow(stands_in="test_packed")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(*each, id=name, marks=() if name in ("causal", "scope_rows") else SLOW)
+        for name, each in CASES.items()
+    ],
+)
 @pytest.mark.parametrize("run", ["divergence", "loss"])
 def test_packed(run: str, case: PackedCase, dtype: torch.dtype, cuda_on_host: Kernels) -> None:
     """Value and gradients against the reference in float64."""
@@ -45,7 +54,9 @@ def test_packed(run: str, case: PackedCase, dtype: torch.dtype, cuda_on_host: Ke
     assert sum(cuda_on_host.calls.values()) > 0
 
 
-@pytest.mark.parametrize("limit", [cuda.CHUNK, 3000, 1])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(cuda.CHUNK, marks=SLOW), pytest.param(3000, marks=SLOW), 1]
+)
 def test_unchanged_policy_is_exactly_zero(
     limit: int, cuda_on_host: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +64,7 @@ def test_unchanged_policy_is_exactly_zero(
     check_unchanged(CASE, torch.float16, "cuda")
 
 
+@SLOW
 def test_parts_and_orders_of_threads(
     cuda_on_host: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

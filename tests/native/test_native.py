@@ -199,6 +199,7 @@ def test_openmp_runtime_loads_nothing(openmp):
 
 
 @linux_only
+@pytest.mark.slow(stands_in="test_openmp_runtime_runs_a_team")
 def test_openmp_runtime_is_torchs_beside_anothers(openmp):
     """scikit-learn brings a libgomp of its own; loaded first, it must not be taken for torch's."""
     code = (
@@ -301,6 +302,7 @@ def test_advice_on_fresh_memory_stays_within_it():
 
 @needs_library
 @needs_huge_pages
+@pytest.mark.slow(stands_in="test_advice_on_fresh_memory_stays_within_it")
 def test_outputs_are_announced():
     q, k, v = (torch.randn(1, 4, 4096, 128, requires_grad=True) for _ in range(3))  # 8 MiB each
     out = rk.attention(q, k, v, is_causal=True, backend="cpu").out

@@ -101,6 +101,7 @@ def fresh_dynamo() -> None:
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.in_interpreter(when=lambda compiler: compiler == "inductor")
+@pytest.mark.slow_in_interpreter(stands_in="test_compile_without_graph_break")
 def test_compile_without_graph_break(compiler: str, backend: str) -> None:
     """Forward and backward with spans from outside, options and elementwise work around the op."""
     inputs = BY_NAME["span_bias_per_row"].inputs(torch.float32).requires_grad_()

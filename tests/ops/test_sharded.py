@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[2]
 RELATIVE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3}
 
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one worker starts the ranks of all
+
+
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     jobs = dict.fromkeys(

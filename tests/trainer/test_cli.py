@@ -185,6 +185,7 @@ def test_distill(folder: Path, tmp_path: Path) -> None:
     assert "attn/loss" not in rows[0]
 
 
+@pytest.mark.slow(stands_in="test_train")
 def test_sft_then_resume(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that goes on from its checkpoint ends with the weights of one that never stopped."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
