@@ -70,7 +70,7 @@ def objective(q: Tensor, k: Tensor, advantages: Tensor) -> Tensor:
 
 
 def packed_objective(q: Tensor, k: Tensor, advantages: Tensor, cu: Tensor) -> Tensor:
-    rows = [(4, 8), slice(-2, None)]
+    rows: list[tuple[int, int] | slice] = [(4, 8), slice(-2, None)]
     old = rk.AttentionSnapshot(q, k, rows=rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
     assert_type(old[1:], rk.AttentionSnapshot)
     p = rk.attention_policy(q, k, rows=rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
