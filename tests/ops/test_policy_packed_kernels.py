@@ -19,10 +19,10 @@ from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_l
 from ral_kernels.ops.policy.chunks import Chunk, Packing, chunks_of_sequences
 from ral_kernels.ops.policy.triton import tiles as triton_tiles
 from ral_kernels.runtime import triton_runtime
-from ral_kernels.snapshot import AttentionSnapshot
 from tests.conftest import skip_or_fail
 from tests.ops.packed_cases import PackedCase, PackedInputs, offsets
 from tests.ops.test_policy import random_like
+from tests.ops.test_policy_divergence import snapshot_of
 from tests.ops.test_policy_triton import LargestTensor
 
 # No rows, one of each, several blocks, no keys, more rows than keys; and tokens of no sequence.
@@ -46,12 +46,6 @@ def inputs_for(case: PackedCase, dtype: torch.dtype, backend: str, seed: int = 0
     return inputs.to(torch.float64) if backend == "reference" else inputs
 
 
-def snapshot_of(inputs: PackedInputs) -> AttentionSnapshot:
-    kept = {"is_causal", "window", "softcap", "scale", *inputs.packing}
-    options = {name: x for name, x in inputs.options.items() if name in kept}
-    return AttentionSnapshot(inputs.q.detach(), inputs.k.detach(), **options)
-
-
 def with_gradients(output: Tensor, inputs: PackedInputs) -> list[Tensor]:
     doutput = random_like(output, 1).to(output.dtype)
     return [output, *torch.autograd.grad(output, [*inputs.differentiable().values()], doutput)]
@@ -65,14 +59,16 @@ def run_policy(case: PackedCase, dtype: torch.dtype, backend: str) -> list[Tenso
 
 def run_divergence(case: PackedCase, dtype: torch.dtype, backend: str) -> list[Tensor]:
     inputs = inputs_for(case, dtype, backend).requires_grad_()
-    reference = snapshot_of(inputs_for(case, dtype, backend, seed=7))
+    other = inputs_for(case, dtype, backend, seed=7)
+    reference = snapshot_of(other, **other.packing)
     value = attention_divergence(inputs.q, inputs.k, reference, backend=backend, **inputs.options)
     return with_gradients(value, inputs)
 
 
 def run_loss(case: PackedCase, dtype: torch.dtype, backend: str) -> list[Tensor]:
     inputs = inputs_for(case, dtype, backend).requires_grad_()
-    reference = snapshot_of(inputs_for(case, dtype, backend, seed=7))
+    other = inputs_for(case, dtype, backend, seed=7)
+    reference = snapshot_of(other, **other.packing)
     advantages = random_like(torch.empty(len(case.lengths)), 2)
     loss = ral_loss(inputs.q, inputs.k, reference, advantages, backend=backend, **inputs.options)
     return with_gradients(loss, inputs)
@@ -130,7 +126,7 @@ def test_policy_over_spans(case: PackedCase, dtype: torch.dtype, triton_here: No
 def check_unchanged(case: PackedCase, dtype: torch.dtype, backend: str) -> None:
     """An unchanged policy has a loss of exactly 0 and gradients of exactly 0."""
     inputs = case.inputs(dtype).requires_grad_()
-    snapshot = snapshot_of(inputs)
+    snapshot = snapshot_of(inputs, **inputs.packing)
     q, k, options = inputs.q, inputs.k, inputs.options
     advantages = random_like(torch.empty(len(case.lengths)), 2)
     value = attention_divergence(q, k, snapshot, "kl", backend=backend, **options)
