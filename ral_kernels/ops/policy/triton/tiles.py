@@ -27,6 +27,9 @@ KERNELS = ("statistics", "heads", "sums", "dq", "dk", "spans", "bias")
 ROWS = 64  # of one program of the kernels that work on statistics alone
 SPANS = 32  # of one program of the kernels that sum over spans
 JOINED_ROWS = 16  # of one program that joins the pieces of dq
+# Of one program that sums a target's weights: what registers hold, eight for each thread.
+TARGET_ROWS = 8
+TARGET_KEYS = 128
 
 _INTERPRETED = Tile(64, 128, 4, 1, {"BLOCK_D": 128})
 
