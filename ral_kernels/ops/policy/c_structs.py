@@ -195,6 +195,7 @@ def divergence_params(
 ) -> DivergenceParams:
     """The inputs and statistics of a call; the caller adds what its pass reads and writes."""
     reference = args.reference
+    assert reference.q is not None
     side = SideStruct(
         num_heads=reference.num_heads,
         num_kv_heads=reference.num_kv_heads,
