@@ -19,7 +19,7 @@ from ...divergence.arguments import KINDS
 from ...divergence.triton.kernels import sweep
 from ..arguments import PolicyDivergenceArgs
 from ..chunks import Chunk, clear_packed
-from . import parameters, tiles
+from . import parameters
 from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums
 from .fwd_launch import over_keys, statistics
 from .launch import NO_TARGET, Keys, Side, row_chunks, splits_of
@@ -82,10 +82,10 @@ class Target:
     def measure(self, policy: Side, keys: Keys) -> None:
         """Write z: (11)."""
         batch_size, num_rows = self.z.shape
-        block_q, block_k = tiles.TARGET_ROWS, tiles.TARGET_KEYS
-        programs = keys.row_blocks(block_q, batch_size)
+        tile = policy.tile("target")
+        programs = keys.row_blocks(tile.block_q, batch_size)
         length = keys.seqlen_k if self.ids is None else self.ids.shape[2]
-        splits, per_split = splits_of(programs, length, block_k, self.z.device)
+        splits, per_split = splits_of(programs, length, tile.block_k, self.z.device)
         # Zeros, because rows of no packed sequence are not written.
         partial = self.z.new_zeros((splits, batch_size, num_rows), dtype=torch.float64)
         triton_runtime.launch(
@@ -99,12 +99,12 @@ class Target:
                 "heads": parameters.Heads(1, 1, keys.seqlen_k),
                 **policy.positions(keys),
                 "per_split": per_split,
-                "BLOCK_Q": block_q,
-                "BLOCK_K": block_k,
+                "BLOCK_Q": tile.block_q,
+                "BLOCK_K": tile.block_k,
                 "EXCLUDE_SELF": keys.exclude_self,
             },
-            num_warps=4,
-            num_stages=2,
+            tile.num_warps,
+            tile.num_stages,
         )
         total = partial.sum(0)
         self.z.copy_(torch.where(total < SMALLEST_WEIGHT.value, 0.0, total))

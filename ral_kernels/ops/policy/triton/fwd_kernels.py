@@ -21,7 +21,7 @@ from .side import (
     sample_of_rows,
     sum_of_weights,
 )
-from .target import share_of_target, target_of_rows, weights_of_keys
+from .target import divisor_of_target, target_of_rows, weights_of_keys
 
 
 @triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])
@@ -90,7 +90,8 @@ def policy_fwd_kernel(
     if target.weights_ptr is not None:
         which = target_of_rows(target, sample, offs_q, mask_q)
         r = weights_of_keys(target, samples, sample, which, offs_k, valid)
-        r *= share_of_target(target, sample, offs_q, mask_q)[:, None]
+        # To a rounding: the weight of a row with one key becomes 1.
+        r = tl.div_rn(r, divisor_of_target(target, sample, offs_q, mask_q)[:, None])
         d = tl.sum(divergence_terms(values, r, target.KIND, True), 1)
         part_ptr = target.value_parts_ptr + key_block * rows_of_heads(samples, 1, num_rows)
         tl.store(part_ptr + first_row(samples, sample, num_rows) + offs_q, d, mask=mask_q)

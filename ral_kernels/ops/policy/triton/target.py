@@ -30,15 +30,15 @@ def target_of_rows(target, sample, offs_q, mask_q):
 
 
 @triton.jit
-def share_of_target(target, sample, offs_q, mask_q):
-    """[BLOCK_Q]: what makes weights on valid keys sum to 1; 0 for a row without any: (11).
+def divisor_of_target(target, sample, offs_q, mask_q):
+    """[BLOCK_Q]: what makes weights on valid keys sum to 1; infinite for a row without any: (11).
 
     Weights that do so up to rounding stay as they are: a policy equal to its target then has the
     same bits.
     """
     z = tl.load(target.z.ptr + sample.rows * target.z.stride_b + offs_q, mask=mask_q, other=0.0)
-    share = tl.where(tl.abs(z - 1.0) <= NORMALISED_WITHIN, 1.0, 1.0 / tl.where(z == 0.0, 1.0, z))
-    return tl.where(z == 0.0, 0.0, share)
+    z = tl.where(tl.abs(z - 1.0) <= NORMALISED_WITHIN, 1.0, z)
+    return tl.where(z == 0.0, float("inf"), z)
 
 
 @triton.jit
