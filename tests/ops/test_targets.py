@@ -34,9 +34,12 @@ BACKENDS = ("reference", "cpu")  # those that stream targets
 CASES = ("length_2", "off_blocks", "gqa_7", "rows_middle", "scope_batch", "padding_left",
     "window_both", "with_self", "decode", "together", "scope_nothing", "empty_batch",
     "no_keys")  # fmt: skip
-# kl of a target with zeros is infinite: test_infinite_rows
-FINITE = tuple(kind for kind in KINDS if kind != "kl")
-OF_FORM = {"shared": KINDS, "indexed": KINDS, "sparse": FINITE, "scaled": FINITE}
+OF_FORM = {  # kl of a target with zeros is infinite: test_infinite_rows
+    "shared": KINDS,
+    "indexed": ("kl", "cross_entropy"),
+    "sparse": ("jsd", "cross_entropy"),
+    "scaled": ("reverse_kl",),
+}
 
 
 @pytest.fixture(params=BACKENDS)
