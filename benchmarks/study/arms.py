@@ -102,4 +102,4 @@ ARMS: tuple[Arm, ...] = (
     ),
 )  # fmt: skip
 BY_NAME = {arm.name: arm for arm in ARMS}
-QUICK = ("grpo", "ral", "noise")  # what is done within a minute: no teacher
+QUICK = ("grpo", "ral")  # what is done within a minute: no teacher
