@@ -124,9 +124,10 @@ def _train(model: str, case: str, how: str, folder: Path) -> dict[str, Any]:
     if case == "teacher":
         teacher = tiny.checkpoint(folder.parent, num_hidden_layers=3)
     rows = dataset(case)
+    if case == "mixed":
+        merged["eval_dataset"] = rows.select(range(5))
     trainer = tiny.trainer(
         model, folder, trainer_class=FixedRollouts, train_dataset=rows,
-        eval_dataset=rows.select(range(5)) if case == "mixed" else None,
         reward_funcs=reward if case == "resampling" else tiny.reward,
         teacher_model=None if teacher is None else str(teacher), **merged,
     )  # fmt: skip
