@@ -152,13 +152,13 @@ def add_key_gradients(
             mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
             dp = shares(
                 kind, spans, dmarginals_ptr, q_tokens.to(tl.int64) * span_rows.num_spans, 1,
-                mask_rows, k.mask, tile.BLOCK_Q, tile.BLOCK_K, tile.TERMS, True, False,
+                mask_rows, k.mask, tile.BLOCK_Q, tile.BLOCK_K, True, False,
             )  # fmt: skip
         bias = 0.0
         if masks.span_bias.ptr is not None:
             bias = shares(
                 kind, spans, span_bias_ptr, q_tokens.to(tl.int64) * masks.span_bias.stride_t,
-                masks.span_bias.stride_s, mask_q, k.mask, tile.BLOCK_Q, tile.BLOCK_K, 3, True,
+                masks.span_bias.stride_s, mask_q, k.mask, tile.BLOCK_Q, tile.BLOCK_K, True,
                 True,
             )  # fmt: skip
         dot = tl.zeros([tile.BLOCK_K, tile.BLOCK_Q], tl.float32)
