@@ -176,7 +176,9 @@ def test_dk_and_dv_fill_the_machine(heads: int, kv_heads: int, seqlen: int) -> N
         kv_heads * seqlen // block_k * (heads // kv_heads * seqlen // block_q // BLOCKS_PER_SPLIT)
     )
     assert programs * head_parts * ranges >= min(264, most)
-    assert programs * head_parts * ranges < 264 * max(2, heads // kv_heads)
+    assert head_parts * ranges == 1 or programs * head_parts * ranges < 264 * max(
+        2, heads // kv_heads
+    )
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])

@@ -152,13 +152,13 @@ def add_key_gradients(
             mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
             dp = shares(
                 kind, spans, dmarginals_ptr, q_tokens.to(tl.int64) * span_rows.num_spans, 1,
-                mask_rows, k.mask, tile.BLOCK_Q, tile.BLOCK_K, True, False,
+                mask_rows, k.mask, tile.BLOCK_Q, tile.BLOCK_K, tile.TERMS, True, False,
             )  # fmt: skip
         bias = 0.0
         if masks.span_bias.ptr is not None:
             bias = shares(
                 kind, spans, span_bias_ptr, q_tokens.to(tl.int64) * masks.span_bias.stride_t,
-                masks.span_bias.stride_s, mask_q, k.mask, tile.BLOCK_Q, tile.BLOCK_K, True,
+                masks.span_bias.stride_s, mask_q, k.mask, tile.BLOCK_Q, tile.BLOCK_K, 3, True,
                 True,
             )  # fmt: skip
         dot = tl.zeros([tile.BLOCK_K, tile.BLOCK_Q], tl.float32)
@@ -211,8 +211,7 @@ def attention_bwd_dkdv_kernel(
     pid = tl.program_id(0)
     k_block = pid % num_k_blocks
     pid = pid // num_k_blocks
-    split = pid % (splits.heads * splits.ranges)
-    pid = pid // (splits.heads * splits.ranges)
+    split = tl.program_id(1)
     kv_head = (pid % sizes.num_kv_heads).to(tl.int64)
     b = (pid // sizes.num_kv_heads).to(tl.int64)
     sequence, k_start, length_k, block = locate(
@@ -280,13 +279,14 @@ def attention_bwd_dkdv_kernel(
                 head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
             )  # fmt: skip
 
+    part = tl.program_id(1).to(tl.int64)
     dk_head, dv_head = head_of(dk, b, kv_head), head_of(dv, b, kv_head)
     if splits.dk_stride is not None:
-        dk_head = Head(dk_head.ptr + split.to(tl.int64) * splits.dk_stride, dk_head.stride)
+        dk_head = Head(dk_head.ptr + part * splits.dk_stride, dk_head.stride)
     store_rows(dk_head, k_tokens, mask_k, dk_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D)
     if dout.ptr is not None:
         if splits.dv_stride is not None:
-            dv_head = Head(dv_head.ptr + split.to(tl.int64) * splits.dv_stride, dv_head.stride)
+            dv_head = Head(dv_head.ptr + part * splits.dv_stride, dv_head.stride)
         store_rows(dv_head, k_tokens, mask_k, dv_sum, 0, tile.HEAD_DIM_V, tile.BLOCK_DV)
 
 

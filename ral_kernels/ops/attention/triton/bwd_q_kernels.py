@@ -72,13 +72,13 @@ def add_query_gradients(
             dp = shares(
                 kind, block_spans, dmarginals_ptr,
                 q_positions.to(tl.int64) * dspan_bias.num_spans, 1, mask_rows, mask_k,
-                tile.BLOCK_Q, tile.BLOCK_K, False, False,
+                tile.BLOCK_Q, tile.BLOCK_K, tile.TERMS, False, False,
             )  # fmt: skip
         bias = 0.0
         if masks.span_bias.ptr is not None:
             bias = shares(
                 kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, False, True,
+                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
         k = row_tile(keys.k, k_tokens, real, tile.HEAD_DIM, tile.PART_D)

@@ -85,7 +85,7 @@ def attend(
         if HAS_BIAS:
             bias = shares(
                 kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, False, True,
+                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
         k = row_tile(keys.k, k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)

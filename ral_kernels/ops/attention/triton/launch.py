@@ -386,7 +386,7 @@ def launch_bwd(
             "tile": _sizes(args, tile.block_q, tile.block_k),
         }
         kernel = attention_bwd_dkdv_kernel
-        grid = (programs * parts,)
+        grid = (programs, parts)
         triton_runtime.launch(kernel, grid, arguments, tile.num_warps, stages(tile))
         if parts > 1:
             for parts_of_x, x in zip(partial, joined, strict=True):

@@ -1,7 +1,7 @@
 """Products with the one-hot matrix E of spans within a Triton kernel, a block of keys at a time.
 
 x E sums over spans: marginals in the forward, dspan_bias in the backward. x Eᵀ gives each key the
-value of its span, which is gathered: biases, and dmarginals in the backward.
+value of its span: dmarginals in the backward.
 
 A program owns `[rows, num_spans]` of the output, in global memory. While consecutive blocks lie
 within one span, their sum stays in registers, as a vector. The program adds it to the output when
@@ -22,12 +22,14 @@ import triton
 import triton.language as tl
 
 from ....runtime import triton_runtime
-from ....runtime.triton_softmax import in_base_2
+from ....runtime.triton_softmax import LOG2E
 from ....runtime.triton_spans import MIXED, NO_SPAN
 
 # A stored sum is relative to 2^exponent. The running maximum may exceed the exponent by this much
 # before the stored sums are scaled down: far from float32's 2^128, far above rounding.
 HEADROOM = tl.constexpr(64.0)
+HIDDEN = tl.constexpr(-(2.0**100))
+MINUS_INFINITY = tl.constexpr(-(2.0**101))
 INTERPRETED = tl.constexpr(triton_runtime.interpreted())
 GROUP = tl.constexpr(16)  # spans in one matrix product, the least that tl.dot takes
 
@@ -93,6 +95,22 @@ def here(offsets):
             "mov.b64 $0, $1;", "=l,l", [offsets], tl.int64, False, 1
         )
     return offsets
+
+
+@triton.jit
+def bias_in_base_2(bias):
+    """A span bias times log2 e. Finite numbers replace -inf and finfo.min, as 0 · inf is NaN.
+
+    -2^100 replaces finfo.min: the span has weight only where it is alone. -2^101 replaces -inf: the
+    span has no weight.
+    """
+    return tl.where(bias == float("-inf"), MINUS_INFINITY, tl.maximum(bias * LOG2E, HIDDEN))
+
+
+@triton.jit
+def bias_or_minus_infinity(bias):
+    """The inverse of the second replacement, after the product."""
+    return tl.where(bias == MINUS_INFINITY, float("-inf"), bias)
 
 
 @triton.jit
@@ -207,6 +225,7 @@ def shares(
     mask_k,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TERMS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     IS_BIAS: tl.constexpr,
 ):
@@ -216,30 +235,41 @@ def shares(
     becomes one in base 2; it may be -inf.
 
     Kernels call this before the products that they add it to: with a branch between two products
-    the compiler gives them different layouts. Values are gathered, not multiplied by E: a loop with
-    products in a branch is not pipelined by Triton 3.6, and takes more registers on every version.
+    the compiler gives them different layouts. The loop is a `while`, because the compiler computes
+    the result of a `for` once for each layout.
     """
     # [BLOCK_Q]
     pointers = per_span_ptr + row_offsets + tl.maximum(kind, 0).to(tl.int64) * stride_s
     kinds = tl.zeros([BLOCK_Q], tl.int32) + kind  # the interpreter does not splat a condition
     values = tl.load(pointers, mask=mask_rows & (kinds >= 0), other=0.0)
     if IS_BIAS:
-        values = in_base_2(values)
+        values = bias_or_minus_infinity(bias_in_base_2(values))
     if TRANSPOSED:
         x = tl.broadcast_to(values[None, :], [BLOCK_K, BLOCK_Q])
     else:
         x = tl.broadcast_to(values[:, None], [BLOCK_Q, BLOCK_K])
     if kind == MIXED:
         local = tl.load(spans.local_ptr + tl.arange(0, BLOCK_K), mask=mask_k, other=-1)
-        ids = tl.load(spans.ids_ptr + tl.maximum(local, 0), mask=local >= 0, other=0)
-        span_offsets = ids.to(tl.int64) * stride_s
-        if TRANSPOSED:
-            offsets = row_offsets[None, :] + span_offsets[:, None]
-            mask = mask_rows[None, :] & (local >= 0)[:, None]
-        else:
-            offsets = row_offsets[:, None] + span_offsets[None, :]
-            mask = mask_rows[:, None] & (local >= 0)[None, :]
-        x = tl.load(per_span_ptr + offsets, mask=mask, other=0.0)
+        columns = tl.arange(0, GROUP)
+        count = tl.load(spans.counts_ptr)
+        x = tl.zeros_like(x)
+        row_offsets = here(row_offsets)
+        start = count * 0
+        while start < count:
+            mask_s = start + columns < count
+            ids = tl.load(spans.ids_ptr + start + columns, mask=mask_s, other=0)
+            offsets = row_offsets[:, None] + (ids.to(tl.int64) * stride_s)[None, :]
+            mask = mask_rows[:, None] & mask_s[None, :]
+            # [BLOCK_Q, GROUP]
+            group = tl.load(per_span_ptr + offsets, mask=mask, other=0.0)
+            if IS_BIAS:
+                group = bias_in_base_2(group)
+            if TRANSPOSED:
+                one_hot = local[:, None] == (start + columns)[None, :]
+            else:
+                one_hot = (start + columns)[:, None] == local[None, :]
+            x = one_hot_dot(group, one_hot, x, TERMS, TRANSPOSED)
+            start += GROUP
         if IS_BIAS:
-            x = in_base_2(x)
+            x = bias_or_minus_infinity(x)
     return x
