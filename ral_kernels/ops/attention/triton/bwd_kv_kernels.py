@@ -211,7 +211,6 @@ def attention_bwd_dkdv_kernel(
     pid = tl.program_id(0)
     k_block = pid % num_k_blocks
     pid = pid // num_k_blocks
-    split = tl.program_id(1)
     kv_head = (pid % sizes.num_kv_heads).to(tl.int64)
     b = (pid // sizes.num_kv_heads).to(tl.int64)
     sequence, k_start, length_k, block = locate(
@@ -248,19 +247,24 @@ def attention_bwd_dkdv_kernel(
         high = tl.minimum(length_q, last_key + masks.window.left + 1)
         full_high = tl.minimum(length_q, first_key + masks.window.left + 1)
     first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_Q)
-    blocks_per_range = tl.cdiv(last - first, splits.ranges)
-    first = tl.minimum(first + split % splits.ranges * blocks_per_range, last)
-    last = tl.minimum(first + blocks_per_range, last)
-    first_full = tl.minimum(tl.maximum(first_full, first), last)
-    last_full = tl.minimum(tl.maximum(last_full, first_full), last)
+    split = tl.program_id(1)
+    head_split = split
+    if splits.ranges is not None:
+        head_split = split // splits.ranges
+        blocks_per_range = tl.cdiv(last - first, splits.ranges)
+        first = tl.minimum(first + split % splits.ranges * blocks_per_range, last)
+        last = tl.minimum(first + blocks_per_range, last)
+        first_full = tl.minimum(tl.maximum(first_full, first), last)
+        last_full = tl.minimum(tl.maximum(last_full, first_full), last)
 
     dk_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
     dv_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_DV], tl.float32)
     group = sizes.num_heads // sizes.num_kv_heads
     heads_per_split = tl.cdiv(group, splits.heads)
-    first_member = split // splits.ranges * heads_per_split
-    for member in range(first_member, tl.minimum(first_member + heads_per_split, group)):
-        h = kv_head * group + member
+    last_head = (kv_head.to(tl.int32) + 1) * group
+    first_head = last_head - group + head_split * heads_per_split
+    for head in range(first_head, tl.minimum(first_head + heads_per_split, last_head)):
+        h = head.to(tl.int64)
         rows = (b * sizes.num_heads + h) * sizes.seqlen_q
         queries = Queries(
             head_of(q, b, h), head_of(dout, b, h), lse_ptr + rows, delta_ptr + rows, q_start,

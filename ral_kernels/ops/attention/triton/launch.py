@@ -382,7 +382,7 @@ def launch_bwd(
             "dv": Rows(partial[-1], *partial[-1].stride()[-4:-1]),
             "spans": _span_table(args, tile.block_k, needs_spans),
             "num_k_blocks": k_blocks,
-            "splits": KeySplits(heads, ranges, *strides),
+            "splits": KeySplits(heads, ranges if ranges > 1 else None, *strides),
             "tile": _sizes(args, tile.block_q, tile.block_k),
         }
         kernel = attention_bwd_dkdv_kernel

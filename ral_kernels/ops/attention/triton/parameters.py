@@ -87,7 +87,7 @@ class KeySplits(NamedTuple):
     """
 
     heads: Any
-    ranges: Any
+    ranges: Any  # None: there is one
     dk_stride: Any  # between two parts; None: there is one
     dv_stride: Any
 
