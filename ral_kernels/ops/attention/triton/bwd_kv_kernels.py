@@ -264,7 +264,7 @@ def attention_bwd_dkdv_kernel(
     last_head = (kv_head.to(tl.int32) + 1) * group
     first_head = last_head - group + head_split * heads_per_split
     for head in range(first_head, tl.minimum(first_head + heads_per_split, last_head)):
-        h = head.to(tl.int64)
+        h = tl.cast(head, tl.int64)
         rows = (b * sizes.num_heads + h) * sizes.seqlen_q
         queries = Queries(
             head_of(q, b, h), head_of(dout, b, h), lse_ptr + rows, delta_ptr + rows, q_start,
