@@ -97,7 +97,8 @@ def test_work_is_the_sum_over_sequences() -> None:
             "scale": None, "window": None, "softcap": None, "key_padding_mask": None, "rows": None,
             "cu_seqlens_q": None, "cu_seqlens_k": None}  # fmt: skip
         call = resolve_call("", inputs.q, inputs.k, **{**options, **inputs.options})
-        args = divergence_module.streaming_args(call, snapshot, "jsd")
+        args = divergence_module.streaming_args("", call, snapshot, "jsd")
+        assert args is not None
         outputs = divergence_module._allocate_outputs(args)
         gradients = PolicyDivergenceGradients(
             torch.ones_like(outputs.value), *divergence_module.allocate_gradients(args)
@@ -159,7 +160,22 @@ def test_opcheck_of_the_loss(packed_backend: str) -> None:
     op, names = torch.ops.ral.policy_divergence_loss.default, ("cu_seqlens_q", "cu_seqlens_k")
     args = (
         *(inputs.q, inputs.k, None, None, *(inputs.options[x] for x in names)),
-        *(snapshot.query_starts, snapshot.q, snapshot.k, None, None, 0, 0.25, -1, 0, 0.0, True),
+        *(
+            snapshot.query_starts,
+            snapshot.q,
+            snapshot.k,
+            None,
+            None,
+            None,
+            None,
+            None,
+            0,
+            0.25,
+            -1,
+            0,
+            0.0,
+            True,
+        ),
         *(61, 127, snapshot.scale, -1, 0, 0.0, "jsd", packed_backend),
         *(random_like(torch.empty(1, inputs.q.shape[2]), 2), None, None),
     )

@@ -18,6 +18,7 @@ from ...runtime.backends import BackendName
 from ...sharded import ShardedPolicy
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
+from ...targets import AttentionTarget
 from .registration import NAME as RAL
 from .tap import Call
 from .visibility import (
@@ -169,7 +170,7 @@ class CapturedLayer:
 
     def divergence(
         self,
-        reference: Tensor | AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot | AttentionTarget,
         kind: Kind = "jsd",
         *,
         rows: Rows = None,
@@ -190,7 +191,7 @@ class CapturedLayer:
 
     def ral_loss(
         self,
-        reference: Tensor | AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot | AttentionTarget,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,
