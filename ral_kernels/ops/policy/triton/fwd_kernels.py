@@ -8,7 +8,6 @@ Against a target, `policy_divergence` gets its terms from the tile of p.
 import triton
 import triton.language as tl
 
-from ...divergence.triton.terms import divergence_gradient, divergence_terms
 from .gradient import add_per_span
 from .side import (
     blocks_of_rows,
@@ -21,7 +20,7 @@ from .side import (
     sample_of_rows,
     sum_of_weights,
 )
-from .target import divisor_of_target, target_of_rows, weights_of_keys
+from .target import compare_with_target
 
 
 @triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])
@@ -87,18 +86,17 @@ def policy_fwd_kernel(
     share = 1.0 / (tl.where(z_rows == 0.0, 1.0, z_rows) * heads.num_heads)
     share = tl.where(z_rows == 0.0, 0.0, share)
     values = tl.where(valid, total * share[:, None], 0.0)  # (5), (7)
-    if target.weights_ptr is not None:
-        which = target_of_rows(target, sample, offs_q, mask_q)
-        r = weights_of_keys(target, samples, sample, which, offs_k, valid)
-        # To a rounding: the weight of a row with one key becomes 1.
-        r = tl.div_rn(r, divisor_of_target(target, sample, offs_q, mask_q)[:, None])
-        d = tl.sum(divergence_terms(values, r, target.KIND, True), 1)
-        part_ptr = target.value_parts_ptr + key_block * rows_of_heads(samples, 1, num_rows)
-        tl.store(part_ptr + first_row(samples, sample, num_rows) + offs_q, d, mask=mask_q)
-        values = divergence_gradient(values, r, target.KIND, True)
     p_ptr = p.ptr + sample.rows * p.stride_b
     pointers = p_ptr + offs_q.to(tl.int64)[:, None] * p.stride_t + offs_k[None, :]
     tl.store(pointers, values, mask=mask_q[:, None] & (offs_k < sample.seqlen_k)[None, :])
+    if target.weights_ptr is not None:
+        tl.debug_barrier()  # other threads of this CTA read what this thread wrote
+        d = compare_with_target(
+            target, p_ptr, p.stride_t, flags, samples, sample, offs_q, mask_q,
+            key_block * tile.BLOCK_K, window_left, window_right, tile,
+        )  # fmt: skip
+        part_ptr = target.value_parts_ptr + key_block * rows_of_heads(samples, 1, num_rows)
+        tl.store(part_ptr + first_row(samples, sample, num_rows) + offs_q, d, mask=mask_q)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -9,6 +9,7 @@ not of rows, and no copy for a row is written.
 import triton
 import triton.language as tl
 
+from ...divergence.triton.terms import divergence_gradient, divergence_terms
 from .side import (
     first_row,
     key_masks,
@@ -19,6 +20,7 @@ from .side import (
     rows_of_heads,
 )
 
+COLUMNS = tl.constexpr(32)  # of a tile whose terms are formed together; every BLOCK_K holds them
 NORMALISED_WITHIN = tl.constexpr(2.0**-20)  # as in reference.py
 
 
@@ -79,6 +81,40 @@ def weights_of_keys(target, samples, sample, which, offs_k, valid):
     return tl.load(target.weights_ptr + first + at, mask=valid, other=0.0)
 
 
+@triton.jit
+def compare_with_target(
+    target, p_ptr, p_stride_t, flags, samples, sample, offs_q, mask_q, first_key, window_left,
+    window_right, tile,
+):  # fmt: skip
+    """[BLOCK_Q]: the terms of D of a tile of p, summed; ∂D/∂p takes the place of p.
+
+    Terms take ten registers for each element. So the tile is read back, from L2, some columns at a
+    time.
+    """
+    which = target_of_rows(target, sample, offs_q, mask_q)
+    divisor = divisor_of_target(target, sample, offs_q, mask_q)
+    p_ptr += offs_q.to(tl.int64)[:, None] * p_stride_t
+    d = tl.zeros([tile.BLOCK_Q], tl.float32)
+    for first in tl.range(first_key, first_key + tile.BLOCK_K, COLUMNS, num_stages=1):
+        offs_k = first + tl.arange(0, COLUMNS)
+        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
+        _, valid = key_masks(
+            (sample.query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
+            keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
+            tile.EXCLUDE_SELF,
+        )  # fmt: skip
+        valid = valid & mask_q[:, None]
+        # [BLOCK_Q, COLUMNS], each
+        p = tl.load(p_ptr + offs_k[None, :], mask=valid, other=0.0)
+        r = weights_of_keys(target, samples, sample, which, offs_k, valid)
+        # To a rounding: the weight of a row with one key becomes 1.
+        r = tl.div_rn(r, divisor[:, None])
+        d += tl.sum(divergence_terms(p, r, target.KIND, True), 1)
+        dp = divergence_gradient(p, r, target.KIND, True)
+        tl.store(p_ptr + offs_k[None, :], dp, mask=valid)
+    return d
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "per_split", "query_start", "window_left", "window_right"]
 )
@@ -102,7 +138,9 @@ def policy_target_kernel(
     partial: float64 [splits, B, T]. In float64 the order of the terms is lost in the rounding to
     float32, so that ids and all keys give the same z.
     """
-    sample, row_block, _, split = program_of_head(samples, heads, num_rows, query_start, BLOCK_Q)
+    sample, row_block, _head, split = program_of_head(
+        samples, heads, num_rows, query_start, BLOCK_Q
+    )
     offs_q = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     mask_q = offs_q < sample.num_rows
     which = target_of_rows(target, sample, offs_q, mask_q)
