@@ -25,6 +25,7 @@ from .spans import Spans
 if TYPE_CHECKING:
     from .integrations.transformers.attention_map import AttentionMap, attention_map
     from .integrations.transformers.capture import capture
+    from .integrations.transformers.regions import RegionWeights, region_weights
     from .integrations.transformers.spans import spans_for
     from .integrations.transformers.steer import steer
     from .integrations.transformers.tap import record_attention
@@ -34,9 +35,11 @@ __version__ = "0.1.0"
 # Public names that need transformers, which is imported when one of them is first asked for.
 _LAZY = {
     "AttentionMap": "attention_map",
+    "RegionWeights": "regions",
     "attention_map": "attention_map",
     "capture": "capture",
     "record_attention": "tap",
+    "region_weights": "regions",
     "spans_for": "spans",
     "steer": "steer",
 }
@@ -45,6 +48,7 @@ __all__ = [
     "AttentionMap",
     "AttentionOutput",
     "AttentionSnapshot",
+    "RegionWeights",
     "ShardedPolicy",
     "ShardedSnapshot",
     "Spans",
@@ -64,6 +68,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "ral_loss",
     "record_attention",
+    "region_weights",
     "scaled_dot_product_attention",
     "sharded_bytes",
     "spans_for",
