@@ -208,7 +208,7 @@ def decode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             rows.append(list(decoded[key]))
         batch["images"] = rows
     if "evidence" in batch:
-        batch["evidence"] = list(map(read_evidence, batch["evidence"]))
+        batch["evidence"] = [read_evidence(parts or ()) for parts in batch["evidence"]]
     return batch
 
 

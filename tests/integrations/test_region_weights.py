@@ -140,9 +140,11 @@ def test_weights_are_what_the_tokens_see(family: str) -> None:
         assert ((ids >= 0) == (values > 0)).all() and (ids[ids >= 0].diff() > 0).all()
 
 
-def test_crops_of_gemma3() -> None:
-    """Pan and scan: the small picture and its crops both see the box."""
-    size, box = (100, 300), (110, 20, 190, 85)
+@pytest.mark.parametrize(
+    "size, box", [((100, 304), (110, 20, 216, 85)), ((211, 60), (10, 60, 49, 207))]
+)
+def test_crops_of_gemma3(size: tuple[int, int], box: Box) -> None:
+    """Pan and scan: the small picture and its crops both see the box. The last crop is smaller."""
     processor = tiny_processors.build("gemma3")
     options = {
         "do_pan_and_scan": True,
@@ -153,11 +155,12 @@ def test_crops_of_gemma3() -> None:
     inputs = processor(
         images=[[picture(size, box)]], text=["<boi> cat"], return_tensors="pt", **options
     )
-    inputs["num_crops"] = torch.tensor([3])
+    inputs["num_crops"] = torch.tensor([len(inputs["pixel_values"]) - 1])
     found = rk.region_weights(processor, inputs, [[{"image": 0, "box": box}]], image_sizes=[size])
     assert [grid.view for grid in found.grids] == [0, 1]
+    assert max(found.grids[1].keys.shape) >= 6
     dense = found.dense(inputs["input_ids"].shape[1])[:, 0]
-    assert (dense - brightness("gemma3", processor, inputs)).abs().max() < 0.03
+    assert (dense - brightness("gemma3", processor, inputs)).abs().max() < 0.01
 
 
 def a_video(family: str, frames: list[Image.Image]) -> tuple[Any, Any]:
@@ -450,7 +453,7 @@ def test_a_picture_of_a_region(tmp_path: Path) -> None:
     for axes, grid in zip(figure.axes, found.grids, strict=True):
         [outline] = axes.patches
         assert isinstance(outline, Rectangle)
-        assert outline.get_bbox().extents.tolist() == list(box)
+        assert list(map(float, outline.get_bbox().extents)) == list(box)
         _, cells = axes.images
         opaque = torch.from_numpy(np.asarray(cells.get_array())[..., 3])
         assert torch.equal(opaque > 0, found.on_grid(grid) > 0)

@@ -63,6 +63,11 @@ def test_rows_with_evidence_beside_rows_without(folder: Path) -> None:
     check(pickle.loads(pickle.dumps(dataset)))  # to the workers of a loader
     check(load(folder, *rows, on_error="skip"))
     check(load(folder, *rows, streaming=True))
+    older = dataset.select([0]).with_format(None).remove_columns("evidence")
+    joined = datasets.concatenate_datasets([dataset.select([0]).with_format(None), older])
+    assert [row["evidence"] for row in joined.with_transform(decode_batch)] == [
+        [{"image": 0, "box": [1.0, 2.0, 5.0, 6.0]}], [],
+    ]  # fmt: skip
     shuffled = dataset.shuffle(seed=3).select(range(6))
     assert sum(len(row["evidence"]) for row in shuffled) == 5
     streamed = list(load(folder, *rows, streaming=True).shuffle(seed=3, buffer_size=4))

@@ -18,6 +18,7 @@ from ...spans import merged_grids
 
 NAME = "spans_for"
 Box = tuple[float, float, float, float]  # top, left, bottom, right, as fractions of a picture
+Edges = tuple[tuple[float, ...], tuple[float, ...]]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -28,11 +29,13 @@ class View:
 
     box: of the grid in the picture; outside [0, 1] where the processor padded.
     features: rows and columns of the vision tower's grid, where the model interpolates it to this.
+    edges: of the rows and of the columns, as fractions of the picture, where tokens are uneven.
     """
 
     offsets: Tensor
     box: Box = WHOLE
     features: Size | None = None
+    edges: Edges | None = None
 
 
 @dataclass(frozen=True)
@@ -264,9 +267,20 @@ def _gemma3(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | N
             continue
         height, width = sizes[index]
         tiles = (1, count) if width >= height else (count, 1)
-        detail = View(length + _tiles(tiles, side))
+        edges = _crop_edges(height, tiles[0], side), _crop_edges(width, tiles[1], side)
+        detail = View(length + _tiles(tiles, side), edges=edges)
         items.append(Item("image", total, (View(overview), detail)))
     return {token_id: items}
+
+
+def _crop_edges(size: int, crops: int, side: int) -> tuple[float, ...]:
+    """Edges of tokens where crops begin at whole pixels, so that the last one is smaller."""
+    step = math.ceil(size / crops)
+    edges = [0.0]
+    for crop in range(crops):
+        first, last = crop * step, min((crop + 1) * step, size)
+        edges += [(first + (last - first) * i / side) / size for i in range(1, side + 1)]
+    return tuple(edges)
 
 
 def _internvl(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:

@@ -429,10 +429,8 @@ def _areas(parts: Sequence[RegionPart], picture: _Picture, grid: VisionRegion) -
         x0, y0, x1, y1 = part.box
         rows = (down[:-1] >= y0) & (down[1:] <= y1)
         inside |= rows[:, None] & (across[:-1] >= x0) & (across[1:] <= x1)
-    top, left, bottom, right = grid.box
-    rows_of, columns_of = grid.features or grid.keys.shape
-    vertical = _overlaps(down, rows_of, top * picture.height, bottom * picture.height)
-    horizontal = _overlaps(across, columns_of, left * picture.width, right * picture.width)
+    vertical = _overlaps(down, _cells(grid, 0) * picture.height)
+    horizontal = _overlaps(across, _cells(grid, 1) * picture.width)
     areas = vertical @ inside.double() @ horizontal.T
     if grid.features is None:
         return areas
@@ -440,9 +438,17 @@ def _areas(parts: Sequence[RegionPart], picture: _Picture, grid: VisionRegion) -
     return interpolate(areas[None, None], tuple(grid.keys.shape), mode="bilinear")[0, 0]
 
 
-def _overlaps(edges: Tensor, count: int, first: float, last: float) -> Tensor:
-    """The share of each of `count` equal cells that each interval covers: [count, intervals]."""
-    cells = first + (last - first) / count * torch.arange(count + 1, dtype=torch.float64)
+def _cells(grid: VisionRegion, axis: int) -> Tensor:
+    """The edges of a grid's rows or columns as fractions of the picture: float64 [cells + 1]."""
+    if grid.edges is not None:
+        return torch.tensor(grid.edges[axis], dtype=torch.float64)
+    count = (grid.features or grid.keys.shape)[axis]
+    steps = torch.arange(count + 1, dtype=torch.float64) / count
+    return grid.box[axis] + (grid.box[axis + 2] - grid.box[axis]) * steps
+
+
+def _overlaps(edges: Tensor, cells: Tensor) -> Tensor:
+    """The share of each cell that each interval covers: [cells, intervals]."""
     lower = torch.maximum(cells[:-1, None], edges[:-1])
     upper = torch.minimum(cells[1:, None], edges[1:])
     return (upper - lower).clamp(min=0) / cells.diff()[:, None]
