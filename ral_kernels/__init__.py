@@ -16,7 +16,7 @@ from .ops.attention import (
     scaled_dot_product_attention,
 )
 from .ops.divergence import divergence
-from .ops.policy import attention_divergence, attention_policy, ral_loss
+from .ops.policy import attention_divergence, attention_policy, policy_loss, ral_loss
 from .runtime.backends import available_backends
 from .sharded import ShardedPolicy, ShardedSnapshot, sharded_bytes
 from .snapshot import AttentionSnapshot
@@ -25,6 +25,7 @@ from .spans import Spans
 if TYPE_CHECKING:
     from .integrations.transformers.attention_map import AttentionMap, attention_map
     from .integrations.transformers.capture import capture
+    from .integrations.transformers.router import capture_router
     from .integrations.transformers.spans import spans_for
     from .integrations.transformers.steer import steer
     from .integrations.transformers.tap import record_attention
@@ -36,6 +37,7 @@ _LAZY = {
     "AttentionMap": "attention_map",
     "attention_map": "attention_map",
     "capture": "capture",
+    "capture_router": "router",
     "record_attention": "tap",
     "spans_for": "spans",
     "steer": "steer",
@@ -54,6 +56,7 @@ __all__ = [
     "attention_policy",
     "available_backends",
     "capture",
+    "capture_router",
     "divergence",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
@@ -62,6 +65,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "policy_loss",
     "ral_loss",
     "record_attention",
     "scaled_dot_product_attention",
