@@ -97,7 +97,9 @@ def make_start(plan: Plan, seed: int) -> Any:
         for _ in range(STEPS):
             ids = torch.cat([ids, rules()[ids[:, :1] - SYMBOLS, ids[:, -1:]]], 1)
         out = model(ids, use_cache=False, output_router_logits=True)
-        loss = torch.nn.functional.cross_entropy(out.logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            out.logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten()
+        )
         (loss + BALANCE * out.aux_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -161,7 +163,9 @@ def train(plan: Plan, arm: str, seed: int, start: Any) -> dict[str, Any]:
         `REACHED`; divergence by inner step, averaged over batches.
     """
     model = copy.deepcopy(start)
-    optimizer = torch.optim.Adam([x for x in model.parameters() if x.requires_grad], plan.learning_rate)
+    optimizer = torch.optim.Adam(
+        [x for x in model.parameters() if x.requires_grad], plan.learning_rate
+    )
     torch.manual_seed(1000 + seed)
     curve, divergences = [[0, accuracy(model)]], []
     for batch in range(1, plan.batches + 1):
@@ -192,7 +196,9 @@ def report(runs: Sequence[dict[str, Any]]) -> list[str]:
         rollouts = sum(run["rollouts"] for run in of_arm) / len(of_arm)
         divergence = sum(run["divergence"][-1] for run in of_arm) / len(of_arm)
         mean = estimate([run["accuracy"] for run in of_arm])
-        lines.append(f"{arm:<10} {mean!s:<13} {less.signed:<14} {rollouts:<18,.0f} {divergence:.3g}")
+        lines.append(
+            f"{arm:<10} {mean!s:<13} {less.signed:<14} {rollouts:<18,.0f} {divergence:.3g}"
+        )
     starts = estimate([run["curve"][0][1] for run in by_arm["grpo"]])
     return [*lines, f"start: {starts}"]
 
