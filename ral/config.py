@@ -113,6 +113,14 @@ class RALConfig(GRPOConfig):
     attn_explore_coef: float = _setting(
         1.0, "Weight of E_t[A_t CE(p_noisy^t ‖ p_θ^t)] over spans, with attn_explore_sigma > 0."
     )
+    router_coef: float = _setting(
+        0.0,
+        "Weight of E_t[A_t D(g^t ‖ g_old^t)], the divergence of a mixture's routers from those of "
+        "the policy that wrote the rollouts; 0 = off.",
+    )
+    router_layers: list[int] | str | int | None = _setting(
+        "all", "Layers with a router that the term is averaged over: as attn_layers."
+    )
     rl_coef: float = _setting(1.0, "Weight of TRL's loss; with 0 only the attention terms train.")
     distill_logit_coef: float = _setting(
         0.0, "μ, weight of the generalised JSD between the teacher's and the student's tokens."
@@ -173,8 +181,12 @@ class RALConfig(GRPOConfig):
         check_parallelism(self)
         if self.attn_layers is None:
             self.attn_layers = -1
-        if isinstance(self.attn_layers, str) and self.attn_layers != "all":
-            self.attn_layers = _parse_layers("attn_layers", self.attn_layers, "'all'")
+        if self.router_layers is None:
+            self.router_layers = "all"
+        for name in ("attn_layers", "router_layers"):
+            given = getattr(self, name)
+            if isinstance(given, str) and given != "all":
+                setattr(self, name, _parse_layers(name, given, "'all'"))
         if isinstance(self.distill_teacher_layers, str):
             given = self.distill_teacher_layers
             self.distill_teacher_layers = (
@@ -192,6 +204,7 @@ class RALConfig(GRPOConfig):
             "attn_coef",
             "attn_explore_sigma",
             "attn_explore_coef",
+            "router_coef",
             "rl_coef",
             "distill_logit_coef",
             "distill_attn_coef",

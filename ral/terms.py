@@ -226,6 +226,11 @@ def terms_of(config: RALConfig) -> list[Term]:
         from .distillation import LogitDistillation  # which imports TRL
 
         terms.append(LogitDistillation(config))
+    if config.router_coef > 0:
+        from .router import RouterLoss  # which imports this module
+
+        assert config.router_layers is not None  # RALConfig has put all
+        terms.append(RouterLoss(config.router_coef, layers=config.router_layers))
     return terms
 
 
