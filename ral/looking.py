@@ -134,7 +134,8 @@ def looking(
     """
     found: list[Looks] = []
     done = 0
-    with rk.capture(model, list(layers), detach=True) as captured:
+    with rk.capture(model, list(layers), detach=True) as capture:
+        captured: Any = capture
 
         def measure(*_: Any) -> None:
             nonlocal done
