@@ -21,6 +21,7 @@ from .runtime.backends import available_backends
 from .sharded import ShardedPolicy, ShardedSnapshot, sharded_bytes
 from .snapshot import AttentionSnapshot
 from .spans import Spans
+from .targets import AttentionTarget
 
 if TYPE_CHECKING:
     from .integrations.transformers.attention_map import AttentionMap, attention_map
@@ -45,6 +46,7 @@ __all__ = [
     "AttentionMap",
     "AttentionOutput",
     "AttentionSnapshot",
+    "AttentionTarget",
     "ShardedPolicy",
     "ShardedSnapshot",
     "Spans",

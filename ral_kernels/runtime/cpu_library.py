@@ -23,6 +23,7 @@ STATUS = {
     4: "a span id lies outside [-1, num_spans); were the ids changed after Spans checked them?",
     5: "a prefix_index of the snapshot lies outside [0, number of prefixes)",
     6: "cu_seqlens must start at 0, never decrease, and end within the tokens",
+    7: "ids or index of the AttentionTarget are not what it checked; were they changed since?",
 }
 _FIRST_OF_THE_CALLER = 3  # statuses from here on are about arguments
 

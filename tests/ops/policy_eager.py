@@ -96,6 +96,8 @@ def eager_divergence(p: Tensor, r: Tensor, kind: str) -> Tensor:
         value = (p * (log(p) - log(m)) + r * (log(r) - log(m))).sum(-1) / 2
     elif kind == "kl":
         value = (p * (log(p) - log(r))).sum(-1)
+    elif kind == "cross_entropy":
+        value = -(r * log(p)).sum(-1)
     else:
         value = (r * (log(r) - log(p))).sum(-1)
     return torch.where(both, value, 0.0)

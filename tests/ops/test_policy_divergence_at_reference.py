@@ -20,8 +20,10 @@ ZERO_CASES = ("whole_sequence", "off_blocks", "gqa_7", "layout_bthd", "layout_st
     "with_self", "large_scores", "peaked_on_self", "together")  # fmt: skip
 
 
-def assert_exactly_zero(value: Tensor, inputs: PolicyInputs) -> None:
-    assert torch.equal(value, torch.zeros_like(value)), f"largest {float(value.abs().max())}"
+def assert_exactly_zero(value: Tensor, inputs: PolicyInputs, kind: str = "jsd") -> None:
+    """The gradient, and the value of a kind that is a distance."""
+    distance = torch.zeros_like(value) if kind == "cross_entropy" else value
+    assert torch.equal(distance, torch.zeros_like(value)), f"largest {float(value.abs().max())}"
     for gradient in gradients(value, inputs, random_like(value, 1)).values():
         assert not gradient.any(), f"largest gradient {float(gradient.abs().max())}"
 
@@ -32,7 +34,7 @@ def check_unchanged(case: PolicyCase, kind: str, dtype: torch.dtype, backend: st
     value = attention_divergence(
         inputs.q, inputs.k, snapshot, kind, backend=backend, **inputs.options
     )
-    assert_exactly_zero(value, inputs)
+    assert_exactly_zero(value, inputs, kind)
     loss = ral_loss(
         inputs.q,
         inputs.k,
@@ -42,7 +44,7 @@ def check_unchanged(case: PolicyCase, kind: str, dtype: torch.dtype, backend: st
         backend=backend,
         **inputs.options,
     )
-    assert_exactly_zero(loss, inputs)
+    assert_exactly_zero(loss, inputs, kind)
 
 
 @pytest.mark.parametrize("name", ZERO_CASES)
@@ -71,7 +73,7 @@ def test_unchanged_policy_over_spans_is_exactly_zero(
     value = attention_divergence(
         inputs.q, inputs.k, snapshot, kind, backend=backend, **inputs.options
     )
-    assert_exactly_zero(value, inputs)
+    assert_exactly_zero(value, inputs, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,11 +92,11 @@ def test_shared_prefix_is_exactly_zero(
     k.requires_grad_()
     snapshot = AttentionSnapshot(q, k, group_size=2, shared_prefix=prefix)
     value = attention_divergence(q, k, snapshot, kind, backend=backend)
-    assert_exactly_zero(value, PolicyInputs(q, k, {}))
+    assert_exactly_zero(value, PolicyInputs(q, k, {}), kind)
     pieces = AttentionSnapshot.cat([snapshot[order[:4]], snapshot[order[4:]]])
     taken = PolicyInputs(q.detach()[order].requires_grad_(), k.detach()[order].requires_grad_(), {})
     value = attention_divergence(taken.q, taken.k, pieces, kind, backend=backend)
-    assert_exactly_zero(value, taken)
+    assert_exactly_zero(value, taken, kind)
 
 
 def test_shared_prefix_gives_the_same_bits(backend: str) -> None:

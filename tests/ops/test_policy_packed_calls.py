@@ -159,7 +159,22 @@ def test_opcheck_of_the_loss(packed_backend: str) -> None:
     op, names = torch.ops.ral.policy_divergence_loss.default, ("cu_seqlens_q", "cu_seqlens_k")
     args = (
         *(inputs.q, inputs.k, None, None, *(inputs.options[x] for x in names)),
-        *(snapshot.query_starts, snapshot.q, snapshot.k, None, None, 0, 0.25, -1, 0, 0.0, True),
+        *(
+            snapshot.query_starts,
+            snapshot.q,
+            snapshot.k,
+            None,
+            None,
+            None,
+            None,
+            None,
+            0,
+            0.25,
+            -1,
+            0,
+            0.0,
+            True,
+        ),
         *(61, 127, snapshot.scale, -1, 0, 0.0, "jsd", packed_backend),
         *(random_like(torch.empty(1, inputs.q.shape[2]), 2), None, None),
     )

@@ -10,6 +10,7 @@ import torch
 
 import ral_kernels as rk
 from ral_kernels.ops.divergence import divergence
+from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_divergence, attention_policy, ral_loss
 from ral_kernels.ops.policy.divergence import BACKENDS
 from ral_kernels.snapshot import AttentionSnapshot
@@ -172,16 +173,16 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("r_device", lambda: diverge(r=tensor(B, T, N, device="meta")), ValueError,
      r"^divergence: r must be on the device of p"),
     ("kind_name", lambda: diverge(kind="js"), ValueError,
-     r"^divergence: kind must be one of jsd, kl, reverse_kl; got 'js'"),
+     r"^divergence: kind must be one of jsd, kl, reverse_kl, cross_entropy; got 'js'"),
     ("kind_type", lambda: diverge(kind=None), TypeError,
-     r"^divergence: kind must be one of jsd, kl, reverse_kl; got NoneType"),
+     r"^divergence: kind must be one of jsd, kl, reverse_kl, cross_entropy; got NoneType"),
     ("divergence_backend", lambda: diverge(backend="cuda"), NotImplementedError,
      r"^divergence: backend 'cuda' has no kernels"),
     # attention_divergence
     ("reference_none", lambda: against(reference=None), TypeError,
-     r"^attention_divergence: reference must be a .* or an AttentionSnapshot; got NoneType"),
+     r"^attention_divergence: reference must be a .* or an AttentionTarget; got NoneType"),
     ("reference_int", lambda: against(reference=tensor(B, T, N, dtype=torch.int64)), TypeError,
-     r"^attention_divergence: reference must be floating or an AttentionSnapshot; got int64"),
+     r"^attention_divergence: reference must be floating, an AttentionSnapshot .* got int64"),
     ("reference_shape", lambda: against(reference=tensor(B, H, T, N)), ValueError,
      r"^attention_divergence: reference must be \[B, T, N\] = \(2, 5, 7\); got \(2, 4, 5, 7\)"),
     ("reference_spans", lambda: against(spans=SPANS), ValueError,
@@ -206,7 +207,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      lambda: against(reference=snap(span_bias=tensor(S + 1)), spans=SPANS), ValueError,
      r"^attention_divergence: reference.span_bias must be broadcastable to \[B, H, T, S\]"),
     ("divergence_kind", lambda: against(kind="tv"), ValueError,
-     r"^attention_divergence: kind must be one of jsd, kl, reverse_kl; got 'tv'"),
+     r"^attention_divergence: kind must be one of jsd, kl, reverse_kl, cross_entropy; got 'tv'"),
     ("divergence_q", lambda: against(q=tensor(T, D)), ValueError,
      r"^attention_divergence: q must be"),
     ("divergence_scope", lambda: against(scope=3), TypeError,
@@ -392,7 +393,7 @@ def test_nothing_is_nan() -> None:
     """Empty batches, rows and keys give empty or zero results."""
     for b, t, n in ((0, T, N), (B, 0, N), (B, T, 0)):
         q, k = tensor(b, H, t, D, requires_grad=True), tensor(b, HK, n, D, requires_grad=True)
-        for kind in ("jsd", "kl", "reverse_kl"):
+        for kind in KINDS:
             value = ral_loss(q, k, AttentionSnapshot(q, k), tensor(b), kind=kind)
             assert float(value.detach()) == 0.0
             for gradient in torch.autograd.grad(value, (q, k)):

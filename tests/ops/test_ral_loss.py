@@ -220,6 +220,7 @@ def test_opcheck_and_compile(backend: str) -> None:
         assert torch.equal(got, wanted)
     inputs = (
         *(q, k, None, None, None, None, None, snapshot.q, snapshot.k, None, None),
+        *(None, None, None),
         *(snapshot.query_start, snapshot.scale, -1, 0, 0.0, True, 0, 0),
         *(snapshot.scale, -1, 0, 0.0, "jsd", backend, advantages),
     )

@@ -157,7 +157,8 @@ def test_divergences_are_not_negative(problem: Draw, backend: str) -> None:
         value = attention_divergence(
             problem.q, problem.k, problem.snapshot(), kind, backend=backend, **problem.options
         )
-        assert (value >= 0).all()
+        # -log p of a p that is rounded above 1
+        assert (value >= (-TOLERANCE if kind == "cross_entropy" else 0)).all()
 
 
 @EXAMPLES

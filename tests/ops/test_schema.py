@@ -16,7 +16,12 @@ import ral_kernels as rk
 from ral_kernels.ops import schema
 from ral_kernels.ops.attention.arguments import AttentionArgs
 from ral_kernels.ops.attention.interface import attention_fwd
-from ral_kernels.ops.policy.arguments import PolicyArgs, PolicyDivergenceArgs, ReferenceArgs
+from ral_kernels.ops.policy.arguments import (
+    PolicyArgs,
+    PolicyDivergenceArgs,
+    ReferenceArgs,
+    TargetArgs,
+)
 
 ATTENTION = (
     "Tensor q, Tensor k, Tensor v, Tensor? span_ids, Tensor? span_bias, Tensor? attn_mask, "
@@ -32,8 +37,9 @@ POLICY = (
 )
 POLICY_DIVERGENCE = (
     "Tensor q, Tensor k, Tensor? scope, Tensor? key_padding_mask, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? query_starts, Tensor reference_q, Tensor reference_k, "
-    "Tensor? reference_k_prefix, Tensor? reference_prefix_index, SymInt query_start, float scale, "
+    "Tensor? cu_seqlens_k, Tensor? query_starts, Tensor? reference_q, Tensor? reference_k, "
+    "Tensor? reference_k_prefix, Tensor? reference_prefix_index, Tensor? target_values, "
+    "Tensor? target_ids, Tensor? target_index, SymInt query_start, float scale, "
     "SymInt window_left, SymInt window_right, float softcap, bool exclude_self, SymInt max_rows, "
     "SymInt max_keys, float reference_scale, SymInt reference_window_left, "
     "SymInt reference_window_right, float reference_softcap, str kind, str backend"
@@ -74,7 +80,7 @@ def test_nested_arguments_survive_the_flat_form() -> None:
         cu_seqlens_q=None, cu_seqlens_k=None, query_starts=None, max_rows=0, max_keys=0,
     )  # fmt: skip
     reference = ReferenceArgs(other_q, other_k, None, None, 0.25, 5, 6, 7.0)
-    args = PolicyDivergenceArgs(policy, reference, "kl")
+    args = PolicyDivergenceArgs(policy, reference, "kl", TargetArgs(*map(torch.zeros, (7, 8, 9))))
     signature = schema.Signature(PolicyDivergenceArgs)
     flat = signature.flatten(args, "cpu")
     assert len(flat) == signature.num_inputs

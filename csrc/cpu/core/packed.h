@@ -56,6 +56,11 @@ inline void narrow(ral_policy_side& x, const PackedSequence& s) {
   x.z = shifted(x.z, s.first_row);
 }
 
+inline void narrow(ral_policy_target& x, const PackedSequence& s) {
+  x.index = shifted(x.index, s.first_row);
+  x.first_key = s.first_key;
+}
+
 template <class Params>
 void narrow_gradients(Params& x, const PackedSequence& s) {
   shift_tokens(x.dq, s.first_row, size_of_dtype(x.policy.dtype));
@@ -82,6 +87,7 @@ inline ral_policy_divergence_params call_of(ral_policy_divergence_params x, cons
   narrow(x.common, s, num_threads);
   narrow(x.policy, s);
   narrow(x.reference, s);
+  narrow(x.target, s);
   narrow_gradients(x, s);
   return x;
 }

@@ -25,6 +25,7 @@ typedef enum {
   RAL_BAD_SPAN_ID = 4,       // outside [-1, num_spans)
   RAL_BAD_PREFIX_INDEX = 5,  // outside [0, num_prefixes)
   RAL_BAD_BOUNDS = 6,        // of packed sequences
+  RAL_BAD_TARGET = 7,        // its index outside [-1, num_targets), or its ids not as they must be
 } ral_status;
 
 // One tensor [batch, head, token, feature] with unit feature stride.

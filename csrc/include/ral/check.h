@@ -167,6 +167,34 @@ static inline int32_t check_policy_side(Memory memory, const ral_policy_common& 
   return RAL_OK;
 }
 
+// Keys in [0, seqlen_k), ascending, and then -1.
+static inline bool are_target_ids(const int32_t* ids, int64_t length, int64_t seqlen_k) {
+  int64_t last = -1;
+  for (int64_t i = 0; i < length; ++i) {
+    const bool none = ids[i] == -1;
+    if (!none && (ids[i] <= last || ids[i] >= seqlen_k)) return false;
+    last = none ? seqlen_k : ids[i];
+  }
+  return true;
+}
+
+static inline int32_t check_policy_target(Memory memory, const ral_policy_common& common,
+                                          const ral_policy_target& x) {
+  const int64_t rows = common.batch_size * common.num_rows;
+  const bool fits = x.index && x.first_key == 0 &&
+                    are_sizes(common.batch_size, x.num_targets, x.length) &&
+                    (x.ids || x.length == common.seqlen_k) && !common.span_ids;
+  if (!fits) return RAL_BAD_ARGUMENT;
+  if (memory == Memory::kDevice) return RAL_OK;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (!in_range(x.index[i], -1, x.num_targets - 1)) return RAL_BAD_TARGET;
+  }
+  for (int64_t i = 0; x.ids && i < common.batch_size * x.num_targets; ++i) {
+    if (!are_target_ids(x.ids + i * x.length, x.length, common.seqlen_k)) return RAL_BAD_TARGET;
+  }
+  return RAL_OK;
+}
+
 static inline int32_t check_policy(Memory memory, const ral_policy_params* params,
                                    bool is_backward) {
   if (!params) return RAL_BAD_ARGUMENT;
@@ -192,17 +220,22 @@ static inline int32_t check_policy_divergence(Memory memory,
   const bool loss = pass == DivergencePass::kLoss;
   int32_t status = check_policy_common(memory, x.common);
   if (status == RAL_OK) status = check_policy_side(memory, x.common, x.policy, !loss);
-  if (status == RAL_OK) status = check_policy_side(memory, x.common, x.reference, true);
+  const bool has_target = x.target.values != nullptr;
+  if (status == RAL_OK) {
+    status = has_target ? check_policy_target(memory, x.common, x.target)
+                        : check_policy_side(memory, x.common, x.reference, true);
+  }
   if (status != RAL_OK) return status;
+  if (has_target && (!x.reference.z || x.reference_normalised)) return RAL_BAD_ARGUMENT;
   const bool given = (pass == DivergencePass::kBackward || x.value) && (loss || (x.u && x.w)) &&
                      (pass == DivergencePass::kForward || (x.dvalue && x.dq.data && x.dk.data));
-  return given && in_range(x.kind, RAL_JSD, RAL_REVERSE_KL) ? RAL_OK : RAL_BAD_ARGUMENT;
+  return given && in_range(x.kind, RAL_JSD, RAL_CROSS_ENTROPY) ? RAL_OK : RAL_BAD_ARGUMENT;
 }
 
 static inline int32_t check_divergence(const ral_divergence_params* params) {
   if (!params) return RAL_BAD_ARGUMENT;
   const ral_divergence_params& x = *params;
-  if (!in_range(x.kind, RAL_JSD, RAL_REVERSE_KL) || x.num_threads < 1) return RAL_BAD_ARGUMENT;
+  if (!in_range(x.kind, RAL_JSD, RAL_CROSS_ENTROPY) || x.num_threads < 1) return RAL_BAD_ARGUMENT;
   if (x.num_rows == 0) return RAL_OK;
   const bool given = x.value && (x.length == 0 || (x.p && x.r));
   const bool fits = in_range(x.length, 0, INT32_MAX - 1) && are_sizes(x.num_rows, x.length + 1);

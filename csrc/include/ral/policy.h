@@ -15,6 +15,7 @@ typedef enum {
   RAL_JSD = 0,
   RAL_KL = 1,
   RAL_REVERSE_KL = 2,
+  RAL_CROSS_ENTROPY = 3,
 } ral_divergence_kind;
 
 // The queries and keys of one policy.
@@ -70,11 +71,22 @@ typedef struct {
   float* dspan_bias;  // [B, H, T, S] contiguous, or null
 } ral_policy_params;
 
+// Distributions that rows share, in place of a reference policy. A row's is restricted to its valid
+// keys and divided by its sum there. Packed calls number keys through all sequences.
+typedef struct {
+  const float* values;   // [B, num_targets, length] contiguous, >= 0; null = there is no target
+  const int32_t* ids;    // like values: keys, ascending, then -1; null = length is that of the keys
+  const int32_t* index;  // [B, total_rows], the target of each row, -1 = none
+  int64_t num_targets, length;
+  int64_t first_key;  // of the call's keys among those of the target
+} ral_policy_target;
+
 // Divergence of a policy from a reference. Each side is formed from its own queries and keys;
-// neither is stored.
+// neither is stored. With a target, of the reference only z counts: the weight on valid keys.
 typedef struct {
   ral_policy_common common;
   ral_policy_side policy, reference;
+  ral_policy_target target;
   int32_t kind;                  // ral_divergence_kind
   int32_t reference_normalised;  // 1 = the reference's norm and z are given, not written
   float* value;                  // [B, T]

@@ -12,6 +12,7 @@ from ...runtime import checks
 from ...sharded import ShardedPolicy
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
+from ...targets import AttentionTarget
 from .captured import CapturedLayer
 from .decoder import find_layers
 from .tap import Call, Sink, Tap, tapped
@@ -81,7 +82,7 @@ class CapturedForward:
 
     def divergence(
         self,
-        reference: Tensor | AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot | AttentionTarget,
         kind: Kind = "jsd",
         *,
         layer: int | None = None,
@@ -92,7 +93,7 @@ class CapturedForward:
 
     def ral_loss(
         self,
-        reference: Tensor | AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot | AttentionTarget,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,

@@ -20,6 +20,7 @@ from ...runtime.backends import BackendName
 from ...sharded import ShardedPolicy
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
+from ...targets import AttentionTarget
 from .registration import NAME as RAL
 from .tap import Call
 from .visibility import (
@@ -172,7 +173,7 @@ class CapturedLayer:
 
     def divergence(
         self,
-        reference: Tensor | AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot | AttentionTarget,
         kind: Kind = "jsd",
         *,
         rows: Rows = None,
@@ -193,7 +194,7 @@ class CapturedLayer:
 
     def ral_loss(
         self,
-        reference: Tensor | AttentionSnapshot,
+        reference: Tensor | AttentionSnapshot | AttentionTarget,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,

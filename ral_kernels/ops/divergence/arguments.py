@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-Kind = Literal["jsd", "kl", "reverse_kl"]
-KINDS: tuple[Kind, ...] = ("jsd", "kl", "reverse_kl")
+Kind = Literal["jsd", "kl", "reverse_kl", "cross_entropy"]
+KINDS: tuple[Kind, ...] = ("jsd", "kl", "reverse_kl", "cross_entropy")
 
 
 @dataclass(slots=True)

@@ -32,12 +32,13 @@ def divergence(
         jsd         ½ Σ p log(p/m) + ½ Σ r log(r/m),  m = (p + r) / 2
         kl          Σ p log(p/r)
         reverse_kl  Σ r log(r/p)
+        cross_entropy  −Σ r log p
 
-    (README.md of this folder, equations 1 to 11.) Natural logarithms and no epsilon: 0 log 0 = 0,
-    kl is +inf where r = 0 < p, reverse_kl where p = 0 < r. The formulas hold for rows that do not
-    sum to 1 too. Near p = r nothing cancels, and p == r gives exactly 0. Everything accumulates in
-    float32 and repeats bit for bit. The op keeps the gradients for the backward, each of the size
-    of its input.
+    (README.md of this folder, equations 1 to 12.) Natural logarithms and no epsilon: 0 log 0 = 0,
+    kl is +inf where r = 0 < p, reverse_kl and cross_entropy where p = 0 < r. The formulas hold for
+    rows that do not sum to 1 too. Near p = r nothing cancels, and p == r gives exactly 0, except
+    for cross_entropy, which is then the entropy of r. Everything accumulates in float32 and repeats
+    bit for bit. The op keeps the gradients for the backward, each of the size of its input.
 
     Gradients flow into p and into r. An element that is exactly 0 counts as a constant: it has a
     gradient of 0, where the derivative may be infinite. A row whose value is infinite has a
@@ -47,7 +48,7 @@ def divergence(
         p: [..., N] in any floating dtype, elements >= 0 (not checked). Half precision is converted
             to float32; float64 runs on the reference backend.
         r: the rows that p is compared with, in the shape of p.
-        kind: "jsd", "kl" or "reverse_kl".
+        kind: "jsd", "kl", "reverse_kl" or "cross_entropy".
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:

@@ -17,7 +17,8 @@ _NEAR = 0.5
 # atanh(x) - x by its series below this; the terms kept leave 1e-17 of x³ / 3.
 _SERIES = 0.1
 _SERIES_TERMS = 8
-_SWAPPED = {"jsd": "jsd", "kl": "reverse_kl", "reverse_kl": "kl"}  # the kind of (r, p)
+# the kind of (r, p); cross_entropy has none
+_SWAPPED = {"jsd": "jsd", "kl": "reverse_kl", "reverse_kl": "kl"}
 
 
 def _relative_difference(p: Tensor, r: Tensor) -> Tensor:
@@ -63,11 +64,17 @@ def _generalised_kl_terms(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
     return torch.where(x.abs() < _NEAR, near_terms, far_terms)
 
 
+def _cross_entropy_terms(p: Tensor, r: Tensor) -> Tensor:
+    """-r log p, +inf where p = 0 < r, and 0 where r is 0."""
+    return torch.where(r == 0, 0.0, -r * torch.log(p))  # (12)
+
+
 def generalised(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The term of each element, >= 0, and its derivative by p.
 
     For kl and reverse_kl the terms are those of Σ p log(p/r) − p + r and Σ r log(r/p) − r + p. For
-    rows that sum to 1 their sum is the divergence. The derivative is 0 where p is 0.
+    rows that sum to 1 their sum is the divergence. cross_entropy has the derivative of reverse_kl.
+    The derivative is 0 where p is 0.
     """
     x = _relative_difference(p, r)
     if kind == "jsd":
@@ -75,9 +82,9 @@ def generalised(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind == "kl":
         return _generalised_kl_terms(p, r, x), _log_ratio(p, r, x)  # (9)
     safe = torch.where(p == 0, 1.0, p)
-    return _generalised_kl_terms(r, p, -x), torch.where(
-        p == 0, 0.0, ((p - r) / safe).clamp_min(-1e34)
-    )  # (10)
+    is_kl = kind == "reverse_kl"
+    terms = _generalised_kl_terms(r, p, -x) if is_kl else _cross_entropy_terms(p, r)
+    return terms, torch.where(p == 0, 0.0, ((p - r) / safe).clamp_min(-1e34))  # (10)
 
 
 def _as_defined(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -89,10 +96,13 @@ def _as_defined(p: Tensor, r: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     x = _relative_difference(p, r)
     if kind == "jsd":
         return generalised(p, r, kind)
-    a, b, x = (p, r, x) if kind == "kl" else (r, p, -x)
-    near = _generalised_kl_terms(a, b, x) + (a - b)
-    log_ratio = _log_ratio(a, b, x)
-    terms = torch.where(x.abs() < _NEAR, near, a * log_ratio)  # (2), (3)
+    if kind == "cross_entropy":
+        terms = _cross_entropy_terms(p, r)
+    else:
+        a, b, x = (p, r, x) if kind == "kl" else (r, p, -x)
+        near = _generalised_kl_terms(a, b, x) + (a - b)
+        log_ratio = _log_ratio(a, b, x)
+        terms = torch.where(x.abs() < _NEAR, near, a * log_ratio)  # (2), (3)
     if kind == "kl":
         return terms, torch.where(p == 0, 0.0, log_ratio + 1)  # (9)
     safe = torch.where(p == 0, 1.0, p)
@@ -110,6 +120,9 @@ class TorchDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
         if outputs.dp is not None:
             outputs.dp[:] = torch.where(infinite, 0.0, dterms)  # (8) to (10)
         if outputs.dr is not None:
-            # By symmetry: jsd(p, r) = jsd(r, p), and reverse_kl(p, r) = kl(r, p).
-            _, dterms = _as_defined(r, p, _SWAPPED[kind])
+            if kind == "cross_entropy":
+                dterms = torch.where((r == 0) | (p == 0), 0.0, -torch.log(p))  # (12)
+            else:
+                # By symmetry: jsd(p, r) = jsd(r, p), and reverse_kl(p, r) = kl(r, p).
+                _, dterms = _as_defined(r, p, _SWAPPED[kind])
             outputs.dr[:] = torch.where(infinite, 0.0, dterms)  # (11)

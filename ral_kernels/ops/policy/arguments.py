@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..schema import part
@@ -97,6 +98,12 @@ class PolicyArgs:
             return self.max_rows == 0 or self.max_keys == 0
         return self.batch_size == 0 or self.num_rows == 0 or self.seqlen_k == 0
 
+    def sequence_of_rows(self) -> Tensor:
+        """[1, T] int64, the sequence of each packed row; S for rows after the last offset."""
+        assert self.cu_seqlens_q is not None
+        rows = torch.arange(self.num_rows, device=self.q.device, dtype=torch.int32)
+        return torch.searchsorted(self.cu_seqlens_q[1:], rows, right=True)[None]
+
 
 @dataclass(slots=True)
 class PolicyOutputs:
@@ -121,7 +128,7 @@ class PolicyGradients:
 
 @dataclass(slots=True)
 class ReferenceArgs:
-    """The reference policy: what an `AttentionSnapshot` holds.
+    """The reference policy: what an `AttentionSnapshot` holds. q and k are None with a target.
 
     Heads, kv heads, head dim and dtype may differ from the policy's. The batch or packed sequences,
     rows and their key positions, number of keys, scope, key padding and `exclude_self` are the
@@ -129,8 +136,8 @@ class ReferenceArgs:
     sample b is `k_prefix[prefix_index[b], :, j]`, key j >= N0 is `k[b, :, j - N0]`.
     """
 
-    q: Tensor  # [B, Hr, T, Dr] contiguous
-    k: Tensor  # [B, Hkr, N - N0, Dr] contiguous; N0 = 0 without k_prefix
+    q: Tensor | None  # [B, Hr, T, Dr] contiguous
+    k: Tensor | None  # [B, Hkr, N - N0, Dr] contiguous; N0 = 0 without k_prefix
     k_prefix: Tensor | None  # [P, Hkr, N0, Dr] contiguous, the keys that samples share
     prefix_index: Tensor | None  # int64 [B] contiguous, into k_prefix; None without k_prefix
     scale: float
@@ -140,19 +147,45 @@ class ReferenceArgs:
 
     @property
     def num_heads(self) -> int:
-        return self.q.shape[1]
+        return 0 if self.q is None else self.q.shape[1]
 
     @property
     def num_kv_heads(self) -> int:
-        return self.k.shape[1]
+        return 0 if self.k is None else self.k.shape[1]
 
     @property
     def head_dim(self) -> int:
-        return self.q.shape[3]
+        return 0 if self.q is None else self.q.shape[3]
 
     @property
     def prefix_length(self) -> int:
         return 0 if self.k_prefix is None else self.k_prefix.shape[2]
+
+
+@dataclass(slots=True)
+class TargetArgs:
+    """Distributions that rows share, in place of a reference policy: an `AttentionTarget`.
+
+    Row t of sample b is compared with target `g = index[b, t]`. Its weights are restricted to the
+    row's valid keys and divided by their sum there, equation (11) of divergence.md. Packed, the
+    keys are those of all sequences one after another, and a row reads its own sequence's alone.
+    """
+
+    values: Tensor | None = None  # [B, G, N] contiguous, or [B, G, K] with ids; in the dtype of the
+    #                               statistics, >= 0, G and K >= 1. None: there is no target
+    ids: Tensor | None = None  # int32 [B, G, K] contiguous, in [-1, N): ascending and distinct in a
+    #                            target, then -1 = none, where the weight is 0
+    index: Tensor | None = None  # int32 [B, T] contiguous, in [-1, G); -1 = a row without a target
+
+    @property
+    def num_targets(self) -> int:
+        """G."""
+        return 0 if self.values is None else self.values.shape[1]
+
+    @property
+    def length(self) -> int:
+        """N, or K with ids."""
+        return 0 if self.values is None else self.values.shape[2]
 
 
 @dataclass(slots=True)
@@ -165,6 +198,11 @@ class PolicyDivergenceArgs:
     )
     reference: ReferenceArgs = field(metadata=part(prefix="reference_"))
     kind: str  # one of KINDS of ops/divergence/arguments.py
+    target: TargetArgs = field(default_factory=TargetArgs, metadata=part(prefix="target_"))
+
+    @property
+    def has_target(self) -> bool:
+        return self.target.values is not None
 
 
 @dataclass(slots=True)
@@ -174,8 +212,8 @@ class PolicyDivergenceOutputs:
     value: Tensor  # [B, T], the divergence of each row
     norm: Tensor  # as in PolicyOutputs
     z: Tensor
-    reference_norm: Tensor  # [2, B, Hr, T]
-    reference_z: Tensor  # [B, T]
+    reference_norm: Tensor  # [2, B, Hr, T]; Hr is 0 with a target
+    reference_z: Tensor  # [B, T]; with a target, its weight on the row's valid keys
     u: Tensor  # [B, H, T], equation (3) of divergence.md
     w: Tensor  # [B, H, T]
 

@@ -16,7 +16,7 @@ from ...runtime.c_interface import (
     tensor_struct,
 )
 from ..divergence.arguments import KINDS
-from .arguments import PolicyArgs, PolicyDivergenceArgs
+from .arguments import PolicyArgs, PolicyDivergenceArgs, ReferenceArgs, TargetArgs
 
 
 class SideStruct(ctypes.Structure):
@@ -86,6 +86,19 @@ class Params(ctypes.Structure):
     ]
 
 
+class TargetStruct(ctypes.Structure):
+    """`ral_policy_target`: distributions that rows share."""
+
+    _fields_ = [
+        ("values", c_void_p),
+        ("ids", c_void_p),
+        ("index", c_void_p),
+        ("num_targets", c_int64),
+        ("length", c_int64),
+        ("first_key", c_int64),
+    ]
+
+
 class DivergenceParams(ctypes.Structure):
     """`ral_policy_divergence_params`."""
 
@@ -95,6 +108,7 @@ class DivergenceParams(ctypes.Structure):
         ("common", CommonStruct),
         ("policy", SideStruct),
         ("reference", SideStruct),
+        ("target", TargetStruct),
         ("kind", c_int32),
         ("reference_normalised", c_int32),
         ("value", c_void_p),
@@ -194,8 +208,25 @@ def divergence_params(
     w: Tensor | None,
 ) -> DivergenceParams:
     """The inputs and statistics of a call; the caller adds what its pass reads and writes."""
-    reference = args.reference
-    side = SideStruct(
+    params = DivergenceParams(
+        common=structs.common,
+        policy=structs.policy,
+        reference=_reference_struct(args.reference, reference_norm, reference_z),
+        target=_target_struct(args.target),
+        kind=KINDS.index(args.kind),
+        u=address(u),
+        w=address(w),
+    )
+    params.structs = structs
+    return params
+
+
+def _reference_struct(
+    reference: ReferenceArgs, norm: Tensor | None, z: Tensor | None
+) -> SideStruct:
+    if reference.q is None:
+        return SideStruct(z=address(z))
+    return SideStruct(
         num_heads=reference.num_heads,
         num_kv_heads=reference.num_kv_heads,
         head_dim=reference.head_dim,
@@ -207,19 +238,19 @@ def divergence_params(
         k=tensor_struct(reference.k),
         k_prefix=tensor_struct(reference.k_prefix),
         prefix_index=address(reference.prefix_index),
-        norm=address(reference_norm),
-        z=address(reference_z),
+        norm=address(norm),
+        z=address(z),
         scale=reference.scale,
         softcap=reference.softcap,
         dtype=DTYPES[reference.q.dtype],
     )
-    params = DivergenceParams(
-        common=structs.common,
-        policy=structs.policy,
-        reference=side,
-        kind=KINDS.index(args.kind),
-        u=address(u),
-        w=address(w),
+
+
+def _target_struct(target: TargetArgs) -> TargetStruct:
+    return TargetStruct(
+        values=address(target.values),
+        ids=address(target.ids),
+        index=address(target.index),
+        num_targets=target.num_targets,
+        length=target.length,
     )
-    params.structs = structs
-    return params

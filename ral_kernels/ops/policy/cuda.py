@@ -37,6 +37,7 @@ def _library() -> ctypes.CDLL:
 def _prepared(args: PolicyDivergenceArgs) -> PolicyDivergenceArgs:
     aligned, policy, reference = cuda_library.aligned, args.policy, args.reference
     prefix = reference.k_prefix
+    assert reference.q is not None and reference.k is not None
     return replace(
         args,
         policy=replace(policy, q=aligned(policy.q), k=aligned(policy.k)),
@@ -85,11 +86,14 @@ class CudaPolicyDivergence(
         for name, given in (
             ("span_bias", policy.span_bias is not None),
             ("softcap", policy.softcap != 0 or reference.softcap != 0),
+            ("kind='cross_entropy'", args.kind == "cross_entropy"),
+            ("an AttentionTarget", args.has_target),
         ):
             if given:
                 return f"{name} is not supported"
         reason = cuda_library.cannot_compute(policy.q, policy.k)
         if reason is None:
+            assert reference.q is not None and reference.k is not None
             reason = cuda_library.cannot_compute(reference.q, reference.k)
             reason = None if reason is None else f"reference policy: {reason}"
         return reason
@@ -172,6 +176,7 @@ def _parts(args: PolicyDivergenceArgs) -> Iterator[_Part]:
         yield _Part(_prepared(args), ALL, ALL)
         return
     policy, reference = args.policy, args.reference
+    assert reference.q is not None and reference.k is not None
     num_rows = policy.num_rows
     sizes = num_rows, policy.max_keys, policy.seqlen_k
     for chunk in chunks_of_sequences(packing, *sizes, limit=CHUNK, block_q=num_rows):

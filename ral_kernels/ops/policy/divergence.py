@@ -12,6 +12,7 @@ from ...runtime import backends, checks
 from ...runtime.backends import BackendName, DifferentiableBackend
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
+from ...targets import AttentionTarget
 from .. import allocation, schema
 from ..divergence.arguments import Kind
 from ..divergence.interface import call_divergence, check_kind
@@ -23,11 +24,12 @@ from .arguments import (
     PolicyDivergenceGradients,
     PolicyDivergenceOutputs,
     ReferenceArgs,
+    TargetArgs,
 )
 from .cpu import CpuPolicyDivergence
 from .cuda import CudaPolicyDivergence
 from .interface import call_policy, resolve_call
-from .reference import TorchPolicyDivergence
+from .reference import TorchPolicyDivergence, renormalised
 from .triton import TritonPolicyDivergence
 
 
@@ -50,6 +52,7 @@ class PolicyDivergenceBackend(
         Args:
             weights: [B, T] contiguous.
             normalised: `reference_norm` and `reference_z` are known: read them, do not write them.
+                Never with a target.
         """
         ...
 
@@ -66,7 +69,7 @@ backends.register("policy_divergence", BACKENDS)
 def attention_divergence(
     q: Tensor,
     k: Tensor,
-    reference: Tensor | AttentionSnapshot,
+    reference: Tensor | AttentionSnapshot | AttentionTarget,
     kind: Kind = "jsd",
     *,
     rows: slice | tuple[int, int] | PackedRows | None = None,
@@ -90,13 +93,16 @@ def attention_divergence(
     (divergence.md of this folder; eq. (2) of arXiv 2602.04884 without the advantage.) Against an
     `AttentionSnapshot` without spans, both policies are formed tile by tile. On the compiled
     backends no tensor then has a T x N extent, forward or backward. A policy equal to its snapshot
-    gives exactly 0.0 with exactly zero gradients. A dense reference policy is compared with
-    `attention_policy`'s result. Everything accumulates in float32 and repeats bit for bit. The
-    streamed form keeps the inputs and float32 statistics of size [B, H, T] for the backward.
+    gives exactly 0.0 (cross_entropy: its entropy) with exactly zero gradients. Against an
+    `AttentionTarget` without spans the policy is streamed alike. A dense reference policy is
+    compared with `attention_policy`'s result. Everything accumulates in float32 and repeats bit for
+    bit. The streamed form keeps the inputs and float32 statistics of size [B, H, T] for the
+    backward.
 
     kl and reverse_kl are Σ p log(p/r) − p + r and Σ r log(r/p) − r + p: the same for rows that sum
-    to 1, and ≥ 0 for others. A row without valid keys in either policy gives 0 and has no gradient.
-    A row whose value is infinite has no gradient.
+    to 1, and ≥ 0 for others. cross_entropy is −Σ r log p, with the gradient of reverse_kl by the
+    policy. A row without valid keys in either policy gives 0 and has no gradient. A row whose value
+    is infinite has no gradient.
 
     Args:
         q, k: the policy, as in `attention_policy`.
@@ -107,11 +113,14 @@ def attention_divergence(
             and head dim of its own. A snapshot brings its own span_bias, is_causal, scale, window
             and softcap; spans, scope, exclude_self and key_padding_mask of this call hold for both.
             Packed, it has the same sequences, and dense rows are [1, T, max N_i] or [1, T, S].
-        kind: "jsd", "kl" (of the policy from the reference) or "reverse_kl".
+            Or an `AttentionTarget`, distributions that rows share, over the keys or spans of the
+            call. With T > 1, a tensor [B, 1, N] or [B, 1, S] stands for `AttentionTarget(tensor)`.
+        kind: "jsd", "kl" (of the policy from the reference), "reverse_kl" or "cross_entropy".
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:
-        D, float32 [B, T]; differentiable in q, k, span_bias and in `reference` if it is a tensor.
+        D, float32 [B, T]; differentiable in q, k, span_bias and in `reference` if it holds dense
+        rows.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -126,26 +135,61 @@ def attention_divergence(
         softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
+    reference = shared_by_rows(reference, args)
     return divergence_of(op, args, reference, kind, backends.check_backend(op, backend))
 
 
 def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend: str) -> Tensor:
-    """`policy`, then `divergence`, for tensors and spans; else the op that streams both."""
+    """`policy`, then `divergence`, for dense rows and spans; else the op that streams both."""
     check_kind(op, kind)
+    streamed = streaming_args(op, args, reference, kind)
+    if streamed is not None:
+        value: Tensor = policy_divergence_fwd(streamed, backend)[0]
+        return value
+    if isinstance(reference, AttentionSnapshot):
+        reference = _span_policy_of(op, reference, args, backend)
+    elif isinstance(reference, AttentionTarget):
+        reference = _span_rows_of(reference, args)
+    return composed(call_policy(args, backend), reference, kind, backend)
+
+
+def streaming_args(
+    op: str, args: PolicyArgs, reference: Any, kind: str
+) -> PolicyDivergenceArgs | None:
+    """The arguments of the ops that stream both policies; None if dense rows are compared.
+
+    The reference is checked either way.
+    """
     if isinstance(reference, AttentionSnapshot):
         check_snapshot(op, reference, args)
-        if args.span_ids is None:
-            return _call_policy_divergence(args, reference, kind, backend)
-        reference = _span_policy_of(op, reference, args, backend)
-    else:
-        _check_dense(op, reference, args)
-    return composed(call_policy(args, backend), reference, kind, backend)
+        return None if args.span_ids is not None else _against_snapshot(args, reference, kind)
+    if isinstance(reference, AttentionTarget):
+        _check_target(op, reference, args)
+        return None if args.span_ids is not None else _against_target(args, reference, kind)
+    _check_dense(op, reference, args)
+    return None
+
+
+def shared_by_rows(reference: Any, args: PolicyArgs) -> Any:
+    """The reference of a call; a floating tensor [B, 1, N or S] for T > 1 rows as a target."""
+    is_shared = (
+        isinstance(reference, Tensor)
+        and reference.is_floating_point()
+        and reference.dim() == 3
+        and reference.shape[1] == 1
+        and args.num_rows > 1
+    )
+    return AttentionTarget(reference) if is_shared else reference
 
 
 def composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
     """The divergence of two materialised policies, with the conventions of the streamed one."""
     value = call_divergence(p, r, kind, backend)
-    if kind != "jsd":
+    if kind == "cross_entropy":
+        # Its value stands as defined. Only its gradient gets the constant that is taken out below.
+        mass = p.sum(-1).masked_fill(value.isinf(), 0.0)
+        value = value + (mass - mass.detach())
+    elif kind != "jsd":
         # Adding − p + r (or p − r) takes the constant out of the gradient by p, such as the 1 of
         # log(p/r) + 1. The renormalisation of p would cancel it only up to rounding. Rows of
         # infinite value stay without a gradient.
@@ -156,11 +200,11 @@ def composed(p: Tensor, r: Tensor, kind: str, backend: str) -> Tensor:
 
 
 def _check_dense(op: str, reference: Any, args: PolicyArgs) -> None:
-    wanted = "a [B, T, N] or [B, T, S] tensor or an AttentionSnapshot"
+    wanted = "a [B, T, N] or [B, T, S] tensor, an AttentionSnapshot or an AttentionTarget"
     checks.check_tensor(op, "reference", reference, wanted)
     if not reference.is_floating_point():
         raise TypeError(
-            f"{op}: reference must be floating or an AttentionSnapshot; got "
+            f"{op}: reference must be floating, an AttentionSnapshot or an AttentionTarget; got "
             f"{checks.dtype_name(reference.dtype)}"
         )
     shape = (args.batch_size, args.num_rows, args.num_outcomes)
@@ -237,17 +281,9 @@ def _span_policy_of(op: str, snapshot: AttentionSnapshot, args: PolicyArgs, back
     return call_policy(policy, backend)
 
 
-def _call_policy_divergence(
-    args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str
-) -> Tensor:
-    value: Tensor = policy_divergence_fwd(streaming_args(args, snapshot, kind), backend)[0]
-    return value
-
-
-def streaming_args(
+def _against_snapshot(
     args: PolicyArgs, snapshot: AttentionSnapshot, kind: str
 ) -> PolicyDivergenceArgs:
-    """The arguments of the ops that stream both policies."""
     reference = ReferenceArgs(
         q=snapshot.q,
         k=snapshot.k,
@@ -259,6 +295,67 @@ def streaming_args(
         softcap=snapshot.softcap,
     )
     return PolicyDivergenceArgs(args, reference, kind)
+
+
+def _check_target(op: str, target: AttentionTarget, args: PolicyArgs) -> None:
+    target.check()
+    checks.check_same_device(op, "reference", target.values, args.q, "q")
+    if target.batch_size != args.batch_size:
+        raise ValueError(
+            f"{op}: reference must be a target of batch size B={args.batch_size}; got "
+            f"{target.batch_size}"
+        )
+    if args.span_ids is None:
+        target.check_length(op, "N", args.seqlen_k)
+    else:
+        target.check_length(op, "S", args.num_spans)
+    if target.index is not None:
+        shape = (args.batch_size, args.num_rows)
+        if target.index.shape != shape:
+            raise ValueError(
+                f"{op}: reference.index must be [B, T] = {shape}; got {tuple(target.index.shape)}"
+            )
+    elif not (target.num_targets == 1 or _one_a_sequence(target, args)):
+        wanted = f"G=1 or G=S={args.num_sequences}" if args.is_packed else "G=1"
+        raise ValueError(
+            f"{op}: reference without an index must be a target of {wanted}; got "
+            f"G={target.num_targets}"
+        )
+
+
+def _one_a_sequence(target: AttentionTarget, args: PolicyArgs) -> bool:
+    return args.is_packed and target.num_targets == args.num_sequences
+
+
+def _target_args(target: AttentionTarget, args: PolicyArgs, length: int) -> TargetArgs:
+    """The target over `length` keys or spans as backends receive it."""
+    values, ids, index = target.values, target.ids, target.index
+    if index is None and _one_a_sequence(target, args):
+        own = args.sequence_of_rows()
+        index = torch.where(own < args.num_sequences, own, -1).to(torch.int32)
+    elif index is None:
+        shape = (args.batch_size, args.num_rows)
+        index = torch.zeros(shape, dtype=torch.int32, device=args.q.device)
+    # Kernels read one target and one key at least.
+    missing = (0, int(ids is not None and values.shape[2] == 0), 0, int(values.shape[1] == 0))
+    if any(missing):
+        values = torch.nn.functional.pad(values, missing)
+        ids = None if ids is None else torch.nn.functional.pad(ids, missing, value=-1)
+    if ids is not None and not checks.has_values(ids):
+        values, ids = torch.where(ids < length, values, 0.0), torch.where(ids < length, ids, -1)
+    return TargetArgs(values.to(allocation.accumulation_dtype(args.q)), ids, index)
+
+
+def _against_target(args: PolicyArgs, target: AttentionTarget, kind: str) -> PolicyDivergenceArgs:
+    nothing = ReferenceArgs(None, None, None, None, args.scale, -1, -1, 0.0)
+    return PolicyDivergenceArgs(args, nothing, kind, _target_args(target, args, args.seqlen_k))
+
+
+def _span_rows_of(target: AttentionTarget, args: PolicyArgs) -> Tensor:
+    """The target of each row over the spans of the call, renormalised: [B, T, S]."""
+    given = _target_args(target, args, args.num_spans)
+    every = torch.ones((), dtype=torch.bool, device=args.q.device)
+    return renormalised(given, slice(None), every, args.num_spans)[0]
 
 
 SIGNATURE = schema.Signature(PolicyDivergenceArgs)
@@ -309,7 +406,7 @@ def _policy_divergence_fwd_fake(args: PolicyDivergenceArgs, backend: str) -> tup
 def _policy_divergence_bwd(
     args: PolicyDivergenceArgs, backend: str, *statistics_and_dvalue: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """-> (dq, dk). The reference policy gets no gradient."""
+    """-> (dq, dk). The reference gets no gradient."""
     *statistics, dvalue = statistics_and_dvalue
     dq, dk = allocate_gradients(args)
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)

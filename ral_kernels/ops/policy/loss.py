@@ -1,4 +1,4 @@
-"""`ral_loss`, and the op that forms it together with its gradients against a snapshot."""
+"""`ral_loss`, and the op that forms it together with its gradients while both sides stream."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ...runtime import backends, checks
 from ...runtime.backends import BackendName
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
+from ...targets import AttentionTarget
 from .. import allocation, schema
 from ..divergence.arguments import Kind
 from ..divergence.interface import check_kind, scaled_gradient
@@ -21,8 +22,8 @@ from .divergence import (
     BACKENDS,
     SIGNATURE,
     allocate_gradients,
-    check_snapshot,
     divergence_of,
+    shared_by_rows,
     streaming_args,
 )
 from .interface import resolve_call
@@ -34,7 +35,7 @@ REDUCTIONS: tuple[Reduction, ...] = ("token_mean", "sequence_mean", "sum")
 def ral_loss(
     q: Tensor,
     k: Tensor,
-    reference: Tensor | AttentionSnapshot,
+    reference: Tensor | AttentionSnapshot | AttentionTarget,
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
@@ -58,13 +59,15 @@ def ral_loss(
 
         L = E_t[A_t D_t]        (eq. (2) of arXiv 2602.04884; D_t is `attention_divergence`)
 
-    Against a snapshot without spans, the forward forms the loss together with the gradients, if any
-    are wanted (divergence.md of this folder). It then keeps dq and dk and nothing of size T·N, and
-    the backward only multiplies them. float16 takes the backward of `attention_divergence`.
+    Against a snapshot or a target without spans, the forward forms the loss together with the
+    gradients, if any are wanted (divergence.md of this folder). It then keeps dq and dk and nothing
+    of size T·N, and the backward only multiplies them. float16 takes the backward of
+    `attention_divergence`.
 
     Minimising it keeps a row with A > 0 near the reference policy and pushes one with A < 0 away.
-    For a policy equal to its reference policy, value and gradient are exactly zero. So it acts from
-    the second step on the same rollouts, or against another reference policy.
+    For a policy equal to its snapshot, the gradient is exactly zero, and the value except for
+    cross_entropy. So it acts from the second step on the same rollouts, or against another
+    reference.
 
     Args:
         q, k, reference, kind and the other options: as in `attention_divergence`.
@@ -92,10 +95,12 @@ def ral_loss(
     )  # fmt: skip
     weights = row_weights(op, advantages, mask, reduction, args)
     requested = backends.check_backend(op, backend)
-    if isinstance(reference, AttentionSnapshot) and _fuses(args):
+    reference = shared_by_rows(reference, args)
+    if isinstance(reference, (AttentionSnapshot, AttentionTarget)) and _fuses(args):
         check_kind(op, kind)
-        check_snapshot(op, reference, args)
-        return _fused_loss(args, reference, kind, requested, weights)
+        streamed = streaming_args(op, args, reference, kind)
+        assert streamed is not None
+        return _fused_loss(streamed, reference, requested, weights)
     return weighted_sum(divergence_of(op, args, reference, kind, requested), weights)
 
 
@@ -138,15 +143,8 @@ def _resolve_advantages(op: str, advantages: Any, args: PolicyArgs) -> Tensor:
             "advantages.detach()"
         )
     if advantages.dim() == 1 and args.is_packed:
-        return torch.cat([advantages, advantages.new_zeros(1)])[_sequence_of_rows(args)]
+        return torch.cat([advantages, advantages.new_zeros(1)])[args.sequence_of_rows()]
     return (advantages[:, None] if advantages.dim() == 1 else advantages).expand(rows)
-
-
-def _sequence_of_rows(args: PolicyArgs) -> Tensor:
-    """[1, T] int64, the sequence of each packed row; S for rows after the last offset."""
-    assert args.cu_seqlens_q is not None
-    rows = torch.arange(args.num_rows, device=args.q.device, dtype=torch.int32)
-    return torch.searchsorted(args.cu_seqlens_q[1:], rows, right=True)[None]
 
 
 def _check_mask(op: str, mask: Any, args: PolicyArgs) -> None:
@@ -170,7 +168,7 @@ def _row_weights(
     """[B, T]: what each row's divergence is multiplied by; 0 for a token that does not count."""
     counts = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
     if args.is_packed:
-        sequence = _sequence_of_rows(args)
+        sequence = args.sequence_of_rows()
         counts = counts & (sequence < args.num_sequences)
     weights = torch.where(counts, advantages, 0.0)
     if reduction == "sum":
@@ -193,25 +191,29 @@ def weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
 
 
 def _fuses(args: PolicyArgs) -> bool:
-    """Whether the loss against a snapshot is to be formed together with its gradients."""
+    """Whether a loss whose reference streams is to be formed together with its gradients."""
     wants_gradient = torch.is_grad_enabled() and (args.q.requires_grad or args.k.requires_grad)
     # In float16 a gradient would underflow before loss scaling could reach it.
     return wants_gradient and args.span_ids is None and args.q.dtype != torch.float16
 
 
 def _fused_loss(
-    args: PolicyArgs, snapshot: AttentionSnapshot, kind: str, backend: str, weights: Tensor
+    args: PolicyDivergenceArgs,
+    reference: AttentionSnapshot | AttentionTarget,
+    backend: str,
+    weights: Tensor,
 ) -> Tensor:
-    # The snapshot keeps its normalisers: every inner step compares the same rollouts with it.
-    keeps = checks.has_values(args.q)
+    # The snapshot keeps its normalisers: every inner step compares the same rollouts with it. Those
+    # of a target are quickly formed.
+    snapshot = reference if isinstance(reference, AttentionSnapshot) else None
+    policy = args.policy
+    keeps = snapshot is not None and checks.has_values(policy.q)
     # How a backend computes the reference policy may depend on the policy's dtype.
-    kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')} {args.q.dtype}"
-    given = snapshot.find_normalisers(args, kernels) if keeps else None
-    loss, _, _, norm, z = policy_divergence_loss(
-        streaming_args(args, snapshot, kind), backend, weights, *(given or (None, None))
-    )
-    if keeps and given is None:
-        snapshot.keep_normalisers(args, kernels, norm.detach(), z.detach())
+    kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')} {policy.q.dtype}"
+    given = snapshot.find_normalisers(policy, kernels) if snapshot and keeps else None
+    loss, _, _, norm, z = policy_divergence_loss(args, backend, weights, *(given or (None, None)))
+    if snapshot and keeps and given is None:
+        snapshot.keep_normalisers(policy, kernels, norm.detach(), z.detach())
     result: Tensor = loss
     return result
 

@@ -25,11 +25,13 @@ from .arguments import (
     PolicyDivergenceOutputs,
     PolicyGradients,
     PolicyOutputs,
+    TargetArgs,
 )
 
 ROWS_PER_CHUNK = 64
 LOG2_E = 1.4426950408889634
 SMALLEST_WEIGHT = 2.0**-100  # of all heads together on the valid keys; less counts as 0
+NORMALISED_WITHIN = 2.0**-20  # a target whose valid weights sum to 1 up to this is taken as it is
 
 
 def _packed_sequences(args: PolicyArgs) -> Iterator[tuple[slice, slice, PolicyArgs]]:
@@ -65,10 +67,22 @@ def _packed_comparisons(
     args: PolicyDivergenceArgs,
 ) -> Iterator[tuple[slice, slice, PolicyDivergenceArgs]]:
     for rows, keys, policy in _packed_sequences(args.policy):
-        reference = replace(
-            args.reference, q=args.reference.q[:, :, rows], k=args.reference.k[:, :, keys]
-        )
-        yield rows, keys, replace(args, policy=policy, reference=reference)
+        reference, target = args.reference, args.target
+        if reference.q is not None and reference.k is not None:
+            reference = replace(reference, q=reference.q[:, :, rows], k=reference.k[:, :, keys])
+        else:
+            target = _target_of_sequence(target, rows, keys)
+        yield rows, keys, replace(args, policy=policy, reference=reference, target=target)
+
+
+def _target_of_sequence(target: TargetArgs, rows: slice, keys: slice) -> TargetArgs:
+    """The targets of some rows over some keys, which are numbered from 0."""
+    values, ids, index = target.values, target.ids, target.index
+    assert values is not None and index is not None
+    if ids is None:
+        return TargetArgs(values[..., keys], None, index[:, rows])
+    own = (ids >= keys.start) & (ids < keys.stop)
+    return TargetArgs(values, torch.where(own, ids - keys.start, -1), index[:, rows])
 
 
 def _zero(*tensors: Tensor | None) -> None:
@@ -338,10 +352,12 @@ def _policy_keys(args: PolicyDivergenceArgs) -> Tensor:
     return _keys(args.policy, args.policy.k, args.policy.num_heads)
 
 
-def _reference_keys(args: PolicyDivergenceArgs) -> Tensor:
-    """The snapshot's keys as float, one head per query head."""
+def _reference_keys(args: PolicyDivergenceArgs) -> Tensor | None:
+    """The snapshot's keys as float, one head per query head; None with a target."""
     reference = args.reference
     k = reference.k
+    if k is None:
+        return None
     if reference.k_prefix is not None:
         assert reference.prefix_index is not None
         k = torch.cat([reference.k_prefix[reference.prefix_index], k], dim=2)
@@ -349,15 +365,46 @@ def _reference_keys(args: PolicyDivergenceArgs) -> Tensor:
 
 
 def _reference_rows(
-    args: PolicyDivergenceArgs, k: Tensor, rows: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """r [B, R, N], its norm [2, B, Hr, R] and Z [B, R]."""
+    args: PolicyDivergenceArgs, k: Tensor | None, rows: slice, valid: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """r [B, R, N], its norm [2, B, Hr, R] (None with a target) and Z [B, R].
+
+    `valid` are the keys that the policy of each row is over.
+    """
     reference = args.reference
+    if k is None or reference.q is None:
+        r, z = renormalised(args.target, rows, valid, args.policy.seqlen_k)
+        return r, None, z
     visible = _visible_keys(args.policy, rows, reference.window_left, reference.window_right)
     q = _as_computed(reference.q[:, :, rows], _compute_dtype(args.policy.q))
     p_h, norm, _ = _attend(q, k, visible, reference.scale, reference.softcap, None)
     r, z = _mean_over_valid(p_h, _valid_keys(args.policy, rows, visible))
     return r, norm, z
+
+
+def renormalised(
+    target: TargetArgs, rows: slice, valid: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Equation (11): each row's target over its valid outcomes, [B, R, length], and their sum Z.
+
+    Rows without a target, or without weight on valid outcomes, are 0.
+    """
+    assert target.values is not None and target.index is not None
+    index = target.index[:, rows].long()
+    number = index.clamp_min(0)[..., None]
+    v = target.values.gather(1, number.expand(-1, -1, target.length))
+    if target.ids is not None:
+        ids = target.ids.long().gather(1, number.expand(-1, -1, target.length))
+        places = torch.where(ids >= 0, ids, length)
+        v = v.new_zeros(*v.shape[:2], length + 1).scatter(-1, places, v)[..., :length]
+    v = torch.where(valid & (index >= 0)[..., None], v, 0.0)
+    z = v.sum(-1)
+    z = torch.where(z < SMALLEST_WEIGHT, 0.0, z)
+    v = torch.where((z == 0)[..., None], 0.0, v)
+    # Weights that are a policy already, up to rounding, are not rounded again: equal policies then
+    # have a gradient of exactly 0.
+    divisor = torch.where((z == 0) | ((z - 1).abs() <= NORMALISED_WITHIN), 1.0, z)
+    return v / divisor[..., None], z  # (11)
 
 
 def _divergence_outputs_of(
@@ -381,7 +428,7 @@ def _divergence_fwd(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs
         q = _as_computed(policy.q[:, :, rows], _compute_dtype(policy.q))
         p_h, norm, _ = _attend(q, k, visible, policy.scale, policy.softcap, None)
         p, z = _mean_over_valid(p_h, valid)
-        r, reference_norm, reference_z = _reference_rows(args, reference_k, rows)
+        r, reference_norm, reference_z = _reference_rows(args, reference_k, rows, valid)
 
         terms, dp = generalised(p, r, args.kind)  # (1), (2)
         nowhere = (z == 0) | (reference_z == 0)
@@ -391,7 +438,8 @@ def _divergence_fwd(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs
         on_valid = torch.where(valid[:, None], p_h, 0.0)
         outputs.value[:, rows] = value
         outputs.norm[:, :, :, rows], outputs.z[:, rows] = norm, z
-        outputs.reference_norm[:, :, :, rows] = reference_norm
+        if reference_norm is not None:
+            outputs.reference_norm[:, :, :, rows] = reference_norm
         outputs.reference_z[:, rows] = reference_z
         outputs.u[:, :, rows] = (on_valid * dp[:, None]).sum(-1)  # (3)
         outputs.w[:, :, rows] = on_valid.sum(-1)  # (3)
@@ -419,7 +467,7 @@ def _divergence_bwd(
         q = _as_computed(policy.q[:, :, rows], _compute_dtype(policy.q))
         p_h, _, dcap = _attend(q, k, visible, policy.scale, policy.softcap, None)
         p, _ = _mean_over_valid(p_h, valid)
-        r, _, _ = _reference_rows(args, reference_k, rows)
+        r, _, _ = _reference_rows(args, reference_k, rows, valid)
         terms, dp = generalised(p, r, args.kind)  # (2)
         z, reference_z = outputs.z[:, rows], outputs.reference_z[:, rows]
         constant = (z == 0) | (reference_z == 0) | terms.sum(-1).isinf()

@@ -66,6 +66,11 @@ class TritonPolicyDivergence(
         reason = _cannot_run(args.policy)
         if reason is not None:
             return reason
+        if args.has_target:
+            return "an AttentionTarget is not supported"
+        if args.kind == "cross_entropy":
+            return "kind='cross_entropy' is not supported"
+        assert args.reference.q is not None and args.reference.k is not None
         head_dim = args.reference.head_dim
         if head_dim > MAX_HEAD_DIM:
             return (

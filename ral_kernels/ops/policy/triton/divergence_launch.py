@@ -80,6 +80,7 @@ def _comparison(
     args: PolicyDivergenceArgs, norm: Tensor, z: Tensor, ref_norm: Tensor, ref_z: Tensor
 ) -> Comparison:
     reference = args.reference
+    assert reference.q is not None and reference.k is not None
     side = Side(
         reference.q,
         reference.k,
