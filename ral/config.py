@@ -10,7 +10,7 @@ import ral_kernels as rk
 from . import schedule
 from ._requirements import check_trl
 from .losses import Which as Rows
-from .objectives import EvidenceKind, Shape
+from .objectives import EvidenceKind, Shape, check_floor
 from .processes import check_parallelism, check_world_size
 
 check_trl()
@@ -167,6 +167,9 @@ class RALConfig(GRPOConfig):
     evidence_sigma: float = _setting(
         1.0, "σ of the Gaussian that smooths evidence within an image, in visual tokens; 0 = none."
     )
+    evidence_floor: float = _setting(
+        0.0, "Share of the evidence that is spread over all visual tokens; 'kl' needs it."
+    )
     attention_reward: float = _setting(
         0.0,
         "Weight of a reward beside the others: the response's attention on evidence, less what "
@@ -287,6 +290,7 @@ class RALConfig(GRPOConfig):
             raise ValueError(
                 f"RALConfig: evidence_steps must be finite and > 0; got {self.evidence_steps!r}"
             )
+        check_floor("RALConfig: evidence_floor", self.evidence_floor, self.evidence_divergence)
         heads = self.evidence_heads
         if len(set(heads)) < len(heads) or not all(head >= 0 for head in heads):
             raise ValueError(

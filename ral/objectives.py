@@ -85,10 +85,12 @@ class EvidenceLoss(Term):
         coefficient, layers: as in `Term`.
         heads: numbers of query heads in each layer; None or empty = all.
         kind: D: "cross_entropy", −Σ r log p̂; or "kl", "reverse_kl", "jsd" as in `rk.divergence`.
+        floor: share of r that is spread over all visual tokens. "kl" needs it: it is infinite where
+            the policy looks and r has no weight.
         schedule: a factor on the coefficient.
 
     Raises:
-        ValueError: as `Term`, or another kind.
+        ValueError: as `Term`, another kind, a floor outside of [0, 1), or "kl" without one.
         NotImplementedError: in the first step, rollouts without evidence in the batch's inputs.
     """
 
@@ -101,6 +103,7 @@ class EvidenceLoss(Term):
         layers: Layers | None = None,
         heads: Sequence[int] | None = None,
         kind: EvidenceKind = "cross_entropy",
+        floor: float = 0.0,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(coefficient, layers=layers)
@@ -109,7 +112,8 @@ class EvidenceLoss(Term):
                 f"EvidenceLoss: kind must be one of {', '.join(get_args(EvidenceKind))}; got "
                 f"{kind!r}"
             )
-        self.heads, self.kind = list(heads or ()), kind
+        check_floor("EvidenceLoss: floor", floor, kind)
+        self.heads, self.kind, self.floor = list(heads or ()), kind, floor
         self.schedule = Schedule() if schedule is None else schedule
 
     def coefficient_at(self, step: int, steps: int) -> float:
@@ -133,9 +137,12 @@ class EvidenceLoss(Term):
 
     def _compared(self, batch: Batch) -> tuple[Any, dict[int, Any], Batch]:
         """The captured heads, the target by layer, and the batch over its visual tokens."""
-        evidence = _evidence(batch)
-        target = rk.AttentionTarget(evidence.weights[:, None], evidence.ids[:, None].int())
-        view = replace(batch.view, spans=None, scope=batch.inputs["visual"], kind=self.kind)
+        evidence, visual = _evidence(batch), batch.inputs["visual"]
+        if self.floor == 0:
+            target = rk.AttentionTarget(evidence.weights[:, None], evidence.ids[:, None])
+        else:
+            target = rk.AttentionTarget(with_floor(evidence, visual, self.floor)[:, None])
+        view = replace(batch.view, spans=None, scope=visual, kind=self.kind)
         captured = _Heads(batch.captured, self.heads) if self.heads else batch.captured
         return captured, dict.fromkeys(batch.layers, target), replace(batch, view=view)
 
@@ -179,6 +186,35 @@ def _evidence(batch: Batch) -> Evidence:
             f"evidence_share, as RALTrainer gives them; it lacks {', '.join(sorted(missing))}"
         )
     return Evidence(batch.inputs["evidence_ids"], batch.inputs["evidence_weights"])
+
+
+def check_floor(name: str, floor: float, kind: str) -> None:
+    """Check a floor, and that "kl" has one.
+
+    Raises:
+        ValueError: it is outside of [0, 1), or 0 with "kl".
+    """
+    if not 0 <= floor < 1:
+        raise ValueError(f"{name} must lie in [0, 1); got {floor!r}")
+    if kind == "kl" and floor == 0:
+        raise ValueError(
+            f"{name} must be > 0 with 'kl', which is infinite where the policy looks and the "
+            "evidence has no weight; got 0"
+        )
+
+
+def with_floor(evidence: Evidence, visual: Tensor, floor: float) -> Tensor:
+    """(1 − floor) w / Σ w + floor / n over the n visual tokens: float32 [B, N].
+
+    A row without evidence is 0.
+    """
+    dense = torch.zeros(visual.shape, device=visual.device)
+    weights = torch.where(evidence.ids >= 0, evidence.weights, 0.0)
+    dense.scatter_add_(1, evidence.ids.clamp(min=0), weights)
+    dense = dense * visual
+    total = dense.sum(-1, keepdim=True)
+    spread = floor * visual / visual.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(total > 0, (1 - floor) * dense / total.clamp(min=1e-30) + spread, 0.0)
 
 
 def evidence_share(

@@ -248,6 +248,7 @@ def terms_of(config: RALConfig) -> list[Term]:
                 layers=config.evidence_layers,
                 heads=config.evidence_heads,
                 kind=config.evidence_divergence,
+                floor=config.evidence_floor,
                 schedule=Schedule(config.evidence_schedule, config.evidence_steps),
             )
         )

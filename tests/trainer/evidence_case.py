@@ -38,11 +38,14 @@ def evidence_mask(trainer: RALTrainer, inputs: dict[str, Any]) -> Tensor:
     return found
 
 
-def maps(model: Any, inputs: dict[str, Any], heads: list[int] | None = None) -> list[Tensor]:
-    """[B, C, N] of each layer: eager attention of the predicting rows, averaged over heads."""
+def maps(
+    model: Any, inputs: dict[str, Any], heads: list[int] | None = None, rows: str = "predicting"
+) -> list[Tensor]:
+    """[B, C, N] of each layer: eager attention of the response's rows, averaged over heads."""
     whole = model(
         **by_hand.model_inputs(inputs), output_attentions=True, use_cache=False
     ).attentions
     length = inputs["completion_ids"].shape[1]
     chosen = [x if heads is None else x[:, heads] for x in whole]
-    return [x.mean(1)[:, -length - 1 : -1] for x in chosen]
+    start = whole[0].shape[-1] - length - (rows == "predicting")
+    return [x.mean(1)[:, start : start + length] for x in chosen]

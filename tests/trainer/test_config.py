@@ -48,6 +48,8 @@ BASE: dict[str, Any] = {
         ({"evidence_steps": 0.0}, "evidence_steps must be finite and > 0; got 0.0"),
         ({"evidence_heads": [1, 1]}, r"evidence_heads must be different numbers >= 0; got \[1, 1"),
         ({"evidence_layers": "last"}, "evidence_layers must be a number, a list of numbers, or"),
+        ({"evidence_divergence": "kl"}, "evidence_floor must be > 0 with 'kl'"),
+        ({"evidence_floor": 1.0}, r"evidence_floor must lie in \[0, 1\); got 1.0"),
         ({"evidence_sigma": -1.0}, "evidence_sigma must be finite and >= 0; got -1.0"),
         (
             {"evidence_on": "all", "evidence_min_reward": 0.5},
