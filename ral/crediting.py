@@ -130,7 +130,9 @@ class CreditingTrainer(MeasuringTrainer):
     def _find_evidence(self, ids: Tensor, mask: Tensor, fields: dict[str, Any]) -> Evidence:
         """The evidence of the rollout batch being made, once."""
         if self._evidence is None:
-            self._evidence = evidence.locate(self._rows, self.model.config, ids, mask, fields)
+            self._evidence = evidence.locate(
+                self._rows, self.model.config, ids, mask, fields, self.args.evidence_sigma
+            )
         return self._evidence
 
     def _place_evidence(self, output: dict[str, Any], ids: Tensor, mask: Tensor) -> None:

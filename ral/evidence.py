@@ -12,6 +12,8 @@ import ral_kernels as rk
 
 from .looking import Evidence
 
+_FIELDS = ("image_grid_thw", "image_sizes")  # of the processor's output, which TRL keeps
+
 
 def locate(
     rows: Sequence[Mapping[str, Any]],
@@ -19,31 +21,27 @@ def locate(
     ids: Tensor,
     mask: Tensor,
     fields: Mapping[str, Any],
+    sigma: float,
 ) -> Evidence:
-    """The evidence of a batch of token ids, whole images and frames of several images.
+    """The evidence of a batch of token ids, by `rk.region_weights`: all parts of a row as one.
 
     Args:
-        rows: of the dataset, with `evidence` or without: [{"image": 2}, {"frames": [3, 5]}], the
-            last one included.
+        rows: of the dataset, with lists of `images`, and with `evidence` as that function takes it;
+            None or without in some.
         model_config: the configuration of the vision-language model.
-        ids, mask: int64 [B, N], padded; the first tokens are the prompt's.
+        ids, mask: int64 [B, N], padded.
         fields: the processor's output, as far as TRL keeps it.
+        sigma: standard deviation of the Gaussian that smooths it, in visual tokens.
     """
-    empty = torch.full((len(rows), 1), -1, dtype=torch.int64, device=ids.device)
-    none = Evidence(empty, torch.zeros(len(rows), 1, device=ids.device))
     if fields.get("pixel_values") is None or not any(row.get("evidence") for row in rows):
-        return none
-    inputs = {n: fields[n] for n in ("image_grid_thw", "image_sizes") if fields.get(n) is not None}
-    spans = rk.spans_for(
-        model_config, {**inputs, "input_ids": ids, "attention_mask": mask}, "image"
+        nowhere = torch.full((len(rows), 1), -1, dtype=torch.int64, device=ids.device)
+        return Evidence(nowhere, torch.zeros(len(rows), 1, device=ids.device))
+    inputs = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
+    found = rk.region_weights(
+        model_config,
+        {**inputs, "input_ids": ids, "attention_mask": mask},
+        [[row.get("evidence") or []] for row in rows],
+        image_sizes=[(image.height, image.width) for row in rows for image in row["images"]],
+        sigma=sigma,
     )
-    wanted = []
-    for row, of_row in zip(rows, spans.spans.ids, strict=True):
-        items: set[int] = set()
-        for region in row.get("evidence") or ():
-            first, last = region.get("frames") or (region["image"],) * 2
-            items.update(range(first, last + 1))
-        chosen = torch.tensor(sorted(items), device=ids.device, dtype=of_row.dtype)
-        wanted.append(torch.isin(of_row, chosen).nonzero()[:, 0])
-    keys = torch.nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=-1)
-    return Evidence(keys, (keys >= 0).float()) if keys.shape[1] else none
+    return Evidence(found.ids[:, 0], found.values[:, 0])

@@ -26,6 +26,7 @@ from .targets import AttentionTarget
 if TYPE_CHECKING:
     from .integrations.transformers.attention_map import AttentionMap, attention_map
     from .integrations.transformers.capture import capture
+    from .integrations.transformers.regions import RegionWeights, region_weights
     from .integrations.transformers.spans import spans_for
     from .integrations.transformers.steer import steer
     from .integrations.transformers.tap import record_attention
@@ -35,9 +36,11 @@ __version__ = "0.1.0"
 # Public names that need transformers, which is imported when one of them is first asked for.
 _LAZY = {
     "AttentionMap": "attention_map",
+    "RegionWeights": "regions",
     "attention_map": "attention_map",
     "capture": "capture",
     "record_attention": "tap",
+    "region_weights": "regions",
     "spans_for": "spans",
     "steer": "steer",
 }
@@ -47,6 +50,7 @@ __all__ = [
     "AttentionOutput",
     "AttentionSnapshot",
     "AttentionTarget",
+    "RegionWeights",
     "ShardedPolicy",
     "ShardedSnapshot",
     "Spans",
@@ -66,6 +70,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "ral_loss",
     "record_attention",
+    "region_weights",
     "scaled_dot_product_attention",
     "sharded_bytes",
     "spans_for",

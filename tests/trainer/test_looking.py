@@ -34,7 +34,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer_of(path: Path, tmp_path: Path, **config: Any) -> Any:
-    config = {"train_dataset": evidence_case.dataset(), **config}
+    config = {"train_dataset": evidence_case.dataset(), "evidence_sigma": 0.0, **config}
     return tiny.trainer(path, tmp_path, **config)
 
 

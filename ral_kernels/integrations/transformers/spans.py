@@ -29,6 +29,8 @@ class VisionRegion:
         span_ids: int32 [rows, columns] on the CPU, the span of each token.
         box: (top, left, bottom, right) of the grid in the picture, as fractions of its height and
             width; outside [0, 1] where the processor padded the picture.
+        features: (rows, columns) of the vision tower's tokens, where the model interpolates them,
+            bilinear, to these (LLaVA-OneVision); else None.
     """
 
     sample: int
@@ -39,6 +41,7 @@ class VisionRegion:
     keys: Tensor
     span_ids: Tensor
     box: tuple[float, float, float, float]
+    features: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ def spans_for(
                 VisionRegion(
                     sample, number, item.kind, frame, view_number,
                     keys[view.offsets[frame]], span_ids[frame] + first, view.box,
+                    view.features,
                 )
                 for view_number, (view, span_ids) in enumerate(
                     zip(item.views, placed.views, strict=True)
