@@ -344,7 +344,7 @@ def test_a_picture_of_the_tasks(tmp_path) -> None:
 
 @pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
 def test_a_study(plan, tmp_path: Path, capsys) -> None:
-    arms = ["grpo", "ral"]
+    arms = ["grpo", "ral", "sum"]  # the last one is of the study of objectives
     for arm in arms:
         result = one.run(plan, "frames", arm, 0)
         assert set(result["accuracy"]) == {str(size) for size in TASKS["frames"].evaluated}
@@ -364,6 +364,7 @@ def test_a_study(plan, tmp_path: Path, capsys) -> None:
     (picture,) = tmp_path.glob("*.png")
     assert picture.name == f"{file.stem}-frames.png" and picture.stat().st_size > 10_000
     printed = capsys.readouterr().out
+    assert "reached 50 %" in printed and "evidence, reward and credit" in printed
     assert "RAL λ = 5, all layers" in printed and "mean of 16, 32 and 64 frames" in printed
     assert report.main([str(file)]) == 0
     assert "| GRPO | 1 |" in capsys.readouterr().out

@@ -279,6 +279,43 @@ def test_resampling_sees_the_other_rewards(path: Path, tmp_path: Path) -> None:
     assert rewards.nansum() != 0
 
 
+@pytest.mark.slow(stands_in="test_the_attention_reward_by_hand")
+def test_boxes_reach_the_keys_of_a_padded_batch(path: Path, tmp_path: Path) -> None:
+    """Pictures of 2 x 3 or 3 x 2 tokens of 28 pixels; a box over one token and a half of the next.
+
+    Smoothing keeps the sum within its picture.
+    """
+    rows = evidence_case.dataset().map(
+        lambda row, number: {
+            "prompt": [{"role": "user", "content": f"picture {number}?" + " Look." * number}],
+            "evidence": [{"image": 1, "box": [0.0, 0.0, 42.0, 28.0]}] if number != 2 else [],
+        },
+        with_indices=True,
+    )
+    for sigma in (0.0, 1.0):
+        trainer = trainer_of(
+            path, tmp_path / str(sigma), train_dataset=rows, attention_reward=1.0,
+            evidence_sigma=sigma,
+        )  # fmt: skip
+        inputs = batch_of(trainer)
+        assert not inputs["prompt_mask"].all()  # prompts of several lengths
+        visual = inputs["mm_token_type_ids"] == 1
+        place = Evidence(inputs["evidence_ids"], inputs["evidence_weights"])
+        assert place.given.any() and len(place.ids) == 4
+        for row in place.given.nonzero()[:, 0].tolist():
+            second = visual[row].nonzero()[6:12, 0]  # the tokens of the second picture
+            dense = torch.zeros(visual.shape[1])
+            ids = place.ids[row]
+            dense[ids[ids >= 0]] = place.weights[row][ids >= 0]
+            if sigma == 0:
+                wanted = torch.zeros_like(dense)
+                wanted[second[:2]] = torch.tensor([1.0, 0.5])
+                torch.testing.assert_close(dense, wanted)
+            else:
+                assert dense[second].sum() == pytest.approx(1.5, abs=1e-4) == dense.sum().item()
+                assert dense[second].count_nonzero() == 6
+
+
 def test_what_is_refused(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="need a column `evidence` in the training set; got prom"):
         tiny.trainer(path, tmp_path, attention_reward=1.0)
