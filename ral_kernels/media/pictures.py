@@ -111,11 +111,16 @@ def turned(image: Any) -> Any:
 
 
 def picture_size(path: File) -> tuple[int, int]:
-    """(width, height) in pixels of a still picture once it is turned upright; it is not decoded.
+    """(width, height) in pixels of a picture once it is turned upright; it is not decoded.
+
+    Of a video the first frame is decoded.
 
     Raises:
-        OSError, PictureError: as in `read_pictures`.
+        ImportError, OSError, PictureError: as in `read_pictures`.
     """
+    if not isinstance(path, bytes) and video_file.is_video(path):
+        width, height = video_file.frames_of(path, (0,))[0].size
+        return width, height
     with opened(path) as image:
         width, height = image.size
         # Pillow gives a TIFF's size as it is upright.

@@ -12,11 +12,13 @@ colour bar then says so.
 """
 
 from ..media.errors import PictureError
+from ..media.masks import read_mask
 from ..media.pictures import (
     PICTURE_SUFFIXES,
     as_rgb,
     count_frames,
     frame_times,
+    picture_size,
     read_pictures,
 )
 from ..media.video_file import VIDEO_SUFFIXES
@@ -46,6 +48,8 @@ __all__ = [
     "frame_times",
     "layer_head_grid",
     "overlay",
+    "picture_size",
+    "read_mask",
     "read_pictures",
     "read_video",
     "token_frame",
