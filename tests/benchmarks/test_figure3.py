@@ -59,7 +59,7 @@ def test_controls_of_evidence(plan) -> None:
         arm = next(arm for arm in ARMS if arm.name == name)
         bench = one.Bench.of(plan, TASKS["frames"], "think")
         trainer = one._trainer(bench, arm, 0, batches=1)
-        calls = []
+        calls: list[torch.Size] = []
 
         def score(rewards: torch.Tensor, of=trainer, calls=calls) -> torch.Tensor:
             calls.append(rewards.shape)  # a random start is never right

@@ -94,8 +94,9 @@ def test_wrong_heads(model: Any) -> None:
     for heads in ([], [0, 0], [4], [-1]):
         with pytest.raises(ValueError, match=r"heads must be different numbers in \[0, 4\)"):
             layer.of_heads(heads)
-    for heads in (0, [0.5], "0", None):
+    wrong: Any
+    for wrong in (0, [0.5], "0", None):
         with pytest.raises(TypeError, match="heads must be a sequence of ints; got"):
-            layer.of_heads(heads)
+            layer.of_heads(wrong)
     with pytest.raises(NotImplementedError, match=r"must have all heads; got \[0\]"):
         layer.of_heads([0]).sharded()

@@ -8,8 +8,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ral import RALTrainer
-
 from . import by_hand, tiny
 
 SINKS = 4  # the setting's default
@@ -23,7 +21,7 @@ def dataset(rows: int = tiny.ROWS, images: int = 3, without: int = 4) -> Dataset
     return Dataset.from_list(read)
 
 
-def evidence_mask(trainer: RALTrainer, inputs: dict[str, Any]) -> Tensor:
+def evidence_mask(trainer: Any, inputs: dict[str, Any]) -> Tensor:
     """bool [B, N]: the tokens of the row's image, found by runs of image tokens in its prompt."""
     visual = inputs["mm_token_type_ids"] == 1
     starts = visual & ~torch.nn.functional.pad(visual, (1, -1))
