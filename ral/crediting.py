@@ -119,10 +119,18 @@ class CreditingTrainer(MeasuringTrainer):
         return rewards
 
     def _reward_attention(
-        self, looks: Looks, place: Evidence, visual: Tensor, mask: Tensor
+        self, looks: Looks, place: Evidence | None, visual: Tensor, mask: Tensor
     ) -> None:
+        """Keep where the old policy looked, and what it is rewarded for that.
+
+        Args:
+            looks: of the rollout batch, whose evidence is at `place`.
+            visual: bool [B, N].
+            mask: [B, C], 1 for the responses' tokens.
+        """
         self._looks = looks
         if self.args.attention_reward > 0:
+            assert place is not None  # the setting needs evidence
             self._attention_rewards = attention_reward(looks, place, visual, mask)
 
     # -- evidence --------------------------------------------------------------------------------
@@ -188,8 +196,13 @@ class CreditingTrainer(MeasuringTrainer):
     def _log_looks(self, looks: Looks, batch: dict[str, Any]) -> None:
         mask = _response_mask(batch).bool()
         for name, values in looks._asdict().items():
-            counted = values[mask]
-            self._log_mean(f"looking/{name}", torch.stack([counted.sum(), mask.sum()]))
+            counted = mask
+            if name == "evidence":
+                if "evidence_ids" not in batch:
+                    continue
+                place = Evidence(batch["evidence_ids"], batch["evidence_weights"])
+                counted = mask & place.given[:, None]
+            self._log_mean(f"looking/{name}", torch.stack([values[counted].sum(), counted.sum()]))
 
     def _log_mean(self, name: str, sums: Tensor) -> None:
         """Log a mean over all processes, from the [sum, count] of this one."""

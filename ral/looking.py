@@ -98,7 +98,7 @@ def look(
         evidence: of the B rollouts; without, their share on evidence is 0.
     """
     start, stop = view.rows
-    most = visual.sum(-1)[:, None].float().log().clamp(min=_TINY)  # of one visual token: entropy 0
+    most = visual.sum(-1)[:, None].float().log()
     total = torch.zeros(3, visual.shape[0], stop - start, device=visual.device)
     for first in range(start, stop, _ROWS_AT_ONCE):
         last = min(first + _ROWS_AT_ONCE, stop)
@@ -111,7 +111,8 @@ def look(
             share = seen.sum(-1)
             seen = seen / share.clamp(min=_TINY)[..., None]
             on = torch.zeros_like(share) if evidence is None else evidence.of(seen)
-            entropy = torch.special.entr(seen).sum(-1) / most
+            # Of one visual token the entropy is 0, but for rounding.
+            entropy = torch.where(most > 0, torch.special.entr(seen).sum(-1) / most, 0.0)
             total[..., first - start : last - start] += torch.stack([share, on, entropy])
     return Looks(*(total / len(layers)))
 

@@ -380,7 +380,9 @@ class RALTrainer(Validates, CreditingTrainer):
             view = losses.view_of(self.args, prompt, logits_to_keep, spans)
             stack.enter_context(self._terms.taking(role, model, view))
             if looks:
-                place = self._find_evidence(input_ids, attention_mask, fields)
+                place = None
+                if self._needs_evidence:
+                    place = self._find_evidence(input_ids, attention_mask, fields)
                 kept = without_sinks(attention_mask, layout.visual, self.args.credit_sinks)
                 seen = stack.enter_context(
                     looking(model, self._layers, view, layout.visual, kept, place)

@@ -17,8 +17,10 @@ from ral.looking import (
     Looks,
     attention_reward,
     credit_weights,
+    look,
     without_sinks,
 )
+from ral.losses import PolicyView
 from tests.integrations.eager_maps import assert_same_gradients, gradients
 
 from . import by_hand, evidence_case, tiny
@@ -118,6 +120,32 @@ def test_attention_reward() -> None:
     assert got[1] == 0 and got[2].isnan()  # as uniform attention has; no evidence
     assert got[3] == 0  # all rows are uniform
     assert attention_reward(looks, evidence, torch.zeros_like(visual), mask).isnan().all()
+
+
+def test_looks_of_many_rows_and_of_one_visual_token() -> None:
+    """More rows than are held at once; the entropy over one token is 0, whatever it rounds to."""
+    p = torch.rand(2, 150, 6, generator=torch.Generator().manual_seed(0))
+    visual = torch.tensor([[False, True, True, False, True, False], [False] * 5 + [True]])
+    kept = torch.tensor([[False] + [True] * 5] * 2)
+    evidence = Evidence(torch.tensor([[2, 4], [5, -1]]), torch.tensor([[1.0, 0.5], [1.0, 9.0]]))
+
+    class Captured:
+        def policy(self, *, rows: tuple[int, int], scope: Tensor, **options: Any) -> Tensor:
+            chosen = p[:, slice(*rows)] * scope[:, None]
+            return chosen / chosen.sum(-1, keepdim=True)
+
+    captured: Any = Captured()
+    looks = look(captured, [0, 1], PolicyView((5, 145)), visual, kept, evidence)
+    rows = p[:, 5:145] * kept[:, None]
+    share = (rows * visual[:, None]).sum(-1) / rows.sum(-1)
+    seen = rows[0, :, [1, 2, 4]] / rows[0, :, [1, 2, 4]].sum(-1, keepdim=True)
+    torch.testing.assert_close(looks.visual, share)
+    torch.testing.assert_close(looks.evidence[0], seen[:, 1] + 0.5 * seen[:, 2])
+    torch.testing.assert_close(looks.evidence[1], torch.ones(140))
+    entropy = -(seen * seen.log()).sum(-1) / math.log(3)
+    torch.testing.assert_close(looks.entropy[0], entropy)
+    assert (looks.entropy[1] == 0).all()
+    assert not look(captured, [0], PolicyView((5, 9)), visual, kept, None).evidence.any()
 
 
 def test_sinks_are_the_first_text_tokens() -> None:
