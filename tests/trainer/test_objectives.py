@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ral.cli.main import main
+from ral.cli.progress import read_metrics
 from ral.objectives import EvidenceLoss, Schedule, evidence_share
 from tests.integrations.eager_maps import assert_same_gradients, gradients
 
-from . import by_hand, evidence_case, tiny
+from . import by_hand, cli_case, evidence_case, tiny
+from .test_cli import REWARD, RL
 from .test_resuming import after, resumed, same_weights
 
 
@@ -202,6 +206,30 @@ def test_all_of_them_resume_exactly(lora: bool, path: Path, tmp_path: Path) -> N
     assert same_weights(straight, other)
     assert "evidence/loss" in after(other, 4)[0] and "attn/loss" in after(other, 4)[0]
     assert len(tiny.logged(straight, "evidence/loss")) == 6  # of 7 steps: the coefficient ends
+
+
+@slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_line_each_on_the_command_line(tmp_path: Path) -> None:
+    """Boxes in a file of JSON lines, in some rows, summed with a reward function by weights."""
+    folder = cli_case.make(tmp_path)
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for number, row in enumerate(lines):
+        if number % 4:
+            row["evidence"] = [{"image": 0, "box": [0, 0, 42, 28]}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (folder / "rewards.py").write_text(REWARD)
+    out = tmp_path / "run"
+    more = ("evidence_coef=0.5", "evidence_on=all", "attention_reward=0.5", "credit=looking")
+    reward = f"rewards={folder / 'rewards.py'}:letters:2"
+    assert main(["train", *cli_case.words(folder, out, *RL, reward, *more)]) == 0
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == 4 and all(row["evidence/loss"] >= 0 for row in rows)
+    assert max(row["evidence/rollouts"] for row in rows) > 0
+    first = rows[0]
+    parts = 2 * first["rewards/letters/mean"], first["reward"]
+    assert parts[0] != parts[1] and abs(first["rewards/attention/mean"]) < 1
+    assert 0 < first["looking/visual"] < 1 and 0 < first["credit/tokens"] <= 1
 
 
 # -- schedules and the mean, by hand --------------------------------------------------------------
