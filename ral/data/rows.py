@@ -82,8 +82,9 @@ class RowReader:
         given_id = checked.fields.get("problem_id")
         if given_id is not None:
             problem_id = checked.text("problem_id", numbers=True)
-        contents = [image.get("bytes") if isinstance(image, dict) else image for image in held]
-        if not all(isinstance(content, bytes) for content in contents):
+        inside = [image.get("bytes") if isinstance(image, dict) else image for image in held]
+        contents = [content for content in inside if isinstance(content, bytes)]
+        if len(contents) < len(held):
             contents = []
         found, evidence = Found([], [], 0), checked.fields.get("evidence")
         try:
@@ -126,7 +127,7 @@ class RowReader:
         }
 
     def _found(
-        self, checked: _Checked, held: list[Any], contents: list[Any], data_type: str
+        self, checked: _Checked, held: list[Any], contents: list[bytes], data_type: str
     ) -> Found:
         """The images of a row: files, or in the table, which then stands for the file of each."""
         nothing = Found([], [], 0)

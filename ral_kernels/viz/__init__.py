@@ -29,6 +29,7 @@ from .html import write_html
 from .layers import layer_head_grid
 from .maps import AttentionMap, Parts
 from .parts import blend, colour_limit
+from .regions import region_grid
 from .words import Word
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "read_mask",
     "read_pictures",
     "read_video",
+    "region_grid",
     "token_frame",
     "token_grid",
     "write_html",

@@ -17,6 +17,7 @@ import ral_kernels as rk
 pytest.importorskip("transformers")
 from PIL import Image
 
+from ral_kernels import viz
 from ral_kernels.media.masks import read_mask
 
 from . import tiny_processors
@@ -204,6 +205,33 @@ def test_frames_of_a_video_are_those_that_the_processor_was_given(family: str) -
     assert moved.values.sum() == pytest.approx(float(found.values[:, 0].sum()), rel=1e-5)
 
 
+def test_frames_of_llava_onevision_are_pooled_as_the_model_pools_them() -> None:
+    """Weights of the vision tower's tokens, pooled by the model, are those of the prompt's."""
+    processor = tiny_processors.build("llava_onevision")
+    side = math.isqrt(processor.num_image_tokens) + 1  # 5 pools to 3, unlike 4 to 2, in fractions
+    processor.num_image_tokens = side**2
+    pooled = math.ceil(side / 2)
+    video = processor.tokenizer.convert_tokens_to_ids("<video>")
+    ids = torch.tensor([20, *[video] * (2 * pooled**2 + 1), 21])
+    inputs = {"input_ids": ids[None], "pixel_values_videos": torch.zeros(1, 2, 3, 28, 28)}
+    box = (7, 12, 44, 50)
+    found = rk.region_weights(
+        processor, inputs, [[{"frames": [1, 1], "box": box}]], image_sizes=[(2, 60, 50)]
+    )
+    inside = torch.zeros(60, 50)
+    inside[box[1] : box[3], box[0] : box[2]] = 1
+    tower = torch.nn.functional.adaptive_avg_pool2d(inside[None, None], side).flatten()[
+        None, :, None
+    ]
+    model = tiny_processors.model_for("llava_onevision", tiny_processors.build("llava_onevision"))
+    model.model.config.vision_config.patch_size = 1
+    model.model.config.vision_config.image_size = side
+    wanted = model.model.apply_pooling(tower).view(pooled, pooled)
+    assert [tuple(grid.keys.shape) for grid in found.grids] == [(pooled, pooled)] * 2
+    assert found.on_grid(found.grids[0]).sum() == 0
+    assert torch.allclose(found.on_grid(found.grids[1]), wanted, atol=1e-6)
+
+
 def test_images_are_the_frames_where_there_is_no_video() -> None:
     sizes = [(112, 112)] * 3
     processor, inputs = processed("qwen2_5_vl", [[picture(size) for size in sizes]])
@@ -224,7 +252,12 @@ def test_a_mask_and_what_overlaps_counts_once(tmp_path: Path) -> None:
     both = wedge.astype(bool)
     both[0:56, 28:70] = True
     mask, given = {"image": 0, "mask": wedge}, {"image": 0, "box": box}
-    regions = [mask, {"image": 0, "mask": tmp_path / "mask.png"}, [mask, given], [given, given]]
+    regions: list[Any] = [
+        mask,
+        {"image": 0, "mask": tmp_path / "mask.png"},
+        [mask, given],
+        [given, given],
+    ]
     found = rk.region_weights(processor, inputs, [regions], image_sizes=[size])
     [grid] = found.grids
     cells = torch.tensor(wedge.reshape(4, 28, 4, 28)).double().mean((1, 3)).float()
@@ -394,3 +427,46 @@ def test_other_families_are_refused_by_name() -> None:
     inputs = {"input_ids": torch.tensor([[1, 2]])}
     with pytest.raises(NotImplementedError, match=r"'idefics3' is not supported"):
         rk.region_weights(AutoConfig.for_model("idefics3"), inputs, [[]], image_sizes=[])
+
+
+def test_a_picture_of_a_region(tmp_path: Path) -> None:
+    """A panel for each grid that has weight, with the grid's lines and each box in its place."""
+    from matplotlib.patches import Rectangle
+
+    sizes = [(240, 280), (168, 196)]
+    pictures = [picture(size) for size in sizes]
+    processor, inputs = processed("llava_onevision", [pictures[:1]])
+    box = (31, 90, 162, 201)
+    mask = np.zeros(sizes[0], bool)
+    mask[20:60, 200:260] = True
+    region = [{"image": 0, "box": box}, {"image": 0, "mask": mask}]
+    found = rk.region_weights(processor, inputs, [[region]], image_sizes=sizes[:1])
+    figure = viz.region_grid(found, pictures[:1], path=tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    titles = ["image 1: 4 x 4 tokens", "image 1, in detail: 7 x 8 tokens"]
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [
+        [title] for title in titles
+    ]
+    for axes, grid in zip(figure.axes, found.grids, strict=True):
+        [outline] = axes.patches
+        assert isinstance(outline, Rectangle)
+        assert outline.get_bbox().extents.tolist() == list(box)
+        _, cells = axes.images
+        opaque = torch.from_numpy(np.asarray(cells.get_array())[..., 3])
+        assert torch.equal(opaque > 0, found.on_grid(grid) > 0)
+        left, right, bottom, top = cells.get_extent()
+        shown = [top / 240, left / 280, bottom / 240, right / 280]
+        assert shown == pytest.approx(list(grid.box))
+    frames = [picture((56, 84)) for _ in range(5)]
+    processor, inputs = a_video("qwen2_5_vl", frames)
+    found = rk.region_weights(
+        processor, inputs, [[{"frames": [1, 2], "box": (0, 0, 9, 9)}, {"frames": [4, 4]}]],
+        image_sizes=[(5, 56, 84)],
+    )  # fmt: skip
+    drawn = [viz.region_grid(found, [frames], region=number) for number in (0, 1)]
+    assert [[axes.texts[0].get_text().split(":")[0] for axes in each.axes] for each in drawn] == [
+        ["video 1, frames 1-2", "video 1, frames 3-4"], ["video 1, frame 5"],
+    ]  # fmt: skip
+    empty = rk.region_weights(processor, inputs, [[]], image_sizes=[(5, 56, 84)])
+    with pytest.raises(ValueError, match="got region 0 of sample 0, which covers none"):
+        viz.region_grid(empty, [frames])

@@ -26,7 +26,24 @@ _REACH = 4.0  # standard deviations after which the Gaussian is cut off
 _STEPS = 2**20  # weights of one partition's span differ by less than 1 / _STEPS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class RegionPart:
+    """What one mapping covers of one image or video.
+
+    Attributes:
+        item: number of the image or video within its sample, as in `VisionRegion`.
+        box: (x0, y0, x1, y1) in pixels; the whole picture where there is a mask.
+        mask: bool [height, width], or None.
+        frames: the first and the last frame.
+    """
+
+    item: int
+    box: tuple[float, float, float, float]
+    mask: Tensor | None
+    frames: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
 class RegionWeights:
     """How much of each visual token each region covers, for a batch of B prompts.
 
@@ -37,13 +54,13 @@ class RegionWeights:
         values: float32 [B, R, K], the share of each token's area, and of a step's frames, in
             (0, 1]; 0 where `ids` is -1.
         grids: each frame of an image or video as a grid of tokens, in the order of `spans_for`.
-        regions: as they were given.
+        parts: what each region is made of, by sample and region.
     """
 
     ids: Tensor
     values: Tensor
     grids: tuple[VisionRegion, ...]
-    regions: tuple[tuple[Any, ...], ...]
+    parts: tuple[tuple[tuple[RegionPart, ...], ...], ...]
 
     def dense(self, seqlen_k: int) -> Tensor:
         """The weights over all keys: float32 [B, R, N], 0 for keys that a region does not cover.
@@ -164,16 +181,21 @@ def region_weights(
             f"{len(regions)}"
         )
     pictures = _pictures(found.regions, sizes, samples)
-    rows: list[list[tuple[Tensor, Tensor]]] = []
-    for sample, of_sample in enumerate(regions):
-        rows.append([])
-        for number, region in enumerate(of_sample):
-            parts = [
+    parts = tuple(
+        tuple(
+            tuple(
                 part
                 for where, each in _mappings(region, f"regions[{sample}][{number}]")
                 for part in _parts(each, where, pictures[sample])
-            ]
-            rows[-1].append(_weights(parts, pictures[sample], sigma, frame_sigma))
+            )
+            for number, region in enumerate(of_sample)
+        )
+        for sample, of_sample in enumerate(regions)
+    )
+    rows = [
+        [_weights(region, shown, sigma, frame_sigma) for region in of_sample]
+        for of_sample, shown in zip(parts, pictures, strict=True)
+    ]
     empty = (torch.empty(0, dtype=torch.int64), torch.empty(0))
     most = max(1, *(len(row) for row in rows)) if rows else 1
     flat = [pair for row in rows for pair in [*row, *[empty] * (most - len(row))]]
@@ -183,7 +205,7 @@ def region_weights(
         ids.view(samples, most, -1).to(input_ids.device),
         values.view(samples, most, -1).to(input_ids.device),
         found.regions,
-        tuple(tuple(of_sample) for of_sample in regions),
+        parts,
     )
 
 
@@ -196,19 +218,6 @@ class _Picture:
     height: int
     width: int
     views: tuple[tuple[VisionRegion, ...], ...]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one mapping covers of one picture: a box or a mask, in some frames.
-
-    box: (x0, y0, x1, y1) in pixels. frames: first and last.
-    """
-
-    picture: int
-    box: tuple[float, float, float, float]
-    mask: Tensor | None
-    frames: tuple[int, int]
 
 
 def _size(size: Any) -> tuple[int | None, int, int]:
@@ -262,7 +271,7 @@ def _mappings(region: Any, where: str) -> Iterator[tuple[str, Region]]:
         yield place, {name: value for name, value in each.items() if value is not None}
 
 
-def _parts(region: Region, where: str, pictures: Sequence[_Picture]) -> Iterator[_Part]:
+def _parts(region: Region, where: str, pictures: Sequence[_Picture]) -> Iterator[RegionPart]:
     """What a mapping covers of each picture that it names."""
     if "box" in region and "mask" in region:
         raise ValueError(f"{NAME}: {where} must have a box or a mask; got both")
@@ -273,7 +282,7 @@ def _parts(region: Region, where: str, pictures: Sequence[_Picture]) -> Iterator
             box = _box(region["box"], where, picture)
         elif "mask" in region:
             mask = _mask(region["mask"], where, picture)
-        yield _Part(number, box, mask, frames)
+        yield RegionPart(number, box, mask, frames)
 
 
 def _named(
@@ -349,12 +358,12 @@ def _mask(mask: Any, where: str, picture: _Picture) -> Tensor:
 
 
 def _weights(
-    parts: Sequence[_Part], pictures: Sequence[_Picture], sigma: float, frame_sigma: float
+    parts: Sequence[RegionPart], pictures: Sequence[_Picture], sigma: float, frame_sigma: float
 ) -> tuple[Tensor, Tensor]:
     """Keys int64 [K], ascending, and weights float32 [K] of one region."""
     keys, weights = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
     for number, picture in enumerate(pictures):
-        of_picture = [part for part in parts if part.picture == number]
+        of_picture = [part for part in parts if part.item == number]
         for grids in picture.views if of_picture else ():
             covered = _covered(of_picture, picture, grids)
             for axis, width in enumerate((frame_sigma, sigma, sigma)):
@@ -368,7 +377,9 @@ def _weights(
     return ids, values[values > 0][order]
 
 
-def _covered(parts: Sequence[_Part], picture: _Picture, grids: Sequence[VisionRegion]) -> Tensor:
+def _covered(
+    parts: Sequence[RegionPart], picture: _Picture, grids: Sequence[VisionRegion]
+) -> Tensor:
     """The share of each token that a region covers: float64 [T, rows, columns].
 
     A step of time shows several frames; the last frame repeats where it shows fewer.
@@ -391,7 +402,7 @@ def _covered(parts: Sequence[_Part], picture: _Picture, grids: Sequence[VisionRe
     return torch.stack(covered)
 
 
-def _areas(parts: Sequence[_Part], picture: _Picture, grid: VisionRegion) -> Tensor:
+def _areas(parts: Sequence[RegionPart], picture: _Picture, grid: VisionRegion) -> Tensor:
     """The share of each token's area that boxes and masks cover together: [rows, columns].
 
     Their edges cut the picture into rectangles that are inside or outside, so an area is a product
