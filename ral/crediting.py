@@ -87,7 +87,8 @@ class CreditingTrainer(MeasuringTrainer):
         functions = list(given) if isinstance(given, list) else [] if given is None else [given]
         self._attention_column = len(functions)
         weights = args.reward_weights
-        args.reward_weights = [*(weights or [1.0] * len(functions)), args.attention_reward]
+        own = [1.0] * len(functions) if weights is None else weights
+        args.reward_weights = [*own, args.attention_reward]
         processors = named.get("reward_processing_classes")
         if isinstance(processors, list):
             named["reward_processing_classes"] = [*processors, None]
