@@ -10,6 +10,7 @@ import ral_kernels as rk
 from . import schedule
 from ._requirements import check_trl
 from .losses import Which as Rows
+from .objectives import EvidenceKind, Shape, check_floor
 from .processes import check_parallelism, check_world_size
 
 check_trl()
@@ -22,6 +23,8 @@ Scope = Literal["context", "visual"]
 Divergence = Literal["jsd", "kl", "reverse_kl"]
 Reference = Literal["old", "ref", "teacher"]
 Reduction = Literal["token_mean", "sequence_mean"]
+EvidenceOn = Literal["good", "all"]
+Credit = Literal["uniform", "looking", "evidence"]
 TRACKERS = ("tensorboard", "wandb")  # that `attn_map_every` gives pictures to
 _CHOICES = {
     "attn_granularity": get_args(Granularity),
@@ -30,6 +33,10 @@ _CHOICES = {
     "attn_reference": get_args(Reference),
     "attn_rows": get_args(Rows),
     "attn_reduction": get_args(Reduction),
+    "evidence_divergence": get_args(EvidenceKind),
+    "evidence_on": get_args(EvidenceOn),
+    "evidence_schedule": get_args(Shape),
+    "credit": get_args(Credit),
 }
 
 
@@ -136,6 +143,57 @@ class RALConfig(GRPOConfig):
         "Teacher's layers for attn_layers, paired in the order of the models; None = at the same "
         "distance from the end.",
     )
+    evidence_coef: float = _setting(
+        0.0,
+        "Weight of the divergence of the response's attention over visual tokens from annotated "
+        "evidence; 0 = off. Needs rows with `evidence`.",
+    )
+    evidence_divergence: EvidenceKind = _setting(
+        "cross_entropy", "Its kind: 'cross_entropy', 'kl', 'reverse_kl' or 'jsd'."
+    )
+    evidence_layers: list[int] | str | int | None = _setting(
+        None, "Its layers, as attn_layers; None = those of attn_layers."
+    )
+    evidence_heads: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Query heads of each layer that it averages over; none = all."},
+    )
+    evidence_on: EvidenceOn = _setting(
+        "good", "Rollouts that it learns from: 'good' (evidence_min_reward) or 'all'."
+    )
+    evidence_min_reward: float | None = _setting(
+        None, "Reward from which a rollout is good; None = an advantage above 0."
+    )
+    evidence_schedule: Shape = _setting(
+        "constant",
+        "Its coefficient: 'constant'; 'warmup', the same for evidence_steps and then 0; 'linear' "
+        "or 'cosine', falling to 0 over evidence_steps.",
+    )
+    evidence_steps: float = _setting(
+        1.0, "Optimizer steps of evidence_schedule; up to 1, a share of the run."
+    )
+    evidence_sigma: float = _setting(
+        1.0, "σ of the Gaussian that smooths evidence within an image, in visual tokens; 0 = none."
+    )
+    evidence_floor: float = _setting(
+        0.0, "Share of the evidence that is spread over all visual tokens; 'kl' needs it."
+    )
+    attention_reward: float = _setting(
+        0.0,
+        "Weight of a reward beside the others: the response's attention on evidence, less what "
+        "uniform attention over visual tokens would have; 0 = off.",
+    )
+    credit: Credit = _setting(
+        "uniform",
+        "How a response's tokens share its advantage: 'uniform', as in GRPO; 'looking', by their "
+        "attention on visual tokens; 'evidence', by the share of it that is on evidence.",
+    )
+    credit_top_share: float = _setting(
+        1.0, "Share of a response's tokens that get credit, those with the most attention."
+    )
+    credit_sinks: int = _setting(
+        4, "First text tokens of a prompt that credit leaves out of attention, as sinks."
+    )
     attn_metrics_every: int = _setting(
         10,
         "Rollout batches between measurements of attention entropy, visual share and the gradient "
@@ -187,6 +245,13 @@ class RALConfig(GRPOConfig):
             given = getattr(self, name)
             if isinstance(given, str) and given != "all":
                 setattr(self, name, _parse_layers(name, given, "'all'"))
+        if isinstance(self.evidence_layers, str) and self.evidence_layers != "all":
+            layers = self.evidence_layers
+            self.evidence_layers = (
+                None
+                if layers.lower() == "none"
+                else _parse_layers("evidence_layers", layers, "'all', none")
+            )
         if isinstance(self.distill_teacher_layers, str):
             given = self.distill_teacher_layers
             self.distill_teacher_layers = (
@@ -210,6 +275,10 @@ class RALConfig(GRPOConfig):
             "distill_attn_coef",
             "attn_metrics_every",
             "attn_map_every",
+            "evidence_coef",
+            "evidence_sigma",
+            "attention_reward",
+            "credit_sinks",
             "resample_equal_groups",
         ):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -226,6 +295,20 @@ class RALConfig(GRPOConfig):
                 raise ValueError(
                     f"RALConfig: {name} must lie in [0, 1]; got {getattr(self, name)!r}"
                 )
+        if not 0 < self.credit_top_share <= 1:
+            raise ValueError(
+                f"RALConfig: credit_top_share must lie in (0, 1]; got {self.credit_top_share!r}"
+            )
+        if not 0 < self.evidence_steps < float("inf"):
+            raise ValueError(
+                f"RALConfig: evidence_steps must be finite and > 0; got {self.evidence_steps!r}"
+            )
+        check_floor("RALConfig: evidence_floor", self.evidence_floor, self.evidence_divergence)
+        heads = self.evidence_heads
+        if len(set(heads)) < len(heads) or not all(head >= 0 for head in heads):
+            raise ValueError(
+                f"RALConfig: evidence_heads must be different numbers >= 0; got {heads!r}"
+            )
         backends = list(rk.available_backends())
         if self.attn_backend is not None and self.attn_backend not in backends:
             raise ValueError(
@@ -255,6 +338,16 @@ class RALConfig(GRPOConfig):
             or self.distill_attn_coef > 0
             or (self.attn_coef > 0 and self.attn_reference == "teacher")
         )
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether rows must say where their evidence is."""
+        return self.evidence_coef > 0 or self.attention_reward > 0 or self.credit == "evidence"
+
+    @property
+    def looks(self) -> bool:
+        """Whether the rollouts' attention is measured, for a reward or for credit."""
+        return self.attention_reward > 0 or self.credit != "uniform"
 
     @property
     def explores(self) -> bool:
@@ -297,6 +390,25 @@ class RALConfig(GRPOConfig):
             raise ValueError(
                 "RALConfig: attn_explore_sigma is not supported with tools; got "
                 f"max_tool_calling_iterations={self.max_tool_calling_iterations}"
+            )
+        if self.evidence_on == "all" and self.evidence_min_reward is not None:
+            raise ValueError(
+                "RALConfig: evidence_min_reward needs evidence_on='good'; got 'all', which takes "
+                f"every rollout, and evidence_min_reward={self.evidence_min_reward}"
+            )
+        if self.credit == "uniform" and self.credit_top_share < 1:
+            raise ValueError(
+                "RALConfig: credit_top_share needs credit='looking' or 'evidence'; got "
+                f"credit='uniform' and credit_top_share={self.credit_top_share}"
+            )
+        if self.attention_reward > 0 and not schedule.runs_old_policy(self):
+            raise ValueError(
+                "RALConfig: attention_reward > 0 needs more than one optimizer step on a rollout "
+                "batch, for which TRL runs the policy that wrote it before it asks for rewards: "
+                "num_iterations >= 2, or steps_per_generation > gradient_accumulation_steps; got "
+                f"num_iterations={self.num_iterations}, steps_per_generation="
+                f"{self.steps_per_generation} and gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}"
             )
         reason = schedule.why_zero(self)
         if reason is not None:
