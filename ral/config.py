@@ -26,6 +26,12 @@ Reduction = Literal["token_mean", "sequence_mean"]
 EvidenceOn = Literal["good", "all"]
 Credit = Literal["uniform", "looking", "evidence"]
 TRACKERS = ("tensorboard", "wandb")  # that `attn_map_every` gives pictures to
+_LAYERS = {  # settings of layers, and what they may be beside numbers
+    "attn_layers": ("all",),
+    "router_layers": ("all",),
+    "evidence_layers": ("all", "none"),
+    "distill_teacher_layers": ("none",),
+}
 _CHOICES = {
     "attn_granularity": get_args(Granularity),
     "attn_scope": get_args(Scope),
@@ -241,24 +247,10 @@ class RALConfig(GRPOConfig):
             self.attn_layers = -1
         if self.router_layers is None:
             self.router_layers = "all"
-        for name in ("attn_layers", "router_layers"):
+        for name, words in _LAYERS.items():
             given = getattr(self, name)
-            if isinstance(given, str) and given != "all":
-                setattr(self, name, _parse_layers(name, given, "'all'"))
-        if isinstance(self.evidence_layers, str) and self.evidence_layers != "all":
-            layers = self.evidence_layers
-            self.evidence_layers = (
-                None
-                if layers.lower() == "none"
-                else _parse_layers("evidence_layers", layers, "'all', none")
-            )
-        if isinstance(self.distill_teacher_layers, str):
-            given = self.distill_teacher_layers
-            self.distill_teacher_layers = (
-                None
-                if given.lower() == "none"
-                else _parse_layers("distill_teacher_layers", given, "none")
-            )
+            if isinstance(given, str):
+                setattr(self, name, _parse_layers(name, given, words))
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -415,17 +407,21 @@ class RALConfig(GRPOConfig):
             raise ValueError(f"RALConfig: {reason}")
 
 
-def _parse_layers(name: str, text: str, word: str) -> list[int] | int:
-    """Layers as a command line gives them: "-1" or "3,-1".
+def _parse_layers(name: str, text: str, words: tuple[str, ...]) -> list[int] | int | str | None:
+    """Layers as a command line gives them: "-1", "3,-1", "all" or "none".
 
     Args:
         name, text: of the setting.
-        word: what else the setting may be.
+        words: those of "all" and "none" that it takes.
     """
+    word = text.lower()
+    if word in words:
+        return None if word == "none" else word
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"RALConfig: {name} must be a number, a list of numbers, or {word}; got {text!r}"
+            f"RALConfig: {name} must be a number, a list of numbers, or "
+            f"{' or '.join(map(repr, words))}; got {text!r}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
