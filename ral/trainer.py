@@ -269,7 +269,6 @@ class RALTrainer(Validates, CreditingTrainer):
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, *completions)
         if self.model.training:
             rewards = self._complete_rewards(rewards)
-        if self.model.training:
             equal = equal_groups(self, rewards).sum().item()
             self._metrics["train"]["groups/equal"].append(equal)
         return rewards
