@@ -74,7 +74,7 @@ class Target:
             stride_b = 1 if self.ids is None else 0
         num_ids = 0 if self.ids is None else self.ids.shape[2]
         return parameters.Target(
-            self.values, stride_b, stride_g, self.ids, num_ids, num_ids.bit_length(),
+            self.values, stride_b, stride_g, self.ids, num_ids, max(num_ids - 1, 0).bit_length(),
             self.first_key, keys.per_row(self.index), keys.per_row(self.z), None,
             constant(KINDS.index(kind)),
         )  # fmt: skip

@@ -68,14 +68,13 @@ def weights_of_keys(target, samples, sample, which, offs_k, valid):
     else:
         # As uint32, -1 is above every key.
         key = (first_id(target, samples, sample) + offs_k)[None, :].to(tl.uint32)
-        at = tl.zeros(valid.shape, tl.int32)  # how many ids are below the key
+        at = tl.zeros(valid.shape, tl.int32)  # how many ids are below the key; at most K - 1
         for step in range(target.num_steps):
             more = at + (1 << (target.num_steps - 1 - step))
             ids = tl.load(
-                target.ids_ptr + first + (more - 1), mask=valid & (more <= target.num_ids), other=-1
+                target.ids_ptr + first + (more - 1), mask=valid & (more < target.num_ids), other=-1
             )
             at = tl.where(ids.to(tl.uint32, bitcast=True) < key, more, at)
-        valid = valid & (at < target.num_ids)
         ids = tl.load(target.ids_ptr + first + at, mask=valid, other=-1)
         valid = valid & (ids.to(tl.uint32, bitcast=True) == key)
     return tl.load(target.weights_ptr + first + at, mask=valid, other=0.0)
