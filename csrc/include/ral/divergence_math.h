@@ -45,6 +45,9 @@ constexpr float kLowestReverseKlGradient = -1e34f;
 // or its product with a row's weight, could overflow.
 constexpr float kSmallestWeight = 7.8886090522101181e-31f;
 
+// 2^-20. A target whose weights on a row's valid keys sum to 1 up to this is taken as it is.
+constexpr float kNormalisedWithin = 9.5367431640625e-07f;
+
 // (6) over m z, where z = x^2.
 template <typename V>
 RAL_HOST_DEVICE V jsd_series(V z) {
