@@ -1,5 +1,5 @@
 // Terms of the divergences between two probabilities, without cancellation where they nearly agree.
-// Equations (4) to (10) of ral_kernels/ops/divergence/README.md, one element at a time.
+// Equations (4) to (10) and (12) of ral_kernels/ops/divergence/README.md, one element at a time.
 // csrc/cpu/policy/divergence_terms.h takes a vector at a time.
 #pragma once
 

@@ -48,14 +48,6 @@ RAL_DEVICE int64_t start_of_target(const ral_policy_target& target, int64_t b, i
   return (b * target.num_targets + g) * target.length;
 }
 
-// What weights on valid keys are multiplied by; `z` is their sum. Weights that are a policy already
-// up to rounding are not rounded again.
-RAL_DEVICE float target_scale(float z) {
-  if (z == 0.0f) return 0.0f;
-  const float excess = z - 1.0f;
-  return excess <= kNormalisedWithin && -excess <= kNormalisedWithin ? 1.0f : 1.0f / z;
-}
-
 // r of rows on four keys of the lane, from weights of all keys. Rows of one target that come one
 // after another load them once.
 class TargetTile {
@@ -84,10 +76,10 @@ class TargetTile {
            sample_.first_key + key_);
     }
     const KeysOfRow keys(common_, visibility_, row);
-    const float scale = target_scale(load_global(z_ + row));  // 0 for a row without a target
+    const float inverse = target_inverse(load_global(z_ + row));  // 0 for a row without a target
     Float4 r;
     RAL_UNROLL for (int e = 0; e < 4; ++e)
-      r.x[e] = keys.have(key_ + e) ? weights_.x[e] * scale : 0.0f;
+      r.x[e] = keys.have(key_ + e) ? weights_.x[e] * inverse : 0.0f;
     return r;
   }
 
@@ -191,9 +183,9 @@ struct policy_target_rows_kernel {
     for (int64_t i = thread_index(); i < chunk.stride / 4; i += kThreads)
       store_global(reinterpret_cast<Float4*>(line) + i, Float4{});
     sync_block();  // ids of a target are distinct: no two threads write to one key after this
-    const float scale = target_scale(load_global(params.z + b * params.common.num_rows + row));
+    const float inverse = target_inverse(load_global(params.z + b * params.common.num_rows + row));
     for_weights(params, b, row,
-                [&](int32_t key, float weight) { store_global(line + key, weight * scale); });
+                [&](int32_t key, float weight) { store_global(line + key, weight * inverse); });
   }
 };
 
