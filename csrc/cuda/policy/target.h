@@ -142,29 +142,29 @@ RAL_DEVICE void for_weights(const PolicyTargetParams& params, int64_t b, int32_t
   }
 }
 
-// Z of each row: its target's weight on its valid keys. A CTA has a row.
+// Z of each row: its target's weight on its valid keys. A CTA has a row. The sum in float64 rounds
+// to the same float32 in any order, so that a target with ids has the bits of the same without.
 struct policy_target_share_kernel {
   using Params = PolicyTargetParams;
   static constexpr int kThreads = kTargetThreads, kMinBlocks = 8;
-  static constexpr int kWarps = kThreads / kWarpSize;
-  static constexpr int kSharedBytes = kWarps * int(sizeof(float));
+  static constexpr int kSharedBytes = kThreads * int(sizeof(double));
   static const char* name() { return "policy_target_share_kernel"; }
 
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_policy_common& common = params.common;
     const int64_t b = block_index() / common.num_rows;
     const int32_t row = int32_t(block_index() % common.num_rows);
-    float sum = 0.0f;
+    double sum = 0.0;
     if (row < stop_of_rows(common))
-      for_weights(params, b, row, [&](int32_t, float weight) { sum += weight; });
-    sum = warp_sum(sum);
-    float* const sums = reinterpret_cast<float*>(shared);
-    const int warp = warp_index();
-    if (lane_index() == 0) store_shared(sums + warp, sum);
-    sync_block();
-    if (thread_index() != 0) return;
-    for (int i = 1; i < kWarps; ++i) sum += load_shared(sums + i);
-    store_global(params.z + block_index(), sum < kSmallestWeight ? 0.0f : sum);
+      for_weights(params, b, row, [&](int32_t, float weight) { sum += double(weight); });
+    double* const sums = reinterpret_cast<double*>(shared) + thread_index();
+    store_shared(sums, sum);
+    for (int count = kThreads / 2; count > 0; count /= 2) {
+      sync_block();
+      if (thread_index() < count) store_shared(sums, sum += load_shared(sums + count));
+    }
+    if (thread_index() == 0)
+      store_global(params.z + block_index(), float(sum) < kSmallestWeight ? 0.0f : float(sum));
   }
 };
 
