@@ -185,11 +185,11 @@ def test_where_values_cannot_be_read() -> None:
     index = torch.tensor([0, 1, 2, 3, -5]).expand(2, B, T)
     kept = torch.vmap(lambda x, i: rk.AttentionTarget(x, index=i).values)(x, index)
     assert torch.equal(kept, x.clamp_min(0))
-    kept = torch.vmap(lambda x, i: rk.AttentionTarget(x, index=i).index)(x, index)
-    assert kept[0, 0].tolist() == [0, 1, 2, -1, -1]
+    numbers: Any = torch.vmap(lambda x, i: rk.AttentionTarget(x, index=i).index)(x, index)
+    assert numbers[0, 0].tolist() == [0, 1, 2, -1, -1]
     places = torch.tensor([3, -7, 0, 2]).expand(2, B, G, K)
-    kept = torch.vmap(lambda x, i: rk.AttentionTarget(x, i).ids)(x[..., :K], places)
-    assert kept[0, 0, 0].tolist() == [0, 2, 3, -1]
+    numbers = torch.vmap(lambda x, i: rk.AttentionTarget(x, i).ids)(x[..., :K], places)
+    assert numbers[0, 0, 0].tolist() == [0, 2, 3, -1]
 
 
 def test_through_vmap() -> None:
