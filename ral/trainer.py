@@ -51,6 +51,7 @@ class RALTrainer(Validates, MeasuringTrainer):
             (nats), also by optimizer step on the rollout batch. From the first micro-batch of each
             step.
         attn/loss, distill/attention, distill/logits, explore/loss: the terms, unweighted.
+        router/loss, router/divergence, router/load, router/dead: with router_coef (`RouterLoss`).
         attn/grad_share, attn/grad_share/inner_<i>: ‖∇ weighted attention terms‖ / ‖∇ GRPO‖, of the
             first micro-batch of a step and of this process, every `attn_metrics_every` batches.
         attn/visual_share, attn/entropy: share of the policy's attention on images, and its entropy
