@@ -66,6 +66,7 @@ def objective(q: Tensor, k: Tensor, advantages: Tensor) -> Tensor:
     assert_type(rk.attention_policy(q, k, rows=(4, 8)), Tensor)
     distance = rk.attention_divergence(q, k, old, "reverse_kl", rows=(4, 8))
     loss = rk.ral_loss(q, k, old, advantages, kind="jsd", reduction="sum", rows=(4, 8))
+    assert_type(rk.policy_loss(q, q, advantages, logits=True, kind="kl"), Tensor)
     return loss + distance.mean() + rk.divergence(q, k, "kl", backend="reference").mean()
 
 
