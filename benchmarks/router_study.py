@@ -86,7 +86,7 @@ def make_start(plan: Plan, seed: int) -> Any:
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=SYMBOLS + RULES, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=8, num_experts=8, num_experts_per_tok=2,
+        num_key_value_heads=4, num_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=16, norm_topk_prob=True, max_position_embeddings=64,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip

@@ -60,6 +60,7 @@ class RALTrainer(Validates, CreditingTrainer):
         looking/visual, looking/evidence, looking/entropy: where rollouts looked (`Looks`), with
             attention_reward or credit.
         credit/tokens: (Σ w)² / (n Σ w²), the share of a response's tokens that have its credit.
+        router/loss, router/divergence, router/load, router/dead: with router_coef (`RouterLoss`).
         attn/grad_share, attn/grad_share/inner_<i>: ‖∇ weighted attention terms‖ / ‖∇ GRPO‖, of the
             first micro-batch of a step and of this process, every `attn_metrics_every` batches.
         attn/visual_share, attn/entropy: share of the policy's attention on images, and its entropy

@@ -104,14 +104,22 @@ def test_nothing_at_the_reference(logits: bool) -> None:
         assert (gradient == 0).all()
 
 
+def test_the_reference_gets_no_gradient() -> None:
+    """Also where it is computed from the same weights."""
+    policy, reference = drawn(B, T, K).requires_grad_(), drawn(B, T, K, seed=1).requires_grad_()
+    rk.policy_loss(policy, reference, drawn(B), logits=True).backward()
+    assert policy.grad is not None and reference.grad is None
+
+
 def test_small_differences_do_not_cancel() -> None:
     """Float32 against float64 where the divergence is 1e-8: a formula with logarithms drowns."""
     reference = drawn(B, T, K).double()
     policy = reference + 1e-4 * drawn(B, T, K, seed=1).double()
     exact = rk.policy_loss(policy, reference, torch.ones(B), logits=True)
     rows = [x.softmax(-1).float() for x in (policy, reference)]
-    wanted = rk.divergence(rows[0].double(), rows[1].double()).mean()
-    loss = rk.policy_loss(*rows, torch.ones(B), logits=False)
+    p, r = rows
+    wanted = rk.divergence(p.double(), r.double()).mean()
+    loss = rk.policy_loss(p, r, torch.ones(B), logits=False)
     assert 1e-10 < exact < 1e-8
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -121,11 +129,11 @@ def test_shapes_of_rows_and_advantages() -> None:
     policy, reference, advantages = drawn(2, 3, 4, K), drawn(2, 3, 4, K, seed=1), drawn(2)
     loss = rk.policy_loss(policy, reference, advantages, logits=True, reduction="sum")
     of_rows = advantages[:, None, None].expand(2, 3, 4).reshape(24, 1)
-    flat = [x.reshape(24, 1, K) for x in (policy, reference)]
-    one_each = rk.policy_loss(*flat, of_rows, logits=True, reduction="sum")
+    p, r = policy.reshape(24, 1, K), reference.reshape(24, 1, K)
+    one_each = rk.policy_loss(p, r, of_rows, logits=True, reduction="sum")
     torch.testing.assert_close(loss, one_each, rtol=1e-6, atol=1e-8)
-    pairs = [x.reshape(24, K) for x in (policy, reference)]
-    without_time = rk.policy_loss(*pairs, of_rows[:, 0], logits=True, reduction="sum")
+    p, r = p[:, 0], r[:, 0]
+    without_time = rk.policy_loss(p, r, of_rows[:, 0], logits=True, reduction="sum")
     torch.testing.assert_close(loss, without_time, rtol=1e-6, atol=1e-8)
     empty = torch.empty(0, 3, K)
     assert rk.policy_loss(empty, empty, torch.empty(0), logits=True).item() == 0.0

@@ -68,6 +68,7 @@ def objective(q: Tensor, k: Tensor, advantages: Tensor, cu: Tensor) -> Tensor:
     loss = rk.ral_loss(q, k, old, advantages, kind="jsd", reduction="sum", rows=(4, 8))
     target = rk.AttentionTarget(advantages[:, None], cu[None, None], index=cu[None]).to(q.device)
     loss = loss + rk.ral_loss(q, k, target, advantages, kind="cross_entropy", rows=(4, 8))
+    assert_type(rk.policy_loss(q, q, advantages, logits=True, kind="kl"), Tensor)
     return loss + distance.mean() + rk.divergence(q, k, "kl", backend="reference").mean()
 
 

@@ -180,6 +180,8 @@ class RouterCapture(RoutedForward):
             )
         everything = isinstance(layers, str) and layers == "all"
         self.layers = having if everything else layer_numbers(_OP, layers, len(stack))
+        config: Any = decoder.config
+        hidden_size: int = config.hidden_size
         self._places: list[tuple[nn.Module, nn.Module]] = []
         for number in self.layers:
             router = found[number]
@@ -188,7 +190,7 @@ class RouterCapture(RoutedForward):
                     f"{_OP}: layers must pick layers with a router, which are "
                     f"{', '.join(map(str, having))} of this model; got {number}"
                 )
-            check_router(_OP, router, decoder.config.hidden_size)
+            check_router(_OP, router, hidden_size)
             self._places.append((stack[number], router))
         self._detach = detach
         self._open: ExitStack | None = None
