@@ -19,6 +19,7 @@ import ral_kernels as rk
 from ral.data import DataError, decode_batch, load_rows
 from tests.integrations import films, tiny_processors
 
+from . import tiny
 from .data_case import CHOICE, GREEN, NUMBER, RED, load, write
 
 BOX = [1, 2, 5, 6]
@@ -295,3 +296,35 @@ def test_lines_say_where(folder: Path) -> None:
     assert [line.split(" must")[0] for line in str(error.value).splitlines()[1:]] == [
         f"  data.jsonl:1: {name}" for name in ("solution", "evidence[0].image", "evidence[1].box")
     ]
+
+
+slow = pytest.mark.slow(stands_in="test_a_step_of_training_takes_rows_with_evidence")
+
+
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=slow)])
+def test_a_step_of_training_takes_rows_with_evidence(folder: Path, streaming: bool) -> None:
+    """Reward functions see each row's evidence beside its own solution, boxes and masks."""
+    Image.new("RGB", (84, 56), RED).save(folder / "wide.png")
+    inside = mask_file(folder, "wide-mask.png", (84, 56))
+    shown = CHOICE | {"path": "wide.png"}
+    rows = load(
+        folder,
+        shown | {"evidence": [{"image": 0, "box": [0, 0, 28, 56]}]},
+        shown | {"solution": "A", "evidence": [{"image": 0, "mask": "wide-mask.png"}]},
+        streaming=streaming,
+    )
+    seen: dict[str, Any] = {}
+
+    def reward(completions: Any, solution: Any, evidence: Any, **columns: Any) -> list[float]:
+        seen.update(zip(solution, evidence, strict=True))
+        return tiny.reward(completions)
+
+    path = tiny.checkpoint(folder / "checkpoints")
+    trainer = tiny.trainer(
+        path, folder, reward_funcs=reward, train_dataset=rows, max_steps=1,
+        per_device_train_batch_size=8, steps_per_generation=1, num_iterations=1, attn_coef=0.0,
+    )  # fmt: skip
+    trainer.train()
+    assert seen["B"] == [{"image": 0, "box": [0.0, 0.0, 28.0, 56.0]}]
+    [part] = seen["A"]
+    assert part["image"] == 0 and np.array_equal(part["mask"], inside)
