@@ -30,8 +30,8 @@ from benchmarks.harness.cpu_bench import CPU, DTYPES
 from benchmarks.harness.examine import FreshProcesses
 from benchmarks.harness.inputs import Heads
 from benchmarks.harness.measure import MEMORY_SHARE, quantiles
+from benchmarks.harness.objective import Objective, Problem
 from benchmarks.problems.ral import RAL
-from benchmarks.problems.ral.exact import exact
 from benchmarks.problems.ral.problem import DEFAULT_ROWS, RalProblem, random_problem
 
 OURS = ("ral", "ral_again", "ral_dense")
@@ -46,27 +46,29 @@ MODE = "forward+backward"
 class Examiner:
     """Gate, peak memory and a first duration of contestants, each in a fresh process."""
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective = RAL) -> None:
+        self._objective = objective
         self._processes = FreshProcesses(torch.get_num_threads())
 
-    def examine(self, names: Sequence[str], problem: RalProblem) -> dict[str, dict[str, Any]]:
+    def examine(self, names: Sequence[str], problem: Problem) -> dict[str, dict[str, Any]]:
         """name -> record; one that would not fit into memory is skipped with the reason."""
         with tempfile.TemporaryDirectory(prefix="ral-bench-") as folder:
             files = [str(Path(folder) / name) for name in ("problem.pt", "exact.pt")]
             torch.save(problem.tensors(), files[0])
-            torch.save({"all": exact(problem)}, files[1])
+            torch.save(self._objective.exact(problem, {"all"}), files[1])
             return {name: self._record(name, problem, files) for name in names}
 
     def close(self) -> None:
         self._processes.close()
 
-    def _record(self, name: str, problem: RalProblem, files: Sequence[str]) -> dict[str, Any]:
-        needed = RAL.registry[name].bytes_needed(problem, True)
+    def _record(self, name: str, problem: Problem, files: Sequence[str]) -> dict[str, Any]:
+        needed = self._objective.registry[name].bytes_needed(problem, True)
         available = machine.available_bytes(CPU)
         if available is not None and needed > MEMORY_SHARE * available:
             reason = f"would need {needed / 2**30:.1f} GiB of {available / 2**30:.1f} available"
             return {"status": "skipped", "reason": reason}
-        return self._processes.examine("ral", name, files[0], True, files[1], timeout=600.0)
+        objective = self._objective.name
+        return self._processes.examine(objective, name, files[0], True, files[1], timeout=600.0)
 
 
 def problem_of(seqlen: int, rows: int, dtype: torch.dtype) -> RalProblem:

@@ -21,7 +21,16 @@ from ral_kernels.runtime.triton_runtime import ARCHITECTURES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_DIMS = (64, 128, 256)
 # float16 differs from bfloat16 in the type alone; these variants stand for the others there
-MAIN_VARIANTS = ("spans", "no spans", "decoding", "keys", "jsd", "loss")
+MAIN_VARIANTS = (
+    "spans",
+    "no spans",
+    "decoding",
+    "keys",
+    "jsd",
+    "loss",
+    "target jsd",
+    "target loss",
+)
 HEADS, KV_HEADS, SEQLEN, DECODE_KEYS, SPANS, ROWS = 8, 2, 1024, 16384, 8, 256
 
 
@@ -141,9 +150,26 @@ def _policy_divergence(
     _backward(rk.attention_divergence(q, k, reference, kind, backend="triton", **offsets))
 
 
-def _ral_loss(dtype: torch.dtype, head_dim: int) -> None:
+def _target(ids: bool) -> rk.AttentionTarget:
+    """A target for each span of rows, of all keys or of some."""
+    values = torch.ones(1, SPANS, SEQLEN // 16 if ids else SEQLEN)
+    keys = torch.arange(values.shape[2]).expand(values.shape) if ids else None
+    return rk.AttentionTarget(values, keys, index=torch.arange(ROWS)[None] % SPANS)
+
+
+def _against_target(
+    dtype: torch.dtype, head_dim: int, kind: Kind, ids: bool = False, packed: bool = False
+) -> None:
+    """Forward alone: the backward is that against a snapshot."""
     q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
-    reference = _snapshot(dtype, head_dim)
+    offsets = _offsets() if packed else {}
+    with torch.no_grad():
+        rk.attention_divergence(q, k, _target(ids), kind, backend="triton", **offsets)
+
+
+def _ral_loss(dtype: torch.dtype, head_dim: int, with_target: bool) -> None:
+    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
+    reference = _target(ids=True) if with_target else _snapshot(dtype, head_dim)
     _backward(rk.ral_loss(q, k, reference, torch.zeros(1, ROWS), backend="triton"))
 
 
@@ -169,7 +195,16 @@ def _of_model(name: str, head_dim: int) -> Iterator[tuple[str, str, Callable[[],
     yield "policy_divergence", f"teacher of {teacher}", run
     run = functools.partial(_policy_divergence, dtype, head_dim, "jsd", head_dim, packed=True)
     yield "policy_divergence", "packed", run
-    yield "policy_divergence", "loss", functools.partial(_ral_loss, dtype, head_dim)
+    for kind in KINDS:
+        run = functools.partial(_against_target, dtype, head_dim, kind)
+        yield "policy_divergence", f"target {kind}", run
+        run = functools.partial(_against_target, dtype, head_dim, kind, ids=True)
+        yield "policy_divergence", f"target ids {kind}", run
+    run = functools.partial(_against_target, dtype, head_dim, "jsd", ids=True, packed=True)
+    yield "policy_divergence", "packed target ids", run
+    for variant, with_target in (("loss", False), ("target loss", True)):
+        run = functools.partial(_ral_loss, dtype, head_dim, with_target)
+        yield "policy_divergence", variant, run
 
 
 def calls() -> list[Call]:
@@ -203,7 +238,7 @@ TESTED = (
     ("bfloat16", 128, "policy", "keys"),
     ("bfloat16", 128, "policy", "spans"),
     ("bfloat16", 128, "policy_divergence", "jsd"),
-    ("bfloat16", 128, "policy_divergence", "loss"),
+    ("bfloat16", 128, "policy_divergence", "target loss"),
     ("float16", 64, "attention", "spans"),
     ("float16", 64, "policy", "keys"),
     ("float32", 64, "attention", "spans"),
@@ -215,6 +250,9 @@ TESTED_ON_SM_90 = (
     ("bfloat16", 256, "attention", "spans"),  # Triton 3.6 has tiles of its own here
     ("bfloat16", 64, "policy", "packed spans"),
     ("bfloat16", 64, "policy_divergence", "packed"),
+    ("bfloat16", 64, "policy_divergence", "packed target ids"),
+    ("bfloat16", 64, "policy_divergence", "target cross_entropy"),
+    ("float32", 64, "policy_divergence", "target ids reverse_kl"),
 )
 
 

@@ -6,5 +6,6 @@ from benchmarks.harness.objective import Objective
 
 from .attention import ATTENTION
 from .ral import RAL
+from .target import TARGET
 
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (ATTENTION, RAL)}
+OBJECTIVES: dict[str, Objective] = {x.name: x for x in (ATTENTION, RAL, TARGET)}

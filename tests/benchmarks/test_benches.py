@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ral_kernels as rk
-from benchmarks import decode_bench, packed_bench, policy_divergence_bench
+from benchmarks import decode_bench, packed_bench, policy_divergence_bench, target_bench
 
 from .test_sweeps import results_of
 
@@ -28,6 +28,18 @@ def test_policy_divergence_bench(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "target 0.02" in printed
     assert "for each row-key pair" in printed
+
+
+@pytest.mark.slow(stands_in="test_decode_bench")
+def test_target_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quick", "--seqlen", "256", "--rows", "32", "--out", str(tmp_path)]
+    assert target_bench.main(options) == 0
+    run = results_of(tmp_path)
+    assert [row["dtype"] for row in run["speed"]] == ["bfloat16", "float32"]
+    for row in run["speed"]:
+        assert set(row["ms"]) == set(target_bench.NAMES) == {"target", *row["ratio"]}
+    assert [point["rows"] for point in run["growth"]] == [32, 32, 64]
+    assert "target / it" in capsys.readouterr().out
 
 
 def test_decode_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ WRITERS = (
     "policy_divergence_accuracy",
     "policy_divergence_bench",
     "resolution_sweep",
+    "target_bench",
     "train_overhead",
     "transformers_memory",
 )

@@ -410,3 +410,24 @@ def test_layers_without_self_attention_are_told_from_those_with_it(
             NotImplementedError, match=f"layers must pick .* self-attention .* are {wanted}"
         ):
             user(hybrid, layers=-1)
+
+
+# -- a target that rows share ---------------------------------------------------------------------
+
+
+def test_against_a_target(model):
+    """It is handed on to the ops, and so is a tensor; the loss pulls on the model's parameters."""
+    with capture(model) as captured:
+        _run(model)
+    p = captured.policy()
+    values = torch.rand(p.shape[0], 1, p.shape[2], generator=torch.Generator().manual_seed(1)) + 0.1
+    r = values * (p > 0)
+    wanted = rk.divergence(p, r / r.sum(-1, keepdim=True).clamp_min(1e-9), "reverse_kl")
+    for target in (rk.AttentionTarget(values), values):
+        got = captured.divergence(target, "reverse_kl")
+        torch.testing.assert_close(got[:, 1:], wanted[:, 1:])
+        assert not got[:, 0].any()  # the first row has no key but its own
+        advantages = torch.ones(p.shape[0])
+        loss = captured.ral_loss(target, advantages, kind="cross_entropy")
+        weight = model.model.layers[-1].self_attn.q_proj.weight
+        assert torch.autograd.grad(loss, weight, retain_graph=True)[0].any()

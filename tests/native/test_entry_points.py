@@ -6,6 +6,7 @@ Python refuses such calls earlier and by name, so these tests fill the structs t
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +28,8 @@ from ral_kernels.ops.policy.arguments import PolicyArgs, PolicyDivergenceArgs, R
 from ral_kernels.runtime import cpu_library, cuda_library, native
 from ral_kernels.runtime.c_interface import address, tensor_struct
 
-OK, BAD_ARGUMENT, BAD_SPAN_ID, BAD_PREFIX_INDEX, BAD_BOUNDS = 0, 3, 4, 5, 6  # ral_status
+OK = 0  # ral_status
+BAD_ARGUMENT, BAD_SPAN_ID, BAD_PREFIX_INDEX, BAD_BOUNDS, BAD_TARGET = 3, 4, 5, 6, 7
 REFUSED_ON_A_GPU = -3  # kBadArgument of csrc/cuda/core/launch.h
 B, H, HK, T, N, D, S, P, PREFIX = 2, 4, 2, 5, 9, 64, 3, 2, 4
 
@@ -159,6 +161,28 @@ def divergence_call(entry: str = "ral_cpu_policy_divergence_fwd", *, packed: boo
     return Call(entry, [params], {"index": index, **tensors, **_bounds_of(policy)})
 
 
+def target_call(
+    entry: str = "ral_cpu_policy_divergence_fwd", *, packed: bool = False, sparse: bool = True
+) -> Call:
+    """`divergence_call` against two targets of a sample in place of a reference policy."""
+    call = divergence_call(entry, packed=packed)
+    batch_size, length = 1 if packed else B, 4 if sparse else N
+    values = torch.rand(batch_size, 2, length)
+    ids = torch.tensor([0, 3, 4, -1], dtype=torch.int32).repeat(batch_size, 2, 1)
+    rows = torch.randint(-1, 2, (batch_size, T), dtype=torch.int32)
+    params = call.structs[0]
+    params.reference = policy_structs.SideStruct(z=params.reference.z)
+    params.target = policy_structs.TargetStruct(
+        values=address(values),
+        ids=address(ids) if sparse else 0,
+        index=address(rows),
+        num_targets=2,
+        length=length,
+    )
+    call.tensors.update(values=values, ids=ids, rows=rows)
+    return call
+
+
 def rows_call() -> Call:
     p, r, dp, dr, value = (torch.rand(x) for x in ((T, N), (T, N), (T, N), (T, N), (T,)))
     params = divergence_structs.Params(
@@ -223,7 +247,19 @@ DIVERGENCE: dict[str, tuple[Any, ...]] = {
     "0.reference.prefix_index": (None,),
     "0.reference.norm": (None,),
     "0.reference.z": (None,),
-    "0.kind": (-1, 3),
+    "0.kind": (-1, 4),
+}
+TARGET: dict[str, tuple[Any, ...]] = {
+    **_COMMON,
+    **{f"0.policy.{x}": y for x, y in _SIDE.items()},
+    "0.target.index": (None,),
+    "0.target.ids": (None,),  # then `length` is not that of the keys
+    "0.target.num_targets": HUGE,
+    "0.target.length": HUGE,
+    "0.target.first_key": (-1, 1),
+    "0.reference.z": (None,),
+    "0.reference_normalised": (1,),
+    "0.kind": (-1, 4),
 }
 CALLS: dict[str, tuple[Callable[[], Call], dict[str, tuple[Any, ...]]]] = {
     "attention_fwd": (attention_call, {**ATTENTION, "1.marginals": (None,)}),
@@ -248,10 +284,14 @@ CALLS: dict[str, tuple[Callable[[], Call], dict[str, tuple[Any, ...]]]] = {
         lambda: divergence_call("ral_cpu_policy_loss"),
         {**DIVERGENCE, **{f"0.{x}": (None,) for x in ("value", "dvalue", "dq.data", "dk.data")}},
     ),
+    **{
+        f"target_{name}": (functools.partial(target_call, f"ral_cpu_policy_{name}"), TARGET)
+        for name in ("divergence_fwd", "divergence_bwd", "loss")
+    },
     "divergence_fwd": (
         rows_call,
         {"0.num_rows": (-1, 2**31, 2**62), "0.length": (-1, 2**31, 2**63 - 1), "0.p": (None,),
-         "0.r": (None,), "0.value": (None,), "0.kind": (-1, 3), "0.num_threads": (0, -1)},
+         "0.r": (None,), "0.value": (None,), "0.kind": (-1, 4), "0.num_threads": (0, -1)},
     ),
 }  # fmt: skip
 
@@ -290,6 +330,28 @@ def test_prefix_indices_out_of_range_are_refused(name: str, bad: int) -> None:
     call = CALLS[name][0]()
     call.tensors["index"][1] = bad
     assert call.run(cpu_library.library()) == BAD_PREFIX_INDEX
+
+
+@needs_library
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["divergence_fwd", "divergence_bwd", "loss"])
+def test_targets_that_cannot_be_read_are_refused(name: str, packed: bool) -> None:
+    """An index without a target, and ids that are no keys, not ascending or after a -1."""
+    library = cpu_library.library()
+
+    def call() -> Call:
+        return target_call(f"ral_cpu_policy_{name}", packed=packed)
+
+    assert call().run(library) == OK
+    assert target_call(f"ral_cpu_policy_{name}", packed=packed, sparse=False).run(library) == OK
+    for tensor, bad in (
+        ("rows", -2), ("rows", 2), ("rows", 2**31 - 1), ("ids", [0, 3, N, -1]),
+        ("ids", [0, 3, 3, -1]), ("ids", [3, 0, -1, -1]), ("ids", [0, -1, 4, -1]),
+        ("ids", [-2, 3, 4, -1]),
+    ):  # fmt: skip
+        wrong = call()
+        wrong.tensors[tensor][-1, -1] = torch.tensor(bad)
+        assert wrong.run(library) == BAD_TARGET, f"{tensor} = {bad}"
 
 
 @needs_library
@@ -375,7 +437,8 @@ def test_the_cuda_library_refuses_the_same(name: str) -> None:
     if (missing := native.why_missing("ral_cuda")) is not None:
         pytest.skip(missing)
     library, (make, faults) = cuda_library.library(), CALLS[name]
-    entry = f"ral_cuda_{name}".replace("policy_loss", "policy_divergence_loss")
+    entry = f"ral_cuda_{name}".replace("target_", "policy_")
+    entry = entry.replace("policy_loss", "policy_divergence_loss")
     scratch, stream = ctypes.c_void_p(64), ctypes.c_void_p()
     rest: tuple[Any, ...] = (ctypes.c_int64(2**20), scratch, stream)
     if name.startswith("attention"):
@@ -387,7 +450,7 @@ def test_the_cuda_library_refuses_the_same(name: str) -> None:
             call = replace(make(), entry=entry)
             call.set(path, value)
             assert call.run(library, *rest) == REFUSED_ON_A_GPU, f"{path} = {value}"
-            if name.startswith("policy"):
+            if not name.startswith("attention"):
                 count = getattr(library, f"{entry}_scratch")
                 count.restype = ctypes.c_int64
                 assert count(ctypes.byref(call.structs[0]), ctypes.c_int64(2**20)) == 0

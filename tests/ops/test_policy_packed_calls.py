@@ -97,7 +97,8 @@ def test_work_is_the_sum_over_sequences() -> None:
             "scale": None, "window": None, "softcap": None, "key_padding_mask": None, "rows": None,
             "cu_seqlens_q": None, "cu_seqlens_k": None}  # fmt: skip
         call = resolve_call("", inputs.q, inputs.k, **{**options, **inputs.options})
-        args = divergence_module.streaming_args(call, snapshot, "jsd")
+        args = divergence_module.streaming_args("", call, snapshot, "jsd")
+        assert args is not None
         outputs = divergence_module._allocate_outputs(args)
         gradients = PolicyDivergenceGradients(
             torch.ones_like(outputs.value), *divergence_module.allocate_gradients(args)

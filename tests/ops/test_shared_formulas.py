@@ -10,12 +10,13 @@ import re
 import struct
 from pathlib import Path
 
-from ral_kernels.ops.policy.reference import SMALLEST_WEIGHT
+from ral_kernels.ops.policy.reference import NORMALISED_WITHIN, SMALLEST_WEIGHT
 
 ROOT = Path(__file__).resolve().parents[2]
 TERMS = ROOT / "ral_kernels" / "ops" / "divergence" / "triton" / "terms.py"
 SOFTMAX = ROOT / "ral_kernels" / "runtime" / "triton_softmax.py"
 SIDE = ROOT / "ral_kernels" / "ops" / "policy" / "triton" / "side.py"
+TARGET = SIDE.with_name("target.py")
 HEADERS = sorted((ROOT / "csrc").rglob("*.h"))
 
 FLOAT = r"\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+"
@@ -69,6 +70,14 @@ def test_smallest_weights() -> None:
     assert 2.0 ** int(triton["SMALLEST_WEIGHT"]) == SMALLEST_WEIGHT
     # The backward counts no weight that the forward takes for 0.
     assert int(triton["SMALLEST_HEAD_WEIGHT"]) < int(triton["SMALLEST_HEAD_WEIGHT_BWD"])
+
+
+def test_targets_that_are_normalised_already() -> None:
+    (c,) = re.findall(rf"\bkNormalisedWithin = ({FLOAT})f", headers("divergence_math.h"))
+    (triton,) = re.findall(
+        r"^NORMALISED_WITHIN = tl\.constexpr\(2\.0\*\*(-\d+)\)", code(TARGET), re.M
+    )
+    assert float32(c) == 2.0 ** int(triton) == NORMALISED_WITHIN
 
 
 def test_tanh() -> None:

@@ -72,31 +72,30 @@ def _jsd(p: Tensor, r: Tensor) -> Tensor:
     return (terms[0] + terms[1]).sum(-1) / 2
 
 
-def chunked(problem: RalProblem, *, chunk_rows: int) -> Loss:
-    """Rows in chunks against the keys that they see, each recomputed in the backward.
+def last_rows_policy(q: Tensor, k: Tensor, ahead: Tensor) -> Tensor:
+    """[1, R, N'] of the last R of N' tokens; `ahead` [>= R, >= R] is true above the diagonal.
 
     The query heads of a kv head are rows of one matmul, so k is not repeated. The mask covers only
-    the square of keys of the chunk's own tokens. The softmax is float32.
+    the square of keys of the rows' own tokens. The softmax is float32.
     """
-    group = problem.heads.num_heads // problem.heads.num_kv_heads
-    scale, device = problem.heads.head_dim**-0.5, problem.q.device
-    ahead = torch.ones(chunk_rows, chunk_rows, dtype=torch.bool, device=device).triu(1)
+    rows, keys, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (-1, group)).flatten(2, 3)  # [1, Hk, G * R, D]
+    scores = (grouped * q.shape[3] ** -0.5 @ k.mT).unflatten(2, (group, rows))
+    scores[..., keys - rows :].masked_fill_(ahead[:rows, :rows], -torch.inf)
+    mean = scores.softmax(-1, dtype=torch.float32).mean((1, 2))
+    own = torch.arange(rows, device=q.device)
+    mean = mean.index_put((own.new_zeros(rows), own, keys - rows + own), mean.new_zeros(()))
+    return mean / mean.sum(-1, keepdim=True)
 
-    def policy(q: Tensor, k: Tensor) -> Tensor:
-        """[1, R, N'] of the last R of N' tokens."""
-        rows, keys = q.shape[2], k.shape[2]
-        grouped = q.unflatten(1, (-1, group)).flatten(2, 3)  # [1, Hk, G * R, D]
-        scores = (grouped * scale @ k.mT).unflatten(2, (group, rows))
-        scores[..., keys - rows :].masked_fill_(ahead[:rows, :rows], -torch.inf)
-        mean = scores.softmax(-1, dtype=torch.float32).mean((1, 2))
-        own = torch.arange(rows, device=device)
-        mean = mean.index_put((own.new_zeros(rows), own, keys - rows + own), mean.new_zeros(()))
-        return mean / mean.sum(-1, keepdim=True)
+
+def chunked(problem: RalProblem, *, chunk_rows: int) -> Loss:
+    """Rows in chunks against the keys that they see, each recomputed in the backward."""
+    ahead = torch.ones(chunk_rows, chunk_rows, dtype=torch.bool, device=problem.q.device).triu(1)
 
     def chunk(q: Tensor, k: Tensor, r_q: Tensor, r_k: Tensor, advantages: Tensor) -> Tensor:
         with torch.no_grad():
-            r = policy(r_q, r_k)
-        return (advantages * _jsd(policy(q, k), r)).sum()
+            r = last_rows_policy(r_q, r_k, ahead)
+        return (advantages * _jsd(last_rows_policy(q, k, ahead), r)).sum()
 
     def loss(q: Tensor, k: Tensor) -> tuple[Tensor]:
         num_rows, before = q.shape[2], k.shape[2] - q.shape[2]

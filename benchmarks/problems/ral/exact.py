@@ -58,8 +58,8 @@ def _loss(problem: RalProblem, rounding: torch.dtype | None) -> tuple[dict[str, 
         own = torch.arange(num_rows, device=device)[rows] + problem.seqlen - num_rows
         q = problem.q[0, :, rows].double().requires_grad_()  # [H, R, D]
         with torch.no_grad():
-            r = _policy(problem.reference_q[0, :, rows].double(), reference_k, own, rounding)
-        p = _policy(q, k, own, rounding)
+            r = exact_policy(problem.reference_q[0, :, rows].double(), reference_k, own, rounding)
+        p = exact_policy(q, k, own, rounding)
         valid = torch.arange(problem.seqlen, device=device) < own[:, None]
         m = torch.where(valid, (p + r) / 2, 1.0)
         p, r = torch.where(valid, p, 1.0), torch.where(valid, r, 1.0)
@@ -76,7 +76,7 @@ def _loss(problem: RalProblem, rounding: torch.dtype | None) -> tuple[dict[str, 
     return {"loss": loss, "dq": dq[None], "dk": dk[None]}, torch.cat(parts["values"])
 
 
-def _policy(q: Tensor, k: Tensor, own: Tensor, rounding: torch.dtype | None) -> Tensor:
+def exact_policy(q: Tensor, k: Tensor, own: Tensor, rounding: torch.dtype | None) -> Tensor:
     """[R, N] of the rows whose own keys are `own`."""
     keys = torch.arange(k.shape[1], device=k.device)
     grouped = q.unflatten(0, (k.shape[0], -1))  # [Hk, G, R, D]

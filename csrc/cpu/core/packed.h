@@ -174,4 +174,17 @@ int run_policy(const Params& params, int (*kernel)(const Params&)) {
   return params.common.cu_seqlens_q ? PackedCall<Params>(params, kernel).run() : kernel(params);
 }
 
+// Likewise. With a target there is no reference policy: its place has the policy's sizes, of which
+// kernels keep nothing but z.
+inline int run_policy(const ral_policy_divergence_params& params,
+                      int (*kernel)(const ral_policy_divergence_params&)) {
+  ral_policy_divergence_params x = params;
+  if (x.target.values) {
+    x.reference = x.policy;
+    x.reference.norm = nullptr;
+    x.reference.z = params.reference.z;
+  }
+  return run_policy<ral_policy_divergence_params>(x, kernel);
+}
+
 }  // namespace ral

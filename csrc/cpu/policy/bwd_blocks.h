@@ -8,16 +8,18 @@
 #pragma once
 
 #include "policy/fwd.h"
+#include "policy/target.h"
 
 namespace ral {
 namespace RAL_ISA {
 
 // What arrives at the policy's elements: `dp`, or the fields after it.
 struct PolicyGradientSource {
-  const float* dp = nullptr;      // [B, T, N] or [B, T, S]
-  int32_t kind = RAL_JSD;         // or, with a reference:
-  const float* dvalue = nullptr;  // [B, T]
-  const float* u = nullptr;       // the forward's moments
+  const float* dp = nullptr;                  // [B, T, N] or [B, T, S]
+  int32_t kind = RAL_JSD;                     // or, in a comparison:
+  const ral_policy_target* target = nullptr;  // in place of a reference policy
+  const float* dvalue = nullptr;              // [B, T]
+  const float* u = nullptr;                   // the forward's moments
   const float* w = nullptr;
 };
 
@@ -44,6 +46,7 @@ class PolicyGradientBlocks {
       : policy(common, policy, sub_blocks),
         reference(common, reference ? *reference : policy, sub_blocks),
         compares(reference != nullptr),
+        streams_reference(compares && !source.target),
         blocks((common.num_rows + this->policy.rows - 1) / this->policy.rows),
         columns(this->policy.panels * kWidth),
         column_steps(columns / Compute::kPair),
@@ -53,7 +56,7 @@ class PolicyGradientBlocks {
         packed_rows_size(this->policy.packed_rows_size()),
         packed_columns_size(this->policy.packed_columns_size()),
         sample_size(packed_rows_size + packed_columns_size +
-                    (compares ? this->reference.packed_rows_size() : 0)),
+                    (streams_reference ? this->reference.packed_rows_size() : 0)),
         common_(common),
         source_(source),
         dq_(dq),
@@ -110,7 +113,7 @@ class PolicyGradientBlocks {
     if (policy.side.span_bias.data) {
       policy.load_bias(block, block_floats(index, block_layout_.bias));
     }
-    if (!compares) return;
+    if (!streams_reference) return;
     TokenBlock& other = tokens_[2 * index + 1];
     other.build(common_, reference.side, sample, block_number, policy.rows);
     reference.load_queries(other, scratch.stage, data_of(index, block_layout_.reference_queries));
@@ -122,12 +125,7 @@ class PolicyGradientBlocks {
     const TokenBlock& block = own_tokens(index);
     policy.load_norm(block, policy.side.norm, block_floats(index, block_layout_.norm));
     invert(policy, block, block_floats(index, block_layout_.inverse));
-    if (compares) {
-      reference.load_norm(reference_tokens(index), reference.side.norm,
-                          block_floats(index, block_layout_.reference_norm));
-      invert(reference, reference_tokens(index),
-             block_floats(index, block_layout_.reference_inverse));
-    }
+    if (compares) load_reference(index);
     if (source_.dp) {
       if (common_.span_ids) load_span_gradient(block, index);
       sum_moments(index / blocks, index, scratch, scratch.moment, scratch.share);
@@ -148,17 +146,16 @@ class PolicyGradientBlocks {
     if (visible.begin == visible.end) finish_unseen(index, scratch);  // no key block visits it
   }
 
-  // Forms the normalisers of both sides of a loaded block. `share` receives W_h; `valid` is room
-  // for the larger side's columns, `z` for its rows. With caches it forms given normalisers again,
-  // because both sides' weights must come from the same stream.
-  void normalise(int64_t index, bool reference_given, float* share, float* valid, float* z,
-                 const WeightCache& cache, const WeightCache& reference_cache) {
+  // Forms the normalisers of both sides of a loaded block. scratch.share receives W_h; `valid` is
+  // room for the larger side's columns, `z` for its rows. With caches it forms given normalisers
+  // again, because both sides' weights must come from the same stream.
+  void normalise(int64_t index, bool reference_given, const StreamScratch& scratch, float* valid,
+                 float* z, const WeightCache& cache, const WeightCache& reference_cache) {
     const int64_t slot = index / blocks;
-    if (compares && reference_given && !reference_cache.weights) {
-      reference.load_norm(reference_tokens(index), reference.side.norm,
-                          block_floats(index, block_layout_.reference_norm));
-      invert(reference, reference_tokens(index),
-             block_floats(index, block_layout_.reference_inverse));
+    if (source_.target) {
+      sum_targets(index, scratch, z);
+    } else if (compares && reference_given && !reference_cache.weights) {
+      load_reference(index);
     } else if (compares) {
       normalise_side(reference, reference_tokens(index), reference_side(slot, index),
                      block_floats(index, block_layout_.reference_norm), valid, z,
@@ -166,7 +163,7 @@ class PolicyGradientBlocks {
                      !reference_given);
     }
     normalise_side(policy, own_tokens(index), own_side(slot, index),
-                   block_floats(index, block_layout_.norm), share, z,
+                   block_floats(index, block_layout_.norm), scratch.share, z,
                    block_floats(index, block_layout_.inverse), cache, true);
   }
 
@@ -202,7 +199,10 @@ class PolicyGradientBlocks {
       renormalise(block, common_, chunk, rows, block_floats(index, block_layout_.inverse), mean);
       const TokenBlock& tokens = reference_tokens(index);
       const SideBlock in = reference_side(slot, index);
-      if (reference_cache.weights) {
+      if (source_.target) {
+        TargetRows(common_, *source_.target)
+            .load_chunk(block, chunk, rows, reinterpret_cast<float*>(scratch.stage), l);
+      } else if (reference_cache.weights) {
         recall_weights(reference, tokens, in, chunk, chunk.begin / kChunkGroups, reference_cache,
                        false, l);
       } else {
@@ -238,17 +238,7 @@ class PolicyGradientBlocks {
         transpose_block(stage, kChunkKeys, l + sub, rows, kLanes, kChunkKeys);
       }
     }
-    GroupValidity validity(common_, block);
-    for (int64_t key = 0; key < count; ++key) {
-      const int r = static_cast<int>(key % kTileRows);
-      if (r == 0) validity.move_to(chunk.begin + key / kTileRows);
-      const int32_t k = static_cast<int32_t>(first + key);
-      for (int64_t i = 0; i < rows; i += kLanes) {
-        const IntVec seen = (load(block.first_key + i) <= k) & (load(block.last_key + i) >= k);
-        float* to = l + key * rows + i;
-        store(to, select(seen & validity.lanes(r, i / kLanes), load(to), Vec{}));
-      }
-    }
+    keep_valid(block, common_, chunk, rows, l);
   }
 
   // Turns l into G = scale (l - c) on valid keys, 0 elsewhere.
@@ -350,7 +340,7 @@ class PolicyGradientBlocks {
 
   const PolicySide<Compute, V> policy;
   const PolicySide<Reference, V> reference;
-  const bool compares;
+  const bool compares, streams_reference;
   const int64_t blocks, columns, column_steps, padded_k, padded_d, bias_columns, packed_rows_size,
       packed_columns_size, sample_size;
 
@@ -364,9 +354,9 @@ class PolicyGradientBlocks {
     const int64_t columns = policy.columns_size(), rows = policy.rows;
     b.queries = b.add(policy.queries_size());
     b.query_rows = b.add(policy.side.num_kv_heads * column_steps * padded_k);
-    b.reference_queries = b.add(compares ? reference.queries_size() : 0);
+    b.reference_queries = b.add(streams_reference ? reference.queries_size() : 0);
     b.norm = b.add(3 * columns);  // the sums' own loss is the third
-    b.reference_norm = b.add(compares ? 3 * reference.columns_size() : 0);
+    b.reference_norm = b.add(streams_reference ? 3 * reference.columns_size() : 0);
     b.delta = b.add(columns);
     b.center = b.add(rows);
     b.scale = b.add(rows);
@@ -384,12 +374,38 @@ class PolicyGradientBlocks {
   float* block_floats(int64_t index, int64_t offset) const {
     return reinterpret_cast<float*>(data_of(index, offset));
   }
-  const TokenBlock& reference_tokens(int64_t index) const { return tokens_[2 * index + 1]; }
+  const TokenBlock& reference_tokens(int64_t index) const {
+    return tokens_[2 * index + (streams_reference ? 1 : 0)];
+  }
   SideBlock reference_side(int64_t slot, int64_t index) const {
     return SideBlock{packed_of(slot) + packed_rows_size + packed_columns_size,
                      data_of(index, block_layout_.reference_queries), nullptr,
                      block_floats(index, block_layout_.reference_norm),
                      block_floats(index, block_layout_.reference_norm) + reference.columns_size()};
+  }
+
+  // The reference's factors, from what the forward kept.
+  void load_reference(int64_t index) const {
+    const TokenBlock& block = reference_tokens(index);
+    float* inverse = block_floats(index, block_layout_.reference_inverse);
+    if (source_.target) {
+      for (int64_t i = 0; i < policy.rows; ++i) inverse[i] = 0.f;
+      invert_targets(reference.side.z + block.row(common_, 0), block.count, inverse);
+      return;
+    }
+    reference.load_norm(block, reference.side.norm,
+                        block_floats(index, block_layout_.reference_norm));
+    invert(reference, block, inverse);
+  }
+
+  // z of the block's targets, which it keeps, and their factors.
+  void sum_targets(int64_t index, const StreamScratch& scratch, float* z) const {
+    const TokenBlock& block = own_tokens(index);
+    TargetRows(common_, *source_.target)
+        .sum(block, policy.groups, policy.rows, reinterpret_cast<float*>(scratch.stage),
+             scratch.gradient, z);
+    invert_targets(z, policy.rows, block_floats(index, block_layout_.reference_inverse));
+    memcpy(reference.side.z + block.row(common_, 0), z, block.count * sizeof(float));
   }
 
   template <class Side>

@@ -75,11 +75,17 @@ class DivergenceForward {
   DivergenceTerm term_of(Vec p, Vec r) const {
     if (params_.kind == RAL_KL) return {literal_kl_term(p, r), gradient_of_first(p, r)};
     if (params_.kind == RAL_REVERSE_KL) return {literal_kl_term(r, p), gradient_of_second(r, p)};
+    if (params_.kind == RAL_CROSS_ENTROPY) {
+      return {cross_entropy_term(p, r), gradient_of_second(r, p)};
+    }
     return divergence_term<RAL_JSD>(p, r);
   }
   Vec gradient_r(Vec p, Vec r) const {
     if (params_.kind == RAL_KL) return gradient_of_second(p, r);
     if (params_.kind == RAL_REVERSE_KL) return gradient_of_first(r, p);
+    if (params_.kind == RAL_CROSS_ENTROPY) {
+      return select((p > 0.f) & (r > 0.f), -log(p), Vec{});
+    }
     return divergence_term<RAL_JSD>(r, p).gradient;
   }
 

@@ -87,9 +87,15 @@ RAL_INLINE Vec literal_kl_term(Vec a, Vec b) {
   return select(z < kKlSeriesBelow, close, select(b == b, direct, b));
 }
 
+// -r log(p), +inf where p = 0 < r.
+RAL_INLINE Vec cross_entropy_term(Vec p, Vec r) {
+  const Vec term = select(p > 0.f, -r * log(p), select(p == p, broadcast(__builtin_inff()), p));
+  return select(r > 0.f, term, select((r == r) & (p == p), Vec{}, p + r));
+}
+
 // Terms between p and r of two distributions that each sum to 1. Two zeros give exactly 0. A
 // Kullback-Leibler divergence is +inf where its second argument is 0 and its first is not; its
-// gradient there is 0.
+// gradient there is 0. Cross-entropy has the gradient of the reverse one.
 template <ral_divergence_kind kKind>
 RAL_INLINE DivergenceTerm divergence_term(Vec p, Vec r) {
   const Vec zero{};
@@ -109,13 +115,15 @@ RAL_INLINE DivergenceTerm divergence_term(Vec p, Vec r) {
   const Vec value = select((a == 0.f) | (b == 0.f), one_sided, term);
   const Vec l =
       kKind == RAL_KL ? log_quotient(p, r) : max(broadcast(kLowestReverseKlGradient), (p - r) / p);
-  const Vec alone = kKind == RAL_REVERSE_KL ? broadcast(1.f) : zero;  // where r is 0
-  return {value, select(both, l, select((p > 0.f) & (r == 0.f), alone, zero))};
+  const Vec alone = kKind == RAL_KL ? zero : broadcast(1.f);  // where r is 0
+  return {kKind == RAL_CROSS_ENTROPY ? cross_entropy_term(p, r) : value,
+          select(both, l, select((p > 0.f) & (r == 0.f), alone, zero))};
 }
 
 RAL_INLINE DivergenceTerm divergence_term(int32_t kind, Vec p, Vec r) {
   if (kind == RAL_KL) return divergence_term<RAL_KL>(p, r);
   if (kind == RAL_REVERSE_KL) return divergence_term<RAL_REVERSE_KL>(p, r);
+  if (kind == RAL_CROSS_ENTROPY) return divergence_term<RAL_CROSS_ENTROPY>(p, r);
   return divergence_term<RAL_JSD>(p, r);
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "policy/stream.h"
+#include "policy/target.h"
 
 namespace ral {
 namespace RAL_ISA {
@@ -32,7 +33,8 @@ class PolicyForward {
         compares_(reference != nullptr),
         blocks_((common.num_rows + policy_.rows - 1) / policy_.rows) {}
 
-  float* p = nullptr;  // results; null = not wanted
+  const ral_policy_target* target = nullptr;  // in place of the reference policy
+  float* p = nullptr;                         // results; null = not wanted
   int32_t kind = RAL_JSD;
   float* value = nullptr;
   float* u = nullptr;
@@ -40,7 +42,7 @@ class PolicyForward {
 
   int run() {
     const int threads = common_.num_threads;
-    const int64_t reference_size = compares_ ? reference_.packed_rows_size() : 0;
+    const int64_t reference_size = streams_reference() ? reference_.packed_rows_size() : 0;
     sample_size_ = policy_.packed_rows_size() + reference_size;
     const int64_t round = samples_per_round(common_.batch_size, sample_size_ * 4);
     Arena arena;
@@ -68,13 +70,13 @@ class PolicyForward {
   void reserve_scratch() {
     Scratch& s = scratch_layout_;
     const int64_t columns = policy_.columns_size();
-    const int64_t reference_columns = compares_ ? reference_.columns_size() : 0;
+    const int64_t reference_columns = streams_reference() ? reference_.columns_size() : 0;
     const int64_t longest = columns > reference_columns ? columns : reference_columns;
     const int64_t stage = policy_.stage_size() > reference_.stage_size() ? policy_.stage_size()
                                                                          : reference_.stage_size();
     s.stage = s.add(stage > kLanes * kChunkKeys ? stage : kLanes * kChunkKeys);
     s.queries = s.add(policy_.queries_size());
-    s.reference_queries = s.add(compares_ ? reference_.queries_size() : 0);
+    s.reference_queries = s.add(streams_reference() ? reference_.queries_size() : 0);
     s.bias = s.add(policy_.bias_size());
     s.norm = s.add(3 * columns);  // the sums' own loss is the third
     s.reference_norm = s.add(3 * reference_columns);
@@ -97,6 +99,8 @@ class PolicyForward {
     static_cast<PolicyForward*>(self)->run_block(task, worker);
   }
 
+  bool streams_reference() const { return compares_ && !target; }
+
   uint32_t* packed_of(int64_t slot) const { return packed_ + slot * sample_size_; }
 
   void pack(int64_t task, int worker) {
@@ -106,7 +110,7 @@ class PolicyForward {
     for (int64_t h = 0; h < policy_.side.num_kv_heads; ++h) {
       policy_.pack_group(sample, h, group, stage, packed_of(slot), nullptr);
     }
-    if (!compares_) return;
+    if (!streams_reference()) return;
     for (int64_t h = 0; h < reference_.side.num_kv_heads; ++h) {
       reference_.pack_group(sample, h, group, stage, packed_of(slot) + policy_.packed_rows_size(),
                             nullptr);
@@ -145,7 +149,13 @@ class PolicyForward {
 
     TokenBlock reference_block = block;
     SideBlock other{};
-    if (compares_) {
+    if (target) {
+      TargetRows(common_, *target)
+          .sum(block, policy_.groups, policy_.rows, floats(s.stage), floats(s.reference_mean),
+               floats(s.reference_z));
+      memcpy(reference_.side.z + block.row(common_, 0), floats(s.reference_z),
+             block.count * sizeof(float));
+    } else if (compares_) {
       reference_block.build(common_, reference_.side, block.batch, task % blocks_, policy_.rows);
       other = normalise(reference_, reference_block, keys + policy_.packed_rows_size(),
                         scratch + s.reference_queries, nullptr, floats(s.reference_norm),
@@ -158,7 +168,11 @@ class PolicyForward {
 
     alignas(64) float inverse[TokenBlock::kMaxRows], reference_inverse[TokenBlock::kMaxRows];
     invert(policy_, floats(s.z), inverse);
-    if (compares_) invert(reference_, floats(s.reference_z), reference_inverse);
+    if (target) {
+      invert_targets(floats(s.reference_z), policy_.rows, reference_inverse);
+    } else if (compares_) {
+      invert(reference_, floats(s.reference_z), reference_inverse);
+    }
     if (p) start_policy(block, floats(s.span_sums));
     int32_t span = -1;  // of the last key that is in one
     if (compares_) {
@@ -185,8 +199,13 @@ class PolicyForward {
       renormalise(block, common_, chunk, policy_.rows, inverse, floats(s.mean));
       if (p) add_policy(block, chunk, floats(s.mean), floats(s.span_sums), &span, floats(s.stage));
       if (!compares_) continue;
-      chunk_weights(reference_, reference_block, other, chunk, floats(s.reference_mean), nullptr,
-                    nullptr);
+      if (target) {
+        TargetRows(common_, *target)
+            .load_chunk(block, chunk, policy_.rows, floats(s.stage), floats(s.reference_mean));
+      } else {
+        chunk_weights(reference_, reference_block, other, chunk, floats(s.reference_mean), nullptr,
+                      nullptr);
+      }
       renormalise(block, common_, chunk, policy_.rows, reference_inverse, floats(s.reference_mean));
       divergence_terms(kind, count, policy_.rows, floats(s.mean), floats(s.reference_mean),
                        floats(s.total));

@@ -26,6 +26,7 @@ struct PolicyKernels {
 
   static int divergence_fwd(const ral_policy_divergence_params& x, int64_t sub_blocks) {
     PolicyForward<Compute, Reference, V> forward(x.common, x.policy, &x.reference, sub_blocks);
+    forward.target = target_of(x);
     forward.kind = x.kind;
     forward.value = x.value;
     forward.u = x.u;
@@ -36,6 +37,7 @@ struct PolicyKernels {
   static int divergence_bwd(const ral_policy_divergence_params& x, int64_t sub_blocks) {
     PolicyGradientSource source;
     source.kind = x.kind;
+    source.target = target_of(x);
     source.dvalue = x.dvalue;
     source.u = x.u;
     source.w = x.w;
@@ -44,9 +46,14 @@ struct PolicyKernels {
         .run();
   }
 
+  static const ral_policy_target* target_of(const ral_policy_divergence_params& x) {
+    return x.target.values ? &x.target : nullptr;
+  }
+
   static int loss(const ral_policy_divergence_params& x, int64_t sub_blocks) {
     PolicyGradientSource source;
     source.kind = x.kind;
+    source.target = target_of(x);
     source.dvalue = x.dvalue;
     return PolicyLoss<Compute, Reference, V>(x.common, x.policy, x.reference, source, x.value, x.dq,
                                              x.dk, x.reference_normalised != 0, sub_blocks)

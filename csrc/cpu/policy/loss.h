@@ -36,7 +36,8 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     chunks_ = (policy_.groups + kChunkGroups - 1) / kChunkGroups;
     head_stride_ = key_blocks_ * kBlockKeys * blocks_.padded_k;
     chunk_weights_size_ = policy_.total_panels * kChunkKeys * Base::kWidth;
-    const int64_t columns = policy_.columns_size(), other = blocks_.reference.columns_size();
+    const int64_t columns = policy_.columns_size();
+    const int64_t other = blocks_.streams_reference ? blocks_.reference.columns_size() : 0;
     const int64_t cache_size = chunks_ * (kChunkKeys + 1) * (columns + other);
     // A sequence of a packed call may run on one thread or on all. Its bits must not depend on
     // that.
@@ -111,7 +112,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     const int64_t index = slot * blocks_.blocks + blocks_.blocks - 1 - order;
     const StreamScratch scratch = this->stream_scratch(worker);
     blocks_.load_block(index, scratch);
-    blocks_.normalise(index, reference_given_, scratch.share, extra(worker, extra_.valid),
+    blocks_.normalise(index, reference_given_, scratch, extra(worker, extra_.valid),
                       extra(worker, extra_.z), cache(worker), reference_cache(worker));
     compare(slot, index, scratch, worker);
 
@@ -170,7 +171,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
     return WeightCache{extra(worker, extra_.weights), extra(worker, extra_.stabilisers)};
   }
   WeightCache reference_cache(int worker) const {
-    if (!caches_) return WeightCache{};
+    if (!caches_ || !blocks_.streams_reference) return WeightCache{};
     return WeightCache{extra(worker, extra_.reference_weights),
                        extra(worker, extra_.reference_stabilisers)};
   }

@@ -87,7 +87,7 @@ class PolicyProducts {
     for (int64_t h = 0; h < policy_.side.num_kv_heads; ++h) {
       policy_.pack_group(sample, h, group, stage, rows, columns);
     }
-    if (!blocks_.compares) return;
+    if (!blocks_.streams_reference) return;
     uint32_t* reference_rows = columns + blocks_.packed_columns_size;
     for (int64_t h = 0; h < blocks_.reference.side.num_kv_heads; ++h) {
       blocks_.reference.pack_group(sample, h, group, stage, reference_rows, nullptr);

@@ -353,6 +353,23 @@ inline void renormalise(const TokenBlock& block, const ral_policy_common& common
   }
 }
 
+// Writes 0 on keys that a row does not see or that do not count.
+inline void keep_valid(const TokenBlock& block, const ral_policy_common& common, GroupRange chunk,
+                       int64_t rows, float* x) {
+  GroupValidity validity(common, block);
+  const int64_t first = chunk.begin * kTileRows, count = (chunk.end - chunk.begin) * kTileRows;
+  for (int64_t key = 0; key < count; ++key) {
+    const int r = static_cast<int>(key % kTileRows);
+    if (r == 0) validity.move_to(chunk.begin + key / kTileRows);
+    const int32_t k = static_cast<int32_t>(first + key);
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const IntVec seen = (load(block.first_key + i) <= k) & (load(block.last_key + i) >= k);
+      float* to = x + key * rows + i;
+      store(to, select(seen & validity.lanes(r, i / kLanes), load(to), Vec{}));
+    }
+  }
+}
+
 // u[c] += sum over the chunk's keys of weights * l. w[c] += sum of the weights on valid keys. Both
 // are sums to settle. l is 0 on keys that do not count. w may be null.
 template <class Compute, int V>

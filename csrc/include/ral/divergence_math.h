@@ -45,6 +45,16 @@ constexpr float kLowestReverseKlGradient = -1e34f;
 // or its product with a row's weight, could overflow.
 constexpr float kSmallestWeight = 7.8886090522101181e-31f;
 
+// A target whose weights on a row's valid keys sum to 1 up to 2^-20 is taken as it is. Weights that
+// are a policy already are then not rounded again: against itself a policy has a gradient of 0.
+constexpr float kNormalisedWithin = 9.5367431640625e-07f;
+
+// The factor on a target's weights whose sum on a row's valid keys is z; 0 where they are none.
+RAL_HOST_DEVICE float target_inverse(float z) {
+  if (z < kSmallestWeight) return 0.f;
+  return z - 1.f <= kNormalisedWithin && 1.f - z <= kNormalisedWithin ? 1.f : 1.f / z;
+}
+
 // (6) over m z, where z = x^2.
 template <typename V>
 RAL_HOST_DEVICE V jsd_series(V z) {

@@ -29,8 +29,6 @@ class CpuDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
         reason = cpu_library.cannot_run(args.p)
         if reason is None and args.p.dtype != torch.float32:
             return f"supports float32; got {checks.dtype_name(args.p.dtype)}"
-        if args.kind == "cross_entropy":
-            return "kind='cross_entropy' is not supported"
         return reason
 
     def fwd(self, args: DivergenceArgs, outputs: DivergenceOutputs) -> None:

@@ -121,7 +121,7 @@ class TorchDivergence(Backend[DivergenceArgs, DivergenceOutputs]):
             outputs.dp[:] = torch.where(infinite, 0.0, dterms)  # (8) to (10)
         if outputs.dr is not None:
             if kind == "cross_entropy":
-                dterms = torch.where((r == 0) | (p == 0), 0.0, -torch.log(p))  # (12)
+                dterms = torch.where((r == 0) | (p == 0), 0.0, -torch.log(p))  # (11)
             else:
                 # By symmetry: jsd(p, r) = jsd(r, p), and reverse_kl(p, r) = kl(r, p).
                 _, dterms = _as_defined(r, p, _SWAPPED[kind])

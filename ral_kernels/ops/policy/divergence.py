@@ -294,7 +294,8 @@ def _against_snapshot(
         window_right=snapshot.window_right,
         softcap=snapshot.softcap,
     )
-    return PolicyDivergenceArgs(args, reference, kind)
+    # torch.compile does not trace a default factory
+    return PolicyDivergenceArgs(args, reference, kind, TargetArgs(None, None, None))
 
 
 def _check_target(op: str, target: AttentionTarget, args: PolicyArgs) -> None:

@@ -16,8 +16,6 @@ class TritonDivergence(triton_runtime.TritonChoice, Backend[DivergenceArgs, Dive
         reason = triton_runtime.cannot_run(args.p)
         if reason is None and args.p.dtype != torch.float32:
             return f"it computes float32; got {args.p.dtype}"
-        if reason is None and args.kind == "cross_entropy":
-            return "kind='cross_entropy' is not supported"
         return reason
 
     def fwd(self, args: DivergenceArgs, outputs: DivergenceOutputs) -> None:

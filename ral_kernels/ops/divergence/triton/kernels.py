@@ -14,7 +14,7 @@ from ....runtime import triton_runtime
 from ....runtime.triton_spans import num_blocks, sequence_of_block
 from ..arguments import KINDS
 from . import tiles
-from .terms import JSD, divergence_gradient, divergence_terms
+from .terms import divergence_gradient, divergence_gradient_of_r, divergence_terms
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def divergence_fwd_kernel(
             dp = divergence_gradient(p, r, KIND, GENERALISED)  # (8) to (10)
             tl.store(dp_ptr + offsets, dp, mask=mask)
         if dr_ptr is not None:
-            swapped: tl.constexpr = JSD if KIND == JSD else 3 - KIND
-            dr = divergence_gradient(r, p, swapped, GENERALISED)  # (11)
+            dr = divergence_gradient_of_r(p, r, KIND, GENERALISED)  # (11), (12)
             tl.store(dr_ptr + offsets, dr, mask=mask)
     tl.store(partial_ptr + split.to(tl.int64) * num_rows + offs_r, tl.sum(value, 1), mask=mask_r)
 

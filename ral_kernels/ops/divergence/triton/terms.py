@@ -8,6 +8,7 @@ import triton.language as tl
 JSD = tl.constexpr(0)  # the order of arguments.KINDS
 KL = tl.constexpr(1)
 REVERSE_KL = tl.constexpr(2)
+CROSS_ENTROPY = tl.constexpr(3)
 
 _SMALLEST_NORMAL = tl.constexpr(1.17549435e-38)
 _LARGEST = tl.constexpr(3.4e38)
@@ -27,6 +28,12 @@ def log_of(x):
     """log(x) for x >= 0. The library's logarithm may take subnormal numbers for 0."""
     small = x < _SMALLEST_NORMAL
     return tl.log(tl.where(small, x * 16777216.0, x)) - tl.where(small, _LOG_2_24, 0.0)
+
+
+@triton.jit
+def log_or_0(x):
+    """log(x) for x > 0, and 0 for x = 0."""
+    return log_of(tl.where(x == 0.0, 1.0, x))
 
 
 @triton.jit
@@ -81,14 +88,17 @@ def kl_terms(a, b, x, GENERALISED: tl.constexpr):
 
 @triton.jit
 def divergence_terms(p, r, KIND: tl.constexpr, GENERALISED: tl.constexpr):
-    """The terms of (1) to (3). With GENERALISED those of kl keep − p + r, and are >= 0."""
+    """The terms of (1) to (3) and (12). With GENERALISED those of kl keep − p + r, and are >= 0."""
     x = relative_difference(p, r)
     if KIND == JSD:
         terms = jsd_terms(p, r, x)
     elif KIND == KL:
         terms = kl_terms(p, r, x, GENERALISED)
-    else:
+    elif KIND == REVERSE_KL:
         terms = kl_terms(r, p, -x, GENERALISED)
+    else:
+        term = tl.where(p == 0.0, r * float("inf"), -r * log_or_0(p))  # (12)
+        terms = tl.where(r == 0.0, 0.0, term)
     return terms
 
 
@@ -109,3 +119,14 @@ def divergence_gradient(p, r, KIND: tl.constexpr, GENERALISED: tl.constexpr):
         # Bounded, so that a subnormal p does not turn sums over the row into infinities.
         gradient = tl.where(quotient < -1e34, -1e34, quotient)
     return tl.where(p == 0.0, 0.0, gradient)
+
+
+@triton.jit
+def divergence_gradient_of_r(p, r, KIND: tl.constexpr, GENERALISED: tl.constexpr):
+    """∂term/∂r; 0 where r is 0, and where p = 0 < r makes the row infinite."""
+    if KIND == CROSS_ENTROPY:
+        gradient = tl.where(r == 0.0, 0.0, -log_or_0(p))  # (12)
+    else:
+        swapped: tl.constexpr = JSD if KIND == JSD else 3 - KIND  # kl and reverse_kl
+        gradient = divergence_gradient(r, p, swapped, GENERALISED)  # (11)
+    return gradient

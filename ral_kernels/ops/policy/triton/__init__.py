@@ -66,17 +66,14 @@ class TritonPolicyDivergence(
         reason = _cannot_run(args.policy)
         if reason is not None:
             return reason
-        if args.has_target:
-            return "an AttentionTarget is not supported"
-        if args.kind == "cross_entropy":
-            return "kind='cross_entropy' is not supported"
-        assert args.reference.q is not None and args.reference.k is not None
-        head_dim = args.reference.head_dim
+        q, k, head_dim = args.reference.q, args.reference.k, args.reference.head_dim
+        if q is None or k is None:
+            return None  # a target, in float32 as the statistics are
         if head_dim > MAX_HEAD_DIM:
             return (
                 f"head dims above {MAX_HEAD_DIM} are not supported; got a reference with {head_dim}"
             )
-        return triton_runtime.cannot_run(args.reference.q, args.reference.k)
+        return triton_runtime.cannot_run(q, k)
 
     def fwd(self, args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> None:
         from . import divergence_launch

@@ -1,20 +1,27 @@
-"""Triton kernels of the second pass of `policy`: p over keys, and its sums over spans."""
+"""Triton kernels of the second pass of `policy`: p over keys, and its sums over spans.
+
+Against a target, `policy_divergence` gets its terms from the tile of p.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
 
+from ...divergence.triton.terms import divergence_gradient, divergence_terms
 from .gradient import add_per_span
 from .side import (
     blocks_of_rows,
+    first_row,
     key_masks,
     keys_in_scope,
     outcomes_of,
     real_keys,
+    rows_of_heads,
     sample_of_rows,
     sum_of_weights,
 )
+from .target import divisor_of_target, target_of_rows, weights_of_keys
 
 
 @triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])
@@ -26,6 +33,7 @@ def policy_fwd_kernel(
     flags,
     norm,
     z,
+    target,
     p,
     samples,
     heads,
@@ -36,7 +44,11 @@ def policy_fwd_kernel(
     score,
     tile,
 ):
-    """p of BLOCK_Q rows and BLOCK_K keys, all heads inside; 0 on keys that are not valid: (7)."""
+    """p of BLOCK_Q rows and BLOCK_K keys, all heads inside; 0 on keys that are not valid: (7).
+
+    With a target, ∂D/∂p takes the place of p, and the terms of D are summed: (1), (2) and (11) of
+    divergence.md.
+    """
     row_blocks = blocks_of_rows(samples, num_rows, tile.BLOCK_Q)
     key_blocks = tl.cdiv(heads.seqlen_k, tile.BLOCK_K)
     pid = tl.program_id(0)
@@ -75,6 +87,15 @@ def policy_fwd_kernel(
     share = 1.0 / (tl.where(z_rows == 0.0, 1.0, z_rows) * heads.num_heads)
     share = tl.where(z_rows == 0.0, 0.0, share)
     values = tl.where(valid, total * share[:, None], 0.0)  # (5), (7)
+    if target.weights_ptr is not None:
+        which = target_of_rows(target, sample, offs_q, mask_q)
+        r = weights_of_keys(target, samples, sample, which, offs_k, valid)
+        # To a rounding: the weight of a row with one key becomes 1.
+        r = tl.div_rn(r, divisor_of_target(target, sample, offs_q, mask_q)[:, None])
+        d = tl.sum(divergence_terms(values, r, target.KIND, True), 1)
+        part_ptr = target.value_parts_ptr + key_block * rows_of_heads(samples, 1, num_rows)
+        tl.store(part_ptr + first_row(samples, sample, num_rows) + offs_q, d, mask=mask_q)
+        values = divergence_gradient(values, r, target.KIND, True)
     p_ptr = p.ptr + sample.rows * p.stride_b
     pointers = p_ptr + offs_q.to(tl.int64)[:, None] * p.stride_t + offs_k[None, :]
     tl.store(pointers, values, mask=mask_q[:, None] & (offs_k < sample.seqlen_k)[None, :])

@@ -11,7 +11,8 @@ from ..arguments import PolicyArgs
 from ..chunks import clear_packed
 from . import tiles
 from .fwd_kernels import policy_fwd_kernel, policy_fwd_spans_kernel
-from .launch import Keys, Side, cdiv, row_chunks, splits_of
+from .launch import NO_TARGET, Keys, Side, cdiv, row_chunks, splits_of
+from .parameters import Target
 from .statistics import policy_normaliser_kernel, policy_statistics_kernel
 
 
@@ -79,22 +80,31 @@ def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
         _over_spans(part, part_keys, p_keys, p[batch, rows])
 
 
-def over_keys(side: Side, keys: Keys, norm: Tensor, z: Tensor, p: Tensor) -> None:
+def over_keys(
+    side: Side, keys: Keys, norm: Tensor, z: Tensor, p: Tensor, target: Target = NO_TARGET
+) -> Tensor | None:
     """Write p [B, T, N], but not beyond the keys of a packed row.
 
-    One kernel serves both policies: equal inputs give equal bits.
+    One kernel serves both policies: equal inputs give equal bits. With a target, it writes ∂D/∂p
+    instead; D is returned, in blocks of keys [blocks, B, T].
     """
+    value_parts: Tensor | None = None
 
     def run(tile: Tile) -> None:
+        nonlocal value_parts
         row_blocks = keys.row_blocks(tile.block_q, side.batch_size)
+        key_blocks = cdiv(keys.seqlen_k, tile.block_k)
+        if target is not NO_TARGET:
+            value_parts = p.new_empty((key_blocks, *p.shape[:2]))
         triton_runtime.launch(
             policy_fwd_kernel,
-            (row_blocks * cdiv(keys.seqlen_k, tile.block_k),),
+            (row_blocks * key_blocks,),
             {
                 **side.arguments(keys, tile),
                 "prefix": side.prefix(),
                 "norm": keys.norm(norm),
                 "z": keys.per_row(z),
+                "target": target._replace(value_parts_ptr=value_parts),
                 "p": keys.outcomes(p),
             },
             tile.num_warps,
@@ -103,6 +113,7 @@ def over_keys(side: Side, keys: Keys, norm: Tensor, z: Tensor, p: Tensor) -> Non
         )
 
     run(side.tuned("heads", keys, run))
+    return value_parts
 
 
 def _over_spans(side: Side, keys: Keys, p_keys: Tensor, p: Tensor) -> None:

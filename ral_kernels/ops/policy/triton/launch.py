@@ -27,6 +27,7 @@ from .parameters import (
     Prefix,
     Samples,
     Score,
+    Target,
     TileSizes,
 )
 
@@ -121,9 +122,7 @@ class Keys:
         b, t = x.stride()[:2]
         return Outcomes(x, b if self.packing is None else t, t)
 
-    def per_row(self, x: Tensor | None) -> PerRow:
-        if x is None:
-            return PerRow(None, 0)
+    def per_row(self, x: Tensor) -> PerRow:
         return PerRow(x, x.stride(0) if self.packing is None else x.stride(1))
 
     def norm(self, x: Tensor) -> Norm:
@@ -233,11 +232,7 @@ class Side:
         return Prefix(self.k_prefix, b, h, t, self.prefix_index, self.k_prefix.shape[2])
 
     def arguments(self, keys: Keys, tile: Tile) -> dict[str, Any]:
-        """What every kernel over rows and keys takes; a missing bound is one beyond every key."""
-        beyond = keys.num_rows + keys.seqlen_k + abs(keys.query_start)
-        if keys.packing is not None:
-            beyond = BEYOND
-        left, right = self.window_left, self.window_right
+        """What every kernel takes that multiplies rows and keys."""
         has_softcap = self.softcap != 0.0
         factor = self.scale / self.softcap if has_softcap else self.scale * LOG2_E
         return {
@@ -247,10 +242,7 @@ class Side:
             "flags": keys.flags(self.span_ids),
             "samples": keys.samples(self.batch_size),
             "heads": Heads(self.num_heads, self.num_kv_heads, keys.seqlen_k),
-            "num_rows": keys.num_rows,
-            "query_start": keys.query_start,
-            "window_left": beyond if left < 0 else min(left, beyond),
-            "window_right": beyond if right < 0 else min(right, beyond),
+            **self.positions(keys),
             "score": Score(self.scale, factor, self.softcap * LOG2_E, constant(has_softcap)),
             "tile": _tile_sizes(
                 self.q.shape[3], self.padded_head_dim, self.features(tile), tile.block_q,
@@ -258,12 +250,26 @@ class Side:
             ),
         }  # fmt: skip
 
+    def positions(self, keys: Keys) -> dict[str, int]:
+        """Where rows stand and how far they see; a missing bound is one beyond every key."""
+        beyond = keys.num_rows + keys.seqlen_k + abs(keys.query_start)
+        if keys.packing is not None:
+            beyond = BEYOND
+        left, right = self.window_left, self.window_right
+        return {
+            "num_rows": keys.num_rows,
+            "query_start": keys.query_start,
+            "window_left": beyond if left < 0 else min(left, beyond),
+            "window_right": beyond if right < 0 else min(right, beyond),
+        }
+
     def features(self, tile: Tile) -> int:
         """How many features a product takes at a time."""
         return min(tile.flags.get("BLOCK_D", self.padded_head_dim), self.padded_head_dim)
 
 
 NO_PREFIX = Prefix(None, 0, 0, 0, None, 0)
+NO_TARGET = Target(None, 0, 0, None, 0, 0, 0, PerRow(None, 0), PerRow(None, 0), None, constant(0))
 
 
 @functools.lru_cache(1024)

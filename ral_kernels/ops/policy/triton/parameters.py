@@ -63,6 +63,22 @@ class Outcomes(NamedTuple):
     stride_t: Any
 
 
+class Target(NamedTuple):
+    """Distributions over keys that rows share, and which of them each row has; None without any."""
+
+    weights_ptr: Any  # float32 [B, G, N], or [B, G, K]: of the keys that ids name
+    stride_b: Any
+    stride_g: Any
+    ids_ptr: Any  # int32 [B, G, K], ascending and then -1; None: every key has a weight
+    num_ids: Any  # K
+    num_steps: Any  # of a search among them
+    first_key: Any  # what ids call the first key of this launch
+    index: Any  # `PerRow`, int32: -1 for a row without a target
+    z: Any  # `PerRow`, the weight on a row's valid keys
+    value_parts_ptr: Any  # [blocks of keys, B, T], the divergence of each; to be written
+    KIND: Any  # the divergence's place in KINDS
+
+
 class PerRow(NamedTuple):
     """A tensor [B, T] with unit last stride."""
 

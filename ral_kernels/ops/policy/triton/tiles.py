@@ -22,7 +22,8 @@ from ....runtime.triton_tiles import (
 #   statistics    a tile of scores; K streams through
 #   heads         a tile of Σ_h P_h (policy_divergence: two, and the terms), and one of scores
 #   sums, dq, dk  a tile of scores and one of dp; for dq and dk an accumulator [rows or keys, D] too
-KERNELS = ("statistics", "heads", "sums", "dq", "dk", "spans", "bias")
+#   target        a tile of weights
+KERNELS = ("statistics", "heads", "sums", "dq", "dk", "spans", "target", "bias")
 
 ROWS = 64  # of one program of the kernels that work on statistics alone
 SPANS = 32  # of one program of the kernels that sum over spans
@@ -34,7 +35,9 @@ _INTERPRETED = Tile(64, 128, 4, 1, {"BLOCK_D": 128})
 # takes so many features at a time. HEAVY: with a soft cap or a bias of spans; tanh and the gather
 # take registers.
 _TABLE = (
-    row("spans", ANY, ANY, ANY, (64, 64, 8, 1)),  # float32 whatever the inputs are
+    # float32 whatever the inputs are
+    row("spans", ANY, ANY, ANY, (64, 64, 8, 1)),
+    row("target", ANY, ANY, ANY, (64, 32, 4, 2)),
     # float32: operands pass through registers, to be split into three of tf32.
     row("dk", "sm_80", FLOAT32, ANY, (32, 16, 8, 2), BLOCK_D=32),
     # Triton 3.6.0 spills 8 bytes with 32 rows.
