@@ -76,7 +76,8 @@ def loss_by_hand(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     given = evidence.any(-1)
     floor = args.evidence_floor * given[:, None] * visual / visual.sum(-1, keepdim=True)
     r = (1 - args.evidence_floor) * evidence / evidence.sum(-1, keepdim=True).clamp(min=1)
-    r = torch.where(given[:, None], r + floor, 1.0)[:, None]
+    even = visual / visual.sum(-1, keepdim=True)  # any finite value: these rows do not count
+    r = torch.where(given[:, None], r + floor, even)[:, None]
     heads = args.evidence_heads or None
     maps = evidence_case.maps(model, inputs, heads, rows=args.attn_rows)
     default = args.attn_layers if args.evidence_layers is None else args.evidence_layers
