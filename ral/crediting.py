@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from . import evidence, losses
@@ -33,17 +34,20 @@ from .objectives import EvidenceLoss, evidence_share, good_rollouts
 
 
 def check_evidence(rows: Any) -> None:
-    """Check that a training set says where its evidence is.
+    """Check that a training set says where its evidence is. A streamed set is not read.
 
     Raises:
-        ValueError: it has columns, and `evidence` is none of them.
+        ValueError: it has columns, and `evidence` is none of them, or has nothing in any row.
     """
+    asked = (
+        "RALTrainer: evidence_coef > 0, attention_reward > 0 and credit='evidence' need a column "
+        "`evidence` in the training set"
+    )
     columns = getattr(rows, "column_names", None)
     if columns is not None and "evidence" not in columns:
-        raise ValueError(
-            "RALTrainer: evidence_coef > 0, attention_reward > 0 and credit='evidence' need a "
-            f"column `evidence` in the training set; got {', '.join(columns)}"
-        )
+        raise ValueError(f"{asked}; got {', '.join(columns)}")
+    if isinstance(rows, Dataset) and not any(map(bool, rows["evidence"])):
+        raise ValueError(f"{asked}; got {len(rows)} rows, none of which has evidence")
 
 
 class CreditingTrainer(MeasuringTrainer):

@@ -349,6 +349,9 @@ def test_what_is_refused(path: Path, tmp_path: Path) -> None:
         tiny.trainer(path, tmp_path, attention_reward=1.0)
     with pytest.raises(ValueError, match="need a column `evidence`"):
         check_evidence(tiny.dataset())
+    none = tiny.dataset().add_column("evidence", [[]] * len(tiny.dataset()))
+    with pytest.raises(ValueError, match="none of which has evidence"):
+        check_evidence(none)
     check_evidence(evidence_case.dataset())
     check_evidence(tiny.dataset().to_iterable_dataset().remove_columns("images").map(dict))
     needs = [RALConfig(**BASE, **x).needs_evidence for x in (
