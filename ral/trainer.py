@@ -17,6 +17,7 @@ import ral_kernels as rk
 from . import losses, rollouts, schedule
 from .attention_maps import LogsAttentionMaps
 from .config import RALConfig
+from .configured import terms_of
 from .crediting import CreditingTrainer, check_evidence
 from .distillation import check_teacher, load_teacher, pair_layers
 from .exploration import check_can_explore, draw_bias, steered
@@ -25,7 +26,7 @@ from .looking import joined, looking, without_sinks
 from .references import References
 from .resampling import Resampler, equal_groups
 from .rewards.tags import rendered_end
-from .terms import ATTENTION, Batch, Role, Term, Terms, check_references, terms_of
+from .terms import ATTENTION, Batch, Role, Term, Terms, check_references
 from .validation import Validates
 from .vision import (
     VisionLayout,
