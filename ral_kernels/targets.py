@@ -18,7 +18,7 @@ _LARGEST_SUM = 2.0**100  # so that neither a sum nor its reciprocal leaves float
 class AttentionTarget:
     """Where rows should attend: G distributions in each sample, and which of them each row has.
 
-        r_i = v_i / Σ_{j valid} v_j  for valid i, else 0        (equation 11 of divergence.md)
+        r_i = v_i / Σ_{j valid} v_j  for valid i, else 0   (equation 11 of ops/policy/divergence.md)
 
     `attention_divergence` and `ral_loss` take it as `reference`. A row's weights are restricted to
     the row's valid keys and renormalised there, exactly as the policy is. A target without weight

@@ -32,10 +32,9 @@ def target_of(form: str, inputs: PolicyInputs, seed: int = 3) -> rk.AttentionTar
         length = max(min(9, seqlen_k - 2), 1)
         noise = torch.rand(batch_size, num_targets, seqlen_k, generator=generator)
         ids = noise.argsort(-1)[..., :length]
-        if seqlen_k > 0:
-            ids[..., 0, :] = torch.where(ids[..., 0, :] == seqlen_k - 1, seqlen_k - 1, -1)
+        ids[..., 0, :] = torch.where(ids[..., 0, :] == seqlen_k - 1, seqlen_k - 1, -1)
         ids[..., 1, :] = -1
-        ids[..., length // 2] = -1
+        ids[..., length // 2 : length // 2 + 1] = -1
         values = torch.rand(ids.shape, generator=generator) + 0.1
         return rk.AttentionTarget(values, ids, index=index)
     values = torch.rand(batch_size, num_targets, seqlen_k, generator=generator) + 0.1

@@ -31,12 +31,15 @@ from tests.ops.test_policy import (
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "cpu")  # those that stream targets
-CASES = ("length_2", "off_blocks", "gqa_7", "layout_mixed", "rows_middle", "scope_batch",
-    "padding_left", "window_both", "softcap", "with_self", "not_causal", "decode", "together",
-    "padding_everything", "scope_nothing", "empty_batch", "no_keys")  # fmt: skip
-# kl of a target with zeros is infinite: test_infinite_rows
-FINITE = tuple(kind for kind in KINDS if kind != "kl")
-OF_FORM = {"shared": KINDS, "indexed": KINDS, "sparse": FINITE, "scaled": FINITE}
+CASES = ("length_2", "off_blocks", "gqa_7", "rows_middle", "scope_batch", "padding_left",
+    "window_both", "with_self", "decode", "together", "scope_nothing", "empty_batch",
+    "no_keys")  # fmt: skip
+OF_FORM = {  # kl of a target with zeros is infinite: test_infinite_rows
+    "shared": KINDS,
+    "indexed": ("kl", "cross_entropy"),
+    "sparse": ("jsd", "cross_entropy"),
+    "scaled": ("reverse_kl",),
+}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -95,7 +98,7 @@ def check_case(
 @pytest.mark.parametrize(
     "form,kind", [(form, kind) for form in FORMS for kind in OF_FORM[form]], ids=str
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 def test_against_a_target(
     case: str, form: str, kind: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -332,7 +335,7 @@ def test_repeats_bit_for_bit(case: str, backend: str, threads: int) -> None:
 @pytest.mark.slow(stands_in="test_against_a_target")
 @pytest.mark.parametrize("threads", [3], indirect=True)
 @pytest.mark.parametrize("through_loss", [False, True], ids=["divergence", "loss"])
-@pytest.mark.parametrize("case", ["off_blocks", "gqa_7", "scope_batch", "together", "packed"])
+@pytest.mark.parametrize("case", ["gqa_7", "together", "packed"])
 @pytest.mark.parametrize(
     "form,kind", [("shared", "jsd"), ("indexed", "kl"), ("sparse", "cross_entropy")], ids=str
 )
