@@ -189,7 +189,6 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
         ("policy/target.h", "if (g != loaded_ && g >= 0)", "if (loaded_ < 0 && g >= 0)"),
         None,
     ),
-    "own_key_counts": (("policy/target.h", "key <= high && key != own", "key <= high"), None),
 }
 
 
