@@ -79,7 +79,7 @@ def errors_of(name: str, problem: AttentionProblem) -> dict[str, float]:
 
 
 def repeats_for(seqlen: int, quick: bool) -> int:
-    return max(5, min(15, 16384 // seqlen)) if quick else max(9, min(41, 65536 // seqlen))
+    return max(5, min(9, 8192 // seqlen)) if quick else max(9, min(41, 65536 // seqlen))
 
 
 def measure_speed(dtype: str, seqlen: int, quick: bool) -> list[dict[str, Any]]:

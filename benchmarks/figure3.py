@@ -1,14 +1,18 @@
 """What reinforcing attention does to accuracy as frames and resolution grow: the paper's Figure 3.
 
-    python -m benchmarks.figure3 --quick               # some arms, two seeds, short runs
+    python -m benchmarks.figure3 --quick               # two arms, two seeds, short runs
     python -m benchmarks.figure3 --seeds 5 --workers 2 # the whole study
     python -m benchmarks.figure3 --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
+    python -m benchmarks.figure3 --study objectives --seeds 10 --wrong-share 0.95 --reach 0.5
 
 A tiny Qwen2.5-VL learns to look things up in pictures of real handwritten digits (`ral.digits`): in
 frames of a video, and in a grid of cells. Each arm trains from the same supervised start, on the
 same number of rollouts. It is evaluated on held-out digits, up to sizes that no rollout had. Arms
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
 interval. Every run is a file, so a stopped study resumes.
+
+`--study objectives` runs the arms of docs/objectives.md, on frames alone. It also prints how many
+rollouts each takes to reach an accuracy.
 
 docs/figure3.md has the result. `python -m benchmarks.study.report FILE` prints its tables, and
 `python -m benchmarks.study.plot FILE` draws its pictures again.
@@ -22,6 +26,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +36,10 @@ from benchmarks.harness import results
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BY_NAME, QUICK
 from benchmarks.study.plot import draw
-from benchmarks.study.report import comparisons, curves, plain, table
+from benchmarks.study.report import comparisons, curves, plain, reached, table
 from benchmarks.study.tasks import TASKS
 
-QUICK_START_STEPS = 150
+QUICK_START_STEPS = 40
 
 
 def _begin_worker() -> None:
@@ -68,29 +73,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--arms", nargs="+", choices=BY_NAME)
+    parser.add_argument("--study", choices=("figure3", "objectives"), default="figure3",
+                        help="which arms run by default")  # fmt: skip
+    parser.add_argument("--wrong-share", type=float,
+                        help="wrong demonstrations of the start (default: the task's)")  # fmt: skip
+    parser.add_argument("--reach", type=float, default=0.5,
+                        help="accuracy to which rollouts are counted (default: 0.5)")  # fmt: skip
     parser.add_argument("--seeds", type=int, help="runs of each arm (default: 5; --quick: 2)")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--start-seed", type=int, default=0, help="of the supervised start")
     parser.add_argument(
-        "--batches", type=int, help="rollout batches (default: the task's; --quick: 3)"
+        "--batches", type=int, help="rollout batches (default: the task's; --quick: 2)"
     )
-    parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 32)")
+    parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 16)")
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
     parser.add_argument("--tag", help="first in the name of the file: figure3-TAG-...")
-    results.add_arguments(parser, quick="some arms, two seeds, short runs, frames alone")
+    results.add_arguments(parser, quick="two arms, two seeds, short runs, frames alone")
     options = results.parse(parser, arguments, always=("tag",))
     quick = options.quick
-    tasks = options.tasks or (["frames"] if quick else list(TASKS))
-    arms = options.arms or (list(QUICK) if quick else [arm.name for arm in ARMS])
+    objectives = options.study == "objectives"
+    tasks = options.tasks or (["frames"] if quick or objectives else list(TASKS))
+    of_study = [arm.name for arm in ARMS if arm.study == options.study]
+    arms = options.arms or (list(QUICK) if quick and not objectives else of_study)
     settings = {
         "tasks": tasks, "arms": arms,
         "seeds": options.seeds or (2 if quick else 5), "first_seed": options.first_seed,
         "start_seed": options.start_seed,
-        "batches": options.batches or (3 if quick else None),
-        "test_rows": options.test_rows or (32 if quick else 256),
+        "batches": options.batches or (2 if quick else None),
+        "test_rows": options.test_rows or (16 if quick else 256),
         "start_steps": QUICK_START_STEPS if quick else one.START_STEPS,
-        "tag": options.tag,
+        "tag": options.tag, "study": options.study, "wrong_share": options.wrong_share,
+        "reach": options.reach,
     }  # fmt: skip
     run = results.begin("figure3", options, settings)
     commit = run["commit"]["hash"] or "none"
@@ -98,12 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     length = settings["batches"] or "full"
     name = f"{commit}-{length}-{settings['test_rows']}-{options.start_seed}"
     name += "-quick" if quick else ""
+    name += "" if options.wrong_share is None else f"-wrong{options.wrong_share:g}"
     plan = one.Plan(
         options.runs or default / "figure3" / name,
         settings["batches"],
         settings["test_rows"],
         start_seed=options.start_seed,
         start_steps=settings["start_steps"],
+        wrong_share=options.wrong_share,
     )
     chosen = [(task, arm) for task in tasks for arm in arms if task in BY_NAME[arm].tasks]
     kinds = sorted({(task, BY_NAME[arm].style or TASKS[task].style) for task, arm in chosen})
@@ -121,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for task in tasks:
         print(f"\n{task}: right answers, %, mean ± 95 % over {settings['seeds']} seeds")
         print(f"endpoint: {TASKS[task].endpoint_label}\n")
-        for make in (table, comparisons, curves):
+        reach = partial(reached, level=options.reach)
+        for make in (table, comparisons, curves, reach):
             if lines := make(task, run["runs"]):
                 print(plain(lines) + "\n")
     pictures = draw(results.finish(run, options))

@@ -2,11 +2,15 @@
 
     python -m benchmarks.train_overhead                     # 4 to 32 frames
     python -m benchmarks.train_overhead --frames 16 --worked-out
+    python -m benchmarks.train_overhead --objectives        # also evidence, reward and credit
 
 A camera pans over a picture. Each frame is an image of a prompt for a small random Qwen2.5-VL. The
 same trainer runs in turn with attn_coef=0, which is TRL's GRPO, and with attn_coef=1: rollouts of a
 fixed length, the old policy's forward, and two updates. Peak memory is that of a fresh process,
 above the model's. `attn_metrics_every=0`; the divergence is logged.
+
+`--objectives` runs the same trainer with each objective of docs/objectives.md too, without RAL, and
+with all of them. Their ratios are over the same GRPO step, of the same turn.
 
 `--worked-out` also measures the op, a layer's attention and matrix products at the sizes of
 Qwen2.5-VL-7B with 32k visual tokens. From these it computes the ratio for this machine.
@@ -33,7 +37,19 @@ from benchmarks.harness.measure import quantiles
 
 FRAMES = (4, 8, 16, 32)
 GRID = (6, 10)  # visual tokens of a frame
-KINDS = {"grpo": 0.0, "ral": 1.0}  # attn_coef
+KINDS: dict[str, dict[str, Any]] = {"grpo": {"attn_coef": 0.0}, "ral": {"attn_coef": 1.0}}
+_WITHOUT_RAL: dict[str, dict[str, Any]] = {
+    "evidence": {"evidence_coef": 0.1, "evidence_on": "all"},
+    "attention_reward": {"attention_reward": 0.2},
+    "credit": {"credit": "looking"},
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    **{name: {"attn_coef": 0.0, **settings} for name, settings in _WITHOUT_RAL.items()},
+    "all, and RAL": {
+        "attn_coef": 1.0,
+        **{name: value for of in _WITHOUT_RAL.values() for name, value in of.items()},
+    },
+}  # fmt: skip
 ROLLOUTS = 4
 PARTS = ("rollout", "old_policy", "update")
 
@@ -51,8 +67,8 @@ class Cycle:
 
         config = RALConfig(
             output_dir=str(folder / f"{kind}-{frames}"),
-            attn_coef=KINDS[kind],
             attn_metrics_every=0,
+            **{**KINDS, **OBJECTIVES}[kind],
             per_device_train_batch_size=ROLLOUTS,
             num_generations=ROLLOUTS,
             num_iterations=2,
@@ -112,7 +128,8 @@ def _dataset(frames: int) -> Any:
 
     pictures = list(pan(frames, GRID[0] * TOKEN_PIXELS, GRID[1] * TOKEN_PIXELS))
     prompt = [{"role": "user", "content": "Which digit is in the red cell?"}]
-    return Dataset.from_list([{"prompt": prompt, "images": pictures}] * 2)
+    row = {"prompt": prompt, "images": pictures, "evidence": [{"image": 0}]}
+    return Dataset.from_list([row] * 2)
 
 
 def peak_of(kind: str, frames: int, options: argparse.Namespace, folder: Path) -> int:
@@ -131,14 +148,15 @@ def peak_in_fresh_process(kind: str, frames: int, arguments: Sequence[str]) -> i
 
 
 def measure(frames: int, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """Both kinds in turn, and the memory of each."""
+    """All kinds in turn, and the memory of each."""
+    kinds = [*KINDS, *(OBJECTIVES if options.objectives else ())]
     with tempfile.TemporaryDirectory(prefix="ral-bench-") as folder:
-        cycles = {kind: Cycle(kind, frames, options, Path(folder)) for kind in KINDS}
-        taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        cycles = {kind: Cycle(kind, frames, options, Path(folder)) for kind in kinds}
+        taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
         for cycle in cycles.values():
             cycle()
         for repeat in range(options.repeats):
-            for kind in list(KINDS)[:: 1 if repeat % 2 else -1]:
+            for kind in kinds[:: 1 if repeat % 2 else -1]:
                 taken[kind].append(cycles[kind]())
     row: dict[str, Any] = {"frames": frames, "visual_tokens": frames * GRID[0] * GRID[1]}
     row["sequence"] = 0
@@ -149,12 +167,32 @@ def measure(frames: int, options: argparse.Namespace, arguments: Sequence[str]) 
             part: quantiles([seconds[part] for seconds in taken[kind]]) for part in ("step", *PARTS)
         }
         row[kind]["peak_bytes"] = peak_in_fresh_process(kind, frames, arguments)
-    for part in ("step", "old_policy", "update"):
-        row[f"{part}_ratio"] = quantiles(
-            [ral[part] / grpo[part] for ral, grpo in zip(taken["ral"], taken["grpo"], strict=True)]
-        )
-    row["peak_ratio"] = row["ral"]["peak_bytes"] / row["grpo"]["peak_bytes"]
+    ratios: dict[str, dict[str, Any]] = {}
+    for kind in kinds[1:]:
+        ratios[kind] = {
+            f"{part}_ratio": quantiles(
+                [x[part] / grpo[part] for x, grpo in zip(taken[kind], taken["grpo"], strict=True)]
+            )
+            for part in ("step", "old_policy", "update")
+        }
+        ratios[kind]["peak_ratio"] = row[kind]["peak_bytes"] / row["grpo"]["peak_bytes"]
+    row.update(ratios.pop("ral"))
+    row["objectives"] = ratios
     return row
+
+
+def objectives_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Ratios over the GRPO step, by objective and frames."""
+    lines = [f"{'objective':>16} {'frames':>6} {'step':>7} {'update':>7} {'old':>6} {'memory':>7}"]
+    lines += [
+        f"{kind:>16} {row['frames']:6} {of['step_ratio']['median']:7.3f} "
+        f"{of['update_ratio']['median']:7.3f} {of['old_policy_ratio']['median']:6.3f} "
+        f"{of['peak_ratio']:7.3f}"
+        for kind in OBJECTIVES
+        for row in rows
+        if (of := row["objectives"].get(kind))
+    ]
+    return "\n".join(lines)
 
 
 def worked_out(options: argparse.Namespace) -> dict[str, Any]:
@@ -246,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--response", type=int, default=32, help="tokens (default: 32)")
     parser.add_argument("--repeats", type=int, help="rollout batches (default: 7)")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--objectives", action="store_true", help="also those besides RAL")
     parser.add_argument("--worked-out", action="store_true", help="also for 7B at 32k tokens")
     parser.add_argument("--measured-at", type=int, default=4096, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -259,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peak = peak_of(options.child[0], int(options.child[1]), options, Path(folder))
         print(json.dumps({"peak": peak}))
         return 0
-    names = ("frames", "layers", "width", "response", "repeats", "checkpointing")
+    names = ("frames", "layers", "width", "response", "repeats", "checkpointing", "objectives")
     settings = {name: getattr(options, name) for name in names}
     run = results.begin("train_overhead", options, settings)
     print(
@@ -283,6 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{grpo['peak_bytes'] / 2**20:9.0f} {row['peak_ratio']:7.3f}",
             flush=True,
         )
+    if options.objectives:
+        print("\n" + objectives_table(run["rows"]))
     if options.worked_out:
         run["worked_out"] = worked_out(options)
     results.finish(run, options)

@@ -10,6 +10,7 @@ import ral_kernels as rk
 from . import schedule
 from ._requirements import check_trl
 from .losses import Which as Rows
+from .objectives import EvidenceKind, Shape, check_floor
 from .processes import check_parallelism, check_world_size
 
 check_trl()
@@ -22,7 +23,15 @@ Scope = Literal["context", "visual"]
 Divergence = Literal["jsd", "kl", "reverse_kl"]
 Reference = Literal["old", "ref", "teacher"]
 Reduction = Literal["token_mean", "sequence_mean"]
+EvidenceOn = Literal["good", "all"]
+Credit = Literal["uniform", "looking", "evidence"]
 TRACKERS = ("tensorboard", "wandb")  # that `attn_map_every` gives pictures to
+_LAYERS = {  # settings of layers, and what they may be beside numbers
+    "attn_layers": ("all",),
+    "router_layers": ("all",),
+    "evidence_layers": ("all", "none"),
+    "distill_teacher_layers": ("none",),
+}
 _CHOICES = {
     "attn_granularity": get_args(Granularity),
     "attn_scope": get_args(Scope),
@@ -30,6 +39,10 @@ _CHOICES = {
     "attn_reference": get_args(Reference),
     "attn_rows": get_args(Rows),
     "attn_reduction": get_args(Reduction),
+    "evidence_divergence": get_args(EvidenceKind),
+    "evidence_on": get_args(EvidenceOn),
+    "evidence_schedule": get_args(Shape),
+    "credit": get_args(Credit),
 }
 
 
@@ -113,6 +126,14 @@ class RALConfig(GRPOConfig):
     attn_explore_coef: float = _setting(
         1.0, "Weight of E_t[A_t CE(p_noisy^t ‖ p_θ^t)] over spans, with attn_explore_sigma > 0."
     )
+    router_coef: float = _setting(
+        0.0,
+        "Weight of E_t[A_t D(g^t ‖ g_old^t)], the divergence of a mixture's routers from those of "
+        "the policy that wrote the rollouts; 0 = off.",
+    )
+    router_layers: list[int] | str | int | None = _setting(
+        "all", "Layers with a router that the term is averaged over: as attn_layers."
+    )
     rl_coef: float = _setting(1.0, "Weight of TRL's loss; with 0 only the attention terms train.")
     distill_logit_coef: float = _setting(
         0.0, "μ, weight of the generalised JSD between the teacher's and the student's tokens."
@@ -127,6 +148,57 @@ class RALConfig(GRPOConfig):
         None,
         "Teacher's layers for attn_layers, paired in the order of the models; None = at the same "
         "distance from the end.",
+    )
+    evidence_coef: float = _setting(
+        0.0,
+        "Weight of the divergence of the response's attention over visual tokens from annotated "
+        "evidence; 0 = off. Needs rows with `evidence`.",
+    )
+    evidence_divergence: EvidenceKind = _setting(
+        "cross_entropy", "Its kind: 'cross_entropy', 'kl', 'reverse_kl' or 'jsd'."
+    )
+    evidence_layers: list[int] | str | int | None = _setting(
+        None, "Its layers, as attn_layers; None = those of attn_layers."
+    )
+    evidence_heads: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Query heads of each layer that it averages over; none = all."},
+    )
+    evidence_on: EvidenceOn = _setting(
+        "good", "Rollouts that it learns from: 'good' (evidence_min_reward) or 'all'."
+    )
+    evidence_min_reward: float | None = _setting(
+        None, "Reward from which a rollout is good; None = an advantage above 0."
+    )
+    evidence_schedule: Shape = _setting(
+        "constant",
+        "Its coefficient: 'constant'; 'warmup', the same for evidence_steps and then 0; 'linear' "
+        "or 'cosine', falling to 0 over evidence_steps.",
+    )
+    evidence_steps: float = _setting(
+        1.0, "Optimizer steps of evidence_schedule; up to 1, a share of the run."
+    )
+    evidence_sigma: float = _setting(
+        1.0, "σ of the Gaussian that smooths evidence within an image, in visual tokens; 0 = none."
+    )
+    evidence_floor: float = _setting(
+        0.0, "Share of the evidence that is spread over all visual tokens; 'kl' needs it."
+    )
+    attention_reward: float = _setting(
+        0.0,
+        "Weight of a reward beside the others: the response's attention on evidence, less what "
+        "uniform attention over visual tokens would have; 0 = off.",
+    )
+    credit: Credit = _setting(
+        "uniform",
+        "How a response's tokens share its advantage: 'uniform', as in GRPO; 'looking', by their "
+        "attention on visual tokens; 'evidence', by the share of it that is on evidence.",
+    )
+    credit_top_share: float = _setting(
+        1.0, "Share of a response's tokens that get credit, those with the most attention."
+    )
+    credit_sinks: int = _setting(
+        4, "First text tokens of a prompt that credit leaves out of attention, as sinks."
     )
     attn_metrics_every: int = _setting(
         10,
@@ -173,15 +245,12 @@ class RALConfig(GRPOConfig):
         check_parallelism(self)
         if self.attn_layers is None:
             self.attn_layers = -1
-        if isinstance(self.attn_layers, str) and self.attn_layers != "all":
-            self.attn_layers = _parse_layers("attn_layers", self.attn_layers, "'all'")
-        if isinstance(self.distill_teacher_layers, str):
-            given = self.distill_teacher_layers
-            self.distill_teacher_layers = (
-                None
-                if given.lower() == "none"
-                else _parse_layers("distill_teacher_layers", given, "none")
-            )
+        if self.router_layers is None:
+            self.router_layers = "all"
+        for name, words in _LAYERS.items():
+            given = getattr(self, name)
+            if isinstance(given, str):
+                setattr(self, name, _parse_layers(name, given, words))
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -192,11 +261,16 @@ class RALConfig(GRPOConfig):
             "attn_coef",
             "attn_explore_sigma",
             "attn_explore_coef",
+            "router_coef",
             "rl_coef",
             "distill_logit_coef",
             "distill_attn_coef",
             "attn_metrics_every",
             "attn_map_every",
+            "evidence_coef",
+            "evidence_sigma",
+            "attention_reward",
+            "credit_sinks",
             "resample_equal_groups",
         ):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -213,6 +287,20 @@ class RALConfig(GRPOConfig):
                 raise ValueError(
                     f"RALConfig: {name} must lie in [0, 1]; got {getattr(self, name)!r}"
                 )
+        if not 0 < self.credit_top_share <= 1:
+            raise ValueError(
+                f"RALConfig: credit_top_share must lie in (0, 1]; got {self.credit_top_share!r}"
+            )
+        if not 0 < self.evidence_steps < float("inf"):
+            raise ValueError(
+                f"RALConfig: evidence_steps must be finite and > 0; got {self.evidence_steps!r}"
+            )
+        check_floor("RALConfig: evidence_floor", self.evidence_floor, self.evidence_divergence)
+        heads = self.evidence_heads
+        if len(set(heads)) < len(heads) or not all(head >= 0 for head in heads):
+            raise ValueError(
+                f"RALConfig: evidence_heads must be different numbers >= 0; got {heads!r}"
+            )
         backends = list(rk.available_backends())
         if self.attn_backend is not None and self.attn_backend not in backends:
             raise ValueError(
@@ -242,6 +330,16 @@ class RALConfig(GRPOConfig):
             or self.distill_attn_coef > 0
             or (self.attn_coef > 0 and self.attn_reference == "teacher")
         )
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether rows must say where their evidence is."""
+        return self.evidence_coef > 0 or self.attention_reward > 0 or self.credit == "evidence"
+
+    @property
+    def looks(self) -> bool:
+        """Whether the rollouts' attention is measured, for a reward or for credit."""
+        return self.attention_reward > 0 or self.credit != "uniform"
 
     @property
     def explores(self) -> bool:
@@ -285,22 +383,45 @@ class RALConfig(GRPOConfig):
                 "RALConfig: attn_explore_sigma is not supported with tools; got "
                 f"max_tool_calling_iterations={self.max_tool_calling_iterations}"
             )
+        if self.evidence_on == "all" and self.evidence_min_reward is not None:
+            raise ValueError(
+                "RALConfig: evidence_min_reward needs evidence_on='good'; got 'all', which takes "
+                f"every rollout, and evidence_min_reward={self.evidence_min_reward}"
+            )
+        if self.credit == "uniform" and self.credit_top_share < 1:
+            raise ValueError(
+                "RALConfig: credit_top_share needs credit='looking' or 'evidence'; got "
+                f"credit='uniform' and credit_top_share={self.credit_top_share}"
+            )
+        if self.attention_reward > 0 and not schedule.runs_old_policy(self):
+            raise ValueError(
+                "RALConfig: attention_reward > 0 needs more than one optimizer step on a rollout "
+                "batch, for which TRL runs the policy that wrote it before it asks for rewards: "
+                "num_iterations >= 2, or steps_per_generation > gradient_accumulation_steps; got "
+                f"num_iterations={self.num_iterations}, steps_per_generation="
+                f"{self.steps_per_generation} and gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}"
+            )
         reason = schedule.why_zero(self)
         if reason is not None:
             raise ValueError(f"RALConfig: {reason}")
 
 
-def _parse_layers(name: str, text: str, word: str) -> list[int] | int:
-    """Layers as a command line gives them: "-1" or "3,-1".
+def _parse_layers(name: str, text: str, words: tuple[str, ...]) -> list[int] | int | str | None:
+    """Layers as a command line gives them: "-1", "3,-1", "all" or "none".
 
     Args:
         name, text: of the setting.
-        word: what else the setting may be.
+        words: those of "all" and "none" that it takes.
     """
+    word = text.lower()
+    if word in words:
+        return None if word == "none" else word
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"RALConfig: {name} must be a number, a list of numbers, or {word}; got {text!r}"
+            f"RALConfig: {name} must be a number, a list of numbers, or "
+            f"{' or '.join(map(repr, words))}; got {text!r}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers

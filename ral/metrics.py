@@ -38,11 +38,11 @@ class MeasuringTrainer(ResumableTrainer):
         super().__init__(*positional, **named)
 
     def _measure(
-        self, batch: Batch, terms: list[tuple[Term, Batch]], values: list[tuple[Term, Tensor]],
-        rl_loss: Tensor,
+        self, batch: Batch, terms: list[tuple[Term, Batch]],
+        values: list[tuple[Term, float, Tensor]], rl_loss: Tensor,
     ) -> None:  # fmt: skip
         accumulated: int = self.current_gradient_accumulation_steps
-        for term, value in values:
+        for term, _, value in values:
             total = self.accelerator.gather(value.detach() * accumulated).mean().item()
             self._metrics["train"][term.name].append(total)
         if self._step % self.args.gradient_accumulation_steps != 0:
@@ -79,14 +79,14 @@ class MeasuringTrainer(ResumableTrainer):
         self._metrics["train"]["attn/entropy"].append(entropy / max(count, 1.0))
 
     def _log_gradient_share(
-        self, rl_loss: Tensor, values: list[tuple[Term, Tensor]], inner: int
+        self, rl_loss: Tensor, values: list[tuple[Term, float, Tensor]], inner: int
     ) -> None:
         reason = attention_statistics.can_measure_gradients(self)
         if reason is not None:
             if self._generations == 1 and inner == 0:
                 logger.info("RALTrainer: attn/grad_share is not measured: %s", reason)
             return
-        attention = [term.coefficient * value for term, value in values if term.on_attention]
+        attention = [factor * value for term, factor, value in values if term.on_attention]
         if not attention:
             return
         parameters = [x for x in self.model.parameters() if x.requires_grad]

@@ -74,7 +74,8 @@ class Resampler:
 
     Then TRL makes the batch from the chosen rows, and finds their rollouts and rewards in place of
     writing new ones: advantages, old policy, references and metrics are those of a batch that never
-    had the other prompts.
+    had the other prompts. Which groups are equal is decided without the attention reward, which
+    comes from a forward over the chosen rollouts.
 
     Args:
         trainer: a `RALTrainer`, made.
@@ -221,7 +222,7 @@ class Resampler:
             for each in chosen.extra[own]:
                 for name, value in each.items():
                     trainer._pending_extra_logs[name].append(value)
-            return chosen.rewards
+            return trainer._complete_rewards(chosen.rewards)  # it was not known before
 
         trainer._generate_single_turn, trainer._calculate_rewards = generate, reward
         try:

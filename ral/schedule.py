@@ -37,7 +37,7 @@ def stands_still(config: RALConfig) -> bool:
 
 
 def why_zero(config: RALConfig) -> str | None:
-    """Why the term of eq. (3) is always zero under this schedule, or None if it is not.
+    """Why the term of eq. (3), or that of routers, is always zero under this schedule, or None.
 
     1. JSD and its gradient vanish at θ = θ_old, so RAL needs a second optimizer step on the same
        rollouts, or a reference policy other than the one that wrote them.
@@ -47,23 +47,31 @@ def why_zero(config: RALConfig) -> str | None:
     Returns:
         A sentence that says which settings to change.
     """
-    if config.attn_coef == 0:
-        return None
-    if config.attn_reference == "old" and (
+    against_old = [
+        name
+        for name, is_old in (
+            ("attn_coef", config.attn_coef > 0 and config.attn_reference == "old"),
+            ("router_coef", config.router_coef > 0),
+        )
+        if is_old
+    ]
+    if against_old and (
         config.gradient_accumulation_steps % micro_steps_per_generation(config) == 0
     ):
+        otherwise = "; or compare with another policy: attn_reference='ref'"
         return (
-            "attn_coef > 0 needs more than one optimizer step on a rollout batch, since the "
-            "policy's divergence from itself is exactly 0 before the first: with "
+            f"{against_old[0]} > 0 needs more than one optimizer step on a rollout batch, since "
+            "the policy's divergence from itself is exactly 0 before the first: with "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}, "
             f"steps_per_generation={config.steps_per_generation} and num_iterations="
             f"{config.num_iterations} this would be plain GRPO. Set num_iterations >= 2, or "
-            "steps_per_generation to a multiple of gradient_accumulation_steps greater than it; "
-            "or compare with another policy: attn_reference='ref'"
+            "steps_per_generation to a multiple of gradient_accumulation_steps greater than it"
+            + (otherwise if against_old[0] == "attn_coef" else "")
         )
-    if config.max_completion_length == 1 and config.attn_rows == "predicting":
+    used = [name for name in ("attn_coef", "router_coef") if getattr(config, name) > 0]
+    if used and config.max_completion_length == 1 and config.attn_rows == "predicting":
         return (
-            "attn_coef > 0 needs max_completion_length > 1: the query that predicts the "
+            f"{used[0]} > 0 needs max_completion_length > 1: the query that predicts the "
             "first token is the same in every rollout of a group, and their advantages sum to "
             "zero. Allow longer responses, or set attn_rows='token'"
         )

@@ -40,6 +40,7 @@ class Batch:
         weights: float32 [B, C], the share of each token in the mean over an optimizer step
             (`attn_reduction`); 0 outside of the mask. A mean of x is `(weights * x).sum()`.
         num_tokens: by how many tokens a mean over tokens divides the sum over this micro-batch.
+        accumulated: how many micro-batches are added in an optimizer step.
         view: rows, spans, scope and divergence that the settings ask for.
         inputs: the trainer's own tensors of the micro-batch.
         model, teacher: the policy and the teacher, as the trainer has wrapped them; the teacher is
@@ -57,6 +58,7 @@ class Batch:
     inputs: Mapping[str, Any]
     model: nn.Module | None = None
     teacher: nn.Module | None = None
+    accumulated: int = 1
 
 
 class Captures(AbstractContextManager[Any], Protocol):
@@ -132,6 +134,17 @@ class Term(ABC):
         """
         taken: rk.AttentionSnapshot = captured.snapshot(layer=layer, rows=view.rows, steered=False)
         return taken
+
+    def coefficient_at(self, step: int, steps: int) -> float:
+        """The coefficient of an optimizer step; by default the same in all.
+
+        It may depend on these alone, so that a resumed run goes on as it was.
+
+        Args:
+            step: optimizer steps so far.
+            steps: those of the whole run.
+        """
+        return self.coefficient
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
@@ -212,23 +225,6 @@ class Exploration(Term):
         return losses.exploration_loss(batch.captured, batch.layers, weights, batch.view)
 
 
-def terms_of(config: RALConfig) -> list[Term]:
-    """The terms that the settings ask for."""
-    terms: list[Term] = []
-    if config.attn_coef > 0:
-        terms.append(AttentionLoss(config.attn_coef, reference=config.attn_reference))
-    if config.distill_attn_coef > 0 or (config.needs_teacher and config.attn_coef == 0):
-        measures = config.attn_coef == 0
-        terms.append(AttentionDistillation(config.distill_attn_coef, measures=measures))
-    if config.explores and config.attn_explore_coef > 0:
-        terms.append(Exploration(config.attn_explore_coef))
-    if config.distill_logit_coef > 0:
-        from .distillation import LogitDistillation  # which imports TRL
-
-        terms.append(LogitDistillation(config))
-    return terms
-
-
 def check_terms(terms: Sequence[Term]) -> None:
     """Check that these are terms of different names.
 
@@ -287,7 +283,7 @@ class Terms:
         with terms.capturing(model) as captured:    # for each micro-batch
             logits = model(...)
         for term, seen in terms.seen(captured, batch, index):
-            loss = loss + term.coefficient * term.loss(seen)
+            loss = loss + term.coefficient_at(step, steps) * term.loss(seen)
 
     Args:
         terms: in the order of their sum.
@@ -316,6 +312,11 @@ class Terms:
 
     def __len__(self) -> int:
         return len(self._placed)
+
+    @property
+    def terms(self) -> list[Term]:
+        """In the order of their sum."""
+        return [each.term for each in self._placed]
 
     def pair(self, role: Role, pair: Callable[[Term, list[int]], list[int]]) -> None:
         """Take other layers of a reference than those of the same numbers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,14 +17,16 @@ import ral_kernels as rk
 from . import losses, rollouts, schedule
 from .attention_maps import LogsAttentionMaps
 from .config import RALConfig
+from .configured import terms_of
+from .crediting import CreditingTrainer, check_evidence
 from .distillation import check_teacher, load_teacher, pair_layers
 from .exploration import check_can_explore, draw_bias, steered
 from .fsdp import gathered_head
-from .metrics import MeasuringTrainer
+from .looking import joined, looking, without_sinks
 from .references import References
 from .resampling import Resampler, equal_groups
 from .rewards.tags import rendered_end
-from .terms import ATTENTION, Batch, Role, Term, Terms, check_references, terms_of
+from .terms import ATTENTION, Batch, Role, Term, Terms, check_references
 from .validation import Validates
 from .vision import (
     VisionLayout,
@@ -37,7 +40,7 @@ from .vision import (
 logger = logging.get_logger(__name__)
 
 
-class RALTrainer(Validates, MeasuringTrainer):
+class RALTrainer(Validates, CreditingTrainer):
     """GRPO with Reinforced Attention Learning, and On-Policy Attention Distillation.
 
     TRL's `GRPOTrainer` does the rest as usual: rollouts, advantages, KL, LoRA, checkpoints,
@@ -50,7 +53,15 @@ class RALTrainer(Validates, MeasuringTrainer):
         attn/divergence, attn/divergence/inner_<i>: mean divergence from the reference policy
             (nats), also by optimizer step on the rollout batch. From the first micro-batch of each
             step.
-        attn/loss, distill/attention, distill/logits, explore/loss: the terms, unweighted.
+        attn/loss, distill/attention, distill/logits, explore/loss, evidence/loss: the terms,
+            unweighted.
+        evidence/divergence, evidence/share, evidence/rollouts: of the evidence term: mean
+            divergence (nats), share of attention on evidence, of that on visual tokens, and share
+            of the rollouts that it learns from.
+        looking/visual, looking/evidence, looking/entropy: where rollouts looked (`Looks`), with
+            attention_reward or credit.
+        credit/tokens: (Σ w)² / (n Σ w²), the share of a response's tokens that have its credit.
+        router/loss, router/divergence, router/load, router/dead: with router_coef (`RouterLoss`).
         attn/grad_share, attn/grad_share/inner_<i>: ‖∇ weighted attention terms‖ / ‖∇ GRPO‖, of the
             first micro-batch of a step and of this process, every `attn_metrics_every` batches.
         attn/visual_share, attn/entropy: share of the policy's attention on images, and its entropy
@@ -129,6 +140,8 @@ class RALTrainer(Validates, MeasuringTrainer):
         assert args.attn_layers is not None  # RALConfig has put the last one
         self._terms = Terms(terms, self.model, args.attn_layers, self._references)
         self._layers = self._terms.layers
+        if self._needs_evidence:
+            check_evidence(self.train_dataset)
         if teacher_model is not None:
             self._set_up_teacher(teacher_model)
         if args.attn_map_every > 0:
@@ -182,12 +195,14 @@ class RALTrainer(Validates, MeasuringTrainer):
         self._needs_images = not has_images(inputs)
         self._references.clear()
         self._bias = None
+        self._forget_rollouts(inputs)
         self._rolling_out = True
         try:
             with self._timed("rollout"), ExitStack() as stack:  # less the forwards inside
                 if self._resampler is not None:
                     inputs, replayed = self._resampler.fill(inputs, self._generations)
                     stack.enter_context(replayed)
+                    self._forget_rollouts(inputs)
                 self._table_images(inputs)
                 output = super()._generate_and_score_completions(inputs)
         finally:
@@ -208,6 +223,11 @@ class RALTrainer(Validates, MeasuringTrainer):
             self._warn_single_span(layout.spans)
             self._num_spans = layout.spans.num_spans
             output["span_ids"] = layout.spans.ids
+        self._place_evidence(output, ids, mask)
+        if self._looks is not None:
+            self._log_looks(self._looks, output)
+            if self.args.credit != "uniform":
+                self._give_credit(output, self._looks)
         if self._bias is not None:
             output["explore_bias"] = self._bias
         if self.teacher_model is not None:
@@ -250,6 +270,7 @@ class RALTrainer(Validates, MeasuringTrainer):
         inputs = [{**row, "prompt_end": end} for row in inputs]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, *completions)
         if self.model.training:
+            rewards = self._complete_rewards(rewards)
             equal = equal_groups(self, rewards).sum().item()
             self._metrics["train"]["groups/equal"].append(equal)
         return rewards
@@ -334,20 +355,24 @@ class RALTrainer(Validates, MeasuringTrainer):
     ) -> Any:  # fmt: skip
         if not self._rolling_out:
             with gathered_head(model), self._mixing(model):
-                return super()._get_per_token_logps_and_entropies(
+                found = super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
                 )
+            if self._after_forward is not None:
+                self._after_forward()
+            return found
         role: Role = "old" if self._is_policy(model) else "ref"
-        spans = None
+        spans, looks = None, role == "old" and self.args.looks
         with ExitStack() as stack:
             stack.enter_context(self._timed("old_policy"))
             stack.enter_context(gathered_head(model))
             stack.enter_context(self._mixing(model))
-            if self._bias is not None or role in self._terms.roles:
+            if self._bias is not None or role in self._terms.roles or looks:
                 fields = {"pixel_values": kwargs.get("pixel_values")}
                 fields |= {name: kwargs.get(name) for name in ("image_grid_thw", "image_sizes")}
                 response = 0 if self.tools else logits_to_keep
-                spans = self._lay_out(input_ids, attention_mask, fields, response).spans
+                layout = self._lay_out(input_ids, attention_mask, fields, response)
+                spans = layout.spans
             if self._bias is not None:
                 # Also for TRL's reference model, or KL would measure the noise.
                 assert spans is not None
@@ -355,9 +380,20 @@ class RALTrainer(Validates, MeasuringTrainer):
             prompt = input_ids.shape[1] - logits_to_keep
             view = losses.view_of(self.args, prompt, logits_to_keep, spans)
             stack.enter_context(self._terms.taking(role, model, view))
-            return super()._get_per_token_logps_and_entropies(
+            if looks:
+                place = None
+                if self._needs_evidence:
+                    place = self._find_evidence(input_ids, attention_mask, fields)
+                kept = without_sinks(attention_mask, layout.visual, self.args.credit_sinks)
+                seen = stack.enter_context(
+                    looking(model, self._layers, view, layout.visual, kept, place)
+                )
+            found = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
+        if looks:
+            self._reward_attention(joined(seen), place, layout.visual, attention_mask[:, prompt:])
+        return found
 
     def _is_policy(self, model: Any) -> bool:
         """Whether `model` is now the policy and not TRL's reference model.
@@ -389,14 +425,20 @@ class RALTrainer(Validates, MeasuringTrainer):
                     steered(model, self._layers, inputs["explore_bias"], spans)
                 )
             captured = stack.enter_context(self._terms.capturing(model))
+            if self.args.credit != "uniform" and inputs["advantages"].dim() == 1:
+                inputs = dict(inputs)  # the rollout batch keeps its own advantages
+                self._after_forward = partial(self._credit_update, inputs, captured[ATTENTION])
+                stack.callback(setattr, self, "_after_forward", None)
             rl_loss = self.args.rl_coef * super()._compute_loss(model, inputs)
         if "explore_bias" in inputs:
             spans = seen[-1]
         batch = self._batch(model, captured, inputs, spans)
         terms = self._terms.seen(captured, batch, inputs["rollout_index"])
-        values = [(term, term.loss(of)) for term, of in terms if term.coefficient > 0]
+        step, steps = self.state.global_step, self.state.max_steps
+        factors = [(term, term.coefficient_at(step, steps), of) for term, of in terms]
+        values = [(term, factor, term.loss(of)) for term, factor, of in factors if factor > 0]
         self._measure(batch, terms, values, rl_loss)
-        weighted = [term.coefficient * value for term, value in values]
+        weighted = [factor * value for _, factor, value in values]
         return torch.stack([rl_loss, *weighted]).sum()
 
     def _batch(
@@ -420,11 +462,12 @@ class RALTrainer(Validates, MeasuringTrainer):
             inputs=inputs,
             model=model,
             teacher=self.teacher_model,
+            accumulated=self.current_gradient_accumulation_steps,
         )
 
     @property
     def _has_terms(self) -> bool:
-        return len(self._terms) > 0 or self.args.explores
+        return len(self._terms) > 0 or self.args.explores or self.args.looks
 
     def _normaliser(self, inputs: dict[str, Any], reduction: str | None = None) -> Tensor | float:
         """The divisor of the sum over this micro-batch, so that an optimizer step is a mean.

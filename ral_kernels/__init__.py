@@ -16,7 +16,7 @@ from .ops.attention import (
     scaled_dot_product_attention,
 )
 from .ops.divergence import divergence
-from .ops.policy import attention_divergence, attention_policy, ral_loss
+from .ops.policy import attention_divergence, attention_policy, policy_loss, ral_loss
 from .runtime.backends import available_backends
 from .sharded import ShardedPolicy, ShardedSnapshot, sharded_bytes
 from .snapshot import AttentionSnapshot
@@ -26,6 +26,8 @@ from .targets import AttentionTarget
 if TYPE_CHECKING:
     from .integrations.transformers.attention_map import AttentionMap, attention_map
     from .integrations.transformers.capture import capture
+    from .integrations.transformers.regions import RegionWeights, region_weights
+    from .integrations.transformers.router import capture_router
     from .integrations.transformers.spans import spans_for
     from .integrations.transformers.steer import steer
     from .integrations.transformers.tap import record_attention
@@ -35,9 +37,12 @@ __version__ = "0.1.0"
 # Public names that need transformers, which is imported when one of them is first asked for.
 _LAZY = {
     "AttentionMap": "attention_map",
+    "RegionWeights": "regions",
     "attention_map": "attention_map",
     "capture": "capture",
+    "capture_router": "router",
     "record_attention": "tap",
+    "region_weights": "regions",
     "spans_for": "spans",
     "steer": "steer",
 }
@@ -47,6 +52,7 @@ __all__ = [
     "AttentionOutput",
     "AttentionSnapshot",
     "AttentionTarget",
+    "RegionWeights",
     "ShardedPolicy",
     "ShardedSnapshot",
     "Spans",
@@ -56,6 +62,7 @@ __all__ = [
     "attention_policy",
     "available_backends",
     "capture",
+    "capture_router",
     "divergence",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
@@ -64,8 +71,10 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "policy_loss",
     "ral_loss",
     "record_attention",
+    "region_weights",
     "scaled_dot_product_attention",
     "sharded_bytes",
     "spans_for",

@@ -20,6 +20,7 @@ BUDGET: dict[str, Any] = {
     "max_completion_length": 12,
     "attn_coef": 0.0,
 }
+ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
 SHARPENING = 1.4  # factor on all attention scores of a trained model, as one more evaluation
 
 
@@ -32,12 +33,14 @@ class Arm:
         label: as in tables and pictures.
         settings: of `RALConfig`, over `BUDGET`.
         control: what is done to the advantages that the attention terms see: None, "flipped" or
-            "shuffled" over the rollouts of a minibatch.
+            "shuffled" over the rollouts of a minibatch (of a rollout batch where evidence chooses
+            good ones by them); "wrong": the evidence is the frame after the right one.
         teacher: whether a teacher takes part.
         style: form of the responses, and of the start: "direct" for RAL-zero, None for the task's.
         against: the arms that it is compared with, seed by seed.
         tasks: where the study runs it.
         curve: whether its accuracy is also taken during training.
+        study: "figure3", or "objectives" for those of docs/objectives.md.
     """
 
     name: str
@@ -49,12 +52,16 @@ class Arm:
     against: tuple[str, ...] = ("grpo",)
     tasks: tuple[str, ...] = ("frames", "resolution")
     curve: bool = False
+    study: str = "figure3"
 
 
 _FRAMES, _RESOLUTION = ("frames",), ("resolution",)
 _RAL = {"attn_coef": 5.0, "attn_layers": "all"}
 _INNER = {"num_iterations": 4}
 _NOISE = {"attn_layers": "all", "attn_explore_sigma": 1.0}  # of spans that the task names
+_EVIDENCE = {"evidence_coef": 0.1, "evidence_layers": "all", "evidence_sigma": 0.0}
+_REWARD = {"attention_reward": 0.5, "attn_layers": "all"}
+_CREDIT = {"credit": "looking", "attn_layers": "all"}
 _DISTILL = {"distill_logit_coef": 1.0, "distill_beta": 1.0, "rl_coef": 0.0}
 
 ARMS: tuple[Arm, ...] = (
@@ -101,5 +108,28 @@ ARMS: tuple[Arm, ...] = (
         against=("logits",), curve=True,
     ),
 )  # fmt: skip
+OBJECTIVES: tuple[Arm, ...] = tuple(
+    Arm(
+        name, label, settings, control=control, against=against, tasks=_FRAMES, curve=True,
+        study="objectives",
+    )
+    for name, label, settings, control, against in (
+        ("plain", "GRPO", {}, None, ()),
+        ("plain_ral", "RAL λ = 1", {"attn_coef": 1.0}, None, ("plain",)),
+        ("evidence", "evidence, good rollouts", _EVIDENCE, None, ("plain",)),
+        ("evidence_all", "evidence, all", {**_EVIDENCE, "evidence_on": "all"}, None,
+         ("plain", "evidence")),
+        ("evidence_warmup", "evidence, the first quarter",
+         {**_EVIDENCE, "evidence_schedule": "warmup", "evidence_steps": 0.25}, None,
+         ("plain", "evidence")),
+        ("evidence_wrong", "evidence, wrong frame", _EVIDENCE, "wrong", ("plain", "evidence")),
+        ("evidence_shuffled", "evidence, shuffled", _EVIDENCE, "shuffled", ("evidence",)),
+        ("reward", "attention reward", _REWARD, None, ("plain",)),
+        ("credit", "credit by looking", _CREDIT, None, ("plain",)),
+        ("sum", "evidence, reward and credit", {**_EVIDENCE, **_REWARD, **_CREDIT}, None,
+         ("plain",)),
+    )
+)  # fmt: skip
+ARMS += OBJECTIVES
 BY_NAME = {arm.name: arm for arm in ARMS}
-QUICK = ("grpo", "ral", "noise")  # what is done within a minute: no teacher
+QUICK = ("grpo", "ral")  # what is done within a minute: no teacher

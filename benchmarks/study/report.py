@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .arms import ARMS, BY_NAME
+from .arms import ARMS, BY_NAME, ROLLOUTS
 from .statistics import Estimate, deviation, estimate, holm, paired
 from .tasks import TASKS
 
@@ -139,6 +139,34 @@ def curves(task: str, runs: Sequence[Run]) -> list[list[str]]:
             *(("", "") if difference is None else (difference.signed, _p(difference.p))),
         ])  # fmt: skip
     return lines
+
+
+def reached(task: str, runs: Sequence[Run], level: float) -> list[list[str]]:
+    """Rollouts until the accuracy at the endpoint reaches `level`; first the heads."""
+    lines = [["arm", "seeds", f"reached {100 * level:.0f} %", "rollouts until then"]]
+    for arm, seeds in by_arm(runs, task).items():
+        if arm in FIXED_LABELS or BY_NAME[arm].study != "objectives":
+            continue
+        found = [x for run in seeds.values() if (x := rollouts_to(run["curve"], level)) is not None]
+        mean = f"{estimate(found).mean:.0f}" if found else ""
+        lines.append([label_of(arm), str(len(seeds)), str(len(found)), mean])
+    return lines if len(lines) > 1 else []
+
+
+def rollouts_to(curve: Sequence[Sequence[float]], level: float) -> float | None:
+    """Rollouts until a curve of [rollout batches, accuracy] first reaches a level.
+
+    Between two points it is a line. None if it does not get there.
+    """
+    last: Sequence[float] | None = None
+    for done, accuracy in curve:
+        if accuracy >= level:
+            if last is None:
+                return done * ROLLOUTS
+            share = (level - last[1]) / (accuracy - last[1])
+            return (last[0] + share * (done - last[0])) * ROLLOUTS
+        last = done, accuracy
+    return None
 
 
 def training(task: str, runs: Sequence[Run]) -> list[list[str]]:

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 
 from . import evaluate
-from .arms import BUDGET, BY_NAME, SHARPENING, Arm
+from .arms import BUDGET, BY_NAME, ROLLOUTS, SHARPENING, Arm
 from .picture_cache import Pictures
 from .tasks import TASKS, StudyTask
 
-ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
 FIXED = ("start", "teacher")  # evaluated as they are
+FINE = tuple(n / 10 for n in range(1, 11))  # the same, for rollouts to reach an accuracy
 CURVE = (0.2, 0.4, 0.7)  # of a run's rollout batches; the endpoint's accuracy is taken there too
 START_STEPS = 900
 TARGET_EVERY = 2  # rollout batches between two points of the attention's curve
@@ -35,6 +35,7 @@ class Plan:
         test_rows: rows at each extent of the evaluation.
         start_seed: seed of the supervised start, the same for all runs.
         start_steps: how many it trains for.
+        wrong_share: of its last demonstrations, those that are wrong; None for the task's.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Plan:
     test_rows: int
     start_seed: int = 0
     start_steps: int = START_STEPS
+    wrong_share: float | None = None
 
     def batches_of(self, task: StudyTask) -> int:
         return task.batches if self.batches is None else self.batches
@@ -66,7 +68,8 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
         chosen: Any = style
         train_start(
             folder, task=name, style=chosen, seed=plan.start_seed, extents=task.seen,
-            wrong_share=task.wrong_share, steps=plan.start_steps,
+            wrong_share=task.wrong_share if plan.wrong_share is None else plan.wrong_share,
+            steps=plan.start_steps,
         )  # fmt: skip
     return folder
 
@@ -152,7 +155,7 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
     else:
         batches = plan.batches_of(task)
         trainer = _trainer(bench, arm, seed, batches)
-        result |= _watch(trainer, bench, batches, arm.curve)
+        result |= _watch(trainer, bench, batches, arm)
         trainer.train()
         result["reward_curve"] = [x["reward"] for x in trainer.state.log_history if "reward" in x]
         for name in ("attn/divergence", "attn/grad_share", "attn/differing_prefixes", "kl"):
@@ -261,23 +264,44 @@ def _study_trainer() -> Any:
                 advantages = advantages[torch.randperm(len(advantages), device=advantages.device)]
             return replace(batch, advantages=advantages)
 
+        def _forget_rollouts(self, rows: list[dict[str, Any]]) -> None:
+            if self._control == "wrong":
+                for row in rows:
+                    (region,) = row["evidence"]
+                    frame = (region["image"] + 1) % len(row["images"])
+                    row["evidence"] = [{**region, "image": frame}]
+            super()._forget_rollouts(rows)
+
+        def _place_evidence(
+            self, output: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor
+        ) -> None:
+            given = output["advantages"]
+            if self._control == "shuffled":
+                output["advantages"] = given[torch.randperm(len(given), device=given.device)]
+            super()._place_evidence(output, ids, mask)
+            output["advantages"] = given
+
     return StudyTrainer
 
 
-def _watch(trainer: Any, bench: Bench, batches: int, with_accuracy: bool) -> dict[str, list[Any]]:
+def _watch(trainer: Any, bench: Bench, batches: int, arm: Arm) -> dict[str, list[Any]]:
     """Curves over training, filled as the trainer runs.
 
     Returns:
         target_curve: [rollout batches, share of attention on the target in each layer], at the
             longest extent that is trained on.
-        curve: [rollout batches, accuracy at the endpoint], at `CURVE` of the run if with_accuracy.
+        curve: [rollout batches, accuracy at the endpoint], at `CURVE` of the run, or at its begin
+            and at `FINE` in the study of objectives; empty if the arm has no curve.
     """
     from transformers import TrainerCallback
 
     target = bench.targets[max(bench.task.trained)]
     curves: dict[str, list[Any]] = {"target_curve": [[0, target(trainer.model)]], "curve": []}
     steps = trainer.args.max_steps // batches
-    marks = sorted({max(1, round(share * batches)) for share in CURVE})
+    fine, with_accuracy = arm.study == "objectives", arm.curve
+    marks = sorted({max(1, round(share * batches)) for share in (FINE if fine else CURVE)})
+    if fine:
+        curves["curve"].append([0, bench.endpoint(trainer.model)])
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

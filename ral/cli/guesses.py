@@ -28,6 +28,7 @@ WRITTEN = {
     "epsilon": "clip clip_ratio cliprange clip_range",
     "attn_coef": "ral_coef lambda attn_lambda attention_coef lambda_attn",
     "attn_layers": "layer layers attn_layer",
+    "router_coef": "moe_coef router_lambda lambda_router",
     "use_vllm": "vllm",
     "model": "model_name model_name_or_path model_path",
     "teacher_model": "teacher teacher_model_name_or_path",

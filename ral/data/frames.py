@@ -6,14 +6,13 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
 from .errors import DataError, shown_path
 from .sources import stored_images
-
-_Frame = TypeVar("_Frame")
 
 
 def natural_key(name: str) -> list[Any]:
@@ -34,6 +33,21 @@ def uniform_indices(total: int, count: int) -> list[int]:
     return [(2 * i * (total - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
 
 
+@dataclass(frozen=True)
+class Found:
+    """Pictures of a row: all of its images, or the frames of a video that are taken.
+
+    Attributes:
+        frames: the file of each, and the index of the frame in it (0 in a still image).
+        numbers: which of the source's frames or images each is, from 0.
+        total: how many the source has.
+    """
+
+    frames: list[tuple[str, int]]
+    numbers: list[int]
+    total: int
+
+
 class FrameFinder:
     """Finds the images that the `path` of a row names. It caches the listings of folders.
 
@@ -47,10 +61,10 @@ class FrameFinder:
         self.root = root
         self.max_frames = max_frames
         self.fps = fps
-        self._found: dict[str, list[tuple[str, int]]] = {}
+        self._found: dict[str, Found] = {}
 
-    def find(self, path: str | Sequence[str], *, video: bool) -> list[tuple[str, int]]:
-        """The files and, in each, the index of the frame (0 in a still image).
+    def find(self, path: str | Sequence[str], *, video: bool) -> Found:
+        """The images, or the frames of a video that are taken.
 
         Raises:
             DataError: "path must be …; got …", where a file is missing or is not what is needed.
@@ -59,15 +73,17 @@ class FrameFinder:
             for each in path:
                 _refuse_video(each)
             files = [(self._file(each), 0) for each in path]
-            return self.sample(files) if video else files
+            return (
+                self.sample(files) if video else Found(files, list(range(len(files))), len(files))
+            )
         if not video:
             _refuse_video(path)
-            return [(self._file(path), 0)]
+            return Found([(self._file(path), 0)], [0], 1)
         if path not in self._found:
             self._found[path] = self._frames(path)
         return self._found[path]
 
-    def sample(self, frames: Sequence[_Frame], seconds: float | None = None) -> list[_Frame]:
+    def sample(self, frames: Sequence[tuple[str, int]], seconds: float | None = None) -> Found:
         """Those of all frames of a video that are taken.
 
         Args:
@@ -77,7 +93,8 @@ class FrameFinder:
         count = self.max_frames
         if self.fps is not None and seconds is not None:
             count = min(count, max(1, round(seconds * self.fps)))
-        return [frames[i] for i in uniform_indices(len(frames), count)]
+        numbers = uniform_indices(len(frames), count)
+        return Found([frames[i] for i in numbers], numbers, len(frames))
 
     def _file(self, path: str) -> str:
         full = os.path.join(self.root, path)
@@ -90,7 +107,7 @@ class FrameFinder:
             raise DataError(f"path must be an existing file; got {shown_path(full)}")
         return full
 
-    def _frames(self, path: str) -> list[tuple[str, int]]:
+    def _frames(self, path: str) -> Found:
         """The chosen frames of a file or folder."""
         from ral_kernels.viz import PictureError, count_frames, frame_times  # brings torch
 

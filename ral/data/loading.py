@@ -17,6 +17,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from ral.rewards.tags import check_style
 
 from .errors import MOST_SHOWN, DataError, collected, shown_path
+from .evidence import read_evidence
 from .frames import FrameFinder, read_images
 from .rows import RowReader
 from .sources import Record, Source, find_source, opened
@@ -38,6 +39,14 @@ _FEATURES = Features(
         "problem_id": _TEXT,
         "options": List(_TEXT),
         "process": _TEXT,
+        "evidence": List(
+            {
+                "image": Value("int64"),
+                "box": List(Value("float64")),
+                "mask": _TEXT,
+                "source": _TEXT,
+            }
+        ),
     }
 )
 
@@ -73,6 +82,12 @@ def load_rows(
       for a row without images.
     - `problem_id`, optional.
     - `process`, optional: a worked thinking text for SFT.
+    - `evidence`, optional: the parts of the pictures that the answer rests on, a list of mappings:
+      {"image": 0, "box": [x0, y0, x1, y1]}, {"image": 1, "mask": "m.png"}, {"frames": [3, 5]} or
+      {"video": 0, "frames": [3, 5], "box": ...}. Boxes are in pixels of the given picture, after it
+      is turned upright (EXIF). A mask is a file as large as its picture; what is not black belongs
+      to it. `frames` names the first and the last frame of the source, from 0: all frames of the
+      video, before some are taken. In a row of images it numbers the images.
 
     Other fields and blank lines are ignored. Every row is checked, and every image file must
     exist, before the function returns. Images are decoded when a row is read; an image that several
@@ -97,12 +112,15 @@ def load_rows(
             Hub is downloaded first, all the same.
         on_error: "raise", or "skip" to leave out rows with errors and log their number. "skip"
             also leaves out rows whose images cannot be decoded. Without `streaming`, threads
-            decode every image for that.
+            decode every image and mask for that.
 
     Returns:
         A dataset with the columns prompt (a conversation with images before the text, or where it
         marks them), images (PIL, RGB), solution (bare), problem_type, problem_id, options (texts
-        without letters) and process (str or None).
+        without letters), process (str or None) and evidence. The last is a list for
+        `rk.region_weights`: {"image": number of the row's images, "box": ...} or with a "mask",
+        a bool array. A part of a video becomes one for each frame that is taken; the number of rows
+        whose evidence is in other frames is logged. Rows without evidence have an empty list.
 
     Raises:
         DataError: invalid rows (the first 20 errors by line, in tables by row, and the number of
@@ -151,13 +169,15 @@ load_jsonl = load_rows  # its name when it read JSON lines alone
 
 
 def _sizes_of_images(table: pa.Table) -> dict[str, Any]:
-    """A checksum of the sizes of all image files, in the order of the rows.
+    """A checksum of the sizes of all files of images and masks, in the order of the rows.
 
     Their contents would take minutes to read. Paths and times are left out, because they differ
     where the data were copied. Images in a table are in the table's own checksum.
     """
     images = table["images"].combine_chunks().flatten()
     paths = images.filter(images.field("row").is_null()).field("path").unique().to_pylist()
+    masks = table["evidence"].combine_chunks().flatten().field("mask")
+    paths += masks.drop_null().unique().to_pylist()
     sizes = [os.path.getsize(path) for path in paths]
     digest = hashlib.sha256(" ".join(map(str, sizes)).encode())
     return {"num_bytes": sum(sizes), "checksum": digest.hexdigest()}
@@ -187,6 +207,8 @@ def decode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
                 decoded[key] = read_images(references)
             rows.append(list(decoded[key]))
         batch["images"] = rows
+    if "evidence" in batch:
+        batch["evidence"] = [read_evidence(parts or ()) for parts in batch["evidence"]]
     return batch
 
 
@@ -228,6 +250,10 @@ class _Decoded:
             error_text = self._errors[key]
             if error_text is not None:
                 found.append(f"{reference['source']}: {error_text}")
+        try:
+            read_evidence(row["evidence"])
+        except DataError as error:
+            found.append(str(error))
         return found
 
 
@@ -262,7 +288,8 @@ def _rows(
         row = reader.read(record, f"{stem}:{record.number}")
         if streaming and isinstance(row, dict):
             try:
-                row = {**row, "images": read_images(row["images"])}
+                images, evidence = read_images(row["images"]), read_evidence(row["evidence"])
+                row = {**row, "images": images, "evidence": evidence}
             except DataError as error:
                 row = [str(error)]
         elif skip and isinstance(row, dict):
@@ -284,6 +311,12 @@ def _rows(
                 break
     except DataError as error:  # an array that is broken off
         raise collected("load_rows", source.path, [str(error), *errors], count + 1) from error
+    if reader.unseen:
+        _logger.warning(
+            "load_rows: evidence of %d rows of %s lies in frames that are not taken (max_frames=%d,"
+            " fps=%s), first: %s",
+            *(len(reader.unseen), source.path, max_frames, fps, reader.unseen[0]),
+        )
     if errors and not skip:
         raise collected("load_rows", source.path, errors, count)
     if errors:

@@ -13,7 +13,8 @@ from ral.rewards import PROBLEM_TYPES, bare_solution, parse_choice, parse_number
 from ral.rewards.tags import has_tags
 
 from .errors import DataError, shown
-from .frames import FrameFinder
+from .evidence import EvidenceReader
+from .frames import Found, FrameFinder
 from .prompts import conversation, letter, question_text
 from .sources import Record, images_of
 
@@ -31,11 +32,18 @@ class RowReader:
         finder: finds the images of a row.
         style: the form of response that the prompts ask for.
         table: key of the table that holds the rows, and may hold their images; None for JSON.
+
+    Attributes:
+        unseen: the places of rows whose evidence lies in frames that are not taken.
     """
 
     finder: FrameFinder
     style: str
     table: str | None = None
+    unseen: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._evidence = EvidenceReader(self.finder.root)
 
     def read(self, record: Record, problem_id: str) -> dict[str, Any] | list[str]:
         """The row of a record, or all its errors.
@@ -74,12 +82,30 @@ class RowReader:
         given_id = checked.fields.get("problem_id")
         if given_id is not None:
             problem_id = checked.text("problem_id", numbers=True)
+        inside = [image.get("bytes") if isinstance(image, dict) else image for image in held]
+        contents = [content for content in inside if isinstance(content, bytes)]
+        if len(contents) < len(held):
+            contents = []
+        found, evidence = Found([], [], 0), checked.fields.get("evidence")
         try:
-            images = self._images(checked, held, record.number - 1, data_type)
+            found = self._found(checked, held, contents, data_type)
         except DataError as error:
             checked.errors.append(str(error))
+        if data_type == "text":
+            if evidence:
+                checked.wrong("evidence", "left out of a row with data_type 'text'")
+        elif found.frames:
+            evidence, errors = self._evidence.read(evidence, found, contents, video)
+            checked.errors += errors
         if checked.errors:
             return {}
+        if checked.fields.get("evidence") and not evidence:
+            self.unseen.append(record.place)
+        row = record.number - 1 if contents else None
+        images = [
+            {"path": file, "frame": frame, "row": row, "source": record.place}
+            for file, frame in found.frames
+        ]
         text = question_text(
             problem, problem_type,
             options=options, style=self.style, video=video, num_images=len(images),
@@ -91,33 +117,33 @@ class RowReader:
             return {}
         return {
             "prompt": prompt,
-            "images": [{**image, "source": record.place} for image in images],
+            "images": images,
             "solution": solution,
             "problem_type": problem_type,
             "problem_id": problem_id,
             "options": options,
             "process": process,
+            "evidence": [{**part, "source": record.place} for part in evidence or ()],
         }
 
-    def _images(
-        self, checked: _Checked, held: list[Any], row: int, data_type: str
-    ) -> list[dict[str, Any]]:
-        """References to the images of a row: to files, or into the table."""
+    def _found(
+        self, checked: _Checked, held: list[Any], contents: list[bytes], data_type: str
+    ) -> Found:
+        """The images of a row: files, or in the table, which then stands for the file of each."""
+        nothing = Found([], [], 0)
         if data_type == "text":
             checked.no_images(held)
-            return []
+            return nothing
         video = data_type == "video"
-        contents = [image.get("bytes") if isinstance(image, dict) else image for image in held]
-        if held and all(isinstance(content, bytes) for content in contents):
-            indices: list[int] = list(range(len(held)))
+        if contents:
+            inside = [(self.table or "", number) for number in range(len(contents))]
             if video:
-                indices = self.finder.sample(indices)
-            return [{"path": self.table, "frame": i, "row": row} for i in indices]
+                return self.finder.sample(inside)
+            return Found(inside, list(range(len(inside))), len(inside))
         if held:
             checked.fields = {**checked.fields, "path": [_path_of(image) for image in held]}
         path = checked.path()
-        found = self.finder.find(path, video=video) if path else []
-        return [{"path": file, "frame": frame, "row": None} for file, frame in found]
+        return self.finder.find(path, video=video) if path else nothing
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .puzzles import NAMES, SECONDS, TASKS, Puzzle, Task, draw, make_puzzle
-from .scans import Split
+from .scans import CELL, Split
 
 Style = Literal["think", "direct"]
 NOISE = {"cell": 12.0, "timestamp": 24.0}  # of 255
@@ -36,7 +36,7 @@ def make_dataset(
     """A `datasets.Dataset` of puzzles whose pictures are drawn when a row is read.
 
     The same arguments give the same rows, pixel for pixel. Columns: prompt, images, solution,
-    problem_type, problem_id, completion.
+    problem_type, problem_id, completion, evidence: the frame, or the cell's box in pixels.
 
     Args:
         task: "cell" or "timestamp".
@@ -72,8 +72,10 @@ def make_dataset(
     drawn = _Draw(task, split, seed)
     rows: dict[str, list] = {
         name: []
-        for name in ("prompt", "images", "solution", "problem_type", "problem_id", "completion")
-    }
+        for name in (
+            "prompt", "images", "solution", "problem_type", "problem_id", "completion", "evidence"
+        )
+    }  # fmt: skip
     for index in range(size):
         # A generator of its own: a wrong demonstration changes nothing of the puzzle.
         rng = np.random.default_rng([seed, index, 1])
@@ -89,6 +91,7 @@ def make_dataset(
         )
         rows["problem_id"].append(f"digits-{task}-{split}-{extent}-{seed}-{index}")
         rows["completion"].append([{"role": "assistant", "content": answer}])
+        rows["evidence"].append([evidence(puzzle)])
     return Dataset.from_dict(rows).with_transform(drawn)
 
 
@@ -109,6 +112,14 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
         else f"When is there a {colour} tile, and which digit is in it?"
     )
     return [*parts, {"type": "text", "text": question}]
+
+
+def evidence(puzzle: Puzzle) -> dict[str, Any]:
+    """Where the answer is: the frame of a video, the asked cell of a still picture."""
+    if puzzle.times is not None:
+        return {"image": puzzle.frame}
+    row, column = divmod(puzzle.cell, puzzle.side)
+    return {"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}
 
 
 def solution(puzzle: Puzzle, style: Style) -> str:

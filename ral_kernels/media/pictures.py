@@ -16,6 +16,7 @@ from .errors import FORMATS, File, PictureError, opened_file, short_path
 PICTURE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+_SIDEWAYS = (2, 4, 5, 6)  # of Image.Transpose: those that swap width and height
 SHORTEST = 100  # milliseconds of a frame that says nothing, as browsers have it
 
 
@@ -34,7 +35,7 @@ def read_pictures(path: File, frames: Sequence[int] = (0,)) -> list[Any]:
     """
     if not isinstance(path, bytes) and video_file.is_video(path):
         return video_file.frames_of(path, frames)
-    with _opened(path) as image:
+    with opened(path) as image:
         first, count = _span(image)
         pictures = []
         for frame in frames:
@@ -53,7 +54,7 @@ def count_frames(path: str | os.PathLike[str]) -> int:
     """
     if video_file.is_video(path):
         return len(video_file.times_of(path)[0])
-    with _opened(path) as image:
+    with opened(path) as image:
         return _span(image)[1]
 
 
@@ -65,7 +66,7 @@ def frame_times(path: str | os.PathLike[str]) -> tuple[list[float], float]:
     """
     if video_file.is_video(path):
         return video_file.times_of(path)
-    with _opened(path) as image:
+    with opened(path) as image:
         first, count = _span(image)
         now, times = 0.0, []
         for frame in range(count):
@@ -86,8 +87,7 @@ def as_rgb(image: Any) -> Any:
         PictureError: it cannot be decoded, or its values lie in no such range.
     """
     with _refusing(type(image).__name__):
-        image.load()
-        orientation = _orientation(image)  # of a TIFF, `load` has turned it and removed the tag
+        image = turned(image)
         if image.mode == "F" or image.mode.startswith("I"):
             image = _eight_bits(image)
         if image.has_transparency_data:
@@ -95,8 +95,37 @@ def as_rgb(image: Any) -> Any:
 
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        return image.convert("RGB")
+
+
+def turned(image: Any) -> Any:
+    """A Pillow image, decoded and upright (EXIF).
+
+    Raises:
+        PictureError: it cannot be decoded.
+    """
+    with _refusing(type(image).__name__):
+        image.load()
+        orientation = _orientation(image)  # of a TIFF, `load` has turned it and removed the tag
         return image if orientation is None else image.transpose(orientation)
+
+
+def picture_size(path: File) -> tuple[int, int]:
+    """(width, height) in pixels of a picture once it is turned upright; it is not decoded.
+
+    Of a video the first frame is decoded.
+
+    Raises:
+        ImportError, OSError, PictureError: as in `read_pictures`.
+    """
+    if not isinstance(path, bytes) and video_file.is_video(path):
+        width, height = video_file.frames_of(path, (0,))[0].size
+        return width, height
+    with opened(path) as image:
+        width, height = image.size
+        # Pillow gives a TIFF's size as it is upright.
+        sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
+    return (height, width) if sideways else (width, height)
 
 
 def _orientation(image: Any) -> Any:
@@ -151,7 +180,8 @@ def _span(image: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: File) -> Iterator[Any]:
+def opened(path: File) -> Iterator[Any]:
+    """A file of one of `FORMATS` as a Pillow image, not yet decoded."""
     from PIL import Image, UnidentifiedImageError
 
     name = short_path(path)

@@ -12,11 +12,13 @@ colour bar then says so.
 """
 
 from ..media.errors import PictureError
+from ..media.masks import read_mask
 from ..media.pictures import (
     PICTURE_SUFFIXES,
     as_rgb,
     count_frames,
     frame_times,
+    picture_size,
     read_pictures,
 )
 from ..media.video_file import VIDEO_SUFFIXES
@@ -27,6 +29,7 @@ from .html import write_html
 from .layers import layer_head_grid
 from .maps import AttentionMap, Parts
 from .parts import blend, colour_limit
+from .regions import region_grid
 from .words import Word
 
 __all__ = [
@@ -46,8 +49,11 @@ __all__ = [
     "frame_times",
     "layer_head_grid",
     "overlay",
+    "picture_size",
+    "read_mask",
     "read_pictures",
     "read_video",
+    "region_grid",
     "token_frame",
     "token_grid",
     "write_html",

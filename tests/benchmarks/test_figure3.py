@@ -12,7 +12,7 @@ import torch
 from benchmarks import figure3
 from benchmarks.study import plot, report, task_pictures
 from benchmarks.study import run as one
-from benchmarks.study.arms import ARMS, BUDGET, QUICK
+from benchmarks.study.arms import ARMS, BUDGET, QUICK, ROLLOUTS
 from benchmarks.study.evaluate import TEST_SEED, HeldOut, TargetAttention, sharpened
 from benchmarks.study.picture_cache import Pictures
 from benchmarks.study.statistics import deviation, estimate, holm, paired
@@ -43,12 +43,67 @@ def test_arms(arm) -> None:
         settings = one.settings_of(arm, TASKS[task])
         config = RALConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **settings)
         assert config.needs_teacher == arm.teacher
-        assert config.generation_batch_size == one.ROLLOUTS
+        assert config.generation_batch_size == ROLLOUTS
         assert all(settings[k] == v for k, v in BUDGET.items() if k not in arm.settings)
         for name in arm.against:
             against = others[name]
             assert task in against.tasks and against.style == arm.style
             assert (arm.settings, arm.control) != (against.settings, against.control)
+
+
+@pytest.mark.slow(stands_in="test_rollouts_to_reach_an_accuracy")
+def test_controls_of_evidence(plan) -> None:
+    """The frame after the right one; and good rollouts by the advantages of others."""
+    found = {}
+    for name in ("evidence", "evidence_wrong", "evidence_shuffled"):
+        arm = next(arm for arm in ARMS if arm.name == name)
+        bench = one.Bench.of(plan, TASKS["frames"], "think")
+        trainer = one._trainer(bench, arm, 0, batches=1)
+        calls: list[torch.Size] = []
+
+        def score(rewards: torch.Tensor, of=trainer, calls=calls) -> torch.Tensor:
+            calls.append(rewards.shape)  # a random start is never right
+            return type(of)._complete_rewards(
+                of, torch.arange(len(rewards), dtype=torch.float32)[:, None] % 3
+            )
+
+        trainer._complete_rewards = score
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        torch.manual_seed(0)
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        assert calls
+        visual = [ids.nonzero()[:, 0] for ids in inputs["visual"]]
+        frames = [
+            {int((keys == key).nonzero()) // 4 for key in ids[ids >= 0]}
+            for keys, ids in zip(visual, inputs["evidence_ids"], strict=True)
+        ]
+        order = inputs["rollout_index"].argsort()  # TRL has shuffled them
+        good, positive = (inputs["evidence_share"] > 0)[order], (inputs["advantages"] > 0)[order]
+        counts = [len(keys) // 4 for keys in visual]
+        found[name] = (frames, good, positive, counts)
+    frames, good, positive, counts = found["evidence"]
+    assert all(len(each) == 1 for each in frames)
+    wrong = found["evidence_wrong"][0]
+    for right, other, count in zip(frames, wrong, counts, strict=True):
+        assert other == {(n + 1) % count for n in right}
+    assert torch.equal(good, positive) and good.any() and not good.all()
+    _, shuffled, own, _ = found["evidence_shuffled"]  # of a micro-batch with other rollouts
+    assert not torch.equal(shuffled, own)
+
+
+def test_rollouts_to_reach_an_accuracy() -> None:
+    curve = [[0, 0.1], [2, 0.3], [4, 0.7], [6, 0.6]]
+    assert report.rollouts_to(curve, 0.5) == 3 * ROLLOUTS  # between two points a line
+    assert report.rollouts_to(curve, 0.05) == 0
+    assert report.rollouts_to(curve, 0.3) == 2 * ROLLOUTS
+    assert report.rollouts_to(curve, 0.8) is None
+    runs = [{**_made_up("evidence", seed, 0.5), "curve": curve[: 4 - seed]} for seed in (0, 2)]
+    runs += [_made_up("grpo", 0, 0.5), _made_up("start", 0, 0.5)]  # of the other study
+    heads, line = report.reached("frames", runs, 0.5)
+    assert heads[2] == "reached 50 %"
+    assert line == ["evidence, good rollouts", "2", "1", str(3 * ROLLOUTS)]
+    assert report.reached("frames", runs[2:], 0.5) == []
 
 
 @pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
@@ -289,7 +344,7 @@ def test_a_picture_of_the_tasks(tmp_path) -> None:
 
 @pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
 def test_a_study(plan, tmp_path: Path, capsys) -> None:
-    arms = ["grpo", "ral"]
+    arms = ["grpo", "ral", "sum"]  # the last one is of the study of objectives
     for arm in arms:
         result = one.run(plan, "frames", arm, 0)
         assert set(result["accuracy"]) == {str(size) for size in TASKS["frames"].evaluated}
@@ -309,6 +364,7 @@ def test_a_study(plan, tmp_path: Path, capsys) -> None:
     (picture,) = tmp_path.glob("*.png")
     assert picture.name == f"{file.stem}-frames.png" and picture.stat().st_size > 10_000
     printed = capsys.readouterr().out
+    assert "reached 50 %" in printed and "evidence, reward and credit" in printed
     assert "RAL λ = 5, all layers" in printed and "mean of 16, 32 and 64 frames" in printed
     assert report.main([str(file)]) == 0
     assert "| GRPO | 1 |" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from benchmarks import train_overhead
 @pytest.mark.long
 def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--frames", "2", "--repeats", "1", "--response", "4", "--layers", "2"]
-    arguments += ["--width", "64", "--threads", "1", "--out", str(tmp_path)]
+    arguments += ["--width", "64", "--threads", "1", "--objectives", "--out", str(tmp_path)]
     assert train_overhead.main(arguments) == 0
     (file,) = tmp_path.glob("*.json")
     run = json.loads(file.read_text())
@@ -27,4 +27,9 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(seconds > 0 for seconds in parts)
         assert sum(parts) == pytest.approx(row[kind]["step"]["median"], rel=0.2)
         assert row[kind]["peak_bytes"] > 0
-    assert f"{row['update_ratio']['median']:.3f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{row['update_ratio']['median']:.3f}" in printed
+    assert list(row["objectives"]) == list(train_overhead.OBJECTIVES)
+    for kind, of in row["objectives"].items():
+        assert of["peak_ratio"] > 0 and f"{of['step_ratio']['median']:.3f}" in printed
+        assert kind in printed and row[kind]["old_policy"]["median"] > 0

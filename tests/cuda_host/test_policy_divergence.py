@@ -111,7 +111,7 @@ def test_unchanged_policy_is_exactly_zero(
     assert cuda_on_host.calls["fwd"] > 0 and cuda_on_host.calls["bwd"] > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "cross_entropy"])
 def test_unchanged_policy_in_the_loss(kind: str, cuda_on_host: Kernels) -> None:
     of_loss.test_exactly_zero_for_an_unchanged_policy(kind, torch.bfloat16, "cuda")
     assert cuda_on_host.calls == {"loss": 1}

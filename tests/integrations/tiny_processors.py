@@ -25,7 +25,10 @@ SIDE = 28  # pixels of a tile of Gemma 3, InternVL and LLaVA-OneVision
 
 
 def build(family: str, **options: Any) -> Any:
-    """The family's processor; `options` go to its image processor."""
+    """The family's processor; `options` go to its image processor.
+
+    Gemma 3, InternVL and LLaVA-OneVision also take `side`, the pixels of a tile, and its `tokens`.
+    """
     return globals()[f"_{family}"](**options)
 
 
@@ -65,52 +68,52 @@ def _qwen3_vl(**options: Any) -> Any:
     return _qwen("Qwen3VLProcessor", 16, **options)
 
 
-def _gemma3(**options: Any) -> Any:
+def _gemma3(side: int = SIDE, tokens: int = 4, **options: Any) -> Any:
     from transformers import Gemma3Processor
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-    tokens = tiny_checkpoint.tokenizer(
+    tokenizer = tiny_checkpoint.tokenizer(
         boi_token="<boi>", eoi_token="<eoi>", image_token="<image_soft_token>"
     )
-    pixels = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}, **options)
-    return images_only(Gemma3Processor, pixels, tokens, image_seq_length=4)
+    pixels = Gemma3ImageProcessorPil(size={"height": side, "width": side}, **options)
+    return images_only(Gemma3Processor, pixels, tokenizer, image_seq_length=tokens)
 
 
-def _internvl(**options: Any) -> Any:
+def _internvl(side: int = SIDE, tokens: int = 4, **options: Any) -> Any:
     from transformers import InternVLProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
         GotOcr2ImageProcessorPil,
     )
 
-    tokens = tiny_checkpoint.tokenizer(
+    tokenizer = tiny_checkpoint.tokenizer(
         start_image_token="<img>",
         end_image_token="</img>",
         context_image_token="<ctx>",
         video_token="<video>",
     )
-    pixels = GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, **options)
-    return images_only(InternVLProcessor, pixels, tokens, image_seq_length=4)
+    pixels = GotOcr2ImageProcessorPil(size={"height": side, "width": side}, **options)
+    return images_only(InternVLProcessor, pixels, tokenizer, image_seq_length=tokens)
 
 
-def _llava_onevision(**options: Any) -> Any:
+def _llava_onevision(side: int = SIDE, tokens: int = 16, **options: Any) -> Any:
     from transformers import LlavaOnevisionProcessor
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
         LlavaOnevisionImageProcessorPil,
     )
 
-    tokens = tiny_checkpoint.tokenizer(image_token="<image>", video_token="<video>")
+    tokenizer = tiny_checkpoint.tokenizer(image_token="<image>", video_token="<video>")
     pixels = LlavaOnevisionImageProcessorPil(
-        size={"height": SIDE, "width": SIDE},
+        size={"height": side, "width": side},
         image_grid_pinpoints=[
-            [SIDE * rows, SIDE * columns] for rows in range(1, 4) for columns in range(1, 4)
+            [side * rows, side * columns] for rows in range(1, 4) for columns in range(1, 4)
         ],
         **options,
     )
     return images_only(
         LlavaOnevisionProcessor,
         pixels,
-        tokens,
-        num_image_tokens=16,
+        tokenizer,
+        num_image_tokens=tokens,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_4",  # so that large pictures are interpolated
     )

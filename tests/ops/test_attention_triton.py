@@ -6,6 +6,7 @@ The drop-ins never choose the interpreter, so packed calls are made here, below 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -41,6 +42,20 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> Any:
     from ral_kernels.ops.attention.triton import launch as triton_launch
 
     return lambda blocks: monkeypatch.setattr(triton_launch, "BLOCKS_PER_SPLIT", blocks)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How often a kernel was launched since the last time that one asked."""
+    counts: Counter[str] = Counter()
+    launch = triton_runtime.launch
+
+    def counting(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        counts[kernel.fn.__name__] += 1
+        launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(triton_runtime, "launch", counting)
+    return lambda name: counts.pop(name, 0)
 
 
 def packed(
@@ -107,6 +122,63 @@ def test_splits_over_keys(group: int, splits: Any) -> None:
     for a, b in zip(split, whole, strict=True):
         assert a is not None and b is not None
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "options"),
+    [(2, 2, {}), (5, 1, {}), (4, 2, {"window": (70, 20)}), (7, 1, {"key_padding": True})],
+    ids=["ranges", "odd_group", "window", "padding"],
+)
+def test_splits_of_dk_and_dv(
+    heads: int, kv_heads: int, options: dict[str, Any], splits: Any, launched: Any
+) -> None:
+    """Parts over heads and ranges of queries add up to the gradient of one program."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, heads, 150, 24, generator=generator)
+    k = torch.randn(2, kv_heads, 100, 24, generator=generator, requires_grad=True)
+    v = torch.randn(2, kv_heads, 100, 40, generator=generator, requires_grad=True)
+    spans = rk.Spans(torch.arange(100) // 13, 8)
+    real = torch.arange(100) < torch.tensor([[100], [61]]) if "key_padding" in options else None
+    douts = [
+        torch.randn(2, heads, 150, size, generator=generator) for size in (40, spans.num_spans)
+    ]
+
+    def run(backend: str) -> tuple[Tensor, ...]:
+        out, marginals, _ = rk.attention(
+            q, k, v, spans, is_causal="window" not in options, window=options.get("window"),
+            key_padding_mask=real, backend=backend,
+        )  # fmt: skip
+        return torch.autograd.grad((out, marginals), (k, v), douts)
+
+    splits(1000)
+    whole = run("triton")
+    assert launched("attention_bwd_join_kernel") == 0
+    splits(1)
+    split = run("triton")
+    assert launched("attention_bwd_join_kernel") == 2
+    for a, b, exact in zip(split, whole, run("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, exact, rtol=2e-5, atol=2e-5)
+    assert all(map(torch.equal, split, run("triton")))
+
+
+@pytest.mark.parametrize("seqlen", [1024, 4096, 16384])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 2), (28, 4), (8, 8), (1, 1)])
+def test_dk_and_dv_fill_the_machine(heads: int, kv_heads: int, seqlen: int) -> None:
+    """Two programs for each multiprocessor of an H100, where there is as much work."""
+    from ral_kernels.ops.attention.triton.launch import BLOCKS_PER_SPLIT, key_splits
+
+    block_q, block_k = 16, 128
+    programs = kv_heads * seqlen // block_k
+    head_parts, ranges = key_splits(heads // kv_heads, seqlen // block_q, programs, 132)
+    assert head_parts <= heads // kv_heads
+    most = (
+        kv_heads * seqlen // block_k * (heads // kv_heads * seqlen // block_q // BLOCKS_PER_SPLIT)
+    )
+    assert programs * head_parts * ranges >= min(264, most)
+    assert head_parts * ranges == 1 or programs * head_parts * ranges < 264 * max(
+        2, heads // kv_heads
+    )
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])

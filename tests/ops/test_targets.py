@@ -141,6 +141,7 @@ def test_packed_rows_have_the_target_of_their_sequence(backend: str) -> None:
     assert torch.equal(got, wanted) and got[0, :5].all() and not got[0, -3:].any()
 
 
+@pytest.mark.slow(stands_in="test_against_a_target")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form: str, kind: str) -> None:

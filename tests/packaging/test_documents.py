@@ -32,7 +32,7 @@ ROOT = cited_files.ROOT
 QUICKSTART = "docs/quickstart.md"
 RUN = (
     "README.md", QUICKSTART, "docs/install.md", "ral/README.md",
-    "ral_kernels/integrations/README.md",
+    "ral_kernels/integrations/README.md", "docs/evidence.md",
 )  # fmt: skip
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 OTHERS = ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/gpu/README.md")

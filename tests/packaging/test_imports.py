@@ -25,11 +25,12 @@ ENTRY_POINTS = ("ral_kernels", "ral_kernels.integrations.transformers", "ral_ker
 MAY_IMPORT_THE_FRONT_DOOR = ("ral_kernels.cli", "ral_kernels.info", "ral_kernels.__main__")
 
 
-def test_rooms_form_no_cycle() -> None:
+@pytest.mark.parametrize("package", [PACKAGE, ROOT / "ral"], ids=lambda path: path.name)
+def test_rooms_form_no_cycle(package: Path) -> None:
     """An op and its folder of Triton kernels count as one room."""
     cycles = [
         group
-        for group in import_arrows.cycles(PACKAGE)
+        for group in import_arrows.cycles(package)
         if len({name.removesuffix(".triton") for name in group}) > 1
     ]
     assert cycles == []

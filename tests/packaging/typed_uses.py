@@ -68,6 +68,7 @@ def objective(q: Tensor, k: Tensor, advantages: Tensor, cu: Tensor) -> Tensor:
     loss = rk.ral_loss(q, k, old, advantages, kind="jsd", reduction="sum", rows=(4, 8))
     target = rk.AttentionTarget(advantages[:, None], cu[None, None], index=cu[None]).to(q.device)
     loss = loss + rk.ral_loss(q, k, target, advantages, kind="cross_entropy", rows=(4, 8))
+    assert_type(rk.policy_loss(q, q, advantages, logits=True, kind="kl"), Tensor)
     return loss + distance.mean() + rk.divergence(q, k, "kl", backend="reference").mean()
 
 
@@ -79,6 +80,14 @@ def packed_objective(q: Tensor, k: Tensor, advantages: Tensor, cu: Tensor) -> Te
     distance = rk.attention_divergence(q, k, old, rows=rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
     loss = rk.ral_loss(q, k, old, advantages, rows=rows, cu_seqlens_q=cu, cu_seqlens_k=cu)
     return assert_type(p, Tensor).sum() + assert_type(distance, Tensor).mean() + loss
+
+
+def regions(processor: object, inputs: dict[str, Tensor], q: Tensor) -> Tensor:
+    boxes = [[{"image": 0, "box": [0, 0, 9, 9]}], [[{"frames": [0, 1]}, {"image": 2}]]]
+    found = rk.region_weights(processor, inputs, boxes, image_sizes=[(9, 9)] * 3, sigma=1.5)
+    spans, matrix = assert_type(found, rk.RegionWeights).partition(q.shape[2])
+    assert_type(found.values, Tensor)
+    return rk.attention(q, q, q, spans).marginals @ matrix[:, None]
 
 
 def what_is_here() -> list[str]:

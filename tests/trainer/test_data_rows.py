@@ -9,7 +9,8 @@ from .data_case import BLUE, CHOICE, GREEN, NUMBER, RED, greys, load, text_of
 def test_a_row_has_what_trl_wants(folder):
     row = load(folder, CHOICE)[0]
     assert set(row) == {
-        *("prompt", "images", "solution", "problem_type", "problem_id", "options", "process")
+        *("prompt", "images", "solution", "problem_type", "problem_id", "options", "process"),
+        "evidence",
     }
     [message] = row["prompt"]
     assert message["role"] == "user"
@@ -23,6 +24,7 @@ def test_a_row_has_what_trl_wants(folder):
     assert row["problem_id"] == "data:1"
     assert row["options"] == ["the cat", "the dog"]
     assert row["process"] is None
+    assert row["evidence"] == []
 
 
 def test_a_row_of_a_video_and_the_ids(folder):

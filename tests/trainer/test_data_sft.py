@@ -12,7 +12,8 @@ def test_sft_rows_are_in_the_form_that_is_rewarded(folder):
     choice = CHOICE | {"process": "A cat does not bark."}
     rows = to_sft(load(folder, choice, NUMBER))
     assert rows.column_names == [
-        *("prompt", "images", "solution", "problem_type", "problem_id", "options", "completion")
+        *("prompt", "images", "solution", "problem_type", "problem_id", "options", "evidence"),
+        "completion",
     ]
     assert rows[0]["completion"] == [
         {

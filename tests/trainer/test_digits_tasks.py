@@ -44,6 +44,27 @@ def test_rows_repeat_and_depend_on_seed_and_split(task, extent) -> None:
 
 
 @pytest.mark.parametrize("task, extent", TASKS)
+def test_evidence_is_where_the_asked_colour_is(task, extent) -> None:
+    """Read off the pixels: of the frames, or of the cells, the one that has most of it."""
+    for row in make_dataset(task, size=6, grid=extent, frames=extent):
+        (region,) = row["evidence"]
+        colour = next(
+            name for name in NAMES if f" {name} " in row["prompt"][0]["content"][-1]["text"]
+        )
+        near = [
+            np.abs(np.asarray(image, np.float32) - np.array(COLOURS[colour])).sum(-1) < 60
+            for image in row["images"]
+        ]
+        if task == "timestamp":
+            assert region == {"image": int(np.argmax([each.sum() for each in near]))}
+            continue
+        left, top, right, bottom = region["box"]
+        assert region["image"] == 0 and right - left == bottom - top == CELL
+        inside = near[0][top:bottom, left:right].sum()
+        assert inside > 0.2 * CELL**2 and inside > 0.6 * near[0].sum()
+
+
+@pytest.mark.parametrize("task, extent", TASKS)
 def test_the_asked_colour_is_once_where_the_puzzle_says(task, extent) -> None:
     """Read off the pixels: the background of each cell is nearest to its own colour."""
     for index, row in enumerate(make_dataset(task, size=12, grid=extent, frames=extent)):

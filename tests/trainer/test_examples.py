@@ -49,7 +49,7 @@ def test_every_example_is_tested() -> None:
     """
     here = Path(__file__).read_text()
     names = [path.name for path in EXAMPLES.iterdir() if path.is_file()]
-    assert len(names) == 6 and all(name in here for name in names)
+    assert len(names) == 7 and all(name in here for name in names)
     assert len(NOTEBOOKS) == 3
     for name in NOTEBOOKS:
         notebook = nbformat.read(EXAMPLES / "notebooks" / name, as_version=4)
@@ -86,6 +86,18 @@ def test_own_attention_term() -> None:
     assert len(lines) == 4 and all(0.3 < share < 1.0 for share in shares)
     # Unlike RAL, whose reference is the policy itself, the term acts from the first step.
     assert terms[0] != 0.0 == ral[0] and terms[1] != terms[0] and ral[1] != 0.0
+
+
+@slow
+def test_retrieval_by_policy_loss() -> None:
+    printed = run(sys.executable, str(EXAMPLES / "retrieval_by_policy_loss.py"))
+    lines = re.findall(r"reward ([\d.]+), JSD by step (\S+), (\S+), (\S+)", printed)
+    rewards, *steps = ([float(value) for value in column] for column in zip(*lines, strict=True))
+    assert len(lines) == 30 and rewards[0] < 0.2 and min(rewards[-5:]) > 0.9
+    # Nothing in the first step on the answers, exactly; then more in each
+    assert all(
+        0.0 == first < second < third < 0.1 for first, second, third in zip(*steps, strict=True)
+    )
 
 
 @slow

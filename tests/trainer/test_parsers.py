@@ -45,6 +45,19 @@ def test_a_command_line(parsers: dict[str, Any], name: str) -> None:
     assert (defaults.attn_layers, defaults.distill_teacher_layers) == (-1, None)
 
 
+def test_objectives_in_a_line_each(parsers: dict[str, Any]) -> None:
+    config = parse(
+        parsers, "trl", "--evidence_coef=0.1", "--evidence_layers=0,-1", "--evidence_heads", "0",
+        "2", "--evidence_on", "all", "--attention_reward=0.2", "--credit=looking",
+    )  # fmt: skip
+    assert (config.evidence_coef, config.evidence_layers) == (0.1, [0, -1])
+    assert (config.evidence_heads, config.evidence_on) == ([0, 2], "all")
+    assert (config.attention_reward, config.credit) == (0.2, "looking")
+    config = parse(parsers, "trl", "--evidence_min_reward=0.9", "--evidence_layers=none")
+    assert (config.evidence_min_reward, config.evidence_layers) == (0.9, None)
+    assert config.evidence_heads == []
+
+
 @pytest.mark.parametrize("layers, wanted", [("-1", -1), ("0,-1", [0, -1]), ("all", "all")])
 def test_layers_are_words(parsers: dict[str, Any], layers: str, wanted: Any) -> None:
     assert parse(parsers, "trl", f"--attn_layers={layers}").attn_layers == wanted
@@ -64,10 +77,11 @@ def test_a_yaml_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         "attn_layers: [0, -1]\ndistill_teacher_layers: 2\nattn_reference: ref\nbeta: 0.04\n"
-        "attn_tile: [1, 2]\nattn_coef: 0.5\n"
+        "attn_tile: [1, 2]\nattn_coef: 0.5\nevidence_coef: 0.1\ncredit: looking\n"
     )
     parser = TrlParser(RALConfig)  # the file changes its defaults
     (config,) = parser.parse_args_and_config([*WORDS, "--config", str(path), "--attn_coef", "5"])
     assert (config.attn_layers, config.distill_teacher_layers) == ([0, -1], 2)
     assert (config.attn_reference, config.beta, config.attn_tile) == ("ref", 0.04, [1, 2])
     assert config.attn_coef == 5.0
+    assert (config.evidence_coef, config.credit) == (0.1, "looking")

@@ -30,6 +30,7 @@ EQUAL = {
     "pictures": ["ddp", "fsdp2"],
     "mixed": ["ddp", "fsdp2"],
     "resampling": ["ddp"],
+    "objectives": ["ddp"],
 }
 RESUMING = ["ddp", "fsdp2", "fsdp2-sharded"]
 # One case is in the quick tier: a run takes seconds of both processors.

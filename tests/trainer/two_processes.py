@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from ral import RALTrainer
 from ral.interrupts import interruptible
-from tests.trainer import tiny
+from tests.trainer import evidence_case, tiny
 from tests.trainer.test_launch import resolved
 
 ROLLOUTS = 16  # of a rollout batch, on all processes together
@@ -67,6 +67,13 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     },
     "resampling": {"resample_equal_groups": 9},
+    "objectives": {
+        "evidence_coef": 0.5,
+        "evidence_schedule": "linear",
+        "attention_reward": 3.0,
+        "credit": "looking",
+        "credit_top_share": 0.7,
+    },
     "resuming": {"optim": "adamw_torch", "learning_rate": 1e-3},
     "evaluating": {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny.dataset(4)},
 }
@@ -99,7 +106,7 @@ class FixedRollouts(RALTrainer):
 
 def dataset(case: str) -> Dataset:
     """Prompts of many lengths: the processes pad differently. Some are without images if mixed."""
-    rows = list(tiny.dataset(8))
+    rows = list(evidence_case.dataset() if case == "objectives" else tiny.dataset(8))
     for number, row in enumerate(rows):
         row["prompt"][0]["content"] = "the cat " * number + row["prompt"][0]["content"]
         if case == "mixed" and number not in (4, 6):
@@ -124,9 +131,10 @@ def _train(model: str, case: str, how: str, folder: Path) -> dict[str, Any]:
     if case == "teacher":
         teacher = tiny.checkpoint(folder.parent, num_hidden_layers=3)
     rows = dataset(case)
+    if case == "mixed":
+        merged["eval_dataset"] = rows.select(range(5))
     trainer = tiny.trainer(
         model, folder, trainer_class=FixedRollouts, train_dataset=rows,
-        eval_dataset=rows.select(range(5)) if case == "mixed" else None,
         reward_funcs=reward if case == "resampling" else tiny.reward,
         teacher_model=None if teacher is None else str(teacher), **merged,
     )  # fmt: skip

@@ -146,6 +146,13 @@ RAL_DEVICE float quad_maximum(float x) {
   return maximum(x, shuffle_xor(x, 2));
 }
 
+// Over all lanes of a warp.
+RAL_DEVICE float warp_sum(float x) {
+  RAL_UNROLL for (int mask = 16; mask > 0; mask /= 2)
+    x += shuffle_xor(x, mask);
+  return x;
+}
+
 // Index of the lane's i-th row, of 2 kRowTiles, among the warp's rows.
 RAL_DEVICE int row_in_warp(int i) {
   return 8 * i + lane_index() / 4;

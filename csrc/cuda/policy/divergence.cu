@@ -1,9 +1,10 @@
 // The order of launches of `policy_divergence`, and the layout of their scratch memory.
 //
 // Statistics of both sides come first. Then rows are taken in chunks whose l fits the scratch. For
-// each chunk policy_terms_kernel writes r, then replaces it by l and adds up D and U. What a row's
-// gradient needs, dq and dk follow. Nothing depends on the device: the same call gives the same
-// bits everywhere.
+// each chunk policy_terms_kernel writes r, then replaces it by l and adds up D and U. With a
+// target, policy_target_rows_kernel writes r if the target has ids; without ids there is no r in
+// memory. What a row's gradient needs, dq and dk follow. Nothing depends on the device: the same
+// call gives the same bits everywhere.
 #include "policy/launches.h"
 #include "policy/rows.h"
 
@@ -58,6 +59,10 @@ class PolicyDivergence {
                    float* memory, void* stream)
       : call_(call), pass_(pass), stream_(stream) {
     const ral_policy_common& common = call.common;
+    if (has_target()) {  // its valid keys are the policy's
+      call_.reference.window_left = call.policy.window_left;
+      call_.reference.window_right = call.policy.window_right;
+    }
     const int64_t num_heads = call.policy.num_heads;
     const bool packed = common.cu_seqlens_q != nullptr;
     const int64_t seqlen_k = packed ? common.max_keys : common.seqlen_k;
@@ -88,7 +93,7 @@ class PolicyDivergence {
     dk_so_far_ = scratch.take(call.policy.num_kv_heads * common.seqlen_k * call.policy.head_dim,
                               pass.wants_gradient && rows_ < common.num_rows);
     ref_w_ = scratch.take(call.reference.num_heads * all_rows,
-                          pass.wants_statistics && call.reference_normalised == 0);
+                          pass.wants_statistics && call.reference_normalised == 0 && !has_target());
     // The loss keeps none of these; the forward gives them to the backward.
     const bool own = pass.wants_statistics && pass.wants_gradient;
     float* const norm = scratch.take(2 * num_heads * all_rows, own);
@@ -109,8 +114,7 @@ class PolicyDivergence {
   int run_all() const {
     if (pass_.wants_statistics) {
       int error = policy_statistics(call_.common, call_.policy, call_.w, stream_);
-      if (error == 0 && call_.reference_normalised == 0)
-        error = policy_statistics(call_.common, call_.reference, ref_w_, stream_);
+      if (error == 0 && call_.reference_normalised == 0) error = reference_statistics();
       if (error != 0) return error;
     }
     for (int64_t b = 0; b < call_.common.batch_size; b += samples_)
@@ -122,6 +126,27 @@ class PolicyDivergence {
   }
 
  private:
+  bool has_target() const { return call_.target.values != nullptr; }
+
+  PolicyTargetParams target_params(const RowChunk& chunk) const {
+    return PolicyTargetParams{call_.common,      call_.policy, call_.target,
+                              call_.reference.z, chunk,        l_};
+  }
+
+  int reference_statistics() const {
+    if (!has_target()) return policy_statistics(call_.common, call_.reference, ref_w_, stream_);
+    return run<policy_target_share_kernel>(call_.common.batch_size * call_.common.num_rows,
+                                           target_params(RowChunk{}), stream_);
+  }
+
+  // Writes the reference's r of a chunk, where policy_terms_kernel does not form it itself.
+  int reference_rows(const RowChunk& chunk) const {
+    if (!has_target()) return terms(chunk, call_.reference, call_.policy, nullptr, nullptr);
+    if (call_.target.ids == nullptr) return 0;
+    return run<policy_target_rows_kernel>(int64_t(chunk.num_samples) * chunk.num_rows,
+                                          target_params(chunk), stream_);
+  }
+
   int terms(const RowChunk& chunk, const ral_policy_side& side, const ral_policy_side& other,
             float* value_parts, float* u_parts) const {
     PolicyTermsParams params{};
@@ -136,6 +161,8 @@ class PolicyDivergence {
     params.value_parts = value_parts;
     params.u_parts = u_parts;
     params.kind = call_.kind;
+    if (call_.target.ids == nullptr) params.target = call_.target;
+    params.target_z = call_.reference.z;
     RAL_DISPATCH(side.dtype, side.head_dim, policy_terms, params, stream_);
   }
 
@@ -183,7 +210,7 @@ class PolicyDivergence {
     const int64_t samples = call_.common.batch_size - b, num_rows = call_.common.num_rows - t;
     const RowChunk chunk{int32_t(b), int32_t(samples < samples_ ? samples : samples_), int32_t(t),
                          int32_t(num_rows < rows_ ? num_rows : rows_), stride_};
-    int error = terms(chunk, call_.reference, call_.policy, nullptr, nullptr);
+    int error = reference_rows(chunk);
     if (error == 0) error = terms(chunk, call_.policy, call_.reference, value_parts_, u_parts_);
     if (error == 0) error = rows(chunk);
     if (error != 0 || !pass_.wants_gradient) return error;

@@ -1,5 +1,5 @@
 // Terms of the divergences between two probabilities, without cancellation where they nearly agree.
-// Equations (4) to (10) of ral_kernels/ops/divergence/README.md, one element at a time.
+// Equations (4) to (10) and (12) of ral_kernels/ops/divergence/README.md, one element at a time.
 // csrc/cpu/policy/divergence_terms.h takes a vector at a time.
 #pragma once
 
@@ -57,6 +57,12 @@ RAL_DEVICE float kl_term(float a, float b, float x) {
   return a * log_quotient(a, b, x) - a + b;
 }
 
+// -r log p, +inf where p = 0 < r.
+RAL_DEVICE float cross_entropy_term(float p, float r) {
+  if (r == 0.0f) return 0.0f;
+  return p == 0.0f ? -minus_infinity() : -r * natural_log(p);  // (12)
+}
+
 // The gradient is 0 where p is 0, and where r = 0 < p makes the row infinite.
 RAL_DEVICE DivergenceTerm divergence_term(int32_t kind, float p, float r) {
   const float total = p + r;
@@ -69,7 +75,7 @@ RAL_DEVICE DivergenceTerm divergence_term(int32_t kind, float p, float r) {
   if (kind == RAL_KL)
     return {kl_term(p, r, x), p == 0.0f || r == 0.0f ? 0.0f : log_quotient(p, r, x)};  // (9)
   const float l = p == 0.0f ? 0.0f : maximum(kLowestReverseKlGradient, (p - r) / p);   // (10)
-  return {kl_term(r, p, -x), l};
+  return {kind == RAL_REVERSE_KL ? kl_term(r, p, -x) : cross_entropy_term(p, r), l};
 }
 
 }  // namespace cuda

@@ -90,12 +90,6 @@ struct policy_rows_kernel {
   }
 
  private:
-  RAL_DEVICE static float warp_sum(float x) {
-    RAL_UNROLL for (int mask = 16; mask > 0; mask /= 2)
-      x += shuffle_xor(x, mask);
-    return x;
-  }
-
   // Sums the parts of U of line `line` whose keys the row sees.
   RAL_DEVICE static float sum_of_parts(const Params& params, int64_t line, const KeysOfRows& seen) {
     const float* const parts = params.u_parts + line * (params.chunk.stride / kBlockK);

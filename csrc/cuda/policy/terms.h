@@ -4,14 +4,10 @@
 #pragma once
 
 #include "policy/divergence_terms.h"
-#include "policy/side.h"
+#include "policy/target.h"
 
 namespace ral {
 namespace cuda {
-
-struct alignas(16) Float4 {
-  float x[4];
-};
 
 struct PolicyTermsParams {
   ral_policy_common common;
@@ -26,6 +22,8 @@ struct PolicyTermsParams {
   // [samples, rows, H, chunk.stride / 64] sums of (3) over 64 keys; null = not wanted
   float* u_parts;
   int32_t kind;
+  ral_policy_target target;  // without ids: r is formed from it, not read from memory; or nothing
+  const float* target_z;     // [B, T]
 };
 
 // One CTA has kBlockQ rows and kTermKeys keys, and walks over all heads. K stays in shared memory
@@ -253,11 +251,15 @@ struct policy_terms_kernel {
     }
   }
 
-  // Writes p. In a comparison it reads r where p would go, and writes l there and to the stage.
+  // Writes p. In a comparison it reads r where p would go, or forms it from a target, and writes l
+  // there and to the stage.
   RAL_DEVICE static void finish_lines(const Params& params, int32_t b, int32_t first_row,
                                       int32_t num_rows, int32_t first_key, float* stage) {
     const RowChunk& chunk = params.chunk;
     const int lane = lane_index();
+    const Sample sample = locate(params, first_row);
+    const Visibility visibility = visibility_of(sample, params.side);
+    TargetTile target(params.common, params.target, params.target_z, sample, visibility, first_key);
     for (int row = warp_index(); row < num_rows; row += kWarps) {
       const int64_t line = chunk.at(b, first_row + row);
       Float4* const staged = reinterpret_cast<Float4*>(stage + row * kStride) + lane;
@@ -268,7 +270,8 @@ struct policy_terms_kernel {
         store_global(at, p);
         continue;
       }
-      const Float4 r = load_global(at);
+      const Float4 r =
+          params.target.values == nullptr ? load_global(at) : target.of_row(first_row + row);
       Float4 l;
       float value = 0.0f;
       RAL_UNROLL for (int e = 0; e < 4; ++e) {
@@ -278,8 +281,7 @@ struct policy_terms_kernel {
       }
       store_global(at, l);
       store_shared(staged, l);
-      RAL_UNROLL for (int mask = 16; mask > 0; mask /= 2)
-        value += shuffle_xor(value, mask);
+      value = warp_sum(value);
       if (lane == 0)
         store_global(params.value_parts + (line * chunk.stride + first_key) / kTermKeys, value);
     }

@@ -181,9 +181,10 @@ static inline bool are_target_ids(const int32_t* ids, int64_t length, int64_t se
 static inline int32_t check_policy_target(Memory memory, const ral_policy_common& common,
                                           const ral_policy_target& x) {
   const int64_t rows = common.batch_size * common.num_rows;
-  const bool fits = x.index && x.first_key == 0 &&
+  // A call of some packed sequences, which CUDA makes, has not all keys of its targets.
+  const bool fits = x.index && in_range(x.first_key, 0, memory == Memory::kHost ? 0 : INT32_MAX) &&
                     are_sizes(common.batch_size, x.num_targets, x.length) &&
-                    (x.ids || x.length == common.seqlen_k) && !common.span_ids;
+                    (x.ids || x.length - x.first_key >= common.seqlen_k) && !common.span_ids;
   if (!fits) return RAL_BAD_ARGUMENT;
   if (memory == Memory::kDevice) return RAL_OK;
   for (int64_t i = 0; i < rows; ++i) {

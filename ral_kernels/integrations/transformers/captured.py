@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -63,6 +65,7 @@ class CapturedLayer:
         self._calls, self._last_k = calls, last_k
         self._rows, self._spans, self._scope = rows, spans, scope
         self._joined: tuple[Tensor, Tensor] | None = None
+        self._heads: list[int] | None = None  # of the layer's query heads; None = all
         self._seen: dict[tuple[int, int], Visibility] = {}
 
     @property
@@ -316,6 +319,8 @@ class CapturedLayer:
             NotImplementedError: a generation, or an argument that may change the layer's attention.
         """
         self._refuse()
+        if self._heads is not None:
+            raise NotImplementedError(f"{_OP}.sharded: it must have all heads; got {self._heads}")
         first, *steps = self._calls
         if steps or first.steering is not None:
             raise NotImplementedError(
@@ -331,6 +336,31 @@ class CapturedLayer:
             "softcap": first.softcap,
         }
         return ShardedPolicy(first.q, first.k, **{**given, **options})
+
+    def of_heads(self, heads: Sequence[int]) -> CapturedLayer:
+        """The same layer with some of its query heads alone, and the key heads that they attend to.
+
+        Its policy is the mean over these heads. Queries share key heads as in the whole layer.
+
+        Args:
+            heads: numbers of query heads, in [0, H), each once. They are taken in rising order.
+
+        Raises:
+            TypeError: something else than ints.
+            ValueError: no head, a head twice, or one that the layer does not have.
+        """
+        count = self.q.shape[1]
+        chosen = heads_in_order(_OP, heads, count)
+        size = count // self.k.shape[1]  # query heads of a key head
+        of_keys = [head // size for head in chosen]
+        shared = sorted(set(of_keys))
+        if len({of_keys.count(number) for number in shared}) == 1:
+            of_keys = shared  # groups of one size: queries still share
+        made = copy.copy(self)
+        with torch.enable_grad():
+            made._joined = self.q[:, chosen], self.k[:, of_keys]
+        made._heads = chosen if self._heads is None else [self._heads[head] for head in chosen]
+        return made
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -510,6 +540,8 @@ class CapturedLayer:
         return arguments
 
     def _rows_of_bias(self, bias: Tensor, rows: Any) -> Tensor:
+        if self._heads is not None and bias.shape[1] > 1:
+            bias = bias[:, self._heads]
         if bias.shape[2] == 1:
             return bias
         if self.cu_seqlens is None:
@@ -525,3 +557,25 @@ class CapturedLayer:
         if isinstance(keys, Tensor) and keys.dim() > 0 and keys.shape[-1] < seqlen_k:
             return torch.nn.functional.pad(keys, (0, seqlen_k - keys.shape[-1]), value=False)
         return keys
+
+
+def heads_in_order(op: str, heads: Any, count: int) -> list[int]:
+    """Numbers of query heads, checked and in rising order.
+
+    Args:
+        op: named in errors.
+        heads: a sequence of ints.
+        count: how many heads the layer has.
+
+    Raises:
+        TypeError: something else than ints.
+        ValueError: none, one twice, or one outside of [0, count).
+    """
+    if not isinstance(heads, Sequence) or not all(checks.is_int(head) for head in heads):
+        raise TypeError(f"{op}: heads must be a sequence of ints; got {heads!r}")
+    chosen = sorted(heads)
+    if not chosen or len(set(chosen)) < len(chosen) or not 0 <= chosen[0] <= chosen[-1] < count:
+        raise ValueError(
+            f"{op}: heads must be different numbers in [0, {count}), one or more; got {heads!r}"
+        )
+    return chosen

@@ -50,13 +50,13 @@ def find_layers(op: str, model: Any, layers: Any) -> list[DecoderLayer]:
         TypeError, ValueError: `model` holds no or several models, `layers` picks none of them.
         NotImplementedError: the decoder layers or their attention are not found, or not usable.
     """
-    found = _decoder_layers(op, _find_model(op, model))
+    found = _decoder_layers(op, model)
     if layers == "all" and isinstance(layers, str):
         chosen = [layer for layer in found if isinstance(layer, DecoderLayer)]
         if not chosen:
             raise NotImplementedError(f"{op}: model must have attention layers; found none")
     else:
-        chosen = [_pick(op, found, index) for index in _indices(op, layers, len(found))]
+        chosen = [_pick(op, found, index) for index in layer_numbers(op, layers, len(found))]
     for layer in chosen:
         _check_attention(op, layer.attention)
     return chosen
@@ -82,11 +82,16 @@ def _find_model(op: str, model: Any) -> PreTrainedModel:
     return outermost[0]
 
 
-def _decoder_layers(op: str, model: PreTrainedModel) -> list[DecoderLayer | str]:
-    """Every layer of the text decoder; the class of one without self-attention.
+def decoder_stack(op: str, given: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """The text decoder of a model, and the list of its layers.
 
-    That is a state space, say, or cross-attention to pictures.
+    Args:
+        op, given: `op` and `model` as in `find_layers`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `find_layers`.
     """
+    model = _find_model(op, given)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     stack = getattr(decoder, "layers", None)
     if stack is None:  # one wrapper more, such as torch.compile around the decoder
@@ -98,6 +103,15 @@ def _decoder_layers(op: str, model: PreTrainedModel) -> list[DecoderLayer | str]
             f"{op}: model must have its decoder layers in a ModuleList `layers` of its text "
             f"decoder; {type(model).__name__} has none in {type(decoder).__name__}"
         )
+    return decoder, stack
+
+
+def _decoder_layers(op: str, model: Any) -> list[DecoderLayer | str]:
+    """Every layer of the text decoder; the class of one without self-attention.
+
+    That is a state space, say, or cross-attention to pictures.
+    """
+    decoder, stack = decoder_stack(op, model)
     return [
         _decoder_layer(index, len(stack), decoder, layer) or type(layer).__name__
         for index, layer in enumerate(stack)
@@ -127,7 +141,8 @@ def _decoder_layer(
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
-def _indices(op: str, layers: Any, count: int) -> list[int]:
+def layer_numbers(op: str, layers: Any, count: int) -> list[int]:
+    """The numbers that `layers` picks out of `count`: an int or ints, negative from the end."""
     wanted = "an int, a sequence of ints or 'all'"
     given = [layers] if checks.is_int(layers) else layers
     if not isinstance(given, (list, tuple, range)) or not all(map(checks.is_int, given)):

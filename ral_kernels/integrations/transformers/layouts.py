@@ -17,7 +17,9 @@ from torch import Tensor
 from ...spans import merged_grids
 
 NAME = "spans_for"
-WHOLE = (0.0, 0.0, 1.0, 1.0)
+Box = tuple[float, float, float, float]  # top, left, bottom, right, as fractions of a picture
+Edges = tuple[tuple[float, ...], tuple[float, ...]]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 Size = tuple[int, int]  # (height, width) in pixels
 
 
@@ -25,12 +27,15 @@ Size = tuple[int, int]  # (height, width) in pixels
 class View:
     """A picture as a grid of tokens: `offsets` int64 [frames, rows, columns] into the item's.
 
-    box: (top, left, bottom, right) of the grid in the picture, as fractions of its height and
-    width; outside [0, 1] where the processor padded.
+    box: of the grid in the picture; outside [0, 1] where the processor padded.
+    features: rows and columns of the vision tower's grid, where the model interpolates it to this.
+    edges: of the rows and of the columns, as fractions of the picture, where tokens are uneven.
     """
 
     offsets: Tensor
-    box: tuple[float, float, float, float] = WHOLE
+    box: Box = WHOLE
+    features: Size | None = None
+    edges: Edges | None = None
 
 
 @dataclass(frozen=True)
@@ -262,9 +267,20 @@ def _gemma3(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | N
             continue
         height, width = sizes[index]
         tiles = (1, count) if width >= height else (count, 1)
-        detail = View(length + _tiles(tiles, side))
+        edges = _crop_edges(height, tiles[0], side), _crop_edges(width, tiles[1], side)
+        detail = View(length + _tiles(tiles, side), edges=edges)
         items.append(Item("image", total, (View(overview), detail)))
     return {token_id: items}
+
+
+def _crop_edges(size: int, crops: int, side: int) -> tuple[float, ...]:
+    """Edges of tokens where crops begin at whole pixels, so that the last one is smaller."""
+    step = math.ceil(size / crops)
+    edges = [0.0]
+    for crop in range(crops):
+        first, last = crop * step, min((crop + 1) * step, size)
+        edges += [(first + (last - first) * i / side) / size for i in range(1, side + 1)]
+    return tuple(edges)
 
 
 def _internvl(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
@@ -340,9 +356,13 @@ def _llava_onevision(
             box = (0.0 - pad_y, 0.0 - pad_x, 1 + pad_y, 1 + pad_x)
             found[token_id].append(Item("image", side * side + 1, (View(whole, box),)))
             continue
-        rows, columns = _unpadded((height, width), pinpoints, tile, side, limit)
+        features, box = _unpadded((height, width), pinpoints, tile, side)
+        rows, columns = features
+        ratio = math.sqrt(rows * columns / (limit * side**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
         detail = torch.arange(rows * (columns + 1)).view(1, rows, columns + 1)[..., :columns]
-        views = (View(whole), View(side * side + detail))
+        views = (View(whole), View(side * side + detail, box, features))
         found[token_id].append(Item("image", side * side + rows * (columns + 1), views))
 
     pooled = math.ceil(side / 2)
@@ -358,23 +378,34 @@ def _llava_onevision(
                 f"newline; got {count} tokens"
             )
         grid = torch.arange(length - 1).view(frames, pooled, pooled)
-        found[video_id] += [Item("video", length, (View(grid),))] * (count // length)
+        found[video_id] += [Item("video", length, (View(grid, features=(side, side)),))] * (
+            count // length
+        )
     return found
 
 
-def _unpadded(size: Size, pinpoints: Any, tile: int, side: int, limit: int) -> tuple[int, int]:
-    """Rows and columns of the detail, as the model's `unpad_image` and `pack_image_features`."""
+def _unpadded(size: Size, pinpoints: Any, tile: int, side: int) -> tuple[Size, Box]:
+    """Rows and columns of the detail, as the model's `unpad_image`, and where they are.
+
+    Only whole tokens of padding are cut off, so the grid may reach beyond the picture.
+    """
     from transformers.image_processing_utils import select_best_resolution
 
     best = select_best_resolution(size, pinpoints)
-    rows, columns = (edge // tile * side for edge in best)
-    height, width = size
-    if width / height > columns / rows:
-        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
-    else:
-        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-    ratio = math.sqrt(rows * columns / (limit * side**2))
-    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+    shape = [edge // tile * side for edge in best]
+    # The axis with padding: the picture fills the other one.
+    axis = 0 if size[1] / size[0] > best[1] / best[0] else 1
+    scale = best[1 - axis] / size[1 - axis]
+    cut = (shape[axis] - int(round(size[axis] * (shape[1 - axis] / size[1 - axis]), 7))) // 2
+    pixels = min(math.ceil(size[axis] * scale), best[axis])  # of the picture among the padding
+    first = cut * tile / side - (best[axis] - pixels) // 2
+    box = list(WHOLE)
+    box[axis], box[axis + 2] = (
+        first / pixels,
+        (first + best[axis] - 2 * cut * tile / side) / pixels,
+    )
+    shape[axis] -= 2 * cut
+    return (shape[0], shape[1]), (box[0], box[1], box[2], box[3])
 
 
 def _canvas(size: Size, tiles: int, tile: int) -> tuple[int, int]:

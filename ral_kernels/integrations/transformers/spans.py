@@ -29,6 +29,10 @@ class VisionRegion:
         span_ids: int32 [rows, columns] on the CPU, the span of each token.
         box: (top, left, bottom, right) of the grid in the picture, as fractions of its height and
             width; outside [0, 1] where the processor padded the picture.
+        features: (rows, columns) of the vision tower's tokens, where the model interpolates them,
+            bilinear, to these (LLaVA-OneVision); else None.
+        edges: of the rows and of the columns, as fractions of the picture's height and width, where
+            tokens differ in size (crops of Gemma 3); else None, and the box is divided evenly.
     """
 
     sample: int
@@ -39,6 +43,8 @@ class VisionRegion:
     keys: Tensor
     span_ids: Tensor
     box: tuple[float, float, float, float]
+    features: tuple[int, int] | None = None
+    edges: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,7 @@ def spans_for(
                 VisionRegion(
                     sample, number, item.kind, frame, view_number,
                     keys[view.offsets[frame]], span_ids[frame] + first, view.box,
+                    view.features, view.edges,
                 )
                 for view_number, (view, span_ids) in enumerate(
                     zip(item.views, placed.views, strict=True)

@@ -14,7 +14,6 @@ from ...runtime.backends import DifferentiableBackend
 from ...runtime.c_interface import address, tensor_struct
 from .arguments import (
     LossOutputs,
-    PolicyArgs,
     PolicyDivergenceArgs,
     PolicyDivergenceGradients,
     PolicyDivergenceOutputs,
@@ -35,23 +34,22 @@ def _library() -> ctypes.CDLL:
 
 
 def _prepared(args: PolicyDivergenceArgs) -> PolicyDivergenceArgs:
-    aligned, policy, reference = cuda_library.aligned, args.policy, args.reference
-    prefix = reference.k_prefix
-    assert reference.q is not None and reference.k is not None
+    def aligned(x: Tensor | None) -> Tensor | None:
+        return None if x is None else cuda_library.aligned(x)
+
+    policy, reference = args.policy, args.reference
+    q, k, prefix = map(aligned, (reference.q, reference.k, reference.k_prefix))
     return replace(
         args,
-        policy=replace(policy, q=aligned(policy.q), k=aligned(policy.k)),
-        reference=replace(
-            reference,
-            q=aligned(reference.q),
-            k=aligned(reference.k),
-            k_prefix=None if prefix is None else aligned(prefix),
-        ),
+        policy=replace(policy, q=cuda_library.aligned(policy.q), k=cuda_library.aligned(policy.k)),
+        reference=replace(reference, q=q, k=k, k_prefix=prefix),
     )
 
 
-def _run(op: str, name: str, params: DivergenceParams, policy: PolicyArgs) -> None:
+def _run(op: str, name: str, params: DivergenceParams, part: _Part) -> None:
     """Call the entry point `name` with the scratch memory that it asks for."""
+    policy = part.args.policy
+    params.target.first_key = part.keys.start or 0  # a target has the keys of the whole call
     library, call, limit = _library(), ctypes.byref(params), ctypes.c_int64(CHUNK)
     count = getattr(library, f"{name}_scratch")
     count.restype = ctypes.c_int64
@@ -86,14 +84,11 @@ class CudaPolicyDivergence(
         for name, given in (
             ("span_bias", policy.span_bias is not None),
             ("softcap", policy.softcap != 0 or reference.softcap != 0),
-            ("kind='cross_entropy'", args.kind == "cross_entropy"),
-            ("an AttentionTarget", args.has_target),
         ):
             if given:
                 return f"{name} is not supported"
         reason = cuda_library.cannot_compute(policy.q, policy.k)
-        if reason is None:
-            assert reference.q is not None and reference.k is not None
+        if reason is None and reference.q is not None and reference.k is not None:
             reason = cuda_library.cannot_compute(reference.q, reference.k)
             reason = None if reason is None else f"reference policy: {reason}"
         return reason
@@ -104,7 +99,7 @@ class CudaPolicyDivergence(
             own = PolicyDivergenceOutputs(*map(part.statistics, _tensors_of(outputs)))
             params = _params(part.args, own)
             params.value = address(own.value)
-            _run("attention_divergence", "ral_cuda_policy_divergence_fwd", params, part.args.policy)
+            _run("attention_divergence", "ral_cuda_policy_divergence_fwd", params, part)
             for whole, written in zip(_tensors_of(outputs), _tensors_of(own), strict=True):
                 part.keep(written, whole)
 
@@ -122,7 +117,7 @@ class CudaPolicyDivergence(
             params.dvalue = address(dvalue)
             params.dq = tensor_struct(gradients.dq[:, :, part.rows])
             params.dk = tensor_struct(gradients.dk[:, :, part.keys])
-            _run("attention_divergence", "ral_cuda_policy_divergence_bwd", params, part.args.policy)
+            _run("attention_divergence", "ral_cuda_policy_divergence_bwd", params, part)
 
     def loss(
         self, args: PolicyDivergenceArgs, weights: Tensor, normalised: bool, outputs: LossOutputs
@@ -140,7 +135,7 @@ class CudaPolicyDivergence(
             params.dvalue = address(weight)
             params.dq = tensor_struct(outputs.dq[:, :, part.rows])
             params.dk = tensor_struct(outputs.dk[:, :, part.keys])
-            _run("ral_loss", "ral_cuda_policy_divergence_loss", params, part.args.policy)
+            _run("ral_loss", "ral_cuda_policy_divergence_loss", params, part)
             for whole, written in zip(kept, (value, norm, z), strict=False):
                 part.keep(written, whole)
 
@@ -176,7 +171,6 @@ def _parts(args: PolicyDivergenceArgs) -> Iterator[_Part]:
         yield _Part(_prepared(args), ALL, ALL)
         return
     policy, reference = args.policy, args.reference
-    assert reference.q is not None and reference.k is not None
     num_rows = policy.num_rows
     sizes = num_rows, policy.max_keys, policy.seqlen_k
     for chunk in chunks_of_sequences(packing, *sizes, limit=CHUNK, block_q=num_rows):
@@ -196,8 +190,12 @@ def _parts(args: PolicyDivergenceArgs) -> Iterator[_Part]:
             max_rows=0 if own is None else min(policy.max_rows, rows.stop - rows.start),
             max_keys=0 if own is None else chunk.seqlen_k,
         )
-        of_reference = replace(reference, q=reference.q[:, :, rows], k=reference.k[:, :, keys])
-        whole = replace(args, policy=part, reference=of_reference)
+        of_reference, target = reference, args.target
+        if reference.q is not None and reference.k is not None:
+            of_reference = replace(reference, q=reference.q[:, :, rows], k=reference.k[:, :, keys])
+        if target.index is not None:
+            target = replace(target, index=target.index[:, rows])
+        whole = replace(args, policy=part, reference=of_reference, target=target)
         yield _Part(_prepared(whole), rows, keys)
 
 

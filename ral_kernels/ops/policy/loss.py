@@ -104,8 +104,7 @@ def ral_loss(
     return weighted_sum(divergence_of(op, args, reference, kind, requested), weights)
 
 
-def row_weights(op: str, advantages: Any, mask: Any, reduction: Any, args: PolicyArgs) -> Tensor:
-    """[B, T]: what each row's divergence is multiplied by, from checked arguments of a loss."""
+def check_reduction(op: str, reduction: Any) -> None:
     if not isinstance(reduction, str):
         raise TypeError(
             f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got "
@@ -115,6 +114,11 @@ def row_weights(op: str, advantages: Any, mask: Any, reduction: Any, args: Polic
         raise ValueError(
             f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
         )
+
+
+def row_weights(op: str, advantages: Any, mask: Any, reduction: Any, args: PolicyArgs) -> Tensor:
+    """[B, T]: what each row's divergence is multiplied by, from checked arguments of a loss."""
+    check_reduction(op, reduction)
     advantages = _resolve_advantages(op, advantages, args)
     _check_mask(op, mask, args)
     advantages = advantages.to(allocation.accumulation_dtype(args.q))
@@ -171,17 +175,28 @@ def _row_weights(
         sequence = args.sequence_of_rows()
         counts = counts & (sequence < args.num_sequences)
     weights = torch.where(counts, advantages, 0.0)
-    if reduction == "sum":
-        return weights
-    if reduction == "token_mean":
-        return weights / counts.sum().clamp(min=1)
-    if not args.is_packed:
-        tokens = counts.sum(-1, keepdim=True)
-        return weights / tokens.clamp(min=1) / (tokens > 0).sum().clamp(min=1)
+    if not args.is_packed or reduction != "sequence_mean":
+        return reduced(weights, counts, reduction)
     # Integers, so that the order in which a GPU adds them changes nothing.
     tokens = torch.zeros(args.num_sequences + 1, dtype=torch.int64, device=weights.device)
     tokens = tokens.index_add(0, sequence[0], counts[0].long())
     return weights / tokens.clamp(min=1)[sequence] / (tokens > 0).sum().clamp(min=1)
+
+
+def reduced(weights: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """Weights [B, T] under which a sum over tokens is the reduction's mean over those that count.
+
+    Args:
+        weights: of each token's value, 0 for one that does not count.
+        counts: bool [B, T].
+        reduction: one of `REDUCTIONS`.
+    """
+    if reduction == "sum":
+        return weights
+    if reduction == "token_mean":
+        return weights / counts.sum().clamp(min=1)
+    tokens = counts.sum(-1, keepdim=True)
+    return weights / tokens.clamp(min=1) / (tokens > 0).sum().clamp(min=1)
 
 
 def weighted_sum(value: Tensor, weights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....runtime.triton_rows import head_of, load_rows, store_rows
+from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
 from .marginals import kind_of, moved_spans, shares
 from .scores import (
     HeadMasks,
@@ -199,11 +199,15 @@ def attention_bwd_dkdv_kernel(
     packed,
     sizes,
     num_k_blocks,
+    splits,
     span_rows,
     score,
     tile,
 ):
-    """One program: BLOCK_K keys of a kv head, over all queries of the heads that read it."""
+    """One program: BLOCK_K keys of a kv head, over queries of the heads that read it.
+
+    With splits it takes some of these heads, and of their queries one range.
+    """
     pid = tl.program_id(0)
     k_block = pid % num_k_blocks
     pid = pid // num_k_blocks
@@ -243,12 +247,24 @@ def attention_bwd_dkdv_kernel(
         high = tl.minimum(length_q, last_key + masks.window.left + 1)
         full_high = tl.minimum(length_q, first_key + masks.window.left + 1)
     first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_Q)
+    split = tl.program_id(1)
+    head_split = split
+    if splits.ranges is not None:
+        head_split = split // splits.ranges
+        blocks_per_range = tl.cdiv(last - first, splits.ranges)
+        first = tl.minimum(first + split % splits.ranges * blocks_per_range, last)
+        last = tl.minimum(first + blocks_per_range, last)
+        first_full = tl.minimum(tl.maximum(first_full, first), last)
+        last_full = tl.minimum(tl.maximum(last_full, first_full), last)
 
     dk_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
     dv_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_DV], tl.float32)
     group = sizes.num_heads // sizes.num_kv_heads
-    for member in range(0, group):
-        h = kv_head * group + member
+    heads_per_split = tl.cdiv(group, splits.heads)
+    last_head = (kv_head.to(tl.int32) + 1) * group
+    first_head = last_head - group + head_split * heads_per_split
+    for head in range(first_head, tl.minimum(first_head + heads_per_split, last_head)):
+        h = tl.cast(head, tl.int64)
         rows = (b * sizes.num_heads + h) * sizes.seqlen_q
         queries = Queries(
             head_of(q, b, h), head_of(dout, b, h), lse_ptr + rows, delta_ptr + rows, q_start,
@@ -267,11 +283,41 @@ def attention_bwd_dkdv_kernel(
                 head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
             )  # fmt: skip
 
-    store_rows(
-        head_of(dk, b, kv_head), k_tokens, mask_k, dk_sum * score.tau, 0, tile.HEAD_DIM,
-        tile.BLOCK_D,
-    )  # fmt: skip
+    part = tl.program_id(1).to(tl.int64)
+    dk_head, dv_head = head_of(dk, b, kv_head), head_of(dv, b, kv_head)
+    if splits.dk_stride is not None:
+        dk_head = Head(dk_head.ptr + part * splits.dk_stride, dk_head.stride)
+    store_rows(dk_head, k_tokens, mask_k, dk_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D)
     if dout.ptr is not None:
-        store_rows(
-            head_of(dv, b, kv_head), k_tokens, mask_k, dv_sum, 0, tile.HEAD_DIM_V, tile.BLOCK_DV
-        )
+        if splits.dv_stride is not None:
+            dv_head = Head(dv_head.ptr + part * splits.dv_stride, dv_head.stride)
+        store_rows(dv_head, k_tokens, mask_k, dv_sum, 0, tile.HEAD_DIM_V, tile.BLOCK_DV)
+
+
+@triton.jit
+def attention_bwd_join_kernel(
+    partial_ptr,  # float32 [parts, B, Hk, N, D]
+    x,
+    num_kv_heads,
+    seqlen_k,
+    num_parts,
+    part_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: BLOCK_K rows of dk or dv of one kv head, all parts, in their order."""
+    num_k_blocks = tl.cdiv(seqlen_k, BLOCK_K)
+    bh = (tl.program_id(0) // num_k_blocks).to(tl.int64)
+    tokens = tl.program_id(0) % num_k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = tokens < seqlen_k
+    part = partial_ptr + bh * seqlen_k * HEAD_DIM
+    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for _ in range(0, num_parts):
+        # [BLOCK_K, BLOCK_D]
+        total += load_rows(Head(part, HEAD_DIM), tokens, mask_k, 0, HEAD_DIM, BLOCK_D)
+        part += part_stride
+    store_rows(
+        head_of(x, bh // num_kv_heads, bh % num_kv_heads), tokens, mask_k, total, 0, HEAD_DIM,
+        BLOCK_D,
+    )  # fmt: skip

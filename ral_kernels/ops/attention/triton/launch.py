@@ -17,7 +17,11 @@ from ....runtime.triton_runtime import Tile
 from ....runtime.triton_spans import num_blocks, span_blocks
 from ..arguments import AttentionArgs
 from . import tiles
-from .bwd_kv_kernels import attention_bwd_delta_kernel, attention_bwd_dkdv_kernel
+from .bwd_kv_kernels import (
+    attention_bwd_delta_kernel,
+    attention_bwd_dkdv_kernel,
+    attention_bwd_join_kernel,
+)
 from .bwd_q_kernels import attention_bwd_dq_kernel
 from .fwd_kernels import attention_fwd_combine_kernel, attention_fwd_kernel
 from .parameters import (
@@ -25,6 +29,7 @@ from .parameters import (
     NO_PADDING,
     NO_SPAN_TABLE,
     AttnMask,
+    KeySplits,
     Masks,
     Packed,
     Padding,
@@ -40,6 +45,8 @@ LOG2E = math.log2(math.e)
 DECODED_TOKENS = 16  # up to 16 queries a sequence, one program takes all heads of a kv head
 FLOAT32_PART = 32  # features in one matrix product of float32
 BLOCKS_PER_SPLIT = 4  # at least, because a split writes and reads partial results
+PROGRAMS_PER_MULTIPROCESSOR = 2  # of dk and dv: fewer leave the last ones to run alone
+ROWS_JOINED = 32  # keys in a program that joins parts of dk or dv
 
 
 def _power_of_2(n: int) -> int:
@@ -174,6 +181,23 @@ def _num_splits(args: AttentionArgs, programs: int, block_k: int) -> int:
     return max(1, min(wanted, blocks // BLOCKS_PER_SPLIT))
 
 
+def key_splits(group: int, q_blocks: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+    """(parts over heads, parts over ranges of queries) of dk and dv: enough to fill the GPU.
+
+    Heads are split first: each reads queries of its own.
+
+    Args:
+        group: query heads that read a kv head.
+        q_blocks: blocks of queries of a sequence.
+        programs: how many there are with one part.
+        multiprocessors: of the GPU.
+    """
+    wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / programs)
+    wanted = max(1, min(wanted, group * q_blocks // BLOCKS_PER_SPLIT))
+    heads = math.ceil(group / max(group // wanted, 1))
+    return heads, math.ceil(wanted / heads)
+
+
 def launch_fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor) -> None:
     """Write out, marginals and lse."""
     is_decoding = args.seqlen_q <= DECODED_TOKENS * (_num_sequences(args) or 1)
@@ -258,6 +282,30 @@ def _may_have_empty_rows(args: AttentionArgs) -> bool:
     return args.window_left >= 0 or (args.window_right >= 0 and not is_aligned)
 
 
+def _parts_of(x: Tensor, parts: int, args: AttentionArgs) -> Tensor:
+    """Room for parts of dk or dv; 0 where keys may belong to no sequence and no program writes."""
+    new = torch.empty if args.cu_seqlens_k is None else torch.zeros
+    return new((parts, *x.shape), dtype=torch.float32, device=x.device)
+
+
+def _join(partial: Tensor, x: Tensor) -> None:
+    """Write the sum of the parts."""
+    batch_size, num_kv_heads, seqlen_k, head_dim = x.shape
+    arguments = {
+        "partial_ptr": partial,
+        "x": Rows.of(x),
+        "num_kv_heads": num_kv_heads,
+        "seqlen_k": seqlen_k,
+        "num_parts": partial.shape[0],
+        "part_stride": partial.stride(0),
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _power_of_2(head_dim),
+        "BLOCK_K": ROWS_JOINED,
+    }
+    programs = batch_size * num_kv_heads * math.ceil(seqlen_k / ROWS_JOINED)
+    triton_runtime.launch(attention_bwd_join_kernel, (programs,), arguments, 4, 1)
+
+
 def launch_bwd(
     args: AttentionArgs,
     out: Tensor,
@@ -317,17 +365,32 @@ def launch_bwd(
 
     def run_dkdv(tile: Tile) -> None:
         k_blocks = num_blocks(args.seqlen_k, tile.block_k, sequences)
+        programs = args.batch_size * args.num_kv_heads * k_blocks
+        heads, ranges = key_splits(
+            args.num_heads // args.num_kv_heads,
+            math.ceil(args.seqlen_q / (sequences or 1) / tile.block_q),
+            programs,
+            triton_runtime.num_multiprocessors(args.q.device),
+        )
+        parts = heads * ranges
+        joined = [dk] if dout is None else [dk, dv]
+        partial = joined if parts == 1 else [_parts_of(x, parts, args) for x in joined]
+        strides = [None if parts == 1 else x.stride(0) for x in (partial[0], partial[-1])]
         arguments = {
             **common,
-            "dk": Rows.of(dk),
-            "dv": Rows.of(dv),
+            "dk": Rows(partial[0], *partial[0].stride()[-4:-1]),
+            "dv": Rows(partial[-1], *partial[-1].stride()[-4:-1]),
             "spans": _span_table(args, tile.block_k, needs_spans),
             "num_k_blocks": k_blocks,
+            "splits": KeySplits(heads, ranges if ranges > 1 else None, *strides),
             "tile": _sizes(args, tile.block_q, tile.block_k),
         }
-        grid = (args.batch_size * args.num_kv_heads * k_blocks,)
         kernel = attention_bwd_dkdv_kernel
+        grid = (programs, parts)
         triton_runtime.launch(kernel, grid, arguments, tile.num_warps, stages(tile))
+        if parts > 1:
+            for parts_of_x, x in zip(partial, joined, strict=True):
+                _join(parts_of_x, x)
 
     def run_dq(tile: Tile) -> None:
         if dspan_bias is not None:

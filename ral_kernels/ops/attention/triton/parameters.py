@@ -80,6 +80,18 @@ class Sizes(NamedTuple):
     seqlen_k: Any
 
 
+class KeySplits(NamedTuple):
+    """Over how many programs the queries of a block of keys are split: heads times ranges.
+
+    With more than one, dk and dv are float32 and partial, one after another.
+    """
+
+    heads: Any
+    ranges: Any  # None: there is one
+    dk_stride: Any  # between two parts; None: there is one
+    dv_stride: Any
+
+
 class SpanRows(NamedTuple):
     """The shape [stop - start, num_spans] of the marginals of a head."""
 
