@@ -46,8 +46,8 @@ _TABLE = (
     row("dq", ANY, FLOAT32, ANY, (64, 32, 8, 2), BLOCK_D=32),
     row(ANY, "sm_80", FLOAT32, ANY, (64, 32, 8, 2), BLOCK_D=32),
     row(ANY, ANY, FLOAT32, HEAVY, (64, 32, 8, 2), BLOCK_D=32),
-    # With two stages the terms of a target spill up to 64 bytes.
-    row("heads", "sm_100", FLOAT32, PLAIN, (64, 64, 8, 1), BLOCK_D=32),
+    # With eight warps the terms of a target spill up to 64 bytes.
+    row("heads", "sm_100", FLOAT32, PLAIN, (64, 64, 4, 2), BLOCK_D=32),
     row(ANY, ANY, FLOAT32, PLAIN, (64, 64, 8, 2), BLOCK_D=32),
     # float16: dS and the other factor are float32 in these products, twice the registers.
     row("dq", ANY, FLOAT16, ANY, (64, 64, 8, 2), BLOCK_D=64),
