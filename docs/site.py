@@ -103,10 +103,11 @@ def settings() -> str:
             options = {option.arg: option.value for option in call.keywords}
             if call.args:  # _setting(default, help)
                 default, text = call.args
-            else:  # field(default_factory=lambda: default, metadata={"help": help})
+            else:  # field(default_factory=lambda: default, or list; metadata={"help": help})
                 factory, metadata = options["default_factory"], options["metadata"]
-                assert isinstance(factory, ast.Lambda) and isinstance(metadata, ast.Dict)
-                default, text = factory.body, metadata.values[0]
+                assert isinstance(metadata, ast.Dict)
+                default = factory.body if isinstance(factory, ast.Lambda) else ast.List([])
+                text = metadata.values[0]
             what = str(ast.literal_eval(text)).replace("|", "\\|")
             rows.append(f"| `{name}` | `{ast.unparse(default)}` | {what} |")
     return "\n".join(rows)

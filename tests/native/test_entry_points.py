@@ -256,7 +256,7 @@ TARGET: dict[str, tuple[Any, ...]] = {
     "0.target.ids": (None,),  # then `length` is not that of the keys
     "0.target.num_targets": HUGE,
     "0.target.length": HUGE,
-    "0.target.first_key": (-1, 1),
+    "0.target.first_key": (-1, 1, 2**62),
     "0.reference.z": (None,),
     "0.reference_normalised": (1,),
     "0.kind": (-1, 4),
@@ -447,6 +447,8 @@ def test_the_cuda_library_refuses_the_same(name: str) -> None:
         for value in values:
             if path.endswith("num_threads"):
                 continue  # of the CPU alone
+            if (path, value) == ("0.target.first_key", 1):
+                continue  # here packed calls take some sequences at a time
             call = replace(make(), entry=entry)
             call.set(path, value)
             assert call.run(library, *rest) == REFUSED_ON_A_GPU, f"{path} = {value}"
