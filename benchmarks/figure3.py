@@ -39,7 +39,7 @@ from benchmarks.study.plot import draw
 from benchmarks.study.report import comparisons, curves, plain, reached, table
 from benchmarks.study.tasks import TASKS
 
-QUICK_START_STEPS = 40
+QUICK_START_STEPS = 150
 
 
 def _begin_worker() -> None:
@@ -83,9 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--start-seed", type=int, default=0, help="of the supervised start")
     parser.add_argument(
-        "--batches", type=int, help="rollout batches (default: the task's; --quick: 2)"
+        "--batches", type=int, help="rollout batches (default: the task's; --quick: 3)"
     )
-    parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 16)")
+    parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 32)")
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
     parser.add_argument("--tag", help="first in the name of the file: figure3-TAG-...")
@@ -100,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tasks": tasks, "arms": arms,
         "seeds": options.seeds or (2 if quick else 5), "first_seed": options.first_seed,
         "start_seed": options.start_seed,
-        "batches": options.batches or (2 if quick else None),
-        "test_rows": options.test_rows or (16 if quick else 256),
+        "batches": options.batches or (3 if quick else None),
+        "test_rows": options.test_rows or (32 if quick else 256),
         "start_steps": QUICK_START_STEPS if quick else one.START_STEPS,
         "tag": options.tag, "study": options.study, "wrong_share": options.wrong_share,
         "reach": options.reach,

@@ -17,7 +17,7 @@ class Command:
     question: str
     command: str
     minutes: str
-    quick: str  # "yes" if there is --quick
+    quick: str  # "yes" if there is --quick, or its minutes where they are not one
     file: str
 
 
@@ -37,19 +37,17 @@ def _cells(line: str) -> list[str]:
 
 def seconds(benchmark: str, quick: bool) -> float | None:
     """What a benchmark takes by the table, None if no number stands there."""
-    if quick:
-        return QUICK_SECONDS
     for row in table():
-        number = re.match(r"([\d.]+)", row.minutes)
+        number = re.match(r"([\d.]+)", row.quick if quick else row.minutes)
         if re.search(rf"benchmarks\.{benchmark}(,|$)", row.command) and number:
             return 60 * float(number[1])
-    return None
+    return QUICK_SECONDS if quick else None
 
 
 def listing() -> str:
     """All commands, with what each answers and takes."""
     lines = []
     for row in table():
-        quick = "; --quick: 1" if row.quick == "yes" else ""
+        quick = "" if row.quick == "no" else f"; --quick: {row.quick.replace('yes', '1')}"
         lines += [row.question, f"    {row.command}", f"    minutes: {row.minutes}{quick}"]
     return "\n".join(lines)
