@@ -21,6 +21,7 @@ FIXED = ("start", "teacher")  # evaluated as they are
 FINE = tuple(n / 10 for n in range(1, 11))  # the same, for rollouts to reach an accuracy
 CURVE = (0.2, 0.4, 0.7)  # of a run's rollout batches; the endpoint's accuracy is taken there too
 START_STEPS = 900
+SHORT_STEPS = 150
 TARGET_EVERY = 2  # rollout batches between two points of the attention's curve
 _TARGET_ROWS = 64
 
@@ -34,7 +35,8 @@ class Plan:
         batches: rollout batches of a run; None for the task's own number.
         test_rows: rows at each extent of the evaluation.
         start_seed: seed of the supervised start, the same for all runs.
-        start_steps: how many it trains for.
+        start_steps: how many it trains for. 0: the bundled model, where it does the task in that
+            style; elsewhere a short training.
         wrong_share: of its last demonstrations, those that are wrong; None for the task's.
     """
 
@@ -62,14 +64,19 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
     """The supervised start, made once."""
     folder = plan.start(task, style)
     if not (folder / "config.json").exists():
+        from ral.digits.model import save_start
+        from ral.digits.pretrained import load_pretrained
         from ral.digits.start import train_start
 
+        is_bundled = (task.name, style, plan.wrong_share) == ("timestamp", "think", None)
+        if plan.start_steps == 0 and is_bundled:
+            return save_start(folder, *load_pretrained())
         name: Any = task.name
         chosen: Any = style
         train_start(
             folder, task=name, style=chosen, seed=plan.start_seed, extents=task.seen,
             wrong_share=task.wrong_share if plan.wrong_share is None else plan.wrong_share,
-            steps=plan.start_steps,
+            steps=plan.start_steps or SHORT_STEPS,
         )  # fmt: skip
     return folder
 

@@ -35,6 +35,21 @@ def plan(tmp_path_factory) -> one.Plan:
     return plan
 
 
+def test_quick_starts_from_the_bundled_model(tmp_path, monkeypatch) -> None:
+    from ral.digits import load_pretrained, start
+    from ral.models import load_model
+
+    trained = []
+    monkeypatch.setattr(start, "train_start", lambda *args, **options: trained.append(options))
+    plan = one.Plan(tmp_path, 1, 2, start_steps=0)
+    folder = one.make_start(plan, TASKS["frames"], "think")
+    found, wanted = load_model(str(folder), dtype="float32"), load_pretrained()[0]
+    assert all(map(torch.equal, found.parameters(), wanted.parameters())) and trained == []
+    one.make_start(plan, TASKS["frames"], "direct")
+    one.make_start(plan, TASKS["resolution"], "think")
+    assert [options["steps"] for options in trained] == [one.SHORT_STEPS] * 2
+
+
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_arms(arm) -> None:
     """Each is a configuration that is not refused, and differs from what it is compared with."""
