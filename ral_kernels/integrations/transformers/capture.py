@@ -14,7 +14,7 @@ from ...snapshot import AttentionSnapshot
 from ...spans import Spans
 from ...targets import AttentionTarget
 from .captured import CapturedLayer
-from .decoder import find_layers
+from .decoder import find_layers, layer_of
 from .tap import Call, Sink, Tap, tapped
 
 _OP = "capture"
@@ -35,17 +35,7 @@ class CapturedForward:
         Raises:
             ValueError: the layer was not captured, or None stands for several.
         """
-        captured = ", ".join(map(str, self._layers))
-        if index is None:
-            if len(self._layers) > 1:
-                raise ValueError(f"{_OP}: layer must be one of {captured}; got None")
-            return next(iter(self._layers.values()))
-        if not checks.is_int(index):
-            raise TypeError(f"{_OP}: layer must be None or an int; got {index!r}")
-        found = self._layers.get(index + self._num_layers if index < 0 else index)
-        if found is None:
-            raise ValueError(f"{_OP}: layer must be one of {captured}; got {index}")
-        return found
+        return layer_of(_OP, self._layers, index, self._num_layers)
 
     def q(self, layer: int | None = None) -> Tensor:
         """See `CapturedLayer.q`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from ...runtime import checks
 _READS_ITS_NAME = re.compile(
     r"_attn_implementation\s*(==|in\b|not\s+in\b)|is_flash_attention_requested\("
 )
+_Layer = TypeVar("_Layer")
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 
 
@@ -189,3 +191,29 @@ def _class_that_reads_its_name(attention: type) -> str | None:
         if _READS_ITS_NAME.search(source):
             return cls.__name__
     return None
+
+
+def layer_of(op: str, captured: Mapping[int, _Layer], layer: Any, count: int) -> _Layer:
+    """What was captured of one layer.
+
+    Args:
+        op: for messages.
+        captured: by the layer's number.
+        layer: its number, negative from the end, or None for the only one.
+        count: how many layers the model has.
+
+    Raises:
+        TypeError: layer is neither None nor an int.
+        ValueError: the layer was not captured, or None stands for several.
+    """
+    names = ", ".join(map(str, captured))
+    if layer is None:
+        if len(captured) > 1:
+            raise ValueError(f"{op}: layer must be one of {names}; got None")
+        return next(iter(captured.values()))
+    if not checks.is_int(layer):
+        raise TypeError(f"{op}: layer must be None or an int; got {layer!r}")
+    found = captured.get(layer + count if layer < 0 else layer)
+    if found is None:
+        raise ValueError(f"{op}: layer must be one of {names}; got {layer}")
+    return found

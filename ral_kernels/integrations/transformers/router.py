@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime import checks
-from .decoder import decoder_stack, layer_numbers
+from .decoder import decoder_stack, layer_numbers, layer_of
 from .router_check import check_call, check_router, routing_of
 from .visibility import Rows
 
@@ -101,17 +101,7 @@ class RoutedForward:
         return (chosen & counts[..., None, None]).sum((0, 1, 2)).float()
 
     def _call(self, layer: int | None) -> _Call:
-        captured = ", ".join(map(str, self._calls))
-        if layer is None:
-            if len(self._calls) > 1:
-                raise ValueError(f"{_OP}: layer must be one of {captured}; got None")
-            return next(iter(self._calls.values()))
-        if not checks.is_int(layer):
-            raise TypeError(f"{_OP}: layer must be None or an int; got {layer!r}")
-        found = self._calls.get(layer + self._num_layers if layer < 0 else layer)
-        if found is None:
-            raise ValueError(f"{_OP}: layer must be one of {captured}; got {layer}")
-        return found
+        return layer_of(_OP, self._calls, layer, self._num_layers)
 
     def _cut(self, x: Tensor, rows: Rows) -> Tensor:
         start, stop = checks.resolve_rows(_OP, self._rows if rows is None else rows, x.shape[1])
