@@ -283,7 +283,7 @@ def _study_trainer() -> Any:
             self, output: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor
         ) -> None:
             given = output["advantages"]
-            if self._control == "shuffled":
+            if self._control == "shuffled" and self._needs_evidence:
                 output["advantages"] = given[torch.randperm(len(given), device=given.device)]
             super()._place_evidence(output, ids, mask)
             output["advantages"] = given

@@ -139,9 +139,7 @@ def test_splits_of_dk_and_dv(
     v = torch.randn(2, kv_heads, 66, 40, generator=generator, requires_grad=True)
     spans = rk.Spans(torch.arange(66) // 13, 6)
     real = torch.arange(66) < torch.tensor([[66], [41]]) if "key_padding" in options else None
-    douts = [
-        torch.randn(2, heads, 70, size, generator=generator) for size in (40, spans.num_spans)
-    ]
+    douts = [torch.randn(2, heads, 70, size, generator=generator) for size in (40, spans.num_spans)]
 
     def run(backend: str) -> tuple[Tensor, ...]:
         out, marginals, _ = rk.attention(

@@ -83,8 +83,13 @@ def packed_objective(q: Tensor, k: Tensor, advantages: Tensor, cu: Tensor) -> Te
 
 
 def regions(processor: object, inputs: dict[str, Tensor], q: Tensor) -> Tensor:
-    boxes = [[{"image": 0, "box": [0, 0, 9, 9]}], [[{"frames": [0, 1]}, {"image": 2}]]]
-    found = rk.region_weights(processor, inputs, boxes, image_sizes=[(9, 9)] * 3, sigma=1.5)
+    found = rk.region_weights(
+        processor,
+        inputs,
+        [[{"image": 0, "box": [0, 0, 9, 9]}], [[{"frames": [0, 1]}, {"image": 2}]]],
+        image_sizes=[(9, 9)] * 3,
+        sigma=1.5,
+    )
     spans, matrix = assert_type(found, rk.RegionWeights).partition(q.shape[2])
     assert_type(found.values, Tensor)
     return rk.attention(q, q, q, spans).marginals @ matrix[:, None]
