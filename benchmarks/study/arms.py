@@ -132,4 +132,4 @@ OBJECTIVES: tuple[Arm, ...] = tuple(
 )  # fmt: skip
 ARMS += OBJECTIVES
 BY_NAME = {arm.name: arm for arm in ARMS}
-QUICK = ("grpo", "ral")  # what --quick does in two minutes: no teacher
+QUICK = ("grpo", "ral")  # what --quick does in a minute: no teacher
