@@ -192,7 +192,8 @@ def test_the_list_of_commands() -> None:
     assert not missing
     assert all(listed[name].quick != "no" for name in WRITERS)
     assert "77 of one core; --quick: 1.1" in commands.listing()
-    assert commands.seconds("figure3", True) == pytest.approx(66) and commands.seconds("call_cost", True) == 60
+    assert commands.seconds("figure3", True) == pytest.approx(66)
+    assert commands.seconds("call_cost", True) == 60
     whole = subprocess.run(
         [sys.executable, "-m", "benchmarks"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
