@@ -97,19 +97,36 @@ def chunked(problem: RalProblem, *, chunk_rows: int) -> Loss:
             r = last_rows_policy(r_q, r_k, ahead)
         return (advantages * _jsd(last_rows_policy(q, k, ahead), r)).sum()
 
+    def others(rows: slice, keys: slice) -> tuple[Tensor, ...]:
+        return (
+            problem.reference_q[:, :, rows],
+            problem.reference_k[:, :, keys],
+            problem.advantages[:, rows],
+        )
+
+    return mean_of_chunks(chunk, others, chunk_rows)
+
+
+def mean_of_chunks(
+    chunk: Callable[..., Tensor],
+    others: Callable[[slice, slice], tuple[Tensor, ...]],
+    chunk_rows: int,
+) -> Loss:
+    """The mean over rows of what `chunk` sums over some, each chunk recomputed in the backward.
+
+    Args:
+        chunk: gets q of its rows, k of the keys up to its last row, and `others`.
+        others: further inputs, from these rows and keys.
+        chunk_rows: rows of a chunk.
+    """
+
     def loss(q: Tensor, k: Tensor) -> tuple[Tensor]:
         num_rows, before = q.shape[2], k.shape[2] - q.shape[2]
         parts = []
         for start in range(0, num_rows, chunk_rows):
             stop = min(start + chunk_rows, num_rows)
             rows, keys = slice(start, stop), slice(0, before + stop)
-            inputs = (
-                q[:, :, rows],
-                k[:, :, keys],
-                problem.reference_q[:, :, rows],
-                problem.reference_k[:, :, keys],
-                problem.advantages[:, rows],
-            )
+            inputs = (q[:, :, rows], k[:, :, keys], *others(rows, keys))
             parts.append(
                 checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
                 if torch.is_grad_enabled()

@@ -21,20 +21,8 @@ DEFAULT_ROWS = 256
 STEP = 0.05  # of the reference from the policy: noise on q and k, relative to their RMS
 
 
-@dataclass(frozen=True)
-class RalProblem(Problem):
-    """One size: the last T of N queries are the response."""
-
-    q: Tensor  # [1, H, T, D], the response's
-    k: Tensor  # [1, Hk, N, D]
-    reference_q: Tensor  # as q
-    reference_k: Tensor  # as k
-    # [1, H, N - T, D], the queries before the response: for those who compute the whole layer
-    prompt_q: Tensor
-    reference_prompt_q: Tensor
-    advantages: Tensor  # float32 [1, T], of both signs
-    span_ids: Tensor  # int32 [N], -1 = text
-    num_spans: int
+class ResponseRows(Problem):
+    """What problems have in common whose loss is over the last T of N queries."""
 
     @property
     def num_rows(self) -> int:
@@ -53,6 +41,22 @@ class RalProblem(Problem):
 
     def judged(self, name: str, output: Tensor) -> Tensor:
         return output
+
+
+@dataclass(frozen=True)
+class RalProblem(ResponseRows):
+    """One size: the last T of N queries are the response."""
+
+    q: Tensor  # [1, H, T, D], the response's
+    k: Tensor  # [1, Hk, N, D]
+    reference_q: Tensor  # as q
+    reference_k: Tensor  # as k
+    # [1, H, N - T, D], the queries before the response: for those who compute the whole layer
+    prompt_q: Tensor
+    reference_prompt_q: Tensor
+    advantages: Tensor  # float32 [1, T], of both signs
+    span_ids: Tensor  # int32 [N], -1 = text
+    num_spans: int
 
     def tiny(self) -> RalProblem:
         return random_problem([32, 32], 16, self.heads, self.q.dtype, "cpu")

@@ -11,12 +11,11 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import ral_kernels as rk
 
 from ...harness.objective import Contestant
-from ..ral.contestants import CHUNKS, Loss, last_rows_policy
+from ..ral.contestants import CHUNKS, Loss, last_rows_policy, mean_of_chunks
 from .problem import TargetProblem
 
 
@@ -64,21 +63,7 @@ def chunked(problem: TargetProblem, *, chunk_rows: int) -> Loss:
         logs = p.clamp_min(torch.finfo(torch.float32).tiny).log()
         return -(weights * (r * logs).sum(-1)).sum()
 
-    def loss(q: Tensor, k: Tensor) -> tuple[Tensor]:
-        num_rows, before = q.shape[2], k.shape[2] - q.shape[2]
-        parts = []
-        for start in range(0, num_rows, chunk_rows):
-            stop = min(start + chunk_rows, num_rows)
-            rows = slice(start, stop)
-            inputs = (q[:, :, rows], k[:, :, : before + stop], problem.weights[:, rows])
-            parts.append(
-                checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
-                if torch.is_grad_enabled()
-                else chunk(*inputs)
-            )
-        return (torch.stack(parts).sum() / num_rows,)
-
-    return loss
+    return mean_of_chunks(chunk, lambda rows, keys: (problem.weights[:, rows],), chunk_rows)
 
 
 def wrong(problem: TargetProblem) -> Loss:

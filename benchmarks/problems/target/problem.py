@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from ...harness.inputs import Heads, LayerInputs, random_layer
-from ...harness.objective import Problem
-from ..ral.problem import DEFAULT_ROWS
+from ..ral.problem import DEFAULT_ROWS, ResponseRows
 
 MARKED = 16  # one key in so many has weight
 
 
 @dataclass(frozen=True)
-class TargetProblem(Problem):
+class TargetProblem(ResponseRows):
     """One size: the last T of N queries are the response."""
 
     q: Tensor  # [1, H, T, D], the response's
@@ -34,28 +33,10 @@ class TargetProblem(Problem):
     num_spans: int
 
     @property
-    def num_rows(self) -> int:
-        return self.q.shape[2]
-
-    @property
-    def pairs(self) -> int:
-        seen = self.seqlen * self.num_rows - self.num_rows * (self.num_rows - 1) // 2
-        return self.q.shape[1] * seen
-
-    @property
     def dense(self) -> Tensor:
         """float32 [1, 1, N], the weights of all keys."""
         zeros = torch.zeros(1, 1, self.seqlen, device=self.q.device)
         return zeros.scatter(-1, self.ids, self.values)
-
-    def inputs(self) -> tuple[Tensor, ...]:
-        return self.q, self.k
-
-    def output_gradients(self, gated: bool) -> tuple[Tensor, ...]:
-        return (torch.ones((), device=self.q.device),)
-
-    def judged(self, name: str, output: Tensor) -> Tensor:
-        return output
 
     def tiny(self) -> TargetProblem:
         return random_problem([32, 32], 16, self.heads, self.q.dtype, "cpu")
