@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
-from .marginals import kind_of, moved_spans, shares
+from .marginals import here, kind_of, moved_spans, shares
 from .scores import (
     HeadMasks,
     Place,
@@ -283,6 +283,9 @@ def attention_bwd_dkdv_kernel(
                 head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
             )  # fmt: skip
 
+    # Formed here: numbers in the layout of the stores would take registers in the loops.
+    positions = here(k_positions.to(tl.int64))
+    k_tokens, mask_k = k_start + positions, positions < length_k
     part = tl.program_id(1).to(tl.int64)
     dk_head, dv_head = head_of(dk, b, kv_head), head_of(dv, b, kv_head)
     if splits.dk_stride is not None:

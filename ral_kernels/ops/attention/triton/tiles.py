@@ -25,7 +25,7 @@ _INTERPRETED = {
     "bwd_dq": Tile(64, 64, 4, 1),
 }
 # No tile spills, with Triton 3.7.1 and on sm_90 with 3.6.0: registers limit them all. One does:
-# "bwd_dkdv" on sm_90 with every mask at once, 16 bytes; smaller ones lose wgmma. wgmma and
+# "bwd_dkdv" on sm_90 with every mask at once, 24 bytes; smaller ones lose wgmma. wgmma and
 # tcgen05 take 64 rows; a tile with fewer stands where each of 64 spilled, and mma.sync multiplies.
 # HEAVY: with span_bias or attn_mask. Decoding is bound by memory: one row serves both variants.
 # On sm_90 ptxas serialises wgmma (C7515) in "fwd" with spans and head dims over 128. In "decode"
@@ -56,10 +56,10 @@ _TABLE = (
     row("bwd_dkdv", "sm_80", FLOAT32, PLAIN, (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     row("bwd_dkdv", "sm_80", FLOAT32, HEAVY, (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     row("bwd_dkdv", "sm_90", HALF, PLAIN, (32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 2)),
-    row("bwd_dkdv", "sm_90", HALF, HEAVY, (32, 128, 8, 2), (16, 128, 8, 1), (32, 32, 8, 1)),
+    row("bwd_dkdv", "sm_90", HALF, HEAVY, (32, 128, 8, 2), (16, 128, 8, 1), (32, 32, 8, 2)),
     row("bwd_dkdv", "sm_90", FLOAT32, PLAIN, (16, 128, 8, 1), (16, 32, 8, 2), (16, 32, 8, 1)),
-    row("bwd_dkdv", "sm_90", FLOAT32, HEAVY, (16, 128, 8, 1), (16, 32, 8, 2), (16, 16, 8, 2)),
-    row("bwd_dkdv", "sm_100", HALF, PLAIN, (32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 2)),
+    row("bwd_dkdv", "sm_90", FLOAT32, HEAVY, (16, 128, 8, 1), (16, 32, 8, 2), (16, 32, 8, 2)),
+    row("bwd_dkdv", "sm_100", HALF, PLAIN, (32, 128, 8, 2), (32, 64, 8, 1), (32, 32, 8, 2)),
     row("bwd_dkdv", "sm_100", HALF, HEAVY, (32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 2)),
     row("bwd_dkdv", "sm_100", FLOAT32, PLAIN, (16, 64, 4, 1), (16, 32, 8, 2), (16, 16, 8, 2)),
     row("bwd_dkdv", "sm_100", FLOAT32, HEAVY, (16, 64, 4, 1), (16, 32, 8, 2), (16, 32, 8, 2)),
