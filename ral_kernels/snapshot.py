@@ -231,8 +231,8 @@ class AttentionSnapshot:
     ) -> tuple[Tensor, Tensor] | None:
         """(norm [2, B, H, T], Z [B, T]) of an earlier comparison under the same conditions, if any.
 
-        They depend on which keys count, on this side's head weights, and on the kernels: an unchanged policy has a divergence of
-        exactly 0 only if the same kernels compute both sides.
+        They depend on which keys count, on this side's head weights and on the kernels: an
+        unchanged policy has a divergence of exactly 0 only if the same kernels compute both sides.
         """
         if self._normalisers is None:
             return None

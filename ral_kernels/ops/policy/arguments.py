@@ -112,8 +112,8 @@ class PolicyOutputs:
     """What the forward of `policy` writes; float32 (float64 with float64 q), contiguous."""
 
     p: Tensor  # [B, T, N], or [B, T, S] with spans; packed without spans [1, T, max_keys]
-    # [2, B, H, T], over all visible keys: m, in powers of two, and w / Σ 2^(s log₂e − m), where w is
-    # the head's weight (1 without head_weights). Both are 0 for a row that sees no key.
+    # [2, B, H, T], over all visible keys: m, in powers of two, and w / Σ 2^(s log₂e − m), w the
+    # head's weight (1 without head_weights). Both are 0 for a row that sees no key.
     norm: Tensor
     z: Tensor  # [B, T], the mean over heads of the weight on valid keys
 

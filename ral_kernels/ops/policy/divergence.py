@@ -107,12 +107,13 @@ def attention_divergence(
 
     Args:
         q, k: the policy, as in `attention_policy`.
-        rows, spans, span_bias, scope, exclude_self: as there.
+        rows, spans, span_bias, head_weights, scope, exclude_self: as there.
         is_causal, scale, window, softcap, key_padding_mask, cu_seqlens_q, cu_seqlens_k: as there.
         reference: the reference policy: rows [B, T, N], or [B, T, S] with spans, in any floating
             dtype; or an `AttentionSnapshot` of the same batch, keys and row positions, with heads
             and head dim of its own. A snapshot brings its own span_bias, is_causal, scale, window
             and softcap; spans, scope, exclude_self and key_padding_mask of this call hold for both.
+            So do head_weights, as constants, if the snapshot has none.
             Packed, it has the same sequences, and dense rows are [1, T, max N_i] or [1, T, S].
             Or an `AttentionTarget`, distributions that rows share, over the keys or spans of the
             call. With T > 1, a tensor [B, 1, N] or [B, 1, S] stands for `AttentionTarget(tensor)`.
@@ -120,8 +121,8 @@ def attention_divergence(
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:
-        D, float32 [B, T]; differentiable in q, k, span_bias and in `reference` if it holds dense
-        rows.
+        D, float32 [B, T]; differentiable in q, k, span_bias, head_weights and in `reference` if it
+        holds dense rows.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.

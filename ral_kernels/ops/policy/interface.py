@@ -46,14 +46,14 @@ def attention_policy(
 ) -> Tensor:
     """Where a layer attends, as a distribution over keys or spans for each chosen row.
 
-        α = mean_h softmax(scale * q kᵀ)        p_i = α_i / Σ_{j valid} α_j  for valid i, else 0
+        α = mean_h w_h softmax(scale * q kᵀ)        p_i = α_i / Σ_{j valid} α_j  for valid i, else 0
 
     (README.md of this folder, equations 1 to 8; eq. (1) of arXiv 2602.04884, where the valid keys
-    are those before the row's own). A row's valid keys are those it sees that are in the scope and
-    not its own. Over spans, p_s is the sum over the valid keys of the span. The softmax is over all
-    keys that the row sees. Everything accumulates in float32 and repeats bit for bit. The op keeps
-    the inputs, `p` and float32 statistics [2, B, H, T] and [B, T] for the backward, but no
-    [H, T, N] tensor.
+    are those before the row's own and all w_h are 1). A row's valid keys are those it sees that are
+    in the scope and not its own. Over spans, p_s is the sum over the valid keys of the span. The
+    softmax is over all keys that the row sees. Everything accumulates in float32 and repeats bit
+    for bit. The op keeps the inputs, `p` and float32 statistics [2, B, H, T] and [B, T] for the
+    backward, but no [H, T, N] tensor.
 
     A row without valid keys, or whose weight on them underflows to 0, is 0 and has no gradient. An
     element of p that is exactly 0 is a constant: a gradient that arrives there counts as 0.
@@ -66,6 +66,9 @@ def attention_policy(
         spans: a policy over spans instead of keys.
         span_bias: floating, broadcastable to [B, H, T, S] with T the chosen rows; added to the
             scores of a span's keys after the soft cap. Needs spans.
+        head_weights: floating [H], or [B, H] (packed: [n, H]), finite, >= 0 and some > 0: how much
+            each head counts in the mean, of which only ratios matter. Default: all alike. A head of
+            weight 0 is left out. Values on a GPU are not checked: wrong ones give rows of NaN.
         scope: which keys the policy is over: bool [N] or [B, N], or Spans, for the keys in some
             span. Default: with spans the keys in some span, otherwise all. With both spans and a
             wider scope, rows sum to the share of the spans in the scope.
@@ -88,9 +91,9 @@ def attention_policy(
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:
-        p, float32 [B, T, N], or [B, T, S] with spans; differentiable in q, k and span_bias. Packed
-        without spans it is [1, T, max N_i]: columns are positions in the row's own sequence, 0
-        after its keys.
+        p, float32 [B, T, N], or [B, T, S] with spans; differentiable in q, k, span_bias and
+        head_weights. Packed without spans it is [1, T, max N_i]: columns are positions in the row's
+        own sequence, 0 after its keys.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.

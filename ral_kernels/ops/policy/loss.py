@@ -71,7 +71,8 @@ def ral_loss(
     reference.
 
     Args:
-        q, k, reference, kind and the other options: as in `attention_divergence`.
+        q, k, reference, kind and the other options: as in `attention_divergence`. The gradients
+            formed in the forward include that of head_weights, if it is wanted.
         advantages: floating [B] or [B, T], of either sign; it gets no gradient. Packed, [S] (one a
             sequence) or [1, T].
         mask: bool [B, T], True = a token that counts; default all. A masked token has no gradient,
@@ -259,10 +260,11 @@ def _policy_divergence_loss(
     given_z: Tensor | None,
     wants_dhead_weights: bool,
 ) -> tuple[Tensor, ...]:
-    """-> (sum over rows of weight * divergence, dq, dk, dhead_weights, reference_norm, reference_z).
+    """-> (loss, dq, dk, dhead_weights, reference_norm, reference_z).
 
-    dhead_weights is of shape [0] if it is not wanted. The last two are the reference policy's statistics, which a later call may receive. They are
-    empty if this call received them.
+    The loss is the sum over rows of weight times divergence. dhead_weights is of shape [0] if it is
+    not wanted. The last two are the reference policy's statistics, which a later call may receive.
+    They are empty if this call received them.
     """
     weights = weights.contiguous()
     normalised = given_norm is not None

@@ -35,7 +35,7 @@ NORMALISED_WITHIN = 2.0**-20  # a target whose valid weights sum to 1 up to this
 
 
 def _packed_sequences(args: PolicyArgs) -> Iterator[tuple[slice, slice, slice, PolicyArgs]]:
-    """Of each sequence that has rows and keys: itself, these, and the call that it would be alone."""
+    """Each sequence that has rows and keys, these, and the call that it would be alone."""
     assert args.cu_seqlens_q is not None and args.cu_seqlens_k is not None
     assert args.query_starts is not None
     weights = args.head_weights
