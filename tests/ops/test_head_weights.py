@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKEN_NAMES = tuple(case.name for case in WEIGHTED_CASES)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture
 def backend(packed_backend: str) -> str:
     """Every backend that takes head weights."""
     return packed_backend
