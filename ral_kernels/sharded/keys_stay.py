@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.divergence.reference import generalised
-from ..ops.policy.reference import SMALLEST_WEIGHT
+from ..ops.policy.arguments import TargetArgs
+from ..ops.policy.reference import SMALLEST_WEIGHT, divided, target_weights
 from ..ops.qkv import full_precision
 from .exchange import gather
 
@@ -153,6 +154,14 @@ class _Computed:
         z = torch.where(z * w.shape[1] < SMALLEST_WEIGHT, 0.0, z)
         return Statistics(stabiliser, inverse, w, z)
 
+    @property
+    def z(self) -> Tensor:
+        return self.statistics.z
+
+    def distribution(self, rows: slice) -> Tensor:
+        """p over this rank's keys, [B, R, L]."""
+        return self.policy(rows)[0]
+
     def policy(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """p over this rank's keys [B, R, L], P_h [B, H, R, L], valid keys, the soft cap's slope."""
         s, visible, slope = self.scores(rows)
@@ -198,6 +207,25 @@ class _Computed:
         return torch.where(share == 0, 0.0, share * centred[:, None]) / p_h.shape[1]
 
 
+class _Restricted:
+    """Rows' targets over this rank's keys, restricted to the valid keys of the policy's rows."""
+
+    def __init__(self, target: TargetArgs, policy: _Computed) -> None:
+        self.target, self.policy = target, policy
+        parts = [self._weights(rows).sum(-1) for rows in policy.chunks()]
+        self.sums = gather(torch.cat(parts, dim=1), policy.places.group).sum(0)
+        self.z = divided(self.sums[..., None], self.sums)[1]
+
+    def distribution(self, rows: slice) -> Tensor:
+        """r over this rank's keys, [B, R, L]: (11)."""
+        return divided(self._weights(rows), self.sums[:, rows])[0]
+
+    def _weights(self, rows: slice) -> Tensor:
+        places, side = self.policy.places, self.policy.side
+        valid = places.valid(rows, places.visible(rows, side.window_left))
+        return target_weights(self.target, rows, valid, side.k.shape[2])
+
+
 def _largest(s: Tensor) -> Tensor:
     """The largest score of each row; -inf where a rank has no keys."""
     return s.amax(-1) if s.shape[-1] > 0 else s.new_full(s.shape[:-1], float("-inf"))
@@ -212,20 +240,31 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, side: Side, reference: Side, places: Places, kind: str
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        side: Side,
+        reference: Side | TargetArgs,
+        places: Places,
+        kind: str,
     ) -> Tensor:
         with full_precision(q):
-            ours, theirs = _Computed(side, places), _Computed(reference, places)
+            ours = _Computed(side, places)
+            theirs: _Computed | _Restricted
+            if isinstance(reference, Side):
+                theirs = _Computed(reference, places)
+            else:
+                theirs = _Restricted(reference, ours)
             values, sums = [], []
             for rows in ours.chunks():
                 p, p_h, valid, _ = ours.policy(rows)
-                terms, dp = generalised(p, theirs.policy(rows)[0], kind)  # (1), (2)
+                terms, dp = generalised(p, theirs.distribution(rows), kind)  # (1), (2)
                 on_valid = torch.where(valid[:, None] & (p_h != 0), p_h * dp[:, None], 0.0)
                 values.append(terms.sum(-1))
                 sums.append(on_valid.sum(-1))  # (3)
             local = torch.cat([torch.cat(values, -1)[:, None], torch.cat(sums, -1)], dim=1)
             value, u = gather(local, places.group).sum(0).split([1, local.shape[1] - 1], dim=1)
-        nowhere = (ours.statistics.z == 0) | (theirs.statistics.z == 0)
+        nowhere = (ours.z == 0) | (theirs.z == 0)
         value = value[:, 0].masked_fill(nowhere, 0.0)
         ctx.constant = nowhere | value.isinf()
         ctx.sides, ctx.kind, ctx.u = (ours, theirs), kind, u
@@ -243,7 +282,7 @@ class _Divergence(torch.autograd.Function):
         delta = (u - c[:, None] * ours.statistics.w) / z_h  # (6)
 
         def derivative(rows: slice, p: Tensor) -> Tensor:
-            _, dp = generalised(p, theirs.policy(rows)[0], ctx.kind)
+            _, dp = generalised(p, theirs.distribution(rows), ctx.kind)
             dp = dp.masked_fill(ctx.constant[:, rows, None], 0.0)
             return dp * weight[:, rows, None]
 
@@ -253,8 +292,12 @@ class _Divergence(torch.autograd.Function):
         return *out, None, None, None, None
 
 
-def divergence(side: Side, reference: Side, places: Places, kind: str) -> Tensor:
-    """D [B, T] of all rows, the same on every rank; differentiable in the side's q and k."""
+def divergence(side: Side, reference: Side | TargetArgs, places: Places, kind: str) -> Tensor:
+    """D [B, T] of all rows, the same on every rank; differentiable in the side's q and k.
+
+    Args:
+        reference: another policy, or targets over this rank's keys for all rows.
+    """
     result: Tensor = _Divergence.apply(side.q, side.k, side.detached(), reference, places, kind)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,15 @@ from ..ops.divergence.arguments import Kind
 from ..ops.divergence.interface import check_kind
 from ..ops.packing import offsets_of
 from ..ops.policy import attention_divergence, attention_policy, ral_loss
-from ..ops.policy.divergence import composed
+from ..ops.policy.arguments import PolicyArgs, TargetArgs
+from ..ops.policy.divergence import composed, shared_by_rows, span_rows_of, target_args
 from ..ops.policy.interface import resolve_call
 from ..ops.policy.loss import Reduction, row_weights, weighted_sum
 from ..runtime import backends, checks
 from ..runtime.backends import BackendName
 from ..snapshot import AttentionSnapshot
 from ..spans import Spans
+from ..targets import AttentionTarget
 from . import keys_stay
 from .exchange import Exchange, cut, place, sum_over_ranks
 from .layout import BytesMoved, Layout, Moves, Piece, Plan, Range, make_plan
@@ -53,6 +56,9 @@ class ShardedSnapshot:
         """On another device, or in another dtype: `AttentionSnapshot.to`."""
         parts = tuple(part.to(*args, **options) for part in self.parts)
         return ShardedSnapshot(parts, self.moves, self.plan)
+
+
+ShardedReference = ShardedSnapshot | AttentionTarget | Tensor
 
 
 class ShardedPolicy:
@@ -193,23 +199,32 @@ class ShardedPolicy:
             return self._assembled([], (self._spans.num_spans,))
         return keys_stay.span_policy(self._side(), self._places())
 
-    def divergence(self, reference: ShardedSnapshot | Tensor, kind: Kind = "jsd") -> Tensor:
+    def divergence(self, reference: ShardedReference, kind: Kind = "jsd") -> Tensor:
         """How far the policy is from `reference`: `attention_divergence`, float32 [B, T].
 
         Args:
-            reference: a `snapshot` of the same rows and ranks; with spans also a tensor [B, T, S].
+            reference: a `snapshot` of the same rows and ranks; or an `AttentionTarget` of the
+                whole, over its N keys or over spans, the same on every rank, as [B, 1, N] or
+                [B, 1, S] too; with spans also a tensor [B, T, S].
             kind: as in `attention_divergence`.
         """
-        check_kind(f"{_OP}.divergence", kind)
+        op = f"{_OP}.divergence"
+        check_kind(op, kind)
+        reference = shared_by_rows(reference, self._whole)
+        target = None
+        if isinstance(reference, AttentionTarget):
+            target = target_args(op, reference, self._whole)
+            if self._spans is not None:
+                reference = span_rows_of(target, self._whole)
         if isinstance(reference, Tensor) and self._spans is not None:
             p = self.policy()
             if reference.shape != p.shape:
                 raise ValueError(
-                    f"{_OP}.divergence: reference must be [B, T, S] = {tuple(p.shape)}; got "
+                    f"{op}: reference must be [B, T, S] = {tuple(p.shape)}; got "
                     f"{tuple(reference.shape)}"
                 )
             return composed(p, reference, kind, self._requested)
-        parts = self._parts_of("divergence", reference)
+        parts = self._parts_of(op, reference, target)
         if self.moves == "keys":
             return self._assembled(
                 [
@@ -219,7 +234,11 @@ class ShardedPolicy:
             )
         if self.plan.num_rows == 0:
             return self._assembled([])
+        if target is not None:
+            own = _over_keys(target, self.plan.chunks[self._rank])
+            return keys_stay.divergence(self._side(), own, self._places(), kind)
         (part,) = parts
+        assert isinstance(part, AttentionSnapshot)
         theirs = keys_stay.Side(part.q, part.k, part.scale, part.window_left, part.softcap)
         if self._spans is None:
             return keys_stay.divergence(self._side(), theirs, self._places(), kind)
@@ -229,7 +248,7 @@ class ShardedPolicy:
 
     def ral_loss(
         self,
-        reference: ShardedSnapshot | Tensor,
+        reference: ShardedReference,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,
@@ -245,20 +264,15 @@ class ShardedPolicy:
             reduction: as in `ral_loss`; means are over the tokens of all ranks.
         """
         op = f"{_OP}.ral_loss"
-        counted = self.q.new_zeros(1).expand(self.q.shape[0], 1, self.plan.num_rows, 1)
-        offsets = None
-        if self._is_packed:
-            offsets = offsets_of([stop - start for start, stop in self.plan.rows])
-        whole = resolve_call(
-            op, counted, counted, rows=None, spans=None, span_bias=None, scope=None,
-            exclude_self=True, is_causal=True, scale=None, window=None, softcap=None,
-            key_padding_mask=None, cu_seqlens_q=offsets, cu_seqlens_k=offsets,
-        )  # fmt: skip
-        weights = row_weights(op, advantages, mask, reduction, whole)
+        weights = row_weights(op, advantages, mask, reduction, self._whole)
         check_kind(op, kind)
         if self.moves == "rows" or self._spans is not None:
             return weighted_sum(self.divergence(reference, kind), weights)
-        parts = self._parts_of("ral_loss", reference)
+        reference = shared_by_rows(reference, self._whole)
+        target = None
+        if isinstance(reference, AttentionTarget):
+            target = target_args(op, reference, self._whole)
+        parts = self._parts_of(op, reference, target)
         total = self._zero()
         for (q, k, options), part, pieces in zip(
             self._arguments(), parts, self._calls, strict=True
@@ -293,6 +307,21 @@ class ShardedPolicy:
         return self.plan.bytes_moved(moves or self.moves, *self._sizes)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _whole(self) -> PolicyArgs:
+        """The sizes of the whole's call, for checks: its rows, keys, sequences and spans."""
+        zero, batch_size = self.q.new_zeros(1), self.q.shape[0]
+        q, k = (zero.expand(batch_size, 1, n, 1) for n in (self.plan.num_rows, self.plan.seqlen))
+        of_rows, of_keys = (
+            offsets_of([stop - start for start, stop in ranges]) if self._is_packed else None
+            for ranges in (self.plan.rows, self.plan.sequences)
+        )
+        return resolve_call(
+            _OP, q, k, rows=None, spans=self._spans, span_bias=None, scope=None,
+            exclude_self=True, is_causal=True, scale=None, window=None, softcap=None,
+            key_padding_mask=None, cu_seqlens_q=of_rows, cu_seqlens_k=of_keys,
+        )  # fmt: skip
 
     @functools.cached_property
     def _keys_seen(self) -> Tensor:
@@ -385,12 +414,16 @@ class ShardedPolicy:
             group=self._group,
         )
 
-    def _parts_of(self, method: str, reference: Any) -> tuple[AttentionSnapshot, ...]:
-        op = f"{_OP}.{method}"
+    def _parts_of(
+        self, op: str, reference: Any, target: TargetArgs | None
+    ) -> Sequence[AttentionSnapshot | AttentionTarget]:
+        """The reference of each chunk of this rank that has rows; with moves="rows" of all rows."""
+        if target is not None:
+            return [self._target_of(target, pieces) for pieces in self._calls]
         if not isinstance(reference, ShardedSnapshot):
             raise TypeError(
-                f"{op}: reference must be a ShardedSnapshot, or with spans a tensor [B, T, S]; got "
-                f"{type(reference).__name__}"
+                f"{op}: reference must be a ShardedSnapshot or an AttentionTarget, or with spans a "
+                f"tensor [B, T, S]; got {type(reference).__name__}"
             )
         got = {"moves": reference.moves, **vars(reference.plan)}
         for name, wanted in {"moves": self.moves, **vars(self.plan)}.items():
@@ -400,6 +433,14 @@ class ShardedPolicy:
                     f"{got[name]!r}"
                 )
         return reference.parts
+
+    def _target_of(self, target: TargetArgs, pieces: list[Piece]) -> AttentionTarget:
+        """The targets of a chunk's rows over the keys that they see, by index."""
+        assert target.index is not None
+        own = _over_keys(target, [piece.keys for piece in pieces])
+        assert own.values is not None
+        index = target.index[:, self._rows_of(pieces)]
+        return AttentionTarget(own.values, own.ids, index=index)
 
     def _check_spans(self, spans: Any) -> None:
         wanted = f"{_OP}: spans must be Spans over the whole's N={self.plan.seqlen} keys"
@@ -427,3 +468,16 @@ class ShardedPolicy:
             raise ValueError(f"{wanted}; got {tuple(value.shape)}")
         checks.check_same_device(_OP, name, value, self.q, "q")
         return value
+
+
+def _over_keys(target: TargetArgs, ranges: Sequence[Range]) -> TargetArgs:
+    """The same targets over the keys of `ranges` alone, numbered as they follow one another."""
+    assert target.values is not None
+    if target.ids is None:
+        return TargetArgs(cut(target.values, ranges, -1), None, target.index)
+    ids, before = torch.full_like(target.ids, -1), 0
+    for start, stop in ranges:
+        inside = (target.ids >= start) & (target.ids < stop)
+        ids = torch.where(inside, target.ids - start + before, ids)
+        before += stop - start
+    return TargetArgs(target.values, ids, target.index)

@@ -49,6 +49,7 @@ class Case:
     padding: bool = False
     scope: bool = False
     mask: bool = False
+    target: str | None = None  # in place of a snapshot: "shared", "sequences" or "ids"
 
 
 def _uneven(world_size: int) -> list[list[tuple[int, int]]]:
@@ -80,6 +81,23 @@ CASES = {
         [(0, 10), (0, 1), (0, 0), (0, 19), (0, 15)], "head_tail", batch_size=1, cu_seqlens=PACKED,
         frames=True,
     ),
+    "target": Case(
+        (20, N), "head_tail", target="shared", kind="cross_entropy", scope=True, padding=True,
+        options={"window": (30, 0)},
+    ),
+    "target ids": Case((5, 44), _uneven, target="ids", kind="cross_entropy"),
+    "packed target": Case(
+        [(4, 9), (0, 1), (0, 0), (2, 17), (3, 14)], "head_tail", batch_size=1, cu_seqlens=PACKED,
+        target="sequences",
+    ),
+    "packed target ids": Case(
+        [(4, 9), (0, 0), (0, 0), (2, 17), (3, 14)], batch_size=1, cu_seqlens=PACKED, mask=True,
+        target="ids", kind="reverse_kl", reduction="sequence_mean",
+    ),
+    "span target": Case(
+        (sum(FRAMES), N), "head_tail", frames=True, target="ids", kind="cross_entropy", mask=True
+    ),
+    "cross-entropy": Case((20, N - 1), "head_tail", kind="cross_entropy"),
     "float64": Case((3, N - 1), "head_tail", dtype=torch.float64, options={"softcap": 3.0}),
     "bfloat16": Case((3, N - 1), "head_tail", dtype=torch.bfloat16),
 }  # fmt: skip
@@ -114,7 +132,7 @@ class Problem:
             if bounds is None
             else {f"cu_seqlens_{x}": torch.tensor(bounds, dtype=torch.int32) for x in "qk"}
         )
-        num_rows = self.whole().num_rows
+        self.num_rows = num_rows = self.whole().num_rows
         sequences = case.batch_size if bounds is None else len(bounds) - 1
         self.advantages = torch.randn(sequences, generator=draw)
         if case.batch_size > 1 and not case.mask:
@@ -128,6 +146,21 @@ class Problem:
         taken = {x: y for x, y in self.case.options.items() if x != "exclude_self"}
         q, k = self.q0 if q is None else q, self.k0 if k is None else k
         return rk.AttentionSnapshot(q, k, rows=self.case.rows, **taken, **self.packing)
+
+    def target(self) -> Tensor | rk.AttentionTarget:
+        """Where rows should attend: one [B, 1, N] for all, one a sequence, or ids by index."""
+        case, draw = self.case, torch.Generator().manual_seed(5)
+        outcomes = len(FRAMES) if case.frames else N
+        if case.target != "ids":
+            sequences = len(PACKED) - 1 if case.target == "sequences" else 1
+            values = torch.rand((case.batch_size, sequences, outcomes), generator=draw)
+            return values if case.target == "shared" else rk.AttentionTarget(values)
+        shape = (case.batch_size, 3, outcomes // 3)  # of three targets
+        ids = torch.stack([torch.randperm(outcomes, generator=draw) for _ in range(shape[0] * 3)])
+        index = torch.arange(case.batch_size * self.num_rows).view(case.batch_size, -1) % 4 - 1
+        return rk.AttentionTarget(
+            torch.rand(shape, generator=draw), ids[:, : shape[2]].reshape(shape), index=index
+        )
 
     def part(self, x: Tensor, rank: int, world_size: int) -> Tensor:
         """What a rank has of a tensor of all positions, in its order."""
@@ -158,13 +191,17 @@ def run(name: str, moves: str) -> dict[str, Any]:
 
     q, k = (x.clone().requires_grad_() for x in (problem.q, problem.k))
     given = {"rows": case.rows, **problem.options, **problem.packing}
-    whole = rk.ral_loss(q, k, problem.whole(), problem.advantages, problem.mask, **terms, **given)
+    target = problem.target() if case.target else None
+    compared = problem.whole() if target is None else target
+    whole = rk.ral_loss(q, k, compared, problem.advantages, problem.mask, **terms, **given)
     wanted = torch.autograd.grad(whole, (q, k))
 
     def part(x: Tensor) -> Tensor:
         return problem.part(x, rank, world_size)
 
-    reference = problem.sharded(part(problem.q0), part(problem.k0), moves).snapshot()
+    reference: Any = target
+    if target is None:
+        reference = problem.sharded(part(problem.q0), part(problem.k0), moves).snapshot()
     traffic = Traffic()
     with traffic:
         ours = [part(x).clone().requires_grad_() for x in (problem.q, problem.k)]
@@ -180,12 +217,15 @@ def run(name: str, moves: str) -> dict[str, Any]:
         for a, b in zip(torch.autograd.grad(second, again), gradients, strict=True)
     )
     zero = repeated.ral_loss(own, problem.advantages, problem.mask, **terms)
-    zeros = [zero, *torch.autograd.grad(zero, again)]
+    zeros = [*torch.autograd.grad(zero, again)]
+    if case.kind != "cross_entropy":  # whose value is then the entropy
+        zeros.append(zero)
     found: dict[str, Any] = {
         "loss": loss.item(),
         "wanted": whole.item(),
         "of": [x.abs().max().item() for x in wanted],
         "gradients": [_apart(a, part(b)) for a, b in zip(gradients, wanted, strict=True)],
+        "row_count": problem.num_rows,
         "rows": sum(len(calls) for calls in sharded.plan.calls(rank)),
         "repeats": same,
         "zero": all(bool((x == 0).all()) for x in zeros),
@@ -193,12 +233,12 @@ def run(name: str, moves: str) -> dict[str, Any]:
         "bytes": sharded.bytes_moved(),
     }
     for what in ("policy", "divergence") if case.frames else ("divergence",):
-        found[what] = _values(problem, what, moves, ours, reference, given)
+        found[what] = _values(problem, what, moves, ours, (compared, reference), given)
     return found
 
 
 def _values(
-    problem: Problem, what: str, moves: str, ours: list[Tensor], reference: Any, given: Any
+    problem: Problem, what: str, moves: str, ours: list[Tensor], references: Any, given: Any
 ) -> tuple[float, float]:
     """Of `policy` or `divergence`, how far values and gradients of all rows are from the whole."""
     q, k = (x.clone().requires_grad_() for x in (problem.q, problem.k))
@@ -206,8 +246,9 @@ def _values(
     if what == "policy":
         wanted, got = rk.attention_policy(q, k, **given), sharded.policy()
     else:
-        wanted = rk.attention_divergence(q, k, problem.whole(), **given)
-        got = sharded.divergence(reference)
+        kind = "jsd" if problem.case.target is None else problem.case.kind
+        wanted = rk.attention_divergence(q, k, references[0], kind, **given)
+        got = sharded.divergence(references[1], kind)
         if problem.case.frames:  # a dense reference, too
             old = problem.sharded(*(x.detach() for x in ours), moves).policy().flip(-1)
             dense = rk.attention_divergence(q, k, old, **given)
