@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -34,6 +35,7 @@ class Side:
     """A policy: queries of all T rows, and this rank's keys.
 
     q: [B, H, T, D]; k: [B, Hk, L, D]. window_left: -1 = all of the sequence; softcap: 0 = off.
+    head_weights: [B, H, T], with mean 1 over the heads, or None.
     """
 
     q: Tensor
@@ -41,9 +43,16 @@ class Side:
     scale: float
     window_left: int
     softcap: float
+    head_weights: Tensor | None
+
+    @property
+    def learned(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What has gradients."""
+        return self.q, self.k, self.head_weights
 
     def detached(self) -> Side:
-        return replace(self, q=self.q.detach(), k=self.k.detach())
+        weights = None if self.head_weights is None else self.head_weights.detach()
+        return replace(self, q=self.q.detach(), k=self.k.detach(), head_weights=weights)
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all ranks together: stabiliser and 1/normaliser [B, H, T], W [B, H, T], Z [B, T]."""
+    """Of all ranks together: stabiliser and w/normaliser [B, H, T], W [B, H, T], Z [B, T]."""
 
     stabiliser: Tensor
     inverse: Tensor
@@ -149,6 +158,8 @@ class _Computed:
         factors = torch.exp(tops - stabiliser)
         total = (sums * factors).sum(0)
         inverse = torch.where(total == 0, 0.0, 1 / total)  # (3)
+        if self.side.head_weights is not None:
+            inverse = inverse * self.side.head_weights  # of (5)
         w = (weights * factors).sum(0) * inverse
         z = w.mean(1)  # (6)
         z = torch.where(z * w.shape[1] < SMALLEST_WEIGHT, 0.0, z)
@@ -163,7 +174,7 @@ class _Computed:
         return self.policy(rows)[0]
 
     def policy(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """p over this rank's keys [B, R, L], P_h [B, H, R, L], valid keys, the soft cap's slope."""
+        """p over this rank's keys [B, R, L], w P [B, H, R, L], valid keys, the soft cap's slope."""
         s, visible, slope = self.scores(rows)
         stabiliser, inverse, z = self.statistics.at(rows)
         p_h = torch.exp(s - stabiliser) * inverse  # (4)
@@ -171,6 +182,18 @@ class _Computed:
         none = (z == 0)[..., None]
         mean = torch.where(valid & ~none, p_h.mean(1), 0.0)  # (5)
         return mean / torch.where(none, 1.0, z[..., None]), p_h, valid, slope  # (7)
+
+    def per_weight(self, x: Tensor) -> Tensor:
+        """x / w of [B, H, T], 0 where w = 0: from a sum over w P_h the sum over P_h, as in (11)."""
+        w = self.side.head_weights
+        return x if w is None else torch.where(w == 0, 0.0, x / w)
+
+    def weight_gradient(self, delta: Tensor) -> Tensor | None:
+        """(17) of each row: [B, H, T], on the first rank, as ranks' gradients are added."""
+        if self.side.head_weights is None:
+            return None
+        first = dist.get_rank(self.places.group) == 0
+        return delta if first else torch.zeros_like(delta)
 
     def gradients(
         self,
@@ -200,7 +223,7 @@ class _Computed:
         dk.copy_(total * self.side.scale)  # (16)
 
     def score_gradient(self, rows: slice, p_h: Tensor, valid: Tensor, centred: Tensor) -> Tensor:
-        """P_h G, (10), [B, H, R, L]; a weight of exactly 0 gives 0, whatever the derivative is."""
+        """w P G, (10), [B, H, R, L]; a weight of exactly 0 gives 0, whatever the derivative is."""
         z = self.statistics.z[:, rows, None]
         centred = torch.where(z == 0, 0.0, centred / torch.where(z == 0, 1.0, z))
         share = torch.where(valid[:, None], p_h, 0.0)
@@ -236,13 +259,14 @@ def _stabiliser(top: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """q [B, H, T, D] of all rows, k [B, Hk, L, D] -> D [B, T], over the keys of all ranks."""
+    """What a side has gradients of -> D [B, T], over the keys of all ranks."""
 
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
+        head_weights: Tensor | None,
         side: Side,
         reference: Side | TargetArgs,
         places: Places,
@@ -279,7 +303,8 @@ class _Divergence(torch.autograd.Function):
         u = torch.where(ctx.constant[:, None], 0.0, ctx.u)
         z_h = z[:, None] * u.shape[1]
         c = (u / z_h).sum(1)  # (4)
-        delta = (u - c[:, None] * ours.statistics.w) / z_h  # (6)
+        delta = ours.per_weight((u - c[:, None] * ours.statistics.w) / z_h)  # (6)
+        delta = delta * weight[:, None]
 
         def derivative(rows: slice, p: Tensor) -> Tensor:
             _, dp = generalised(p, theirs.distribution(rows), ctx.kind)
@@ -288,25 +313,27 @@ class _Divergence(torch.autograd.Function):
 
         out = torch.empty_like(ours.side.q), torch.empty_like(ours.side.k)
         with full_precision(ours.q):
-            ours.gradients(derivative, c * weight, delta * weight[:, None], out)
-        return *out, None, None, None, None
+            ours.gradients(derivative, c * weight, delta, out)
+        return *out, ours.weight_gradient(delta), None, None, None, None
 
 
 def divergence(side: Side, reference: Side | TargetArgs, places: Places, kind: str) -> Tensor:
-    """D [B, T] of all rows, the same on every rank; differentiable in the side's q and k.
+    """D [B, T] of all rows, the same on every rank; differentiable in what the side has.
 
     Args:
         reference: another policy, or targets over this rank's keys for all rows.
     """
-    result: Tensor = _Divergence.apply(side.q, side.k, side.detached(), reference, places, kind)
+    result: Tensor = _Divergence.apply(*side.learned, side.detached(), reference, places, kind)
     return result
 
 
 class _SpanPolicy(torch.autograd.Function):
-    """q [B, H, T, D] of all rows, k [B, Hk, L, D] -> p [B, T, S], over the keys of all ranks."""
+    """What a side has gradients of -> p [B, T, S], over the keys of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, side: Side, places: Places) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, head_weights: Tensor | None, side: Side, places: Places
+    ) -> Tensor:
         with full_precision(q):
             ours = _Computed(side, places)
             one_hot = _one_hot(places, ours.k.dtype)
@@ -336,10 +363,11 @@ class _SpanPolicy(torch.autograd.Function):
                 p_keys, p_h, valid, _ = ours.policy(rows)
                 centred = derivative(rows, p_keys) - c[:, rows, None]
                 parts.append(ours.score_gradient(rows, p_h, valid, centred).sum(-1))
-            delta = gather(torch.cat(parts, dim=-1), places.group).sum(0)  # (11)
+            delta = gather(torch.cat(parts, dim=-1), places.group).sum(0)
+            delta = ours.per_weight(delta)  # (11)
             out = torch.empty_like(ours.side.q), torch.empty_like(ours.side.k)
             ours.gradients(derivative, c, delta, out)
-        return *out, None, None
+        return *out, ours.weight_gradient(delta), None, None
 
 
 def _one_hot(places: Places, dtype: torch.dtype) -> Tensor:
@@ -350,6 +378,6 @@ def _one_hot(places: Places, dtype: torch.dtype) -> Tensor:
 
 
 def span_policy(side: Side, places: Places) -> Tensor:
-    """p [B, T, S] of all rows, the same on every rank; differentiable in the side's q and k."""
-    result: Tensor = _SpanPolicy.apply(side.q, side.k, side.detached(), places)
+    """p [B, T, S] of all rows, the same on every rank; differentiable in what the side has."""
+    result: Tensor = _SpanPolicy.apply(*side.learned, side.detached(), places)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,13 @@ class ShardedSnapshot:
         parts: with moves="keys" a snapshot for each chunk of the rank that has rows, with the keys
             that they see; with moves="rows" one, with the queries of all rows and the rank's keys.
         moves, plan: those of the `ShardedPolicy` that made it.
+        head_weights: with moves="rows", its own weights of the whole, or None.
     """
 
     parts: tuple[AttentionSnapshot, ...]
     moves: Moves
     plan: Plan
+    head_weights: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +58,9 @@ class ShardedSnapshot:
     def to(self, *args: Any, **options: Any) -> ShardedSnapshot:
         """On another device, or in another dtype: `AttentionSnapshot.to`."""
         parts = tuple(part.to(*args, **options) for part in self.parts)
-        return ShardedSnapshot(parts, self.moves, self.plan)
+        weights = self.head_weights
+        weights = None if weights is None else weights.to(parts[0].device)
+        return ShardedSnapshot(parts, self.moves, self.plan, weights)
 
 
 ShardedReference = ShardedSnapshot | AttentionTarget | Tensor
@@ -98,6 +103,8 @@ class ShardedPolicy:
         group: the ranks of one sequence; default the default group.
         cu_seqlens: where B = 1 and sequences are packed, their offsets in the whole, int [S + 1].
         spans, scope, key_padding_mask: as in `attention_policy`, of the whole's N keys.
+        head_weights: as in `attention_policy`, [H] or [B, H] (packed [S, H]), the same on every
+            rank. As a parameter's, their gradient is the sum over ranks.
         exclude_self, scale, window, softcap, backend: as in `attention_policy`.
         moves: "keys", "rows" or None, as above.
 
@@ -118,6 +125,7 @@ class ShardedPolicy:
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
         key_padding_mask: Tensor | None = None,
+        head_weights: Tensor | None = None,
         exclude_self: bool = True,
         scale: float | None = None,
         window: int | tuple[int | None, int | None] | None = None,
@@ -161,11 +169,13 @@ class ShardedPolicy:
                 "padding"
             )
         self._is_packed, self._exclude_self = cu_seqlens is not None, exclude_self
+        self._head_weights = head_weights
         self._spans = spans
         if spans is not None:
             self._check_spans(spans)
         scope = scope.ids >= 0 if isinstance(scope, Spans) else scope
         self._scope = self._check_keys("scope", scope)
+        self._head_weights_of(head_weights, q)
         self._padding = self._check_keys("key_padding_mask", key_padding_mask)
         self._options: dict[str, Any] = {
             "scale": checks.resolve_scale(_OP, scale, q.shape[3]),
@@ -239,7 +249,8 @@ class ShardedPolicy:
             return keys_stay.divergence(self._side(), own, self._places(), kind)
         (part,) = parts
         assert isinstance(part, AttentionSnapshot)
-        theirs = keys_stay.Side(part.q, part.k, part.scale, part.window_left, part.softcap)
+        weights = self._weights_of_rows(self._reference_weights(op, reference, part))
+        theirs = keys_stay.Side(part.q, part.k, part.scale, part.window_left, part.softcap, weights)
         if self._spans is None:
             return keys_stay.divergence(self._side(), theirs, self._places(), kind)
         with torch.no_grad():
@@ -284,23 +295,28 @@ class ShardedPolicy:
         return sum_over_ranks(total, self._group)
 
     @torch.no_grad()
-    def snapshot(self, **options: Any) -> ShardedSnapshot:
+    def snapshot(self, *, head_weights: Tensor | None = None, **options: Any) -> ShardedSnapshot:
         """The policy now, as a reference policy. Making it moves what a forward moves, once.
 
         Args:
+            head_weights: its own, as those of `ShardedPolicy`; default those of the policy that is
+                compared with it.
             options: dtype, device, pin_memory, as in `AttentionSnapshot`.
         """
+        own = self._head_weights_of(head_weights, self.q)
         if self.moves == "rows":
             taken = {**self._options, **options}
             parts = [AttentionSnapshot(self._all_rows, self.k, **taken)]
         else:
+            own = None  # each part has them
             parts = []
             _ = self._keys_seen  # ranks without rows send their keys, too
-            for q, k, arguments in self._arguments():
+            for (q, k, arguments), pieces in zip(self._arguments(), self._calls, strict=True):
                 for name in ("spans", "scope", "key_padding_mask", "exclude_self"):
                     arguments.pop(name, None)  # the comparing call's
+                arguments["head_weights"] = self._weights_of_call(head_weights, pieces)
                 parts.append(AttentionSnapshot(q, k, **arguments, **options))
-        return ShardedSnapshot(tuple(parts), self.moves, self.plan)
+        return ShardedSnapshot(tuple(parts), self.moves, self.plan, own)
 
     def bytes_moved(self, moves: Moves | None = None) -> BytesMoved:
         """What one `ral_loss` and its backward move, as `sharded_bytes` says; default as chosen."""
@@ -319,8 +335,8 @@ class ShardedPolicy:
         )
         return resolve_call(
             _OP, q, k, rows=None, spans=self._spans, span_bias=None, scope=None,
-            exclude_self=True, is_causal=True, scale=None, window=None, softcap=None,
-            key_padding_mask=None, cu_seqlens_q=of_rows, cu_seqlens_k=of_keys,
+            head_weights=None, exclude_self=True, is_causal=True, scale=None, window=None,
+            softcap=None, key_padding_mask=None, cu_seqlens_q=of_rows, cu_seqlens_k=of_keys,
         )  # fmt: skip
 
     @functools.cached_property
@@ -353,6 +369,8 @@ class ShardedPolicy:
             options["scope"] = cut(self._scope, keys, -1)
         if self._padding is not None:
             options["key_padding_mask"] = cut(self._padding, keys, -1)
+        if self._head_weights is not None:
+            options["head_weights"] = self._weights_of_call(self._head_weights, pieces)
         if len(pieces) > 1:
             options["cu_seqlens_q"] = offsets_of(counts)
             options["cu_seqlens_k"] = offsets_of([stop - start for start, stop in keys])
@@ -379,12 +397,53 @@ class ShardedPolicy:
         """0 that has q's and k's place in the graph: ranks without rows take part in backwards."""
         received = self._keys_seen if self.moves == "keys" else self._all_rows
         empty = [x[:, :, :0].sum(dtype=accumulation_dtype(x)) for x in (self.q, self.k, received)]
+        if self._head_weights is not None:
+            empty.append(self._head_weights[..., :0].sum(dtype=accumulation_dtype(self.q)))
         return torch.stack(empty).sum()
+
+    def _head_weights_of(self, head_weights: Any, q: Tensor) -> Tensor | None:
+        """Checked and normalised weights of the whole's sequences, [B or S, H]; None without."""
+        if head_weights is None:
+            return None
+        samples = len(self.plan.rows) if self._is_packed else q.shape[0]
+        return qkv.prepare_head_weights(_OP, head_weights, q, samples, self._is_packed)
+
+    def _weights_of_call(self, weights: Tensor | None, pieces: list[Piece]) -> Tensor | None:
+        """As they were given, for the sequences of a chunk's rows."""
+        if weights is None or weights.dim() == 1 or not self._is_packed:
+            return weights
+        starts = [start for start, _ in self.plan.sequences]
+        return weights[[bisect_right(starts, piece.rows[0]) - 1 for piece in pieces]]
+
+    def _weights_of_rows(self, weights: Tensor | None) -> Tensor | None:
+        """[B, H, T], from normalised weights of the whole's sequences."""
+        if weights is None:
+            return None
+        if not self._is_packed:
+            return weights[:, :, None].expand(-1, -1, self.plan.num_rows)
+        counts = torch.tensor([stop - start for start, stop in self.plan.rows])
+        return weights.repeat_interleave(counts.to(weights.device), 0).T[None]
+
+    def _reference_weights(
+        self, op: str, reference: ShardedSnapshot, part: AttentionSnapshot
+    ) -> Tensor | None:
+        """The snapshot's own weights, or this policy's as constants, as the ops take them."""
+        ours = self._head_weights_of(self._head_weights, self.q)
+        own = reference.head_weights
+        if own is not None:
+            return qkv.floored(own) if qkv.is_learned(self._head_weights) else own
+        if ours is not None and part.q.shape[1] != ours.shape[1]:
+            raise ValueError(
+                f"{op}: reference must have head_weights of its own, or H={ours.shape[1]} heads, "
+                f"for those of this policy; got {part.q.shape[1]} heads"
+            )
+        return None if ours is None else ours.detach()
 
     def _side(self) -> keys_stay.Side:
         scale = self._options["scale"]
         left = self.plan.window_left
-        return keys_stay.Side(self._all_rows, self.k, scale, left, self._softcap)
+        weights = self._weights_of_rows(self._head_weights_of(self._head_weights, self.q))
+        return keys_stay.Side(self._all_rows, self.k, scale, left, self._softcap, weights)
 
     def _places(self) -> keys_stay.Places:
         """Where rows and this rank's keys are."""

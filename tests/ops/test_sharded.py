@@ -150,6 +150,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "spans": ({"spans": rk.Spans.from_lengths([11])}, ValueError, r"N=12 keys; got \(11,\)"),
     "no spans": ({"spans": torch.zeros(12)}, TypeError, "spans must be Spans .* got Tensor"),
     "scope": ({"scope": torch.ones(12)}, TypeError, r"scope must be bool .* got torch.float32"),
+    "weights": (
+        {"head_weights": torch.ones(3)}, ValueError,
+        r"head_weights must be \[H\] or \[B, H\] with B=2, H=4; got \(3,\)",
+    ),
     "padding": (
         {"key_padding_mask": torch.ones(3, 12, dtype=torch.bool)}, ValueError,
         r"key_padding_mask must be bool .* over the whole's N=12 keys; got \(3, 12\)",
@@ -200,6 +204,20 @@ def test_references_that_are_refused(alone: None) -> None:
         sharded.divergence(moved)
     with pytest.raises(ValueError, match=r"advantages must be \[B\] or \[B, T\] with B=2, T=8"):
         sharded.ral_loss(sharded.snapshot(), torch.ones(3))
+    moves: Any
+    for moves in MOVES:
+        weighted = rk.ShardedPolicy(
+            Q,
+            K,
+            rows=(4, 12),
+            moves=moves,
+            head_weights=torch.rand(HEADS),
+        )
+        teacher = rk.ShardedPolicy(Q[:, :2], K, rows=(4, 12), moves=moves).snapshot()
+        with pytest.raises(
+            ValueError, match=r"have head_weights of its own, or H=4 .* got 2 heads"
+        ):
+            weighted.divergence(teacher)
     with pytest.raises(ValueError, match="spans must be given; got None"):
         sharded.policy()
     spans = rk.ShardedPolicy(Q, K, rows=(4, 12), spans=rk.Spans.from_lengths([5, 7]))
