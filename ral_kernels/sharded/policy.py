@@ -249,7 +249,7 @@ class ShardedPolicy:
             return keys_stay.divergence(self._side(), own, self._places(), kind)
         (part,) = parts
         assert isinstance(part, AttentionSnapshot)
-        weights = self._weights_of_rows(self._reference_weights(op, reference, part))
+        weights = self._weights_of_rows(self._weights_of_reference(op, reference, part))
         theirs = keys_stay.Side(part.q, part.k, part.scale, part.window_left, part.softcap, weights)
         if self._spans is None:
             return keys_stay.divergence(self._side(), theirs, self._places(), kind)
@@ -424,8 +424,8 @@ class ShardedPolicy:
         counts = torch.tensor([stop - start for start, stop in self.plan.rows])
         return weights.repeat_interleave(counts.to(weights.device), 0).T[None]
 
-    def _reference_weights(
-        self, op: str, reference: ShardedSnapshot, part: AttentionSnapshot
+    def _weights_of_reference(
+        self, op: str, reference: Any, part: AttentionSnapshot
     ) -> Tensor | None:
         """The snapshot's own weights, or this policy's as constants, as the ops take them."""
         ours = self._head_weights_of(self._head_weights, self.q)

@@ -218,15 +218,15 @@ def run(name: str, moves: str) -> dict[str, Any]:
     """Differences from the whole sequence on this rank, and what must hold exactly."""
     problem, rank, world_size = Problem(name), dist.get_rank(), dist.get_world_size()
     case = problem.case
-    terms = {"kind": case.kind, "reduction": case.reduction}
+    terms: dict[str, Any] = {"kind": case.kind, "reduction": case.reduction}
 
     leaves = problem.leaves()
-    given = {"rows": case.rows, **problem.options, **problem.packing}
+    given: dict[str, Any] = {"rows": case.rows, **problem.options, **problem.packing}
     target = problem.target() if case.target else None
     compared = problem.whole() if target is None else target
     weights = leaves[2] if case.head_weights else None
     whole = rk.ral_loss(
-        *leaves[:2], compared, problem.advantages, problem.mask, head_weights=weights, **terms,
+        leaves[0], leaves[1], compared, problem.advantages, problem.mask, head_weights=weights, **terms,
         **given,
     )  # fmt: skip
     wanted = torch.autograd.grad(whole, leaves)
