@@ -226,8 +226,8 @@ def run(name: str, moves: str) -> dict[str, Any]:
     compared = problem.whole() if target is None else target
     weights = leaves[2] if case.head_weights else None
     whole = rk.ral_loss(
-        leaves[0], leaves[1], compared, problem.advantages, problem.mask, head_weights=weights, **terms,
-        **given,
+        leaves[0], leaves[1], compared, problem.advantages, problem.mask, head_weights=weights,
+        **terms, **given,
     )  # fmt: skip
     wanted = torch.autograd.grad(whole, leaves)
 
