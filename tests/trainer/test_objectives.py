@@ -293,7 +293,7 @@ def test_schedules() -> None:
         Schedule("step")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="length must be finite and > 0; got 0"):
         Schedule("warmup", 0)
-    with pytest.raises(ValueError, match=r"kind must be one of cross_entropy, kl, .* got 'ce'"):
+    with pytest.raises(ValueError, match=r"kind must be one of jsd, kl, .* got 'ce'"):
         EvidenceLoss(kind="ce")  # type: ignore[arg-type]
 
 
