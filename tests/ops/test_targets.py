@@ -413,6 +413,7 @@ def test_over_spans(kind: str, sparse: bool, backend: str) -> None:
 
 
 @pytest.mark.slow(stands_in="test_against_a_target")
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)  # opcheck looks at no values
 def test_opcheck(backend: str) -> None:
     inputs = BY_NAME["padding_left"].inputs(torch.float32).requires_grad_()
     target = target_of("sparse", inputs)
@@ -434,7 +435,10 @@ def test_opcheck(backend: str) -> None:
 
 
 @pytest.mark.slow(stands_in="test_against_a_target")
-@pytest.mark.parametrize("form", ["sparse", "inside", "tensor"])
+@pytest.mark.parametrize(
+    "form,backend", [("sparse", "reference"), ("inside", "cpu"), ("tensor", "cpu")],
+    indirect=["backend"],
+)  # fmt: skip
 def test_compile_without_graph_break(form: str, backend: str) -> None:
     """A target made before, one made in the graph, and a tensor of one row."""
     inputs = BY_NAME["padding_left"].inputs(torch.float32).requires_grad_()

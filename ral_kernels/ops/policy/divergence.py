@@ -151,7 +151,7 @@ def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend:
     if isinstance(reference, AttentionSnapshot):
         reference = _span_policy_of(op, reference, args, backend)
     elif isinstance(reference, AttentionTarget):
-        reference = _span_rows_of(reference, args)
+        reference = span_rows_of(_target_args(reference, args), args)
     return composed(call_policy(args, backend), reference, kind, backend)
 
 
@@ -347,8 +347,9 @@ def _one_a_sequence(target: AttentionTarget, args: PolicyArgs) -> bool:
     return args.is_packed and target.num_targets == args.num_sequences
 
 
-def _target_args(target: AttentionTarget, args: PolicyArgs, length: int) -> TargetArgs:
-    """The target over `length` keys or spans as backends receive it."""
+def _target_args(target: AttentionTarget, args: PolicyArgs) -> TargetArgs:
+    """The target over keys, or over spans if the call has them, as backends receive it."""
+    length = args.seqlen_k if args.span_ids is None else args.num_spans
     values, ids, index = target.values, target.ids, target.index
     if index is None and _one_a_sequence(target, args):
         own = args.sequence_of_rows()
@@ -368,14 +369,19 @@ def _target_args(target: AttentionTarget, args: PolicyArgs, length: int) -> Targ
 
 def _against_target(args: PolicyArgs, target: AttentionTarget, kind: str) -> PolicyDivergenceArgs:
     nothing = ReferenceArgs(None, None, None, None, None, args.scale, -1, -1, 0.0)
-    return PolicyDivergenceArgs(args, nothing, kind, _target_args(target, args, args.seqlen_k))
+    return PolicyDivergenceArgs(args, nothing, kind, _target_args(target, args))
 
 
-def _span_rows_of(target: AttentionTarget, args: PolicyArgs) -> Tensor:
+def target_args(op: str, target: AttentionTarget, args: PolicyArgs) -> TargetArgs:
+    """Check a call's target: as backends receive it."""
+    _check_target(op, target, args)
+    return _target_args(target, args)
+
+
+def span_rows_of(target: TargetArgs, args: PolicyArgs) -> Tensor:
     """The target of each row over the spans of the call, renormalised: [B, T, S]."""
-    given = _target_args(target, args, args.num_spans)
     every = torch.ones((), dtype=torch.bool, device=args.q.device)
-    return renormalised(given, slice(None), every, args.num_spans)[0]
+    return renormalised(target, slice(None), every, args.num_spans)[0]
 
 
 SIGNATURE = schema.Signature(PolicyDivergenceArgs)

@@ -425,6 +425,12 @@ def renormalised(
 
     Rows without a target, or without weight on valid outcomes, are 0.
     """
+    v = target_weights(target, rows, valid, length)
+    return divided(v, v.sum(-1))
+
+
+def target_weights(target: TargetArgs, rows: slice, valid: Tensor, length: int) -> Tensor:
+    """v of each row on its valid outcomes, 0 elsewhere: [B, R, length]."""
     assert target.values is not None and target.index is not None
     index = target.index[:, rows].long()
     number = index.clamp_min(0)[..., None]
@@ -433,8 +439,11 @@ def renormalised(
         ids = target.ids.long().gather(1, number.expand(-1, -1, target.length))
         places = torch.where(ids >= 0, ids, length)
         v = v.new_zeros(*v.shape[:2], length + 1).scatter(-1, places, v)[..., :length]
-    v = torch.where(valid & (index >= 0)[..., None], v, 0.0)
-    z = v.sum(-1)
+    return torch.where(valid & (index >= 0)[..., None], v, 0.0)
+
+
+def divided(v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation (11): v by the sum z of its row, and z, which is 0 where it counts as 0."""
     z = torch.where(z < SMALLEST_WEIGHT, 0.0, z)
     v = torch.where((z == 0)[..., None], 0.0, v)
     # Weights that are a policy already, up to rounding, are not rounded again: equal policies then
