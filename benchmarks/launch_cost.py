@@ -44,14 +44,14 @@ def calls() -> dict[str, Callable[[], object]]:
 
     q, k, v = normal(HEADS, SEQLEN), normal(KV_HEADS, SEQLEN), normal(KV_HEADS, SEQLEN)
     token, rows = normal(HEADS, 1), normal(HEADS, ROWS)
-    trained = [x.clone().requires_grad_() for x in (q, k, v)]
+    trained_q, trained_k, trained_v = (x.clone().requires_grad_() for x in (q, k, v))
     trained_rows = rows.clone().requires_grad_()
     spans = rk.Spans.from_lengths([SEQLEN // 8] * 8)
     snapshot, advantages = rk.AttentionSnapshot(rows, k), torch.ones(1, ROWS)
     options: dict[str, Any] = {"is_causal": True, "backend": "triton"}
 
     def attention_and_backward() -> None:
-        result = rk.attention(*trained, spans, **options)
+        result = rk.attention(trained_q, trained_k, trained_v, spans, **options)
         outputs = [result.out, result.marginals]
         torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 

@@ -247,11 +247,12 @@ def calls(sizes: Sizes = COMPILED) -> list[Call]:
         for op, variant, run in _of_model(sizes, name, head_dim)
         if name != "float16" or variant in MAIN_VARIANTS
     ]
-    # a head dim that is no power of two: masks along it
+    # head dims that are no powers of two: products in two parts, masks along them
     table += [
-        Call(op, variant, "bfloat16", 80, run)
-        for op, variant, run in _of_model(sizes, "bfloat16", 80)
-        if variant in ("spans", "keys", "jsd", "decoding")
+        Call(op, variant, "bfloat16", head_dim, run)
+        for head_dim in (80, 96)
+        for op, variant, run in _of_model(sizes, "bfloat16", head_dim)
+        if variant in ("spans", "no spans", "keys", "jsd", "decoding")
     ]
     # a row of probabilities has no head dim
     table += [
