@@ -44,7 +44,7 @@ class Normalised:
         self, keys: Keys, target: parameters.Target = NO_TARGET
     ) -> tuple[Tensor | None, Tensor]:
         """(what `over_keys` returns, what it writes)."""
-        p = self.z.new_empty((self.side.batch_size, keys.num_rows, keys.seqlen_k))
+        p = keys.scratch(self.side)
         return over_keys(self.side, keys, self.norm, self.z, p, target), p
 
 
@@ -129,8 +129,7 @@ class Comparison:
 
     def chunks(self) -> Iterator[tuple[Chunk, Comparison]]:
         side = self.policy.side
-        block_q = side.tile("heads").block_q
-        for chunk in row_chunks(self.keys, side.batch_size, block_q, side.q.device):
+        for chunk in row_chunks(self.keys, side.batch_size, side.q.device):
             yield chunk, self.part(chunk)
 
     def measure_reference(self) -> None:
