@@ -24,6 +24,7 @@ WRITERS = (
     "decode_bench",
     "figure3",
     "frames_sweep",
+    "launch_cost",
     "output_hashes",
     "policy_divergence_accuracy",
     "policy_divergence_bench",

@@ -137,8 +137,8 @@ def sweep(
     tile = _tile(p)
     multiprocessors = triton_runtime.num_multiprocessors(p.device)
     splits = tiles.num_splits(tile, num_rows, length, multiprocessors)
-    per_split = triton.cdiv(triton.cdiv(length, tile.block_n), splits) * tile.block_n
-    splits = triton.cdiv(length, per_split)
+    per_split = -(-num_blocks(length, tile.block_n, None) // splits) * tile.block_n
+    splits = num_blocks(length, per_split, None)
     partial = p.new_empty((splits, num_rows))
     num_sequences = None if ends is None else ends.row_offsets.shape[0] - 1
     row_blocks = num_blocks(num_rows, tile.block_r, num_sequences)
@@ -181,7 +181,7 @@ def fwd(
     finite = kind == "jsd"  # no gradients to take back
     triton_runtime.launch(
         divergence_rows_kernel,
-        (triton.cdiv(num_rows, tile.block_r),),
+        (num_blocks(num_rows, tile.block_r, None),),
         {
             "partial_ptr": partial,
             "value_ptr": value,

@@ -213,19 +213,19 @@ class Side:
     def num_kv_heads(self) -> int:
         return self.k.shape[1]
 
-    @property
+    @functools.cached_property
     def padded_head_dim(self) -> int:
         return max(16, 1 << (self.q.shape[3] - 1).bit_length())
 
     def tile(self, kernel: str) -> Tile:
-        return tiles.tile(kernel, *self._tile_key())
+        return tiles.tile(kernel, *self._tile_key)
 
     def tuned(self, kernel: str, keys: Keys, run: Callable[[Tile], None]) -> Tile:
         """The tile to `run` a kernel with: the table's, or what RAL_AUTOTUNE=1 finds.
 
         Two policies of one shape get one tile: only then are equal policies equal bit for bit.
         """
-        key = self._tile_key()
+        key = self._tile_key
         length = (1 << (n - 1).bit_length() for n in (keys.num_rows, keys.seqlen_k))
         shape = (*key, *length, self.num_heads, self.num_kv_heads)
         return triton_runtime.tuned(
@@ -237,6 +237,7 @@ class Side:
             self.q.device,
         )
 
+    @functools.cached_property
     def _tile_key(self) -> tuple[str, torch.dtype, int, bool]:
         heavy = self.softcap != 0.0 or self.span_bias is not None
         architecture = triton_runtime.architecture(self.q.device)
