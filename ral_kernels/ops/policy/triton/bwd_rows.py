@@ -20,6 +20,7 @@ from .side import (
     keys_of_head,
     kv_head_of,
     last_row,
+    load_head_weights,
     load_norm,
     outcomes_of,
     product,
@@ -53,7 +54,7 @@ def policy_bwd_sums_kernel(
     score,
     tile,
 ):
-    """U_h = Σ P_h dp and W_h = Σ P_h on valid keys, of BLOCK_Q rows and a piece of the keys.
+    """U_h = Σ w P_h dp and W_h = Σ w P_h on valid keys, of BLOCK_Q rows and a piece of the keys.
 
     partial: [2, splits, B, H, T].
     """
@@ -146,6 +147,7 @@ def policy_bwd_rows_kernel(
     value,
     totals,
     terms,
+    head_weights,
     samples,
     num_heads,
     num_rows,
@@ -210,5 +212,37 @@ def policy_bwd_rows_kernel(
             u = sum_of_parts(u_ptr + of_head, parts.stride_part, num_parts, mask_parts, BLOCK_R)
             w = sum_of_parts(w_ptr + of_head, parts.stride_part, num_parts, mask_parts, BLOCK_R)
             delta = tl.where(constant, 0.0, (u - c * w) * factor)  # (11)
+            if head_weights.ptr is not None:  # u and w have the head's weight in them
+                of_rows = load_head_weights(head_weights, b, head, offs, mask)
+                delta = tl.where(
+                    of_rows == 0.0, 0.0, delta / tl.where(of_rows == 0.0, 1.0, of_rows)
+                )
             per_head = (b * num_heads + head) * num_rows + offs
             tl.store(terms.delta_ptr + per_head, delta, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def policy_bwd_dhead_weights_kernel(
+    delta_ptr,
+    dhead_weights_ptr,
+    samples,
+    num_heads,
+    num_rows,
+    BLOCK_R: tl.constexpr,
+):
+    """Σ_t δ_h of one sample and head, rows in order: (17). delta: [B, H, T], the result [B, H]."""
+    pid = tl.program_id(0)
+    b = (pid // num_heads).to(tl.int64)
+    head = (pid % num_heads).to(tl.int64)
+    first, stop = head * 0, head * 0 + num_rows
+    if samples.row_offsets_ptr is None:
+        delta_ptr += (b * num_heads + head) * num_rows
+    else:
+        delta_ptr += head * num_rows
+        first = tl.load(samples.row_offsets_ptr + b).to(tl.int64)
+        stop = tl.load(samples.row_offsets_ptr + b + 1).to(tl.int64)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for row in range(first, stop, BLOCK_R):
+        offs = row + tl.arange(0, BLOCK_R)
+        total += tl.load(delta_ptr + offs, mask=offs < stop, other=0.0)
+    tl.store(dhead_weights_ptr + pid, tl.sum(total, 0))

@@ -48,6 +48,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
             "partial_ptr": partial,
             "norm_ptr": norm,
             "z_ptr": z,
+            "head_weights": side.weights(),
             "samples": keys.samples(side.batch_size),
             "num_heads": side.num_heads,
             "num_rows": keys.num_rows,

@@ -21,6 +21,7 @@ from . import tiles
 from .parameters import (
     Flags,
     Heads,
+    HeadWeights,
     Norm,
     Outcomes,
     PerRow,
@@ -175,6 +176,7 @@ class Side:
     prefix_index: Tensor | None = None  # int64 [B]
     span_bias: Tensor | None = None  # [B, H, T, S]
     span_ids: Tensor | None = None  # int32 [N] or [B, N]
+    head_weights: Tensor | None = None  # float32 [B, H, T]
 
     @classmethod
     def of(cls, args: PolicyArgs) -> Side:
@@ -187,10 +189,16 @@ class Side:
             args.softcap,
             span_bias=args.span_bias,
             span_ids=args.span_ids,
+            head_weights=weights_of_rows(args.head_weights, args),
         )
+
+    def weights(self) -> HeadWeights:
+        x = self.head_weights
+        return HeadWeights(None, 0, 0, 0) if x is None else HeadWeights(x, *x.stride())
 
     def part(self, chunk: Chunk) -> Side:
         index, bias, ids = self.prefix_index, self.span_bias, self.span_ids
+        weights = self.head_weights
         batch, rows, keys = chunk.batch, chunk.rows, chunk.keys
         return replace(
             self,
@@ -199,6 +207,7 @@ class Side:
             prefix_index=None if index is None else index[batch],
             span_bias=None if bias is None else bias[batch, :, rows],
             span_ids=None if ids is None else of_sample(ids, batch)[..., keys],
+            head_weights=None if weights is None else weights[batch, :, rows],
         )
 
     @property
@@ -284,6 +293,17 @@ class Side:
     def features(self, tile: Tile) -> int:
         """How many features a product takes at a time."""
         return min(tile.flags.get("BLOCK_D", self.padded_head_dim), self.padded_head_dim)
+
+
+def weights_of_rows(weights: Tensor | None, args: PolicyArgs) -> Tensor | None:
+    """Weights [B, H], or [S, H] of packed sequences, as [B, H, T]."""
+    packing = Packing.of(args)
+    if weights is None or packing is None:
+        return None if weights is None else weights[:, :, None].expand(-1, -1, args.num_rows)
+    rows = torch.arange(args.num_rows, dtype=torch.int32, device=weights.device)
+    # How many sequences end before a row; rows after the last one take any.
+    index = torch.searchsorted(packing.row_offsets[1:], rows, right=True)
+    return weights[index.clamp_(max=packing.num_sequences - 1)].T[None]
 
 
 NO_PREFIX = Prefix(None, 0, 0, 0, None, 0)

@@ -54,7 +54,7 @@ class Flags(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """norm [2, B, H, T]: m and 1 / Σ 2^(s − m)."""
+    """norm [2, B, H, T]: m and w / Σ 2^(s − m)."""
 
     ptr: Any
     stride_i: Any
@@ -92,6 +92,15 @@ class PerRow(NamedTuple):
 
     ptr: Any
     stride_b: Any
+
+
+class HeadWeights(NamedTuple):
+    """The weight of each head for a row, [B, H, T]; rows of a sample share it."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
 
 
 class RowTerms(NamedTuple):

@@ -262,8 +262,15 @@ def outcomes_of(flags, b, offs_k, mask_k):
 
 
 @triton.jit
+def load_head_weights(weights, b, head, offs_q, mask_q):
+    """[BLOCK_Q]: the weight of a head for each row, 0 for a row that does not exist."""
+    ptr = weights.ptr + b * weights.stride_b + head * weights.stride_h
+    return tl.load(ptr + offs_q.to(tl.int64) * weights.stride_t, mask=mask_q, other=0.0)
+
+
+@triton.jit
 def load_norm(norm, b, head, offs_q, mask_q):
-    """[BLOCK_Q], each: m, and the reciprocal of the normaliser."""
+    """[BLOCK_Q], each: m, and the head's weight over the normaliser."""
     norm_ptr = norm.ptr + b * norm.stride_b + head * norm.stride_h + offs_q
     m = tl.load(norm_ptr, mask=mask_q, other=0.0)
     return m, tl.load(norm_ptr + norm.stride_i, mask=mask_q, other=0.0)
@@ -350,7 +357,7 @@ def span_bias(bias, b, head, offs_q, offs_s, mask):
 
 @triton.jit
 def weights(s, m, inverse):
-    """P_h on visible keys, from scores in base 2 and the row's normaliser: (4).
+    """w P_h on visible keys, from scores in base 2 and the row's normaliser: (4).
 
     The caller leaves other keys out, whose values mean nothing, and takes weights below its
     SMALLEST_HEAD_WEIGHT for 0.
@@ -363,7 +370,7 @@ def sum_of_weights(
     q, k, prefix, bias, norm, sample, num_kv_heads, group, offs_q, mask_q, offs_k, mask_k, span_k,
     score, tile,
 ):  # fmt: skip
-    """Σ_h P_h of one sample on visible keys, [BLOCK_Q, BLOCK_K], heads in order; see `weights`.
+    """Σ_h w P_h of one sample on visible keys, [BLOCK_Q, BLOCK_K], heads in order; see `weights`.
 
     Both policies of a comparison come from here: equal inputs give equal bits.
     """

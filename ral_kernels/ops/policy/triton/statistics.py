@@ -20,6 +20,7 @@ from .side import (
     keys_with_prefix,
     kv_head_of,
     last_row,
+    load_head_weights,
     outcomes_of,
     product,
     program_of_head,
@@ -140,6 +141,7 @@ def policy_normaliser_kernel(
     partial_ptr,
     norm_ptr,
     z_ptr,
+    head_weights,
     samples,
     num_heads,
     num_rows,
@@ -148,7 +150,7 @@ def policy_normaliser_kernel(
 ):
     """Join the pieces of each head, then the heads, in order: norm [2, B, H, T], and Z: (3), (6).
 
-    norm is m, 0 for a row that sees no key, and 1 / Σ 2^(s − m), 0 for such a row.
+    norm is m, 0 for a row that sees no key, and w / Σ 2^(s − m), 0 for such a row.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_R)
     b = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -178,6 +180,8 @@ def policy_normaliser_kernel(
             w += part_w * rescale
             pointers += per_part
         inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+        if head_weights.ptr is not None:  # of (5)
+            inverse *= load_head_weights(head_weights, b, head, offs, mask)
         all_w += w * inverse
         tl.store(norm_ptr + row, m, mask=mask)
         tl.store(norm_ptr + per_part + row, inverse, mask=mask)
