@@ -149,7 +149,18 @@ def test_flags_that_hide_nothing_change_no_bit() -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), pytest.param(float("inf"), marks=SLOW)])
+@pytest.mark.parametrize(
+    "poison",
+    [
+        float("nan"),
+        pytest.param(
+            float("inf"),
+            marks=pytest.mark.slow(
+                stands_in="test_gradients_of_keys_that_do_not_count_may_be_anything"
+            ),
+        ),
+    ],
+)
 def test_gradients_of_keys_that_do_not_count_may_be_anything(poison: float) -> None:
     """Padding, keys outside the scope, the row's own, later ones, and those without weight."""
     options = OPTIONS["padding_and_scope"]
@@ -213,7 +224,12 @@ def test_chunks_have_whole_blocks_of_rows(launched: list[tuple[str, dict[str, An
     assert rows == [128, 128, 44]
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -1e30])
+OTHERS = pytest.mark.slow(stands_in="test_padding_keys_may_hold_anything")
+
+
+@pytest.mark.parametrize(
+    "poison", [float("nan"), *(pytest.param(x, marks=OTHERS) for x in (float("inf"), -1e30))]
+)
 def test_padding_keys_may_hold_anything(poison: float) -> None:
     inputs = BY_NAME["padding_right"].inputs(torch.float32)
     hidden = ~inputs.options["key_padding_mask"][:, None, :, None]

@@ -251,7 +251,8 @@ def policy_bwd_dk_kernel(
                 g = tl.where(valid, g, 0.0)
             elif flags.scope_ptr is not None:
                 g = tl.where(in_scope[:, None], g, 0.0)
-            for i in range(group):
+            # Rows of the few blocks at the edge are not prefetched: addresses take registers.
+            for i in tl.range(0, group, num_stages=1 if IS_EDGE else None):
                 head = kv_head * group + i
                 q_head = head_of(q, sample.rows, head)
                 # [BLOCK_Q, BLOCK_D]

@@ -56,6 +56,8 @@ _TABLE = (
     row("dk", ANY, FLOAT16, ANY, (32, 64, 8, 2), BLOCK_D=64),
     # sm_80 has the operands of mma.sync in registers, sm_100 copies what tcgen05.mma sums to them.
     row("sums", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
+    # With two stages, packed sequences with spans spill 32 bytes.
+    row("dq", "sm_80", HALF, HEAVY, (64, 32, 8, 1), None, None),
     row("dq", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
     row("dk", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
     row("sums", "sm_100", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
