@@ -76,13 +76,14 @@ def test_schemas(name: str) -> None:
 
 def test_nested_arguments_survive_the_flat_form() -> None:
     """Every input lands in its field, and a field that the op does not have holds its constant."""
-    q, k, scope, padding, other_q, other_k = (torch.zeros(n) for n in range(1, 7))
+    q, k, scope, padding, other_q, other_k, weights = (torch.zeros(n) for n in range(1, 8))
     policy = PolicyArgs(
-        q, k, span_ids=None, span_bias=None, scope=scope, key_padding_mask=padding, num_spans=0,
-        query_start=1, scale=0.5, window_left=2, window_right=3, softcap=4.0, exclude_self=True,
-        cu_seqlens_q=None, cu_seqlens_k=None, query_starts=None, max_rows=0, max_keys=0,
+        q, k, span_ids=None, span_bias=None, head_weights=None, scope=scope,
+        key_padding_mask=padding, num_spans=0, query_start=1, scale=0.5, window_left=2,
+        window_right=3, softcap=4.0, exclude_self=True, cu_seqlens_q=None, cu_seqlens_k=None,
+        query_starts=None, max_rows=0, max_keys=0,
     )  # fmt: skip
-    reference = ReferenceArgs(other_q, other_k, None, None, 0.25, 5, 6, 7.0)
+    reference = ReferenceArgs(other_q, other_k, None, None, weights, 0.25, 5, 6, 7.0)
     args = PolicyDivergenceArgs(policy, reference, "kl", TargetArgs(*map(torch.zeros, (7, 8, 9))))
     signature = schema.Signature(PolicyDivergenceArgs)
     flat = signature.flatten(args, "cpu")

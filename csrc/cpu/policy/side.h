@@ -162,8 +162,9 @@ class PolicySide {
   }
   // In the mean over heads, of column `c` of [total_panels][kWidth]; 1 for padding.
   float head_weight(const TokenBlock& block, int64_t c) const {
+    if (!side.head_weights) return 1.f;
     const int64_t vector = c / kWidth % panels * V + c % kWidth / kLanes;
-    if (!side.head_weights || vector >= vectors) return 1.f;
+    if (vector >= vectors) return 1.f;
     const int64_t group = side.num_heads / side.num_kv_heads;
     const int64_t head = c / kWidth / panels * group + vector / sub_blocks;
     return side.head_weights[block.batch * side.num_heads + head];

@@ -119,7 +119,6 @@ def resolve_call(
     rows: Any,
     spans: Any,
     span_bias: Any,
-    head_weights: Any,
     scope: Any,
     exclude_self: Any,
     is_causal: Any,
@@ -129,6 +128,7 @@ def resolve_call(
     key_padding_mask: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
+    head_weights: Any = None,
 ) -> PolicyArgs:
     """Check the arguments that the public functions share; `op` is the caller, for messages.
 
