@@ -16,6 +16,9 @@ from tests.conftest import skip_or_fail
 from tests.ops import test_head_weights as checks
 from tests.ops.packed_cases import WEIGHTED as PACKED
 from tests.ops.policy_cases import BY_NAME, WEIGHTED_CASES, WEIGHTED_SPAN_CASES
+from tests.ops.test_policy import check_case
+from tests.ops.test_policy_divergence import check_case as check_divergence
+from tests.ops.test_policy_packed import check_policy as check_packed_policy
 
 NAMES = [case.name for case in WEIGHTED_CASES + WEIGHTED_SPAN_CASES]
 SLOW = pytest.mark.slow(stands_in="test_policy")
@@ -35,19 +38,19 @@ def triton_here() -> None:
 )
 def test_policy(name: str) -> None:
     """p and every gradient against float64."""
-    checks.check_case(BY_NAME[name], FLOAT32, "triton")
+    check_case(BY_NAME[name], FLOAT32, "triton")
 
 
 @pytest.mark.slow(stands_in="test_loss_of_samples_and_sequences")
 def test_divergence() -> None:
     """From a snapshot of another model, with weights of its own; heads of weight 0."""
-    checks.check_divergence(BY_NAME["weights_zeros"], FLOAT32, "triton", "jsd", other_model=True)
+    check_divergence(BY_NAME["weights_zeros"], FLOAT32, "triton", "jsd", other_model=True)
 
 
 @pytest.mark.slow(stands_in="test_loss_of_samples_and_sequences")
 @pytest.mark.parametrize("index", [1, 3])
 def test_packed(index: int) -> None:
-    checks.check_packed_policy(PACKED[index], FLOAT32, "triton")
+    check_packed_policy(PACKED[index], FLOAT32, "triton")
 
 
 @pytest.mark.slow(stands_in="test_policy")
