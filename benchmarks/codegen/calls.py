@@ -139,7 +139,8 @@ def _policy(sizes: Sizes, dtype: torch.dtype, head_dim: int, variant: str) -> No
     options: dict[str, Any] = _offsets(sizes) if variant.startswith("packed") else {}
     if variant.endswith("spans"):
         bias = torch.zeros(1, sizes.heads, ROWS, SPANS, requires_grad=True)
-        options.update(spans=_frames(sizes.seqlen), span_bias=bias)
+        weights = torch.ones(sizes.heads, requires_grad=True)
+        options.update(spans=_frames(sizes.seqlen), span_bias=bias, head_weights=weights)
     elif variant == "masks":
         scope, padding = (torch.ones(1, sizes.seqlen, dtype=torch.bool) for _ in range(2))
         options.update(scope=scope, key_padding_mask=padding, window=256, softcap=20.0)

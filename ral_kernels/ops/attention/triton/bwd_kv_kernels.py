@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
 from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
 from .marginals import here, kind_of, moved_spans, shares
 from .scores import (
@@ -19,9 +20,6 @@ from .scores import (
     Queries,
     add_weighted_rows,
     backward_lse_log2,
-    block_number,
-    block_ranges,
-    blocks_of_loop,
     dot_rows,
     exist,
     in_window,

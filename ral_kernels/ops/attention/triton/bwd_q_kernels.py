@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
 from ....runtime.triton_rows import head_of, store_rows
 from ....runtime.triton_spans import MIXED, NO_SPAN
 from .bwd_kv_kernels import weights_and_gradient
@@ -16,9 +17,6 @@ from .scores import (
     Place,
     add_weighted_rows,
     backward_lse_log2,
-    block_number,
-    block_ranges,
-    blocks_of_loop,
     dot_rows,
     exist,
     length_of,

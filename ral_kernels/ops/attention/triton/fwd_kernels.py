@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
 from ....runtime.triton_rows import Head, head_of, store_rows
 from ....runtime.triton_softmax import stabiliser
 from ....runtime.triton_spans import MIXED, NO_SPAN
@@ -29,9 +30,6 @@ from .scores import (
     Keys,
     Place,
     add_weighted_rows,
-    block_number,
-    block_ranges,
-    blocks_of_loop,
     dot_rows,
     exist,
     in_window,

@@ -25,8 +25,6 @@ MAX_HEAD_DIM = 256
 def _cannot_run(args: PolicyArgs) -> str | None:
     if args.head_dim > MAX_HEAD_DIM:
         return f"head dims above {MAX_HEAD_DIM} are not supported; got {args.head_dim}"
-    if args.head_weights is not None:
-        return "head_weights is not supported"
     return triton_runtime.cannot_run(args.q, args.k, args.span_bias)
 
 
@@ -55,6 +53,7 @@ class TritonPolicy(
             gradients.dq,
             gradients.dk,
             gradients.dspan_bias,
+            gradients.dhead_weights,
         )
 
 
@@ -71,8 +70,6 @@ class TritonPolicyDivergence(
         q, k, head_dim = args.reference.q, args.reference.k, args.reference.head_dim
         if q is None or k is None:
             return None  # a target, in float32 as the statistics are
-        if args.reference.head_weights is not None:
-            return "head_weights is not supported"
         if head_dim > MAX_HEAD_DIM:
             return (
                 f"head dims above {MAX_HEAD_DIM} are not supported; got a reference with {head_dim}"
@@ -112,6 +109,7 @@ class TritonPolicyDivergence(
             gradients.dvalue,
             gradients.dq,
             gradients.dk,
+            gradients.dhead_weights,
         )
 
     def loss(
@@ -128,4 +126,5 @@ class TritonPolicyDivergence(
             outputs.value,
             outputs.dq,
             outputs.dk,
+            outputs.dhead_weights,
         )
