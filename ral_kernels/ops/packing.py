@@ -31,6 +31,11 @@ class Packing:
     max_keys: int
     index: Tensor | None  # int64 [T], the chosen queries; None: all, as they lie
 
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.query_starts.shape[0]
+
     def chosen(self, q: Tensor) -> Tensor:
         """The chosen rows [1, H, T, D] of q [1, H, Tq, D], with a gradient."""
         return q if self.index is None else q.index_select(2, self.index)

@@ -148,7 +148,7 @@ def test_opcheck(packed_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
     dp = random_like(outputs[0], 1)
     torch.library.opcheck(
-        torch.ops.ral.policy_bwd.default, (*detached, *outputs, dp, args[3] is not None)
+        torch.ops.ral.policy_bwd.default, (*detached, *outputs, dp, args[3] is not None, False)
     )
 
 
@@ -159,25 +159,10 @@ def test_opcheck_of_the_loss(packed_backend: str) -> None:
     snapshot = snapshot_of(BY_NAME["tail"].snapshot_inputs(torch.float32), **inputs.packing)
     op, names = torch.ops.ral.policy_divergence_loss.default, ("cu_seqlens_q", "cu_seqlens_k")
     args = (
-        *(inputs.q, inputs.k, None, None, *(inputs.options[x] for x in names)),
-        *(
-            snapshot.query_starts,
-            snapshot.q,
-            snapshot.k,
-            None,
-            None,
-            None,
-            None,
-            None,
-            0,
-            0.25,
-            -1,
-            0,
-            0.0,
-            True,
-        ),
+        *(inputs.q, inputs.k, None, None, None, *(inputs.options[x] for x in names)),
+        *(snapshot.query_starts, snapshot.q, snapshot.k, *(None,) * 6, 0, 0.25, -1, 0, 0.0, True),
         *(61, 127, snapshot.scale, -1, 0, 0.0, "jsd", packed_backend),
-        *(random_like(torch.empty(1, inputs.q.shape[2]), 2), None, None),
+        *(random_like(torch.empty(1, inputs.q.shape[2]), 2), None, None, False),
     )
     torch.library.opcheck(op, args)
 

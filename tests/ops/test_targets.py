@@ -417,8 +417,8 @@ def test_opcheck(backend: str) -> None:
     inputs = BY_NAME["padding_left"].inputs(torch.float32).requires_grad_()
     target = target_of("sparse", inputs)
     args = (
-        *(inputs.q, inputs.k, None, inputs.options["key_padding_mask"], None, None, None),
-        *(None, None, None, None, target.values, target.ids, target.index),
+        *(inputs.q, inputs.k, None, None, inputs.options["key_padding_mask"], None, None, None),
+        *(None, None, None, None, None, target.values, target.ids, target.index),
         *(0, 0.25, -1, 0, 0.0, True, 0, 0, 0.25, -1, -1, 0.0, "cross_entropy", backend),
     )
     torch.library.opcheck(torch.ops.ral.policy_divergence_fwd.default, args)
@@ -426,10 +426,11 @@ def test_opcheck(backend: str) -> None:
     with torch.no_grad():
         value, *kept = torch.ops.ral.policy_divergence_fwd(*args)
     torch.library.opcheck(
-        torch.ops.ral.policy_divergence_bwd.default, (*detached, *kept, random_like(value, 1))
+        torch.ops.ral.policy_divergence_bwd.default,
+        (*detached, *kept, random_like(value, 1), False),
     )
     op = torch.ops.ral.policy_divergence_loss.default
-    torch.library.opcheck(op, (*args, random_like(value, 1), None, None))
+    torch.library.opcheck(op, (*args, random_like(value, 1), None, None, False))
 
 
 @pytest.mark.slow(stands_in="test_against_a_target")

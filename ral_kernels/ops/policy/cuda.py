@@ -83,6 +83,7 @@ class CudaPolicyDivergence(
         policy, reference = args.policy, args.reference
         for name, given in (
             ("span_bias", policy.span_bias is not None),
+            ("head_weights", policy.head_weights is not None or reference.head_weights is not None),
             ("softcap", policy.softcap != 0 or reference.softcap != 0),
         ):
             if given:

@@ -25,6 +25,8 @@ MAX_HEAD_DIM = 256
 def _cannot_run(args: PolicyArgs) -> str | None:
     if args.head_dim > MAX_HEAD_DIM:
         return f"head dims above {MAX_HEAD_DIM} are not supported; got {args.head_dim}"
+    if args.head_weights is not None:
+        return "head_weights is not supported"
     return triton_runtime.cannot_run(args.q, args.k, args.span_bias)
 
 
@@ -69,6 +71,8 @@ class TritonPolicyDivergence(
         q, k, head_dim = args.reference.q, args.reference.k, args.reference.head_dim
         if q is None or k is None:
             return None  # a target, in float32 as the statistics are
+        if args.reference.head_weights is not None:
+            return "head_weights is not supported"
         if head_dim > MAX_HEAD_DIM:
             return (
                 f"head dims above {MAX_HEAD_DIM} are not supported; got a reference with {head_dim}"
