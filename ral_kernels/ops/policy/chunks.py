@@ -118,8 +118,8 @@ def chunks_of_sequences(
 def _packed_chunk(
     packing: Packing, sequences: slice, rows: slice, keys: slice, seqlen_k: int
 ) -> Chunk:
-    one, both = slice(0, 1), {"is_first": True, "is_last": True}
-    return Chunk(one, rows, keys, seqlen_k, 0, packing, sequences, **both)
+    one = slice(0, 1)
+    return Chunk(one, rows, keys, seqlen_k, 0, packing, sequences, is_first=True, is_last=True)
 
 
 def _groups(rows: list[int], widths: list[int], limit: int) -> list[tuple[int, int]]:
