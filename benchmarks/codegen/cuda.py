@@ -37,7 +37,6 @@ STACK_LIMIT = {
     "attention_fwd_kernel 128": 160,
     "attention_bwd_dkdv_kernel 128": 48,
     "policy_bwd_dk_kernel 64": 8,  # float16 on sm_90
-    "policy_terms_kernel 128": 8,  # on sm_80
 }
 # What a warp may issue for one block of a main loop: instructions, taken branches, global loads,
 # and instructions between neighbouring products.
