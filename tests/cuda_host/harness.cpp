@@ -277,8 +277,8 @@ class DefaultArithmetic {
 #endif
 };
 
-// A kernel that touches what is not there, going round the names of device.h, is a report and no
-// end of the process.
+// A kernel that touches what is not there, going round the harness, is a report and
+// no end of the process.
 class FaultsAreReported {
  public:
   FaultsAreReported() {

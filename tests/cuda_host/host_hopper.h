@@ -69,7 +69,8 @@ struct Kept {
     bytes.assign(from, from + size);
   }
   bool covers(const void* first, size_t size) const {
-    const char *const mine = static_cast<const char*>(at), *const its = static_cast<const char*>(first);
+    const char *const mine = static_cast<const char*>(at), *const its =
+                                                               static_cast<const char*>(first);
     return its >= mine && its + size <= mine + bytes.size();
   }
   // Of a part that it covers.
@@ -99,8 +100,8 @@ struct Group {
 };
 
 struct HopperLane {
-  std::deque<Group> groups{1};        // that run; the last one is not committed yet
-  std::vector<Kept> pinned, running;  // registers
+  std::deque<Group> groups{1};               // that run; the last one is not committed yet
+  std::vector<Kept> pinned, running;         // registers
   std::map<const Barrier*, int64_t> passed;  // phases of barriers that it has waited for
   const Barrier* waited_for = nullptr;       // the last one
   bool begun = false;
@@ -125,7 +126,7 @@ struct Hopper {
   std::vector<HopperLane> lanes{1024};
   std::map<const Barrier*, History> barriers;
   std::map<uint32_t, Filling> panels;  // by address
-  int met[16] = {};  // warps that came to a group's barrier
+  int met[16] = {};                    // warps that came to a group's barrier
 };
 
 // Two things that a block does not begin anew.
@@ -245,8 +246,7 @@ inline const uint16_t* element(uint64_t descriptor, bool k_major, int mn, int k)
   uint32_t at = start + (k_major ? m % 8 * 128 + m / 8 * stride + 2 * n
                                  : m % 64 * 2 + m / 64 * lead + n % 8 * 128 + n / 8 * stride);
   at ^= at >> 3 & 0x70;
-  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 ||
-      !is_shared_address(at, 2)) {
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || !is_shared_address(at, 2)) {
     complain("a descriptor without 128-byte swizzle, or beyond shared memory", Site::here());
     return reinterpret_cast<const uint16_t*>(block().shared);
   }
@@ -255,9 +255,7 @@ inline const uint16_t* element(uint64_t descriptor, bool k_major, int mn, int k)
 
 // What a product reads of shared memory. Swizzling moves chunks only within 128 bytes.
 inline void add_reads(const Product& product, std::vector<Bytes>& reads) {
-  const auto start_of = [](uint64_t operand) {
-    return (uint32_t(operand & 0x3fff) << 4) & ~127u;
-  };
+  const auto start_of = [](uint64_t operand) { return (uint32_t(operand & 0x3fff) << 4) & ~127u; };
   const uint32_t first = start_of(product.b);
   if (product.left == nullptr) {
     for (const uint32_t operand : {first, start_of(product.a)})

@@ -34,8 +34,8 @@ extern "C" RAL_EXPORT void ral_cuda_attention_struct_sizes(int64_t sizes[3]) {
   sizes[2] = sizeof(ral_attention_gradients);
 }
 
-// The CUDA version that the driver supports (0 without a driver), and that of the linked runtime, as
-// 1000 major + 10 minor.
+// The CUDA version that the driver supports (0 without a driver), and that of the linked runtime,
+// as 1000 major + 10 minor.
 extern "C" RAL_EXPORT void ral_cuda_versions(int32_t versions[2]) {
   int driver = 0, runtime = 0;
 #ifndef RAL_CUDA_ON_HOST
