@@ -69,6 +69,8 @@ def policy_bwd_dq_kernel(
     """dq of one head, BLOCK_Q rows and BLOCK_D features, over all keys or a piece of them: (15)."""
     HAS_FLAGS: tl.constexpr = flags.padding_ptr is not None or flags.scope_ptr is not None
     HAS_SPANS: tl.constexpr = flags.span_ids_ptr is not None
+    # With a bias, ptxas would serialise wgmma around the branch (C7515).
+    ALWAYS_MASKED: tl.constexpr = HAS_FLAGS and bias.ptr is not None
     sample, row_block, head, split = program_of_head(
         samples, heads, num_rows, query_start, tile.BLOCK_Q
     )
@@ -116,8 +118,8 @@ def policy_bwd_dq_kernel(
                 dp, sample.rows, offs_q[:, None], outcome[None, :],
                 (factor != 0.0)[:, None] & mask_k[None, :], HAS_SPANS,
             )  # fmt: skip
-            masked, in_scope = IS_EDGE == 1, True
-            if not IS_EDGE and HAS_FLAGS:
+            masked, in_scope = IS_EDGE == 1 or ALWAYS_MASKED, True
+            if HAS_FLAGS and not IS_EDGE and not ALWAYS_MASKED:
                 masked, in_scope = flags_of_block(flags, sample.keys, key, tile.BLOCK_K)
             p = weights(biased, m[:, None], inverse[:, None])
             g = tl.where(in_scope, (dp_here - c[:, None]) * factor[:, None], 0.0)  # (10)
