@@ -61,6 +61,7 @@ struct Block {
   bool is_given_up = false;
   // Numbers the blocks of all launches in the order in which they ran; 0 is none.
   uint32_t serial = 0, first_serial_of_launch = 1;
+  uint64_t order_seed = 0;     // of this launch
   std::vector<int64_t> order;  // block_index of each block of this launch, as they run
   std::vector<Thread> threads;
   std::vector<Warp> warps;

@@ -326,6 +326,7 @@ void begin_launch(const LaunchInfo& info, int64_t num_blocks, const void* params
   here.info = &info;
   here.params = params;
   here.first_serial_of_launch = here.serial + 1;
+  here.order_seed = order_seed;
   here.threads.resize(size_t(info.threads));
   here.warps.resize(size_t(info.threads) / kLanes);
   here.order.resize(size_t(num_blocks));

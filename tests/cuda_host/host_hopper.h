@@ -144,7 +144,10 @@ RAL_HOST_HIDDEN inline Hopper& hopper() {
   static Hopper state;
   if (block().at_end == nullptr) {
     state = Hopper();
-    if (block().serial == block().first_serial_of_launch) hopeless() = false;
+    if (block().serial == block().first_serial_of_launch) {
+      hopeless() = false;
+      hopper_random() = block().order_seed;
+    }
     block().at_end = [](bool is_given_up) {
       bool unfinished = !state.copies.empty();
       for (const Copy& copy : state.copies) end_bulk_copy(copy.panel, kPanelSize);

@@ -103,7 +103,9 @@ def test_work_is_the_sum_over_sequences() -> None:
         assert args is not None
         outputs = divergence_module._allocate_outputs(args)
         gradients = PolicyDivergenceGradients(
-            torch.ones_like(outputs.value), *divergence_module.allocate_gradients(args)
+            torch.ones_like(outputs.value),
+            *divergence_module.allocate_gradients(args, False)[:2],
+            None,
         )
         with Products() as counter:
             divergence_module.BACKENDS["reference"].fwd(args, outputs)
