@@ -101,7 +101,9 @@ class Past:
 
     def rows(self, index: Tensor) -> Past:
         """Those of some sequences; the gradients of all that share one are added."""
-        return Past(self.mask[index], [(k[index], v[index]) for k, v in self.layers])
+        # index_select: its backward is 3x faster than that of an index
+        of = [(k.index_select(0, index), v.index_select(0, index)) for k, v in self.layers]
+        return Past(self.mask[index], of)
 
     def begin(self, mask: Tensor) -> Tensor:
         """The mask of all keys, those of a forward's tokens with `mask` included."""
@@ -297,14 +299,15 @@ class Decoder(PreTrainedModel):
         """The past that prompts without their last token are for what follows."""
         x = self._embed(tokens.input_ids, tokens.visual, tokens.features)
         found = []
-        for number, layer in enumerate(self.layers):
-            q, k, v = layer.self_attn.project(layer.input_layernorm(x), tokens.rope)
+        *most, last = self.layers
+        for layer in most:
+            attention = layer.self_attn
+            q, k, v = attention.project(layer.input_layernorm(x), tokens.rope)
             found.append((k, v))
-            if number + 1 < len(self.layers):
-                attention = layer.self_attn
-                out, _ = attend(attention, q, k, v, tokens.mask, attention.scaling)
-                x = layer.rest(x + attention.o_proj(out.flatten(2)))
-        return Past(tokens.mask, found)
+            out, _ = attend(attention, q, k, v, tokens.mask, attention.scaling)
+            x = layer.rest(x + attention.o_proj(out.flatten(2)))
+        _, k, v = last.self_attn.project(last.input_layernorm(x), tokens.rope, queries=False)
+        return Past(tokens.mask, [*found, (k, v)])
 
     @torch.no_grad()
     def generate(
@@ -368,12 +371,17 @@ class _Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, width)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, H, T, D] and k [B, Hk, T, D] after RoPE, and v."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
-        plain, v = heads.split([self._heads + self._kv_heads, self._kv_heads], 1)
+    def project(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], queries: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, T, D] and k [B, Hk, T, D] after RoPE, and v; without `queries`, H is 0."""
+        count = self._heads if queries else 0
+        first = (self._heads - count) * self._head_dim
+        weight, bias = self.qkv_proj.weight[first:], self.qkv_proj.bias[first:]
+        heads = functional.linear(x, weight, bias).unflatten(-1, (-1, self._head_dim))
+        plain, v = heads.transpose(1, 2).split([count + self._kv_heads, self._kv_heads], 1)
         turned = torch.addcmul(plain * rope[0], plain.roll(self._head_dim // 2, -1), rope[1])
-        q, k = turned.split([self._heads, self._kv_heads], 1)
+        q, k = turned.split([count, self._kv_heads], 1)
         return q, k, v
 
     def forward(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,9 +72,7 @@ class Rollouts:
     def rows(self, index: Tensor) -> Rollouts:
         """Some of the rollouts."""
         inputs = {name: x[index] if x.dim() else x for name, x in self.inputs.items()}
-        return Rollouts(
-            self.prompt[index], self.width, self.ids[index], self.mask[index], inputs
-        )
+        return Rollouts(self.prompt[index], self.width, self.ids[index], self.mask[index], inputs)
 
 
 class Engine:
@@ -118,7 +116,8 @@ class Engine:
         check_references(terms, config, teacher)
         self.policy, self.config, self.prompts, self.rows = policy, config, prompts, rows
         self._tokenizer, self._reward = tokenizer, reward
-        self._suppressed = torch.tensor(sorted(suppressed), dtype=torch.int64)
+        self._allowed = torch.zeros(policy.lm_head.out_features)  # added to logits
+        self._allowed[list(suppressed)] = float("-inf")
         self.teacher, self._control = teacher, control
         self.reference: Decoder | None = None
         if config.beta > 0:
@@ -167,20 +166,18 @@ class Engine:
             rollouts.rows(index) for index in order.chunk(self.config.steps_per_generation or 1)
         ]
         self._references.split([part.inputs["rollout_index"] for part in parts])
-        for iteration in range(self.config.num_iterations):
-            for number, part in enumerate(parts):
-                self.step(part, iteration * len(parts) + number)
+        for _ in range(self.config.num_iterations):
+            for part in parts:
+                self.step(part)
         self.batches += 1
 
-    def step(self, part: Rollouts, inner: int = 0) -> None:
-        """One optimizer step.
-
-        Args:
-            part: a minibatch.
-            inner: its number on its rollout batch.
-        """
-        self.loss(part, inner).backward()
+    def step(self, part: Rollouts) -> None:
+        """One optimizer step, on a minibatch."""
+        self.loss(part).backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm, foreach=True)
+        self._advance()
+
+    def _advance(self) -> None:
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
@@ -228,9 +225,12 @@ class Engine:
         return Rollouts(prompt, width, torch.where(mask, ids, pad), mask, inputs)
 
     def _sample(self, logits: Tensor) -> Tensor:
-        logits[:, self._suppressed] = float("-inf")
-        p = (logits / self.config.temperature).softmax(-1)
-        return torch.multinomial(p, 1, generator=self._generator)[:, 0]
+        p = torch.add(self._allowed, logits, alpha=1 / self.config.temperature).softmax(-1)
+        # One draw a row, where multinomial draws one for each token of the vocabulary.
+        below = p.cumsum(-1)
+        drawn = torch.rand(len(p), 1, generator=self._generator) * below[:, -1:]
+        chosen = torch.searchsorted(below, drawn, right=True)[:, 0]
+        return chosen.clamp(max=p.shape[1] - 1)  # where a draw rounds to the whole
 
     def score(self, rollouts: Rollouts) -> Rollouts:
         """Measure rollouts with the old policy and others, reward them, and say what each is for.
@@ -270,9 +270,7 @@ class Engine:
         return rollouts
 
     @torch.no_grad()
-    def _look(
-        self, model: Decoder, role: Role, rollouts: Rollouts
-    ) -> tuple[Tensor, Looks | None]:
+    def _look(self, model: Decoder, role: Role, rollouts: Rollouts) -> tuple[Tensor, Looks | None]:
         """A forward over rollouts, from which the terms take; log-probabilities [B, C], looks."""
         config, inputs = self.config, rollouts.inputs
         view = self._view(rollouts, self._spans_of(rollouts))
@@ -294,17 +292,18 @@ class Engine:
 
     def _rewards(self, rollouts: Rollouts, looks: Looks | None) -> Tensor:
         """float32 [B], weighted sums."""
-        rows = [self.rows[number] for number in rollouts.prompt.tolist()]
-        said = self._tokenizer.batch_decode(
-            [ids[mask] for ids, mask in zip(rollouts.ids, rollouts.mask, strict=True)],
-            skip_special_tokens=True,
-        )
+        # Most rollouts of a group say the same.
+        ids = torch.cat([rollouts.prompt[:, None], rollouts.ids], 1)
+        different, of = torch.unique(ids, dim=0, return_inverse=True)
+        rows = [self.rows[number] for number in different[:, 0].tolist()]
+        said = self._tokenizer.batch_decode(different[:, 1:], skip_special_tokens=True)
         rewards = torch.tensor(
             self._reward(
                 completions=[[{"role": "assistant", "content": text}] for text in said],
                 **{name: [row[name] for row in rows] for name in ("solution", "problem_type")},
-            )
-        )
+            ),
+            dtype=torch.float32,
+        )[of]
         if self.config.attention_reward > 0:
             assert looks is not None
             place = _evidence(rollouts.inputs)
@@ -339,8 +338,8 @@ class Engine:
 
     # -- the loss --------------------------------------------------------------------------------
 
-    def loss(self, part: Rollouts, inner: int = 0) -> Tensor:
-        """The loss of a minibatch, eq. (3) and (4) of `RALConfig`; see `step`."""
+    def loss(self, part: Rollouts) -> Tensor:
+        """The loss of a minibatch, eq. (3) and (4) of `RALConfig`."""
         config, inputs = self.config, part.inputs
         mask = part.mask
         spans = self._spans_of(part)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 import ral_kernels as rk
 
@@ -42,9 +43,7 @@ class HeldOut:
         rows: how many.
     """
 
-    def __init__(
-        self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int
-    ) -> None:
+    def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
         from trl.data_utils import prepare_multimodal_messages
 
         self._reader = reader
@@ -53,28 +52,40 @@ class HeldOut:
         self._wanted = [row["completion"][0]["content"] for row in held_out]
         self._solutions = [row["solution"] for row in held_out]
         messages = [prepare_multimodal_messages(r["prompt"], images=r["images"]) for r in held_out]
-        self._prompts = reader.encode(messages, add_generation_prompt=True)
+        self.prompts = reader.encode(messages, add_generation_prompt=True)
 
-    @torch.inference_mode()
     def __call__(self, model: Decoder) -> Any:
         """`ral.digits.evaluate.Accuracy` of greedy responses."""
-        from ral.digits.evaluate import LONGEST, judge
+        from ral.digits.evaluate import judge
 
-        prompts, said = self._prompts, []
-        rows = torch.arange(len(prompts))
-        tokenizer, suppressed = self._reader.tokenizer, self._reader.suppressed
-
-        def greedy(logits: torch.Tensor) -> torch.Tensor:
-            logits[:, suppressed] = float("-inf")
-            return logits.argmax(-1)
-
-        for index in rows.split(max(1, _TOKENS // prompts.ids.shape[1])):
-            answers = model.generate(
-                prompts.tokens(model, index), torch.arange(len(index)), prompts.start[index],
-                greedy, longest=LONGEST, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
-            )  # fmt: skip
-            said += tokenizer.batch_decode(answers, skip_special_tokens=True)
+        said = self._reader.tokenizer.batch_decode(self.answers(model), skip_special_tokens=True)
         return judge(said, self._wanted, self._solutions, self._style)
+
+    @torch.inference_mode()
+    def answers(self, model: Decoder) -> torch.Tensor:
+        """Tokens of greedy responses, int64 [rows, C]."""
+        from ral.digits.evaluate import LONGEST
+
+        prompts, tokenizer = self.prompts, self._reader.tokenizer
+        allowed = torch.zeros(model.lm_head.out_features)
+        allowed[self._reader.suppressed] = float("-inf")
+        found = [
+            model.generate(
+                prompts.tokens(model, index), torch.arange(len(index)), prompts.start[index],
+                lambda logits: (logits + allowed).argmax(-1), longest=LONGEST,
+                end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
+            )
+            for index in torch.arange(len(prompts)).split(
+                max(1, _TOKENS // prompts.ids.shape[1])
+            )
+        ]  # fmt: skip
+        longest = max(part.shape[1] for part in found)
+        return torch.cat(
+            [
+                functional.pad(part, (0, longest - part.shape[1]), value=tokenizer.pad_token_id)
+                for part in found
+            ]
+        )
 
 
 def accuracies(model: Decoder, tests: dict[int, HeldOut], extents: Sequence[int]) -> dict[str, Any]:
@@ -95,9 +106,7 @@ class TargetAttention:
         rows: how many.
     """
 
-    def __init__(
-        self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int
-    ) -> None:
+    def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
         from trl.data_utils import prepare_multimodal_messages
 
         from ral.digits.puzzles import make_puzzle
