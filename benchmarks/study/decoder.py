@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -299,7 +299,7 @@ class Decoder(PreTrainedModel):
         """The past that prompts without their last token are for what follows."""
         x = self._embed(tokens.input_ids, tokens.visual, tokens.features)
         found = []
-        *most, last = self.layers
+        *most, last = cast("list[_Layer]", list(self.layers))
         for layer in most:
             attention = layer.self_attn
             q, k, v = attention.project(layer.input_layernorm(x), tokens.rope)

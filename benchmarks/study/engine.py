@@ -152,12 +152,16 @@ class Engine:
         Args:
             on_batch: called after each rollout batch with how many there were.
         """
-        groups = self.config.generation_batch_size // self.config.num_generations
         while self.steps < self.config.max_steps:
-            first = self.batches * groups % len(self.prompts)
-            self.update(self.roll_out(torch.arange(first, first + groups) % len(self.prompts)))
+            self.one_batch()
             if on_batch is not None:
                 on_batch(self.batches)
+
+    def one_batch(self) -> None:
+        """Write and reward rollouts of the next prompts, and run the optimizer steps on them."""
+        groups = self.config.generation_batch_size // self.config.num_generations
+        first = self.batches * groups
+        self.update(self.roll_out(torch.arange(first, first + groups) % len(self.prompts)))
 
     def update(self, rollouts: Rollouts) -> None:
         """The optimizer steps on a rollout batch."""
@@ -287,7 +291,7 @@ class Engine:
                 )
             hidden = self._hidden(model, rollouts)
         flat = self._log_probabilities(model, hidden, rollouts)
-        logps = torch.zeros(rollouts.mask.shape).masked_scatter_(rollouts.mask, flat)
+        logps = flat.new_zeros(rollouts.mask.shape).masked_scatter_(rollouts.mask, flat)
         return logps, joined(seen) if looks else None
 
     def _rewards(self, rollouts: Rollouts, looks: Looks | None) -> Tensor:

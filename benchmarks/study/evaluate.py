@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,9 +88,11 @@ class HeldOut:
         )
 
 
-def accuracies(model: Decoder, tests: dict[int, HeldOut], extents: Sequence[int]) -> dict[str, Any]:
+def accuracies(
+    model: Decoder, test: Callable[[int], HeldOut], extents: Sequence[int]
+) -> dict[str, Any]:
     """`ral.digits.evaluate.Accuracy` at some extents, by their names in JSON."""
-    return {str(extent): tests[extent](model) for extent in extents}
+    return {str(extent): test(extent)(model) for extent in extents}
 
 
 class TargetAttention:

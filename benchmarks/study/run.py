@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,15 +118,16 @@ class Bench:
         self.start = str(make_start(plan, task, style))
         model = load_model(self.start, dtype="float32")
         self.reader = Reader(model, load_processor(self.start))
-        self.tests = {
-            extent: evaluate.HeldOut(self.reader, task, style, extent, plan.test_rows)
-            for extent in task.evaluated
-        }
-        self.targets = {
-            extent: evaluate.TargetAttention(self.reader, task, style, extent, _TARGET_ROWS)
-            for extent in task.evaluated
-            if extent > 1
-        }
+
+    @cache  # noqa: B019 - benches live as long as their process
+    def test(self, extent: int) -> evaluate.HeldOut:
+        """The rows of one extent."""
+        return evaluate.HeldOut(self.reader, self.task, self.style, extent, self.plan.test_rows)
+
+    @cache  # noqa: B019
+    def target(self, extent: int) -> evaluate.TargetAttention:
+        """Where attention should be in rows of one extent, above 1."""
+        return evaluate.TargetAttention(self.reader, self.task, self.style, extent, _TARGET_ROWS)
 
     @classmethod
     def of(cls, plan: Plan, task: StudyTask, style: str) -> Bench:
@@ -142,7 +143,7 @@ class Bench:
 
         return Decoder.of(load_model(str(folder), dtype="float32"))
 
-    @lru_cache(maxsize=2)  # noqa: B019 - benches live as long as their process
+    @lru_cache(maxsize=2)  # noqa: B019
     def prompts(self, seed: int, count: int) -> tuple[Prompts, list[dict[str, Any]]]:
         """The prompts that the runs of a seed train on, and their rows."""
         from trl.data_utils import prepare_multimodal_messages
@@ -152,22 +153,22 @@ class Bench:
         messages = [prepare_multimodal_messages(r["prompt"], images=r["images"]) for r in rows]
         return self.reader.encode(messages, add_generation_prompt=True), rows
 
+    def config(self, arm: Arm, seed: int, batches: int) -> RALConfig:
+        """The settings of a run of so many rollout batches."""
+        settings = settings_of(arm, self.task)
+        steps = settings["num_iterations"] * settings["steps_per_generation"]
+        return RALConfig(
+            output_dir=str(self.plan.folder / "out"), max_steps=batches * steps, seed=seed,
+            gradient_checkpointing=False, save_strategy="no", report_to=[], use_cpu=True,
+            bf16=False, disable_tqdm=True, **settings,
+        )  # fmt: skip
+
     def engine(self, arm: Arm, seed: int, batches: int) -> Engine:
         """What trains an arm, from the start."""
         from ral.rewards import combined_reward
 
-        settings = settings_of(arm, self.task)
-        steps = settings["num_iterations"] * settings["steps_per_generation"]
-        config = RALConfig(
-            output_dir=str(self.plan.folder / "out"),
-            max_steps=batches * steps,
-            seed=seed,
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            **settings,
-        )
-        prompts, rows = self.prompts(seed, batches * ROLLOUTS // settings["num_generations"])
+        config = self.config(arm, seed, batches)
+        prompts, rows = self.prompts(seed, batches * ROLLOUTS // config.num_generations)
         if arm.control == "wrong":
             rows = [_with_wrong_evidence(row) for row in rows]
         policy = self.model(self.start)
@@ -180,7 +181,7 @@ class Bench:
 
     def endpoint(self, model: Decoder) -> float:
         """Mean greedy accuracy at the endpoint's extents."""
-        found = evaluate.accuracies(model, self.tests, self.task.endpoint)
+        found = evaluate.accuracies(model, self.test, self.task.endpoint)
         return self.task.at_endpoint({extent: score.right for extent, score in found.items()})
 
 
@@ -209,14 +210,16 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
         for name in ("attn/divergence", "attn/grad_share", "attn/differing_prefixes", "kl"):
             result[name] = engine.log.get(name, [])
         model = engine.policy
-    scores = evaluate.accuracies(model, bench.tests, task.evaluated)
+    scores = evaluate.accuracies(model, bench.test, task.evaluated)
     for name in ("right", "thought", "grounded"):
         result[{"right": "accuracy"}.get(name, name)] = {
             extent: getattr(score, name) for extent, score in scores.items()
         }
-    result["target"] = {str(extent): target(model) for extent, target in bench.targets.items()}
+    result["target"] = {
+        str(extent): bench.target(extent)(model) for extent in task.evaluated if extent > 1
+    }
     with evaluate.sharpened(model, SHARPENING):
-        scores = evaluate.accuracies(model, bench.tests, task.endpoint)
+        scores = evaluate.accuracies(model, bench.test, task.endpoint)
     result["sharpened"] = {extent: score.right for extent, score in scores.items()}
     result["seconds"] = time.perf_counter() - started
     result["cpu_seconds"] = time.process_time() - began
@@ -252,7 +255,7 @@ def _watch(
         curve: [rollout batches, accuracy at the endpoint], at `CURVE` of the run, or at its begin
             and at `FINE` in the study of objectives; empty if the arm has no curve.
     """
-    target = bench.targets[max(bench.task.trained)]
+    target = bench.target(max(bench.task.trained))
     policy = engine.policy
     curves: dict[str, list[Any]] = {"target_curve": [[0, target(policy)]], "curve": []}
     fine = arm.study == "objectives"
