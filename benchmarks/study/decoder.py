@@ -312,35 +312,31 @@ class Decoder(PreTrainedModel):
     @torch.no_grad()
     def generate(
         self,
-        prompts: Tokens,
-        of: Tensor,
+        tokens: Tokens,
+        past: Past | None,
         start: Tensor,
         choose: Callable[[Tensor], Tensor],
         *,
         longest: int,
         end: int,
         pad: int,
-        shared: bool = True,
     ) -> Tensor:
         """Responses, up to and with `end`, and then `pad`: int64 [B, C], C <= longest.
 
         Args:
-            prompts: padded on the left.
-            of: int64 [B], the prompt of each response.
-            start: int64 [B], the position of its first token.
+            tokens: of the B prompts, those after `past`, one or more.
+            past: of the B prompts.
+            start: int64 [B], the position of a response's first token.
             choose: from logits [B, vocabulary] to tokens [B].
             longest: how many tokens at most.
             end, pad: tokens.
-            shared: whether responses share the keys of their prompt. Not under a steer that differs
-                among them.
         """
-        width = prompts.mask.shape[1]
+        batch_size, width = tokens.mask.shape
+        width += 0 if past is None else past.mask.shape[1]
         count, heads, head_dim = self._shape
-        past = self.prefix(prompts.columns(None, -1)).rows(of) if shared else None
-        cache = Cache(past, (count, len(of), heads, head_dim), width + longest - 1)
-        tokens = prompts.columns(-1 if shared else None, None).rows(of)
-        done = torch.zeros(len(of), dtype=torch.bool)
-        real = torch.ones(len(of), 1, dtype=torch.bool)
+        cache = Cache(past, (count, batch_size, heads, head_dim), width + longest - 1)
+        done = torch.zeros(batch_size, dtype=torch.bool)
+        real = torch.ones(batch_size, 1, dtype=torch.bool)
         written: list[Tensor] = []
         while True:
             hidden = self(**tokens._asdict(), past=cache).last_hidden_state[:, -1]

@@ -53,7 +53,7 @@ _ONLY: dict[str, Any] = {
 
 @dataclass
 class Rollouts:
-    """B rollouts, in any order: rollouts of a prompt are B / G apart or side by side.
+    """B rollouts, in any order.
 
     Attributes:
         prompt: int64 [B], the number of each rollout's prompt.
@@ -61,6 +61,7 @@ class Rollouts:
         ids: int64 [B, C].
         mask: bool [B, C], the responses' tokens.
         inputs: what `ral.terms.Batch` has as inputs: advantages, rollout_index, visual, ...
+        begun: of `Engine._begin` by the policy that wrote them, without gradients; or None.
     """
 
     prompt: Tensor
@@ -68,6 +69,7 @@ class Rollouts:
     ids: Tensor
     mask: Tensor
     inputs: dict[str, Tensor]
+    begun: tuple[Tokens, Past | None] | None = None
 
     def rows(self, index: Tensor) -> Rollouts:
         """Some of the rollouts."""
@@ -209,24 +211,22 @@ class Engine:
         return self.score(self._write(prompt, width, inputs))
 
     def _write(self, prompt: Tensor, width: int, inputs: dict[str, Tensor]) -> Rollouts:
-        groups, of = torch.unique(prompt, return_inverse=True)
-        tokens = self.prompts.tokens(self.policy, groups, width)
         end, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
-        with ExitStack() as stack:
+        with torch.no_grad(), ExitStack() as stack:
             if "explore_bias" in inputs:
                 assert self._spans is not None
                 spans = rk.Spans(self._spans.ids[prompt, -width:], self._spans.num_spans)
                 for number, layer in enumerate(self._terms.layers):
                     bias = inputs["explore_bias"][:, number]
                     stack.enter_context(rk.steer(self.policy, bias, spans=spans, layers=layer))
+            begun = self._begin(self.policy, prompt, width, "explore_bias" in inputs)
             ids = self.policy.generate(
-                tokens, of, self.prompts.start[prompt], self._sample,
+                *begun, self.prompts.start[prompt], self._sample,
                 longest=self.config.max_completion_length, end=end, pad=pad,
-                shared="explore_bias" not in inputs,
             )  # fmt: skip
         ended = (ids == end).long().cumsum(-1)
         mask = (ended - (ids == end).long()) == 0
-        return Rollouts(prompt, width, torch.where(mask, ids, pad), mask, inputs)
+        return Rollouts(prompt, width, torch.where(mask, ids, pad), mask, inputs, begun)
 
     def _sample(self, logits: Tensor) -> Tensor:
         p = torch.add(self._allowed, logits, alpha=1 / self.config.temperature).softmax(-1)
@@ -289,7 +289,8 @@ class Engine:
                 seen = stack.enter_context(
                     looking(model, self._terms.layers, view, visual, kept, _evidence(inputs))
                 )
-            hidden = self._hidden(model, rollouts)
+            begun = rollouts.begun if role == "old" else None
+            hidden = self._hidden(model, rollouts, begun)
         flat = self._log_probabilities(model, hidden, rollouts)
         logps = flat.new_zeros(rollouts.mask.shape).masked_scatter_(rollouts.mask, flat)
         return logps, joined(seen) if looks else None
@@ -427,27 +428,31 @@ class Engine:
             self._note("attn/grad_share", ours / theirs)
 
     def _note(self, name: str, value: Tensor) -> None:
-        self.log.setdefault(name, []).append(float(value))
+        self.log.setdefault(name, []).append(float(value.detach()))
 
     # -- forwards --------------------------------------------------------------------------------
 
-    def _hidden(self, model: Decoder, rollouts: Rollouts) -> Tensor:
+    def _hidden(self, model: Decoder, rollouts: Rollouts, begun: Any = None) -> Tensor:
         """[B, rows, hidden size]: the last token of the prompt, or all of it, and the response."""
         ids, mask = rollouts.ids, rollouts.mask
         later = torch.arange(ids.shape[1]) + self.prompts.start[rollouts.prompt][:, None]
         response = model.text(ids, mask, later)
-        past: Past | None = None
-        if "explore_bias" in rollouts.inputs:
-            # Each rollout has noise of its own in its prompt, too.
-            tokens = self.prompts.tokens(model, rollouts.prompt, rollouts.width)
-        else:
-            groups, of = torch.unique(rollouts.prompt, return_inverse=True)
-            shared = self.prompts.tokens(model, groups, rollouts.width)
-            past = model.prefix(shared.columns(None, -1)).rows(of)
-            tokens = shared.columns(-1, None).rows(of)
+        noisy = "explore_bias" in rollouts.inputs
+        tokens, past = begun or self._begin(model, rollouts.prompt, rollouts.width, noisy)
         rows: Tokens = tokens.then(response)
         hidden: Tensor = model(**rows._asdict(), past=past).last_hidden_state
         return hidden
+
+    def _begin(
+        self, model: Decoder, prompt: Tensor, width: int, noisy: bool
+    ) -> tuple[Tokens, Past | None]:
+        """The tokens of each rollout's prompt that are its own, and what is before them."""
+        if noisy:  # each rollout has noise of its own in its prompt, too
+            return self.prompts.tokens(model, prompt, width), None
+        groups, of = torch.unique(prompt, return_inverse=True)
+        shared = self.prompts.tokens(model, groups, width)
+        past = model.prefix(shared.columns(None, -1)).rows(of)
+        return shared.columns(-1, None).rows(of), past
 
     def _log_probabilities(self, model: Decoder, hidden: Tensor, rollouts: Rollouts) -> Tensor:
         """[tokens of responses], in their order."""

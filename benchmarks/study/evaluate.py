@@ -69,16 +69,15 @@ class HeldOut:
         prompts, tokenizer = self.prompts, self._reader.tokenizer
         allowed = torch.zeros(model.lm_head.out_features)
         allowed[self._reader.suppressed] = float("-inf")
-        found = [
-            model.generate(
-                prompts.tokens(model, index), torch.arange(len(index)), prompts.start[index],
-                lambda logits: (logits + allowed).argmax(-1), longest=LONGEST,
-                end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
-            )
-            for index in torch.arange(len(prompts)).split(
-                max(1, _TOKENS // prompts.ids.shape[1])
-            )
-        ]  # fmt: skip
+        found = []
+        for index in torch.arange(len(prompts)).split(max(1, _TOKENS // prompts.ids.shape[1])):
+            tokens = prompts.tokens(model, index)
+            answers = model.generate(
+                tokens.columns(-1, None), model.prefix(tokens.columns(None, -1)),
+                prompts.start[index], lambda logits: (logits + allowed).argmax(-1),
+                longest=LONGEST, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
+            )  # fmt: skip
+            found.append(answers)
         longest = max(part.shape[1] for part in found)
         return torch.cat(
             [
