@@ -87,7 +87,7 @@ class Engine:
         tokenizer: of the responses.
         suppressed: tokens that no response may hold.
         reward: as TRL calls it.
-        teacher: frozen, for the terms that compare with one.
+        teacher: for the terms that compare with one; it is frozen.
         control: what is done to the advantages that attention terms see; see `Arm`.
 
     Attributes:
@@ -121,6 +121,8 @@ class Engine:
         self._allowed = torch.zeros(policy.lm_head.out_features)  # added to logits
         self._allowed[list(suppressed)] = float("-inf")
         self.teacher, self._control = teacher, control
+        if teacher is not None:
+            teacher.requires_grad_(False)
         self.reference: Decoder | None = None
         if config.beta > 0:
             self.reference = copy.deepcopy(policy).requires_grad_(False)

@@ -118,7 +118,7 @@ def _engine(start: _Start, arm: Arm, config: RALConfig, found: Any) -> Engine:
     return Engine(
         policy, config, prompts, rows, start.reader.tokenizer, _reward,
         suppressed=suppressed_tokens(start.reader.config, start.reader.processor),
-        teacher=teacher.requires_grad_(False) if arm.teacher else None,
+        teacher=teacher if arm.teacher else None,
     )  # fmt: skip
 
 

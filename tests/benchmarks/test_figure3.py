@@ -383,6 +383,23 @@ def test_distillation_is_watched_while_it_trains(plan) -> None:
     assert len(result["target_curve"][0][1]) == 2  # layers
 
 
+@pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
+def test_a_teacher_is_the_start_after_training(tmp_path) -> None:
+    from ral.models import load_model
+
+    plan, task = one.Plan(tmp_path, 1, 2, start_steps=0), TASKS["frames"]
+    start, teacher = (
+        load_model(str(folder), dtype="float32").state_dict()
+        for folder in (one.make_start(plan, task, "think"), one.make_teacher(plan, task))
+    )
+    assert start.keys() == teacher.keys()
+    for name, weight in teacher.items():
+        assert torch.equal(weight, start[name]) == (".visual." in name), name
+    bench = one.Bench.of(plan, task, "think")
+    assert all(map(torch.equal, bench.model(plan.teacher(task)).weights().values(),
+                   (teacher[name] for name in bench.model(bench.start).weights())))  # fmt: skip
+
+
 def test_quick_arms_have_what_they_are_compared_with() -> None:
     by_name = {arm.name: arm for arm in ARMS}
     for name in QUICK:
