@@ -59,8 +59,9 @@ _FRAMES, _RESOLUTION = ("frames",), ("resolution",)
 _RAL = {"attn_coef": 5.0, "attn_layers": "all"}
 _INNER = {"num_iterations": 4}
 _NOISE = {"attn_layers": "all", "attn_explore_sigma": 1.0}  # of spans that the task names
-_EVIDENCE = {"evidence_coef": 0.1, "evidence_layers": "all", "evidence_sigma": 0.0}
-_REWARD = {"attention_reward": 0.5, "attn_layers": "all"}
+_EVIDENCE = {"evidence_coef": 1.0, "evidence_divergence": "jsd", "evidence_sigma": 0.0}
+_ALL = {**_EVIDENCE, "evidence_on": "all"}
+_REWARD = {"attention_reward": 0.1}
 _CREDIT = {"credit": "looking", "attn_layers": "all"}
 _DISTILL = {"distill_logit_coef": 1.0, "distill_beta": 1.0, "rl_coef": 0.0}
 
@@ -117,17 +118,17 @@ OBJECTIVES: tuple[Arm, ...] = tuple(
         ("plain", "GRPO", {}, None, ()),
         ("plain_ral", "RAL λ = 1", {"attn_coef": 1.0}, None, ("plain",)),
         ("evidence", "evidence, good rollouts", _EVIDENCE, None, ("plain",)),
-        ("evidence_all", "evidence, all", {**_EVIDENCE, "evidence_on": "all"}, None,
-         ("plain", "evidence")),
-        ("evidence_warmup", "evidence, the first quarter",
-         {**_EVIDENCE, "evidence_schedule": "warmup", "evidence_steps": 0.25}, None,
-         ("plain", "evidence")),
-        ("evidence_wrong", "evidence, wrong frame", _EVIDENCE, "wrong", ("plain", "evidence")),
-        ("evidence_shuffled", "evidence, shuffled", _EVIDENCE, "shuffled", ("evidence",)),
+        ("evidence_shuffled", "evidence, good ones shuffled", _EVIDENCE, "shuffled",
+         ("evidence",)),
+        ("evidence_all", "evidence, all", _ALL, None, ("plain", "evidence")),
+        ("evidence_warmup", "evidence, all, the first quarter",
+         {**_ALL, "evidence_schedule": "warmup", "evidence_steps": 0.25}, None,
+         ("plain", "evidence_all")),
+        ("evidence_wrong", "evidence, all, wrong frame", _ALL, "wrong", ("plain", "evidence_all")),
         ("reward", "attention reward", _REWARD, None, ("plain",)),
         ("credit", "credit by looking", _CREDIT, None, ("plain",)),
-        ("sum", "evidence, reward and credit", {**_EVIDENCE, **_REWARD, **_CREDIT}, None,
-         ("plain",)),
+        ("sum", "evidence on all, reward, credit",
+         {**_ALL, "evidence_layers": [-1], **_REWARD, **_CREDIT}, None, ("plain", "evidence_all")),
     )
 )  # fmt: skip
 ARMS += OBJECTIVES
