@@ -40,6 +40,7 @@ MULTIPLY = {
     "attention_bwd_dkdv_kernel",
     "policy_statistics_kernel",
     "policy_terms_kernel",
+    "policy_moments_kernel",
     "policy_bwd_dq_kernel",
     "policy_bwd_dk_kernel",
 }

@@ -1,9 +1,10 @@
-// Launches of the kernels of `policy_divergence`, each in the .cu file of its name so that nvcc
-// compiles them in parallel. All return as `run` does.
+// Launches of the kernels of `policy` and `policy_divergence`, each in the .cu file of its name so
+// that nvcc compiles them in parallel. All return as `run` does.
 #pragma once
 
 #include "core/launch.h"
 #include "policy/bwd.h"
+#include "policy/moments.h"
 #include "policy/statistics.h"
 #include "policy/terms.h"
 
@@ -16,7 +17,8 @@ int policy_statistics(const ral_policy_common& common, const ral_policy_side& si
 // In policy/terms_bf16.cu and policy/terms_fp16.cu.
 template <typename T, int kHeadDim>
 int policy_terms(const PolicyTermsParams& params, void* stream);
-// Both set params.num_blocks.
+// These set the number of blocks in their parameters.
+int policy_moments(const PolicyMomentsParams& params, void* stream);
 int policy_bwd_dq(const PolicyBwdParams& params, void* stream);
 int policy_bwd_dk(const PolicyBwdParams& params, void* stream);
 

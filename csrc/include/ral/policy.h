@@ -75,6 +75,15 @@ typedef struct {
   float* dhead_weights;  // like the policy's head_weights, or null
 } ral_policy_params;
 
+// The keys of each span, for backends that gather them. A list is a sample's, or one of packed
+// sequences, whose keys it counts from their first; span s of list n has keys[i] for i from
+// starts[n * num_spans + s] to the next entry.
+typedef struct {
+  const int32_t* keys;
+  const int32_t* starts;  // [number of lists * num_spans + 1]
+  int32_t is_shared;      // 1 = one list for the whole batch
+} ral_policy_span_lists;
+
 // Distributions that rows share, in place of a reference policy. A row's is restricted to its valid
 // keys and divided by its sum there. Packed calls number keys through all sequences.
 typedef struct {
