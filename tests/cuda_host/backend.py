@@ -27,8 +27,9 @@ from ral_kernels.runtime import cuda_library
 from tests.cuda_host.build import Patch, build, sources_of
 from tests.cuda_host.library import HostLibrary
 
-POLICY = sources_of("policy/*")
-SOURCES = sources_of("*/*")
+WITHOUT_HOPPER = "policy/statistics_sm90.cu"  # which takes no call: host_hopper.h is left out
+POLICY = (*sources_of("policy/*"), WITHOUT_HOPPER)
+SOURCES = (*sources_of("*/*"), WITHOUT_HOPPER)
 
 
 class Violation(AssertionError):

@@ -62,8 +62,9 @@ class PolicyDivergence {
 
   int run_all() const {
     if (pass_.wants_statistics) {
-      int error = policy_statistics(call_.common, call_.policy, call_.w, stream_);
-      if (error == 0 && call_.reference_normalised == 0) error = reference_statistics();
+      const bool hopper = on_hopper();
+      int error = policy_statistics(call_.common, call_.policy, call_.w, hopper, stream_);
+      if (error == 0 && call_.reference_normalised == 0) error = reference_statistics(hopper);
       if (error != 0) return error;
     }
     const int error =
@@ -81,8 +82,16 @@ class PolicyDivergence {
                               call_.reference.z, chunk,        l_};
   }
 
-  int reference_statistics() const {
-    if (!has_target()) return policy_statistics(call_.common, call_.reference, ref_w_, stream_);
+  // Both sides run on the same kernel, so that equal inputs give equal bits.
+  bool on_hopper() const {
+    return call_.common.isa == RAL_CUDA_HOPPER &&
+           takes_statistics_sm90(call_.common, call_.policy) &&
+           (has_target() || takes_statistics_sm90(call_.common, call_.reference));
+  }
+
+  int reference_statistics(bool hopper) const {
+    if (!has_target())
+      return policy_statistics(call_.common, call_.reference, ref_w_, hopper, stream_);
     return run<policy_target_share_kernel>(call_.common.batch_size * call_.common.num_rows,
                                            target_params(RowChunk{}), stream_);
   }

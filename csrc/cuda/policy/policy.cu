@@ -34,7 +34,9 @@ class Policy {
   int64_t scratch_used() const { return scratch_.used(); }
 
   int forward() const {
-    const int error = policy_statistics(call_.common, call_.policy, w_, stream_);
+    const bool on_hopper =
+        call_.common.isa == RAL_CUDA_HOPPER && takes_statistics_sm90(call_.common, call_.policy);
+    const int error = policy_statistics(call_.common, call_.policy, w_, on_hopper, stream_);
     if (error != 0) return error;
     return chunks_.for_each(call_.common, [&](const RowChunk& chunk) { return forward_of(chunk); });
   }

@@ -18,6 +18,9 @@ typedef enum {
   RAL_CROSS_ENTROPY = 3,
 } ral_divergence_kind;
 
+// `isa` of a CUDA call: which kernels run where there are several.
+enum { RAL_CUDA_ANY = 0, RAL_CUDA_HOPPER = 1 };
+
 // The queries and keys of one policy.
 typedef struct {
   int64_t num_heads, num_kv_heads, head_dim;

@@ -44,6 +44,11 @@ def _library() -> ctypes.CDLL:
     return cuda_library.checked("ral_cuda_policy_struct_sizes", structs)
 
 
+def _isa(q: Tensor) -> int:
+    """`isa` of a call: RAL_CUDA_HOPPER where those kernels are on, else RAL_CUDA_ANY."""
+    return int(q.is_cuda and cuda_library.hopper() is None)
+
+
 def _run(
     op: str, name: str, params: Params | DivergenceParams, part: _Part, *others: object
 ) -> None:
@@ -94,7 +99,7 @@ class CudaPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradient
         for part in _parts(args):
             p = part.outcomes(outputs.p)
             norm, z = map(part.statistics, (outputs.norm, outputs.z))
-            structs = CallStructs(part.policy, norm, z)
+            structs = CallStructs(part.policy, norm, z, _isa(args.q))
             params = Params(common=structs.common, policy=structs.policy, p=address(p))
             lists = None if args.span_ids is None else span_lists(part.policy)
             pointer = None if lists is None else ctypes.byref(_lists_struct(*lists, part.policy))
@@ -212,7 +217,7 @@ class CudaPolicyDivergence(
         clear_packed(args.policy, outputs.dq, outputs.dk, outputs.dhead_weights, *kept)
         for part in _parts(args.policy):
             of_part = _of_part(args, part)
-            structs = CallStructs(part.policy, None, None)
+            structs = CallStructs(part.policy, None, None, _isa(args.policy.q))
             value, weight = part.statistics(outputs.value), part.statistics(weights)
             norm, z = map(part.statistics, (outputs.reference_norm, outputs.reference_z))
             params = divergence_params(structs, of_part, norm, z, None, None)
@@ -335,7 +340,7 @@ def _of_part(args: PolicyDivergenceArgs, part: _Part) -> PolicyDivergenceArgs:
 
 
 def _params(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs) -> DivergenceParams:
-    structs = CallStructs(args.policy, outputs.norm, outputs.z)
+    structs = CallStructs(args.policy, outputs.norm, outputs.z, _isa(args.policy.q))
     return divergence_params(
         structs, args, outputs.reference_norm, outputs.reference_z, outputs.u, outputs.w
     )
