@@ -2,7 +2,7 @@
 
 They sum over the same blocks in the same order as the kernel for sm_80, which test_policy.py and
 test_policy_divergence.py compare with the reference. Here, where products are summed alike, both
-must give the same bits.
+must give the same bits. The last section runs them on a Hopper GPU where there is one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ral_kernels.ops.policy import attention_divergence, attention_policy, cuda,
 from ral_kernels.snapshot import AttentionSnapshot
 from tests.cuda_host.backend import Kernels, host_library, on_host
 from tests.cuda_host.build import HARNESS, Patch, sources_of, switched
+from tests.cuda_host.test_hopper import DEVICE, HOPPER
 from tests.cuda_host.test_hopper_bugs import (
     FOR_EVER,
     NOT_BEGUN,
@@ -35,9 +36,11 @@ from tests.cuda_host.test_hopper_bugs import (
 from tests.cuda_host.test_policy import CASES
 from tests.cuda_host.test_policy_divergence import HALF, TILES, dtype_name, tile_case
 from tests.cuda_host.test_policy_packed import CASES as PACKED_CASES
+from tests.gpu.on_gpu import kernels_on
 from tests.ops import test_policy_divergence_at_reference as at_reference
 from tests.ops.packed_cases import PackedCase
 from tests.ops.policy_cases import PolicyCase
+from tests.ops.test_policy import check_case
 from tests.ops.test_policy_packed_kernels import RUNS
 
 SOURCES = (*sources_of("policy/*"), str(HARNESS / "hopper_policy_for_tests.cu"))
@@ -253,3 +256,17 @@ def test_seeded_bug_is_found(bug: int, text: str, seeded: Seeded) -> None:
 
 def test_without_a_bug_nothing_is_found(seeded: Seeded) -> None:
     seeded.check(0, range(1, 3))
+
+
+# ---- On a GPU ------------------------------------------------------------------------------------
+
+
+ON_GPU = [x for x in EVERY_CASE if x.name in QUICK] if HOPPER else []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
+@pytest.mark.parametrize("case", ON_GPU, ids=lambda case: case.name)
+def test_policy_on_gpu(case: PolicyCase, dtype: torch.dtype, hopper_gpu: None) -> None:
+    with kernels_on(DEVICE, "cuda"):
+        check_case(case, dtype, "cuda")

@@ -67,7 +67,7 @@ FAST = ("length_2", "gqa_7", "padding_left", "window_both", "large_scores", "spa
     ],
 )
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
-def test_policy(case: PolicyCase, dtype: torch.dtype, cuda_on_host: Kernels) -> None:
+def test_policy(case: PolicyCase, dtype: torch.dtype, cuda_anywhere: None) -> None:
     check_case(case, dtype, "cuda")
 
 
