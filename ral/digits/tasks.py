@@ -154,6 +154,22 @@ def evidence(puzzle: Puzzle) -> list[dict[str, Any]]:
     return [{"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}]
 
 
+def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
+    """Where the right response looks: a token of it, whose successor is the digit that is seen, and
+    the frame, or in a still picture the cell, where that digit is. A chain's numbers have two.
+    """
+    if isinstance(puzzle, Chain):
+        if style == "direct":
+            return []
+        return [(1 + 3 * n + half, int(frame))
+                for n, frame in enumerate(puzzle.path[: puzzle.looks]) for half in (0, 1)]  # fmt: skip
+    token = 0 if style == "direct" else 3
+    if puzzle.times is None:
+        return [(token, puzzle.cell)]
+    # A direct answer about frames says the time first.
+    return [(token + int(style == "direct"), puzzle.frame)]
+
+
 def solution(puzzle: Puzzle, style: Style) -> str:
     """The bare answer: a digit, time and digit in a direct answer about frames, a chain's time."""
     if isinstance(puzzle, Chain):
