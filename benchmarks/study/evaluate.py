@@ -1,25 +1,28 @@
-"""Accuracy of a model, and its attention on the asked cell or frame, on held-out digits."""
+"""Accuracy of a decoder, and its attention on the asked cell or frame, on held-out digits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch.nn import functional
 
 import ral_kernels as rk
 
+from .decoder import Decoder
+from .prompts import Reader
 from .tasks import StudyTask
 
 TEST_SEED = 7_000_003  # rows of the evaluation; no training uses it
-_TOKENS = 1 << 16  # in a batch
+_TOKENS = 1 << 14  # in a batch: more do not fit into the caches
 
 
 @contextmanager
-def sharpened(model: Any, factor: float) -> Iterator[None]:
-    """Multiply the attention scores of all decoder layers."""
-    layers = [m for name, m in model.named_modules() if name.endswith("self_attn")]
+def sharpened(model: Decoder, factor: float) -> Iterator[None]:
+    """Multiply the attention scores of all layers."""
+    layers: list[Any] = [layer.self_attn for layer in model.layers]
     before = [layer.scaling for layer in layers]
     for layer in layers:
         layer.scaling *= factor
@@ -34,62 +37,62 @@ class HeldOut:
     """Rows of one extent on held-out digits, the same for every model, ready to be answered.
 
     Args:
-        processor: of the models.
+        reader: of the models' prompts.
         task, style: what the rows are.
         extent: frames, or cells on a side.
         rows: how many.
     """
 
-    def __init__(self, processor: Any, task: StudyTask, style: str, extent: int, rows: int) -> None:
+    def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
         from trl.data_utils import prepare_multimodal_messages
 
-        self._tokenizer = processor.tokenizer
+        self._reader = reader
         self._style: Any = style
         held_out = list(task.rows(rows, extent, "test", TEST_SEED, style=style))
         self._wanted = [row["completion"][0]["content"] for row in held_out]
         self._solutions = [row["solution"] for row in held_out]
         messages = [prepare_multimodal_messages(r["prompt"], images=r["images"]) for r in held_out]
-        tokens = 8 * task.visual_tokens(extent) // 4 + 20  # of a prompt, about
-        at_once = max(1, _TOKENS // tokens)
-        self._batches = [
-            processor.apply_chat_template(
-                messages[first : first + at_once],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
-            )
-            for first in range(0, rows, at_once)
-        ]
+        self.prompts = reader.encode(messages, add_generation_prompt=True)
 
-    @torch.inference_mode()
-    def __call__(self, model: Any) -> Any:
+    def __call__(self, model: Decoder) -> Any:
         """`ral.digits.evaluate.Accuracy` of greedy responses."""
-        from transformers import GenerationConfig
+        from ral.digits.evaluate import judge
 
-        from ral.digits.evaluate import LONGEST, judge
-
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=LONGEST,
-            eos_token_id=model.generation_config.eos_token_id,
-            pad_token_id=model.generation_config.pad_token_id,
-        )
-        training = model.training
-        model.eval()
-        said: list[str] = []
-        for inputs in self._batches:
-            whole = model.generate(**inputs, generation_config=settings)
-            answers = whole[:, inputs["input_ids"].shape[1] :]
-            said += self._tokenizer.batch_decode(answers, skip_special_tokens=True)
-        model.train(training)
+        said = self._reader.tokenizer.batch_decode(self.answers(model), skip_special_tokens=True)
         return judge(said, self._wanted, self._solutions, self._style)
 
+    @torch.inference_mode()
+    def answers(self, model: Decoder) -> torch.Tensor:
+        """Tokens of greedy responses, int64 [rows, C]."""
+        from ral.digits.evaluate import LONGEST
 
-def accuracies(model: Any, tests: dict[int, HeldOut], extents: Sequence[int]) -> dict[str, Any]:
+        prompts, tokenizer = self.prompts, self._reader.tokenizer
+        allowed = torch.zeros(model.lm_head.out_features)
+        allowed[self._reader.suppressed] = float("-inf")
+        found = [
+            model.generate(
+                prompts.tokens(model, index), torch.arange(len(index)), prompts.start[index],
+                lambda logits: (logits + allowed).argmax(-1), longest=LONGEST,
+                end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
+            )
+            for index in torch.arange(len(prompts)).split(
+                max(1, _TOKENS // prompts.ids.shape[1])
+            )
+        ]  # fmt: skip
+        longest = max(part.shape[1] for part in found)
+        return torch.cat(
+            [
+                functional.pad(part, (0, longest - part.shape[1]), value=tokenizer.pad_token_id)
+                for part in found
+            ]
+        )
+
+
+def accuracies(
+    model: Decoder, test: Callable[[int], HeldOut], extents: Sequence[int]
+) -> dict[str, Any]:
     """`ral.digits.evaluate.Accuracy` at some extents, by their names in JSON."""
-    return {str(extent): tests[extent](model) for extent in extents}
+    return {str(extent): test(extent)(model) for extent in extents}
 
 
 class TargetAttention:
@@ -99,13 +102,13 @@ class TargetAttention:
     visual tokens: the share on the asked frame, or on the asked cell of a picture.
 
     Args:
-        processor: of the model.
+        reader: of the models' prompts.
         task, style: what the rows are.
         extent: frames, or cells on a side.
         rows: how many.
     """
 
-    def __init__(self, processor: Any, task: StudyTask, style: str, extent: int, rows: int) -> None:
+    def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
         from trl.data_utils import prepare_multimodal_messages
 
         from ral.digits.puzzles import make_puzzle
@@ -116,31 +119,30 @@ class TargetAttention:
             prepare_multimodal_messages(row["prompt"] + row["completion"], images=row["images"])
             for row in held_out
         ]
-        self.inputs = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )  # fmt: skip
+        self.prompts = reader.encode(messages)
         puzzles = [make_puzzle(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
         self.targets = torch.tensor([p.frame if p.times is not None else p.cell for p in puzzles])
-        self.granularity: Literal["token", "frame"] = (
-            "token" if puzzles[0].times is None else "frame"
-        )
-        opening = processor.tokenizer.convert_tokens_to_ids("<answer>")
-        positions = (self.inputs["input_ids"] == opening).long().argmax(-1)
+        opening = reader.tokenizer.convert_tokens_to_ids("<answer>")
+        positions = (self.prompts.ids == opening).long().argmax(-1)
         # A direct answer about frames says the time first: its digit is predicted a token later.
         positions += int(style == "direct" and puzzles[0].times is not None)
         if positions.unique().numel() != 1:
             raise ValueError("TargetAttention: responses must be of one length")
         self.row = int(positions[0])
+        inputs = {"input_ids": self.prompts.ids, "attention_mask": self.prompts.mask.long()}
+        inputs["image_grid_thw"] = self.prompts.fields["image_grid_thw"]
+        granularity: Any = "token" if puzzles[0].times is None else "frame"
+        found = rk.spans_for(reader.config, inputs, granularity).spans
+        self._spans = rk.Spans(found.ids[:, : self.row + 1], found.num_spans)
 
     @torch.no_grad()
-    def __call__(self, model: Any) -> list[float]:
+    def __call__(self, model: Decoder) -> list[float]:
         """The mean share in each decoder layer."""
-        training = model.training
-        model.eval()
-        spans = rk.spans_for(model.config, self.inputs, self.granularity).spans
-        with rk.capture(model, "all", rows=(self.row, self.row + 1), spans=spans) as captured:
-            model(**self.inputs, use_cache=False, logits_to_keep=1)
+        rows = torch.arange(len(self.prompts))
+        tokens = self.prompts.tokens(model, rows, self.prompts.ids.shape[1])
+        past = model.prefix(tokens.columns(None, self.row))
+        row = tokens.columns(self.row, self.row + 1)
+        with rk.capture(model, "all", rows=(0, 1), spans=self._spans) as captured:
+            model(**row._asdict(), past=past)
         shares = [captured.policy(layer=layer)[:, 0] for layer in captured.layers]
-        model.train(training)
         return [float(share.gather(1, self.targets[:, None]).mean()) for share in shares]
