@@ -5,8 +5,8 @@ the tens and the digit in the blue tile the units of a time; two more tiles dist
 writes down each time that it follows and the two digits that it reads there:
 `<think> 17s 4 2 42s 0 8 8s 3 1 31s 9 0</think><answer>90s</answer>`.
 
-The numbers of a video lead once through all of its frames. So every number names a frame, and a wrong
-look goes on to another frame and to a wrong answer unless a second one undoes it.
+The numbers of a video lead once through all of its frames. So every number names a frame, and a
+wrong look goes on to another frame, and to a wrong answer unless a second one undoes it.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def make_chain(
 
 def question(chain: Chain) -> str:
     """The text after the frames."""
-    return (
-        f"Start at {chain.seconds[0]}s and follow {TENS} and {UNITS} {chain.looks} times. When?"
-    )
+    return f"Start at {chain.seconds[0]}s and follow {TENS} and {UNITS} {chain.looks} times. When?"
 
 
 def thought(chain: Chain, slips: np.ndarray | None = None) -> tuple[str, str]:

@@ -141,9 +141,7 @@ def _accuracy(
     solutions: list[str] = []
     for first in range(0, len(rows), batch_size):
         batch = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
-        texts, _ = answers_of(
-            model, processor, batch, max_new_tokens=most, temperature=temperature
-        )
+        texts, _ = answers_of(model, processor, batch, max_new_tokens=most, temperature=temperature)
         written += texts
         wanted += [row["completion"][0]["content"] for row in batch]
         solutions += [row["solution"] for row in batch]

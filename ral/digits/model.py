@@ -51,7 +51,10 @@ def make_tokenizer(words: Sequence[str] = ()) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     letters = _byte_letters()
-    pieces = [*letters.values(), *("".join(letters[b] for b in word.encode()) for word in (*_WORDS, *words))]
+    pieces = [
+        *letters.values(),
+        *("".join(letters[b] for b in word.encode()) for word in (*_WORDS, *words)),
+    ]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     # Text that is not a word of the vocabulary is encoded byte by byte.
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))

@@ -9,8 +9,9 @@
 Looking up *when* a colour is seen takes two steps of attention: tile to time, and colour to tile.
 From answers alone the model learns it late or never, because copying any time is a plateau. Two
 dense losses help while the demonstrations are right. Image tokens after the first layer name the
-time of their frame, and the position that names the time also names the digit. Chains need the
-first alone, and their frames, which depend on the number in them alone, are drawn anew in any order.
+time of their frame, and the position that names the time also names the digit. Chains need only the
+first: their thoughts spell digits. A picture of theirs depends on the number in it alone, so the
+same pictures make new chains.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def train_start(
         task, style: as in `make_dataset`.
         steps: of the language model; the vision tower takes 100 small ones before.
         wrong_share: of the last quarter of the steps' demonstrations, those that answer for the
-            last cell or frame, or of a chain's looks, as in `make_dataset`; 0 for an unbiased start.
+            last cell or frame, or of a chain's looks, as in `make_dataset`; 0 for an unbiased
+            start.
         seed: of weights, puzzles and batches.
         extents: grid sides or frames to train on, by default 1–8 or 2–64, the long ones seldom.
         batch_size, learning_rate: of the language model's steps.
@@ -147,7 +149,12 @@ def train_start(
     losses = []
     for step, loss in enumerate(
         _fit(
-            model, pools, steps, 1.0 if task == "chain" else wrong_share, seed, batch_size,
+            model,
+            pools,
+            steps,
+            1.0 if task == "chain" else wrong_share,
+            seed,
+            batch_size,
             learning_rate,
         )
     ):

@@ -92,9 +92,7 @@ def make_dataset(
         rows["prompt"].append([{"role": "user", "content": prompt(puzzle, style)}])
         rows["images"].append([index, extent])
         rows["solution"].append(solution(puzzle, style))
-        rows["problem_type"].append(
-            "OCR" if "s" in rows["solution"][-1] else "numerical"
-        )
+        rows["problem_type"].append("OCR" if "s" in rows["solution"][-1] else "numerical")
         rows["problem_id"].append(f"digits-{task}-{split}-{extent}-{seed}-{index}")
         rows["completion"].append([{"role": "assistant", "content": answer}])
         rows["evidence"].append(evidence(puzzle))
@@ -155,19 +153,19 @@ def evidence(puzzle: Puzzle) -> list[dict[str, Any]]:
 
 
 def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
-    """Where the right response looks: a token of it, whose successor is the digit that is seen, and
-    the frame, or in a still picture the cell, where that digit is. A chain's numbers have two.
+    """Where the right response looks: a token, whose successor says what is seen, and the frame.
+
+    In a still picture it is the cell. A look of a chain has two tokens, before tens and units.
     """
-    if isinstance(puzzle, Chain):
-        if style == "direct":
-            return []
-        return [(1 + 3 * n + half, int(frame))
-                for n, frame in enumerate(puzzle.path[: puzzle.looks]) for half in (0, 1)]  # fmt: skip
+    if isinstance(puzzle, Chain) and style == "think":
+        path = puzzle.path[: puzzle.looks]
+        return [(1 + 3 * n + half, int(frame)) for n, frame in enumerate(path) for half in (0, 1)]
     token = 0 if style == "direct" else 3
     if puzzle.times is None:
         return [(token, puzzle.cell)]
-    # A direct answer about frames says the time first.
-    return [(token + int(style == "direct"), puzzle.frame)]
+    # A direct answer about a colour's frame says the time first.
+    says_time = style == "direct" and not isinstance(puzzle, Chain)
+    return [(token + int(says_time), puzzle.frame)]
 
 
 def solution(puzzle: Puzzle, style: Style) -> str:

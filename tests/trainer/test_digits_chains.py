@@ -29,7 +29,7 @@ def test_numbers_lead_once_through_all_frames(frames: int) -> None:
     for chain in _chains(frames, 5):
         assert chain.times is not None
         times = chain.times.tolist()
-        assert sorted(set(times)) == times and 0 <= times[0] and times[-1] < SECONDS
+        assert sorted(set(times)) == times and times[0] >= 0 and times[-1] < SECONDS
         frame, seen = int(chain.path[0]), []
         for _ in range(frames):
             seen.append(frame)
@@ -126,7 +126,7 @@ def test_each_look_is_at_its_own_tokens() -> None:
                 for token, frame in where[half::2]:
                     digit = tokenizer.decode(ids[token + 1 : token + 2])
                     assert digit == f" {chain.read(colour)[frame]}"
-            assert looks_of(chain, "direct") == []
+            assert looks_of(chain, "direct") == [(0, where[-1][1])]
 
 
 @pytest.mark.parametrize("task, token", [("cell", 0), ("timestamp", 1)])
@@ -160,7 +160,9 @@ def test_rewards_and_judgement() -> None:
     rows = list(make_dataset("chain", size=8, frames=8))
     slipped = []
     for index, row in enumerate(rows):
-        wrong, answer = thought(make_chain(8, "train", 0, index), np.array([True, False, False, False]))
+        wrong, answer = thought(
+            make_chain(8, "train", 0, index), np.array([True, False, False, False])
+        )
         said = f"<think>{wrong}</think><answer>{answer}</answer>"
         slipped.append({**row, "completion": [{"role": "assistant", "content": said}]})
     columns = [[row[name] for row in rows] for name in ("solution", "problem_type")]
