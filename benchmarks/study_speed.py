@@ -100,17 +100,16 @@ def training(bench: one.Bench, arm: Arm, batches: int) -> dict[str, Work]:
 
 def evaluation(bench: one.Bench, extent: int) -> dict[str, Work]:
     """Greedy answers to the rows of one extent."""
-    from ral.digits.evaluate import LONGEST
     from ral.models import load_model
 
     held_out, policy = bench.test(extent), bench.model(bench.start)
     model = load_model(bench.start, dtype="float32").eval()
     model.model.visual = bench.reader.pictures
-    fields = held_out.prompts.fields
+    fields, longest = held_out.prompts.fields, bench.task.longest
 
     @torch.inference_mode()
     def generate() -> torch.Tensor:
-        written: torch.Tensor = model.generate(**fields, do_sample=False, max_new_tokens=LONGEST)
+        written: torch.Tensor = model.generate(**fields, do_sample=False, max_new_tokens=longest)
         return written[:, fields["input_ids"].shape[1] :]
 
     theirs, mine = generate(), held_out.answers(policy)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Common to all arms. 2 iterations of 2 minibatches: 4 optimizer steps on 128 rollouts. The learning
-# rate is the task's.
+# rate and the length of responses are the task's.
 BUDGET: dict[str, Any] = {
     "num_generations": 8,
     "per_device_train_batch_size": 64,
@@ -17,7 +17,6 @@ BUDGET: dict[str, Any] = {
     "temperature": 0.9,
     "beta": 0.0,
     "max_grad_norm": 5.0,
-    "max_completion_length": 12,
     "attn_coef": 0.0,
 }
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
@@ -66,7 +65,7 @@ _CREDIT = {"credit": "looking", "attn_layers": "all"}
 _DISTILL = {"distill_logit_coef": 1.0, "distill_beta": 1.0, "rl_coef": 0.0}
 
 ARMS: tuple[Arm, ...] = (
-    Arm("grpo", "GRPO", against=()),
+    Arm("grpo", "GRPO", against=(), tasks=("frames", "resolution", "chain")),
     Arm("grpo_t12", "GRPO, temperature 1.2", {"temperature": 1.2}),
     Arm("grpo_t15", "GRPO, temperature 1.5", {"temperature": 1.5}),
     Arm("ral_l1", "RAL λ = 1, last layer", {"attn_coef": 1.0}),

@@ -451,10 +451,7 @@ class Engine:
         """The tokens of each rollout's prompt that are its own, and what is before them."""
         if noisy:  # each rollout has noise of its own in its prompt, too
             return self.prompts.tokens(model, prompt, width), None
-        groups, of = torch.unique(prompt, return_inverse=True)
-        shared = self.prompts.tokens(model, groups, width)
-        past = model.prefix(shared.columns(None, -1)).rows(of)
-        return shared.columns(-1, None).rows(of), past
+        return self.prompts.begun(model, prompt, width)
 
     def _log_probabilities(self, model: Decoder, hidden: Tensor, rollouts: Rollouts) -> Tensor:
         """[tokens of responses], in their order."""

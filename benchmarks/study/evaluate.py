@@ -48,6 +48,7 @@ class HeldOut:
 
         self._reader = reader
         self._style: Any = style
+        self._longest = task.longest
         held_out = list(task.rows(rows, extent, "test", TEST_SEED, style=style))
         self._wanted = [row["completion"][0]["content"] for row in held_out]
         self._solutions = [row["solution"] for row in held_out]
@@ -64,8 +65,6 @@ class HeldOut:
     @torch.inference_mode()
     def answers(self, model: Decoder) -> torch.Tensor:
         """Tokens of greedy responses, int64 [rows, C]."""
-        from ral.digits.evaluate import LONGEST
-
         prompts, tokenizer = self.prompts, self._reader.tokenizer
         allowed = torch.zeros(model.lm_head.out_features)
         allowed[self._reader.suppressed] = float("-inf")
@@ -75,7 +74,7 @@ class HeldOut:
             answers = model.generate(
                 tokens.columns(-1, None), model.prefix(tokens.columns(None, -1)),
                 prompts.start[index], lambda logits: (logits + allowed).argmax(-1),
-                longest=LONGEST, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
+                longest=self._longest, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
             )  # fmt: skip
             found.append(answers)
         longest = max(part.shape[1] for part in found)
@@ -97,11 +96,12 @@ def accuracies(
 class TargetAttention:
     """Share of attention on the asked frame or cell, as the right answer is written.
 
-    It is the attention of the query that predicts the digit in the demonstration, renormalised over
-    visual tokens: the share on the asked frame, or on the asked cell of a picture.
+    It is the attention of the queries that predict what is seen in the demonstration, renormalised
+    over visual tokens: the share on the asked frame, or on the asked cell of a picture. A chain has
+    two queries a look, for tens and units; the others have one.
 
     Args:
-        reader: of the models' prompts.
+        reader: of the model's prompts.
         task, style: what the rows are.
         extent: frames, or cells on a side.
         rows: how many.
@@ -110,38 +110,49 @@ class TargetAttention:
     def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
         from trl.data_utils import prepare_multimodal_messages
 
-        from ral.digits.puzzles import make_puzzle
+        from ral.digits.tasks import looks_of, puzzle_of
 
         name: Any = task.name
+        chosen: Any = style
         held_out = task.rows(rows, extent, "test", TEST_SEED + 1, style=style)
         messages = [
             prepare_multimodal_messages(row["prompt"] + row["completion"], images=row["images"])
             for row in held_out
         ]
         self.prompts = reader.encode(messages)
-        puzzles = [make_puzzle(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
-        self.targets = torch.tensor([p.frame if p.times is not None else p.cell for p in puzzles])
-        opening = reader.tokenizer.convert_tokens_to_ids("<answer>")
-        positions = (self.prompts.ids == opening).long().argmax(-1)
-        # A direct answer about frames says the time first: its digit is predicted a token later.
-        positions += int(style == "direct" and puzzles[0].times is not None)
-        if positions.unique().numel() != 1:
+        puzzles = [puzzle_of(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
+        looks = torch.tensor([looks_of(puzzle, chosen) for puzzle in puzzles])
+        self.targets = looks[..., 1]  # [rows, queries]
+        opening = reader.tokenizer.convert_tokens_to_ids(
+            "<think>" if style == "think" else "<answer>"
+        )
+        positions = (self.prompts.ids == opening).long().argmax(-1)[:, None] + looks[..., 0]
+        if (positions != positions[0]).any():
             raise ValueError("TargetAttention: responses must be of one length")
-        self.row = int(positions[0])
+        self.rows = positions[0]
         inputs = {"input_ids": self.prompts.ids, "attention_mask": self.prompts.mask.long()}
         inputs["image_grid_thw"] = self.prompts.fields["image_grid_thw"]
         granularity: Any = "token" if puzzles[0].times is None else "frame"
         found = rk.spans_for(reader.config, inputs, granularity).spans
-        self._spans = rk.Spans(found.ids[:, : self.row + 1], found.num_spans)
+        self._spans = rk.Spans(found.ids[:, : int(self.rows[-1]) + 1], found.num_spans)
 
-    @torch.no_grad()
     def __call__(self, model: Decoder) -> list[float]:
         """The mean share in each decoder layer."""
-        rows = torch.arange(len(self.prompts))
-        tokens = self.prompts.tokens(model, rows, self.prompts.ids.shape[1])
-        past = model.prefix(tokens.columns(None, self.row))
-        row = tokens.columns(self.row, self.row + 1)
-        with rk.capture(model, "all", rows=(0, 1), spans=self._spans) as captured:
-            model(**row._asdict(), past=past)
-        shares = [captured.policy(layer=layer)[:, 0] for layer in captured.layers]
-        return [float(share.gather(1, self.targets[:, None]).mean()) for share in shares]
+        return self.of_queries(model).mean(-1).tolist()
+
+    @torch.no_grad()
+    def of_queries(self, model: Decoder) -> torch.Tensor:
+        """The mean share in each decoder layer and query, float32 [layers, queries]."""
+        first, end = int(self.rows[0]), int(self.rows[-1]) + 1
+        tokens = self.prompts.tokens(
+            model, torch.arange(len(self.prompts)), self.prompts.ids.shape[1]
+        )
+        past = model.prefix(tokens.columns(None, first))
+        rows = tokens.columns(first, end)
+        with rk.capture(model, "all", rows=(0, end - first), spans=self._spans) as captured:
+            model(**rows._asdict(), past=past)
+        shares = [
+            captured.policy(layer=layer)[:, self.rows - first].gather(2, self.targets[..., None])
+            for layer in captured.layers
+        ]
+        return torch.stack(shares)[..., 0].mean(1)

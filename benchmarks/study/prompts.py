@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import ral_kernels as rk
 from ral.evidence import locate
 from ral.looking import Evidence
 
-from .decoder import Decoder, Tokens
+from .decoder import Decoder, Past, Tokens
 from .picture_cache import Pictures
 
 
@@ -66,6 +67,20 @@ class Prompts:
             self.visual[rows, at],
             self.features[self.places[rows, at]],
         )
+
+    def begun(
+        self, decoder: Decoder, rows: Tensor, width: int | None = None
+    ) -> tuple[Tokens, Past]:
+        """The last token of some prompts, and what is before it, which runs once a prompt.
+
+        Args:
+            decoder, width: as for `tokens`.
+            rows: int64 [B], which prompts; each as often as it has rollouts.
+        """
+        prompts, of = torch.unique(rows, return_inverse=True)
+        shared = self.tokens(decoder, prompts, width)
+        past = decoder.prefix(shared.columns(None, -1)).rows(of)
+        return shared.columns(-1, None).rows(of), past
 
 
 class Reader:

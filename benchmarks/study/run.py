@@ -23,7 +23,6 @@ from .tasks import TASKS, StudyTask
 FIXED = ("start", "teacher")  # evaluated as they are
 FINE = tuple(n / 10 for n in range(1, 11))  # the same, for rollouts to reach an accuracy
 CURVE = (0.2, 0.4, 0.7)  # of a run's rollout batches; the endpoint's accuracy is taken there too
-START_STEPS = 900
 SHORT_STEPS = 150
 TARGET_EVERY = 2  # rollout batches between two points of the attention's curve
 _TARGET_ROWS = 64
@@ -38,8 +37,8 @@ class Plan:
         batches: rollout batches of a run; None for the task's own number.
         test_rows: rows at each extent of the evaluation.
         start_seed: seed of the supervised start, the same for all runs.
-        start_steps: how many it trains for. 0: the bundled model, where it does the task in that
-            style; elsewhere a short training.
+        start_steps: how many it trains for; None for the task's own number. 0: the bundled model,
+            where it does the task in that style; elsewhere a short training.
         wrong_share: of its last demonstrations, those that are wrong; None for the task's.
     """
 
@@ -47,7 +46,7 @@ class Plan:
     batches: int | None
     test_rows: int
     start_seed: int = 0
-    start_steps: int = START_STEPS
+    start_steps: int | None = None
     wrong_share: float | None = None
 
     def batches_of(self, task: StudyTask) -> int:
@@ -76,10 +75,11 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
             return save_start(folder, *load_pretrained())
         name: Any = task.name
         chosen: Any = style
+        steps = task.start_steps if plan.start_steps is None else plan.start_steps
         train_start(
             folder, task=name, style=chosen, seed=plan.start_seed, extents=task.seen,
             wrong_share=task.wrong_share if plan.wrong_share is None else plan.wrong_share,
-            steps=plan.start_steps or SHORT_STEPS,
+            steps=steps or SHORT_STEPS,
         )  # fmt: skip
     return folder
 
@@ -218,6 +218,12 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
     result["target"] = {
         str(extent): bench.target(extent)(model) for extent in task.evaluated if extent > 1
     }
+    if scores[str(task.evaluated[0])].looks:
+        result["looks"] = {extent: score.looks for extent, score in scores.items()}
+        result["target_queries"] = {
+            str(extent): bench.target(extent).of_queries(model).tolist()
+            for extent in task.evaluated
+        }
     with evaluate.sharpened(model, SHARPENING):
         scores = evaluate.accuracies(model, bench.test, task.endpoint)
     result["sharpened"] = {extent: score.right for extent, score in scores.items()}
@@ -234,14 +240,17 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
 def settings_of(arm: Arm, task: StudyTask) -> dict[str, Any]:
     """Of `RALConfig`."""
     spans = task.spans if "attn_explore_sigma" in arm.settings else {}
-    return {**BUDGET, "learning_rate": task.learning_rate, **spans, **arm.settings}
+    return {
+        **BUDGET, "max_completion_length": task.longest, "learning_rate": task.learning_rate,
+        **spans, **arm.settings,
+    }  # fmt: skip
 
 
 def _with_wrong_evidence(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose evidence is the frame after the right one."""
-    (region,) = row["evidence"]
-    frame = (region["image"] + 1) % len(row["images"])
-    return {**row, "evidence": [{**region, "image": frame}]}
+    """A row whose evidence is the frame after each right one."""
+    frames = len(row["images"])
+    wrong = [{**region, "image": (region["image"] + 1) % frames} for region in row["evidence"]]
+    return {**row, "evidence": wrong}
 
 
 def _watch(

@@ -21,8 +21,9 @@ from benchmarks.study.prompts import Reader
 from benchmarks.study.statistics import deviation, estimate, holm, paired
 from benchmarks.study.tasks import TASKS
 from ral import RALConfig
+from ral.digits.chains import WORDS
 from ral.digits.evaluate import evaluate
-from ral.digits.model import make_model, make_processor, save_start
+from ral.digits.model import make_model, make_processor, make_tokenizer, save_start
 
 pytestmark = pytest.mark.xdist_group("study")  # one worker prepares what is evaluated
 
@@ -133,22 +134,31 @@ def test_controls_change_what_attention_learns_from_and_nothing_else(plan) -> No
     assert rests == pytest.approx([rests[0]] * 3)
 
 
-def test_target_attention_and_sharpening() -> None:
+@pytest.mark.parametrize("task, style, extent, queries", [
+    ("frames", "think", 4, 1), ("frames", "direct", 4, 1), ("chain", "think", 6, 8),
+])  # fmt: skip
+def test_target_attention_and_sharpening(task, style, extent, queries) -> None:
     """Against the model's own attention maps: the share on the frame that is asked about."""
     import ral_kernels as rk
 
-    model, reader = _model_and_reader()
+    model, reader = _model_and_reader(words=WORDS if task == "chain" else ())
     decoder = Decoder.of(model)
-    watch = TargetAttention(reader, TASKS["frames"], "think", 4, 6)
+    watch = TargetAttention(reader, TASKS[task], style, extent, 6)
     inputs = {**watch.prompts.fields}
     shares = watch(decoder)
     maps = model(**inputs, output_attentions=True, use_cache=False).attentions
     ids = rk.spans_for(model.config, inputs, "frame").spans.ids
-    for share, attention in zip(shares, maps, strict=True):
-        row = attention.mean(1)[:, watch.row]
-        visual = (row * (ids >= 0)).sum(-1)
-        target = (row * (ids == watch.targets[:, None])).sum(-1)
-        assert share == pytest.approx(float((target / visual).mean().detach()), rel=1e-4)
+    assert watch.rows.shape == (queries,)
+    by_query = watch.of_queries(decoder)
+    for share, of_queries, attention in zip(shares, by_query, maps, strict=True):
+        wanted = []
+        for query, position in enumerate(watch.rows):
+            row = attention.mean(1)[:, position]
+            visual = (row * (ids >= 0)).sum(-1)
+            target = (row * (ids == watch.targets[:, query, None])).sum(-1)
+            wanted.append(float((target / visual).mean().detach()))
+        assert of_queries.tolist() == pytest.approx(wanted, rel=1e-4)
+        assert share == pytest.approx(sum(wanted) / queries, rel=1e-4)
     with sharpened(decoder, 3.0):
         assert watch(decoder) != pytest.approx(shares, rel=1e-3)
     assert watch(decoder) == pytest.approx(shares)
@@ -191,9 +201,10 @@ def test_pictures_are_what_the_tower_makes_of_them() -> None:
     assert len(reader.pictures) == 24
 
 
-def _model_and_reader(seed: int = 0) -> tuple[Any, Reader]:
-    model = make_model(attn_implementation="eager", seed=seed)
-    return model, Reader(model, make_processor())
+def _model_and_reader(seed: int = 0, words: tuple[str, ...] = ()) -> tuple[Any, Reader]:
+    tokenizer = make_tokenizer(words)
+    model = make_model(attn_implementation="eager", seed=seed, tokenizer=tokenizer)
+    return model, Reader(model, make_processor(tokenizer))
 
 
 def test_statistics() -> None:
@@ -371,7 +382,7 @@ def test_a_study(plan, tmp_path: Path, capsys) -> None:
     (picture,) = tmp_path.glob("*.png")
     assert picture.name == f"{file.stem}-frames.png" and picture.stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "reached 50 %" in printed and "evidence, reward and credit" in printed
+    assert "reached 50 %" in printed and "evidence on all, reward, credit" in printed
     assert "RAL λ = 5, all layers" in printed and "mean of 16, 32 and 64 frames" in printed
     assert report.main([str(file)]) == 0
     assert "| GRPO | 1 |" in capsys.readouterr().out
