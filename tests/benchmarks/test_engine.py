@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from typing import Any
 
@@ -67,7 +68,7 @@ def _of_trainer(start: _Start, arm: Arm, config: RALConfig, rows: Any) -> tuple[
     from transformers import TrainerCallback
 
     teacher = start.policy(0.02) if arm.teacher else None
-    trainer = RALTrainer(
+    trainer: Any = RALTrainer(
         start.policy(), _reward, config, train_dataset=rows,
         processing_class=start.reader.processor, teacher_model=teacher,
     )  # fmt: skip
@@ -83,8 +84,8 @@ def _of_trainer(start: _Start, arm: Arm, config: RALConfig, rows: Any) -> tuple[
         return value
 
     class Keep(TrainerCallback):
-        def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
-            steps[-1][2] = {n: p.grad.clone() for n, p in model.named_parameters()}
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            steps[-1][2] = {n: p.grad.clone() for n, p in kwargs["model"].named_parameters()}
 
     def write(rows_: Any) -> Any:
         output = generate(rows_)
@@ -192,7 +193,7 @@ def _compare(start: _Start, arm: Arm, folder: Any) -> None:
         torch.testing.assert_close(mine.detach(), loss, rtol=1e-5, atol=1e-6)
         mine.backward()
         torch.nn.utils.clip_grad_norm_(engine._parameters, config.max_grad_norm)
-        found = engine.policy.weights(lambda weight: weight.grad)
+        found = engine.policy.weights(operator.attrgetter("grad"))
         assert found.keys() == gradients.keys()
         for name, theirs in gradients.items():
             error = (found[name] - theirs).norm() / theirs.norm().clamp(min=1e-9)

@@ -115,7 +115,9 @@ def test_rollouts_to_reach_an_accuracy() -> None:
     assert report.reached("frames", runs[2:], 0.5) == []
 
 
-def test_controls_change_what_attention_learns_from_and_nothing_else(plan) -> None:
+def test_controls_change_what_attention_learns_from_and_nothing_else(
+    plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses of a policy that has moved, with the attention term and without it."""
     terms, rests = [], []
     for name in ("ral", "ral_flipped", "ral_shuffled"):
@@ -125,7 +127,7 @@ def test_controls_change_what_attention_learns_from_and_nothing_else(plan) -> No
                 parameter.mul_(1.5)
             whole = float(engine.loss(rollouts))
             advantages = rollouts.inputs["advantages"]
-            engine._controlled = torch.zeros_like
+            monkeypatch.setattr(engine, "_controlled", torch.zeros_like)
             rests.append(float(engine.loss(rollouts)))
             assert torch.equal(rollouts.inputs["advantages"], advantages)
         terms.append(whole - rests[-1])

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import study_speed
 from benchmarks.study import run as one
 from benchmarks.study.evaluate import HeldOut
+from benchmarks.study.tasks import TASKS
 
 pytestmark = pytest.mark.xdist_group("study")
 _SMALL = ["--arms", "grpo", "--extents", "2", "--rounds", "1", "--test-rows", "2"]
@@ -37,6 +38,6 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_answers_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = HeldOut.answers
     monkeypatch.setattr(HeldOut, "answers", lambda self, model: stock(self, model) + 1)
-    bench = one.Bench(one.Plan(tmp_path, 1, 2, start_steps=0), one.TASKS["frames"], "think")
+    bench = one.Bench(one.Plan(tmp_path, 1, 2, start_steps=0), TASKS["frames"], "think")
     with pytest.raises(SystemExit, match="extent 2 differ"):
         study_speed.evaluation(bench, 2)
