@@ -29,8 +29,8 @@ def draw(path: Path) -> Path:
     from PIL import Image
 
     figure = plt.figure(figsize=(9.4, 7.0))
-    above, below = figure.subfigures(2, 1, height_ratios=(4.6, 2.4))
-    parts: Any = [*above.subfigures(1, 2, width_ratios=(1.9, 1)), below]
+    halves: Any = figure.subfigures(2, 1, height_ratios=(4.6, 2.4))
+    parts: Any = [*halves[0].subfigures(1, 2, width_ratios=(1.9, 1)), halves[1]]
     for part, (name, extent) in zip(parts, _EXTENTS.items(), strict=True):
         task = TASKS[name]
         (row,) = task.rows(1, extent, "test", TEST_SEED, style=task.style)

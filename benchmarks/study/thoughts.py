@@ -143,7 +143,7 @@ def spread(model: Decoder, rows: Rows, seed: int = 0) -> dict[str, float]:
         torch.manual_seed(seed)
         said = rows.responses(model, of, None, BUDGET["temperature"])
     asked = [rows.rows[row] for row in of.tolist()]
-    rewards = combined_reward(TASK.style)(  # type: ignore[arg-type]
+    rewards = combined_reward(TASK.style)(
         [[{"role": "assistant", "content": text}] for text in said],
         [row["solution"] for row in asked], [row["problem_type"] for row in asked],
     )  # fmt: skip
