@@ -153,6 +153,8 @@ def test_opinfo(
     got = run(ours, dtype)
     truth = run(F.scaled_dot_product_attention, torch.float64)
     baselines = [run(F.scaled_dot_product_attention, dtype), run(torch_flash, dtype)]
+    with sdpa_kernel(SDPBackend.MATH):
+        baselines.append(run(F.scaled_dot_product_attention, dtype))
     half_ulp = 0.0
     if dtype == torch.float32 and gradient:
         q, k, _ = (x.double() for x in tensors)
