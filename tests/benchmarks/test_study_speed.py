@@ -17,7 +17,10 @@ _SMALL = ["--arms", "grpo", "--extents", "2", "--rounds", "1", "--test-rows", "2
 
 
 @pytest.mark.slow(stands_in="tests/benchmarks/test_engine.py::test_the_same_seed_is_the_same_run")
-def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one, "be_quiet", lambda: None)  # it would silence this process
     assert study_speed.main([*_SMALL, "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("study_speed-*.json")
     train, evaluate = json.loads(file.read_text())["points"]
