@@ -44,16 +44,13 @@ class HeldOut:
     """
 
     def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
-        from trl.data_utils import prepare_multimodal_messages
-
         self._reader = reader
         self._style: Any = style
         self._longest = task.longest
         held_out = list(task.rows(rows, extent, "test", TEST_SEED, style=style))
         self._wanted = [row["completion"][0]["content"] for row in held_out]
         self._solutions = [row["solution"] for row in held_out]
-        messages = [prepare_multimodal_messages(r["prompt"], images=r["images"]) for r in held_out]
-        self.prompts = reader.encode(messages, add_generation_prompt=True)
+        self.prompts = reader.encode(held_out)
 
     def __call__(self, model: Decoder) -> Any:
         """`ral.digits.evaluate.Accuracy` of greedy responses."""
@@ -70,10 +67,9 @@ class HeldOut:
         allowed[self._reader.suppressed] = float("-inf")
         found = []
         for index in torch.arange(len(prompts)).split(max(1, _TOKENS // prompts.ids.shape[1])):
-            tokens = prompts.tokens(model, index)
             answers = model.generate(
-                tokens.columns(-1, None), model.prefix(tokens.columns(None, -1)),
-                prompts.start[index], lambda logits: (logits + allowed).argmax(-1),
+                *prompts.begun(model, index), prompts.start[index],
+                lambda logits: (logits + allowed).argmax(-1),
                 longest=self._longest, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
             )  # fmt: skip
             found.append(answers)
@@ -108,18 +104,12 @@ class TargetAttention:
     """
 
     def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
-        from trl.data_utils import prepare_multimodal_messages
-
         from ral.digits.tasks import looks_of, puzzle_of
 
         name: Any = task.name
         chosen: Any = style
         held_out = task.rows(rows, extent, "test", TEST_SEED + 1, style=style)
-        messages = [
-            prepare_multimodal_messages(row["prompt"] + row["completion"], images=row["images"])
-            for row in held_out
-        ]
-        self.prompts = reader.encode(messages)
+        self.prompts = reader.encode(held_out, completions=True)
         puzzles = [puzzle_of(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
         looks = torch.tensor([looks_of(puzzle, chosen) for puzzle in puzzles])
         self.targets = looks[..., 1]  # [rows, queries]

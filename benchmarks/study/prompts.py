@@ -107,16 +107,26 @@ class Reader:
         self.config = model.config
         self.suppressed: list[int] = list(model.generation_config.suppress_tokens or ())
 
-    def encode(self, messages: Sequence[Any], **template: Any) -> Prompts:
-        """Conversations as prompts.
+    def encode(self, rows: Sequence[Mapping[str, Any]], completions: bool = False) -> Prompts:
+        """Rows of a dataset as prompts.
 
         Args:
-            messages: with their pictures, as `prepare_multimodal_messages` returns them.
-            template: options of the chat template.
+            rows: with prompt and images.
+            completions: whether the rows' completions follow; else a response is asked for.
         """
+        from trl.data_utils import prepare_multimodal_messages
+
+        messages = [
+            prepare_multimodal_messages(
+                row["prompt"] + row["completion"] if completions else row["prompt"],
+                images=row["images"],
+            )
+            for row in rows
+        ]
         fields = self.processor.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"}, **template,
+            messages, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+            add_generation_prompt=not completions,
         )  # fmt: skip
         ids, mask, grid = (fields[x] for x in ("input_ids", "attention_mask", "image_grid_thw"))
         positions, _ = self._base.get_rope_index(

@@ -75,11 +75,10 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
             return save_start(folder, *load_pretrained())
         name: Any = task.name
         chosen: Any = style
-        steps = task.start_steps if plan.start_steps is None else plan.start_steps
         train_start(
             folder, task=name, style=chosen, seed=plan.start_seed, extents=task.seen,
             wrong_share=task.wrong_share if plan.wrong_share is None else plan.wrong_share,
-            steps=steps or SHORT_STEPS,
+            steps=SHORT_STEPS if plan.start_steps == 0 else plan.start_steps,
         )  # fmt: skip
     return folder
 
@@ -146,12 +145,9 @@ class Bench:
     @lru_cache(maxsize=2)  # noqa: B019
     def prompts(self, seed: int, count: int) -> tuple[Prompts, list[dict[str, Any]]]:
         """The prompts that the runs of a seed train on, and their rows."""
-        from trl.data_utils import prepare_multimodal_messages
-
         found = self.task.rows(count, self.task.trained, "train", 1_000 + seed, style=self.style)
         rows = [found[number] for number in range(count)]
-        messages = [prepare_multimodal_messages(r["prompt"], images=r["images"]) for r in rows]
-        return self.reader.encode(messages, add_generation_prompt=True), rows
+        return self.reader.encode(rows), rows
 
     def config(self, arm: Arm, seed: int, batches: int) -> RALConfig:
         """The settings of a run of so many rollout batches."""

@@ -25,7 +25,6 @@ class StudyTask:
         batches: rollout batches of a run.
         learning_rate: of its first step.
         spans: settings of `RALConfig` for noise on attention: what each draw is for.
-        start_steps: of the start.
     """
 
     name: str
@@ -39,7 +38,6 @@ class StudyTask:
     batches: int
     learning_rate: float
     spans: dict[str, Any] = field(hash=False)
-    start_steps: int = 900
 
     @property
     def longest(self) -> int:
@@ -89,6 +87,6 @@ TASKS = {
     "chain": StudyTask(
         "chain", "think", "frames", seen=(6, 8, 16, 32), trained=(6, 8, 16),
         evaluated=(6, 8, 16, 24, 32, 48), endpoint=(24, 32), wrong_share=0.15,
-        batches=80, learning_rate=2e-4, spans={"attn_granularity": "frame"}, start_steps=1200,
+        batches=80, learning_rate=2e-4, spans={"attn_granularity": "frame"},
     ),
 }  # fmt: skip

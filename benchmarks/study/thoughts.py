@@ -2,16 +2,21 @@
 
 python -m benchmarks.study.thoughts FOLDER
 
-In a right thought, the time that a look names is replaced by that of another frame: alone, or with
-the two digits before it that say the same. The share of rows is printed in which the next digits
-are those of the frame that is named now, or of the one that was named before, and in which the
-answer is that of the chain from there. Then rollouts: the share of right ones, and of groups whose
-rewards differ.
+FOLDER has the start, as `python -m benchmarks.figure3 --tasks chain --runs RUNS` leaves it in
+RUNS/starts/chain-think-0. In a right thought, the time that a look names is replaced by that of
+another frame: alone, or with the two digits before it that say the same. Shares of rows say what
+follows:
+
+- named: the digits of the frame that is named now;
+- replaced: those of the frame that was named before;
+- answer: the answer of the chain from the frame that is named now.
+
+Then rollouts: the share of right ones, and of groups whose rewards differ.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,12 +75,9 @@ class Rows:
     """
 
     def __init__(self, reader: Reader, extent: int) -> None:
-        from trl.data_utils import prepare_multimodal_messages
-
         self._reader = reader
         self.rows = list(TASK.rows(ROWS, extent, "test", SEED))
-        messages = [prepare_multimodal_messages(r["prompt"], images=r["images"]) for r in self.rows]
-        self._prompts = reader.encode(messages, add_generation_prompt=True)
+        self._prompts = reader.encode(self.rows)
         self.chains: list[Any] = [puzzle_of("chain", extent, "test", SEED, i) for i in range(ROWS)]
 
     @torch.inference_mode()
@@ -161,7 +163,7 @@ def main(folder: str, extents: Sequence[int] = TASK.evaluated) -> None:
     torch.set_num_threads(1)
     model = load_model(folder, dtype="float32")
     reader = Reader(model, load_processor(folder))
-    decoder = Decoder.of(load_model(folder, dtype="float32"))
+    decoder = Decoder.of(model)
     for extent in extents:
         rows = Rows(reader, extent)
         for what, shares in (
@@ -174,4 +176,6 @@ def main(folder: str, extents: Sequence[int] = TASK.evaluated) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", help="of the start")
+    main(parser.parse_args().folder)

@@ -36,8 +36,9 @@ from .tasks import NOISE, Style, demonstration, prompt, response
 EXTENTS: dict[Task, tuple[int, ...]] = {
     "cell": (1, 2, 3, 4, 6, 8),
     "timestamp": (2, 4, 8, 16, 32, 64),
-    "chain": (8, 16, 32, 64),
+    "chain": (6, 8, 16, 32),
 }
+STEPS: dict[Task, int] = {"cell": 900, "timestamp": 900, "chain": 1200}
 SHORT = 36  # visual tokens; longer rows come less often, to keep the form at any length
 TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8, "chain": 8}
 VISION_STEPS, VISION_BATCH = 100, 256
@@ -99,7 +100,7 @@ def train_start(
     task: Task = "timestamp",
     *,
     style: Style = "think",
-    steps: int = 900,
+    steps: int | None = None,
     wrong_share: float = 0.5,
     seed: int = 0,
     extents: Sequence[int] | None = None,
@@ -117,12 +118,13 @@ def train_start(
     Args:
         folder: of the checkpoint, as `save_start` writes it.
         task, style: as in `make_dataset`.
-        steps: of the language model; the vision tower takes 100 small ones before.
+        steps: of the language model, by default `STEPS`; the vision tower takes 100 small ones
+            before.
         wrong_share: of the last quarter of the steps' demonstrations, those that answer for the
             last cell or frame, or of a chain's looks, as in `make_dataset`; 0 for an unbiased
             start.
         seed: of weights, puzzles and batches.
-        extents: grid sides or frames to train on, by default 1–8 or 2–64, the long ones seldom.
+        extents: grid sides or frames to train on, by default `EXTENTS`, the long ones seldom.
         batch_size, learning_rate: of the language model's steps.
         looks: of chains.
         log: gets a line now and then; None for silence.
@@ -131,6 +133,7 @@ def train_start(
     Raises:
         ValueError: steps or wrong_share is out of its range.
     """
+    steps = STEPS[task] if steps is None else steps
     if steps < 1:
         raise ValueError(f"train_start: steps must be at least 1; got {steps}")
     if not 0 <= wrong_share <= 1:

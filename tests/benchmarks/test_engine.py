@@ -106,11 +106,8 @@ def _prompts(start: _Start, count: int, extents: tuple[int, ...]) -> tuple[Promp
 
 
 def _read(start: _Start, found: Any) -> tuple[Prompts, list[Any]]:
-    from trl.data_utils import prepare_multimodal_messages
-
     rows = [found[number] for number in range(len(found))]
-    messages = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
-    return start.reader.encode(messages, add_generation_prompt=True), rows
+    return start.reader.encode(rows), rows
 
 
 def _engine(start: _Start, arm: Arm, config: RALConfig, found: Any) -> Engine:
