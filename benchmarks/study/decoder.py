@@ -1,8 +1,8 @@
 """The language model of Qwen2.5-VL in plain PyTorch, where the rollouts of a prompt share its keys.
 
-The study trains tiny models, for which a forward of transformers is mostly Python, and in which
-each of the 8 rollouts of a prompt computes the prompt again. Here a prompt without its last token
-runs once (`Decoder.prefix`). The rows of each rollout attend to its keys and to their own: the same
+The study's models are tiny, so that a forward of transformers is mostly Python. Each of the 8
+rollouts of a prompt computes the prompt again there. Here a prompt without its last token runs once
+(`Decoder.prefix`). The rows of each rollout attend to its keys and to their own: the same
 function, and the same gradients. The last layer of a prefix is its keys and values alone.
 
 `ral_kernels` captures and steers these layers as those of transformers: attention of a rollout's
