@@ -3,7 +3,7 @@
     python -m benchmarks.figure3 --quick               # two arms, two seeds, short runs
     python -m benchmarks.figure3 --seeds 5 --workers 2 # the whole study
     python -m benchmarks.figure3 --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
-    python -m benchmarks.figure3 --study objectives --seeds 10 --wrong-share 0.95 --reach 0.5
+    python -m benchmarks.figure3 --study objectives --seeds 10 --wrong-share 0.95 --reach 0.25
 
 A tiny Qwen2.5-VL learns to look things up in pictures of real handwritten digits (`ral.digits`): in
 frames of a video, and in a grid of cells. Each arm trains from the same supervised start, on the
@@ -11,8 +11,8 @@ same number of rollouts. It is evaluated on held-out digits, up to sizes that no
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
 interval. Every run is a file, so a stopped study resumes.
 
-`--study objectives` runs the arms of docs/objectives.md, on frames alone. It also prints how many
-rollouts each takes to reach an accuracy.
+`--study objectives` runs the arms of docs/objectives.md, on frames unless `--tasks` says
+otherwise. It also prints how many rollouts each takes to reach an accuracy.
 
 docs/figure3.md has the result. `python -m benchmarks.study.report FILE` prints its tables, and
 `python -m benchmarks.study.plot FILE` draws its pictures again.

@@ -33,7 +33,7 @@ class Arm:
         settings: of `RALConfig`, over `BUDGET`.
         control: what is done to the advantages that the attention terms see: None, "flipped" or
             "shuffled" over the rollouts of a minibatch (of a rollout batch where evidence chooses
-            good ones by them); "wrong": the evidence is the frame after the right one.
+            good ones by them); "wrong": the evidence is the frame or cell after the right one.
         teacher: whether a teacher takes part.
         style: form of the responses, and of the start: "direct" for RAL-zero, None for the task's.
         against: the arms that it is compared with, seed by seed.
@@ -110,8 +110,7 @@ ARMS: tuple[Arm, ...] = (
 )  # fmt: skip
 OBJECTIVES: tuple[Arm, ...] = tuple(
     Arm(
-        name, label, settings, control=control, against=against, tasks=_FRAMES, curve=True,
-        study="objectives",
+        name, label, settings, control=control, against=against, curve=True, study="objectives",
     )
     for name, label, settings, control, against in (
         ("plain", "GRPO", {}, None, ()),
@@ -123,7 +122,7 @@ OBJECTIVES: tuple[Arm, ...] = tuple(
         ("evidence_warmup", "evidence, all, the first quarter",
          {**_ALL, "evidence_schedule": "warmup", "evidence_steps": 0.25}, None,
          ("plain", "evidence_all")),
-        ("evidence_wrong", "evidence, all, wrong frame", _ALL, "wrong", ("plain", "evidence_all")),
+        ("evidence_wrong", "evidence, all, wrong place", _ALL, "wrong", ("plain", "evidence_all")),
         ("reward", "attention reward", _REWARD, None, ("plain",)),
         ("credit", "credit by looking", _CREDIT, None, ("plain",)),
         ("sum", "evidence on all, reward, credit",

@@ -243,10 +243,19 @@ def settings_of(arm: Arm, task: StudyTask) -> dict[str, Any]:
 
 
 def _with_wrong_evidence(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose evidence is the frame after each right one."""
-    frames = len(row["images"])
-    wrong = [{**region, "image": (region["image"] + 1) % frames} for region in row["evidence"]]
-    return {**row, "evidence": wrong}
+    """A row whose evidence is the frame after each right one, or the cell in reading order."""
+    from ral.digits.scans import CELL
+
+    def after(region: dict[str, Any]) -> dict[str, Any]:
+        images, number = row["images"], region["image"]
+        if "box" not in region:
+            return {**region, "image": (number + 1) % len(images)}
+        side = images[number].width // CELL
+        column, line = (x // CELL for x in region["box"][:2])
+        line, column = divmod((line * side + column + 1) % side**2, side)
+        return {**region, "box": [CELL * n for n in (column, line, column + 1, line + 1)]}
+
+    return {**row, "evidence": [after(region) for region in row["evidence"]]}
 
 
 def _watch(
