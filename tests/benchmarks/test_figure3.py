@@ -204,6 +204,9 @@ def test_pictures_are_what_the_tower_makes_of_them() -> None:
     assert len(reader.pictures) == 24
     HeldOut(reader, TASKS["frames"], "think", 4, 6)
     assert len(reader.pictures) == 24
+    fresh = HeldOut(reader, TASKS["frames"], "think", 4, 6, seed=TEST_SEED + 10)
+    assert len(reader.pictures) == 48
+    assert fresh._solutions != held_out._solutions
 
 
 def _model_and_reader(seed: int = 0, words: tuple[str, ...] = ()) -> tuple[Any, Reader]:
