@@ -148,10 +148,33 @@ class TargetAttention:
         """The mean share in each decoder layer."""
         return self.of_queries(model).mean(-1).tolist()
 
-    @torch.no_grad()
     def of_queries(self, model: Decoder) -> torch.Tensor:
         """The mean share in each decoder layer and query, float32 [layers, queries]."""
-        first, end = int(self.rows[0]), int(self.rows[-1]) + 1
+        first = int(self.rows[0])
+        shares = [
+            policy[:, self.rows - first].gather(2, self.targets[..., None])
+            for policy in self._policies(model, first)
+        ]
+        return torch.stack(shares)[..., 0].mean(1)
+
+    def of_tokens(self, model: Decoder) -> torch.Tensor:
+        """The mean share on the first target of every token after the pictures, up to the last
+        query; float32 [layers, tokens].
+        """
+        target = self.targets[:, 0]
+        samples = torch.arange(len(target))
+        shares = [p[samples, :, target] for p in self._policies(model, self.first_text)]
+        return torch.stack(shares).mean(1)
+
+    @property
+    def first_text(self) -> int:
+        """The first token after the pictures."""
+        return int(self.prompts.visual[0].nonzero()[-1]) + 1
+
+    @torch.no_grad()
+    def _policies(self, model: Decoder, first: int) -> list[torch.Tensor]:
+        """The policy of each layer over cells or frames, from row `first` to the last query."""
+        end = int(self.rows[-1]) + 1
         tokens = self.prompts.tokens(
             model, torch.arange(len(self.prompts)), self.prompts.ids.shape[1]
         )
@@ -159,8 +182,4 @@ class TargetAttention:
         rows = tokens.columns(first, end)
         with rk.capture(model, "all", rows=(0, end - first), spans=self._spans) as captured:
             model(**rows._asdict(), past=past)
-        shares = [
-            captured.policy(layer=layer)[:, self.rows - first].gather(2, self.targets[..., None])
-            for layer in captured.layers
-        ]
-        return torch.stack(shares)[..., 0].mean(1)
+        return [captured.policy(layer=layer) for layer in captured.layers]

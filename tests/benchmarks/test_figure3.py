@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import figure3
-from benchmarks.study import plot, report, task_pictures
+from benchmarks.study import plot, report, task_pictures, token_looks
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BUDGET, QUICK, ROLLOUTS
 from benchmarks.study.decoder import Decoder
@@ -164,9 +164,27 @@ def test_target_attention_and_sharpening(task, style, extent, queries) -> None:
             wanted.append(float((target / visual).mean().detach()))
         assert of_queries.tolist() == pytest.approx(wanted, rel=1e-4)
         assert share == pytest.approx(sum(wanted) / queries, rel=1e-4)
+    first, of_tokens = watch.first_text, watch.of_tokens(decoder)
+    assert of_tokens.shape[1] == watch.rows[-1] + 1 - first
+    for of_rows, attention in zip(of_tokens, maps, strict=True):
+        rows = attention.mean(1)[:, first : watch.rows[-1] + 1]
+        target = (rows * (ids == watch.targets[:, :1])[:, None]).sum(-1)
+        wanted = (target / (rows * (ids >= 0)[:, None]).sum(-1)).mean(0).detach()
+        assert of_rows.tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
     with sharpened(decoder, 3.0):
         assert watch(decoder) != pytest.approx(shares, rel=1e-3)
     assert watch(decoder) == pytest.approx(shares)
+
+
+def test_a_line_for_each_token(plan) -> None:
+    """The colour differs from row to row, and has its own name."""
+    bench = one.Bench.of(plan, TASKS["resolution"], "think")
+    heads, *lines = token_looks.table(bench, bench.model(bench.start), 3)
+    assert heads == ["token", "layer 1", "layer 2"]
+    names = [line[0] for line in lines]
+    assert names[-4:] == ["<think>", "the colour", "</think>", "<answer>"]
+    assert names.count("the colour") == 2
+    assert all(share.endswith(" %") for line in lines for share in line[1:])
 
 
 def test_answers_are_those_of_transformers() -> None:
