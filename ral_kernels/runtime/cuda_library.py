@@ -155,6 +155,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
+def multiprocessors(x: Tensor) -> int:
+    """How many the device of `x` has."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def stream(x: Tensor) -> int:
     """The current stream of the device of `x`."""
     return int(torch.cuda.current_stream(x.device).cuda_stream)

@@ -1,6 +1,7 @@
 // dk and dv of `attention`: equations (8), (9), (11) and (15) of
 // ral_kernels/ops/attention/README.md. A CTA has kBlockK keys of a kv head. It walks over the
-// queries that see them, head by head, so that the sum over a group has one fixed order.
+// queries of its part that see them, head by head, so that the sum over a group has one fixed
+// order.
 #pragma once
 
 #include "attention/bwd_scores.h"
@@ -49,12 +50,12 @@ struct attention_bwd_dkdv_kernel {
     clear(dk);
     clear(dv);
     const float scale = call.scale * kLog2e;
-    const QueryRange range(block, block.first_key, block.num_keys);
-    const int64_t group = call.num_heads / call.num_kv_heads;
+    const QueriesOfPart part(params, block);
+    const QueryRange range(block, part, block.first_key, block.num_keys);
     const ral_tensor& dout_tensor = params.gradients.dout;
     const bool has_dout = dout_tensor.data != nullptr;
 
-    for (int64_t h = block.kv_head * group; h < (block.kv_head + 1) * group; ++h) {
+    for (int64_t h = part.first_head; h < part.stop_head; ++h) {
       const MarginalGradient dm(params, sequence, block.b, h);
       const int64_t statistics_row =
           (block.b * call.num_heads + h) * call.seqlen_q + sequence.q_start;
@@ -95,13 +96,10 @@ struct attention_bwd_dkdv_kernel {
     }
     wait_for_copies<0>();  // in flight still where no query sees the keys
     sync_block();          // k and v now stage the results
-    store_rows<1>(
-        rows_of<T>(params.gradients.dk, block.b, block.kv_head, block.first_token),
-        params.gradients.dk.stride_t, warp_key, block.num_keys, dk, [&](int) { return call.scale; },
-        k);
-    store_rows<1>(
-        rows_of<T>(params.gradients.dv, block.b, block.kv_head, block.first_token),
-        params.gradients.dv.stride_t, warp_key, block.num_keys, dv, [](int) { return 1.0f; }, v);
+    store_keys(params, block, params.gradients.dk, params.splits.dk, block.first_token, warp_key,
+               block.num_keys, dk, call.scale, k);
+    store_keys(params, block, params.gradients.dv, params.splits.dv, block.first_token, warp_key,
+               block.num_keys, dv, 1.0f, v);
   }
 };
 

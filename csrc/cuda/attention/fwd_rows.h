@@ -11,11 +11,11 @@ namespace cuda {
 struct AttentionFwdParams {
   ral_attention_params call;
   ral_attention_outputs outputs;
-  int32_t num_q_blocks;
+  CtaOrder order;
 };
 
 RAL_DEVICE QueriesOfBlock queries_of_block(const AttentionFwdParams& params, int32_t block_q) {
-  return {params.call, params.num_q_blocks, block_q, params.outputs.marginals != nullptr};
+  return {params.call, params.order, block_q, params.outputs.marginals != nullptr};
 }
 
 // The marginals of a warp's rows. `num_queries` rows begin at token `first_token`; warp_row is the

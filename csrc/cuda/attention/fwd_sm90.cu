@@ -20,14 +20,14 @@ int attention_fwd_sm90(const ral_attention_params& call, const ral_attention_out
                        void* stream) {
   using Kernel = attention_fwd_sm90_kernel<T, kHeadDim>;
   if (!is_hopper()) return failed("a GPU that is not of compute capability 9.0", kNotTaken);
-  const int64_t num_q_blocks = count_blocks(call.seqlen_q, call.num_sequences, Kernel::kBlockQ,
-                                            call.cu_seqlens_q != nullptr);
-  AttentionFwdSm90Params params{{}, {}, {}, {call, outputs, int32_t(num_q_blocks)}};
+  AttentionFwdSm90Params params{
+      {}, {}, {}, {call, outputs, order_of_queries(call, Kernel::kBlockQ)}};
   const char* reason = encode_tensor<kHeadDim>(params.q, call, call.q, false);
   if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.k, call, call.k, true);
   if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.v, call, call.v, true);
   if (reason != nullptr) return failed(reason, kNotTaken);
-  return run<Kernel>(num_q_blocks * call.num_heads * call.batch_size, params, stream);
+  return run<Kernel>(params.forward.order.num_blocks * call.num_heads * call.batch_size, params,
+                     stream);
 }
 
 }  // namespace cuda

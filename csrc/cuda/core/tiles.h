@@ -134,6 +134,24 @@ RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
   }
 }
 
+// Writes a warp's rows [row, row + 16 kRowTiles) of a dense float32 matrix. Four lanes write the 32
+// bytes of a sector.
+template <int kRowTiles, int kTiles>
+RAL_DEVICE void store_float_rows(float* rows, int row, int num_rows,
+                                 const float (&values)[kRowTiles][kTiles][4]) {
+  const int lane = lane_index();
+  RAL_UNROLL for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int at_row = row + 8 * i + lane / 4;
+    if (at_row >= num_rows) continue;
+    float* to = rows + int64_t(at_row) * 8 * kTiles + 2 * (lane % 4);
+    RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+      const float (&pair)[4] = values[i / 2][c];
+      store_global(reinterpret_cast<Float2*>(to + 8 * c),
+                   Float2{pair[i % 2 * 2], pair[i % 2 * 2 + 1]});
+    }
+  }
+}
+
 // ---- Rows of accumulators -----------------------------------------------------------------------
 
 // Reductions over the four lanes that share a row.
