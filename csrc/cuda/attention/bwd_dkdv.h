@@ -55,7 +55,7 @@ struct attention_bwd_dkdv_kernel {
     const ral_tensor& dout_tensor = params.gradients.dout;
     const bool has_dout = dout_tensor.data != nullptr;
 
-    for (int64_t h = part.first_head; h < part.stop_head; ++h) {
+    for (int32_t h = part.first_head; h < part.stop_head; ++h) {
       const MarginalGradient dm(params, sequence, block.b, h);
       const int64_t statistics_row =
           (block.b * call.num_heads + h) * call.seqlen_q + sequence.q_start;
@@ -96,10 +96,7 @@ struct attention_bwd_dkdv_kernel {
     }
     wait_for_copies<0>();  // in flight still where no query sees the keys
     sync_block();          // k and v now stage the results
-    store_keys(params, block, params.gradients.dk, params.splits.dk, block.first_token, warp_key,
-               block.num_keys, dk, call.scale, k);
-    store_keys(params, block, params.gradients.dv, params.splits.dv, block.first_token, warp_key,
-               block.num_keys, dv, 1.0f, v);
+    store_keys(params, block, block.first_token, warp_key, block.num_keys, dk, dv, k, v);
   }
 };
 

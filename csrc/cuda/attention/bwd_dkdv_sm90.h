@@ -53,7 +53,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     Base::bring_own(shared, barriers, params.k, params.v, key_token, key_token, block.kv_head,
                     block.b);
     Ring<kStages> ring;
-    for (int64_t h = part.first_head; h < part.stop_head; ++h) {
+    for (int32_t h = part.first_head; h < part.stop_head; ++h) {
       for (int32_t first = begin; first <= high; first += kBlockQ, ring.advance()) {
         const int32_t token = block.sequence.q_start + first;
         Base::bring(shared, barriers, ring, 0, params.q, token, h, block.b);
@@ -91,7 +91,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     Ring<kStages> ring;
 
     wait(&barriers.full_own, 0);
-    for (int64_t h = part.first_head; h < part.stop_head; ++h) {
+    for (int32_t h = part.first_head; h < part.stop_head; ++h) {
       const MarginalGradient dm(backward, block.sequence, block.b, h);
       const int64_t statistics =
           (block.b * call.num_heads + h) * call.seqlen_q + block.sequence.q_start;
@@ -165,10 +165,9 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     }
     sync_group(1 + group);
     const int64_t token = block.first_token + group * kGroupK;
-    store_keys(backward, block, backward.gradients.dk, backward.splits.dk, token, warp_key,
-               num_keys, dk, call.scale, Tile<T, kHeadDim>{reinterpret_cast<T*>(k_tile)});
-    store_keys(backward, block, backward.gradients.dv, backward.splits.dv, token, warp_key,
-               num_keys, dv, 1.0f, Tile<T, kHeadDim>{reinterpret_cast<T*>(v_tile)});
+    store_keys(backward, block, token, warp_key, num_keys, dk, dv,
+               Tile<T, kHeadDim>{reinterpret_cast<T*>(k_tile)},
+               Tile<T, kHeadDim>{reinterpret_cast<T*>(v_tile)});
   }
 };
 

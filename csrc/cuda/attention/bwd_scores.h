@@ -20,16 +20,16 @@ RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t b
 // The heads [first_head, stop_head) and queries [low, high] that a CTA's part sums over. Ranges of
 // queries do not depend on the keys, so kernels with other blocks of keys have the same parts.
 struct QueriesOfPart {
-  int64_t first_head, stop_head;
+  int32_t first_head, stop_head;
   int32_t low, high;
 
   RAL_DEVICE QueriesOfPart(const AttentionBwdParams& params, const KeysOfBlock& block) {
     const KeySplits& splits = params.splits;
-    const int64_t group = params.call.num_heads / params.call.num_kv_heads;
+    const int32_t group = int32_t(params.call.num_heads / params.call.num_kv_heads);
     const int32_t of_heads = block.part / splits.ranges, range = block.part % splits.ranges;
     // The first parts of heads are the larger ones.
     const auto cut = [&](int32_t part) {
-      return block.kv_head * group + (part * group + splits.heads - 1) / splits.heads;
+      return int32_t(block.kv_head) * group + (part * group + splits.heads - 1) / splits.heads;
     };
     first_head = cut(of_heads);
     stop_head = cut(of_heads + 1);
@@ -55,24 +55,31 @@ struct QueryRange {
                  : minimum(block.visibility.last_query(first_key + num_keys - 1), part.high)) {}
 };
 
-// Writes dk or dv of a warp's keys [row, row + 16) of `num_rows`: to `gradient`, each number times
-// `factor`, or to the part's own sums. `stage` as in store_rows.
+// Writes dk and dv of a warp's keys [row, row + 16) of `num_rows`: the gradients, or the part's own
+// sums. The stages as in store_rows. One branch for both keeps the Hopper kernel to registers.
 template <typename T, int kHeadDim>
 RAL_DEVICE void store_keys(const AttentionBwdParams& params, const KeysOfBlock& block,
-                           const ral_tensor& gradient, float* parts, int64_t first_token, int row,
-                           int32_t num_rows, const float (&values)[1][kHeadDim / 8][4],
-                           float factor, Tile<T, kHeadDim> stage) {
+                           int64_t first_token, int row, int32_t num_rows,
+                           const float (&dk)[1][kHeadDim / 8][4],
+                           const float (&dv)[1][kHeadDim / 8][4], Tile<T, kHeadDim> stage_dk,
+                           Tile<T, kHeadDim> stage_dv) {
   const ral_attention_params& call = params.call;
-  if (params.splits.num_parts == 1) {
+  const KeySplits& splits = params.splits;
+  if (splits.num_parts == 1) {
+    const ral_tensor &to_dk = params.gradients.dk, &to_dv = params.gradients.dv;
     store_rows<1>(
-        rows_of<T>(gradient, block.b, block.kv_head, first_token), gradient.stride_t, row, num_rows,
-        values, [&](int) { return factor; }, stage);
-    return;
+        rows_of<T>(to_dk, block.b, block.kv_head, first_token), to_dk.stride_t, row, num_rows, dk,
+        [&](int) { return call.scale; }, stage_dk);
+    store_rows<1>(
+        rows_of<T>(to_dv, block.b, block.kv_head, first_token), to_dv.stride_t, row, num_rows, dv,
+        [](int) { return 1.0f; }, stage_dv);
+  } else {
+    const int64_t matrix =
+        (block.part * call.batch_size + block.b) * call.num_kv_heads + block.kv_head;
+    const int64_t at = (matrix * call.seqlen_k + first_token) * kHeadDim;
+    store_float_rows(splits.dk + at, row, num_rows, dk);
+    store_float_rows(splits.dv + at, row, num_rows, dv);
   }
-  const int64_t matrix =
-      (block.part * call.batch_size + block.b) * call.num_kv_heads + block.kv_head;
-  store_float_rows(parts + (matrix * call.seqlen_k + first_token) * kHeadDim, row, num_rows,
-                   values);
 }
 
 // How the gradient of marginals, dm, reaches the rows and columns of a block of scores.

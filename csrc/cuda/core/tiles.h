@@ -139,14 +139,13 @@ RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
 template <int kRowTiles, int kTiles>
 RAL_DEVICE void store_float_rows(float* rows, int row, int num_rows,
                                  const float (&values)[kRowTiles][kTiles][4]) {
-  const int lane = lane_index();
+  const int first = row + lane_index() / 4;
+  float* const to = rows + int64_t(first) * 8 * kTiles + 2 * (lane_index() % 4);
   RAL_UNROLL for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const int at_row = row + 8 * i + lane / 4;
-    if (at_row >= num_rows) continue;
-    float* to = rows + int64_t(at_row) * 8 * kTiles + 2 * (lane % 4);
+    if (first + 8 * i >= num_rows) continue;
     RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
       const float (&pair)[4] = values[i / 2][c];
-      store_global(reinterpret_cast<Float2*>(to + 8 * c),
+      store_global(reinterpret_cast<Float2*>(to + 8 * (8 * i * kTiles + c)),
                    Float2{pair[i % 2 * 2], pair[i % 2 * 2 + 1]});
     }
   }
