@@ -8,7 +8,6 @@ The last section runs it on a Hopper GPU where there is one, as test_hopper.py d
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from ral_kernels.ops.attention import cuda as attention_cuda
 from tests.cuda_host.backend import Kernels, host_library, on_host
 from tests.cuda_host.build import HARNESS, sources_of
 from tests.cuda_host.test_attention import HALF, packed
@@ -131,42 +129,6 @@ def test_same_bits_as_for_sm_80(case: AttentionCase, hopper: Kernels) -> None:
 @pytest.mark.parametrize("case", CONSUMERS[:3], ids=lambda case: case.name)
 def test_any_order_gives_the_same_bits(case: AttentionCase, hopper: Kernels) -> None:
     assert_agree(*both(hopper, case, HALF[1 - len(case.name) % 2], range(2, 4)))
-
-
-@pytest.mark.parametrize("splits", [(2, 1), (1, 3), (3, 2)], ids=str)
-def test_parts_of_the_queries_are_joined(splits: tuple[int, int], hopper: Kernels) -> None:
-    """Against float64, and the same bits from both kernels in any order; dq is not in parts."""
-    case = AttentionCase(
-        "parts", 200, 140, 2, 6, 2, spans="ragged", options={"is_causal": True, "window": 90}
-    )
-    whole = Backward(hopper, case, torch.bfloat16).wanted
-    with mock.patch.object(attention_cuda, "key_splits", lambda *_: splits):
-        wanted, found = both(hopper, case, torch.bfloat16, range(1, 3))
-        assert_agree(wanted, found)
-        with on_host(hopper):
-            common.check_case(case, torch.bfloat16, "cuda")
-    assert torch.equal(wanted["q"], whole["q"])
-    assert not torch.equal(wanted["k"], whole["k"])  # rounded elsewhere, so it was in parts
-
-
-def test_parts_are_as_many_as_fill_the_gpu() -> None:
-    def splits(
-        seqlen: int, num_heads: int, num_kv_heads: int, batch_size: int = 1
-    ) -> tuple[int, int]:
-        args = SimpleNamespace(
-            batch_size=batch_size, num_heads=num_heads, num_kv_heads=num_kv_heads,
-            seqlen_q=seqlen, seqlen_k=seqlen, cu_seqlens_q=None,
-        )  # fmt: skip
-        return attention_cuda.key_splits(args, 132)  # type: ignore[arg-type]
-
-    assert splits(2048, 28, 4) == (4, 1)
-    assert splits(4096, 28, 4) == (2, 1)
-    assert splits(8192, 28, 4) == (1, 1)  # 256 CTAs, the longest first
-    assert splits(4096, 28, 4, batch_size=2) == (1, 1)
-    assert splits(8192, 4, 4, batch_size=1) == (1, 1)
-    assert splits(4096, 1, 1) == (1, 4)
-    assert splits(61, 2, 1) == (1, 1)  # too little to do
-    assert splits(0, 2, 1) == (1, 1)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
