@@ -34,7 +34,9 @@ INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "MUFU", "LDL", "ST
 PRODUCTS = ("HMMA", "HGMMA")
 # Bytes a thread that may lie in local memory, where registers run short; all others have none.
 STACK_LIMIT = {
+    "attention_fwd_kernel 96": 120,
     "attention_fwd_kernel 128": 160,
+    "attention_bwd_dkdv_kernel 96": 24,
     "attention_bwd_dkdv_kernel 128": 64,  # on sm_90: 16 loads in a loop of 1,423 instructions
     "policy_bwd_dk_kernel 64": 8,  # float16 on sm_90
 }

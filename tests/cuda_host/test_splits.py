@@ -65,8 +65,12 @@ def parts_of(heads: int, ranges: int) -> Iterator[None]:
         yield
 
 
+# In a kernel that is wider than a head dim, and that Hopper has not.
+COLUMNS = AttentionCase("columns_72", 140, 150, 1, 6, 2, 72, spans="ragged", options=CAUSAL)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("case", "splits"), SPLITS, ids=ids)
+@pytest.mark.parametrize(("case", "splits"), [*SPLITS, (COLUMNS, (3, 2))], ids=[*ids, COLUMNS.name])
 def test_outputs_and_gradients(
     case: AttentionCase, splits: tuple[int, int], dtype: torch.dtype, cuda_anywhere: None
 ) -> None:

@@ -13,7 +13,8 @@ namespace cuda {
 // has sums of its own in float32, which attention_bwd_join_kernel adds in the order of the parts.
 struct KeySplits {
   int32_t heads, ranges, num_parts;  // num_parts = heads * ranges
-  float *dk, *dv;                    // [num_parts, B, Hk, N, D or Dv]; not used if it is 1
+  int32_t columns;                   // kernel_head_dim
+  float *dk, *dv;                    // [num_parts, B, Hk, N, columns]; not used if it is 1
 };
 
 struct AttentionBwdParams {
@@ -27,7 +28,7 @@ struct AttentionBwdParams {
 };
 
 // The parameters of a call with `scratch` of 2 B H T floats. With several parts, head_parts *
-// range_parts * B Hk N (D + Dv) floats follow.
+// range_parts * 2 B Hk N kernel_head_dim floats follow.
 inline AttentionBwdParams bwd_params(const ral_attention_params& call,
                                      const ral_attention_outputs& outputs,
                                      const ral_attention_gradients& gradients, int32_t head_parts,
@@ -36,8 +37,9 @@ inline AttentionBwdParams bwd_params(const ral_attention_params& call,
   const int64_t num_keys = call.batch_size * call.num_kv_heads * call.seqlen_k;
   float* const dk = scratch + (2 * num_rows + 3) / 4 * 4;  // aligned to 16 bytes
   const int32_t num_parts = head_parts * range_parts;
-  float* const dv = dk + num_parts * num_keys * call.head_dim;
-  const KeySplits splits{head_parts, range_parts, num_parts, dk, dv};
+  const int32_t columns = kernel_head_dim(call.head_dim);
+  float* const dv = dk + num_parts * num_keys * columns;
+  const KeySplits splits{head_parts, range_parts, num_parts, columns, dk, dv};
   return {call, outputs, gradients, scratch, scratch + num_rows, splits, {}};
 }
 

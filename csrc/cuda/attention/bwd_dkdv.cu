@@ -16,7 +16,7 @@ static int launch_dkdv(AttentionBwdParams params, void* stream) {
 }
 
 int attention_bwd_dkdv(const AttentionBwdParams& params, void* stream) {
-  RAL_DISPATCH(params.call.dtype, params.call.head_dim, launch_dkdv, params, stream);
+  RAL_DISPATCH_ATTENTION(params.call.dtype, params.call.head_dim, launch_dkdv, params, stream);
 }
 
 }  // namespace cuda

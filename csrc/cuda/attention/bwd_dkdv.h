@@ -28,20 +28,21 @@ struct attention_bwd_dkdv_kernel {
     const Sequence& sequence = block.sequence;
 
     const TileT k{reinterpret_cast<T*>(shared)};
-    const TileT v{k.data + kBlockK * kHeadDim};
-    const TileT q{v.data + kBlockK * kHeadDim};
-    const TileT dout{q.data + kBlockQ * kHeadDim};
-    float* const statistics = reinterpret_cast<float*>(dout.data + kBlockQ * kHeadDim);
+    const TileT v{k.data + kBlockK * TileT::kStride};
+    const TileT q{v.data + kBlockK * TileT::kStride};
+    const TileT dout{q.data + kBlockQ * TileT::kStride};
+    float* const statistics = reinterpret_cast<float*>(dout.data + kBlockQ * TileT::kStride);
 
     copy_rows<kBlockK, kThreads>(
         k, rows_of<const T>(call.k, block.b, block.kv_head, block.first_token), call.k.stride_t,
-        [&](int row) { return row < block.num_keys; });
+        [&](int row) { return row < block.num_keys; }, call.head_dim);
     copy_rows<kBlockK, kThreads>(
         v, rows_of<const T>(call.v, block.b, block.kv_head, block.first_token), call.v.stride_t,
         [&](int row) {
           return row < block.num_keys && (block.padding == nullptr ||
                                           load_global(block.padding + block.first_key + row) != 0);
-        });
+        },
+        call.head_dim);
     commit_copies();
     const int warp_key = warp_index() * 16;
     const WarpKeys keys(block, block.first_key, warp_key);
@@ -64,12 +65,13 @@ struct attention_bwd_dkdv_kernel {
           has_dout ? rows_of<const T>(dout_tensor, block.b, h, sequence.q_start) : nullptr;
       for (int32_t first = range.low / kBlockQ * kBlockQ; first <= range.high; first += kBlockQ) {
         sync_block();  // the previous queries are no longer read
-        copy_rows<kBlockQ, kThreads>(q, q_rows + first * call.q.stride_t, call.q.stride_t,
-                                     [&](int row) { return first + row < sequence.length_q; });
+        copy_rows<kBlockQ, kThreads>(
+            q, q_rows + first * call.q.stride_t, call.q.stride_t,
+            [&](int row) { return first + row < sequence.length_q; }, call.head_dim);
         commit_copies();
         copy_rows<kBlockQ, kThreads>(
             dout, dout_rows + first * dout_tensor.stride_t, dout_tensor.stride_t,
-            [&](int row) { return has_dout && first + row < sequence.length_q; });
+            [&](int row) { return has_dout && first + row < sequence.length_q; }, call.head_dim);
         commit_copies();
         if (thread_index() < kBlockQ) {
           const int32_t query = first + thread_index();

@@ -14,7 +14,7 @@ static int launch_dq(AttentionBwdParams params, void* stream) {
 }
 
 int attention_bwd_dq(const AttentionBwdParams& params, void* stream) {
-  RAL_DISPATCH(params.call.dtype, params.call.head_dim, launch_dq, params, stream);
+  RAL_DISPATCH_ATTENTION(params.call.dtype, params.call.head_dim, launch_dq, params, stream);
 }
 
 }  // namespace cuda

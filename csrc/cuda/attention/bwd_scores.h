@@ -69,10 +69,10 @@ RAL_DEVICE void store_keys(const AttentionBwdParams& params, const KeysOfBlock& 
     const ral_tensor &to_dk = params.gradients.dk, &to_dv = params.gradients.dv;
     store_rows<1>(
         rows_of<T>(to_dk, block.b, block.kv_head, first_token), to_dk.stride_t, row, num_rows, dk,
-        [&](int) { return call.scale; }, stage_dk);
+        [&](int) { return call.scale; }, stage_dk, call.head_dim);
     store_rows<1>(
         rows_of<T>(to_dv, block.b, block.kv_head, first_token), to_dv.stride_t, row, num_rows, dv,
-        [](int) { return 1.0f; }, stage_dv);
+        [](int) { return 1.0f; }, stage_dv, call.head_dim);
   } else {
     const int64_t matrix =
         (block.part * call.batch_size + block.b) * call.num_kv_heads + block.kv_head;

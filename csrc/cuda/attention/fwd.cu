@@ -20,5 +20,6 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_fwd(const ral_attention_params*
                                                      const ral_attention_outputs* outputs,
                                                      void* stream) {
   RAL_CHECK(ral::check_attention(ral::Memory::kDevice, call, outputs, nullptr) == RAL_OK);
-  RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_fwd, *call, *outputs, stream);
+  RAL_DISPATCH_ATTENTION(call->dtype, call->head_dim, ral::cuda::attention_fwd, *call, *outputs,
+                         stream);
 }

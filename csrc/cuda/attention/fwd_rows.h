@@ -63,7 +63,7 @@ RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& b
   if (marginals.num_spans != 0) marginals.end(lse_log2, m);
   store_rows<kRowTiles>(
       rows_of<T>(params.outputs.out, block.b, block.h, first_token), params.outputs.out.stride_t,
-      warp_row, num_queries, out, [&](int i) { return inverse[i]; }, stage);
+      warp_row, num_queries, out, [&](int i) { return inverse[i]; }, stage, call.head_dim);
 }
 
 }  // namespace cuda

@@ -15,6 +15,9 @@ from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 logger = logging.getLogger(__name__)
 
+# Those between the first and the last run in kernels for 96 columns.
+HEAD_DIMS = (64, 72, 80, 88, 96, 128)
+
 # Of the kernel for dk and dv. That for sm_80 has half the keys, and a multiprocessor holds two.
 KEYS_OF_CTA, QUERIES_OF_TILE = 128, 64
 TILES_OF_PART = 16  # fewest tiles of queries that are worth sums of their own
@@ -75,7 +78,9 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
         return cuda_library.only_on_request()
 
     def can_run(self, args: AttentionArgs) -> str | None:
-        return cuda_library.cannot_run(args.q, args.k, args.v) or self.has_no_kernel(args)
+        return cuda_library.cannot_run(
+            args.q, args.k, args.v, head_dims=HEAD_DIMS
+        ) or self.has_no_kernel(args)
 
     def has_no_kernel(self, args: AttentionArgs) -> str | None:
         """Why these options have no kernel, on whatever device; None if they have one."""
@@ -90,7 +95,7 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
                 return f"{name} is not supported"
         if args.cu_seqlens_q is not None and args.key_padding_mask is not None:
             return "key_padding_mask is not supported with packed sequences"
-        return cuda_library.cannot_compute(args.q, args.k, args.v)
+        return cuda_library.cannot_compute(args.q, args.k, args.v, head_dims=HEAD_DIMS)
 
     def fwd(self, args: AttentionArgs, outputs: AttentionOutputs) -> None:
         args = _prepared(args)
@@ -103,7 +108,8 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
     ) -> None:
         """Write dq, dk and dv. `dspan_bias` is None, because span_bias is not supported.
 
-        Scratch: 2 B H T floats, and with several parts (`key_splits`) B Hk N (D + Dv) floats each.
+        Scratch: 2 B H T floats, and with several parts (`key_splits`) B Hk N (D + Dv) floats each,
+        D and Dv those of the kernels.
         """
         assert gradients.dspan_bias is None
         args = _prepared(args)
@@ -113,7 +119,8 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
         parts = math.prod(splits)
         size = math.ceil(2 * outputs.lse.numel() / 4) * 4  # delta, lse in base 2
         if parts > 1:
-            size += parts * (args.k.numel() + args.v.numel())
+            columns = args.head_dim if args.head_dim in cuda_library.HEAD_DIMS else 96
+            size += parts * 2 * args.batch_size * args.num_kv_heads * args.seqlen_k * columns
         scratch = cuda_library.scratch(outputs.lse, size)
         with cuda_library.on_device_of(args.q):
             status = _launch(
