@@ -116,11 +116,11 @@ def hopper_missing() -> str | None:
     return None if missing is None else missing.decode()
 
 
-def cannot_run(x: Tensor, *others: Tensor, head_dims: tuple[int, ...] = HEAD_DIMS) -> str | None:
+def cannot_run(*tensors: Tensor, head_dims: tuple[int, ...] = HEAD_DIMS) -> str | None:
     """Why the kernels cannot run on these queries, keys and values; None if they can."""
-    if not x.is_cuda:
-        return checks.wrong_device("CUDA", x.device)
-    return cannot_compute(x, *others, head_dims=head_dims)
+    if not tensors[0].is_cuda:
+        return checks.wrong_device("CUDA", tensors[0].device)
+    return cannot_compute(*tensors, head_dims=head_dims)
 
 
 def cannot_compute(*tensors: Tensor, head_dims: tuple[int, ...] = HEAD_DIMS) -> str | None:
