@@ -101,7 +101,7 @@ def begin(launcher: Callable[..., Any] | None = None) -> None:
     for op, table in backends._tables.items():
         for name in {"triton", "cuda"} & table.keys():
             _wrap(op, name, table[name], table["reference"])
-    cuda_library.cannot_run = lambda x, *others: cuda_library.cannot_compute(x, *others)
+    cuda_library.cannot_run = cuda_library.cannot_compute
     cuda_library.hopper = _hopper
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
+from ral_kernels.ops.attention.cuda import HEAD_DIMS
 from tests.cuda_host.backend import Kernels
 from tests.ops import test_attention as common
 from tests.ops.attention_cases import CASES, AttentionCase
@@ -16,7 +17,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 def has_kernel(case: AttentionCase) -> bool:
     return (
-        case.head_dim in (64, 128)
+        case.head_dim in HEAD_DIMS
         and case.head_dim_v in (None, case.head_dim)
         and case.span_bias == "none"
         and case.attn_mask == "none"
@@ -45,7 +46,19 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if has_kernel(c)] + TILES, ids=lambda c: c.name)
+# In kernels for 96 columns. Heads that are strided hold what no column of them may read or write.
+WIDTHS = [
+    AttentionCase("columns_72", 140, 150, 2, 4, 2, 72, spans="ragged", options={"is_causal": True}),
+    AttentionCase("columns_80", 130, 200, 1, 4, 2, 80, spans="equal", layout="strided"),
+    AttentionCase("columns_88", 61, 70, 1, 2, 1, 88, spans="unsorted", layout="mixed"),
+    AttentionCase("columns_96", 129, 65, 2, 2, 1, 96, spans="gaps", key_padding="left"),
+    AttentionCase("columns_80_window", 300, 300, 1, 2, 1, 80, options={"window": (70, 3)}),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if has_kernel(c)] + TILES + WIDTHS, ids=lambda c: c.name
+)
 @pytest.mark.parametrize("dtype", HALF, ids=("bfloat16", "float16"))
 def test_outputs_and_gradients(
     case: AttentionCase, dtype: torch.dtype, cuda_anywhere: None

@@ -67,7 +67,9 @@ def assert_agrees(library: Kernels, case: AttentionCase, dtype: torch.dtype, ord
         assert_same_bits(outputs(library, FWD_SM90, order, case, dtype), wanted)
 
 
-EVERY_CASE = [*filter(has_kernel, CASES), *TILES, *CONSUMERS]
+EVERY_CASE = [
+    case for case in (*filter(has_kernel, CASES), *TILES, *CONSUMERS) if case.head_dim in (64, 128)
+]
 
 
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)

@@ -230,6 +230,23 @@ def test_what_a_map_cannot_say_is_left_to_the_other_kernels(hopper: Kernels) -> 
     assert hopper.functions.ral_cuda_failed_kernel() == b"a stride of 0"
 
 
+def test_other_head_dims_are_left_to_the_other_kernels(hopper: Kernels) -> None:
+    inputs = AttentionCase("columns", 9, 20, head_dim=80).inputs(torch.bfloat16)
+    statuses = []
+
+    def watched(*given):
+        statuses.append(getattr(hopper.functions, BWD_SM90)(*given))
+        return statuses[-1]
+
+    with on_host(hopper):
+        out = rk.attention(inputs.q.requires_grad_(), inputs.k, inputs.v, backend="cuda").out
+        with mock.patch.object(hopper.functions, BWD, watched):
+            out.float().sum().backward()
+    assert statuses == [-2]
+    reason = hopper.functions.ral_cuda_failed_kernel()
+    assert reason == b"a head dim that is neither 64 nor 128"
+
+
 # ---- On a GPU ------------------------------------------------------------------------------------
 
 

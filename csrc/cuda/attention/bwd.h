@@ -2,26 +2,60 @@
 // ral_kernels/ops/attention/README.md. These kernels have no soft cap, so dx = ds.
 #pragma once
 
-#include "core/keys.h"
+#include "core/blocks.h"
 #include "core/tiles.h"
 
 namespace ral {
 namespace cuda {
 
+// How the queries that see a block of keys are split over CTAs, where there are too few kv heads
+// and keys to fill the GPU: into parts of their heads, and those into ranges of queries. Each part
+// has sums of its own in float32, which attention_bwd_join_kernel adds in the order of the parts.
+struct KeySplits {
+  int32_t heads, ranges, num_parts;  // num_parts = heads * ranges
+  int32_t columns;                   // kernel_head_dim
+  float *dk, *dv;                    // [num_parts, B, Hk, N, columns]; not used if it is 1
+};
+
 struct AttentionBwdParams {
   ral_attention_params call;
   ral_attention_outputs outputs;
   ral_attention_gradients gradients;
-  float* delta;        // [B, H, T], written by attention_bwd_delta_kernel
-  float* lse_log2;     // [B, H, T], from the same kernel; 0 where a row sees no key
-  int32_t num_blocks;  // of queries or of keys
+  float* delta;     // [B, H, T], written by attention_bwd_delta_kernel
+  float* lse_log2;  // [B, H, T], from the same kernel; 0 where a row sees no key
+  KeySplits splits;
+  CtaOrder order;
 };
 
+// The parameters of a call with `scratch` of 2 B H T floats. With several parts, head_parts *
+// range_parts * 2 B Hk N kernel_head_dim floats follow.
+inline AttentionBwdParams bwd_params(const ral_attention_params& call,
+                                     const ral_attention_outputs& outputs,
+                                     const ral_attention_gradients& gradients, int32_t head_parts,
+                                     int32_t range_parts, float* scratch) {
+  const int64_t num_rows = call.batch_size * call.num_heads * call.seqlen_q;
+  const int64_t num_keys = call.batch_size * call.num_kv_heads * call.seqlen_k;
+  float* const dk = scratch + (2 * num_rows + 3) / 4 * 4;  // aligned to 16 bytes
+  const int32_t num_parts = head_parts * range_parts;
+  const int32_t columns = kernel_head_dim(call.head_dim);
+  float* const dv = dk + num_parts * num_keys * columns;
+  const KeySplits splits{head_parts, range_parts, num_parts, columns, dk, dv};
+  return {call, outputs, gradients, scratch, scratch + num_rows, splits, {}};
+}
+
+// Whether head_parts and range_parts split the queries of a call.
+inline bool are_parts(const ral_attention_params& call, int32_t head_parts, int32_t range_parts) {
+  return head_parts >= 1 && head_parts <= call.num_heads / call.num_kv_heads && range_parts >= 1 &&
+         range_parts <= call.seqlen_q + 1;
+}
+
 // Launches of the kernels, each in the .cu file of its name so that nvcc compiles them in parallel.
-// All return as `run` does. dq and dkdv read what attention_bwd_delta writes, and set num_blocks.
+// All return as `run` does. dq and dkdv read what attention_bwd_delta writes; join reads what dkdv
+// writes. All but the first set `order`.
 int attention_bwd_delta(const AttentionBwdParams& params, void* stream);
 int attention_bwd_dq(const AttentionBwdParams& params, void* stream);
 int attention_bwd_dkdv(const AttentionBwdParams& params, void* stream);
+int attention_bwd_join(const AttentionBwdParams& params, void* stream);
 
 // The gradient of the marginals, row by row. Rows without marginals have none.
 struct MarginalGradient {

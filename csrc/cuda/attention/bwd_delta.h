@@ -7,7 +7,7 @@
 namespace ral {
 namespace cuda {
 
-template <typename T, int kHeadDim>
+template <typename T>
 struct attention_bwd_delta_kernel {
   using Params = AttentionBwdParams;
   static constexpr int kThreads = 128, kMinBlocks = 8, kSharedBytes = 0;
@@ -27,7 +27,7 @@ struct attention_bwd_delta_kernel {
           reinterpret_cast<const uint32_t*>(rows_of<const T>(params.outputs.out, b, h, t));
       const auto* dout =
           reinterpret_cast<const uint32_t*>(rows_of<const T>(params.gradients.dout, b, h, t));
-      for (int pair = lane; pair < kHeadDim / 2; pair += kWarpSize) {
+      for (int pair = lane; pair < call.head_dim_v / 2; pair += kWarpSize) {
         const Float2 x = unpack<T>(load_global(out + pair));
         const Float2 y = unpack<T>(load_global(dout + pair));
         sum += x.x * y.x + x.y * y.y;

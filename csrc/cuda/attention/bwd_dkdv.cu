@@ -9,14 +9,14 @@ template <typename T, int kHeadDim>
 static int launch_dkdv(AttentionBwdParams params, void* stream) {
   using Dkdv = attention_bwd_dkdv_kernel<T, kHeadDim>;
   const ral_attention_params& call = params.call;
-  const int64_t blocks =
-      count_blocks(call.seqlen_k, call.num_sequences, kBlockK, call.cu_seqlens_q != nullptr);
-  params.num_blocks = int32_t(blocks);
-  return run<Dkdv>(blocks * call.num_kv_heads * call.batch_size, params, stream);
+  const int32_t num_parts = params.splits.num_parts;
+  params.order = order_of_keys(call, kBlockK, num_parts);
+  const int64_t blocks = params.order.num_blocks * call.num_kv_heads * call.batch_size;
+  return run<Dkdv>(blocks * num_parts, params, stream);
 }
 
 int attention_bwd_dkdv(const AttentionBwdParams& params, void* stream) {
-  RAL_DISPATCH(params.call.dtype, params.call.head_dim, launch_dkdv, params, stream);
+  RAL_DISPATCH_ATTENTION(params.call.dtype, params.call.head_dim, launch_dkdv, params, stream);
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 // dk and dv of `attention`: equations (8), (9), (11) and (15) of
 // ral_kernels/ops/attention/README.md. A CTA has kBlockK keys of a kv head. It walks over the
-// queries that see them, head by head, so that the sum over a group has one fixed order.
+// queries of its part that see them, head by head, so that the sum over a group has one fixed
+// order.
 #pragma once
 
 #include "attention/bwd_scores.h"
@@ -27,20 +28,21 @@ struct attention_bwd_dkdv_kernel {
     const Sequence& sequence = block.sequence;
 
     const TileT k{reinterpret_cast<T*>(shared)};
-    const TileT v{k.data + kBlockK * kHeadDim};
-    const TileT q{v.data + kBlockK * kHeadDim};
-    const TileT dout{q.data + kBlockQ * kHeadDim};
-    float* const statistics = reinterpret_cast<float*>(dout.data + kBlockQ * kHeadDim);
+    const TileT v{k.data + kBlockK * TileT::kStride};
+    const TileT q{v.data + kBlockK * TileT::kStride};
+    const TileT dout{q.data + kBlockQ * TileT::kStride};
+    float* const statistics = reinterpret_cast<float*>(dout.data + kBlockQ * TileT::kStride);
 
     copy_rows<kBlockK, kThreads>(
         k, rows_of<const T>(call.k, block.b, block.kv_head, block.first_token), call.k.stride_t,
-        [&](int row) { return row < block.num_keys; });
+        [&](int row) { return row < block.num_keys; }, call.head_dim);
     copy_rows<kBlockK, kThreads>(
         v, rows_of<const T>(call.v, block.b, block.kv_head, block.first_token), call.v.stride_t,
         [&](int row) {
           return row < block.num_keys && (block.padding == nullptr ||
                                           load_global(block.padding + block.first_key + row) != 0);
-        });
+        },
+        call.head_dim);
     commit_copies();
     const int warp_key = warp_index() * 16;
     const WarpKeys keys(block, block.first_key, warp_key);
@@ -49,12 +51,12 @@ struct attention_bwd_dkdv_kernel {
     clear(dk);
     clear(dv);
     const float scale = call.scale * kLog2e;
-    const QueryRange range(block, block.first_key, block.num_keys);
-    const int64_t group = call.num_heads / call.num_kv_heads;
+    const QueriesOfPart part(params, block);
+    const QueryRange range(block, part, block.first_key, block.num_keys);
     const ral_tensor& dout_tensor = params.gradients.dout;
     const bool has_dout = dout_tensor.data != nullptr;
 
-    for (int64_t h = block.kv_head * group; h < (block.kv_head + 1) * group; ++h) {
+    for (int32_t h = part.first_head; h < part.stop_head; ++h) {
       const MarginalGradient dm(params, sequence, block.b, h);
       const int64_t statistics_row =
           (block.b * call.num_heads + h) * call.seqlen_q + sequence.q_start;
@@ -63,12 +65,13 @@ struct attention_bwd_dkdv_kernel {
           has_dout ? rows_of<const T>(dout_tensor, block.b, h, sequence.q_start) : nullptr;
       for (int32_t first = range.low / kBlockQ * kBlockQ; first <= range.high; first += kBlockQ) {
         sync_block();  // the previous queries are no longer read
-        copy_rows<kBlockQ, kThreads>(q, q_rows + first * call.q.stride_t, call.q.stride_t,
-                                     [&](int row) { return first + row < sequence.length_q; });
+        copy_rows<kBlockQ, kThreads>(
+            q, q_rows + first * call.q.stride_t, call.q.stride_t,
+            [&](int row) { return first + row < sequence.length_q; }, call.head_dim);
         commit_copies();
         copy_rows<kBlockQ, kThreads>(
             dout, dout_rows + first * dout_tensor.stride_t, dout_tensor.stride_t,
-            [&](int row) { return has_dout && first + row < sequence.length_q; });
+            [&](int row) { return has_dout && first + row < sequence.length_q; }, call.head_dim);
         commit_copies();
         if (thread_index() < kBlockQ) {
           const int32_t query = first + thread_index();
@@ -95,13 +98,7 @@ struct attention_bwd_dkdv_kernel {
     }
     wait_for_copies<0>();  // in flight still where no query sees the keys
     sync_block();          // k and v now stage the results
-    store_rows<1>(
-        rows_of<T>(params.gradients.dk, block.b, block.kv_head, block.first_token),
-        params.gradients.dk.stride_t, warp_key, block.num_keys, dk, [&](int) { return call.scale; },
-        k);
-    store_rows<1>(
-        rows_of<T>(params.gradients.dv, block.b, block.kv_head, block.first_token),
-        params.gradients.dv.stride_t, warp_key, block.num_keys, dv, [](int) { return 1.0f; }, v);
+    store_keys(params, block, block.first_token, warp_key, block.num_keys, dk, dv, k, v);
   }
 };
 

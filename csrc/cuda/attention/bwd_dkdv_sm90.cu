@@ -11,10 +11,10 @@ template <typename T, int kHeadDim>
 static int launch_dkdv_sm90(AttentionBwdSm90Params params, void* stream) {
   using Dkdv = attention_bwd_dkdv_sm90_kernel<T, kHeadDim>;
   const ral_attention_params& call = params.backward.call;
-  const int64_t blocks = count_blocks(call.seqlen_k, call.num_sequences, Dkdv::kBlockKeys,
-                                      call.cu_seqlens_q != nullptr);
-  params.backward.num_blocks = int32_t(blocks);
-  return run<Dkdv>(blocks * call.num_kv_heads * call.batch_size, params, stream);
+  const int32_t num_parts = params.backward.splits.num_parts;
+  params.backward.order = order_of_keys(call, Dkdv::kBlockKeys, num_parts);
+  const int64_t blocks = params.backward.order.num_blocks * call.num_kv_heads * call.batch_size;
+  return run<Dkdv>(blocks * num_parts, params, stream);
 }
 
 int attention_bwd_dkdv_sm90(const AttentionBwdSm90Params& params, void* stream) {

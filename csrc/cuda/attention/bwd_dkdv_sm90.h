@@ -7,9 +7,9 @@
 namespace ral {
 namespace cuda {
 
-// One CTA has 64 keys of a kv head for each consumer warpgroup. It walks over the queries that see
-// them, head by head, so that the sum over a group has one fixed order. Scores are transposed, so
-// their accumulators are the A operands of pᵀ dout and dsᵀ q.
+// One CTA has 64 keys of a kv head for each consumer warpgroup. It walks over the queries of its
+// part that see them, head by head, so that the sum over a group has one fixed order. Scores are
+// transposed, so their accumulators are the A operands of pᵀ dout and dsᵀ q.
 template <typename T, int kHeadDim>
 struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
   using Params = AttentionBwdSm90Params;
@@ -32,28 +32,28 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     if (block.num_keys <= 0) return;
     shared = Base::aligned(shared);
     Barriers& barriers = Base::set_up_barriers(shared);
-    const QueryRange range(block, block.first_key, block.num_keys);
+    const QueriesOfPart part(params.backward, block);
+    const QueryRange range(block, part, block.first_key, block.num_keys);
     const int32_t begin = range.low / kBlockQ * kBlockQ;
     const int group = warp_index() / 4;
     if (group == 0) {
       give_registers<Base::kProducerRegisters>();
-      if (warp_index() == 0) produce(params, block, begin, range.high, shared, barriers);
+      if (warp_index() == 0) produce(params, block, part, begin, range.high, shared, barriers);
     } else {
       take_registers<Base::kConsumerRegisters>();
-      consume(params, block, begin, range.high, shared, barriers, group - 1);
+      consume(params, block, part, begin, range.high, shared, barriers, group - 1);
     }
   }
 
  private:
-  RAL_DEVICE static void produce(const Params& params, const KeysOfBlock& block, int32_t begin,
-                                 int32_t high, char* shared, Barriers& barriers) {
+  RAL_DEVICE static void produce(const Params& params, const KeysOfBlock& block,
+                                 const QueriesOfPart& part, int32_t begin, int32_t high,
+                                 char* shared, Barriers& barriers) {
     const int32_t key_token = int32_t(block.first_token);
     Base::bring_own(shared, barriers, params.k, params.v, key_token, key_token, block.kv_head,
                     block.b);
-    const ral_attention_params& call = params.backward.call;
-    const int64_t num_sharing = call.num_heads / call.num_kv_heads;
     Ring<kStages> ring;
-    for (int64_t h = block.kv_head * num_sharing; h < (block.kv_head + 1) * num_sharing; ++h) {
+    for (int32_t h = part.first_head; h < part.stop_head; ++h) {
       for (int32_t first = begin; first <= high; first += kBlockQ, ring.advance()) {
         const int32_t token = block.sequence.q_start + first;
         Base::bring(shared, barriers, ring, 0, params.q, token, h, block.b);
@@ -62,8 +62,9 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     }
   }
 
-  RAL_DEVICE static void consume(const Params& params, const KeysOfBlock& block, int32_t begin,
-                                 int32_t high, char* shared, Barriers& barriers, int group) {
+  RAL_DEVICE static void consume(const Params& params, const KeysOfBlock& block,
+                                 const QueriesOfPart& part, int32_t begin, int32_t high,
+                                 char* shared, Barriers& barriers, int group) {
     const AttentionBwdParams& backward = params.backward;
     const ral_attention_params& call = backward.call;
     const int warp_key = warp_index() % 4 * 16;  // the warp's first key in its warpgroup
@@ -71,7 +72,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     const int32_t num_keys = block.num_keys - group * kGroupK;  // none if negative
     const WarpKeys keys(block, first_key, warp_key);
     // Queries that see the warpgroup's own keys. Products with others would be wasted.
-    const QueryRange range(block, first_key, minimum(num_keys, kGroupK));
+    const QueryRange range(block, part, first_key, minimum(num_keys, kGroupK));
     const int32_t own_begin = range.low / kBlockQ * kBlockQ;
     float* const lse_log2 = reinterpret_cast<float*>(
         shared + Base::kStatisticsAt + (group * 4 + warp_index() % 4) * kStatisticsBytes);
@@ -87,11 +88,10 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     float p[1][kBlockQ / 8][4], ds[1][kBlockQ / 8][4];
     uint32_t left_p[4][4], left_ds[4][4];
     const float scale = call.scale * kLog2e;
-    const int64_t num_sharing = call.num_heads / call.num_kv_heads;
     Ring<kStages> ring;
 
     wait(&barriers.full_own, 0);
-    for (int64_t h = block.kv_head * num_sharing; h < (block.kv_head + 1) * num_sharing; ++h) {
+    for (int32_t h = part.first_head; h < part.stop_head; ++h) {
       const MarginalGradient dm(backward, block.sequence, block.b, h);
       const int64_t statistics =
           (block.b * call.num_heads + h) * call.seqlen_q + block.sequence.q_start;
@@ -165,14 +165,9 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     }
     sync_group(1 + group);
     const int64_t token = block.first_token + group * kGroupK;
-    const ral_tensor &dk_tensor = backward.gradients.dk, &dv_tensor = backward.gradients.dv;
-    store_rows<1>(
-        rows_of<T>(dk_tensor, block.b, block.kv_head, token), dk_tensor.stride_t, warp_key,
-        num_keys, dk, [&](int) { return call.scale; },
-        Tile<T, kHeadDim>{reinterpret_cast<T*>(k_tile)});
-    store_rows<1>(
-        rows_of<T>(dv_tensor, block.b, block.kv_head, token), dv_tensor.stride_t, warp_key,
-        num_keys, dv, [](int) { return 1.0f; }, Tile<T, kHeadDim>{reinterpret_cast<T*>(v_tile)});
+    store_keys(backward, block, token, warp_key, num_keys, dk, dv,
+               Tile<T, kHeadDim>{reinterpret_cast<T*>(k_tile)},
+               Tile<T, kHeadDim>{reinterpret_cast<T*>(v_tile)});
   }
 };
 

@@ -9,14 +9,12 @@ template <typename T, int kHeadDim>
 static int launch_dq(AttentionBwdParams params, void* stream) {
   using Dq = attention_bwd_dq_kernel<T, kHeadDim>;
   const ral_attention_params& call = params.call;
-  const int64_t blocks =
-      count_blocks(call.seqlen_q, call.num_sequences, Dq::kBlockQ, call.cu_seqlens_q != nullptr);
-  params.num_blocks = int32_t(blocks);
-  return run<Dq>(blocks * call.num_heads * call.batch_size, params, stream);
+  params.order = order_of_queries(call, Dq::kBlockQ);
+  return run<Dq>(params.order.num_blocks * call.num_heads * call.batch_size, params, stream);
 }
 
 int attention_bwd_dq(const AttentionBwdParams& params, void* stream) {
-  RAL_DISPATCH(params.call.dtype, params.call.head_dim, launch_dq, params, stream);
+  RAL_DISPATCH_ATTENTION(params.call.dtype, params.call.head_dim, launch_dq, params, stream);
 }
 
 }  // namespace cuda

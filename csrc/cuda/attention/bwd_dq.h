@@ -25,19 +25,20 @@ struct attention_bwd_dq_kernel {
     const int64_t b = block.b, h = block.h, first_token = block.first_token;
 
     const TileT q{reinterpret_cast<T*>(shared)};
-    const TileT dout{q.data + kBlockQ * kHeadDim};
-    const TileT k{dout.data + kBlockQ * kHeadDim};
-    const TileT v{k.data + kBlockK * kHeadDim};
+    const TileT dout{q.data + kBlockQ * TileT::kStride};
+    const TileT k{dout.data + kBlockQ * TileT::kStride};
+    const TileT v{k.data + kBlockK * TileT::kStride};
     const T* k_rows = rows_of<const T>(call.k, b, block.kv_head, block.sequence.k_start);
     const T* v_rows = rows_of<const T>(call.v, b, block.kv_head, block.sequence.k_start);
     const auto has_query = [&](int row) { return row < block.num_queries; };
     copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(call.q, b, h, first_token), call.q.stride_t,
-                                 has_query);
+                                 has_query, call.head_dim);
     const ral_tensor& dout_tensor = params.gradients.dout;
     const bool has_dout = dout_tensor.data != nullptr;
     copy_rows<kBlockQ, kThreads>(
         dout, has_dout ? rows_of<const T>(dout_tensor, b, h, first_token) : nullptr,
-        dout_tensor.stride_t, [&](int row) { return has_dout && row < block.num_queries; });
+        dout_tensor.stride_t, [&](int row) { return has_dout && row < block.num_queries; },
+        call.head_dim);
     commit_copies();
 
     const int warp_row = warp_index() * 16;
@@ -54,9 +55,11 @@ struct attention_bwd_dq_kernel {
         return first + row < block.visibility.length_k &&
                (block.padding == nullptr || load_global(block.padding + first + row) != 0);
       };
-      copy_rows<kBlockK, kThreads>(k, k_rows + first * call.k.stride_t, call.k.stride_t, is_real);
+      copy_rows<kBlockK, kThreads>(k, k_rows + first * call.k.stride_t, call.k.stride_t, is_real,
+                                   call.head_dim);
       commit_copies();
-      copy_rows<kBlockK, kThreads>(v, v_rows + first * call.v.stride_t, call.v.stride_t, is_real);
+      copy_rows<kBlockK, kThreads>(v, v_rows + first * call.v.stride_t, call.v.stride_t, is_real,
+                                   call.head_dim);
       commit_copies();
       const KeyBlock keys =
           load_key_block(block.ids, block.padding, first, block.visibility.length_k);
@@ -77,7 +80,7 @@ struct attention_bwd_dq_kernel {
     sync_block();
     store_rows<1>(
         rows_of<T>(params.gradients.dq, b, h, first_token), params.gradients.dq.stride_t, warp_row,
-        block.num_queries, dq, [&](int) { return call.scale; }, q);
+        block.num_queries, dq, [&](int) { return call.scale; }, q, call.head_dim);
   }
 };
 

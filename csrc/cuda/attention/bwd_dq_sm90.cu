@@ -11,10 +11,9 @@ template <typename T, int kHeadDim>
 static int launch_dq_sm90(AttentionBwdSm90Params params, void* stream) {
   using Dq = attention_bwd_dq_sm90_kernel<T, kHeadDim>;
   const ral_attention_params& call = params.backward.call;
-  const int64_t blocks =
-      count_blocks(call.seqlen_q, call.num_sequences, Dq::kBlockQ, call.cu_seqlens_q != nullptr);
-  params.backward.num_blocks = int32_t(blocks);
-  return run<Dq>(blocks * call.num_heads * call.batch_size, params, stream);
+  params.backward.order = order_of_queries(call, Dq::kBlockQ);
+  return run<Dq>(params.backward.order.num_blocks * call.num_heads * call.batch_size, params,
+                 stream);
 }
 
 int attention_bwd_dq_sm90(const AttentionBwdSm90Params& params, void* stream) {

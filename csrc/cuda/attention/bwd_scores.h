@@ -13,19 +13,74 @@ namespace cuda {
 // ---- CTAs with keys: dk, dv ---------------------------------------------------------------------
 
 RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t block_k) {
-  return {params.call, params.num_blocks, block_k, params.gradients.dmarginals != nullptr};
+  return {params.call, params.order, params.splits.num_parts, block_k,
+          params.gradients.dmarginals != nullptr};
 }
 
-// Queries [low, high] that may see one of the keys [first_key, first_key + num_keys).
+// The heads [first_head, stop_head) and queries [low, high] that a CTA's part sums over. Ranges of
+// queries do not depend on the keys, so kernels with other blocks of keys have the same parts.
+struct QueriesOfPart {
+  int32_t first_head, stop_head;
+  int32_t low, high;
+
+  RAL_DEVICE QueriesOfPart(const AttentionBwdParams& params, const KeysOfBlock& block) {
+    const KeySplits& splits = params.splits;
+    const int32_t group = int32_t(params.call.num_heads / params.call.num_kv_heads);
+    const int32_t of_heads = block.part / splits.ranges, range = block.part % splits.ranges;
+    // The first parts of heads are the larger ones.
+    const auto cut = [&](int32_t part) {
+      return int32_t(block.kv_head) * group + (part * group + splits.heads - 1) / splits.heads;
+    };
+    first_head = cut(of_heads);
+    stop_head = cut(of_heads + 1);
+    const int64_t tiles = (block.sequence.length_q + kTile - 1) / kTile;
+    low = int32_t(range * tiles / splits.ranges) * kTile;
+    high =
+        minimum(int32_t((range + 1) * tiles / splits.ranges) * kTile, block.sequence.length_q) - 1;
+  }
+
+ private:
+  static constexpr int32_t kTile = 64;  // queries that the kernels take at once
+};
+
+// Queries [low, high] of a part that may see one of the keys [first_key, first_key + num_keys).
 struct QueryRange {
   int32_t low, high;
 
-  RAL_DEVICE QueryRange(const KeysOfBlock& block, int32_t first_key, int32_t num_keys)
-      : low(block.visibility.first_query(first_key)),
-        high(num_keys <= 0 ? -1
-                           : minimum(block.visibility.last_query(first_key + num_keys - 1),
-                                     block.sequence.length_q - 1)) {}
+  RAL_DEVICE QueryRange(const KeysOfBlock& block, const QueriesOfPart& part, int32_t first_key,
+                        int32_t num_keys)
+      : low(maximum(block.visibility.first_query(first_key), part.low)),
+        high(num_keys <= 0
+                 ? -1
+                 : minimum(block.visibility.last_query(first_key + num_keys - 1), part.high)) {}
 };
+
+// Writes dk and dv of a warp's keys [row, row + 16) of `num_rows`: the gradients, or the part's own
+// sums. The stages as in store_rows. One branch for both keeps the Hopper kernel to registers.
+template <typename T, int kHeadDim>
+RAL_DEVICE void store_keys(const AttentionBwdParams& params, const KeysOfBlock& block,
+                           int64_t first_token, int row, int32_t num_rows,
+                           const float (&dk)[1][kHeadDim / 8][4],
+                           const float (&dv)[1][kHeadDim / 8][4], Tile<T, kHeadDim> stage_dk,
+                           Tile<T, kHeadDim> stage_dv) {
+  const ral_attention_params& call = params.call;
+  const KeySplits& splits = params.splits;
+  if (splits.num_parts == 1) {
+    const ral_tensor &to_dk = params.gradients.dk, &to_dv = params.gradients.dv;
+    store_rows<1>(
+        rows_of<T>(to_dk, block.b, block.kv_head, first_token), to_dk.stride_t, row, num_rows, dk,
+        [&](int) { return call.scale; }, stage_dk, call.head_dim);
+    store_rows<1>(
+        rows_of<T>(to_dv, block.b, block.kv_head, first_token), to_dv.stride_t, row, num_rows, dv,
+        [](int) { return 1.0f; }, stage_dv, call.head_dim);
+  } else {
+    const int64_t matrix =
+        (block.part * call.batch_size + block.b) * call.num_kv_heads + block.kv_head;
+    const int64_t at = (matrix * call.seqlen_k + first_token) * kHeadDim;
+    store_float_rows(splits.dk + at, row, num_rows, dk);
+    store_float_rows(splits.dv + at, row, num_rows, dv);
+  }
+}
 
 // How the gradient of marginals, dm, reaches the rows and columns of a block of scores.
 enum class DmOf {
@@ -177,8 +232,7 @@ struct QueriesWithGradient : QueriesOfBlock {
   MarginalGradient dm;
 
   RAL_DEVICE QueriesWithGradient(const AttentionBwdParams& params, int32_t block_q)
-      : QueriesOfBlock(params.call, params.num_blocks, block_q,
-                       params.gradients.dmarginals != nullptr),
+      : QueriesOfBlock(params.call, params.order, block_q, params.gradients.dmarginals != nullptr),
         dm(params, sequence, b, h) {}
 };
 

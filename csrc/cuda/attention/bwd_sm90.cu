@@ -25,6 +25,7 @@ int attention_bwd_sm90(const AttentionBwdParams& backward, void* stream) {
   int error = attention_bwd_delta(backward, stream);
   if (error == 0) error = attention_bwd_dq_sm90(params, stream);
   if (error == 0) error = attention_bwd_dkdv_sm90(params, stream);
+  if (error == 0) error = attention_bwd_join(backward, stream);
   return error;
 }
 
@@ -38,16 +39,20 @@ int attention_bwd_sm90(const AttentionBwdParams& backward, void* stream) {
 extern "C" RAL_EXPORT int32_t ral_cuda_attention_bwd_sm90(const ral_attention_params* call,
                                                           const ral_attention_outputs* outputs,
                                                           const ral_attention_gradients* gradients,
+                                                          int32_t head_parts, int32_t range_parts,
                                                           float* scratch, void* stream) {
 #ifdef RAL_CUDA_SM90
   RAL_CHECK(scratch != nullptr &&
-            ral::check_attention_bwd(ral::Memory::kDevice, call, outputs, gradients) == RAL_OK);
-  const int64_t num_rows = call->batch_size * call->num_heads * call->seqlen_q;
-  const ral::cuda::AttentionBwdParams params{*call,   *outputs,           *gradients,
-                                             scratch, scratch + num_rows, 0};
+            ral::check_attention_bwd(ral::Memory::kDevice, call, outputs, gradients) == RAL_OK &&
+            ral::cuda::are_parts(*call, head_parts, range_parts));
+  const ral::cuda::AttentionBwdParams params =
+      ral::cuda::bwd_params(*call, *outputs, *gradients, head_parts, range_parts, scratch);
+  if (ral::cuda::kernel_head_dim(call->head_dim) == 96)
+    return ral::cuda::failed("a head dim that is neither 64 nor 128", ral::cuda::kNotTaken);
   RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_bwd_sm90, params, stream);
 #else
   static_cast<void>(call), static_cast<void>(outputs), static_cast<void>(gradients);
+  static_cast<void>(head_parts), static_cast<void>(range_parts);
   static_cast<void>(scratch), static_cast<void>(stream);
   return ral::cuda::failed("a library without kernels for Hopper", ral::cuda::kNotTaken);
 #endif

@@ -34,14 +34,14 @@ struct attention_fwd_kernel {
     const int32_t first_query = block.first_query, num_queries = block.num_queries;
 
     const TileT q{reinterpret_cast<T*>(shared)};
-    const TileT k{q.data + kBlockQ * kHeadDim};
-    const TileT v{k.data + kBlockK * kHeadDim};
+    const TileT k{q.data + kBlockQ * TileT::kStride};
+    const TileT v{k.data + kBlockK * TileT::kStride};
     const T* q_rows = rows_of<const T>(call.q, block.b, block.h, block.first_token);
     const T* k_rows = rows_of<const T>(call.k, block.b, block.kv_head, sequence.k_start);
     const T* v_rows = rows_of<const T>(call.v, block.b, block.kv_head, sequence.k_start);
 
     const int warp_row = warp_index() * kWarpQ;  // the warp's first row in the CTA
-    auto* marginal_rows = reinterpret_cast<MarginalRows*>(v.data + kBlockK * kHeadDim);
+    auto* marginal_rows = reinterpret_cast<MarginalRows*>(v.data + kBlockK * TileT::kStride);
     Marginals<kRowTiles> marginals = begin_marginals<kRowTiles>(
         params, block, block.first_token, num_queries, warp_row, marginal_rows + warp_index());
 
@@ -63,14 +63,17 @@ struct attention_fwd_kernel {
 
     const auto copy_keys = [&](TileT tile, const T* rows, int64_t stride, int32_t first,
                                const uint8_t* hidden) {
-      copy_rows<kBlockK, kThreads>(tile, rows + first * stride, stride, [&](int row) {
-        if (first + row >= visibility.length_k) return false;
-        return hidden == nullptr || load_global(hidden + first + row) != 0;
-      });
+      copy_rows<kBlockK, kThreads>(
+          tile, rows + first * stride, stride,
+          [&](int row) {
+            if (first + row >= visibility.length_k) return false;
+            return hidden == nullptr || load_global(hidden + first + row) != 0;
+          },
+          call.head_dim);
       commit_copies();
     };
-    copy_rows<kBlockQ, kThreads>(q, q_rows, call.q.stride_t,
-                                 [&](int row) { return row < num_queries; });
+    copy_rows<kBlockQ, kThreads>(
+        q, q_rows, call.q.stride_t, [&](int row) { return row < num_queries; }, call.head_dim);
     commit_copies();
     if (low <= high) copy_keys(k, k_rows, call.k.stride_t, begin, nullptr);
 

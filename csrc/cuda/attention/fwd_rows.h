@@ -11,11 +11,11 @@ namespace cuda {
 struct AttentionFwdParams {
   ral_attention_params call;
   ral_attention_outputs outputs;
-  int32_t num_q_blocks;
+  CtaOrder order;
 };
 
 RAL_DEVICE QueriesOfBlock queries_of_block(const AttentionFwdParams& params, int32_t block_q) {
-  return {params.call, params.num_q_blocks, block_q, params.outputs.marginals != nullptr};
+  return {params.call, params.order, block_q, params.outputs.marginals != nullptr};
 }
 
 // The marginals of a warp's rows. `num_queries` rows begin at token `first_token`; warp_row is the
@@ -63,7 +63,7 @@ RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& b
   if (marginals.num_spans != 0) marginals.end(lse_log2, m);
   store_rows<kRowTiles>(
       rows_of<T>(params.outputs.out, block.b, block.h, first_token), params.outputs.out.stride_t,
-      warp_row, num_queries, out, [&](int i) { return inverse[i]; }, stage);
+      warp_row, num_queries, out, [&](int i) { return inverse[i]; }, stage, call.head_dim);
 }
 
 }  // namespace cuda

@@ -20,14 +20,14 @@ int attention_fwd_sm90(const ral_attention_params& call, const ral_attention_out
                        void* stream) {
   using Kernel = attention_fwd_sm90_kernel<T, kHeadDim>;
   if (!is_hopper()) return failed("a GPU that is not of compute capability 9.0", kNotTaken);
-  const int64_t num_q_blocks = count_blocks(call.seqlen_q, call.num_sequences, Kernel::kBlockQ,
-                                            call.cu_seqlens_q != nullptr);
-  AttentionFwdSm90Params params{{}, {}, {}, {call, outputs, int32_t(num_q_blocks)}};
+  AttentionFwdSm90Params params{
+      {}, {}, {}, {call, outputs, order_of_queries(call, Kernel::kBlockQ)}};
   const char* reason = encode_tensor<kHeadDim>(params.q, call, call.q, false);
   if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.k, call, call.k, true);
   if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.v, call, call.v, true);
   if (reason != nullptr) return failed(reason, kNotTaken);
-  return run<Kernel>(num_q_blocks * call.num_heads * call.batch_size, params, stream);
+  return run<Kernel>(params.forward.order.num_blocks * call.num_heads * call.batch_size, params,
+                     stream);
 }
 
 }  // namespace cuda
@@ -38,6 +38,8 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_fwd_sm90(const ral_attention_pa
                                                           const ral_attention_outputs* outputs,
                                                           void* stream) {
   RAL_CHECK(ral::check_attention(ral::Memory::kDevice, call, outputs, nullptr) == RAL_OK);
+  if (ral::cuda::kernel_head_dim(call->head_dim) == 96)
+    return ral::cuda::failed("a head dim that is neither 64 nor 128", ral::cuda::kNotTaken);
   RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_fwd_sm90, *call, *outputs, stream);
 }
 

@@ -1,10 +1,46 @@
-// Which queries or keys a CTA of `attention` has.
+// Which queries or keys a CTA of `attention` has, and in which order CTAs start.
 #pragma once
 
 #include "core/keys.h"
 
 namespace ral {
 namespace cuda {
+
+constexpr int kNumberBytes = 2;  // of q, k, v and dout
+
+// The order in which the CTAs of a launch start. Each head has blocks 0 to num_blocks - 1, and
+// block 0 has the most to do. Block 0 of all heads comes first, then block 1 of all. So the last
+// CTAs to start are short, and multiprocessors end at about the same time. Heads that share keys
+// and values are neighbours. Where the heads together exceed the L2 cache, they start in sections
+// that do not.
+struct CtaOrder {
+  int32_t num_blocks;
+  int32_t num_heads;  // of a section
+
+  // What a section may read over and over: most of the L2 cache of an A100 (40 MB) or H100 (50 MB).
+  static constexpr int64_t kSectionBytes = 32 << 20;
+
+  // num_kv_heads: of all batch entries; heads_per_kv_head: what reads the same keys and values;
+  // bytes: what they share.
+  static CtaOrder of(int64_t num_blocks, int64_t num_kv_heads, int64_t heads_per_kv_head,
+                     int64_t bytes) {
+    const int64_t fit = bytes < kSectionBytes ? kSectionBytes / (bytes > 0 ? bytes : 1) : 1;
+    int64_t of_section = num_kv_heads < fit ? num_kv_heads : fit;
+    while (of_section > 1 && num_kv_heads % of_section != 0) --of_section;
+    return {int32_t(num_blocks), int32_t(of_section * heads_per_kv_head)};
+  }
+
+  struct Place {
+    int32_t block;
+    int64_t head;  // counted over the batch
+  };
+  RAL_DEVICE Place place() const {
+    const uint32_t index = uint32_t(block_index()), heads = uint32_t(num_heads);
+    const uint32_t of_section = uint32_t(num_blocks) * heads;
+    const uint32_t rest = index % of_section;
+    return {int32_t(rest / heads), int64_t(index / of_section * heads + rest % heads)};
+  }
+};
 
 // Span ids from the sequence's first key on. Null if spans are not wanted or not given.
 RAL_DEVICE const int32_t* span_ids_of(const ral_attention_params& call, int64_t b,
@@ -18,6 +54,25 @@ RAL_DEVICE const uint8_t* padding_of(const ral_attention_params& call, int64_t b
   return call.key_padding_mask + b * call.key_padding_mask_stride_b;
 }
 
+// CTAs of block_q queries of a head. Those of a group read the same keys and values.
+inline CtaOrder order_of_queries(const ral_attention_params& call, int32_t block_q) {
+  const int64_t blocks =
+      count_blocks(call.seqlen_q, call.num_sequences, block_q, call.cu_seqlens_q != nullptr);
+  return CtaOrder::of(blocks, call.batch_size * call.num_kv_heads,
+                      call.num_heads / call.num_kv_heads,
+                      call.seqlen_k * (call.head_dim + call.head_dim_v) * kNumberBytes);
+}
+
+// CTAs of block_k keys of a part of a kv head. The parts of a kv head walk over queries of
+// different heads at a time.
+inline CtaOrder order_of_keys(const ral_attention_params& call, int32_t block_k,
+                              int32_t num_parts) {
+  const int64_t blocks =
+      count_blocks(call.seqlen_k, call.num_sequences, block_k, call.cu_seqlens_q != nullptr);
+  return CtaOrder::of(blocks, call.batch_size * call.num_kv_heads, num_parts,
+                      num_parts * call.seqlen_q * (call.head_dim + call.head_dim_v) * kNumberBytes);
+}
+
 // Queries [first_query, first_query + num_queries) of a head's sequence.
 struct QueriesOfBlock {
   int64_t b, h, kv_head;
@@ -28,14 +83,17 @@ struct QueriesOfBlock {
   const int32_t* ids;      // span ids of the sequence's keys; null if not wanted
   const uint8_t* padding;  // of the sequence's keys, or null
 
-  // num_blocks: per head. wants_spans: the call has marginals, or a gradient of them.
-  RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, int32_t num_blocks, int32_t block_q,
-                            bool wants_spans)
-      // Late causal queries see the most keys, so they start first.
-      : QueriesOfBlock(call, num_blocks - 1 - int32_t(block_index() % num_blocks),
-                       block_index() / num_blocks, block_q, wants_spans) {}
+  // wants_spans: the call has marginals, or a gradient of them.
+  RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, const CtaOrder& order,
+                            int32_t block_q, bool wants_spans)
+      : QueriesOfBlock(call, order, order.place(), block_q, wants_spans) {}
 
  private:
+  RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, const CtaOrder& order,
+                            const CtaOrder::Place& place, int32_t block_q, bool wants_spans)
+      // Late causal queries see the most keys.
+      : QueriesOfBlock(call, order.num_blocks - 1 - place.block, place.head, block_q, wants_spans) {
+  }
   RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, int32_t block, int64_t head,
                             int32_t block_q, bool wants_spans)
       : b(head / call.num_heads),
@@ -50,9 +108,11 @@ struct QueriesOfBlock {
         padding(padding_of(call, b)) {}
 };
 
-// Keys [first_key, first_key + num_keys) of a kv head's sequence.
+// Keys [first_key, first_key + num_keys) of a kv head's sequence. Several CTAs may have the same:
+// the parts of a kv head.
 struct KeysOfBlock {
   int64_t b, kv_head;
+  int32_t part;
   Sequence sequence;
   int32_t first_key, num_keys;  // no keys: nothing to do
   int64_t first_token;          // the first key's, in the packed tensors
@@ -60,17 +120,21 @@ struct KeysOfBlock {
   const int32_t* ids;  // as above
   const uint8_t* padding;
 
-  RAL_DEVICE KeysOfBlock(const ral_attention_params& call, int32_t num_blocks, int32_t block_k,
-                         bool wants_spans)
-      // Most queries see early causal keys, so they start first.
-      : KeysOfBlock(call, int32_t(block_index() % num_blocks), block_index() / num_blocks, block_k,
-                    wants_spans) {}
+  RAL_DEVICE KeysOfBlock(const ral_attention_params& call, const CtaOrder& order, int32_t num_parts,
+                         int32_t block_k, bool wants_spans)
+      // Most queries see early causal keys.
+      : KeysOfBlock(call, order.place(), num_parts, block_k, wants_spans) {}
 
  private:
+  RAL_DEVICE KeysOfBlock(const ral_attention_params& call, const CtaOrder::Place& place,
+                         int32_t num_parts, int32_t block_k, bool wants_spans)
+      : KeysOfBlock(call, place.block, place.head / num_parts, int32_t(place.head % num_parts),
+                    block_k, wants_spans) {}
   RAL_DEVICE KeysOfBlock(const ral_attention_params& call, int32_t block, int64_t head,
-                         int32_t block_k, bool wants_spans)
+                         int32_t part, int32_t block_k, bool wants_spans)
       : b(head / call.num_kv_heads),
         kv_head(head % call.num_kv_heads),
+        part(part),
         sequence(locate(call, block_k, block, true)),
         first_key(sequence.block * block_k),
         num_keys(minimum(block_k, sequence.length_k - first_key)),

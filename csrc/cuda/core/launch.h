@@ -23,6 +23,16 @@
     return ral::cuda::failed(#function, ral::cuda::kNoKernel); \
   } while (false)
 
+// The same for `attention`, which has kernels for 96 columns too (kernel_head_dim).
+#define RAL_DISPATCH_ATTENTION(dtype, head_dim, function, ...)                        \
+  do {                                                                                \
+    if (ral::cuda::kernel_head_dim(head_dim) == 96) {                                 \
+      if ((dtype) == RAL_BFLOAT16) return function<ral::cuda::Bf16, 96>(__VA_ARGS__); \
+      if ((dtype) == RAL_FLOAT16) return function<ral::cuda::Fp16, 96>(__VA_ARGS__);  \
+    }                                                                                 \
+    RAL_DISPATCH(dtype, head_dim, function, __VA_ARGS__);                             \
+  } while (false)
+
 // Leaves an entry point whose call does not pass its check in ral/check.h.
 #define RAL_CHECK(passes)                                                       \
   do {                                                                          \

@@ -11,36 +11,53 @@ namespace cuda {
 
 constexpr int kChunk = 8;  // numbers in 16 bytes: the unit of copies and of ldmatrix
 
+// Columns of the kernels of `attention` for a head dim. Some are wider than it: there they read
+// zeros and write nothing. 0: there is no kernel.
+inline int32_t kernel_head_dim(int64_t head_dim) {
+  if (64 < head_dim && head_dim <= 96 && head_dim % kChunk == 0) return 96;
+  return head_dim == 64 || head_dim == 128 ? int32_t(head_dim) : 0;
+}
+
 // Rows of kColumns numbers. A chunk's place in its row is XORed with the row's number. So
-// ldmatrix, which reads 8 rows of a chunk at once, has no bank conflicts.
+// ldmatrix, which reads 8 rows of a chunk at once, has no bank conflicts. A row takes whole
+// 128-byte lines.
 template <typename T, int kColumns>
 struct Tile {
-  static constexpr int kChunks = kColumns / kChunk;
-  static_assert(kChunks % 8 == 0, "a row holds whole 128-byte lines");
+  static_assert(kColumns % 16 == 0, "the inner size of mma.sync");
+  static constexpr int kStride = (kColumns + 63) / 64 * 64;  // numbers
+  static constexpr int kChunks = kStride / kChunk;
   T* data;  // aligned to 128 bytes
 
   RAL_DEVICE T* at(int row, int chunk) const { return data + offset(row, chunk); }
-  static constexpr int bytes(int rows) { return rows * kColumns * int(sizeof(T)); }
+  static constexpr int bytes(int rows) { return rows * kStride * int(sizeof(T)); }
 
   // Offset of a chunk, in numbers. offset(row, c ^ d) = offset(row, c) ^ 8 d, and rows 8 apart are
-  // 8 kColumns apart. So a product forms all its addresses from one number per lane and constants.
+  // 8 kStride apart. So a product forms all its addresses from one number per lane and constants.
   RAL_DEVICE static int offset(int row, int chunk) {
-    return row * kColumns + (chunk ^ (row & 7)) * kChunk;
+    return row * kStride + (chunk ^ (row & 7)) * kChunk;
   }
 };
 
-// Starts copying kRows rows from `rows`, `stride` numbers apart. Rows where `exists(row)` is false
-// become zeros and are not read.
+// Whether a chunk of a row is one of the matrix. A tile of 64 or 128 columns has no others.
+template <typename T, int kColumns>
+RAL_DEVICE bool has_chunk(Tile<T, kColumns> tile, int chunk, int64_t num_columns) {
+  return tile.kStride == kColumns || chunk * kChunk < num_columns;
+}
+
+// Starts copying kRows rows from `rows`, `stride` numbers apart. Rows where `exists(row)` is false,
+// and columns from `num_columns` on, become zeros and are not read.
 template <int kRows, int kThreads, typename T, int kColumns, typename Exists>
-RAL_DEVICE void copy_rows(Tile<T, kColumns> tile, const T* rows, int64_t stride, Exists exists) {
-  constexpr int kChunks = Tile<T, kColumns>::kChunks;
+RAL_DEVICE void copy_rows(Tile<T, kColumns> tile, const T* rows, int64_t stride, Exists exists,
+                          int64_t num_columns = kColumns) {
+  constexpr int kChunks = Tile<T, kColumns>::kChunks, kStride = Tile<T, kColumns>::kStride;
   constexpr int kStep = kThreads / kChunks;  // rows that the CTA copies at once
   static_assert(kStep % 8 == 0 && kRows % kStep == 0, "a thread's rows differ by a multiple of 8");
   const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
   T* to = tile.at(row, chunk);
   const T* from = rows + row * stride + chunk * kChunk;
   RAL_UNROLL for (int i = 0; i < kRows; i += kStep)
-    copy_async(to + i * kColumns, from + i * stride, exists(row + i));
+    copy_async(to + i * kStride, from + i * stride,
+               has_chunk(tile, chunk, num_columns) && exists(row + i));
 }
 
 // The lane's load_matrices offset of a 16 x 16 block: rows [row, row + 16), columns 0 to 15.
@@ -68,10 +85,10 @@ RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4]
   RAL_UNROLL for (int step = 0; step < kColumns / 16; ++step) {
     uint32_t left[kRowTiles][4];
     RAL_UNROLL for (int r = 0; r < kRowTiles; ++r)
-      load_matrices(left[r], a.data + (a_offset ^ 2 * step * kChunk) + 16 * r * kColumns);
+      load_matrices(left[r], a.data + (a_offset ^ 2 * step * kChunk) + 16 * r * a.kStride);
     RAL_UNROLL for (int c = 0; c < kColumnTiles; c += 2) {
       uint32_t right[4];  // of column tiles c and c + 1
-      load_matrices(right, b.data + (b_offset ^ 2 * step * kChunk) + 8 * c * kColumns);
+      load_matrices(right, b.data + (b_offset ^ 2 * step * kChunk) + 8 * c * b.kStride);
       RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) {
         multiply_add<T>(product[r][c], left[r], right[0], right[1]);
         multiply_add<T>(product[r][c + 1], left[r], right[2], right[3]);
@@ -96,7 +113,7 @@ RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumns / 8][4],
       }
     RAL_UNROLL for (int c = 0; c < kColumns / 8; c += 2) {
       uint32_t right[4];
-      load_matrices_transposed(right, b.data + (b_offset ^ c * kChunk) + 16 * step * kColumns);
+      load_matrices_transposed(right, b.data + (b_offset ^ c * kChunk) + 16 * step * b.kStride);
       RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) {
         multiply_add<T>(sum[r][c], left[r], right[0], right[1]);
         multiply_add<T>(sum[r][c + 1], left[r], right[2], right[3]);
@@ -107,11 +124,11 @@ RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumns / 8][4],
 
 // Writes a warp's rows [row, row + 16 kRowTiles) of a matrix, the lane's i-th row times factor(i).
 // A lane holds only 4 adjacent bytes of a row, so rows pass through `stage`. The warp owns the rows
-// of `stage` with the same numbers by now.
+// of `stage` with the same numbers by now. Columns from `num_columns` on are not written.
 template <int kRowTiles, typename T, int kColumns, typename Factor>
 RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
                            const float (&values)[kRowTiles][kColumns / 8][4], Factor factor,
-                           Tile<T, kColumns> stage) {
+                           Tile<T, kColumns> stage, int64_t num_columns = kColumns) {
   const int lane = lane_index();
   sync_warp();
   RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) RAL_UNROLL
@@ -128,9 +145,26 @@ RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
   RAL_UNROLL for (int i = 0; i < 16 * kRowTiles * kChunks / kWarpSize; ++i) {
     const int n = i * kWarpSize + lane;
     const int at_row = row + n / kChunks, chunk = n % kChunks;
-    if (at_row < num_rows)
+    if (at_row < num_rows && has_chunk(stage, chunk, num_columns))
       store_global(reinterpret_cast<Vector16*>(rows + at_row * stride + chunk * kChunk),
                    load_shared(reinterpret_cast<const Vector16*>(stage.at(at_row, chunk))));
+  }
+}
+
+// Writes a warp's rows [row, row + 16 kRowTiles) of a dense float32 matrix. Four lanes write the 32
+// bytes of a sector.
+template <int kRowTiles, int kTiles>
+RAL_DEVICE void store_float_rows(float* rows, int row, int num_rows,
+                                 const float (&values)[kRowTiles][kTiles][4]) {
+  const int first = row + lane_index() / 4;
+  float* const to = rows + int64_t(first) * 8 * kTiles + 2 * (lane_index() % 4);
+  RAL_UNROLL for (int i = 0; i < 2 * kRowTiles; ++i) {
+    if (first + 8 * i >= num_rows) continue;
+    RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+      const float (&pair)[4] = values[i / 2][c];
+      store_global(reinterpret_cast<Float2*>(to + 8 * (8 * i * kTiles + c)),
+                   Float2{pair[i % 2 * 2], pair[i % 2 * 2 + 1]});
+    }
   }
 }
 

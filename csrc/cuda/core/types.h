@@ -21,6 +21,9 @@ struct alignas(16) Vector16 {
 struct alignas(8) Float2 {
   float x, y;
 };
+struct alignas(16) Float4 {
+  float x[4];
+};
 
 }  // namespace cuda
 }  // namespace ral

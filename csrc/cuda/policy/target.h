@@ -11,10 +11,6 @@
 namespace ral {
 namespace cuda {
 
-struct alignas(16) Float4 {
-  float x[4];
-};
-
 // The keys that are valid for a row by position. They exist; padding and scope are not looked at.
 struct KeysOfRow {
   int32_t low, high;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 from dataclasses import replace
 
 from ...runtime import cuda_library
@@ -13,6 +14,13 @@ from . import c_structs
 from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 logger = logging.getLogger(__name__)
+
+# Those between the first and the last run in kernels for 96 columns.
+HEAD_DIMS = (64, 72, 80, 88, 96, 128)
+
+# Of the kernel for dk and dv. That for sm_80 has half the keys, and a multiprocessor holds two.
+KEYS_OF_CTA, QUERIES_OF_TILE = 128, 64
+TILES_OF_PART = 16  # fewest tiles of queries that are worth sums of their own
 
 
 @functools.cache
@@ -44,6 +52,22 @@ def _launch(entry: str, args: AttentionArgs, *rest: object) -> int:
     return status
 
 
+def key_splits(args: AttentionArgs, multiprocessors: int) -> tuple[int, int]:
+    """(parts of a group's heads, ranges of queries) over which sums for dk and dv are split.
+
+    Parts fill the GPU where kv heads and blocks of keys are too few: two CTAs a multiprocessor at
+    most, each with enough to do. Heads are split first, because a CTA walks over heads one by one.
+    `python -m benchmarks.codegen.schedule` shows what the rule gains.
+    """
+    sequences = 1 if args.cu_seqlens_q is None else args.cu_seqlens_q.numel() - 1
+    ctas = args.batch_size * args.num_kv_heads * math.ceil(args.seqlen_k / KEYS_OF_CTA)
+    tiles = math.ceil(args.seqlen_q / max(sequences, 1) / QUERIES_OF_TILE)
+    group = args.num_heads // args.num_kv_heads
+    wanted = min(2 * multiprocessors // max(ctas, 1), group * tiles // TILES_OF_PART)
+    heads = max(1, min(wanted, group))
+    return heads, max(1, wanted // heads)
+
+
 class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients]):
     """CUDA C++ kernels of csrc/cuda/attention."""
 
@@ -54,7 +78,9 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
         return cuda_library.only_on_request()
 
     def can_run(self, args: AttentionArgs) -> str | None:
-        return cuda_library.cannot_run(args.q, args.k, args.v) or self.has_no_kernel(args)
+        return cuda_library.cannot_run(
+            args.q, args.k, args.v, head_dims=HEAD_DIMS
+        ) or self.has_no_kernel(args)
 
     def has_no_kernel(self, args: AttentionArgs) -> str | None:
         """Why these options have no kernel, on whatever device; None if they have one."""
@@ -69,7 +95,7 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
                 return f"{name} is not supported"
         if args.cu_seqlens_q is not None and args.key_padding_mask is not None:
             return "key_padding_mask is not supported with packed sequences"
-        return cuda_library.cannot_compute(args.q, args.k, args.v)
+        return cuda_library.cannot_compute(args.q, args.k, args.v, head_dims=HEAD_DIMS)
 
     def fwd(self, args: AttentionArgs, outputs: AttentionOutputs) -> None:
         args = _prepared(args)
@@ -80,18 +106,29 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
     def bwd(
         self, args: AttentionArgs, outputs: AttentionOutputs, gradients: AttentionGradients
     ) -> None:
-        """Write dq, dk and dv. `dspan_bias` is None, because span_bias is not supported."""
+        """Write dq, dk and dv. `dspan_bias` is None, because span_bias is not supported.
+
+        Scratch: 2 B H T floats, and with several parts (`key_splits`) B Hk N (D + Dv) floats each,
+        D and Dv those of the kernels.
+        """
         assert gradients.dspan_bias is None
         args = _prepared(args)
         if gradients.dout is not None:
             gradients = replace(gradients, dout=cuda_library.aligned(gradients.dout))
-        scratch = cuda_library.scratch(outputs.lse, 2, *outputs.lse.shape)  # delta, lse in base 2
+        splits = key_splits(args, cuda_library.multiprocessors(args.q))
+        parts = math.prod(splits)
+        size = math.ceil(2 * outputs.lse.numel() / 4) * 4  # delta, lse in base 2
+        if parts > 1:
+            columns = args.head_dim if args.head_dim in cuda_library.HEAD_DIMS else 96
+            size += parts * 2 * args.batch_size * args.num_kv_heads * args.seqlen_k * columns
+        scratch = cuda_library.scratch(outputs.lse, size)
         with cuda_library.on_device_of(args.q):
             status = _launch(
                 "ral_cuda_attention_bwd",
                 args,
                 c_structs.outputs(outputs),
                 c_structs.gradients(gradients),
+                *splits,
                 ctypes.c_void_p(scratch.data_ptr()),
             )
         cuda_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)
