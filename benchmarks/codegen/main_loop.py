@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,79 @@ class MainLoop:
     branches: int
     loads: int
     between: int
+
+
+class Step(NamedTuple):
+    """One instruction of a way through a loop. taken: a branch to elsewhere than the next."""
+
+    instruction: str
+    taken: bool
+
+
+# What `way` counts. ST: the compiler does not know that the pointer is of global memory.
+_COUNTED = {"FADD": "additions", "LDG": "loads", "STG": "stores", "ST": "stores", "SHFL": "shuffles"}
+
+
+def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
+    """The shortest way through the main loop with all products and so many of what is counted.
+
+    Args:
+        code: of the kernel.
+        counts: "loads" and "stores" in global memory, "shuffles". Others are not looked at.
+
+    Returns:
+        The steps from the start of the loop to the jump back; None if there is no such way.
+    """
+    best = _best(code)
+    if best is None:
+        return None
+    path, products = best
+    after = _successors(code)
+    names = list(counts)
+    wanted = (products, *counts.values())
+
+    def counted(index: int, before: tuple[int, ...]) -> tuple[int, ...]:
+        opcode = opcode_of(code[index][1])
+        name = _COUNTED.get(opcode)
+        more = (opcode == "HGMMA", *(name == x for x in names))
+        return tuple(x + y for x, y in zip(before, more, strict=True))
+
+    start = path[0]
+    first = (start, counted(start, (0,) * len(wanted)))
+    came_from: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
+    queue = [(1, *first)]
+    seen = {first}
+    while queue:
+        length, index, sums = heapq.heappop(queue)
+        if start in after[index] and sums == wanted:
+            found = [(index, sums)]
+            while found[-1] != first:
+                found.append(came_from[found[-1]])
+            indices = [x for x, _ in reversed(found)]
+            nexts = [*indices[1:], start]
+            return [
+                Step(code[x][1], y != x + 1) for x, y in zip(indices, nexts, strict=True)
+            ]
+        for target in after[index]:
+            state = (target, counted(target, sums))
+            if state in seen or any(x > y for x, y in zip(state[1], wanted, strict=True)):
+                continue
+            seen.add(state)
+            came_from[state] = (index, sums)
+            heapq.heappush(queue, (length + 1, *state))
+    return None
+
+
+def _best(code: Code) -> tuple[list[int], int] | None:
+    """The way that `main_loop` describes, and its products."""
+    if not any("HGMMA" in instruction for _, instruction in code):
+        return None
+    found = [(path, _describe(code, path)) for path in _loops(code)]
+    found = [(path, loop) for path, loop in found if loop.products > 0]
+    if not found:
+        return None
+    path, loop = max(found, key=lambda pair: (pair[1].products, -pair[1].instructions))
+    return path, loop.products
 
 
 def parse(lines: Iterable[str]) -> Code:

@@ -21,8 +21,8 @@ RAL_DEVICE void copy_tile(char* tile, const TensorMap& map, int32_t token, int32
 // a row.
 template <int kPanels>
 RAL_DEVICE void clear_rows(char* tile, uint64_t rows) {
-  const int thread = thread_index() % kGroupThreads;
-  const int row = thread / 2, half = thread % 2;
+  const uint32_t thread = uint32_t(thread_index()) % kGroupThreads;
+  const uint32_t row = thread / 2, half = thread % 2;
   if ((rows >> row & 1) == 0) return;
   RAL_UNROLL for (int panel = 0; panel < kPanels; ++panel) RAL_UNROLL
     for (int chunk = 0; chunk < 4; ++chunk)
