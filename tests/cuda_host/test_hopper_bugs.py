@@ -112,8 +112,8 @@ BACKWARD: list[Bug] = [
     ("own_keys_not_waited_for", (DKDV, "wait(&barriers.full_own, 0);", ""), NOT_WAITED),
     ("dout_not_waited_for",
      (DKDV, "Base::wait_for(barriers, ring, 1);\n"
-      "        start_all_scores<T, kHeadDim>(ds[0], v, dout);",
-      "start_all_scores<T, kHeadDim>(ds[0], v, dout);"), NOT_WAITED),
+      "        start_all_scores<T, kHeadDim, true>(ds[0], v, dout);",
+      "start_all_scores<T, kHeadDim, true>(ds[0], v, dout);"), NOT_WAITED),
     ("keys_given_up_too_early",
      (DQ, "wait_for_products<0>();\n      pin(dq[0]);", ""),
      STILL_READ),

@@ -68,8 +68,9 @@ struct attention_bwd_dq_kernel {
       wait_for_copies<0>();
       sync_block();  // v has arrived
       float ds[1][kBlockK / 8][4];
-      multiply_transposed(ds, dout, warp_row, v);  // (9), without dm
-      rows.differentiate(ds, p, keys, rows.load_dm(keys, block), block);
+      rows.begin(ds, rows.load_dm(keys, block));
+      add_product_transposed(ds, dout, warp_row, v);  // (9)
+      rows.differentiate(ds, p);
       add_product(dq, ds, k);  // (14), without the scale
       sync_block();            // k and v are no longer read
     }

@@ -187,21 +187,19 @@ struct Marginals {
     close(last);
     write_closed(m);
     highest = last;
-    float* rows[kRows];
+    const uint64_t address = reinterpret_cast<uint64_t>(own);
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-      const uint64_t address = reinterpret_cast<uint64_t>(own);
-      const int lane = (lane_index() & ~3) + i;  // it owns the row
-      rows[i] = reinterpret_cast<float*>(uint64_t(shuffle(uint32_t(address), lane)) |
-                                         uint64_t(shuffle(uint32_t(address >> 32), lane)) << 32);
+      const int owner = (lane_index() & ~3) + i;
+      float* row =
+          reinterpret_cast<float*>(uint64_t(shuffle(uint32_t(address), owner)) |
+                                   uint64_t(shuffle(uint32_t(address >> 32), owner)) << 32);
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int32_t key_span = keys.span_of_column(c, e);
+          if (row != nullptr)
+            store_global(row + key_span, stabiliser(m[i]) + log2(p[i / 2][c][i % 2 * 2 + e]));
+        }
     }
-    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int32_t key_span = keys.span_of_column(c, e);
-        RAL_UNROLL for (int i = 0; i < kRows; ++i)
-          if (rows[i] != nullptr)
-            store_global(rows[i] + key_span,
-                         stabiliser(m[i]) + log2(p[i / 2][c][i % 2 * 2 + e]));
-      }
   }
 
   // Ends the run, and begins one of span `next`. The closed one is to be written.

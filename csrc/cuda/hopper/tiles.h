@@ -29,13 +29,15 @@ RAL_DEVICE void clear_rows(char* tile, uint64_t rows) {
       clear_shared(tile + panel * kPanelBytes + row * kPanelRowBytes + (half * 4 + chunk) * 16);
 }
 
-// Starts s = a bᵀ as one group. a, b: shared addresses of tiles of kColumns columns.
-template <typename T, int kColumns>
+// Starts s = a bᵀ, or s += a bᵀ with kAdds, as one group. a, b: shared addresses of tiles of
+// kColumns columns.
+template <typename T, int kColumns, bool kAdds = false>
 RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t a, uint32_t b) {
   pin(s);
   begin_products();
   RAL_UNROLL for (int step = 0; step < kColumns / 16; ++step)
-    start_scores<T>(s, columns_descriptor(a, step), columns_descriptor(b, step), step != 0);
+    start_scores<T>(s, columns_descriptor(a, step), columns_descriptor(b, step),
+                    kAdds || step != 0);
   commit_products();
 }
 
