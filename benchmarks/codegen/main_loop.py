@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,7 +42,14 @@ class Step(NamedTuple):
 
 
 # What `way` counts. ST: the compiler does not know that the pointer is of global memory.
-_COUNTED = {"FADD": "additions", "LDG": "loads", "STG": "stores", "ST": "stores", "SHFL": "shuffles"}
+_COUNTED = {
+    "HGMMA": "products",
+    "FADD": "additions",
+    "LDG": "loads",
+    "STG": "stores",
+    "ST": "stores",
+    "SHFL": "shuffles",
+}
 
 
 def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
@@ -50,7 +57,8 @@ def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
 
     Args:
         code: of the kernel.
-        counts: "loads" and "stores" in global memory, "shuffles". Others are not looked at.
+        counts: "loads" and "stores" in global memory, "shuffles"; "additions" are the least that
+            there must be. Others are not looked at.
 
     Returns:
         The steps from the start of the loop to the jump back; None if there is no such way.
@@ -58,16 +66,20 @@ def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
     best = _best(code)
     if best is None:
         return None
-    path, products = best
+    path, products = best[0], best[1].products
     after = _successors(code)
-    names = list(counts)
+    names = ["products", *counts]
     wanted = (products, *counts.values())
+    additions = names.index("additions") if "additions" in names else None
+    counted_at = [
+        names.index(name) if (name := _COUNTED.get(opcode_of(x))) in names else -1 for _, x in code
+    ]
 
     def counted(index: int, before: tuple[int, ...]) -> tuple[int, ...]:
-        opcode = opcode_of(code[index][1])
-        name = _COUNTED.get(opcode)
-        more = (opcode == "HGMMA", *(name == x for x in names))
-        return tuple(x + y for x, y in zip(before, more, strict=True))
+        at = counted_at[index]
+        if at < 0 or (at == additions and before[at] == wanted[at]):
+            return before
+        return (*before[:at], before[at] + 1, *before[at + 1 :])
 
     start = path[0]
     first = (start, counted(start, (0,) * len(wanted)))
@@ -82,9 +94,7 @@ def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
                 found.append(came_from[found[-1]])
             indices = [x for x, _ in reversed(found)]
             nexts = [*indices[1:], start]
-            return [
-                Step(code[x][1], y != x + 1) for x, y in zip(indices, nexts, strict=True)
-            ]
+            return [Step(code[x][1], y != x + 1) for x, y in zip(indices, nexts, strict=True)]
         for target in after[index]:
             state = (target, counted(target, sums))
             if state in seen or any(x > y for x, y in zip(state[1], wanted, strict=True)):
@@ -95,18 +105,6 @@ def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
     return None
 
 
-def _best(code: Code) -> tuple[list[int], int] | None:
-    """The way that `main_loop` describes, and its products."""
-    if not any("HGMMA" in instruction for _, instruction in code):
-        return None
-    found = [(path, _describe(code, path)) for path in _loops(code)]
-    found = [(path, loop) for path, loop in found if loop.products > 0]
-    if not found:
-        return None
-    path, loop = max(found, key=lambda pair: (pair[1].products, -pair[1].instructions))
-    return path, loop.products
-
-
 def parse(lines: Iterable[str]) -> Code:
     """The instructions in lines of `cuobjdump -sass`."""
     matches = (re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line) for line in lines)
@@ -115,11 +113,16 @@ def parse(lines: Iterable[str]) -> Code:
 
 def main_loop(code: Code) -> MainLoop | None:
     """The main loop of a kernel's code; None if no loop has an HGMMA."""
+    best = _best(code)
+    return None if best is None else best[1]
+
+
+def _best(code: Code) -> tuple[list[int], MainLoop] | None:
     if not any("HGMMA" in instruction for _, instruction in code):
         return None
-    found = [_describe(code, path) for path in _loops(code)]
-    found = [loop for loop in found if loop.products > 0]
-    return max(found, key=lambda loop: (loop.products, -loop.instructions), default=None)
+    found = [(path, _describe(code, path)) for path in _loops(code)]
+    found = [(path, loop) for path, loop in found if loop.products > 0]
+    return max(found, key=lambda x: (x[1].products, -x[1].instructions), default=None)
 
 
 def opcode_of(instruction: str) -> str:

@@ -98,7 +98,7 @@ class _Instruction:
                 width = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
                 width = 2 if self.opcode == "CS2R" else width
                 written += [x for register in found for x in _range(register, width)]
-            elif place == 1 and "SETP" in name or place == 1 and "P" in operand and not stores:
+            elif place == 1 and not stores and "P" in operand:  # a second result of a comparison
                 written += found
             else:
                 read += found

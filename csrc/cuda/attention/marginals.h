@@ -183,10 +183,9 @@ struct Marginals {
   // Adds a block of spans of one key, which are all new: each weight is a sum.
   RAL_DEVICE void write_each(const float (&p)[kRowTiles][kBlockK / 8][4], const KeyBlock& keys,
                              const float (&m)[kRows]) {
-    const int32_t last = keys.span_of(kBlockK - 1);
-    close(last);
+    close(-1);  // nothing of these spans is left to write
     write_closed(m);
-    highest = last;
+    highest = keys.span_of(kBlockK - 1);
     const uint64_t address = reinterpret_cast<uint64_t>(own);
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
       const int owner = (lane_index() & ~3) + i;
