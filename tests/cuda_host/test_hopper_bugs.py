@@ -37,7 +37,7 @@ FWD, TILES = "attention/fwd_sm90.h", "hopper/tiles.h"
 K_DONE = """wait_for_products<1>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);"""
-V_DONE = """weigh_all(keys, first);
+V_DONE = """weigh_all(first, borders);
       wait_for_products<0>();
       pin(out[0]);
       pin(p);
@@ -53,13 +53,13 @@ FORWARD: list[Bug] = [
     ("scores_not_waited_for",
      (FWD, K_DONE, "pin(s[0]);\ngive_up(barriers.empty_k, ring_k);"), WRITTEN_WHILE),
     ("v_given_up_too_early",
-     (FWD, V_DONE, "weigh_all(keys, first);\ngive_up(barriers.empty_v, ring_v);\n"
+     (FWD, V_DONE, "weigh_all(first, borders);\ngive_up(barriers.empty_v, ring_v);\n"
       "wait_for_products<0>();\npin(out[0]);\npin(p);"), STILL_READ),
     ("weights_rounded_too_early",
-     (FWD, V_DONE, "weigh_all(keys, first);\nround_left<T>(p, s[0]);\nwait_for_products<0>();\n"
+     (FWD, V_DONE, "weigh_all(first, borders);\nround_left<T>(p, s[0]);\nwait_for_products<0>();\n"
       "pin(out[0]);\npin(p);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
     ("out_scaled_too_early",
-     (FWD, V_DONE, "weigh_all(keys, first);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
+     (FWD, V_DONE, "weigh_all(first, borders);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
     ("scores_written_after_the_fence",
      (TILES, SCORES, f"{SCORES}\ns[0][0] = 3.0f;"), WRITTEN_AFTER),
     ("weights_written_after_the_fence",
