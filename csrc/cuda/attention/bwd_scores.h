@@ -206,22 +206,21 @@ struct WarpQueries {
     RAL_UNROLL for (int i = 0; i < kRows; ++i)
       dm.low[i] = dm.high[i] = 0.0f;
     if (block.ids == nullptr) return dm;
+    const float* rows_of_lane[kRows];
+    RAL_UNROLL for (int i = 0; i < kRows; ++i)
+      rows_of_lane[i] = block.dm.row(warp_query + row_in_warp(i));
     const uint64_t borders = keys.starts & ~uint64_t(1);
     if ((borders & (borders - 1)) == 0) {
       dm.of = borders == 0 ? Dm::kOneSpan : Dm::kTwoSpans;
       const int32_t low_span = keys.span_of(0), high_span = keys.span_of(kBlockK - 1);
       RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-        const int32_t query = warp_query + row_in_warp(i);
-        dm.low[i] = block.dm.at(query, low_span);
-        if (borders != 0) dm.high[i] = block.dm.at(query, high_span);
+        dm.low[i] = MarginalGradient::at(rows_of_lane[i], low_span);
+        if (borders != 0) dm.high[i] = MarginalGradient::at(rows_of_lane[i], high_span);
       }
       if (borders != 0) dm.border = lowest_bit(borders);
       return dm;
     }
     dm.of = Dm::kEachKey;
-    const float* rows_of_lane[kRows];
-    RAL_UNROLL for (int i = 0; i < kRows; ++i)
-      rows_of_lane[i] = block.dm.row(warp_query + row_in_warp(i));
     RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
       for (int e = 0; e < 2; ++e) {
         const int32_t span = keys.span_of_column(c, e);
