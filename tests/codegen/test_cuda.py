@@ -183,7 +183,9 @@ def test_what_is_wrong_is_said(found: list[CudaKernel]) -> None:
     spilled = dataclasses.replace(good, stack=8)
     large = dataclasses.replace(good, shared=300 * 1024)
     loop = MainLoop(products=20, instructions=551, uniform=222, branches=40, loads=0, between=12)
-    hopper = dataclasses.replace(good, name="attention_bwd_dq_sm90_kernel", head_dim=128, loop=loop)
+    hopper = dataclasses.replace(
+        good, name="attention_bwd_dq_sm90_kernel", head_dim=128, loop=loop, code=[]
+    )
     where = f"{good.architecture} {good.name} {good.dtype} {good.head_dim}"
     assert problems([hopper]) == [
         f"{good.architecture} {hopper.name} {good.dtype} 128: its main loop issues "
