@@ -35,10 +35,8 @@ INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "MUFU", "LDL", "ST
 PRODUCTS = ("HMMA", "HGMMA")
 # Bytes a thread that may lie in local memory, where registers run short; all others have none.
 STACK_LIMIT = {
-    "attention_fwd_kernel 64": 8,  # on sm_90
-    "attention_fwd_kernel 128": 264,
-    "attention_bwd_dq_kernel 128": 80,
-    "attention_bwd_dkdv_kernel 128": 88,
+    "attention_fwd_kernel 128": 160,
+    "attention_bwd_dkdv_kernel 128": 48,
     "policy_bwd_dk_kernel 64": 8,  # float16 on sm_90
 }
 # What a warp may issue for one block of a main loop: instructions, taken branches, global loads,

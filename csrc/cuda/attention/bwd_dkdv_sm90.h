@@ -7,6 +7,42 @@
 namespace ral {
 namespace cuda {
 
+// A warp's keys and their runs. A run is a row of keys of one span.
+struct WarpRuns : WarpKeys {
+  int32_t run[kRows];   // of the lane's keys; runs count from the warp's first key
+  int32_t num_runs;     // 1 without dm
+  int32_t span_of_run;  // of run `lane % kKeys`; -1 = there is none
+  int32_t last_span;    // of the warp's last key
+
+  RAL_DEVICE WarpRuns(const KeysOfBlock& block, int32_t first_key, int warp_key)
+      : WarpKeys(block, first_key, warp_key),
+        num_runs(1),
+        span_of_run(-1),
+        last_span(keys.span_of(warp_key + kKeys - 1)) {
+    for (int key = 0; key < kKeys; ++key) {
+      const int32_t of_key = keys.span_of(warp_key + key);
+      if (key > 0 && (keys.starts >> (warp_key + key) & 1) != 0) ++num_runs;
+      if (lane_index() % kKeys == num_runs - 1) span_of_run = of_key;
+      RAL_UNROLL for (int i = 0; i < kRows; ++i)
+        if (row_in_warp(i) == key) run[i] = num_runs - 1;
+    }
+  }
+
+  // Starts ds with what (9) and (11) add to its product, dm - delta of each run, in the warp's own
+  // shared memory.
+  template <int kTiles>
+  RAL_DEVICE void begin(float (&ds)[1][kTiles][4], const float* less_delta, int32_t stride) const {
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const float* of_key = less_delta + run[i] * stride + mine();
+      RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+        const Float2 both = load_shared(reinterpret_cast<const Float2*>(of_key + 8 * c));
+        ds[0][c][2 * i] = both.x;
+        ds[0][c][2 * i + 1] = both.y;
+      }
+    }
+  }
+};
+
 // One CTA has 64 keys of a kv head for each consumer warpgroup. It walks over the queries that see
 // them, head by head, so that the sum over a group has one fixed order. Scores are transposed, so
 // their accumulators are the A operands of pᵀ dout and dsᵀ q.
@@ -72,7 +108,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     const int warp_key = warp_index() % 4 * 16;  // the warp's first key in its warpgroup
     const int32_t first_key = block.first_key + group * kGroupK;
     const int32_t num_keys = block.num_keys - group * kGroupK;  // none if negative
-    const WarpKeys keys(block, first_key, warp_key);
+    const WarpRuns keys(block, first_key, warp_key);
     // Queries that see the warpgroup's own keys. Products with others would be wasted.
     const QueryRange range(block, first_key, minimum(num_keys, kGroupK));
     const int32_t own_begin = range.low / kBlockQ * kBlockQ;
@@ -80,7 +116,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
         shared + Base::kStatisticsAt + (group * 4 + warp_index() % 4) * kStatisticsBytes);
     float* const delta = lse_log2 + kBlockQ;
     float* const less_delta = delta + kBlockQ;
-    const bool has_many = keys.has_dm && keys.num_runs > 2;
+    const bool has_many = keys.dm_of != DmOf::kNothing && keys.num_runs > 2;
     char* const k_tile = shared + Base::own_at(0) + group * kTileBytes;
     char* const v_tile = shared + Base::own_at(1) + group * kTileBytes;
     const uint32_t k = shared_address(k_tile), v = shared_address(v_tile);
@@ -118,7 +154,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
           own_delta[i] = there ? load_global(backward.delta + at) : 0.0f;
           own_dm[i][0] = own_dm[i][1] = 0.0f;
         }
-        if (keys.has_dm && !has_many) {
+        if (keys.dm_of != DmOf::kNothing && !has_many) {
           RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
             const int32_t query = first + i * kWarpSize + lane_index();
             own_dm[i][0] = dm.at(query, keys.first_span);

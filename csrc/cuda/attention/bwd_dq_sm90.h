@@ -7,6 +7,70 @@
 namespace ral {
 namespace cuda {
 
+// A warp's queries. dm of a block is loaded long before it is used.
+struct WarpQueriesSm90 : WarpQueries {
+  using WarpQueries::WarpQueries;
+
+  // dm of a block of keys, as the lane's rows need it.
+  struct Dm {
+    enum { kNothing, kOneSpan, kTwoSpans, kEachKey } of;
+    int32_t border;  // with two spans: the second's first key
+    float low[kRows], high[kRows];
+    float each[kBlockK / 8][4];  // with more
+  };
+  // begin() may come later: nothing waits for what this loads.
+  RAL_DEVICE Dm load_dm(const KeyBlock& keys, const QueriesWithGradient& block) const {
+    Dm dm;
+    dm.of = Dm::kNothing;
+    dm.border = 0;
+    RAL_UNROLL for (int i = 0; i < kRows; ++i)
+      dm.low[i] = dm.high[i] = 0.0f;
+    if (block.ids == nullptr) return dm;
+    const float* rows_of_lane[kRows];
+    RAL_UNROLL for (int i = 0; i < kRows; ++i)
+      rows_of_lane[i] = block.dm.row(warp_query + row_in_warp(i));
+    const uint64_t borders = keys.starts & ~uint64_t(1);
+    if ((borders & (borders - 1)) == 0) {
+      dm.of = borders == 0 ? Dm::kOneSpan : Dm::kTwoSpans;
+      const int32_t low_span = keys.span_of(0), high_span = keys.span_of(kBlockK - 1);
+      RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+        dm.low[i] = MarginalGradient::at(rows_of_lane[i], low_span);
+        if (borders != 0) dm.high[i] = MarginalGradient::at(rows_of_lane[i], high_span);
+      }
+      if (borders != 0) dm.border = lowest_bit(borders);
+      return dm;
+    }
+    dm.of = Dm::kEachKey;
+    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int32_t span = keys.span_of_column(c, e);
+        RAL_UNROLL for (int i = 0; i < kRows; ++i)
+          dm.each[c][2 * i + e] = MarginalGradient::at(rows_of_lane[i], span);
+      }
+    return dm;
+  }
+
+  // Starts ds with what (9) and (11) add to its product: dm - delta.
+  RAL_DEVICE void begin(float (&ds)[1][kBlockK / 8][4], const Dm& dm) const {
+    const int32_t border = dm.border - 2 * (lane_index() % 4);  // from the lane's first column
+    float low[kRows], high[kRows];
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      low[i] = dm.low[i] - delta[i];
+      high[i] = dm.high[i] - delta[i];
+    }
+    if (dm.of == Dm::kEachKey) {
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 4; ++e) ds[0][c][e] = dm.each[c][e] - delta[e / 2];
+    } else if (dm.of == Dm::kTwoSpans) {
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 4; ++e) ds[0][c][e] = 8 * c + e % 2 < border ? low[e / 2] : high[e / 2];
+    } else {
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 4; ++e) ds[0][c][e] = low[e / 2];
+    }
+  }
+};
+
 // One CTA has 64 queries of a head for each consumer warpgroup, and walks over the keys that they
 // see.
 template <typename T, int kHeadDim>
@@ -60,7 +124,7 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     const ral_attention_params& call = backward.call;
     const int warp_row = warp_index() % 4 * 16;  // the warp's first row in its warpgroup
     const int32_t num_queries = block.num_queries - group * kGroupQ;  // none if negative
-    const WarpQueries rows(backward, block, group * kGroupQ + warp_row);
+    const WarpQueriesSm90 rows(backward, block, group * kGroupQ + warp_row);
     // Keys that the warpgroup's own queries see. Products with others would be wasted.
     const KeyRange range(block.visibility, block.first_query + group * kGroupQ,
                          minimum(num_queries, kGroupQ));
@@ -83,7 +147,7 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
       return load_keys(block.ids, block.padding, first, block.visibility.length_k);
     };
     KeyBlock keys = describe(load(own_begin));
-    WarpQueries::Dm dm = rows.load_dm(keys, block);
+    WarpQueriesSm90::Dm dm = rows.load_dm(keys, block);
     LoadedKeys next = load(own_begin + kBlockK);
 
     wait(&barriers.full_own, 0);

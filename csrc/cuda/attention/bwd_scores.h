@@ -27,38 +27,38 @@ struct QueryRange {
                                      block.sequence.length_q - 1)) {}
 };
 
+// How the gradient of marginals, dm, reaches the rows and columns of a block of scores.
+enum class DmOf {
+  kNothing,  // there is none
+  kOneSpan,  // the block is in one span, so dm belongs to a query
+  kEachKey,
+};
+
 // A warp's 16 keys of a block of kBlockK. Scores are transposed: rows are keys, columns are
-// queries. A run is a row of keys of one span.
+// queries.
 struct WarpKeys {
   static constexpr int kRows = 2, kKeys = 16;
   KeyBlock keys;
   int32_t first_key, warp_key;  // the block's first; the warp's first, in the block
-  bool has_dm;
-  int32_t span[kRows], run[kRows];  // of the lane's keys; runs count from the warp's first key
-  int32_t num_runs;                 // 1 without dm
-  int32_t span_of_run;              // of run `lane % kKeys`; -1 = there is none
-  int32_t first_span, last_span;    // of the warp's first key and of its last
+  DmOf dm_of;
+  int32_t span[kRows];  // of the lane's keys
+  int32_t first_span;   // of the warp's first key
   bool real[kRows];
 
   RAL_DEVICE WarpKeys(const KeysOfBlock& block, int32_t first_key, int warp_key)
       : keys(load_key_block(block.ids, block.padding, first_key, block.visibility.length_k)),
         first_key(first_key),
         warp_key(warp_key),
-        has_dm(block.ids != nullptr),
-        num_runs(1),
-        span_of_run(-1),
-        first_span(keys.span_of(warp_key)),
-        last_span(keys.span_of(warp_key + kKeys - 1)) {
-    for (int key = 0; key < kKeys; ++key) {
-      const int32_t of_key = keys.span_of(warp_key + key);
-      if (key > 0 && (keys.starts >> (warp_key + key) & 1) != 0) ++num_runs;
-      if (lane_index() % kKeys == num_runs - 1) span_of_run = of_key;
-      RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-        if (row_in_warp(i) != key) continue;
-        real[i] = (keys.real >> (warp_key + key) & 1) != 0;
-        span[i] = of_key;
-        run[i] = num_runs - 1;
-      }
+        dm_of(block.ids == nullptr ? DmOf::kNothing
+              : keys.is_one_span() ? DmOf::kOneSpan
+                                   : DmOf::kEachKey),
+        first_span(keys.span_of(warp_key)) {
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const int key = warp_key + row_in_warp(i);
+      real[i] = (keys.real >> key & 1) != 0;
+      const int32_t from_low = shuffle(keys.low, key % 32),
+                    from_high = shuffle(keys.high, key % 32);
+      span[i] = key < 32 ? from_low : from_high;
     }
   }
 
@@ -82,29 +82,25 @@ struct WarpKeys {
     if (!all_visible) hide(p, visibility, first_query);
   }
 
-  // Starts ds with what (9) and (11) add to its product, dm - delta: in the kernel where the warps
-  // of a CTA share the queries' statistics. less_delta: -delta of the queries or, if the block is
-  // in one span, dm - delta, in shared memory.
+  // Starts ds with what (9) and (11) add to its product, dm - delta. less_delta: -delta of the
+  // queries or, if the block is in one span, dm - delta, in shared memory.
   template <int kTiles>
   RAL_DEVICE void begin(float (&ds)[1][kTiles][4], const float* less_delta,
                         const MarginalGradient& dm, int32_t first_query) const {
-    const bool adds = has_dm && !keys.is_one_span();
-    RAL_UNROLL for (int c = 0; c < kTiles; ++c) RAL_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const float shared = load_shared(less_delta + 8 * c + mine() + e);
-        RAL_UNROLL for (int i = 0; i < kRows; ++i)
-          ds[0][c][2 * i + e] =
-              adds ? dm.at(first_query + mine() + 8 * c + e, span[i]) + shared : shared;
-      }
-  }
-
-  // The same from numbers of each run of the warp, in its own shared memory.
-  template <int kTiles>
-  RAL_DEVICE void begin(float (&ds)[1][kTiles][4], const float* less_delta, int32_t stride) const {
-    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-      const float* of_key = less_delta + run[i] * stride + mine();
+    if (dm_of == DmOf::kEachKey) {
       RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
-        const Float2 both = load_shared(reinterpret_cast<const Float2*>(of_key + 8 * c));
+        const Float2 both =
+            load_shared(reinterpret_cast<const Float2*>(less_delta + 8 * c + mine()));
+        RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+          ds[0][c][2 * i] = dm.at(first_query + mine() + 8 * c, span[i]) + both.x;
+          ds[0][c][2 * i + 1] = dm.at(first_query + mine() + 8 * c + 1, span[i]) + both.y;
+        }
+      }
+      return;
+    }
+    RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+      const Float2 both = load_shared(reinterpret_cast<const Float2*>(less_delta + 8 * c + mine()));
+      RAL_UNROLL for (int i = 0; i < kRows; ++i) {
         ds[0][c][2 * i] = both.x;
         ds[0][c][2 * i + 1] = both.y;
       }
@@ -118,9 +114,10 @@ struct WarpKeys {
       for (int e = 0; e < 4; ++e) ds[0][c][e] = gradient_of_score(p[0][c][e], ds[0][c][e]);
   }
 
- private:
+ protected:
   RAL_DEVICE static int mine() { return 2 * (lane_index() % 4); }
 
+ private:
   // Writes 0 where the query does not see the lane's key.
   template <int kTiles>
   RAL_DEVICE void hide(float (&p)[1][kTiles][4], const Visibility& visibility,
@@ -191,63 +188,23 @@ struct WarpQueries {
     if (!all_visible || ~keys.real != 0) hide(p, visibility, keys.real, first, warp_query, 0.0f);
   }
 
-  // dm of a block of keys, as the lane's rows need it.
-  struct Dm {
-    enum { kNothing, kOneSpan, kTwoSpans, kEachKey } of;
-    int32_t border;  // with two spans: the second's first key
-    float low[kRows], high[kRows];
-    float each[kBlockK / 8][4];  // with more
-  };
-  // begin() may come later: nothing waits for what this loads.
-  RAL_DEVICE Dm load_dm(const KeyBlock& keys, const QueriesWithGradient& block) const {
-    Dm dm;
-    dm.of = Dm::kNothing;
-    dm.border = 0;
-    RAL_UNROLL for (int i = 0; i < kRows; ++i)
-      dm.low[i] = dm.high[i] = 0.0f;
-    if (block.ids == nullptr) return dm;
-    const float* rows_of_lane[kRows];
-    RAL_UNROLL for (int i = 0; i < kRows; ++i)
-      rows_of_lane[i] = block.dm.row(warp_query + row_in_warp(i));
-    const uint64_t borders = keys.starts & ~uint64_t(1);
-    if ((borders & (borders - 1)) == 0) {
-      dm.of = borders == 0 ? Dm::kOneSpan : Dm::kTwoSpans;
-      const int32_t low_span = keys.span_of(0), high_span = keys.span_of(kBlockK - 1);
-      RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-        dm.low[i] = MarginalGradient::at(rows_of_lane[i], low_span);
-        if (borders != 0) dm.high[i] = MarginalGradient::at(rows_of_lane[i], high_span);
-      }
-      if (borders != 0) dm.border = lowest_bit(borders);
-      return dm;
+  // Starts ds with what (9) and (11) add to its product: dm - delta.
+  RAL_DEVICE void begin(float (&ds)[1][kBlockK / 8][4], const KeyBlock& keys,
+                        const QueriesWithGradient& block) const {
+    const bool is_one_span = keys.is_one_span();
+    const int32_t first_span = is_one_span && block.ids != nullptr ? keys.span_of(0) : -1;
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const float less_delta = block.dm.at(warp_query + row_in_warp(i), first_span) - delta[i];
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 2; ++e) ds[0][c][2 * i + e] = less_delta;
     }
-    dm.of = Dm::kEachKey;
+    if (is_one_span) return;
     RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
       for (int e = 0; e < 2; ++e) {
         const int32_t span = keys.span_of_column(c, e);
         RAL_UNROLL for (int i = 0; i < kRows; ++i)
-          dm.each[c][2 * i + e] = MarginalGradient::at(rows_of_lane[i], span);
+          ds[0][c][2 * i + e] += block.dm.at(warp_query + row_in_warp(i), span);
       }
-    return dm;
-  }
-
-  // Starts ds with what (9) and (11) add to its product: dm - delta.
-  RAL_DEVICE void begin(float (&ds)[1][kBlockK / 8][4], const Dm& dm) const {
-    const int32_t border = dm.border - 2 * (lane_index() % 4);  // from the lane's first column
-    float low[kRows], high[kRows];
-    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-      low[i] = dm.low[i] - delta[i];
-      high[i] = dm.high[i] - delta[i];
-    }
-    if (dm.of == Dm::kEachKey) {
-      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-        for (int e = 0; e < 4; ++e) ds[0][c][e] = dm.each[c][e] - delta[e / 2];
-    } else if (dm.of == Dm::kTwoSpans) {
-      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-        for (int e = 0; e < 4; ++e) ds[0][c][e] = 8 * c + e % 2 < border ? low[e / 2] : high[e / 2];
-    } else {
-      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-        for (int e = 0; e < 4; ++e) ds[0][c][e] = low[e / 2];
-    }
   }
 
   // Turns gradients of weights, less delta, into gradients of scores (11).

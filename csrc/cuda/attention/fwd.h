@@ -19,7 +19,8 @@ struct attention_fwd_kernel {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = 2;
   using TileT = Tile<T, kHeadDim>;
-  static constexpr int kSharedBytes = TileT::bytes(kBlockQ) + 2 * TileT::bytes(kBlockK);
+  static constexpr int kSharedBytes =
+      TileT::bytes(kBlockQ) + 2 * TileT::bytes(kBlockK) + kWarps * int(sizeof(MarginalRows));
 
   static const char* name() { return "attention_fwd_kernel"; }
   using Scores = float[kRowTiles][kBlockK / 8][4];
@@ -40,8 +41,9 @@ struct attention_fwd_kernel {
     const T* v_rows = rows_of<const T>(call.v, block.b, block.kv_head, sequence.k_start);
 
     const int warp_row = warp_index() * kWarpQ;  // the warp's first row in the CTA
-    Marginals<kRowTiles> marginals =
-        begin_marginals<kRowTiles>(params, block, block.first_token, num_queries, warp_row);
+    auto* marginal_rows = reinterpret_cast<MarginalRows*>(v.data + kBlockK * kHeadDim);
+    auto marginals = begin_marginals<Marginals<kRowTiles>>(
+        params, block, block.first_token, num_queries, warp_row, marginal_rows + warp_index());
 
     float out[kRowTiles][kHeadDim / 8][4];
     clear(out);
@@ -83,17 +85,16 @@ struct attention_fwd_kernel {
       const bool all_visible = first >= full_low && first + kBlockK - 1 <= full_high;
       if (!all_visible || ~keys.real != 0)
         hide(s, visibility, keys.real, first, first_query + warp_row, minus_infinity());
-      float alpha[kRows], sum[kRows];
+      if (marginals.num_spans != 0) marginals.enter(keys, m);
       RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-        alpha[i] = weigh(s, i, m[i], scale, sum[i]);
-        normaliser[i] = normaliser[i] * alpha[i] + sum[i];
+        float sum;
+        const float alpha = weigh(s, i, m[i], scale, sum);
+        normaliser[i] = normaliser[i] * alpha + sum;
+        marginals.scale_and_add(i, alpha, sum, keys);
         RAL_UNROLL for (int c = 0; c < kHeadDim / 8; ++c) RAL_UNROLL
-          for (int e = 0; e < 2; ++e) out[i / 2][c][i % 2 * 2 + e] *= alpha[i];
+          for (int e = 0; e < 2; ++e) out[i / 2][c][i % 2 * 2 + e] *= alpha;
       }
-      if (marginals.num_spans != 0) {
-        marginals.add(s, keys, marginals.find_borders(keys), sum, alpha, m);
-        marginals.write_closed(m);
-      }
+      if (marginals.num_spans != 0 && !keys.is_one_span()) marginals.add_spans(s, keys, m);
       wait_for_copies<0>();
       sync_block();  // V has arrived; all warps have formed their scores
       if (first + kBlockK <= high) copy_keys(k, k_rows, call.k.stride_t, first + kBlockK, nullptr);

@@ -18,13 +18,16 @@ RAL_DEVICE QueriesOfBlock queries_of_block(const AttentionFwdParams& params, int
   return {params.call, params.num_q_blocks, block_q, params.outputs.marginals != nullptr};
 }
 
-// Where the marginals of a warp's rows go. `num_queries` rows begin at token `first_token`;
-// warp_row is the warp's first among them.
-template <int kRowTiles>
-RAL_DEVICE MarginalRows marginal_rows(const AttentionFwdParams& params, const QueriesOfBlock& block,
-                                      int64_t first_token, int32_t num_queries, int warp_row) {
-  constexpr int kWarpQ = 16 * kRowTiles;
+// The marginals of a warp's rows. `num_queries` rows begin at token `first_token`; warp_row is the
+// warp's first among them. `at`: 16 bytes of shared memory that the warp owns.
+template <typename SpanSums>
+RAL_DEVICE SpanSums begin_marginals(const AttentionFwdParams& params, const QueriesOfBlock& block,
+                                    int64_t first_token, int32_t num_queries, int warp_row,
+                                    MarginalRows* at) {
+  constexpr int kWarpQ = 8 * SpanSums::kRows;
   const ral_attention_params& call = params.call;
+  SpanSums marginals{};
+  if (block.ids == nullptr) return marginals;
   const int64_t num_rows = call.row_stop - call.row_start;
   const int64_t row = first_token + warp_row - call.row_start;
   const int32_t first = int32_t(row < -kWarpQ ? kWarpQ : row < 0 ? -row : 0);
@@ -32,30 +35,18 @@ RAL_DEVICE MarginalRows marginal_rows(const AttentionFwdParams& params, const Qu
   const int32_t stop = minimum(int32_t(end), num_queries - warp_row);
   float* data = params.outputs.marginals +
                 ((block.b * call.num_heads + block.h) * num_rows + row) * call.num_spans;
-  return {data, first, stop};
-}
-
-// The marginals of these rows before the first key.
-template <int kRowTiles>
-RAL_DEVICE Marginals<kRowTiles> begin_marginals(const AttentionFwdParams& params,
-                                                const QueriesOfBlock& block, int64_t first_token,
-                                                int32_t num_queries, int warp_row) {
-  Marginals<kRowTiles> marginals{};
-  if (block.ids == nullptr) return marginals;
-  const MarginalRows where =
-      marginal_rows<kRowTiles>(params, block, first_token, num_queries, warp_row);
-  if (where.first < where.stop) marginals.begin(where, int32_t(params.call.num_spans));
+  if (first < stop) marginals.begin(at, {data, first, stop}, int32_t(call.num_spans));
   return marginals;
 }
 
-// Writes lse, marginals and out of a warp's rows, counted as in marginal_rows. m is in base 2;
+// Writes lse, marginals and out of a warp's rows, counted as in begin_marginals. m is in base 2;
 // normaliser holds each lane's part of the sum. The warp owns its rows of `stage`.
-template <int kRowTiles, typename T, int kHeadDim>
+template <int kRowTiles, typename T, int kHeadDim, typename SpanSums>
 RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& block,
                        int64_t first_token, int32_t num_queries, int warp_row,
                        Tile<T, kHeadDim> stage, const float (&out)[kRowTiles][kHeadDim / 8][4],
                        const float (&m)[2 * kRowTiles], const float (&normaliser)[2 * kRowTiles],
-                       Marginals<kRowTiles>& marginals) {
+                       SpanSums& marginals) {
   const ral_attention_params& call = params.call;
   float inverse[2 * kRowTiles], lse_log2[2 * kRowTiles];
   float* lse =
@@ -68,9 +59,7 @@ RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& b
     const int row = warp_row + row_in_warp(i);
     if (lane_index() % 4 == 0 && row < num_queries) store_global(lse + row, lse_log2[i] * kLn2);
   }
-  if (marginals.num_spans != 0)
-    marginals.end(marginal_rows<kRowTiles>(params, block, first_token, num_queries, warp_row),
-                  lse_log2, m);
+  if (marginals.num_spans != 0) marginals.end(lse_log2, m);
   store_rows<kRowTiles>(
       rows_of<T>(params.outputs.out, block.b, block.h, first_token), params.outputs.out.stride_t,
       warp_row, num_queries, out, [&](int i) { return inverse[i]; }, stage);

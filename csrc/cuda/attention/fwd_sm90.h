@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/fwd_rows.h"
+#include "attention/marginals_sm90.h"
 #include "hopper/tiles.h"
 
 namespace ral {
@@ -69,12 +70,10 @@ struct attention_fwd_sm90_kernel {
   // of 1024 bytes.
   static constexpr int kKeysAt = kConsumers * kTileBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
-  static constexpr int kBarriersAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kMarginalsAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kBarriersAt = kMarginalsAt + 4 * kConsumers * int(sizeof(MarginalRows));
   static constexpr int kUsedBytes = kBarriersAt + int(sizeof(Barriers));
   static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // room to align to 1024 bytes
-
-  // Whether a span's sum is written while the next block's scores are formed. It takes registers.
-  static constexpr bool kWritesLate = kHeadDim == 128;
 
   static const char* name() { return "attention_fwd_sm90_kernel"; }
   using Scores = float[1][kBlockK / 8][4];
@@ -143,8 +142,10 @@ struct attention_fwd_sm90_kernel {
     const int64_t first_token = block.first_token + group * kGroupQ;
     const int32_t num_queries = block.num_queries - group * kGroupQ;  // none if negative
     const int32_t warp_query = block.first_query + group * kGroupQ + warp_row;
-    Marginals<1> marginals =
-        begin_marginals<1>(params.forward, block, first_token, num_queries, warp_row);
+    auto* marginal_rows = reinterpret_cast<MarginalRows*>(shared + kMarginalsAt);
+    marginal_rows += group * 4 + warp_index() % 4;
+    auto marginals = begin_marginals<MarginalsSm90>(params.forward, block, first_token, num_queries,
+                                                    warp_row, marginal_rows);
     float out[1][kHeadDim / 8][4];
     clear(out);
     float m[2] = {minus_infinity(), minus_infinity()};
@@ -192,10 +193,7 @@ struct attention_fwd_sm90_kernel {
         alpha[i] = weigh(s, i, m[i], scale, sum[i]);
         normaliser[i] = normaliser[i] * alpha[i] + sum[i];
       }
-      if (marginals.num_spans != 0) {
-        marginals.add(s, keys, borders, sum, alpha, m);
-        if (!kWritesLate) marginals.write_closed(m);
-      }
+      if (marginals.num_spans != 0) marginals.add(s, keys, borders, sum, alpha, m);
     };
 
     const auto load = [&](int32_t first) {
@@ -207,7 +205,7 @@ struct attention_fwd_sm90_kernel {
     if (num_blocks > 0) {
       start_q_k();
       keys = describe(next);
-      const auto borders = marginals.find_borders(keys);
+      const auto borders = marginals.enter(keys, m);
       next = load(begin + kBlockK);
       wait_for_products<0>();
       pin(s[0]);
@@ -220,9 +218,8 @@ struct attention_fwd_sm90_kernel {
       start_q_k();
       start_p_v();
       keys = describe(next);
-      const auto borders = marginals.find_borders(keys);
+      const auto borders = marginals.enter(keys, m);
       next = load(first + kBlockK);
-      if (kWritesLate && marginals.num_spans != 0) marginals.write_closed(m);
       wait_for_products<1>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);
@@ -243,7 +240,7 @@ struct attention_fwd_sm90_kernel {
       wait_for_products<0>();
       pin(out[0]);
     }
-    if (kWritesLate && marginals.num_spans != 0) marginals.write_closed(m);
+    marginals.rows = marginal_rows;  // no register holds it through the loop
     sync_group(1 + group);
     const Tile<T, kHeadDim> stage{reinterpret_cast<T*>(q_tile)};
     finish<1>(params.forward, block, first_token, num_queries, warp_row, stage, out, m, normaliser,

@@ -153,28 +153,6 @@ RAL_DEVICE float quad_maximum(float x) {
   return maximum(x, shuffle_xor(x, 2));
 }
 
-// Of the lane's rows, that whose sum quad_sum_of_own gives the lane: its (lane % kRows)-th.
-template <typename V, int kRows>
-RAL_DEVICE V of_own_row(const V (&rows)[kRows]) {
-  static_assert(kRows == 2 || kRows == 4, "lanes of a row share its sums");
-  const bool odd = (lane_index() & 1) != 0;
-  const V low = odd ? rows[1] : rows[0];
-  if (kRows == 2) return low;
-  return (lane_index() & 2) == 0 ? low : odd ? rows[kRows - 1] : rows[kRows - 2];
-}
-// The same sums as quad_sum gives. Lanes exchange rows, so that each adds up one row alone.
-template <int kRows>
-RAL_DEVICE float quad_sum_of_own(const float (&rows)[kRows]) {
-  const bool odd = (lane_index() & 1) != 0;
-  float pair[kRows / 2];
-  RAL_UNROLL for (int i = 0; i < kRows; i += 2)
-    pair[i / 2] = (odd ? rows[i + 1] : rows[i]) + shuffle_xor(odd ? rows[i] : rows[i + 1], 1);
-  if (kRows == 2) return pair[0] + shuffle_xor(pair[0], 2);
-  const bool upper = (lane_index() & 2) != 0;
-  return (upper ? pair[kRows / 2 - 1] : pair[0]) +
-         shuffle_xor(upper ? pair[0] : pair[kRows / 2 - 1], 2);
-}
-
 // Over all lanes of a warp.
 RAL_DEVICE float warp_sum(float x) {
   RAL_UNROLL for (int mask = 16; mask > 0; mask /= 2)
