@@ -34,6 +34,7 @@ FOR_EVER = "waits for ever"
 Bug = tuple[str, Patch, str]
 
 FWD, TILES = "attention/fwd_sm90.h", "hopper/tiles.h"
+MARGINALS = "attention/marginals_sm90.h"
 K_DONE = """wait_for_products<1>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);"""
@@ -59,7 +60,8 @@ FORWARD: list[Bug] = [
      (FWD, V_DONE, "weigh_all(first, borders);\nround_left<T>(p, s[0]);\nwait_for_products<0>();\n"
       "pin(out[0]);\npin(p);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
     ("out_scaled_too_early",
-     (FWD, V_DONE, "weigh_all(first, borders);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
+     (FWD, V_DONE, "weigh_all(first, borders);\ngive_up(barriers.empty_v, ring_v);"),
+     WRITTEN_WHILE),
     ("scores_written_after_the_fence",
      (TILES, SCORES, f"{SCORES}\ns[0][0] = 3.0f;"), WRITTEN_AFTER),
     ("weights_written_after_the_fence",
@@ -83,6 +85,9 @@ FORWARD: list[Bug] = [
     ("zeros_not_published", (FWD, "publish_to_async();", ""), "stores without publish_to_async"),
     ("last_product_not_waited_for",
      (FWD, "start_p_v();\n      wait_for_products<0>();", "start_p_v();"), "products running"),
+    ("span_border_off_by_one", (MARGINALS, "mine + e < end", "mine + e <= end"), OTHER_BITS),
+    ("run_not_rescaled", (MARGINALS, "run[i] * alpha[i]", "run[i]"), OTHER_BITS),
+    ("run_not_closed", (MARGINALS, "close(first_span);", "span = first_span;"), OTHER_BITS),
     ("panel_missed",
      (TILES, "columns_descriptor(b, step)", "columns_descriptor(b, step % 4)"), OTHER_BITS),
 ]  # fmt: skip
