@@ -87,7 +87,7 @@ FORWARD: list[Bug] = [
      (FWD, "start_p_v();\n      wait_for_products<0>();", "start_p_v();"), "products running"),
     ("span_border_off_by_one", (MARGINALS, "mine + e < end", "mine + e <= end"), OTHER_BITS),
     ("run_not_rescaled", (MARGINALS, "run[i] * alpha[i]", "run[i]"), OTHER_BITS),
-    ("run_not_closed", (MARGINALS, "close(first_span);", "span = first_span;"), OTHER_BITS),
+    ("run_not_closed", (MARGINALS, "close(next);", "span = next;"), OTHER_BITS),
     ("panel_missed",
      (TILES, "columns_descriptor(b, step)", "columns_descriptor(b, step % 4)"), OTHER_BITS),
 ]  # fmt: skip

@@ -144,7 +144,7 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     // Of the next block of its own: keys are loaded a round before, dm while the last product of a
     // round runs.
     const auto load = [&](int32_t first) {
-      return load_keys(block.ids, block.padding, first, block.visibility.length_k);
+      return load_keys<true>(block.ids, block.padding, first, block.visibility.length_k);
     };
     KeyBlock keys = describe(load(own_begin));
     WarpQueriesSm90::Dm dm = rows.load_dm(keys, block);

@@ -197,7 +197,7 @@ struct attention_fwd_sm90_kernel {
     };
 
     const auto load = [&](int32_t first) {
-      return load_keys(block.ids, block.padding, first, block.visibility.length_k);
+      return load_keys<true>(block.ids, block.padding, first, block.visibility.length_k);
     };
     LoadedKeys next = load(begin);  // of the block whose scores start next
 

@@ -123,19 +123,24 @@ struct LoadedKeys {
   bool has_spans;
 };
 
-// `ids` and `padding` start at the sequence's first key, or are null.
+// `ids` and `padding` start at the sequence's first key, or are null. kByKey: addresses come from
+// the key's number; no pointer moves with `first`. nvcc spills registers of the forward for Hopper
+// without it, and registers of policy_moments_kernel with it.
+template <bool kByKey>
 RAL_DEVICE LoadedKeys load_keys(const int32_t* ids, const uint8_t* padding, int32_t first,
                                 int32_t length_k) {
-  const int32_t key = first + lane_index();
+  const int lane = lane_index();
+  const int32_t key = first + lane;
+  const auto at = [&](auto* of_keys) { return kByKey ? of_keys + key : of_keys + first + lane; };
   const bool has_low = key < length_k, has_high = key + 32 < length_k;
   LoadedKeys keys{-1, -1, has_low, has_high, ids != nullptr};
   if (padding != nullptr) {
-    if (has_low) keys.real_low = load_global(padding + key) != 0;
-    if (has_high) keys.real_high = load_global(padding + key + 32) != 0;
+    if (has_low) keys.real_low = load_global(at(padding)) != 0;
+    if (has_high) keys.real_high = load_global(at(padding) + 32) != 0;
   }
   if (ids != nullptr) {
-    if (has_low) keys.low = load_global(ids + key);
-    if (has_high) keys.high = load_global(ids + key + 32);
+    if (has_low) keys.low = load_global(at(ids));
+    if (has_high) keys.high = load_global(at(ids) + 32);
   }
   return keys;
 }
@@ -158,7 +163,7 @@ RAL_DEVICE KeyBlock describe(const LoadedKeys& loaded) {
 // A collective of the warp: both at once.
 RAL_DEVICE KeyBlock load_key_block(const int32_t* ids, const uint8_t* padding, int32_t first,
                                    int32_t length_k) {
-  return describe(load_keys(ids, padding, first, length_k));
+  return describe(load_keys<false>(ids, padding, first, length_k));
 }
 
 }  // namespace cuda
