@@ -23,7 +23,8 @@ from pathlib import Path
 from ral_kernels.runtime import cuda_library
 
 from .compiler import SHARED_LIMIT
-from .main_loop import Code, MainLoop, main_loop, opcode_of, parse
+from .main_loop import Code, MainLoop, main_loop, opcode_of, parse, way
+from .model import ASSUMPTIONS, Timing, timing
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "codegen_cuda.md"
 LIBRARY = "libral_cuda.so"
@@ -43,15 +44,40 @@ STACK_LIMIT = {
 # What a warp may issue for one block of a main loop: instructions, taken branches, global loads,
 # and instructions between neighbouring products.
 LOOP_LIMIT = {
-    "attention_fwd_sm90_kernel 64": (330, 7, 0, 6),
-    "attention_fwd_sm90_kernel 128": (385, 7, 0, 6),
-    "attention_bwd_dq_sm90_kernel 64": (375, 8, 0, 6),
-    "attention_bwd_dq_sm90_kernel 128": (415, 8, 0, 6),
-    "attention_bwd_dkdv_sm90_kernel 64": (460, 6, 4, 12),
-    "attention_bwd_dkdv_sm90_kernel 128": (500, 6, 4, 12),
+    "attention_fwd_sm90_kernel 64": (305, 9, 0, 6),
+    "attention_fwd_sm90_kernel 128": (335, 9, 0, 6),
+    "attention_bwd_dq_sm90_kernel 64": (370, 9, 0, 6),
+    "attention_bwd_dq_sm90_kernel 128": (405, 9, 0, 6),
+    "attention_bwd_dkdv_sm90_kernel 64": (445, 6, 4, 13),
+    "attention_bwd_dkdv_sm90_kernel 128": (485, 6, 4, 13),
     "policy_statistics_sm90_kernel 64": (475, 14, 0, 8),  # two blocks a turn
     "policy_statistics_sm90_kernel 128": (510, 14, 0, 8),
 }
+
+# Blocks that a main loop may meet, each by what its way through the loop counts, and the most
+# clocks that it may take, as a multiple of the first's, at head dims 128 and 64.
+BLOCKS: dict[str, dict[str, tuple[dict[str, int], float, float]]] = {
+    "attention_fwd_sm90_kernel": {
+        "without marginals": ({"loads": 0, "stores": 0}, 1.0, 1.0),
+        "in the span of the block before": ({"loads": 2, "stores": 0}, 1.05, 1.05),
+        "a span of its own": ({"loads": 2, "stores": 1, "shuffles": 11}, 1.15, 1.3),
+        "one border": ({"loads": 2, "stores": 1, "shuffles": 11, "additions": 64}, 1.25, 1.5),
+        "spans of 16 tokens: 4 borders":
+            ({"loads": 2, "stores": 4, "shuffles": 21, "additions": 64}, 1.75, 2.2),
+        "a span each token": ({"loads": 2, "stores": 32}, 1.5, 1.75),
+    },
+    "attention_bwd_dq_sm90_kernel": {
+        "without marginals": ({"loads": 0}, 1.0, 1.0),
+        "one span": ({"loads": 4}, 1.05, 1.2),
+        "one border": ({"loads": 6}, 1.05, 1.15),
+        "more borders, up to one each token": ({"loads": 34}, 1.15, 1.5),
+    },
+    "attention_bwd_dkdv_sm90_kernel": {
+        "without marginals": ({"loads": 4}, 1.0, 1.0),
+        "one or two spans in 16 keys": ({"loads": 8}, 1.05, 1.15),
+        "more, up to one each token": ({"loads": 36}, 1.75, 2.4),
+    },
+}  # fmt: skip
 
 
 class _Entry(ctypes.Structure):
@@ -86,6 +112,7 @@ class CudaKernel:
     stack: int
     instructions: dict[str, int]
     loop: MainLoop | None = None
+    code: Code = dataclasses.field(default_factory=list, repr=False, compare=False)
 
     @property
     def blocks(self) -> int:
@@ -143,7 +170,7 @@ def kernels() -> list[CudaKernel]:
                     CudaKernel(
                         name, dtype, head_dim, architecture.removesuffix("a"), entry.threads,
                         entry.shared_bytes, int(match[1]), int(match[2]),
-                        _count(code), main_loop(code),
+                        _count(code), main_loop(code), code,
                     )
                 )  # fmt: skip
     return sorted(found, key=lambda k: (k.name, k.dtype, k.head_dim, k.architecture))
@@ -222,6 +249,41 @@ def problems(found: Sequence[CudaKernel]) -> list[str]:
     return wrong
 
 
+@dataclass(frozen=True)
+class Block:
+    """One of BLOCKS on its way through a main loop, as the model sees it."""
+
+    kernel: str
+    head_dim: int
+    name: str
+    instructions: int
+    branches: int
+    timing: Timing
+    ratio: float  # of clocks to those of the first block
+    limit: float
+
+
+def blocks(found: Sequence[CudaKernel]) -> list[Block]:
+    """The blocks of BLOCKS in the kernels for Hopper, of bfloat16."""
+    described = []
+    for kernel in found:
+        if kernel.name not in BLOCKS or kernel.dtype != "bf16" or not kernel.code:
+            continue
+        first = None
+        for name, (counts, *limits) in BLOCKS[kernel.name].items():
+            steps = way(kernel.code, counts)
+            assert steps is not None, f"{kernel.name} {kernel.head_dim} has no way for: {name}"
+            result = timing(steps, kernel.threads // 128 - 1)
+            first = first or result
+            described.append(
+                Block(
+                    kernel.name, kernel.head_dim, name, len(steps), sum(x.taken for x in steps),
+                    result, result.clocks / first.clocks, limits[kernel.head_dim == 64],
+                )
+            )  # fmt: skip
+    return described
+
+
 def loop_facts(loop: MainLoop) -> tuple[int, int, int, int]:
     """What LOOP_LIMIT limits."""
     return loop.instructions, loop.branches, loop.loads, loop.between
@@ -267,6 +329,25 @@ def markdown(found: Sequence[CudaKernel], nvcc: str) -> str:
                 (f"`{k.name}`", str(k.head_dim), *map(str, dataclasses.astuple(k.loop)))
                 for k in found if k.loop is not None
             }),
+        ),
+        "",
+        "## What marginals cost, by a model",
+        "",
+        "A block is 64 keys, for dk and dv 64 queries. `python -m benchmarks.codegen.cuda` finds "
+        "the shortest way of each kind of block through the loop, with no mask and no new maximum, "
+        "and `model.py` runs it. Spans of 64 or of 256 tokens have one border in every block, or "
+        "in every fourth. The model is no measurement:",
+        "",
+        *(f"- {line}" for line in ASSUMPTIONS),
+        "",
+        *_table(
+            ("kernel", "head dim", "block", "instructions", "taken branches", "clocks a round",
+             "tensor pipe", "clocks, to the first"),
+            [
+                (f"`{b.kernel}`", str(b.head_dim), b.name, str(b.instructions), str(b.branches),
+                 f"{b.timing.clocks:.0f}", f"{b.timing.utilisation:.2f}", f"{b.ratio:.2f}")
+                for b in blocks(found)
+            ],
         ),
     ]  # fmt: skip
     return "\n".join(text) + "\n"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,77 @@ class MainLoop:
     between: int
 
 
+class Step(NamedTuple):
+    """One instruction of a way through a loop. taken: a branch to elsewhere than the next."""
+
+    instruction: str
+    taken: bool
+
+
+# What `way` counts. ST: the compiler does not know that the pointer is of global memory.
+_COUNTED = {
+    "HGMMA": "products",
+    "FADD": "additions",
+    "LDG": "loads",
+    "STG": "stores",
+    "ST": "stores",
+    "SHFL": "shuffles",
+}
+
+
+def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
+    """The shortest way through the main loop with all products and so many of what is counted.
+
+    Args:
+        code: of the kernel.
+        counts: "loads" and "stores" in global memory, "shuffles"; "additions" are the least that
+            there must be. Others are not looked at.
+
+    Returns:
+        The steps from the start of the loop to the jump back; None if there is no such way.
+    """
+    best = _best(code)
+    if best is None:
+        return None
+    path, products = best[0], best[1].products
+    after = _successors(code)
+    names = ["products", *counts]
+    wanted = (products, *counts.values())
+    additions = names.index("additions") if "additions" in names else None
+    counted_at = [
+        names.index(name) if (name := _COUNTED.get(opcode_of(x))) in names else -1 for _, x in code
+    ]
+
+    def counted(index: int, before: tuple[int, ...]) -> tuple[int, ...]:
+        at = counted_at[index]
+        if at < 0 or (at == additions and before[at] == wanted[at]):
+            return before
+        return (*before[:at], before[at] + 1, *before[at + 1 :])
+
+    start = path[0]
+    first = (start, counted(start, (0,) * len(wanted)))
+    came_from: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
+    queue = [(1, *first)]
+    seen = {first}
+    while queue:
+        length, index, sums = heapq.heappop(queue)
+        if start in after[index] and sums == wanted:
+            found = [(index, sums)]
+            while found[-1] != first:
+                found.append(came_from[found[-1]])
+            indices = [x for x, _ in reversed(found)]
+            nexts = [*indices[1:], start]
+            return [Step(code[x][1], y != x + 1) for x, y in zip(indices, nexts, strict=True)]
+        for target in after[index]:
+            state = (target, counted(target, sums))
+            if state in seen or any(x > y for x, y in zip(state[1], wanted, strict=True)):
+                continue
+            seen.add(state)
+            came_from[state] = (index, sums)
+            heapq.heappush(queue, (length + 1, *state))
+    return None
+
+
 def parse(lines: Iterable[str]) -> Code:
     """The instructions in lines of `cuobjdump -sass`."""
     matches = (re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line) for line in lines)
@@ -41,11 +113,16 @@ def parse(lines: Iterable[str]) -> Code:
 
 def main_loop(code: Code) -> MainLoop | None:
     """The main loop of a kernel's code; None if no loop has an HGMMA."""
+    best = _best(code)
+    return None if best is None else best[1]
+
+
+def _best(code: Code) -> tuple[list[int], MainLoop] | None:
     if not any("HGMMA" in instruction for _, instruction in code):
         return None
-    found = [_describe(code, path) for path in _loops(code)]
-    found = [loop for loop in found if loop.products > 0]
-    return max(found, key=lambda loop: (loop.products, -loop.instructions), default=None)
+    found = [(path, _describe(code, path)) for path in _loops(code)]
+    found = [(path, loop) for path, loop in found if loop.products > 0]
+    return max(found, key=lambda x: (x[1].products, -x[1].instructions), default=None)
 
 
 def opcode_of(instruction: str) -> str:

@@ -18,17 +18,20 @@ import pytest
 
 from benchmarks.codegen import build_steps
 from benchmarks.codegen.cuda import (
+    BLOCKS,
     LOOP_LIMIT,
     PRODUCTS,
     STACK_LIMIT,
     CudaKernel,
+    blocks,
     find_cuobjdump,
     kernels,
     loop_facts,
     markdown,
     problems,
 )
-from benchmarks.codegen.main_loop import MainLoop, main_loop, parse
+from benchmarks.codegen.main_loop import MainLoop, Step, main_loop, parse, way
+from benchmarks.codegen.model import timing
 from ral_kernels.runtime import native
 from tests.conftest import skip_or_fail
 
@@ -87,6 +90,47 @@ def test_main_loops_stay_short(found: list[CudaKernel]) -> None:
         assert LOOP_LIMIT[name][0] <= 1.05 * loop_facts(loop)[0], name
 
 
+def test_marginals_stay_cheap(found: list[CudaKernel]) -> None:
+    """By the model: no block takes more clocks than BLOCKS allows, which is little more room."""
+    described = blocks(found)
+    if not described:
+        skip_or_fail("cuda", "a library without kernels for Hopper")
+    assert {block.kernel for block in described} == set(BLOCKS)
+    for block in described:
+        assert block.ratio <= block.limit, block
+        assert block.limit <= 1.15 * block.ratio, block
+
+
+def test_ways_of_other_blocks() -> None:
+    code = parse(LOOP.splitlines())
+    shortest = way(code, {})
+    assert shortest is not None and len(shortest) == 13
+    assert shortest[-1] == Step("@P4 BRA 0x0010", True)
+    assert way(code, {"loads": 1}) == shortest
+    assert way(code, {"loads": 2}) is None
+    # The longer way, through a mask outside the loop's addresses, has the additions.
+    added = parse(LOOP.replace("FMUL R7, R7, R8", "FADD R7, R7, R8").splitlines())
+    detour = way(added, {"additions": 1})  # at least
+    assert detour is not None and len(detour) == 16
+    assert sum(step.taken for step in detour) == 3
+
+
+def test_the_model_queues_products() -> None:
+    """Of two warps: 2 products of 64 clocks, then a wait. Latency is hidden, or not."""
+    product = "HGMMA.64x128x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0"
+    products = [Step(product, False)] * 2
+    wait = Step("WARPGROUP.DEPBAR.LE gsb0, 0x0", False)
+    full = timing([*products, wait], 2)
+    assert full.clocks == pytest.approx(256, abs=2) and full.utilisation > 0.99
+    # A chain of 100 additions of 4 clocks after each wait: 128 + 400 clocks and some.
+    chain = [Step("FADD R7, R7, R8", False)] * 100
+    slow = timing([*products, wait, *chain], 2)
+    assert 528 <= slow.clocks < 560 and slow.utilisation == pytest.approx(256 / slow.clocks)
+    # The accumulators are read by the products, so a load to them is waited for.
+    load = Step("LDG.E R40, desc[UR6][R4.64]", False)
+    assert timing([load, *products, wait], 2).clocks > timing([*products, wait], 2).clocks
+
+
 # A loop of two products. P0: an inner wait, P1: a mask outside the loop's addresses. P2 skips all.
 LOOP = """
     /*0000*/  S2R R0, SR_TID.X ;  /* 0x0 */
@@ -142,11 +186,13 @@ def test_what_is_wrong_is_said(found: list[CudaKernel]) -> None:
     spilled = dataclasses.replace(good, stack=8)
     large = dataclasses.replace(good, shared=300 * 1024)
     loop = MainLoop(products=20, instructions=551, uniform=222, branches=40, loads=0, between=12)
-    hopper = dataclasses.replace(good, name="attention_bwd_dq_sm90_kernel", head_dim=128, loop=loop)
+    hopper = dataclasses.replace(
+        good, name="attention_bwd_dq_sm90_kernel", head_dim=128, loop=loop, code=[]
+    )
     where = f"{good.architecture} {good.name} {good.dtype} {good.head_dim}"
     assert problems([hopper]) == [
         f"{good.architecture} {hopper.name} {good.dtype} 128: its main loop issues "
-        "(551, 40, 0, 12), (415, 8, 0, 6) are allowed"
+        "(551, 40, 0, 12), (405, 9, 0, 6) are allowed"
     ]
     assert "_sm90_kernel` | 128 | 20 | 551 | 222 | 40 | 0 | 12 |" in markdown([hopper], "nvcc 0")
     assert problems([good, spilled, large]) == [

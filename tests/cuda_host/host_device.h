@@ -207,6 +207,10 @@ inline float maximum(float x, float y) {
 inline int lowest_bit(uint64_t bits) {
   return __builtin_ctzll(bits);
 }
+template <typename T>
+T* opaque(T* x) {
+  return x;
+}
 
 // ---- Launch -----------------------------------------------------------------------------------
 

@@ -27,12 +27,31 @@ from tests.ops.attention_cases import CASES, AttentionCase
 SOURCES = ("attention/fwd.cu", "core/entry.cu", str(HARNESS / "hopper_for_tests.cu"))
 FWD, FWD_SM90 = "ral_cuda_attention_fwd", "ral_cuda_attention_fwd_sm90"
 
+# Of 300 keys. Blocks of 64 keys with a span each are added in their own way, and only if it is new.
+TOKENS = {
+    "a_span_each_token": torch.arange(300),
+    "each_token_twice": torch.arange(300) % 128,
+    "tokens_between_halves_of_a_frame": torch.cat(
+        [torch.zeros(70), torch.arange(1, 161), torch.zeros(70)]
+    ).int(),
+    "tokens_descend": torch.arange(300).flip(0),
+    "every_other_token": torch.where(torch.arange(300) % 2 == 0, torch.arange(300), -1),
+}
+
+
+class TokensCase(AttentionCase):
+    def _spans(self, generator: torch.Generator, device: torch.device | str) -> rk.Spans:
+        return rk.Spans(TOKENS[self.name].to(device), 300)
+
+
 # A consumer has 64 queries, a block of threads 128 or 192; buffers are used anew after 256 keys.
 CONSUMERS = [
     AttentionCase("ring_64", 200, 700, spans="ragged", options={"is_causal": True}),
     AttentionCase("ring_128", 130, 600, head_dim=128, spans="equal", key_padding="left"),
     AttentionCase("last_consumer_has_one_query", 129, 90, head_dim=128, spans="equal"),
     AttentionCase("rows_across_consumers", 200, 70, spans="ragged", options={"rows": (60, 70)}),
+    AttentionCase("spans_of_16", 70, 320, head_dim=128, spans="equal", num_spans=20),
+    *(TokensCase(name, 70, 300, head_dim=64 + 64 * (n % 2)) for n, name in enumerate(TOKENS)),
 ]
 
 

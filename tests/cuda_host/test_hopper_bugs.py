@@ -34,10 +34,11 @@ FOR_EVER = "waits for ever"
 Bug = tuple[str, Patch, str]
 
 FWD, TILES = "attention/fwd_sm90.h", "hopper/tiles.h"
+MARGINALS = "attention/marginals_sm90.h"
 K_DONE = """wait_for_products<1>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);"""
-V_DONE = """weigh_all(keys, first);
+V_DONE = """weigh_all(first, borders);
       wait_for_products<0>();
       pin(out[0]);
       pin(p);
@@ -53,13 +54,14 @@ FORWARD: list[Bug] = [
     ("scores_not_waited_for",
      (FWD, K_DONE, "pin(s[0]);\ngive_up(barriers.empty_k, ring_k);"), WRITTEN_WHILE),
     ("v_given_up_too_early",
-     (FWD, V_DONE, "weigh_all(keys, first);\ngive_up(barriers.empty_v, ring_v);\n"
+     (FWD, V_DONE, "weigh_all(first, borders);\ngive_up(barriers.empty_v, ring_v);\n"
       "wait_for_products<0>();\npin(out[0]);\npin(p);"), STILL_READ),
     ("weights_rounded_too_early",
-     (FWD, V_DONE, "weigh_all(keys, first);\nround_left<T>(p, s[0]);\nwait_for_products<0>();\n"
+     (FWD, V_DONE, "weigh_all(first, borders);\nround_left<T>(p, s[0]);\nwait_for_products<0>();\n"
       "pin(out[0]);\npin(p);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
     ("out_scaled_too_early",
-     (FWD, V_DONE, "weigh_all(keys, first);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
+     (FWD, V_DONE, "weigh_all(first, borders);\ngive_up(barriers.empty_v, ring_v);"),
+     WRITTEN_WHILE),
     ("scores_written_after_the_fence",
      (TILES, SCORES, f"{SCORES}\ns[0][0] = 3.0f;"), WRITTEN_AFTER),
     ("weights_written_after_the_fence",
@@ -83,6 +85,9 @@ FORWARD: list[Bug] = [
     ("zeros_not_published", (FWD, "publish_to_async();", ""), "stores without publish_to_async"),
     ("last_product_not_waited_for",
      (FWD, "start_p_v();\n      wait_for_products<0>();", "start_p_v();"), "products running"),
+    ("span_border_off_by_one", (MARGINALS, "mine + e < end", "mine + e <= end"), OTHER_BITS),
+    ("run_not_rescaled", (MARGINALS, "run[i] * alpha[i]", "run[i]"), OTHER_BITS),
+    ("run_not_closed", (MARGINALS, "close(next);", "span = next;"), OTHER_BITS),
     ("panel_missed",
      (TILES, "columns_descriptor(b, step)", "columns_descriptor(b, step % 4)"), OTHER_BITS),
 ]  # fmt: skip
@@ -112,8 +117,8 @@ BACKWARD: list[Bug] = [
     ("own_keys_not_waited_for", (DKDV, "wait(&barriers.full_own, 0);", ""), NOT_WAITED),
     ("dout_not_waited_for",
      (DKDV, "Base::wait_for(barriers, ring, 1);\n"
-      "        start_all_scores<T, kHeadDim>(ds[0], v, dout);",
-      "start_all_scores<T, kHeadDim>(ds[0], v, dout);"), NOT_WAITED),
+      "        start_all_scores<T, kHeadDim, true>(ds[0], v, dout);",
+      "start_all_scores<T, kHeadDim, true>(ds[0], v, dout);"), NOT_WAITED),
     ("keys_given_up_too_early",
      (DQ, "wait_for_products<0>();\n      pin(dq[0]);", ""),
      STILL_READ),

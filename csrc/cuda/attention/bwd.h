@@ -76,16 +76,23 @@ struct MarginalGradient {
     stop = int32_t(end < sequence.length_q ? end : sequence.length_q);
   }
 
+  // The row of a query, or null.
+  RAL_DEVICE const float* row(int32_t query) const {
+    return query >= first && query < stop ? rows + query * num_spans : nullptr;
+  }
+  RAL_DEVICE static float at(const float* row, int32_t span) {
+    return row != nullptr && span >= 0 ? load_global(row + span) : 0.0f;
+  }
   RAL_DEVICE float at(int32_t query, int32_t span) const {
     const bool there = span >= 0 && query >= first && query < stop;
     return there ? load_global(rows + query * num_spans + span) : 0.0f;
   }
 };
 
-// (11) of one element. A weight of 0 has gradient 0 whatever dp is. A loss of log m or of lse sends
-// inf or NaN to rows that see no key.
-RAL_DEVICE float gradient_of_score(float p, float dp, float delta) {
-  return p == 0.0f ? 0.0f : p * (dp - delta);
+// (11) of one element, from the gradient of its weight less delta. A weight of 0 has gradient 0
+// whatever that is. A loss of log m or of lse sends inf or NaN to rows that see no key.
+RAL_DEVICE float gradient_of_score(float p, float dp) {
+  return p == 0.0f ? 0.0f : p * dp;
 }
 
 }  // namespace cuda

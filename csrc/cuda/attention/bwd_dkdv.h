@@ -78,22 +78,24 @@ struct attention_bwd_dkdv_kernel {
           const bool there = query < sequence.length_q;
           const float lse = there ? load_global(params.lse_log2 + statistics_row + query) : 0.0f;
           const float delta = there ? load_global(params.delta + statistics_row + query) : 0.0f;
-          const float low_dm = keys.dm_is_of_query() ? dm.at(query, keys.low_span) : 0.0f;
+          const bool is_of_query = keys.dm_of == DmOf::kOneSpan;
+          const float of_query = is_of_query ? dm.at(query, keys.first_span) : 0.0f;
           store_shared(statistics + thread_index(), lse);
-          store_shared(statistics + kBlockQ + thread_index(), keys.delta_of(delta, low_dm));
+          store_shared(statistics + kBlockQ + thread_index(), of_query - delta);
         }
         wait_for_copies<1>();
         sync_block();                // k, v, q and the statistics have arrived
         float p[1][kBlockQ / 8][4];  // transposed: rows are keys, columns are queries
         multiply_transposed(p, k, warp_key, q);
         keys.weigh(p, statistics, scale, block.visibility, first);
-        wait_for_copies<0>();
-        sync_block();              // dout has arrived
-        add_product(dv, p, dout);  // (8)
         float ds[1][kBlockQ / 8][4];
-        multiply_transposed(ds, v, warp_key, dout);
-        keys.differentiate(ds, p, statistics + kBlockQ, dm, first);
-        add_product(dk, ds, q);  // (15), without the scale
+        keys.begin(ds, statistics + kBlockQ, dm, first);
+        wait_for_copies<0>();
+        sync_block();                                   // dout has arrived
+        add_product(dv, p, TileT{opaque(dout.data)});   // (8)
+        add_product_transposed(ds, v, warp_key, dout);  // (9)
+        keys.differentiate(ds, p);
+        add_product(dk, ds, TileT{opaque(q.data)});  // (15), without the scale
       }
     }
     wait_for_copies<0>();  // in flight still where no query sees the keys

@@ -7,6 +7,42 @@
 namespace ral {
 namespace cuda {
 
+// A warp's keys and their runs. A run is a row of keys of one span.
+struct WarpRuns : WarpKeys {
+  int32_t run[kRows];   // of the lane's keys; runs count from the warp's first key
+  int32_t num_runs;     // 1 without dm
+  int32_t span_of_run;  // of run `lane % kKeys`; -1 = there is none
+  int32_t last_span;    // of the warp's last key
+
+  RAL_DEVICE WarpRuns(const KeysOfBlock& block, int32_t first_key, int warp_key)
+      : WarpKeys(block, first_key, warp_key),
+        num_runs(1),
+        span_of_run(-1),
+        last_span(keys.span_of(warp_key + kKeys - 1)) {
+    for (int key = 0; key < kKeys; ++key) {
+      const int32_t of_key = keys.span_of(warp_key + key);
+      if (key > 0 && (keys.starts >> (warp_key + key) & 1) != 0) ++num_runs;
+      if (lane_index() % kKeys == num_runs - 1) span_of_run = of_key;
+      RAL_UNROLL for (int i = 0; i < kRows; ++i)
+        if (row_in_warp(i) == key) run[i] = num_runs - 1;
+    }
+  }
+
+  // Starts ds with what (9) and (11) add to its product, dm - delta of each run, in the warp's own
+  // shared memory.
+  template <int kTiles>
+  RAL_DEVICE void begin(float (&ds)[1][kTiles][4], const float* less_delta, int32_t stride) const {
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const float* of_key = less_delta + run[i] * stride + mine();
+      RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+        const Float2 both = load_shared(reinterpret_cast<const Float2*>(of_key + 8 * c));
+        ds[0][c][2 * i] = both.x;
+        ds[0][c][2 * i + 1] = both.y;
+      }
+    }
+  }
+};
+
 // One CTA has 64 keys of a kv head for each consumer warpgroup. It walks over the queries of its
 // part that see them, head by head, so that the sum over a group has one fixed order. Scores are
 // transposed, so their accumulators are the A operands of pᵀ dout and dsᵀ q.
@@ -19,8 +55,11 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
   static constexpr int kGroupK = kPanelRows, kBlockKeys = kGroupK * kConsumers;
   static constexpr int kBlockQ = kPanelRows, kLaneQueries = kBlockQ / kWarpSize;
   static constexpr int kMinBlocks = 1;
-  // Per warp: lse_log2, delta, and dm of two spans.
-  static constexpr int kStatisticsBytes = 4 * kBlockQ * int(sizeof(float));
+  // Per warp: lse_log2, delta, and dm of each run of its keys, dm - delta if there are one or two.
+  // Rows of runs are 8 banks apart.
+  static constexpr int kRunStride = kBlockQ + 8;
+  static constexpr int kStatisticsBytes =
+      (2 * kBlockQ + WarpKeys::kKeys * kRunStride) * int(sizeof(float));
   static constexpr int kUsedBytes = Base::kStatisticsAt + 4 * kConsumers * kStatisticsBytes;
   static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // room to align to 1024 bytes
   static_assert(kGroupK == kBlockK, "a warp knows of 64 keys");
@@ -70,14 +109,15 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     const int warp_key = warp_index() % 4 * 16;  // the warp's first key in its warpgroup
     const int32_t first_key = block.first_key + group * kGroupK;
     const int32_t num_keys = block.num_keys - group * kGroupK;  // none if negative
-    const WarpKeys keys(block, first_key, warp_key);
+    const WarpRuns keys(block, first_key, warp_key);
     // Queries that see the warpgroup's own keys. Products with others would be wasted.
     const QueryRange range(block, part, first_key, minimum(num_keys, kGroupK));
     const int32_t own_begin = range.low / kBlockQ * kBlockQ;
     float* const lse_log2 = reinterpret_cast<float*>(
         shared + Base::kStatisticsAt + (group * 4 + warp_index() % 4) * kStatisticsBytes);
     float* const delta = lse_log2 + kBlockQ;
-    float *const low_dm = delta + kBlockQ, *const high_dm = low_dm + kBlockQ;
+    float* const less_delta = delta + kBlockQ;
+    const bool has_many = keys.dm_of != DmOf::kNothing && keys.num_runs > 2;
     char* const k_tile = shared + Base::own_at(0) + group * kTileBytes;
     char* const v_tile = shared + Base::own_at(1) + group * kTileBytes;
     const uint32_t k = shared_address(k_tile), v = shared_address(v_tile);
@@ -114,9 +154,12 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
           own_delta[i] = there ? load_global(backward.delta + at) : 0.0f;
           own_dm[i][0] = own_dm[i][1] = 0.0f;
         }
-        if (keys.dm_is_of_query()) {
-          RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i)
-            keys.load_dm(own_dm[i], dm, first + i * kWarpSize + lane_index());
+        if (keys.dm_of != DmOf::kNothing && !has_many) {
+          RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
+            const int32_t query = first + i * kWarpSize + lane_index();
+            own_dm[i][0] = dm.at(query, keys.first_span);
+            if (keys.num_runs == 2) own_dm[i][1] = dm.at(query, keys.last_span);
+          }
         }
         Base::wait_for(barriers, ring, 0);
         // TMA does not zero queries of the next sequence.
@@ -128,20 +171,36 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
           sync_group(1 + group);
         }
         start_all_scores<T, kHeadDim>(p[0], k, q);
-        Base::wait_for(barriers, ring, 1);
-        start_all_scores<T, kHeadDim>(ds[0], v, dout);  // (9), without dm
 
         sync_warp();  // all lanes have read the previous statistics
         RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
           const int at = i * kWarpSize + lane_index();
           store_shared(lse_log2 + at, own_lse[i]);
-          store_shared(delta + at, keys.delta_of(own_delta[i], own_dm[i][0]));
-          if (keys.dm_of == DmOf::kTwoSpans) {
-            store_shared(low_dm + at, own_dm[i][0]);
-            store_shared(high_dm + at, own_dm[i][1]);
+          if (has_many)
+            store_shared(delta + at, own_delta[i]);
+          else
+            store_shared(less_delta + at, own_dm[i][0] - own_delta[i]);
+          if (!has_many && keys.num_runs == 2)
+            store_shared(less_delta + kRunStride + at, own_dm[i][1] - own_delta[i]);
+        }
+        if (has_many) {
+          sync_warp();
+          // A lane has run lane % 16: dm of ascending spans are neighbours in memory.
+          constexpr int kAtOnce = 16;
+          for (int begin = 0; begin < kBlockQ; begin += 2 * kAtOnce) {
+            const int at = begin + lane_index() / 16;
+            float of_run[kAtOnce];
+            RAL_UNROLL for (int i = 0; i < kAtOnce; ++i)
+              of_run[i] = dm.at(first + at + 2 * i, keys.span_of_run);
+            RAL_UNROLL for (int i = 0; i < kAtOnce; ++i)
+              store_shared(less_delta + lane_index() % 16 * kRunStride + at + 2 * i,
+                           of_run[i] - load_shared(delta + at + 2 * i));
           }
         }
         sync_warp();
+        keys.begin(ds, less_delta, kRunStride);
+        Base::wait_for(barriers, ring, 1);
+        start_all_scores<T, kHeadDim, true>(ds[0], v, dout);  // (9)
 
         wait_for_products<1>();
         pin(p[0]);
@@ -150,7 +209,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
         start_all_products<T>(dv[0], left_p, dout);  // (8)
         wait_for_products<1>();
         pin(ds[0]);
-        keys.differentiate(ds, p, delta, dm, first, low_dm, high_dm);
+        keys.differentiate(ds, p);
         round_left<T>(left_ds, ds[0]);
         start_all_products<T>(dk[0], left_ds, q);  // (15), without the scale
         wait_for_products<1>();

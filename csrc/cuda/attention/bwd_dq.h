@@ -68,13 +68,14 @@ struct attention_bwd_dq_kernel {
       float p[1][kBlockK / 8][4];
       multiply_transposed(p, q, warp_row, k);
       rows.weigh(p, keys, first, range, scale, block.visibility);
-      wait_for_copies<0>();
-      sync_block();  // v has arrived
       float ds[1][kBlockK / 8][4];
-      multiply_transposed(ds, dout, warp_row, v);  // (9), without dm
-      rows.differentiate(ds, p, keys, rows.load_dm(keys, block), block);
-      add_product(dq, ds, k);  // (14), without the scale
-      sync_block();            // k and v are no longer read
+      rows.begin(ds, keys, block);
+      wait_for_copies<0>();
+      sync_block();                                   // v has arrived
+      add_product_transposed(ds, dout, warp_row, v);  // (9)
+      rows.differentiate(ds, p);
+      add_product(dq, ds, TileT{opaque(k.data)});  // (14), without the scale
+      sync_block();                                // k and v are no longer read
     }
     wait_for_copies<0>();  // in flight still where queries see no key
     sync_block();

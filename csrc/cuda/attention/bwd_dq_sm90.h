@@ -7,6 +7,70 @@
 namespace ral {
 namespace cuda {
 
+// A warp's queries. dm of a block is loaded long before it is used.
+struct WarpQueriesSm90 : WarpQueries {
+  using WarpQueries::WarpQueries;
+
+  // dm of a block of keys, as the lane's rows need it.
+  struct Dm {
+    enum { kNothing, kOneSpan, kTwoSpans, kEachKey } of;
+    int32_t border;  // with two spans: the second's first key
+    float low[kRows], high[kRows];
+    float each[kBlockK / 8][4];  // with more
+  };
+  // begin() may come later: nothing waits for what this loads.
+  RAL_DEVICE Dm load_dm(const KeyBlock& keys, const QueriesWithGradient& block) const {
+    Dm dm;
+    dm.of = Dm::kNothing;
+    dm.border = 0;
+    RAL_UNROLL for (int i = 0; i < kRows; ++i)
+      dm.low[i] = dm.high[i] = 0.0f;
+    if (block.ids == nullptr) return dm;
+    const float* rows_of_lane[kRows];
+    RAL_UNROLL for (int i = 0; i < kRows; ++i)
+      rows_of_lane[i] = block.dm.row(warp_query + row_in_warp(i));
+    const uint64_t borders = keys.starts & ~uint64_t(1);
+    if ((borders & (borders - 1)) == 0) {
+      dm.of = borders == 0 ? Dm::kOneSpan : Dm::kTwoSpans;
+      const int32_t low_span = keys.span_of(0), high_span = keys.span_of(kBlockK - 1);
+      RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+        dm.low[i] = MarginalGradient::at(rows_of_lane[i], low_span);
+        if (borders != 0) dm.high[i] = MarginalGradient::at(rows_of_lane[i], high_span);
+      }
+      if (borders != 0) dm.border = lowest_bit(borders);
+      return dm;
+    }
+    dm.of = Dm::kEachKey;
+    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int32_t span = keys.span_of_column(c, e);
+        RAL_UNROLL for (int i = 0; i < kRows; ++i)
+          dm.each[c][2 * i + e] = MarginalGradient::at(rows_of_lane[i], span);
+      }
+    return dm;
+  }
+
+  // Starts ds with what (9) and (11) add to its product: dm - delta.
+  RAL_DEVICE void begin(float (&ds)[1][kBlockK / 8][4], const Dm& dm) const {
+    const int32_t border = dm.border - 2 * (lane_index() % 4);  // from the lane's first column
+    float low[kRows], high[kRows];
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      low[i] = dm.low[i] - delta[i];
+      high[i] = dm.high[i] - delta[i];
+    }
+    if (dm.of == Dm::kEachKey) {
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 4; ++e) ds[0][c][e] = dm.each[c][e] - delta[e / 2];
+    } else if (dm.of == Dm::kTwoSpans) {
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 4; ++e) ds[0][c][e] = 8 * c + e % 2 < border ? low[e / 2] : high[e / 2];
+    } else {
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 4; ++e) ds[0][c][e] = low[e / 2];
+    }
+  }
+};
+
 // One CTA has 64 queries of a head for each consumer warpgroup, and walks over the keys that they
 // see.
 template <typename T, int kHeadDim>
@@ -60,7 +124,7 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     const ral_attention_params& call = backward.call;
     const int warp_row = warp_index() % 4 * 16;  // the warp's first row in its warpgroup
     const int32_t num_queries = block.num_queries - group * kGroupQ;  // none if negative
-    const WarpQueries rows(backward, block, group * kGroupQ + warp_row);
+    const WarpQueriesSm90 rows(backward, block, group * kGroupQ + warp_row);
     // Keys that the warpgroup's own queries see. Products with others would be wasted.
     const KeyRange range(block.visibility, block.first_query + group * kGroupQ,
                          minimum(num_queries, kGroupQ));
@@ -77,11 +141,14 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     uint32_t left[4][4];
     const float scale = call.scale * kLog2e;
     Ring<kStages> ring;
-    // Of the next block of its own, loaded while the last product of a round runs.
-    const auto load_keys = [&](int32_t first) {
-      return load_key_block(block.ids, block.padding, first, block.visibility.length_k);
+    // Of the next block of its own: keys are loaded a round before, dm while the last product of a
+    // round runs.
+    const auto load = [&](int32_t first) {
+      return load_keys<true>(block.ids, block.padding, first, block.visibility.length_k);
     };
-    KeyBlock keys = load_keys(own_begin);
+    KeyBlock keys = describe(load(own_begin));
+    WarpQueriesSm90::Dm dm = rows.load_dm(keys, block);
+    LoadedKeys next = load(own_begin + kBlockK);
 
     wait(&barriers.full_own, 0);
     for (int32_t first = begin; first <= high; first += kBlockK, ring.advance()) {
@@ -89,6 +156,8 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
         Base::pass_over(barriers, ring);
         continue;
       }
+      // Before products start: ptxas would wait for them where branches meet that write `ds`.
+      rows.begin(ds, dm);
       char* const k_tile = Base::tile(shared, ring, 0);
       const uint32_t k = shared_address(k_tile), v = shared_address(Base::tile(shared, ring, 1));
       Base::wait_for(barriers, ring, 0);
@@ -99,18 +168,19 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
       }
       start_all_scores<T, kHeadDim>(p[0], q, k);
       Base::wait_for(barriers, ring, 1);
-      start_all_scores<T, kHeadDim>(ds[0], dout, v);  // (9), without dm
-      const WarpQueries::Dm dm = rows.load_dm(keys, block);
+      start_all_scores<T, kHeadDim, true>(ds[0], dout, v);  // (9)
       wait_for_products<1>();
       pin(p[0]);
       rows.weigh(p, keys, first, range, scale, block.visibility);
       wait_for_products<0>();
       pin(ds[0]);
       Base::give_up(barriers, ring, 1);
-      rows.differentiate(ds, p, keys, dm, block);
+      rows.differentiate(ds, p);
       round_left<T>(left, ds[0]);
       start_all_products<T>(dq[0], left, k);  // (14), without the scale
-      keys = load_keys(first + kBlockK);
+      keys = describe(next);
+      dm = rows.load_dm(keys, block);
+      next = load(first + 2 * kBlockK);
       wait_for_products<0>();
       pin(dq[0]);
       pin(left);

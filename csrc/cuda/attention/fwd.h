@@ -42,7 +42,7 @@ struct attention_fwd_kernel {
 
     const int warp_row = warp_index() * kWarpQ;  // the warp's first row in the CTA
     auto* marginal_rows = reinterpret_cast<MarginalRows*>(v.data + kBlockK * TileT::kStride);
-    Marginals<kRowTiles> marginals = begin_marginals<kRowTiles>(
+    auto marginals = begin_marginals<Marginals<kRowTiles>>(
         params, block, block.first_token, num_queries, warp_row, marginal_rows + warp_index());
 
     float out[kRowTiles][kHeadDim / 8][4];

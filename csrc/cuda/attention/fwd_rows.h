@@ -20,14 +20,13 @@ RAL_DEVICE QueriesOfBlock queries_of_block(const AttentionFwdParams& params, int
 
 // The marginals of a warp's rows. `num_queries` rows begin at token `first_token`; warp_row is the
 // warp's first among them. `at`: 16 bytes of shared memory that the warp owns.
-template <int kRowTiles>
-RAL_DEVICE Marginals<kRowTiles> begin_marginals(const AttentionFwdParams& params,
-                                                const QueriesOfBlock& block, int64_t first_token,
-                                                int32_t num_queries, int warp_row,
-                                                MarginalRows* at) {
-  constexpr int kWarpQ = 16 * kRowTiles;
+template <typename SpanSums>
+RAL_DEVICE SpanSums begin_marginals(const AttentionFwdParams& params, const QueriesOfBlock& block,
+                                    int64_t first_token, int32_t num_queries, int warp_row,
+                                    MarginalRows* at) {
+  constexpr int kWarpQ = 8 * SpanSums::kRows;
   const ral_attention_params& call = params.call;
-  Marginals<kRowTiles> marginals{};
+  SpanSums marginals{};
   if (block.ids == nullptr) return marginals;
   const int64_t num_rows = call.row_stop - call.row_start;
   const int64_t row = first_token + warp_row - call.row_start;
@@ -42,12 +41,12 @@ RAL_DEVICE Marginals<kRowTiles> begin_marginals(const AttentionFwdParams& params
 
 // Writes lse, marginals and out of a warp's rows, counted as in begin_marginals. m is in base 2;
 // normaliser holds each lane's part of the sum. The warp owns its rows of `stage`.
-template <int kRowTiles, typename T, int kHeadDim>
+template <int kRowTiles, typename T, int kHeadDim, typename SpanSums>
 RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& block,
                        int64_t first_token, int32_t num_queries, int warp_row,
                        Tile<T, kHeadDim> stage, const float (&out)[kRowTiles][kHeadDim / 8][4],
                        const float (&m)[2 * kRowTiles], const float (&normaliser)[2 * kRowTiles],
-                       Marginals<kRowTiles>& marginals) {
+                       SpanSums& marginals) {
   const ral_attention_params& call = params.call;
   float inverse[2 * kRowTiles], lse_log2[2 * kRowTiles];
   float* lse =

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/fwd_rows.h"
+#include "attention/marginals_sm90.h"
 #include "hopper/tiles.h"
 
 namespace ral {
@@ -142,9 +143,9 @@ struct attention_fwd_sm90_kernel {
     const int32_t num_queries = block.num_queries - group * kGroupQ;  // none if negative
     const int32_t warp_query = block.first_query + group * kGroupQ + warp_row;
     auto* marginal_rows = reinterpret_cast<MarginalRows*>(shared + kMarginalsAt);
-    Marginals<1> marginals =
-        begin_marginals<1>(params.forward, block, first_token, num_queries, warp_row,
-                           marginal_rows + group * 4 + warp_index() % 4);
+    marginal_rows += group * 4 + warp_index() % 4;
+    auto marginals = begin_marginals<MarginalsSm90>(params.forward, block, first_token, num_queries,
+                                                    warp_row, marginal_rows);
     float out[1][kHeadDim / 8][4];
     clear(out);
     float m[2] = {minus_infinity(), minus_infinity()};
@@ -162,7 +163,7 @@ struct attention_fwd_sm90_kernel {
     Scores s;
     uint32_t p[kBlockK / 16][4];  // rounded weights, as A operands
     float alpha[2];
-    uint64_t real = 0;  // of the block that p belongs to
+    KeyBlock keys{};  // those of the block that p belongs to
     Ring<kStages> ring_k, ring_v;
 
     const auto start_q_k = [&] {
@@ -171,8 +172,8 @@ struct attention_fwd_sm90_kernel {
     };
     const auto start_p_v = [&] {
       wait(&barriers.full_v[ring_v.stage], ring_v.parity());
-      if (is_ragged && ~real != 0) {
-        clear_rows<kPanels>(shared + kValuesAt + ring_v.stage * kTileBytes, ~real);
+      if (is_ragged && ~keys.real != 0) {
+        clear_rows<kPanels>(shared + kValuesAt + ring_v.stage * kTileBytes, ~keys.real);
         publish_to_async();
         sync_group(1 + group);
       }
@@ -183,48 +184,55 @@ struct attention_fwd_sm90_kernel {
       ring.advance();
     };
     // Turns scores into weights. alpha rescales what was relative to the old maxima.
-    const auto weigh_all = [&](const KeyBlock& keys, int32_t first) {
+    const auto weigh_all = [&](int32_t first, const auto& borders) {
       const bool all_visible = first >= full_low && first + kBlockK - 1 <= full_high;
       if (!all_visible || ~keys.real != 0)
         hide(s, block.visibility, keys.real, first, warp_query, minus_infinity());
-      if (marginals.num_spans != 0) marginals.enter(keys, m);
+      float sum[2];
       RAL_UNROLL for (int i = 0; i < 2; ++i) {
-        float sum;
-        alpha[i] = weigh(s, i, m[i], scale, sum);
-        normaliser[i] = normaliser[i] * alpha[i] + sum;
-        marginals.scale_and_add(i, alpha[i], sum, keys);
+        alpha[i] = weigh(s, i, m[i], scale, sum[i]);
+        normaliser[i] = normaliser[i] * alpha[i] + sum[i];
       }
-      if (marginals.num_spans != 0 && !keys.is_one_span()) marginals.add_spans(s, keys, m);
-      real = keys.real;
+      if (marginals.num_spans != 0) marginals.add(s, keys, borders, sum, alpha, m);
     };
+
+    const auto load = [&](int32_t first) {
+      return load_keys<true>(block.ids, block.padding, first, block.visibility.length_k);
+    };
+    LoadedKeys next = load(begin);  // of the block whose scores start next
 
     wait(&barriers.full_q, 0);
     if (num_blocks > 0) {
-      const KeyBlock keys =
-          load_key_block(block.ids, block.padding, begin, block.visibility.length_k);
       start_q_k();
+      keys = describe(next);
+      const auto borders = marginals.enter(keys, m);
+      next = load(begin + kBlockK);
       wait_for_products<0>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);
-      weigh_all(keys, begin);  // alpha is not needed: `out` is 0
+      weigh_all(begin, borders);  // alpha is not needed: `out` is 0
       round_left<T>(p, s[0]);
     }
     for (int32_t n = 1; n < num_blocks; ++n) {
       const int32_t first = begin + n * kBlockK;
       start_q_k();
       start_p_v();
-      const KeyBlock keys =
-          load_key_block(block.ids, block.padding, first, block.visibility.length_k);
+      keys = describe(next);
+      const auto borders = marginals.enter(keys, m);
+      next = load(first + kBlockK);
       wait_for_products<1>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);
-      weigh_all(keys, first);
+      weigh_all(first, borders);
       wait_for_products<0>();
       pin(out[0]);
       pin(p);
       give_up(barriers.empty_v, ring_v);
-      RAL_UNROLL for (int c = 0; c < kHeadDim / 8; ++c) RAL_UNROLL
-        for (int e = 0; e < 4; ++e) out[0][c][e] *= alpha[e / 2];
+      // Most maxima are found early, and then no row rescales.
+      if (ballot(alpha[0] != 1.0f || alpha[1] != 1.0f) != 0) {
+        RAL_UNROLL for (int c = 0; c < kHeadDim / 8; ++c) RAL_UNROLL
+          for (int e = 0; e < 4; ++e) out[0][c][e] *= alpha[e / 2];
+      }
       round_left<T>(p, s[0]);
     }
     if (num_blocks > 0) {
@@ -232,6 +240,7 @@ struct attention_fwd_sm90_kernel {
       wait_for_products<0>();
       pin(out[0]);
     }
+    marginals.rows = marginal_rows;  // no register holds it through the loop
     sync_group(1 + group);
     const Tile<T, kHeadDim> stage{reinterpret_cast<T*>(q_tile)};
     finish<1>(params.forward, block, first_token, num_queries, warp_row, stage, out, m, normaliser,

@@ -222,6 +222,13 @@ RAL_DEVICE float maximum(float x, float y) {
 RAL_DEVICE int lowest_bit(uint64_t bits) {
   return __ffsll(static_cast<long long>(bits)) - 1;
 }
+// x, of which the compiler knows nothing. What is computed from it holds no registers from one turn
+// of a loop to the next.
+template <typename T>
+RAL_DEVICE T* opaque(T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // ---- Launch -----------------------------------------------------------------------------------
 

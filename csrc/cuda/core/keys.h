@@ -108,7 +108,7 @@ struct KeyBlock {
   int32_t low, high;  // span ids of keys `lane` and `lane` + 32 of the block; -1 = none
 
   // Span of a key; all lanes must ask for the same key.
-  RAL_DEVICE int32_t span_of(int key) const { return shuffle(key < 32 ? low : high, key % 32); }
+  RAL_DEVICE int32_t span_of(int key) const { return shuffle(key < 32 ? low : high, key & 31); }
   // Span of key 8 tile + 2 (lane % 4) + e: the column of the lane's accumulator.
   RAL_DEVICE int32_t span_of_column(int tile, int e) const {
     return shuffle(tile < 4 ? low : high, tile % 4 * 8 + 2 * (lane_index() % 4) + e);
@@ -116,21 +116,41 @@ struct KeyBlock {
   RAL_DEVICE bool is_one_span() const { return starts == 1; }
 };
 
-// A collective of the warp. `ids` and `padding` start at the sequence's first key, or are null.
-RAL_DEVICE KeyBlock load_key_block(const int32_t* ids, const uint8_t* padding, int32_t first,
-                                   int32_t length_k) {
+// What a lane loads of a block of keys, to be described later: of keys `lane` and `lane` + 32.
+struct LoadedKeys {
+  int32_t low, high;  // span ids; -1 = none
+  bool real_low, real_high;
+  bool has_spans;
+};
+
+// `ids` and `padding` start at the sequence's first key, or are null. kByKey: addresses come from
+// the key's number; no pointer moves with `first`. nvcc spills registers of the forward for Hopper
+// without it, and registers of policy_moments_kernel with it.
+template <bool kByKey>
+RAL_DEVICE LoadedKeys load_keys(const int32_t* ids, const uint8_t* padding, int32_t first,
+                                int32_t length_k) {
   const int lane = lane_index();
-  const bool has_low = first + lane < length_k, has_high = first + lane + 32 < length_k;
-  KeyBlock keys{0, 1, -1, -1};
-  bool real_low = has_low, real_high = has_high;
+  const int32_t key = first + lane;
+  const auto at = [&](auto* of_keys) { return kByKey ? of_keys + key : of_keys + first + lane; };
+  const bool has_low = key < length_k, has_high = key + 32 < length_k;
+  LoadedKeys keys{-1, -1, has_low, has_high, ids != nullptr};
   if (padding != nullptr) {
-    if (has_low) real_low = load_global(padding + first + lane) != 0;
-    if (has_high) real_high = load_global(padding + first + lane + 32) != 0;
+    if (has_low) keys.real_low = load_global(at(padding)) != 0;
+    if (has_high) keys.real_high = load_global(at(padding) + 32) != 0;
   }
-  keys.real = uint64_t(ballot(real_low)) | uint64_t(ballot(real_high)) << 32;
   if (ids != nullptr) {
-    if (has_low) keys.low = load_global(ids + first + lane);
-    if (has_high) keys.high = load_global(ids + first + lane + 32);
+    if (has_low) keys.low = load_global(at(ids));
+    if (has_high) keys.high = load_global(at(ids) + 32);
+  }
+  return keys;
+}
+
+// A collective of the warp.
+RAL_DEVICE KeyBlock describe(const LoadedKeys& loaded) {
+  KeyBlock keys{0, 1, loaded.low, loaded.high};
+  keys.real = uint64_t(ballot(loaded.real_low)) | uint64_t(ballot(loaded.real_high)) << 32;
+  if (loaded.has_spans) {
+    const int lane = lane_index();
     const int32_t before_low = shuffle_up(keys.low, 1), last_low = shuffle(keys.low, 31);
     const int32_t within_high = shuffle_up(keys.high, 1);
     const int32_t before_high = lane == 0 ? last_low : within_high;
@@ -138,6 +158,12 @@ RAL_DEVICE KeyBlock load_key_block(const int32_t* ids, const uint8_t* padding, i
                   uint64_t(ballot(before_high != keys.high)) << 32;
   }
   return keys;
+}
+
+// A collective of the warp: both at once.
+RAL_DEVICE KeyBlock load_key_block(const int32_t* ids, const uint8_t* padding, int32_t first,
+                                   int32_t length_k) {
+  return describe(load_keys<false>(ids, padding, first, length_k));
 }
 
 }  // namespace cuda

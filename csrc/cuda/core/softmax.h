@@ -43,11 +43,11 @@ RAL_DEVICE void hide(float (&s)[kRowTiles][kBlockK / 8][4], const Visibility& vi
 template <int kRowTiles>
 RAL_DEVICE float weigh(float (&s)[kRowTiles][kBlockK / 8][4], int i, float& m, float scale,
                        float& sum) {
-  float highest = minus_infinity();
+  float highest[2] = {minus_infinity(), minus_infinity()};  // chains half as long
   RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-    for (int e = 0; e < 2; ++e) highest = maximum(highest, s[i / 2][c][i % 2 * 2 + e]);
+    for (int e = 0; e < 2; ++e) highest[e] = maximum(highest[e], s[i / 2][c][i % 2 * 2 + e]);
   const float before = m;
-  m = maximum(before, quad_maximum(highest) * scale);
+  m = maximum(before, quad_maximum(maximum(highest[0], highest[1])) * scale);
   const float stable = stabiliser(m);
   sum = 0.0f;
   RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL

@@ -74,14 +74,13 @@ RAL_DEVICE void clear(float (&sum)[kRowTiles][kColumnTiles][4]) {
       for (int e = 0; e < 4; ++e) sum[r][c][e] = 0.0f;
 }
 
-// product = a bᵀ, with a's rows from `a_row` on and the first 8 kColumnTiles rows of b.
+// product += a bᵀ, with a's rows from `a_row` on and the first 8 kColumnTiles rows of b.
 template <int kRowTiles, int kColumnTiles, typename T, int kColumns>
-RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4],
-                                    Tile<T, kColumns> a, int a_row, Tile<T, kColumns> b) {
+RAL_DEVICE void add_product_transposed(float (&product)[kRowTiles][kColumnTiles][4],
+                                       Tile<T, kColumns> a, int a_row, Tile<T, kColumns> b) {
   const int lane = lane_index();
   const int a_offset = left_offset(a, a_row);
   const int b_offset = Tile<T, kColumns>::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  clear(product);
   RAL_UNROLL for (int step = 0; step < kColumns / 16; ++step) {
     uint32_t left[kRowTiles][4];
     RAL_UNROLL for (int r = 0; r < kRowTiles; ++r)
@@ -95,6 +94,14 @@ RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4]
       }
     }
   }
+}
+
+// product = a bᵀ, as above.
+template <int kRowTiles, int kColumnTiles, typename T, int kColumns>
+RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4],
+                                    Tile<T, kColumns> a, int a_row, Tile<T, kColumns> b) {
+  clear(product);
+  add_product_transposed(product, a, a_row, b);
 }
 
 // sum += weights b. The weights [16 kRowTiles, 8 kInnerTiles] are in registers and are rounded to

@@ -21,21 +21,23 @@ RAL_DEVICE void copy_tile(char* tile, const TensorMap& map, int32_t token, int32
 // a row.
 template <int kPanels>
 RAL_DEVICE void clear_rows(char* tile, uint64_t rows) {
-  const int thread = thread_index() % kGroupThreads;
-  const int row = thread / 2, half = thread % 2;
+  const uint32_t thread = uint32_t(thread_index()) % kGroupThreads;
+  const uint32_t row = thread / 2, half = thread % 2;
   if ((rows >> row & 1) == 0) return;
   RAL_UNROLL for (int panel = 0; panel < kPanels; ++panel) RAL_UNROLL
     for (int chunk = 0; chunk < 4; ++chunk)
       clear_shared(tile + panel * kPanelBytes + row * kPanelRowBytes + (half * 4 + chunk) * 16);
 }
 
-// Starts s = a bᵀ as one group. a, b: shared addresses of tiles of kColumns columns.
-template <typename T, int kColumns>
+// Starts s = a bᵀ, or s += a bᵀ with kAdds, as one group. a, b: shared addresses of tiles of
+// kColumns columns.
+template <typename T, int kColumns, bool kAdds = false>
 RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t a, uint32_t b) {
   pin(s);
   begin_products();
   RAL_UNROLL for (int step = 0; step < kColumns / 16; ++step)
-    start_scores<T>(s, columns_descriptor(a, step), columns_descriptor(b, step), step != 0);
+    start_scores<T>(s, columns_descriptor(a, step), columns_descriptor(b, step),
+                    kAdds || step != 0);
   commit_products();
 }
 
