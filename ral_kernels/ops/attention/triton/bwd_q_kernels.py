@@ -10,7 +10,16 @@ import triton.language as tl
 from ....runtime.triton_rows import head_of, store_rows
 from ....runtime.triton_spans import MIXED, NO_SPAN
 from .bwd_kv_kernels import weights_and_gradient
-from .marginals import Sums, add_mixed_block, add_to_span, kind_of, moved_spans, shares
+from .marginals import (
+    Sums,
+    add_mixed_block,
+    add_mixed_shares,
+    bias_of_tile,
+    entry_of,
+    leave_span,
+    moved_spans,
+    uniform_shares,
+)
 from .scores import (
     Keys,
     Place,
@@ -20,12 +29,13 @@ from .scores import (
     block_ranges,
     blocks_of_loop,
     dot_rows,
-    exist,
+    keys_of_block,
     length_of,
     locate,
     masks_of_rows,
     real_keys,
     row_tile,
+    span_block_ranges,
     spans_of_keys,
 )
 
@@ -55,41 +65,51 @@ def add_query_gradients(
 ):
     """The key blocks of one loop, as in fwd_kernels.py."""
     dq, run, run_kind = state
-    for i in range(0, blocks.number):
-        block = block_number(i, blocks, IS_EDGE)
-        k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
-        k_tokens = keys.start + k_positions
-        mask_k = exist(k_positions, keys.length, IS_EDGE)
-        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
-        block_spans = moved_spans(
-            keys.spans, block, keys.start + block * tile.BLOCK_K, tile.BLOCK_K
+    dmarginals_rows = q_positions.to(tl.int64) * dspan_bias.num_spans
+    kind, first_key = entry_of(keys.spans, block_number(0, blocks, IS_EDGE, HAS_SPANS), HAS_SPANS)
+    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_EDGE else None):
+        block = block_number(i, blocks, IS_EDGE, HAS_SPANS)
+        k_positions, mask_k, k_head, v_head, rows = keys_of_block(
+            keys, block, first_key, tile.BLOCK_K, IS_EDGE, HAS_SPANS
         )
-        kind = kind_of(block_spans, HAS_SPANS)
+        k_tokens = keys.start + k_positions
+        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
+        block_spans = moved_spans(keys.spans, block, tile.BLOCK_K)
+        if dspan_bias.ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+            if kind != run_kind:
+                leave_span(dspan_bias, run_kind, run, IS_EDGE)
+                run = tl.zeros_like(run)
+                run_kind = kind
         # 0 · NaN is NaN: padding keys are not read.
         real = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
         dp = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
+        delta_m = delta[:, None]  # δ without the gradient of the marginal
         if dmarginals_ptr is not None:  # (9)
-            dp = shares(
-                kind, block_spans, dmarginals_ptr,
-                q_positions.to(tl.int64) * dspan_bias.num_spans, 1, mask_rows, mask_k,
-                tile.BLOCK_Q, tile.BLOCK_K, tile.TERMS, False, False,
+            delta_m -= uniform_shares(
+                (kind,), dmarginals_ptr, dmarginals_rows, 1, mask_rows, tile.BLOCK_K, tile.BLOCK_K,
+                False, False,
             )  # fmt: skip
+            if IS_EDGE:
+                dp = add_mixed_shares(
+                    dp, (kind,), block_spans, dmarginals_ptr, dmarginals_rows, 1, mask_rows,
+                    tile.BLOCK_K, tile.BLOCK_K, tile.TERMS, False, False,
+                )  # fmt: skip
         bias = 0.0
         if masks.span_bias.ptr is not None:
-            bias = shares(
-                kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
+            bias = bias_of_tile(
+                (kind,), block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
+                q.mask, tile.BLOCK_K, tile.BLOCK_K, False, IS_EDGE,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = row_tile(keys.k, k_tokens, real, tile.HEAD_DIM, tile.PART_D)
+        k = row_tile(k_head, rows, real, tile.HEAD_DIM, tile.PART_D)
         dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
         dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if HAS_DOUT:
             # [BLOCK_K, BLOCK_DV]
-            v = row_tile(keys.v, k_tokens, real, tile.HEAD_DIM_V, tile.PART_DV)
+            v = row_tile(v_head, rows, real, tile.HEAD_DIM_V, tile.PART_DV)
             dp = dot_rows(dp, dout, v, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
         _, ds, dcap = weights_and_gradient(
-            dot, dp, bias, lse_log2[:, None], delta[:, None], place, masks, head_masks,
+            dot, dp, bias, lse_log2[:, None], delta_m, place, masks, head_masks,
             score, IS_EDGE, False,
         )  # fmt: skip
         dx = ds * dcap  # (13)
@@ -98,17 +118,14 @@ def add_query_gradients(
         )
 
         if dspan_bias.ptr is not None:  # (12)
-            if (kind != run_kind) | (kind == MIXED):
-                if run_kind >= 0:
-                    add_to_span(dspan_bias, run_kind, run)
+            run += tl.sum(ds, 1)
+            if IS_EDGE:  # noqa: SIM102 (known when compiled; the next is not)
                 if kind == MIXED:
                     one = tl.full([tile.BLOCK_Q], 1.0, tl.float32)
-                    add_mixed_block(
-                        dspan_bias, ds, one, block_spans, mask_k, tile.BLOCK_K, tile.TERMS
-                    )
-                run = tl.zeros_like(run)
-                run_kind = kind
-            run += tl.sum(ds, 1)
+                    add_mixed_block(dspan_bias, ds, one, block_spans, tile.BLOCK_K, tile.TERMS)
+        # One block ahead: nothing waits for this load.
+        next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS)
+        kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
     return dq, run, run_kind
 
 
@@ -168,7 +185,14 @@ def attention_bwd_dq_kernel(
     if masks.window.HAS_RIGHT:
         high = tl.minimum(length_k, last_row + masks.window.right + 1)
         full_high = tl.minimum(length_k, first_row + masks.window.right + 1)
-    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
+    HAS_SPANS: tl.constexpr = spans.entries_ptr is not None
+    if HAS_SPANS:
+        first_key = b * spans.key_stride_b + k_start
+        ranges = span_block_ranges(
+            spans, first_key, length_k, low, high, full_low, full_high, tile.BLOCK_K
+        )
+    else:
+        ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
 
     kv_head = h // (sizes.num_heads // sizes.num_kv_heads)
     IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
@@ -195,19 +219,18 @@ def attention_bwd_dq_kernel(
 
     dq_sum = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
     run = tl.zeros([tile.BLOCK_Q], tl.float32)
-    run_kind = first * 0 + NO_SPAN
+    run_kind = ranges.first * 0 + NO_SPAN
     state = dq_sum, run, run_kind
     for IS_EDGE in tl.static_range(2):
         state = add_query_gradients(
-            state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
-            dout_tile, q_positions, backward_lse_log2(lse), delta, keys, diagonal,
-            spans.kinds_ptr is not None, dout.ptr is not None, dmarginals_ptr, mask_rows,
-            dspan_bias, span_bias_rows, masks, head_masks, score, tile, IS_EDGE,
+            state, blocks_of_loop(ranges, IS_EDGE), q_tile, dout_tile, q_positions,
+            backward_lse_log2(lse), delta, keys, diagonal, HAS_SPANS, dout.ptr is not None,
+            dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks, head_masks, score, tile,
+            IS_EDGE,
         )  # fmt: skip
     dq_sum, run, run_kind = state
-    if dspan_bias_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
-        if run_kind >= 0:
-            add_to_span(dspan_bias, run_kind, run)
+    if dspan_bias_ptr is not None:
+        leave_span(dspan_bias, run_kind, run, True)
 
     store_rows(
         head_of(dq, b, h), q_tokens, mask_q, dq_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D

@@ -14,15 +14,16 @@ from ....runtime.triton_rows import Head, head_of, store_rows
 from ....runtime.triton_softmax import stabiliser
 from ....runtime.triton_spans import MIXED, NO_SPAN
 from .marginals import (
+    HEADROOM,
     Sums,
     add_mixed_block,
-    add_to_span,
-    kind_of,
+    begun_exponent,
+    bias_of_tile,
+    entry_of,
+    leave_span,
     moved_spans,
-    raised_exponent,
     relative_weight,
     scale_rows,
-    shares,
 )
 from .scores import (
     LN2,
@@ -33,14 +34,16 @@ from .scores import (
     block_ranges,
     blocks_of_loop,
     dot_rows,
-    exist,
     in_window,
+    keys_of_block,
     length_of,
     locate,
     masks_of_rows,
+    part_of_ranges,
     real_keys,
     row_tile,
     scores,
+    span_block_ranges,
     spans_of_keys,
 )
 
@@ -71,24 +74,29 @@ def attend(
     HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
     GENERAL: tl.constexpr = score.HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
     acc, normaliser, m, exponent, run, run_kind = state
-    for i in range(0, blocks.number):
-        block = block_number(i, blocks, IS_EDGE)
-        k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
-        k_tokens = keys.start + k_positions
-        mask_k = exist(k_positions, keys.length, IS_EDGE)
-        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
-        block_spans = moved_spans(
-            keys.spans, block, keys.start + block * tile.BLOCK_K, tile.BLOCK_K
+    kind, first_key = entry_of(keys.spans, block_number(0, blocks, IS_EDGE, HAS_SPANS), HAS_SPANS)
+    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_EDGE else None):
+        block = block_number(i, blocks, IS_EDGE, HAS_SPANS)
+        k_positions, mask_k, k_head, v_head, rows = keys_of_block(
+            keys, block, first_key, tile.BLOCK_K, IS_EDGE, HAS_SPANS
         )
-        kind = kind_of(block_spans, HAS_SPANS)
+        k_tokens = keys.start + k_positions
+        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
+        block_spans = moved_spans(keys.spans, block, tile.BLOCK_K)
+        if sums.ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+            if has_rows & (kind != run_kind):
+                exponent = begun_exponent(exponent, m)
+                leave_span(sums, run_kind, run * relative_weight(exponent, m), IS_EDGE)
+                run = tl.zeros_like(run)
+                run_kind = kind
         bias = 0.0
         if HAS_BIAS:
-            bias = shares(
-                kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
+            bias = bias_of_tile(
+                (kind,), block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
+                q.mask, tile.BLOCK_K, tile.BLOCK_K, False, IS_EDGE,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = row_tile(keys.k, k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)
+        k = row_tile(k_head, rows, mask_k, tile.HEAD_DIM, tile.PART_D)
         dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
         dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if GENERAL:
@@ -110,25 +118,55 @@ def attend(
         # 0 · NaN is NaN: values of padding keys are not read.
         mask_v = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
         # [BLOCK_K, BLOCK_DV]
-        v = row_tile(keys.v, k_tokens, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
+        v = row_tile(v_head, rows, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
         acc = add_weighted_rows(  # (6)
             acc * alpha[:, None], p, v, tile.HEAD_DIM_V, tile.BLOCK_DV, tile.PART_DV,
             tile.PRECISION,
         )  # fmt: skip
 
         if sums.ptr is not None:  # (7)
-            run = run * alpha
-            if has_rows & ((kind != run_kind) | (kind == MIXED)):
-                exponent = raised_exponent(exponent, m, sums)
-                weight = relative_weight(exponent, m)
-                if run_kind >= 0:
-                    add_to_span(sums, run_kind, run * weight)
-                if kind == MIXED:
-                    add_mixed_block(sums, p, weight, block_spans, mask_k, tile.BLOCK_K, tile.TERMS)
-                run = tl.zeros_like(run)
-                run_kind = kind
-            run += row_sum
+            run = run * alpha + row_sum
+            if IS_EDGE:  # noqa: SIM102 (known when compiled; the next is not)
+                if has_rows & (kind == MIXED):
+                    exponent = begun_exponent(exponent, m)
+                    weight = relative_weight(exponent, m)
+                    add_mixed_block(sums, p, weight, block_spans, tile.BLOCK_K, tile.TERMS)
+        # One block ahead: nothing waits for this load.
+        next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS)
+        kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
     return acc, normaliser, m, exponent, run, run_kind
+
+
+@triton.jit
+def attend_all(
+    ranges,
+    q,
+    q_positions,
+    keys,
+    diagonal,
+    HAS_SPANS: tl.constexpr,
+    sums,
+    has_rows,
+    exponent,
+    span_bias_rows,
+    masks,
+    head_masks,
+    score,
+    tile,
+):
+    """All key blocks, from nothing but an exponent."""
+    acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
+    normaliser = tl.zeros([tile.BLOCK_Q], tl.float32)
+    m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
+    run_kind = ranges.first * 0 + NO_SPAN
+    state = acc, normaliser, m, exponent, normaliser, run_kind
+    # Without masks first, then at the edges: a branch in one loop would cost registers.
+    for IS_EDGE in tl.static_range(2):
+        state = attend(
+            state, blocks_of_loop(ranges, IS_EDGE), q, q_positions, keys, diagonal, HAS_SPANS,
+            sums, has_rows, span_bias_rows, masks, head_masks, score, tile, IS_EDGE,
+        )  # fmt: skip
+    return state
 
 
 @triton.jit
@@ -198,12 +236,15 @@ def attention_fwd_kernel(
     if masks.window.HAS_RIGHT:
         high = tl.minimum(length_k, last_row + masks.window.right + 1)
         full_high = tl.minimum(length_k, first_row + masks.window.right + 1)
-    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
-    blocks_per_split = tl.cdiv(last - first, num_splits)
-    first = tl.minimum(first + split.to(tl.int32) * blocks_per_split, last)
-    last = tl.minimum(first + blocks_per_split, last)
-    first_full = tl.minimum(tl.maximum(first_full, first), last)
-    last_full = tl.minimum(tl.maximum(last_full, first_full), last)
+    HAS_SPANS: tl.constexpr = spans.entries_ptr is not None
+    if HAS_SPANS:
+        first_key = b * spans.key_stride_b + k_start
+        ranges = span_block_ranges(
+            spans, first_key, length_k, low, high, full_low, full_high, tile.BLOCK_K
+        )
+    else:
+        ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
+    ranges = part_of_ranges(ranges, split.to(tl.int32), num_splits)
 
     has_rows = False
     mask_rows = mask_q
@@ -229,27 +270,36 @@ def attention_fwd_kernel(
         spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K),
     )  # fmt: skip
 
-    acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
-    normaliser = tl.zeros([tile.BLOCK_Q], tl.float32)
-    m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
-    run_kind = first * 0 + NO_SPAN
-    state = acc, normaliser, m, m, normaliser, run_kind
-    # Without masks first, then at the edges: a branch in one loop would cost registers.
-    for IS_EDGE in tl.static_range(2):
-        state = attend(
-            state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
-            q_positions, keys, diagonal, spans.kinds_ptr is not None, sums, has_rows,
-            span_bias_rows, masks, head_masks, score, tile, IS_EDGE,
+    exponent = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
+    if marginals_ptr is None:
+        acc, normaliser, m, exponent, run, run_kind = attend_all(
+            ranges, q_tile, q_positions, keys, diagonal, HAS_SPANS, sums, has_rows, exponent,
+            span_bias_rows, masks, head_masks, score, tile,
         )  # fmt: skip
-    acc, normaliser, m, exponent, run, run_kind = state
+    else:
+        acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
+        normaliser, m, run = exponent, exponent, exponent
+        run_kind = ranges.first * 0 + NO_SPAN
+        attempts = run_kind * 0 + 1
+        while attempts > 0:
+            acc, normaliser, m, exponent, run, run_kind = attend_all(
+                ranges, q_tile, q_positions, keys, diagonal, HAS_SPANS, sums, has_rows, exponent,
+                span_bias_rows, masks, head_masks, score, tile,
+            )  # fmt: skip
+            attempts = attempts * 0
+            if has_rows:
+                exponent = begun_exponent(exponent, m)
+                attempts = tl.max((m > exponent + HEADROOM).to(tl.int32), 0)
+                if attempts > 0:
+                    # What is stored may be inf. Once more, relative to the last maximum.
+                    scale_rows(sums, tl.zeros_like(m))
+                    exponent = m
 
     # A row that saw no key has normaliser = 0 and gives 0.
     inverse = tl.where(normaliser > 0, 1.0 / normaliser, 0.0)
     if marginals_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if has_rows:
-            exponent = raised_exponent(exponent, m, sums)
-            if run_kind >= 0:
-                add_to_span(sums, run_kind, run * relative_weight(exponent, m))
+            leave_span(sums, run_kind, run * relative_weight(exponent, m), True)
             factor = tl.where(normaliser > 0, tl.exp2(exponent - stabiliser(m)) * inverse, 0.0)
             scale_rows(sums, factor)  # (7)
 

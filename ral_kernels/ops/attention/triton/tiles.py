@@ -55,7 +55,7 @@ _TABLE = (
     row("bwd_dkdv", "sm_80", HALF, HEAVY, (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
     row("bwd_dkdv", "sm_80", FLOAT32, PLAIN, (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     row("bwd_dkdv", "sm_80", FLOAT32, HEAVY, (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, (32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 2)),
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, (32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 2)),
     row("bwd_dkdv", "sm_90", HALF, HEAVY, (32, 128, 8, 2), (16, 128, 8, 1), (32, 32, 8, 2)),
     row("bwd_dkdv", "sm_90", FLOAT32, PLAIN, (16, 128, 8, 1), (16, 32, 8, 2), (16, 32, 8, 1)),
     row("bwd_dkdv", "sm_90", FLOAT32, HEAVY, (16, 128, 8, 1), (16, 32, 8, 2), (16, 32, 8, 2)),
@@ -76,16 +76,21 @@ _TABLE = (
     row("bwd_dq", "sm_100", FLOAT32, PLAIN, (64, 32, 4, 1), (32, 32, 8, 2), (32, 16, 8, 2)),
     row("bwd_dq", "sm_100", FLOAT32, HEAVY, (64, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 2)),
 )
-# Where Triton 3.6 cannot pipeline the loop (launch.py), rows of the table spill. These do not.
-_UNPIPELINED = (
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, None, (64, 32, 8, 1)),
-    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, None, (64, 32, 8, 1)),
-    row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 64, 8, 1)),
+# With spans, where a row of the table spills.
+_SPANS = (
+    row("fwd", "sm_80", HALF, PLAIN, None, (64, 64, 8, 2), None),
+    row("fwd", "sm_90", HALF, PLAIN, None, None, (32, 32, 8, 2)),
+    row("fwd", "sm_90", HALF, HEAVY, None, (128, 32, 8, 2), None),
+    row("fwd", "sm_100", HALF, PLAIN, None, (64, 32, 8, 2), None),
+    row("decode", "sm_90", HALF, ANY, None, (64, 32, 8, 2), None),
+    row("bwd_dkdv", "sm_80", FLOAT32, PLAIN, (16, 32, 8, 2), None, None),
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), (16, 32, 8, 2)),
+    row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 16, 8, 1)),
 )
-# Offsets of packed sequences take registers: there these are needed, too.
-_UNPIPELINED_PACKED = (
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 1), None),
-    row("bwd_dkdv", "sm_90", FLOAT32, PLAIN, None, None, (16, 16, 8, 1)),
+# Offsets of packed sequences take registers, too.
+_SPANS_PACKED = (
+    row("fwd", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
+    row("bwd_dq", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
 )
 # fmt: on
 
@@ -97,17 +102,17 @@ def tile(
     dtype: torch.dtype,
     size: int,
     is_biased: bool,
-    is_pipelined: bool = True,
+    needs_spans: bool = False,
     is_packed: bool = False,
 ) -> Tile:
     """The tile of one of KERNELS for head dims of class `size`."""
     if architecture == INTERPRETER:
         return _INTERPRETED[kernel]
     rows: tuple[Row, ...] = _TABLE
-    if not is_pipelined:
-        rows = (*_UNPIPELINED, *rows)
-    if not is_pipelined and is_packed:
-        rows = (*_UNPIPELINED_PACKED, *rows)
+    if needs_spans:
+        rows = (*_SPANS, *rows)
+    if needs_spans and is_packed:
+        rows = (*_SPANS_PACKED, *rows)
     return find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
 
 

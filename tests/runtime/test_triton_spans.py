@@ -1,0 +1,104 @@
+"""The table of blocks of keys made for spans: every key in one block, few blocks, few mixed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import ral_kernels as rk
+from benchmarks.harness.layouts import spans_of
+from ral_kernels.runtime import triton_runtime
+from tests.conftest import skip_or_fail
+
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    reason = rk.available_backends()["triton"]
+    if reason != "yes" or not triton_runtime.interpreted():
+        skip_or_fail("triton", reason)
+
+
+def blocks_of(
+    ids: Tensor, cu_seqlens: Tensor | None = None
+) -> Iterator[tuple[int, int, list[int], Tensor]]:
+    """(first block of a sequence, kind, keys, their ids) of every block that is not empty."""
+    from ral_kernels.runtime.triton_spans import EMPTY, span_blocks
+
+    table = span_blocks(ids, BLOCK, cu_seqlens)
+    kinds = (table.entries >> 32).tolist()
+    bounds = [0, len(ids)] if cu_seqlens is None else cu_seqlens.tolist()
+    for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        first = start // (BLOCK // 2) + 2 * (start // 4096) + 2 * n
+        number = int(table.whole_before[stop] - table.whole_before[start])
+        number += int(table.gathered_before[stop] - table.gathered_before[start])
+        assert EMPTY.value not in kinds[first : first + number]
+        for block in range(first, first + number):
+            keys = [start + x for x in table.positions[block].tolist() if x >= 0]
+            if kinds[block] == -2:
+                listed = table.ids[block][table.local[block][: len(keys)].long()]
+                assert torch.equal(listed, ids[keys])
+            yield first, kinds[block], keys, ids[keys]
+
+
+LAYOUTS = {
+    "text": torch.where(torch.arange(200) % 45 < 3, -1, torch.arange(200) // 45),
+    "returning": torch.arange(200) // 40 % 2,
+    "random": torch.randint(-1, 5, (200,), generator=torch.Generator().manual_seed(0)),
+    "single": torch.arange(200),
+    "none": torch.full((200,), -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bounds", [None, [0, 7, 7, 120, 200]], ids=["dense", "packed"])
+def test_every_key_is_in_one_block(layout: str, bounds: list[int] | None) -> None:
+    ids = LAYOUTS[layout].int()
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    seen: list[int] = []
+    before: dict[int, list[int]] = {}  # keys of a sequence that came so far
+    for sequence, kind, keys, found in blocks_of(ids, cu_seqlens):
+        seen += keys
+        earlier = before.setdefault(sequence, [])
+        earlier += keys
+        if kind == -2:
+            assert len(found.unique()) > 1 and int(found.min()) >= 0
+            continue
+        (span,) = found.unique().tolist()
+        assert kind in (span, -4 - span) if span >= 0 else kind == -1
+        if kind >= 0 and keys == list(range(keys[0], keys[0] + BLOCK)):
+            # A whole block of this kind may be stored: nothing was before its run.
+            run = keys[0]
+            while run > 0 and ids[run - 1] == span and run - 1 in earlier:
+                run -= 1
+            assert span not in {int(x) for x in ids[[k for k in earlier if k < run]].tolist()}
+    assert sorted(seen) == list(range(len(ids)))
+
+
+@pytest.mark.parametrize(("layout", "extra", "mixed"), [("aligned", 0, 0), ("offset", 3, 0)])
+def test_frames_are_whole_blocks(layout: str, extra: int, mixed: int) -> None:
+    """Prompts of 256-token frames: 2 % more blocks at most, none of them with a border."""
+    from ral_kernels.runtime.triton_spans import span_blocks
+
+    table = span_blocks(spans_of(layout, 16384).ids, 64)
+    number = int(table.whole_before[-1] + table.gathered_before[-1])
+    assert number <= 256 + extra
+    assert int(((table.entries >> 32) == -2).sum()) == mixed
+
+
+def test_a_table_is_kept_until_ids_change() -> None:
+    from ral_kernels.runtime.triton_spans import span_blocks
+
+    ids = LAYOUTS["text"].int()
+    table = span_blocks(ids, BLOCK)
+    assert span_blocks(ids, BLOCK) is table
+    assert span_blocks(ids.clone(), BLOCK) is not table
+    ids[:] = 0
+    changed = span_blocks(ids, BLOCK)
+    assert changed is not table
+    assert int(changed.whole_before[-1]) == len(ids) // BLOCK
