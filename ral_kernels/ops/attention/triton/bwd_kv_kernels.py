@@ -276,7 +276,7 @@ def keys_of_program(spans, packed, b, program, seqlen_k, tile):
         if SLOTS == 2:
             other, _ = entry_of(table, block + 1, True)
             other = tl.where(block + 1 < number, other, NO_SPAN)
-            kinds = (kind, other)
+            kinds = (kind, other)  # type: ignore[assignment]
             is_mixed = is_mixed | (other == MIXED)
         return KeysOfProgram(
             sequence, start, length, positions, positions >= 0, first, last, kinds, is_mixed,
