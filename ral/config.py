@@ -9,8 +9,9 @@ import ral_kernels as rk
 
 from . import schedule
 from ._requirements import check_trl
+from .losses import Divergence
 from .losses import Which as Rows
-from .objectives import EvidenceKind, Shape, check_floor
+from .objectives import Shape, check_floor
 from .processes import check_parallelism, check_world_size
 
 check_trl()
@@ -20,7 +21,6 @@ from trl import GRPOConfig  # noqa: E402  (after the check, whose message is cle
 # Literals, from which `HfArgumentParser` and `TrlParser` take the choices of an option.
 Granularity = Literal["token", "tile", "frame", "image"]
 Scope = Literal["context", "visual"]
-Divergence = Literal["jsd", "kl", "reverse_kl"]
 Reference = Literal["old", "ref", "teacher"]
 Reduction = Literal["token_mean", "sequence_mean"]
 EvidenceOn = Literal["good", "all"]
@@ -39,7 +39,7 @@ _CHOICES = {
     "attn_reference": get_args(Reference),
     "attn_rows": get_args(Rows),
     "attn_reduction": get_args(Reduction),
-    "evidence_divergence": get_args(EvidenceKind),
+    "evidence_divergence": get_args(Divergence),
     "evidence_on": get_args(EvidenceOn),
     "evidence_schedule": get_args(Shape),
     "credit": get_args(Credit),
@@ -92,7 +92,9 @@ class RALConfig(GRPOConfig):
         "context", "'context': all keys. 'visual': only visual tokens, renormalised over them."
     )
     attn_divergence: Divergence = _setting(
-        "jsd", "'jsd', 'kl' (policy from reference) or 'reverse_kl'."
+        "jsd",
+        "'jsd', 'kl' (policy from reference), 'reverse_kl' or 'cross_entropy', which is reverse_kl "
+        "plus the reference's entropy and has the same gradient.",
     )
     attn_reference: Reference = _setting(
         "old",
@@ -154,7 +156,7 @@ class RALConfig(GRPOConfig):
         "Weight of the divergence of the response's attention over visual tokens from annotated "
         "evidence; 0 = off. Needs rows with `evidence`.",
     )
-    evidence_divergence: EvidenceKind = _setting(
+    evidence_divergence: Divergence = _setting(
         "cross_entropy", "Its kind: 'cross_entropy', 'kl', 'reverse_kl' or 'jsd'."
     )
     evidence_layers: list[int] | str | int | None = _setting(

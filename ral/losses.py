@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .config import RALConfig  # which imports TRL
 
 Which = Literal["predicting", "token"]  # query of a response token
+Divergence = Literal["jsd", "kl", "reverse_kl", "cross_entropy"]
 _TINY = 1e-30  # below any share of attention that counts
 
 
@@ -44,7 +45,7 @@ class PolicyView:
         spans: S spans over the keys, or None for a distribution over keys.
         scope: bool [B, N], the keys that it is renormalised over, or None for all.
         exclude_self: whether a row's own key is left out.
-        kind: "jsd", "kl" or "reverse_kl".
+        kind: "jsd", "kl", "reverse_kl" or "cross_entropy".
         backend: backend of the ops, or None.
         which: "predicting", the query that predicts a token, at the token before it; or "token",
             the token's own query.
@@ -54,7 +55,7 @@ class PolicyView:
     spans: rk.Spans | None = None
     scope: Tensor | None = None
     exclude_self: bool = True
-    kind: str = "jsd"
+    kind: Divergence = "jsd"
     backend: str | None = None
     which: Which = "predicting"
 
@@ -62,6 +63,14 @@ class PolicyView:
         """The same for the other queries of the response's tokens."""
         shift = (which == "token") - (self.which == "token")
         return replace(self, rows=(self.rows[0] + shift, self.rows[1] + shift), which=which)
+
+    @property
+    def measured(self) -> PolicyView:
+        """The view whose divergence is 0 at the reference: without the entropy of r.
+
+        Cross-entropy is reverse_kl plus that entropy, which no policy changes.
+        """
+        return replace(self, kind="reverse_kl") if self.kind == "cross_entropy" else self
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for the methods of a captured layer, without the divergence's kind."""

@@ -163,7 +163,7 @@ def freeze_vision(model: nn.Module) -> int:
     if not names:
         raise ValueError(
             "freeze_vision: model must have a vision encoder under one of the names that "
-            f"transformers gives them; got {type(model).__name__}"
+            f"transformers gives them, or freeze_vision=false; got {type(model).__name__}"
         )
     frozen = 0
     for name in names:

@@ -16,14 +16,13 @@ from torch import Tensor
 import ral_kernels as rk
 
 from .looking import Evidence, look
-from .losses import mean_divergence, weighted_divergence
+from .losses import Divergence, mean_divergence, weighted_divergence
 from .terms import Batch, Layers, Term
 
 if TYPE_CHECKING:
     from .config import RALConfig  # which imports TRL
 
 Shape = Literal["constant", "warmup", "linear", "cosine"]
-EvidenceKind = Literal["cross_entropy", "kl", "reverse_kl", "jsd"]
 
 
 @dataclass(frozen=True)
@@ -102,15 +101,14 @@ class EvidenceLoss(Term):
         *,
         layers: Layers | None = None,
         heads: Sequence[int] | None = None,
-        kind: EvidenceKind = "cross_entropy",
+        kind: Divergence = "cross_entropy",
         floor: float = 0.0,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(coefficient, layers=layers)
-        if kind not in get_args(EvidenceKind):
+        if kind not in get_args(Divergence):
             raise ValueError(
-                f"EvidenceLoss: kind must be one of {', '.join(get_args(EvidenceKind))}; got "
-                f"{kind!r}"
+                f"EvidenceLoss: kind must be one of {', '.join(get_args(Divergence))}; got {kind!r}"
             )
         check_floor("EvidenceLoss: floor", floor, kind)
         self.heads, self.kind, self.floor = list(heads or ()), kind, floor

@@ -63,7 +63,7 @@ class RouterLoss(Term):
         for layer in batch.layers:
             p, r = self._pair(batch, layer)
             total = total + rk.policy_loss(
-                p, r, weights, weights != 0, logits=False, kind=self._kind(batch), reduction="sum"
+                p, r, weights, weights != 0, logits=False, kind=batch.view.kind, reduction="sum"
             )
         return total / len(batch.layers)
 
@@ -72,7 +72,7 @@ class RouterLoss(Term):
         tokens = batch.mask.sum()
         one = torch.ones((), device=tokens.device)
         for layer in batch.layers:
-            values = rk.divergence(*self._pair(batch, layer), self._kind(batch))
+            values = rk.divergence(*self._pair(batch, layer), batch.view.measured.kind)
             chosen = batch.mask & values.isfinite()
             divergence += torch.stack([values[chosen].sum(), chosen.sum().float()])
             counts = batch.captured.load(layer, rows=batch.view.rows, mask=batch.mask)
@@ -86,7 +86,3 @@ class RouterLoss(Term):
         rows = batch.view.rows
         p = batch.captured.policy(layer, rows=rows, renormalised=self.renormalised)
         return p, batch.references[layer]
-
-    @staticmethod
-    def _kind(batch: Batch) -> Any:
-        return batch.view.kind

@@ -167,7 +167,8 @@ class _FromReference(Term):
     def metrics(self, batch: Batch) -> dict[str, Tensor]:
         if not self.measures:
             return {}
-        of_batch = losses.mean_divergence(batch.captured, batch.references, batch.mask, batch.view)
+        view = batch.view.measured
+        of_batch = losses.mean_divergence(batch.captured, batch.references, batch.mask, view)
         return {"attn/divergence": of_batch}
 
 

@@ -53,6 +53,8 @@ class AttentionSnapshot:
         rows: the T queries that have a policy, as in `attention_policy`.
         span_bias: floating, broadcastable to [B, H, T, S], the bias that this policy attends with.
             It applies to the spans of the call that compares with the snapshot.
+        head_weights: as in `attention_policy`. Default: those of the call that compares with the
+            snapshot, so that weights which are learned need not be given twice.
         is_causal, scale, window, softcap: as in `attention_policy`.
         dtype: dtype of the kept q and k; default q's. Exact zeros need the dtype of the policy.
         device: of the kept tensors; default q's, or the CPU with `pin_memory`.
@@ -70,6 +72,7 @@ class AttentionSnapshot:
         k_prefix, prefix_index: [P, Hk, N0, D] and int64 [B], each sample's place in it; both None
             without a shared prefix.
         span_bias: [B, 1 or H, 1 or T, S] float32 (float64 with float64 q), or None.
+        head_weights: [B, H], or [S, H] where packed, likewise, with mean 1 over the heads; or None.
         query_start: key position of row 0; 0 where packed.
         cu_seqlens_q, cu_seqlens_k, query_starts: where packed, int32 [S + 1], [S + 1] and [S]:
             offsets of the chosen rows and of the keys, and the position of each sequence's first
@@ -89,6 +92,7 @@ class AttentionSnapshot:
     k_prefix: Tensor | None
     prefix_index: Tensor | None
     span_bias: Tensor | None
+    head_weights: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     query_starts: Tensor | None
@@ -109,6 +113,7 @@ class AttentionSnapshot:
         *,
         rows: slice | tuple[int, int] | PackedRows | None = None,
         span_bias: Tensor | None = None,
+        head_weights: Tensor | None = None,
         is_causal: bool = True,
         scale: float | None = None,
         window: int | tuple[int | None, int | None] | None = None,
@@ -150,6 +155,12 @@ class AttentionSnapshot:
         for name in PACKING:
             setattr(self, name, None if packed is None else getattr(packed, name))
         self.span_bias = resolve_span_bias(span_bias, q)
+        if head_weights is not None:
+            samples = q.shape[0] if packed is None else packed.num_sequences
+            head_weights = qkv.prepare_head_weights(
+                OP, head_weights, q, samples, packed is not None
+            )
+        self.head_weights = None if head_weights is None else head_weights.detach()
         self.k_prefix = self.prefix_index = None
         if group_size > 1 and shared_prefix > 0:
             self.k_prefix = k[::group_size, :, :shared_prefix]
@@ -215,11 +226,13 @@ class AttentionSnapshot:
 
     # -- its normalisers -------------------------------------------------------------------------
 
-    def find_normalisers(self, args: PolicyArgs, kernels: str) -> tuple[Tensor, Tensor] | None:
+    def find_normalisers(
+        self, args: PolicyArgs, head_weights: Tensor | None, kernels: str
+    ) -> tuple[Tensor, Tensor] | None:
         """(norm [2, B, H, T], Z [B, T]) of an earlier comparison under the same conditions, if any.
 
-        They depend on which keys count, and on the kernels: an unchanged policy has a divergence of
-        exactly 0 only if the same kernels compute both sides.
+        They depend on which keys count, on this side's head weights and on the kernels: an
+        unchanged policy has a divergence of exactly 0 only if the same kernels compute both sides.
         """
         if self._normalisers is None:
             return None
@@ -228,19 +241,22 @@ class AttentionSnapshot:
             torch.equal(a, b)
             if isinstance(a, Tensor) and isinstance(b, Tensor)
             else a is b or a == b
-            for a, b in zip(conditions, self._conditions(args, kernels), strict=True)
+            for a, b in zip(conditions, self._conditions(args, head_weights, kernels), strict=True)
         )
         return (norm, z) if same else None
 
-    def keep_normalisers(self, args: PolicyArgs, kernels: str, norm: Tensor, z: Tensor) -> None:
+    def keep_normalisers(
+        self, args: PolicyArgs, head_weights: Tensor | None, kernels: str, norm: Tensor, z: Tensor
+    ) -> None:
         """Remember the normalisers of the last comparison."""
         conditions = [
-            x.clone() if isinstance(x, Tensor) else x for x in self._conditions(args, kernels)
+            x.clone() if isinstance(x, Tensor) else x
+            for x in self._conditions(args, head_weights, kernels)
         ]
         self._normalisers = (conditions, norm, z)
 
-    def _conditions(self, args: PolicyArgs, kernels: str) -> list[Any]:
-        return [kernels, args.exclude_self, args.scope, args.key_padding_mask]
+    def _conditions(self, args: PolicyArgs, head_weights: Tensor | None, kernels: str) -> list[Any]:
+        return [kernels, args.exclude_self, args.scope, args.key_padding_mask, head_weights]
 
     def materialised_k(self) -> Tensor:
         """The keys of every sample, [B, Hk, N, D]."""
@@ -331,6 +347,8 @@ class AttentionSnapshot:
         if self.span_bias is not None:
             by_row = self.span_bias.shape[2] > 1
             tensors["span_bias"] = self.span_bias[:, :, rows] if by_row else self.span_bias
+        if self.head_weights is not None:
+            tensors["head_weights"] = self.head_weights[picked.to(self.device)]
         return self._make(OP, tensors, self._options(), read_values=False)
 
     @classmethod
@@ -379,7 +397,8 @@ class AttentionSnapshot:
         parts = [snapshot[:] for snapshot in snapshots]  # without tokens after the last offset
         joined = {
             name: torch.cat([part._all_tensors()[name] for part in parts], dim=dim)
-            for name, dim in (("q", 2), ("k", 2), ("query_starts", 0))
+            for name, dim in (("q", 2), ("k", 2), ("query_starts", 0), ("head_weights", 0))
+            if getattr(parts[0], name) is not None
         }
         for name in ("cu_seqlens_q", "cu_seqlens_k"):
             lengths = torch.cat([part._all_tensors()[name].diff() for part in parts])
@@ -525,6 +544,7 @@ class AttentionSnapshot:
             "shape": (*self.q.shape[1::step], *self.k.shape[1::step]),
             "shared_prefix": self.shared_prefix,
             "num_spans": None if bias is None else bias.shape[-1],
+            "having head_weights": self.head_weights is not None,
             "dtype": self.dtype,
             "device": self.device,
         }

@@ -13,9 +13,9 @@ from .runtime import checks
 
 OP = "AttentionSnapshot"
 PACKING = ("cu_seqlens_q", "cu_seqlens_k", "query_starts")
-TENSORS = ("q", "k", "k_prefix", "prefix_index", "span_bias", *PACKING)
+TENSORS = ("q", "k", "k_prefix", "prefix_index", "span_bias", "head_weights", *PACKING)
 OPTIONS = ("query_start", "scale", "window_left", "window_right", "softcap")
-EXACT = ("prefix_index", "span_bias", *PACKING)  # tensors that keep their dtype
+EXACT = ("prefix_index", "span_bias", "head_weights", *PACKING)  # tensors that keep their dtype
 
 
 def check_parts(
@@ -74,6 +74,8 @@ def check_parts(
         checks.check_broadcastable(op, "span_bias", bias, shape, "[B, H, T, S]")
         checks.check_same_device(op, "span_bias", bias, q, "q")
     _check_packing(op, tensors, read_values=read_values)
+    if tensors.get("head_weights") is not None:
+        _check_head_weights(op, tensors, read_values=read_values)
     _check_options(op, options)
 
 
@@ -103,6 +105,24 @@ def _check_packing(op: str, tensors: Mapping[str, Any], *, read_values: bool) ->
         if read_values and checks.has_values(tensors[name]):
             side = "q" if name == "cu_seqlens_q" else "k"
             packing.lengths(op, name, tensors[name], tensors[side].shape[2], side)
+
+
+def _check_head_weights(op: str, tensors: Mapping[str, Any], *, read_values: bool) -> None:
+    weights, q, starts = (tensors.get(x) for x in ("head_weights", "q", "query_starts"))
+    assert isinstance(q, Tensor)
+    checks.check_tensor(op, "head_weights", weights, "None or a [B, H] tensor")
+    assert isinstance(weights, Tensor)
+    if weights.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{op}: head_weights must be float32 or float64; got {checks.dtype_name(weights.dtype)}"
+        )
+    shape = (q.shape[0] if starts is None else starts.shape[0], q.shape[1])
+    if weights.shape != shape:
+        dims = "[B, H]" if starts is None else "[S, H]"
+        raise ValueError(f"{op}: head_weights must be {dims} = {shape}; got {tuple(weights.shape)}")
+    checks.check_same_device(op, "head_weights", weights, q, "q")
+    if read_values:
+        qkv.check_head_weights(op, weights)
 
 
 def _check_options(op: str, options: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,21 @@ MAIN_VARIANTS = (
     "target jsd",
     "target loss",
 )
-HEADS, KV_HEADS, SEQLEN, DECODE_KEYS, SPANS, ROWS = 8, 2, 1024, 16384, 8, 256
+SPANS, ROWS = 8, 256
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Heads, heads of k and v, tokens, and the keys of a step of decoding."""
+
+    heads: int = 8
+    kv_heads: int = 2
+    seqlen: int = 1024
+    decoded: int = 16384
+
+
+COMPILED = Sizes()
+COUNTED = tuple(Sizes(16, 2, n, n) for n in (4096, 16384))  # whose programs are counted
 
 
 @dataclass(frozen=True)
@@ -63,13 +77,14 @@ def _backward(*outputs: Tensor | None) -> None:
 
 
 def _qkv(
-    dtype: torch.dtype, head_dim: int, seqlen_q: int = SEQLEN, seqlen_k: int = SEQLEN, **more: int
+    sizes: Sizes, dtype: torch.dtype, head_dim: int, rows: int | None = None, **more: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    seqlen_q = sizes.seqlen if rows is None else rows
     head_dim_v = more.get("head_dim_v", head_dim)
     return (
-        _normal(dtype, 1, HEADS, seqlen_q, head_dim),
-        _normal(dtype, 1, KV_HEADS, seqlen_k, head_dim),
-        _normal(dtype, 1, KV_HEADS, seqlen_k, head_dim_v),
+        _normal(dtype, 1, sizes.heads, seqlen_q, head_dim),
+        _normal(dtype, 1, sizes.kv_heads, sizes.seqlen, head_dim),
+        _normal(dtype, 1, sizes.kv_heads, sizes.seqlen, head_dim_v),
     )
 
 
@@ -77,103 +92,118 @@ def _frames(seqlen: int) -> rk.Spans:
     return rk.Spans.from_lengths([seqlen // SPANS] * SPANS)
 
 
-def _attention(dtype: torch.dtype, head_dim: int, variant: str) -> None:
+def _attention(sizes: Sizes, dtype: torch.dtype, head_dim: int, variant: str) -> None:
     options: dict[str, Any] = {"is_causal": True}
-    spans: rk.Spans | None = _frames(SEQLEN)
-    q, k, v = _qkv(dtype, head_dim, head_dim_v=64 if variant == "Dv = 64" else head_dim)
+    spans: rk.Spans | None = _frames(sizes.seqlen)
+    q, k, v = _qkv(sizes, dtype, head_dim, head_dim_v=64 if variant == "Dv = 64" else head_dim)
     if variant == "no spans":
         spans = None
     elif variant == "span bias":
-        options["span_bias"] = torch.zeros(1, HEADS, SEQLEN, SPANS, requires_grad=True)
+        options["span_bias"] = torch.zeros(1, sizes.heads, sizes.seqlen, SPANS, requires_grad=True)
     elif variant == "masks":
-        padding = torch.ones(1, SEQLEN, dtype=torch.bool)
-        mask = torch.zeros(1, 1, SEQLEN, SEQLEN)
+        padding = torch.ones(1, sizes.seqlen, dtype=torch.bool)
+        mask = torch.zeros(1, 1, sizes.seqlen, sizes.seqlen)
         options.update(window=256, softcap=20.0, key_padding_mask=padding, attn_mask=mask)
     result = rk.attention(q, k, v, spans, backend="triton", **options)
     _backward(result.out, result.marginals, result.lse)
 
 
-def _decode(dtype: torch.dtype, head_dim: int) -> None:
+def _decode(sizes: Sizes, dtype: torch.dtype, head_dim: int) -> None:
     with torch.no_grad():
-        q, k, v = _qkv(dtype, head_dim, 1, DECODE_KEYS)
-        rk.attention(q, k, v, _frames(DECODE_KEYS), is_causal=True, backend="triton")
+        q, k, v = _qkv(replace(sizes, seqlen=sizes.decoded), dtype, head_dim, 1)
+        rk.attention(q, k, v, _frames(sizes.decoded), is_causal=True, backend="triton")
 
 
-def _packed(dtype: torch.dtype, head_dim: int) -> None:
+def _packed(sizes: Sizes, dtype: torch.dtype, head_dim: int) -> None:
     """Packed sequences; the drop-in takes the first backend."""
-    q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in _qkv(dtype, head_dim))
-    bounds = torch.tensor([0, SEQLEN // 4, SEQLEN], dtype=torch.int32)
+    q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in _qkv(sizes, dtype, head_dim))
+    bounds = torch.tensor([0, sizes.seqlen // 4, sizes.seqlen], dtype=torch.int32)
     out, lse, _, marginals = rk.flash_attn_varlen_func(
-        q, k, v, bounds, bounds, SEQLEN, SEQLEN,
-        causal=True, return_attn_probs=True, spans=_frames(SEQLEN),
+        q, k, v, bounds, bounds, sizes.seqlen, sizes.seqlen,
+        causal=True, return_attn_probs=True, spans=_frames(sizes.seqlen),
     )  # fmt: skip
     _backward(out, lse, marginals)
 
 
-def _offsets() -> dict[str, Any]:
+def _offsets(sizes: Sizes) -> dict[str, Any]:
     """Two packed sequences of a policy, of different lengths."""
-    rows, keys = ([0, n // 4, n] for n in (ROWS, SEQLEN))
+    rows, keys = ([0, n // 4, n] for n in (ROWS, sizes.seqlen))
     return {
         "cu_seqlens_q": torch.tensor(rows, dtype=torch.int32),
         "cu_seqlens_k": torch.tensor(keys, dtype=torch.int32),
     }
 
 
-def _policy(dtype: torch.dtype, head_dim: int, variant: str) -> None:
-    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
-    options: dict[str, Any] = _offsets() if variant.startswith("packed") else {}
+def _policy(sizes: Sizes, dtype: torch.dtype, head_dim: int, variant: str) -> None:
+    q, k, _ = _qkv(sizes, dtype, head_dim, ROWS)
+    options: dict[str, Any] = _offsets(sizes) if variant.startswith("packed") else {}
     if variant.endswith("spans"):
-        bias = torch.zeros(1, HEADS, ROWS, SPANS, requires_grad=True)
-        options.update(spans=_frames(SEQLEN), span_bias=bias)
+        bias = torch.zeros(1, sizes.heads, ROWS, SPANS, requires_grad=True)
+        weights = torch.ones(sizes.heads, requires_grad=True)
+        options.update(spans=_frames(sizes.seqlen), span_bias=bias, head_weights=weights)
     elif variant == "masks":
-        scope, padding = (torch.ones(1, SEQLEN, dtype=torch.bool) for _ in range(2))
+        scope, padding = (torch.ones(1, sizes.seqlen, dtype=torch.bool) for _ in range(2))
         options.update(scope=scope, key_padding_mask=padding, window=256, softcap=20.0)
     _backward(rk.attention_policy(q, k, backend="triton", **options))
 
 
-def _divergence(kind: Kind) -> None:
-    p = torch.full((ROWS, SEQLEN), 1 / SEQLEN).requires_grad_()
+def _divergence(sizes: Sizes, kind: Kind) -> None:
+    p = torch.full((ROWS, sizes.seqlen), 1 / sizes.seqlen).requires_grad_()
     _backward(rk.divergence(p, p.detach(), kind, backend="triton"))
 
 
-def _snapshot(dtype: torch.dtype, head_dim: int, **offsets: Any) -> rk.AttentionSnapshot:
-    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
+def _snapshot(
+    sizes: Sizes, dtype: torch.dtype, head_dim: int, **offsets: Any
+) -> rk.AttentionSnapshot:
+    q, k, _ = _qkv(sizes, dtype, head_dim, ROWS)
     return rk.AttentionSnapshot(q, k, **offsets)
 
 
 def _policy_divergence(
-    dtype: torch.dtype, head_dim: int, kind: Kind, reference_dim: int, packed: bool = False
+    sizes: Sizes,
+    dtype: torch.dtype,
+    head_dim: int,
+    kind: Kind,
+    reference_dim: int,
+    packed: bool = False,
 ) -> None:
-    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
-    offsets = _offsets() if packed else {}
-    reference = _snapshot(dtype, reference_dim, **offsets)
+    q, k, _ = _qkv(sizes, dtype, head_dim, ROWS)
+    offsets = _offsets(sizes) if packed else {}
+    reference = _snapshot(sizes, dtype, reference_dim, **offsets)
     _backward(rk.attention_divergence(q, k, reference, kind, backend="triton", **offsets))
 
 
-def _target(ids: bool) -> rk.AttentionTarget:
+def _target(sizes: Sizes, ids: bool) -> rk.AttentionTarget:
     """A target for each span of rows, of all keys or of some."""
-    values = torch.ones(1, SPANS, SEQLEN // 16 if ids else SEQLEN)
+    values = torch.ones(1, SPANS, sizes.seqlen // 16 if ids else sizes.seqlen)
     keys = torch.arange(values.shape[2]).expand(values.shape) if ids else None
     return rk.AttentionTarget(values, keys, index=torch.arange(ROWS)[None] % SPANS)
 
 
 def _against_target(
-    dtype: torch.dtype, head_dim: int, kind: Kind, ids: bool = False, packed: bool = False
+    sizes: Sizes,
+    dtype: torch.dtype,
+    head_dim: int,
+    kind: Kind,
+    ids: bool = False,
+    packed: bool = False,
 ) -> None:
     """Forward alone: the backward is that against a snapshot."""
-    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
-    offsets = _offsets() if packed else {}
+    q, k, _ = _qkv(sizes, dtype, head_dim, ROWS)
+    offsets = _offsets(sizes) if packed else {}
     with torch.no_grad():
-        rk.attention_divergence(q, k, _target(ids), kind, backend="triton", **offsets)
+        rk.attention_divergence(q, k, _target(sizes, ids), kind, backend="triton", **offsets)
 
 
-def _ral_loss(dtype: torch.dtype, head_dim: int, with_target: bool) -> None:
-    q, k, _ = _qkv(dtype, head_dim, ROWS, SEQLEN)
-    reference = _target(ids=True) if with_target else _snapshot(dtype, head_dim)
+def _ral_loss(sizes: Sizes, dtype: torch.dtype, head_dim: int, with_target: bool) -> None:
+    q, k, _ = _qkv(sizes, dtype, head_dim, ROWS)
+    reference = _target(sizes, ids=True) if with_target else _snapshot(sizes, dtype, head_dim)
     _backward(rk.ral_loss(q, k, reference, torch.zeros(1, ROWS), backend="triton"))
 
 
-def _of_model(name: str, head_dim: int) -> Iterator[tuple[str, str, Callable[[], None]]]:
+def _of_model(
+    sizes: Sizes, name: str, head_dim: int
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(op, variant, run) of the calls that take q and k, for one dtype and head dim."""
     dtype = DTYPES[name]
     variants = ["spans", "no spans", "span bias"]
@@ -183,48 +213,51 @@ def _of_model(name: str, head_dim: int) -> Iterator[tuple[str, str, Callable[[],
         variants += ["masks", "Dv = 64"]
         policies += ["masks"]
     for variant in variants:
-        yield "attention", variant, functools.partial(_attention, dtype, head_dim, variant)
-    yield "attention", "packed", functools.partial(_packed, dtype, head_dim)
-    yield "attention", "decoding", functools.partial(_decode, dtype, head_dim)
+        yield "attention", variant, functools.partial(_attention, sizes, dtype, head_dim, variant)
+    yield "attention", "packed", functools.partial(_packed, sizes, dtype, head_dim)
+    yield "attention", "decoding", functools.partial(_decode, sizes, dtype, head_dim)
     for variant in policies:
-        yield "policy", variant, functools.partial(_policy, dtype, head_dim, variant)
+        yield "policy", variant, functools.partial(_policy, sizes, dtype, head_dim, variant)
     for kind in KINDS:
-        run = functools.partial(_policy_divergence, dtype, head_dim, kind, head_dim)
+        run = functools.partial(_policy_divergence, sizes, dtype, head_dim, kind, head_dim)
         yield "policy_divergence", kind, run
-    run = functools.partial(_policy_divergence, dtype, head_dim, "jsd", teacher)
+    run = functools.partial(_policy_divergence, sizes, dtype, head_dim, "jsd", teacher)
     yield "policy_divergence", f"teacher of {teacher}", run
-    run = functools.partial(_policy_divergence, dtype, head_dim, "jsd", head_dim, packed=True)
+    run = functools.partial(
+        _policy_divergence, sizes, dtype, head_dim, "jsd", head_dim, packed=True
+    )
     yield "policy_divergence", "packed", run
     for kind in KINDS:
-        run = functools.partial(_against_target, dtype, head_dim, kind)
+        run = functools.partial(_against_target, sizes, dtype, head_dim, kind)
         yield "policy_divergence", f"target {kind}", run
-        run = functools.partial(_against_target, dtype, head_dim, kind, ids=True)
+        run = functools.partial(_against_target, sizes, dtype, head_dim, kind, ids=True)
         yield "policy_divergence", f"target ids {kind}", run
-    run = functools.partial(_against_target, dtype, head_dim, "jsd", ids=True, packed=True)
+    run = functools.partial(_against_target, sizes, dtype, head_dim, "jsd", ids=True, packed=True)
     yield "policy_divergence", "packed target ids", run
     for variant, with_target in (("loss", False), ("target loss", True)):
-        run = functools.partial(_ral_loss, dtype, head_dim, with_target)
+        run = functools.partial(_ral_loss, sizes, dtype, head_dim, with_target)
         yield "policy_divergence", variant, run
 
 
-def calls() -> list[Call]:
+def calls(sizes: Sizes = COMPILED) -> list[Call]:
     """The whole table, in the order in which it is shown."""
     table = [
         Call(op, variant, name, head_dim, run)
         for name in DTYPES
         for head_dim in HEAD_DIMS
-        for op, variant, run in _of_model(name, head_dim)
+        for op, variant, run in _of_model(sizes, name, head_dim)
         if name != "float16" or variant in MAIN_VARIANTS
     ]
-    # a head dim that is no power of two: masks along it
+    # head dims that are no powers of two: products in two parts, masks along them
     table += [
-        Call(op, variant, "bfloat16", 80, run)
-        for op, variant, run in _of_model("bfloat16", 80)
-        if variant in ("spans", "keys", "jsd", "decoding")
+        Call(op, variant, "bfloat16", head_dim, run)
+        for head_dim in (80, 96)
+        for op, variant, run in _of_model(sizes, "bfloat16", head_dim)
+        if variant in ("spans", "no spans", "keys", "jsd", "decoding")
     ]
     # a row of probabilities has no head dim
     table += [
-        Call("divergence", kind, "float32", 0, functools.partial(_divergence, kind))
+        Call("divergence", kind, "float32", 0, functools.partial(_divergence, sizes, kind))
         for kind in KINDS
     ]
     return table

@@ -20,6 +20,8 @@ from typing import Any
 
 from ral_kernels.runtime.triton_runtime import Launch
 
+from .loops import Loop, disassemble, main_loops
+
 # Bytes of shared memory that one CTA may have (CUDA C++ Programming Guide, table of technical
 # specifications): 163 KiB on 8.0, 227 KiB on 9.0 and 10.0.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
@@ -46,21 +48,27 @@ class Facts:
     remarks: tuple[str, ...]  # codes of what ptxas says of wgmma: REMARKS in table.py
     seconds: float
     error: str = ""  # why there is no cubin; the numbers are 0 then
+    loops: tuple[Loop, ...] = ()  # where they are asked for
 
     @property
     def spills(self) -> int:
         return self.stack + self.local
 
 
-def compile_launches(launches: Sequence[Launch], architecture: str) -> list[Facts]:
-    """Compile each different launch once, for `architecture`."""
+def compile_launches(
+    launches: Sequence[Launch], architecture: str, with_loops: bool = False
+) -> list[Facts]:
+    """Compile each different launch once, for `architecture`.
+
+    `with_loops` disassembles the kernels too, which takes about as long as to compile them.
+    """
     found: dict[str, Facts] = {}
     for launch in launches:
         source = _source(launch, architecture)
         key = f"{launch.name} {source.hash()} {launch.options}"
         if key not in found:
             try:
-                found[key] = _compile(launch, source, architecture)
+                found[key] = _compile(launch, source, architecture, with_loops)
             except Exception as error:  # the other kernels are worth knowing all the same
                 found[key] = failure(launch.name, architecture, error)
     return list(found.values())
@@ -94,7 +102,7 @@ def _source(launch: Launch, architecture: str) -> Any:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def _compile(launch: Launch, source: Any, architecture: str) -> Facts:
+def _compile(launch: Launch, source: Any, architecture: str, with_loops: bool) -> Facts:
     import triton
 
     start = time.perf_counter()
@@ -116,6 +124,7 @@ def _compile(launch: Launch, source: Any, architecture: str) -> Facts:
         ),
         remarks=_remarks(ptx) if "wgmma" in ptx else (),
         seconds=time.perf_counter() - start,
+        loops=tuple(main_loops(disassemble(compiled.asm["cubin"]))) if with_loops else (),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import ctypes
+import dataclasses
 import functools
 import re
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 from ral_kernels.runtime import cuda_library
 
 from .compiler import SHARED_LIMIT
+from .main_loop import Code, MainLoop, main_loop, opcode_of, parse
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "codegen_cuda.md"
 LIBRARY = "libral_cuda.so"
@@ -33,10 +35,18 @@ PRODUCTS = ("HMMA", "HGMMA")
 # Bytes a thread that may lie in local memory, where registers run short; all others have none.
 STACK_LIMIT = {
     "attention_fwd_kernel 128": 160,
-    "attention_bwd_dkdv_kernel 64": 48,
-    "attention_bwd_dkdv_kernel 128": 64,
+    "attention_bwd_dkdv_kernel 128": 48,
     "policy_bwd_dk_kernel 64": 8,  # float16 on sm_90
-    "policy_terms_kernel 128": 8,  # on sm_80
+}
+# What a warp may issue for one block of a main loop: instructions, taken branches, global loads,
+# and instructions between neighbouring products.
+LOOP_LIMIT = {
+    "attention_fwd_sm90_kernel 64": (330, 7, 0, 6),
+    "attention_fwd_sm90_kernel 128": (385, 7, 0, 6),
+    "attention_bwd_dq_sm90_kernel 64": (375, 8, 0, 6),
+    "attention_bwd_dq_sm90_kernel 128": (415, 8, 0, 6),
+    "attention_bwd_dkdv_sm90_kernel 64": (460, 6, 4, 12),
+    "attention_bwd_dkdv_sm90_kernel 128": (500, 6, 4, 12),
 }
 
 
@@ -59,6 +69,7 @@ class CudaKernel:
         threads: of a block; shared: bytes of a block.
         registers: of a thread; stack: bytes of a thread in local memory, where spills go.
         instructions: how often each of INSTRUCTIONS stands in the code.
+        loop: the main loop of a kernel for Hopper.
     """
 
     name: str
@@ -70,6 +81,7 @@ class CudaKernel:
     registers: int
     stack: int
     instructions: dict[str, int]
+    loop: MainLoop | None = None
 
     @property
     def blocks(self) -> int:
@@ -108,7 +120,7 @@ def kernels() -> list[CudaKernel]:
         raise RuntimeError("cuobjdump is neither on PATH nor in a wheel of triton")
     path = cuda_library.library()._name
     usage = _run(cuobjdump, "-res-usage", path)
-    code = _count(sass())
+    codes = _functions(sass())
     found = []
     architecture = ""
     for line in usage.splitlines():
@@ -122,11 +134,12 @@ def kernels() -> list[CudaKernel]:
                 if f"5entryINS0_{kind}" not in symbol:
                     continue
                 name, dtype, head_dim = _parse(kind)
+                code = codes[architecture, symbol]
                 found.append(
                     CudaKernel(
                         name, dtype, head_dim, architecture.removesuffix("a"), entry.threads,
                         entry.shared_bytes, int(match[1]), int(match[2]),
-                        code[architecture, symbol],
+                        _count(code), main_loop(code),
                     )
                 )  # fmt: skip
     return sorted(found, key=lambda k: (k.name, k.dtype, k.head_dim, k.architecture))
@@ -167,22 +180,28 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _count(sass: str) -> dict[tuple[str, str], dict[str, int]]:
-    counts: dict[tuple[str, str], collections.Counter[str]] = {}
+def _functions(sass: str) -> dict[tuple[str, str], Code]:
+    """The code of each function, by architecture and symbol."""
+    lines: dict[tuple[str, str], list[str]] = {}
     architecture = ""
-    current: collections.Counter[str] = collections.Counter()
+    current: list[str] = []
     for line in sass.splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
             architecture = match[1]
         elif match := re.search(r"Function : (\S+)", line):
-            current = counts.setdefault((architecture, match[1]), collections.Counter())
-        elif match := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", line):
-            current[match[1]] += 1
-    return {key: {i: c[i] for i in INSTRUCTIONS if c[i]} for key, c in counts.items()}
+            current = lines.setdefault((architecture, match[1]), [])
+        else:
+            current.append(line)
+    return {key: parse(of_function) for key, of_function in lines.items()}
+
+
+def _count(code: Code) -> dict[str, int]:
+    counts = collections.Counter(opcode_of(instruction) for _, instruction in code)
+    return {i: counts[i] for i in INSTRUCTIONS if counts[i]}
 
 
 def problems(found: Sequence[CudaKernel]) -> list[str]:
-    """What must not be: more in local memory than known, too much shared memory."""
+    """What must not be: more in local memory than known, too much shared memory, longer loops."""
     wrong = []
     for kernel in found:
         where = f"{kernel.architecture} {kernel.name} {kernel.dtype} {kernel.head_dim}"
@@ -191,7 +210,17 @@ def problems(found: Sequence[CudaKernel]) -> list[str]:
             wrong.append(f"{where}: {kernel.stack} bytes in local memory, {allowed} are known of")
         if kernel.blocks < 1:
             wrong.append(f"{where}: {kernel.shared} bytes of shared memory do not fit")
+        if kernel.loop is not None:
+            limit = LOOP_LIMIT[f"{kernel.name} {kernel.head_dim}"]
+            issued = loop_facts(kernel.loop)
+            if any(x > y for x, y in zip(issued, limit, strict=True)):
+                wrong.append(f"{where}: its main loop issues {issued}, {limit} are allowed")
     return wrong
+
+
+def loop_facts(loop: MainLoop) -> tuple[int, int, int, int]:
+    """What LOOP_LIMIT limits."""
+    return loop.instructions, loop.branches, loop.loads, loop.between
 
 
 def markdown(found: Sequence[CudaKernel], nvcc: str) -> str:
@@ -218,9 +247,28 @@ def markdown(found: Sequence[CudaKernel], nvcc: str) -> str:
         "Facts of the compiler, read from the machine code. They are no measurement on a GPU: "
         "nothing here says how fast a kernel is. Blocks an SM: by registers and shared memory.",
         "",
-        *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *sorted(rows))),
-    ]
+        *_table(head, sorted(rows)),
+        "",
+        "## Main loops of the kernels for Hopper",
+        "",
+        "What a warp issues for one block without masks and spans, where no wait lasts: the "
+        "shortest way through the loop that passes all products. `main_loop.py` finds it. "
+        "Between products: the most instructions from one product of a group to the next.",
+        "",
+        *_table(
+            ("kernel", "head dim", "products", "instructions", "on uniform registers",
+             "taken branches", "global loads", "between products"),
+            sorted({
+                (f"`{k.name}`", str(k.head_dim), *map(str, dataclasses.astuple(k.loop)))
+                for k in found if k.loop is not None
+            }),
+        ),
+    ]  # fmt: skip
     return "\n".join(text) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def nvcc_version() -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ral_kernels.runtime.triton_runtime import ARCHITECTURES
 
+from .calls import COUNTED
 from .compiler import COPY_INSTRUCTIONS, MATRIX_INSTRUCTIONS, SHARED_LIMIT, Facts
+from .loops import Loop, Turn
 
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # What ptxas says of wgmma, by the code of its message.
@@ -20,6 +22,18 @@ REMARKS = {
 SIZES = ("BLOCK_Q", "BLOCK_R", "BLOCK_K", "BLOCK_N")  # rows, keys; others follow by name
 
 
+LOOPS_ARE = (
+    "What one warp issues in one turn of a loop with a matrix product, counted in the machine "
+    "code: a turn is a block of keys, and in the kernels of dk and dv a block of queries. Where a "
+    "loop branches, `least – most` are its shortest and its longest path, with one turn of the "
+    "loops within it. Of two loops the first has no masks and the second is for edges; 1.1 is a "
+    "loop within 1. Barriers are those of the CTA. `8 LDGSTS 16`: eight asynchronous copies of 16 "
+    "bytes a thread from global memory. On sm_100 one warp issues the products. "
+    f"Programs: of a call of batch size 1 with {COUNTED[0].heads}:{COUNTED[0].kv_heads} heads and "
+    "so many keys, on 132 multiprocessors; a policy has 256 rows."
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One kernel of one call on one architecture."""
@@ -29,18 +43,22 @@ class Row:
     dtype: str
     head_dim: int
     facts: Facts
+    programs: tuple[str, ...] = ()  # at each size of COUNTED, where loops are asked for
 
     def as_json(self) -> dict[str, Any]:
-        record = {"op": self.op, "variant": self.variant, "dtype": self.dtype}
-        return {**record, "head_dim": self.head_dim, **asdict(self.facts)}
+        record = asdict(self)
+        facts = record.pop("facts")
+        return {**record, **facts}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Row:
         record = dict(record)
+        programs = tuple(record.pop("programs"))
         own = {name: record.pop(name) for name in ("op", "variant", "dtype", "head_dim")}
         for name in ("instructions", "remarks"):
             record[name] = tuple(record[name])
-        return cls(**own, facts=Facts(**record))
+        record["loops"] = tuple(map(Loop.from_json, record["loops"]))
+        return cls(**own, facts=Facts(**record), programs=programs)
 
 
 def problems(rows: Iterable[Row]) -> list[str]:
@@ -61,21 +79,24 @@ def problems(rows: Iterable[Row]) -> list[str]:
     return found
 
 
+def _tile(facts: Facts) -> str:
+    sizes = sorted(
+        (name for name in facts.constants if name.startswith("BLOCK")),
+        key=lambda name: (SIZES.index(name) if name in SIZES else len(SIZES), name),
+    )
+    return " x ".join(str(facts.constants[name]) for name in sizes)
+
+
 def _cell(facts: Facts | None) -> str:
     if facts is None:
         return ""
     if facts.error:
         return "**does not compile**"
-    sizes = sorted(
-        (name for name in facts.constants if name.startswith("BLOCK")),
-        key=lambda name: (SIZES.index(name) if name in SIZES else len(SIZES), name),
-    )
-    tile = " x ".join(str(facts.constants[name]) for name in sizes)
     names = [name for name in MATRIX_INSTRUCTIONS if name in facts.instructions]
     copies = ["TMA"] if COPY_INSTRUCTIONS[0] in facts.instructions else []
     spilled = [f"**{facts.spills} B spilled**"] if facts.spills else []
     parts = [
-        tile,
+        _tile(facts),
         f"{facts.num_warps} w",
         f"{facts.num_stages} s",
         f"{facts.registers} r",
@@ -111,6 +132,61 @@ def _lines(rows: Sequence[Row], architectures: Sequence[str]) -> list[str]:
         dim = head_dim or ""
         lines.append(f"| {shown} | {DTYPE_NAMES[dtype]} | {dim} | {', '.join(variants)} | {text} |")
     return lines
+
+
+LOOPS = (
+    "kernel", "variants", "dtype", "head dim", "architecture", "tile", "warps", "stages",
+    "registers", "spilled", *(f"programs, {x.seqlen // 1024}k" for x in COUNTED), "loop",
+    "instructions", "barriers", "products", "loads, bytes", "stores",
+)  # fmt: skip
+
+
+def loop_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each main loop. Variants with the same loops share their lines."""
+    merged: dict[tuple[tuple[str, ...], ...], list[Row]] = {}
+    for row in rows:
+        merged.setdefault(tuple(_loop_lines(row)), []).append(row)
+    lines = [f"| {' | '.join(LOOPS)} |", "|---" * len(LOOPS) + "|"]
+    for cells, alike in sorted(merged.items(), key=lambda item: _loop_order(item[1][0])):
+        variants = ", ".join(dict.fromkeys(row.variant for row in alike))
+        for kernel, *others in cells:
+            lines.append(f"| {kernel} | {' | '.join([variants if kernel else '', *others])} |")
+    return lines
+
+
+def _loop_order(row: Row) -> tuple[str, str, int, int]:
+    facts = row.facts
+    dtype, architecture = list(DTYPE_NAMES).index(row.dtype), facts.architecture
+    return facts.kernel, str(dtype), row.head_dim, ARCHITECTURES.index(architecture)
+
+
+def _loop_lines(row: Row) -> Iterator[tuple[str, ...]]:
+    facts = row.facts
+    programs = row.programs or ("",) * len(COUNTED)
+    of_kernel = (
+        f"`{facts.kernel}`", DTYPE_NAMES[row.dtype], str(row.head_dim), facts.architecture,
+        _tile(facts), str(facts.num_warps), str(facts.num_stages), str(facts.registers),
+        str(facts.spills), *programs,
+    )  # fmt: skip
+    for loop in facts.loops:
+        yield (*of_kernel, loop.name, *_span_of_paths(loop))
+        of_kernel = ("",) * len(of_kernel)
+
+
+def _span_of_paths(loop: Loop) -> Iterator[str]:
+    """What differs between the shortest and the longest path is shown for both."""
+
+    def counts(found: Mapping[str, int]) -> str:
+        return ", ".join(f"{n} {name}" for name, n in found.items()) or "0"
+
+    def cells(turn: Turn) -> tuple[str, ...]:
+        return (
+            str(turn.instructions), str(turn.barriers), counts(turn.products),
+            counts(turn.loads), str(turn.stores),
+        )  # fmt: skip
+
+    for least, most in zip(cells(loop.least), cells(loop.most), strict=True):
+        yield least if least == most else f"{least} – {most}"
 
 
 def _summary(rows: Sequence[Row], architectures: Sequence[str]) -> list[str]:
@@ -161,4 +237,6 @@ def markdown(rows: Sequence[Row], versions: dict[str, str]) -> str:
         head = ["kernel", "dtype", "head dim", "variants", *architectures]
         text += ["", f"## {op}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         text += _lines([row for row in rows if row.op == op], architectures)
+    if any(row.facts.loops for row in rows):
+        text += ["", "## Main loops", "", LOOPS_ARE, "", *loop_table(rows)]
     return "\n".join(text) + "\n"

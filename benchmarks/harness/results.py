@@ -138,7 +138,7 @@ def finish(run: dict[str, Any], options: argparse.Namespace, file: Path | None =
     run["load"]["after"] = machine.load()
     save(run, file)
     print(f"\n{seconds:.0f} s in all; written to {file}")
-    if expected is not None and seconds > SLOWER * expected:
+    if expected and seconds > SLOWER * expected:  # 0.0 s, rounded, is no measure
         print(f"warning   that is {seconds / expected:.1f}x the {expected:.0f} s it should take")
     _warn_of_load(run, "after", run["machine"]["threads"])
     return file

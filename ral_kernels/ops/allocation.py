@@ -19,6 +19,11 @@ def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
+def if_wanted(q: Tensor, of: Tensor | None, wanted: bool) -> Tensor:
+    """Memory for the gradient of an optional input `of`, in float32; of shape [0] if not wanted."""
+    return new_empty(q, of.shape if of is not None and wanted else (0,), accumulation_dtype(q))
+
+
 def empty_like_layout(like: Tensor, last: int) -> Tensor:
     """An empty [B, H, T, last] laid out as `like`: token-major ([B, T, H, D]) or contiguous."""
     batch_size, num_heads, seqlen, _ = like.shape

@@ -31,6 +31,11 @@ class Packing:
     max_keys: int
     index: Tensor | None  # int64 [T], the chosen queries; None: all, as they lie
 
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.query_starts.shape[0]
+
     def chosen(self, q: Tensor) -> Tensor:
         """The chosen rows [1, H, T, D] of q [1, H, Tq, D], with a gradient."""
         return q if self.index is None else q.index_select(2, self.index)
@@ -64,6 +69,12 @@ def resolve(
         )
     if rows is None and not checks.has_values(cu_seqlens_q):
         return _traced(cu_seqlens_q.to(q.device), cu_seqlens_k.to(q.device))
+    if rows is not None and _is_exporting():
+        raise NotImplementedError(
+            f"{op}: rows is not supported with cu_seqlens_q under torch.export, which cannot read "
+            "lengths; give the chosen queries as q, each sequence's last one at its last key, and "
+            "their own cu_seqlens_q"
+        )
     lengths_q = lengths(op, "cu_seqlens_q", cu_seqlens_q, q.shape[2], "q")
     lengths_k = lengths(op, "cu_seqlens_k", cu_seqlens_k, k.shape[2], "k")
     starts, counts = [0] * len(lengths_q), lengths_q
@@ -85,6 +96,11 @@ def resolve(
         max_keys=max(lengths_k, default=0),
         index=index,
     )
+
+
+def _is_exporting() -> bool:
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # of torch 2.7 and newer
+    return is_exporting is not None and bool(is_exporting())
 
 
 def _traced(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Packing:

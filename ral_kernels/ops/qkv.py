@@ -14,6 +14,7 @@ from .allocation import accumulation_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COLUMNS = 32
+_LEAST_HEAD_WEIGHT = 2.0**-60  # invisible in a policy
 
 
 def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +123,60 @@ def prepare_span_bias(op: str, span_bias: Any, spans: Spans | None, q: Tensor) -
     copies = math.prod(shape)
     columns = span_bias.reshape(1).expand(_COLUMNS)
     return columns.repeat(copies // _COLUMNS + 1)[:copies].view(shape)
+
+
+def prepare_head_weights(
+    op: str, head_weights: Any, q: Tensor, samples: int, packed: bool = False
+) -> Tensor:
+    """x / mean_h(x) in float32 (float64 with float64 q): [samples, H] contiguous, differentiable.
+
+    Values on the CPU are checked. Elsewhere the host would wait for them, and as little can be read
+    under `torch.compile`: a sample whose weights are not valid then gets NaN.
+    """
+    num_heads = q.shape[1]
+    dims = "[H] or [S, H]" if packed else "[H] or [B, H]"
+    checks.check_tensor(op, "head_weights", head_weights, f"None or a floating tensor {dims}")
+    if not head_weights.is_floating_point():
+        raise TypeError(
+            f"{op}: head_weights must be floating; got {checks.dtype_name(head_weights.dtype)}"
+        )
+    shape = (samples, num_heads)
+    if not (head_weights.shape == shape[1:] or head_weights.shape == shape):
+        raise ValueError(
+            f"{op}: head_weights must be {dims} with {dims[-5]}={samples}, H={num_heads}; got "
+            f"{tuple(head_weights.shape)}"
+        )
+    checks.check_same_device(op, "head_weights", head_weights, q, "q")
+    x = head_weights.to(accumulation_dtype(q))
+    valid = check_head_weights(op, x)
+    x = x / x.amax(-1, keepdim=True).detach()  # so that their sum cannot overflow
+    weights = torch.where(valid, x / x.mean(-1, keepdim=True), math.nan).expand(shape).contiguous()
+    return floored(weights) if is_learned(weights) else weights
+
+
+def check_head_weights(op: str, x: Tensor) -> Tensor:
+    """Which samples have valid weights, bool [..., 1]. Values on the CPU are checked."""
+    valid = ((x >= 0) & (x < math.inf)).all(-1, keepdim=True) & (x > 0).any(-1, keepdim=True)
+    if x.device.type == "cpu" and checks.has_values(x) and not valid.all():
+        wrong = x.reshape(-1, x.shape[-1])[~valid.flatten()][0]
+        raise ValueError(
+            f"{op}: head_weights must be finite and >= 0, and some of them > 0; got "
+            f"{wrong.tolist()}"
+        )
+    return valid
+
+
+def is_learned(head_weights: Tensor | None) -> bool:
+    """Whether the gradient of head weights is wanted, so that `floored` raised them."""
+    return head_weights is not None and head_weights.requires_grad and torch.is_grad_enabled()
+
+
+def floored(head_weights: Tensor) -> Tensor:
+    """Weights of at least 2⁻⁶⁰, with the gradient of those given.
+
+    The gradient of a head's weight is formed from what the weight multiplies, so it must not be 0.
+    """
+    return head_weights + (_LEAST_HEAD_WEIGHT - head_weights).clamp(min=0.0).detach()
 
 
 def check_key_padding_mask(op: str, key_padding_mask: Any, k: Tensor) -> None:

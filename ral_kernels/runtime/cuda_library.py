@@ -60,7 +60,27 @@ def available(load: Callable[[], Any] | None = None) -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer; got {capability[0]}.{capability[1]}"
-    return None
+    return _driver_too_old()
+
+
+def _driver_too_old() -> str | None:
+    """Why the driver cannot serve the CUDA runtime that the library is linked with; None if it can.
+
+    A driver serves every runtime of its own major version and of those before it.
+    """
+    versions = (c_int32 * 2)()
+    library().ral_cuda_versions(versions)
+    driver, runtime = versions
+    if driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"the library is linked with CUDA {_dotted(runtime)}; got a driver for CUDA "
+        f"{_dotted(driver)}: update the driver, or build with an older nvcc"
+    )
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def only_on_request() -> str | None:

@@ -248,7 +248,7 @@ def tuned(
     tile on `device`; it may be called often. Choices are kept in RAL_CACHE_DIR, by default
     ~/.cache/ral_kernels: one file for each GPU and release of Triton.
     """
-    if _pretence is not None or interpreted() or os.environ.get("RAL_AUTOTUNE", "0") != "1":
+    if os.environ.get("RAL_AUTOTUNE", "0") != "1" or _pretence is not None or interpreted():
         return default
     with _on_device(device):
         return _fastest(name, key, candidates(), run)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from . import triton_runtime
+from .triton_blocks import Ranges
 
 # Kinds of blocks: a span >= 0, or one of these. RETURNS - span is a span whose keys may have come
 # before: what is stored for it must be added to.
@@ -60,7 +61,8 @@ def num_blocks(total: int, block: int, num_sequences: int | None) -> int:
     Sequence n owns the blocks from cu_seqlens[n] // block + n on. They are at least as many as it
     needs, and the host need not read cu_seqlens.
     """
-    return triton.cdiv(total, block) if num_sequences is None else total // block + num_sequences
+    # Not triton.cdiv: on the host it wraps its arguments for the compiler, which takes longer.
+    return -(-total // block) if num_sequences is None else total // block + num_sequences
 
 
 def least_keys(block_k: int) -> int:
@@ -125,6 +127,44 @@ def sequence_of_span_blocks(
     stop = tl.load(cu_seqlens_ptr + low + 1)
     first = first_span_block(start, low, BLOCK_K) // SLOTS + low
     return low, start, stop - start, program - first
+
+
+@triton.jit
+def blocks_before(before_ptr, position, length):
+    """How many blocks of a sequence begin before `position`."""
+    return tl.load(before_ptr + tl.minimum(tl.maximum(position, 0), length)) - tl.load(before_ptr)
+
+
+@triton.jit
+def blocks_of_sequence(spans, first_key, length):
+    """How many blocks a sequence has in a table of spans."""
+    whole = blocks_before(spans.whole_before_ptr + first_key, length, length)
+    return whole + blocks_before(spans.gathered_before_ptr + first_key, length, length)
+
+
+@triton.jit
+def span_block_ranges(
+    spans, first_key, length, low, high, full_low, full_high, BLOCK: tl.constexpr
+):
+    """As `block_ranges`, of the blocks of a table of spans; `first_key` of the sequence in it."""
+    low = tl.minimum(tl.maximum(low, 0), length)
+    high = tl.maximum(tl.minimum(high, length), low)
+    whole_ptr = spans.whole_before_ptr + first_key
+    gathered_ptr = spans.gathered_before_ptr + first_key
+    num_whole = blocks_before(whole_ptr, length, length)
+    first = blocks_before(whole_ptr, low - BLOCK + 1, length)
+    last = tl.where(high > low, blocks_before(whole_ptr, high, length), first)
+    first_full = blocks_before(whole_ptr, full_low, length)
+    first_full = tl.minimum(tl.maximum(first_full, first), last)
+    last_full = blocks_before(whole_ptr, full_high - BLOCK + 1, length)
+    last_full = tl.maximum(tl.minimum(last_full, last), first_full)
+    # A gathered block stays within a chunk.
+    first_gathered = blocks_before(gathered_ptr, low // CHUNK * CHUNK, length)
+    last_gathered = blocks_before(gathered_ptr, high, length)
+    last_gathered = tl.where(high > low, last_gathered, first_gathered)
+    return Ranges(
+        first, first_full, last_full, last, num_whole + first_gathered, num_whole + last_gathered
+    )
 
 
 @triton.jit

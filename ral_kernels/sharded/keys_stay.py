@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.divergence.reference import generalised
-from ..ops.policy.reference import SMALLEST_WEIGHT
+from ..ops.policy.arguments import TargetArgs
+from ..ops.policy.reference import SMALLEST_WEIGHT, divided, target_weights
 from ..ops.qkv import full_precision
 from .exchange import gather
 
@@ -33,6 +35,7 @@ class Side:
     """A policy: queries of all T rows, and this rank's keys.
 
     q: [B, H, T, D]; k: [B, Hk, L, D]. window_left: -1 = all of the sequence; softcap: 0 = off.
+    head_weights: [B, H, T], with mean 1 over the heads, or None.
     """
 
     q: Tensor
@@ -40,9 +43,16 @@ class Side:
     scale: float
     window_left: int
     softcap: float
+    head_weights: Tensor | None
+
+    @property
+    def learned(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What has gradients."""
+        return self.q, self.k, self.head_weights
 
     def detached(self) -> Side:
-        return replace(self, q=self.q.detach(), k=self.k.detach())
+        weights = None if self.head_weights is None else self.head_weights.detach()
+        return replace(self, q=self.q.detach(), k=self.k.detach(), head_weights=weights)
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all ranks together: stabiliser and 1/normaliser [B, H, T], W [B, H, T], Z [B, T]."""
+    """Of all ranks together: stabiliser and w/normaliser [B, H, T], W [B, H, T], Z [B, T]."""
 
     stabiliser: Tensor
     inverse: Tensor
@@ -148,13 +158,23 @@ class _Computed:
         factors = torch.exp(tops - stabiliser)
         total = (sums * factors).sum(0)
         inverse = torch.where(total == 0, 0.0, 1 / total)  # (3)
+        if self.side.head_weights is not None:
+            inverse = inverse * self.side.head_weights  # of (5)
         w = (weights * factors).sum(0) * inverse
         z = w.mean(1)  # (6)
         z = torch.where(z * w.shape[1] < SMALLEST_WEIGHT, 0.0, z)
         return Statistics(stabiliser, inverse, w, z)
 
+    @property
+    def z(self) -> Tensor:
+        return self.statistics.z
+
+    def distribution(self, rows: slice) -> Tensor:
+        """p over this rank's keys, [B, R, L]."""
+        return self.policy(rows)[0]
+
     def policy(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """p over this rank's keys [B, R, L], P_h [B, H, R, L], valid keys, the soft cap's slope."""
+        """p over this rank's keys [B, R, L], w P [B, H, R, L], valid keys, the soft cap's slope."""
         s, visible, slope = self.scores(rows)
         stabiliser, inverse, z = self.statistics.at(rows)
         p_h = torch.exp(s - stabiliser) * inverse  # (4)
@@ -162,6 +182,18 @@ class _Computed:
         none = (z == 0)[..., None]
         mean = torch.where(valid & ~none, p_h.mean(1), 0.0)  # (5)
         return mean / torch.where(none, 1.0, z[..., None]), p_h, valid, slope  # (7)
+
+    def per_weight(self, x: Tensor) -> Tensor:
+        """x / w of [B, H, T], 0 where w = 0: from a sum over w P_h the sum over P_h, as in (11)."""
+        w = self.side.head_weights
+        return x if w is None else torch.where(w == 0, 0.0, x / w)
+
+    def weight_gradient(self, delta: Tensor) -> Tensor | None:
+        """(17) of each row: [B, H, T], on the first rank, as ranks' gradients are added."""
+        if self.side.head_weights is None:
+            return None
+        first = dist.get_rank(self.places.group) == 0
+        return delta if first else torch.zeros_like(delta)
 
     def gradients(
         self,
@@ -191,11 +223,30 @@ class _Computed:
         dk.copy_(total * self.side.scale)  # (16)
 
     def score_gradient(self, rows: slice, p_h: Tensor, valid: Tensor, centred: Tensor) -> Tensor:
-        """P_h G, (10), [B, H, R, L]; a weight of exactly 0 gives 0, whatever the derivative is."""
+        """w P G, (10), [B, H, R, L]; a weight of exactly 0 gives 0, whatever the derivative is."""
         z = self.statistics.z[:, rows, None]
         centred = torch.where(z == 0, 0.0, centred / torch.where(z == 0, 1.0, z))
         share = torch.where(valid[:, None], p_h, 0.0)
         return torch.where(share == 0, 0.0, share * centred[:, None]) / p_h.shape[1]
+
+
+class _Restricted:
+    """Rows' targets over this rank's keys, restricted to the valid keys of the policy's rows."""
+
+    def __init__(self, target: TargetArgs, policy: _Computed) -> None:
+        self.target, self.policy = target, policy
+        parts = [self._weights(rows).sum(-1) for rows in policy.chunks()]
+        self.sums = gather(torch.cat(parts, dim=1), policy.places.group).sum(0)
+        self.z = divided(self.sums[..., None], self.sums)[1]
+
+    def distribution(self, rows: slice) -> Tensor:
+        """r over this rank's keys, [B, R, L]: (11)."""
+        return divided(self._weights(rows), self.sums[:, rows])[0]
+
+    def _weights(self, rows: slice) -> Tensor:
+        places, side = self.policy.places, self.policy.side
+        valid = places.valid(rows, places.visible(rows, side.window_left))
+        return target_weights(self.target, rows, valid, side.k.shape[2])
 
 
 def _largest(s: Tensor) -> Tensor:
@@ -208,24 +259,36 @@ def _stabiliser(top: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """q [B, H, T, D] of all rows, k [B, Hk, L, D] -> D [B, T], over the keys of all ranks."""
+    """What a side has gradients of -> D [B, T], over the keys of all ranks."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, side: Side, reference: Side, places: Places, kind: str
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        head_weights: Tensor | None,
+        side: Side,
+        reference: Side | TargetArgs,
+        places: Places,
+        kind: str,
     ) -> Tensor:
         with full_precision(q):
-            ours, theirs = _Computed(side, places), _Computed(reference, places)
+            ours = _Computed(side, places)
+            theirs: _Computed | _Restricted
+            if isinstance(reference, Side):
+                theirs = _Computed(reference, places)
+            else:
+                theirs = _Restricted(reference, ours)
             values, sums = [], []
             for rows in ours.chunks():
                 p, p_h, valid, _ = ours.policy(rows)
-                terms, dp = generalised(p, theirs.policy(rows)[0], kind)  # (1), (2)
+                terms, dp = generalised(p, theirs.distribution(rows), kind)  # (1), (2)
                 on_valid = torch.where(valid[:, None] & (p_h != 0), p_h * dp[:, None], 0.0)
                 values.append(terms.sum(-1))
                 sums.append(on_valid.sum(-1))  # (3)
             local = torch.cat([torch.cat(values, -1)[:, None], torch.cat(sums, -1)], dim=1)
             value, u = gather(local, places.group).sum(0).split([1, local.shape[1] - 1], dim=1)
-        nowhere = (ours.statistics.z == 0) | (theirs.statistics.z == 0)
+        nowhere = (ours.z == 0) | (theirs.z == 0)
         value = value[:, 0].masked_fill(nowhere, 0.0)
         ctx.constant = nowhere | value.isinf()
         ctx.sides, ctx.kind, ctx.u = (ours, theirs), kind, u
@@ -240,30 +303,37 @@ class _Divergence(torch.autograd.Function):
         u = torch.where(ctx.constant[:, None], 0.0, ctx.u)
         z_h = z[:, None] * u.shape[1]
         c = (u / z_h).sum(1)  # (4)
-        delta = (u - c[:, None] * ours.statistics.w) / z_h  # (6)
+        delta = ours.per_weight((u - c[:, None] * ours.statistics.w) / z_h)  # (6)
+        delta = delta * weight[:, None]
 
         def derivative(rows: slice, p: Tensor) -> Tensor:
-            _, dp = generalised(p, theirs.policy(rows)[0], ctx.kind)
+            _, dp = generalised(p, theirs.distribution(rows), ctx.kind)
             dp = dp.masked_fill(ctx.constant[:, rows, None], 0.0)
             return dp * weight[:, rows, None]
 
         out = torch.empty_like(ours.side.q), torch.empty_like(ours.side.k)
         with full_precision(ours.q):
-            ours.gradients(derivative, c * weight, delta * weight[:, None], out)
-        return *out, None, None, None, None
+            ours.gradients(derivative, c * weight, delta, out)
+        return *out, ours.weight_gradient(delta), None, None, None, None
 
 
-def divergence(side: Side, reference: Side, places: Places, kind: str) -> Tensor:
-    """D [B, T] of all rows, the same on every rank; differentiable in the side's q and k."""
-    result: Tensor = _Divergence.apply(side.q, side.k, side.detached(), reference, places, kind)
+def divergence(side: Side, reference: Side | TargetArgs, places: Places, kind: str) -> Tensor:
+    """D [B, T] of all rows, the same on every rank; differentiable in what the side has.
+
+    Args:
+        reference: another policy, or targets over this rank's keys for all rows.
+    """
+    result: Tensor = _Divergence.apply(*side.learned, side.detached(), reference, places, kind)
     return result
 
 
 class _SpanPolicy(torch.autograd.Function):
-    """q [B, H, T, D] of all rows, k [B, Hk, L, D] -> p [B, T, S], over the keys of all ranks."""
+    """What a side has gradients of -> p [B, T, S], over the keys of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, side: Side, places: Places) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, head_weights: Tensor | None, side: Side, places: Places
+    ) -> Tensor:
         with full_precision(q):
             ours = _Computed(side, places)
             one_hot = _one_hot(places, ours.k.dtype)
@@ -293,10 +363,11 @@ class _SpanPolicy(torch.autograd.Function):
                 p_keys, p_h, valid, _ = ours.policy(rows)
                 centred = derivative(rows, p_keys) - c[:, rows, None]
                 parts.append(ours.score_gradient(rows, p_h, valid, centred).sum(-1))
-            delta = gather(torch.cat(parts, dim=-1), places.group).sum(0)  # (11)
+            delta = gather(torch.cat(parts, dim=-1), places.group).sum(0)
+            delta = ours.per_weight(delta)  # (11)
             out = torch.empty_like(ours.side.q), torch.empty_like(ours.side.k)
             ours.gradients(derivative, c, delta, out)
-        return *out, None, None
+        return *out, ours.weight_gradient(delta), None, None
 
 
 def _one_hot(places: Places, dtype: torch.dtype) -> Tensor:
@@ -307,6 +378,6 @@ def _one_hot(places: Places, dtype: torch.dtype) -> Tensor:
 
 
 def span_policy(side: Side, places: Places) -> Tensor:
-    """p [B, T, S] of all rows, the same on every rank; differentiable in the side's q and k."""
-    result: Tensor = _SpanPolicy.apply(side.q, side.k, side.detached(), places)
+    """p [B, T, S] of all rows, the same on every rank; differentiable in what the side has."""
+    result: Tensor = _SpanPolicy.apply(*side.learned, side.detached(), places)
     return result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +18,15 @@ from ..ops.divergence.arguments import Kind
 from ..ops.divergence.interface import check_kind
 from ..ops.packing import offsets_of
 from ..ops.policy import attention_divergence, attention_policy, ral_loss
-from ..ops.policy.divergence import composed
+from ..ops.policy.arguments import PolicyArgs, TargetArgs
+from ..ops.policy.divergence import composed, shared_by_rows, span_rows_of, target_args
 from ..ops.policy.interface import resolve_call
 from ..ops.policy.loss import Reduction, row_weights, weighted_sum
 from ..runtime import backends, checks
 from ..runtime.backends import BackendName
 from ..snapshot import AttentionSnapshot
 from ..spans import Spans
+from ..targets import AttentionTarget
 from . import keys_stay
 from .exchange import Exchange, cut, place, sum_over_ranks
 from .layout import BytesMoved, Layout, Moves, Piece, Plan, Range, make_plan
@@ -38,11 +42,13 @@ class ShardedSnapshot:
         parts: with moves="keys" a snapshot for each chunk of the rank that has rows, with the keys
             that they see; with moves="rows" one, with the queries of all rows and the rank's keys.
         moves, plan: those of the `ShardedPolicy` that made it.
+        head_weights: with moves="rows", its own weights of the whole, or None.
     """
 
     parts: tuple[AttentionSnapshot, ...]
     moves: Moves
     plan: Plan
+    head_weights: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +58,12 @@ class ShardedSnapshot:
     def to(self, *args: Any, **options: Any) -> ShardedSnapshot:
         """On another device, or in another dtype: `AttentionSnapshot.to`."""
         parts = tuple(part.to(*args, **options) for part in self.parts)
-        return ShardedSnapshot(parts, self.moves, self.plan)
+        weights = self.head_weights
+        weights = None if weights is None else weights.to(parts[0].device)
+        return ShardedSnapshot(parts, self.moves, self.plan, weights)
+
+
+ShardedReference = ShardedSnapshot | AttentionTarget | Tensor
 
 
 class ShardedPolicy:
@@ -92,6 +103,8 @@ class ShardedPolicy:
         group: the ranks of one sequence; default the default group.
         cu_seqlens: where B = 1 and sequences are packed, their offsets in the whole, int [S + 1].
         spans, scope, key_padding_mask: as in `attention_policy`, of the whole's N keys.
+        head_weights: as in `attention_policy`, [H] or [B, H] (packed [S, H]), the same on every
+            rank. As a parameter's, their gradient is the sum over ranks.
         exclude_self, scale, window, softcap, backend: as in `attention_policy`.
         moves: "keys", "rows" or None, as above.
 
@@ -112,6 +125,7 @@ class ShardedPolicy:
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
         key_padding_mask: Tensor | None = None,
+        head_weights: Tensor | None = None,
         exclude_self: bool = True,
         scale: float | None = None,
         window: int | tuple[int | None, int | None] | None = None,
@@ -155,11 +169,13 @@ class ShardedPolicy:
                 "padding"
             )
         self._is_packed, self._exclude_self = cu_seqlens is not None, exclude_self
+        self._head_weights = head_weights
         self._spans = spans
         if spans is not None:
             self._check_spans(spans)
         scope = scope.ids >= 0 if isinstance(scope, Spans) else scope
         self._scope = self._check_keys("scope", scope)
+        self._head_weights_of(head_weights, q)
         self._padding = self._check_keys("key_padding_mask", key_padding_mask)
         self._options: dict[str, Any] = {
             "scale": checks.resolve_scale(_OP, scale, q.shape[3]),
@@ -193,23 +209,32 @@ class ShardedPolicy:
             return self._assembled([], (self._spans.num_spans,))
         return keys_stay.span_policy(self._side(), self._places())
 
-    def divergence(self, reference: ShardedSnapshot | Tensor, kind: Kind = "jsd") -> Tensor:
+    def divergence(self, reference: ShardedReference, kind: Kind = "jsd") -> Tensor:
         """How far the policy is from `reference`: `attention_divergence`, float32 [B, T].
 
         Args:
-            reference: a `snapshot` of the same rows and ranks; with spans also a tensor [B, T, S].
+            reference: a `snapshot` of the same rows and ranks; or an `AttentionTarget` of the
+                whole, over its N keys or over spans, the same on every rank, as [B, 1, N] or
+                [B, 1, S] too; with spans also a tensor [B, T, S].
             kind: as in `attention_divergence`.
         """
-        check_kind(f"{_OP}.divergence", kind)
+        op = f"{_OP}.divergence"
+        check_kind(op, kind)
+        reference = shared_by_rows(reference, self._whole)
+        target = None
+        if isinstance(reference, AttentionTarget):
+            target = target_args(op, reference, self._whole)
+            if self._spans is not None:
+                reference = span_rows_of(target, self._whole)
         if isinstance(reference, Tensor) and self._spans is not None:
             p = self.policy()
             if reference.shape != p.shape:
                 raise ValueError(
-                    f"{_OP}.divergence: reference must be [B, T, S] = {tuple(p.shape)}; got "
+                    f"{op}: reference must be [B, T, S] = {tuple(p.shape)}; got "
                     f"{tuple(reference.shape)}"
                 )
             return composed(p, reference, kind, self._requested)
-        parts = self._parts_of("divergence", reference)
+        parts = self._parts_of(op, reference, target)
         if self.moves == "keys":
             return self._assembled(
                 [
@@ -219,8 +244,13 @@ class ShardedPolicy:
             )
         if self.plan.num_rows == 0:
             return self._assembled([])
+        if target is not None:
+            own = _over_keys(target, self.plan.chunks[self._rank])
+            return keys_stay.divergence(self._side(), own, self._places(), kind)
         (part,) = parts
-        theirs = keys_stay.Side(part.q, part.k, part.scale, part.window_left, part.softcap)
+        assert isinstance(part, AttentionSnapshot)
+        weights = self._weights_of_rows(self._weights_of_reference(op, reference, part))
+        theirs = keys_stay.Side(part.q, part.k, part.scale, part.window_left, part.softcap, weights)
         if self._spans is None:
             return keys_stay.divergence(self._side(), theirs, self._places(), kind)
         with torch.no_grad():
@@ -229,7 +259,7 @@ class ShardedPolicy:
 
     def ral_loss(
         self,
-        reference: ShardedSnapshot | Tensor,
+        reference: ShardedReference,
         advantages: Tensor,
         mask: Tensor | None = None,
         *,
@@ -245,20 +275,15 @@ class ShardedPolicy:
             reduction: as in `ral_loss`; means are over the tokens of all ranks.
         """
         op = f"{_OP}.ral_loss"
-        counted = self.q.new_zeros(1).expand(self.q.shape[0], 1, self.plan.num_rows, 1)
-        offsets = None
-        if self._is_packed:
-            offsets = offsets_of([stop - start for start, stop in self.plan.rows])
-        whole = resolve_call(
-            op, counted, counted, rows=None, spans=None, span_bias=None, scope=None,
-            exclude_self=True, is_causal=True, scale=None, window=None, softcap=None,
-            key_padding_mask=None, cu_seqlens_q=offsets, cu_seqlens_k=offsets,
-        )  # fmt: skip
-        weights = row_weights(op, advantages, mask, reduction, whole)
+        weights = row_weights(op, advantages, mask, reduction, self._whole)
         check_kind(op, kind)
         if self.moves == "rows" or self._spans is not None:
             return weighted_sum(self.divergence(reference, kind), weights)
-        parts = self._parts_of("ral_loss", reference)
+        reference = shared_by_rows(reference, self._whole)
+        target = None
+        if isinstance(reference, AttentionTarget):
+            target = target_args(op, reference, self._whole)
+        parts = self._parts_of(op, reference, target)
         total = self._zero()
         for (q, k, options), part, pieces in zip(
             self._arguments(), parts, self._calls, strict=True
@@ -270,29 +295,49 @@ class ShardedPolicy:
         return sum_over_ranks(total, self._group)
 
     @torch.no_grad()
-    def snapshot(self, **options: Any) -> ShardedSnapshot:
+    def snapshot(self, *, head_weights: Tensor | None = None, **options: Any) -> ShardedSnapshot:
         """The policy now, as a reference policy. Making it moves what a forward moves, once.
 
         Args:
+            head_weights: its own, as those of `ShardedPolicy`; default those of the policy that is
+                compared with it.
             options: dtype, device, pin_memory, as in `AttentionSnapshot`.
         """
+        own = self._head_weights_of(head_weights, self.q)
         if self.moves == "rows":
             taken = {**self._options, **options}
             parts = [AttentionSnapshot(self._all_rows, self.k, **taken)]
         else:
+            own = None  # each part has them
             parts = []
             _ = self._keys_seen  # ranks without rows send their keys, too
-            for q, k, arguments in self._arguments():
+            for (q, k, arguments), pieces in zip(self._arguments(), self._calls, strict=True):
                 for name in ("spans", "scope", "key_padding_mask", "exclude_self"):
                     arguments.pop(name, None)  # the comparing call's
+                arguments["head_weights"] = self._weights_of_call(head_weights, pieces)
                 parts.append(AttentionSnapshot(q, k, **arguments, **options))
-        return ShardedSnapshot(tuple(parts), self.moves, self.plan)
+        return ShardedSnapshot(tuple(parts), self.moves, self.plan, own)
 
     def bytes_moved(self, moves: Moves | None = None) -> BytesMoved:
         """What one `ral_loss` and its backward move, as `sharded_bytes` says; default as chosen."""
         return self.plan.bytes_moved(moves or self.moves, *self._sizes)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _whole(self) -> PolicyArgs:
+        """The sizes of the whole's call, for checks: its rows, keys, sequences and spans."""
+        zero, batch_size = self.q.new_zeros(1), self.q.shape[0]
+        q, k = (zero.expand(batch_size, 1, n, 1) for n in (self.plan.num_rows, self.plan.seqlen))
+        of_rows, of_keys = (
+            offsets_of([stop - start for start, stop in ranges]) if self._is_packed else None
+            for ranges in (self.plan.rows, self.plan.sequences)
+        )
+        return resolve_call(
+            _OP, q, k, rows=None, spans=self._spans, span_bias=None, scope=None,
+            head_weights=None, exclude_self=True, is_causal=True, scale=None, window=None,
+            softcap=None, key_padding_mask=None, cu_seqlens_q=of_rows, cu_seqlens_k=of_keys,
+        )  # fmt: skip
 
     @functools.cached_property
     def _keys_seen(self) -> Tensor:
@@ -324,6 +369,8 @@ class ShardedPolicy:
             options["scope"] = cut(self._scope, keys, -1)
         if self._padding is not None:
             options["key_padding_mask"] = cut(self._padding, keys, -1)
+        if self._head_weights is not None:
+            options["head_weights"] = self._weights_of_call(self._head_weights, pieces)
         if len(pieces) > 1:
             options["cu_seqlens_q"] = offsets_of(counts)
             options["cu_seqlens_k"] = offsets_of([stop - start for start, stop in keys])
@@ -350,12 +397,53 @@ class ShardedPolicy:
         """0 that has q's and k's place in the graph: ranks without rows take part in backwards."""
         received = self._keys_seen if self.moves == "keys" else self._all_rows
         empty = [x[:, :, :0].sum(dtype=accumulation_dtype(x)) for x in (self.q, self.k, received)]
+        if self._head_weights is not None:
+            empty.append(self._head_weights[..., :0].sum(dtype=accumulation_dtype(self.q)))
         return torch.stack(empty).sum()
+
+    def _head_weights_of(self, head_weights: Any, q: Tensor) -> Tensor | None:
+        """Checked and normalised weights of the whole's sequences, [B or S, H]; None without."""
+        if head_weights is None:
+            return None
+        samples = len(self.plan.rows) if self._is_packed else q.shape[0]
+        return qkv.prepare_head_weights(_OP, head_weights, q, samples, self._is_packed)
+
+    def _weights_of_call(self, weights: Tensor | None, pieces: list[Piece]) -> Tensor | None:
+        """As they were given, for the sequences of a chunk's rows."""
+        if weights is None or weights.dim() == 1 or not self._is_packed:
+            return weights
+        starts = [start for start, _ in self.plan.sequences]
+        return weights[[bisect_right(starts, piece.rows[0]) - 1 for piece in pieces]]
+
+    def _weights_of_rows(self, weights: Tensor | None) -> Tensor | None:
+        """[B, H, T], from normalised weights of the whole's sequences."""
+        if weights is None:
+            return None
+        if not self._is_packed:
+            return weights[:, :, None].expand(-1, -1, self.plan.num_rows)
+        counts = torch.tensor([stop - start for start, stop in self.plan.rows])
+        return weights.repeat_interleave(counts.to(weights.device), 0).T[None]
+
+    def _weights_of_reference(
+        self, op: str, reference: Any, part: AttentionSnapshot
+    ) -> Tensor | None:
+        """The snapshot's own weights, or this policy's as constants, as the ops take them."""
+        ours = self._head_weights_of(self._head_weights, self.q)
+        own = reference.head_weights
+        if own is not None:
+            return qkv.floored(own) if qkv.is_learned(self._head_weights) else own
+        if ours is not None and part.q.shape[1] != ours.shape[1]:
+            raise ValueError(
+                f"{op}: reference must have head_weights of its own, or H={ours.shape[1]} heads, "
+                f"for those of this policy; got {part.q.shape[1]} heads"
+            )
+        return None if ours is None else ours.detach()
 
     def _side(self) -> keys_stay.Side:
         scale = self._options["scale"]
         left = self.plan.window_left
-        return keys_stay.Side(self._all_rows, self.k, scale, left, self._softcap)
+        weights = self._weights_of_rows(self._head_weights_of(self._head_weights, self.q))
+        return keys_stay.Side(self._all_rows, self.k, scale, left, self._softcap, weights)
 
     def _places(self) -> keys_stay.Places:
         """Where rows and this rank's keys are."""
@@ -385,12 +473,16 @@ class ShardedPolicy:
             group=self._group,
         )
 
-    def _parts_of(self, method: str, reference: Any) -> tuple[AttentionSnapshot, ...]:
-        op = f"{_OP}.{method}"
+    def _parts_of(
+        self, op: str, reference: Any, target: TargetArgs | None
+    ) -> Sequence[AttentionSnapshot | AttentionTarget]:
+        """The reference of each chunk of this rank that has rows; with moves="rows" of all rows."""
+        if target is not None:
+            return [self._target_of(target, pieces) for pieces in self._calls]
         if not isinstance(reference, ShardedSnapshot):
             raise TypeError(
-                f"{op}: reference must be a ShardedSnapshot, or with spans a tensor [B, T, S]; got "
-                f"{type(reference).__name__}"
+                f"{op}: reference must be a ShardedSnapshot or an AttentionTarget, or with spans a "
+                f"tensor [B, T, S]; got {type(reference).__name__}"
             )
         got = {"moves": reference.moves, **vars(reference.plan)}
         for name, wanted in {"moves": self.moves, **vars(self.plan)}.items():
@@ -400,6 +492,14 @@ class ShardedPolicy:
                     f"{got[name]!r}"
                 )
         return reference.parts
+
+    def _target_of(self, target: TargetArgs, pieces: list[Piece]) -> AttentionTarget:
+        """The targets of a chunk's rows over the keys that they see, by index."""
+        assert target.index is not None
+        own = _over_keys(target, [piece.keys for piece in pieces])
+        assert own.values is not None
+        index = target.index[:, self._rows_of(pieces)]
+        return AttentionTarget(own.values, own.ids, index=index)
 
     def _check_spans(self, spans: Any) -> None:
         wanted = f"{_OP}: spans must be Spans over the whole's N={self.plan.seqlen} keys"
@@ -427,3 +527,16 @@ class ShardedPolicy:
             raise ValueError(f"{wanted}; got {tuple(value.shape)}")
         checks.check_same_device(_OP, name, value, self.q, "q")
         return value
+
+
+def _over_keys(target: TargetArgs, ranges: Sequence[Range]) -> TargetArgs:
+    """The same targets over the keys of `ranges` alone, numbered as they follow one another."""
+    assert target.values is not None
+    if target.ids is None:
+        return TargetArgs(cut(target.values, ranges, -1), None, target.index)
+    ids, before = torch.full_like(target.ids, -1), 0
+    for start, stop in ranges:
+        inside = (target.ids >= start) & (target.ids < stop)
+        ids = torch.where(inside, target.ids - start + before, ids)
+        before += stop - start
+    return TargetArgs(target.values, ids, target.index)

@@ -24,6 +24,7 @@ WRITERS = (
     "decode_bench",
     "figure3",
     "frames_sweep",
+    "launch_cost",
     "output_hashes",
     "policy_divergence_accuracy",
     "policy_divergence_bench",
@@ -160,6 +161,8 @@ def test_the_time_that_a_run_takes_is_said_before_it(
     options.began -= 1000
     results.finish({**run, "expected_seconds": 42.0}, options)
     assert "x the 42 s it should take" in capsys.readouterr().out
+    results.finish({**run, "expected_seconds": 0.0}, options)  # of a run below 0.05 s
+    assert "should take" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -18,14 +18,17 @@ import pytest
 
 from benchmarks.codegen import build_steps
 from benchmarks.codegen.cuda import (
+    LOOP_LIMIT,
     PRODUCTS,
     STACK_LIMIT,
     CudaKernel,
     find_cuobjdump,
     kernels,
+    loop_facts,
     markdown,
     problems,
 )
+from benchmarks.codegen.main_loop import MainLoop, main_loop, parse
 from ral_kernels.runtime import native
 from tests.conftest import skip_or_fail
 
@@ -72,6 +75,50 @@ def test_limits_hold(found: list[CudaKernel]) -> None:
         assert 0 < max(used) <= limit <= 2 * max(used)
 
 
+def test_main_loops_stay_short(found: list[CudaKernel]) -> None:
+    """`problems` holds them to LOOP_LIMIT, which leaves them no more room than a compiler needs."""
+    loops = {f"{k.name} {k.head_dim}": k.loop for k in found if k.loop is not None}
+    if not loops:
+        skip_or_fail("cuda", "a library without kernels for Hopper")
+    assert sorted(loops) == sorted(LOOP_LIMIT)
+    for name, loop in loops.items():
+        assert LOOP_LIMIT[name][0] <= 1.05 * loop_facts(loop)[0], name
+
+
+# A loop of two products. P0: an inner wait, P1: a mask outside the loop's addresses. P2 skips all.
+LOOP = """
+    /*0000*/  S2R R0, SR_TID.X ;  /* 0x0 */
+    /*0010*/  @P2 BRA 0x00b0 ;
+    /*0020*/  SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
+    /*0030*/  @!P0 BRA 0x0020 ;
+    /*0040*/  UIADD3 UR4, UR5, 0x2, URZ ;
+    /*0050*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+    /*0060*/  UIADD3 UR4, UR5, 0x4, URZ ;
+    /*0070*/  UMOV UR5, 0x40000040 ;
+    /*0080*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+    /*0090*/  @!P1 BRA P3, 0x00f0 ;
+    /*00a0*/  LDG.E R3, desc[UR6][R4.64] ;
+    /*00b0*/  IADD3 R0, R0, 0x1, RZ ;
+    /*00c0*/  ISETP.LT.AND P4, PT, R0, R9, PT ;
+    /*00d0*/  @P4 BRA 0x0010 ;
+    /*00e0*/  EXIT ;
+    /*00f0*/  FMUL R7, R7, R8 ;
+    /*0100*/  FMUL R7, R7, R8 ;
+    /*0110*/  BRA 0x00a0 ;
+"""
+
+
+def test_the_main_loop_is_found() -> None:
+    code = parse(LOOP.splitlines())
+    assert len(code) == 18
+    expected = MainLoop(products=2, instructions=13, uniform=3, branches=1, loads=1, between=2)
+    assert main_loop(code) == expected
+    assert main_loop([line for line in code if "HGMMA" not in line[1]]) is None
+    # Without a way around it, a detour counts: two instructions, a branch there and one back.
+    detour = parse(LOOP.replace("@!P1 BRA P3, 0x00f0", "BRA 0x00f0").splitlines())
+    assert main_loop(detour) == dataclasses.replace(expected, instructions=16, branches=3)
+
+
 def test_products_run_on_tensor_cores(found: list[CudaKernel]) -> None:
     assert {kernel.name for kernel in found} >= MULTIPLY
     for kernel in found:
@@ -91,7 +138,14 @@ def test_what_is_wrong_is_said(found: list[CudaKernel]) -> None:
     good = next(k for k in found if k.name == "attention_bwd_dq_kernel")
     spilled = dataclasses.replace(good, stack=8)
     large = dataclasses.replace(good, shared=300 * 1024)
+    loop = MainLoop(products=20, instructions=551, uniform=222, branches=40, loads=0, between=12)
+    hopper = dataclasses.replace(good, name="attention_bwd_dq_sm90_kernel", head_dim=128, loop=loop)
     where = f"{good.architecture} {good.name} {good.dtype} {good.head_dim}"
+    assert problems([hopper]) == [
+        f"{good.architecture} {hopper.name} {good.dtype} 128: its main loop issues "
+        "(551, 40, 0, 12), (415, 8, 0, 6) are allowed"
+    ]
+    assert "_sm90_kernel` | 128 | 20 | 551 | 222 | 40 | 0 | 12 |" in markdown([hopper], "nvcc 0")
     assert problems([good, spilled, large]) == [
         f"{where}: 8 bytes in local memory, 0 are known of",
         f"{where}: {300 * 1024} bytes of shared memory do not fit",

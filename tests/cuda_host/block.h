@@ -54,9 +54,14 @@ struct Warp {
 struct Block {
   const LaunchInfo* info = nullptr;
   const void* params = nullptr;
-  char* shared = nullptr;
+  // Dynamic shared memory begins some multiple of 128 bytes above the address 0 of all of it.
+  char *window = nullptr, *shared = nullptr;
+  // What other parts of the harness do when the block is over.
+  void (*at_end)(bool is_given_up) = nullptr;
+  bool is_given_up = false;
   // Numbers the blocks of all launches in the order in which they ran; 0 is none.
   uint32_t serial = 0, first_serial_of_launch = 1;
+  uint64_t order_seed = 0;     // of this launch
   std::vector<int64_t> order;  // block_index of each block of this launch, as they run
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -77,8 +82,15 @@ inline Block& block() {
 
 // ---- memory.cpp ---------------------------------------------------------------------------------
 
-// Makes shared memory undefined.
-void begin_block_memory();
+// Makes shared memory undefined, `shift` multiples of 128 bytes above its begin.
+void begin_block_memory(int shift);
+// Whether an address of shared memory, as `shared_offset` gives it, is the kernel's.
+bool is_shared_address(uint32_t address, int bytes);
+// A bulk copy fills these bytes from now on, or has filled them: nobody else may touch them.
+void begin_bulk_copy(const void* to, int bytes, Site site);
+void end_bulk_copy(const void* to, int bytes);
+// False, after a report, for bytes that a copy fills, and for those that are not the kernel's.
+bool is_settled(const void* address, int bytes, Site site);
 // A copy that has not arrived when its thread ends is reported...
 void end_copies(Thread& thread, int index);
 // ...but not in a block that was given up.

@@ -35,6 +35,27 @@ LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic") if sys.platform == "linux" else ("-sh
 Patch = tuple[str, str, str]
 
 
+def switched(bugs: Sequence[Patch]) -> tuple[Patch, ...]:
+    """Patches that put all `bugs` into one library, of which `HostLibrary.with_bug` chooses one.
+
+    Old texts that are statements become branches, others conditional expressions. Bugs of one place
+    share their old text.
+    """
+    places: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for number, (file, old, new) in enumerate(bugs, start=1):
+        places.setdefault((file, old), []).append((number, new))
+    patches = []
+    for (file, old), here in places.items():
+        if ";" in old:
+            text = "".join(f"if (host::seeded_bug == {n}) {{\n{new}\n}} else " for n, new in here)
+            text += f"{{\n{old}\n}}"
+        else:
+            text = "".join(f"host::seeded_bug == {n} ? ({new}) : " for n, new in here)
+            text = f"({text}({old}))"
+        patches.append((file, old, text))
+    return tuple(patches)
+
+
 def has_compiler() -> bool:
     return shutil.which(COMPILER[0]) is not None
 

@@ -1,6 +1,7 @@
 // Runs the threads of a block: who goes on when, what they do together, and the launch.
 #include "harness.h"
 
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,6 +24,7 @@ namespace host {
 int current_thread = 0;
 int64_t current_block = 0;
 int64_t current_num_blocks = 0;
+int seeded_bug = 0;
 
 Block running_block;
 
@@ -37,6 +39,7 @@ constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kViolation = 1000;
 
 std::mutex one_launch;
 Fiber launching;
+bool in_a_block = false;
 uint64_t order_seed = 0, random_state = 0;
 
 // splitmix64
@@ -116,15 +119,20 @@ std::string what_happened(int thread) {
 }
 
 // The block cannot go on: its threads are dropped where they stand.
+[[noreturn]] void drop_block() {
+  drop_copies();
+  block().is_given_up = true;
+  Fiber dropped;
+  dropped.switch_to(launching);
+  abort();
+}
+
 [[noreturn]] void give_up(int thread, int other) {
   const Thread &one = block().threads[size_t(thread)], &two = block().threads[size_t(other)];
   report().add({"divergent", number_of(one.site), number_of(two.site), 0}, [&] {
     return block().place() + ": " + what_happened(thread) + " while " + what_happened(other);
   });
-  drop_copies();
-  Fiber dropped;
-  dropped.switch_to(launching);
-  abort();
+  drop_block();
 }
 
 // ---- What they do together ----------------------------------------------------------------------
@@ -230,7 +238,9 @@ void run_block(int64_t index) {
   Block& here = block();
   current_block = index;
   ++here.serial;
-  begin_block_memory();
+  here.at_end = nullptr;
+  here.is_given_up = false;
+  begin_block_memory(order_seed == 0 ? 0 : int(next_random() % 8));
   for (size_t i = 0; i < here.threads.size(); ++i) {
     here.threads[i].fiber.prepare(int(i), run_thread);
     here.threads[i].group = 0;
@@ -246,7 +256,10 @@ void run_block(int64_t index) {
     begin_phase(warp);
   }
   const size_t first = order_seed == 0 ? 0 : next_random() % here.warps.size();
+  in_a_block = true;
   switch_from(launching, first_thread(here.warps[first]));
+  in_a_block = false;
+  if (here.at_end != nullptr) here.at_end(here.is_given_up);
 }
 
 // The GPU's arithmetic knows subnormal numbers, whatever the caller has set.
@@ -264,6 +277,44 @@ class DefaultArithmetic {
 #endif
 };
 
+// A kernel that touches what is not there, going round the harness, is a report and
+// no end of the process.
+class FaultsAreReported {
+ public:
+  FaultsAreReported() {
+    static char stack[64 * 1024];  // threads of a block have small ones
+    stack_t mine = {};
+    mine.ss_sp = stack;
+    mine.ss_size = sizeof stack;
+    sigaltstack(&mine, &stack_before_);
+    struct sigaction action = {};
+    action.sa_handler = report_fault;
+    action.sa_flags = SA_ONSTACK | SA_NODEFER;
+    for (size_t i = 0; i < kSignals; ++i) sigaction(signals_[i], &action, &before_[i]);
+  }
+  ~FaultsAreReported() {
+    for (size_t i = 0; i < kSignals; ++i) sigaction(signals_[i], &before_[i], nullptr);
+    sigaltstack(&stack_before_, nullptr);
+  }
+
+ private:
+  static void report_fault(int signal) {
+    if (!in_a_block) {  // the harness's own
+      ::signal(signal, SIG_DFL);
+      raise(signal);
+    }
+    report().add({"fault", 0, 0, signal}, [&] {
+      return block().place() + format(": thread %d got signal %d", current_thread, signal);
+    });
+    drop_block();
+  }
+
+  static constexpr size_t kSignals = 4;
+  static constexpr int signals_[kSignals] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+  struct sigaction before_[kSignals];
+  stack_t stack_before_;
+};
+
 int refuse(const LaunchInfo& info, const std::string& reason, int error) {
   block().info = &info;
   report().add({"refused", 0, 0, error}, [&] { return std::string(info.name) + ": " + reason; });
@@ -275,6 +326,7 @@ void begin_launch(const LaunchInfo& info, int64_t num_blocks, const void* params
   here.info = &info;
   here.params = params;
   here.first_serial_of_launch = here.serial + 1;
+  here.order_seed = order_seed;
   here.threads.resize(size_t(info.threads));
   here.warps.resize(size_t(info.threads) / kLanes);
   here.order.resize(size_t(num_blocks));
@@ -344,6 +396,7 @@ int launch(const LaunchInfo& info, int64_t num_blocks, const void* params) {
                   kInvalidConfiguration);
   const int64_t before = report().count();
   const DefaultArithmetic arithmetic;
+  const FaultsAreReported faults;
   begin_launch(info, num_blocks, params);
   for (const int64_t index : block().order) run_block(index);
   return report().count() == before ? 0 : kViolation;
@@ -357,6 +410,10 @@ using namespace ral::cuda::host;
 
 void ral_host_set_order(uint64_t seed) {
   order_seed = seed;
+}
+
+void ral_host_seed_bug(int32_t number) {
+  seeded_bug = number;
 }
 
 int64_t ral_host_report(char* buffer, int64_t size) {

@@ -41,6 +41,8 @@ enum class Stop : uint8_t {
 extern RAL_HOST_HIDDEN int current_thread;
 extern RAL_HOST_HIDDEN int64_t current_block;
 extern RAL_HOST_HIDDEN int64_t current_num_blocks;
+// Which of the bugs that `switched` in build.py put into the kernels is there; 0 is none.
+extern RAL_HOST_HIDDEN int seeded_bug;
 
 // ---- Collectives: each returns when every thread that must take part has come -------------------
 
@@ -90,6 +92,7 @@ RAL_HOST_API void ral_host_allow(const void* address, int64_t bytes, int32_t wri
 RAL_HOST_API void ral_host_forget_all();
 // Order of lanes, warps and blocks; 0 is ascending.
 RAL_HOST_API void ral_host_set_order(uint64_t seed);
+RAL_HOST_API void ral_host_seed_bug(int32_t number);
 // Text of the violations since the last clear, cut to `size` bytes; returns their number.
 RAL_HOST_API int64_t ral_host_report(char* buffer, int64_t size);
 RAL_HOST_API void ral_host_clear_report();

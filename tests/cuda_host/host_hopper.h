@@ -5,12 +5,18 @@
 // with NaN when it is issued, and arrives at once or at some later time; a product is computed, and
 // reads its registers and its shared memory, when it is issued or when it is waited for. Which of
 // them, the order of threads decides (set_order; 0 would wait for ever).
+//
+// Luck must not hide a fault. So a product counts as running until it is waited for, whenever it
+// was computed: an arrival remembers the panels that the warp's running products read, and
+// registers are compared with what they held when they were pinned, issued or computed.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
 #include <deque>
+#include <map>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -34,6 +40,8 @@ struct Barrier {
 
 namespace host {
 
+constexpr int kPanelSize = 64 * 128;
+
 struct Copy {
   char* panel;
   const TensorMap* map;
@@ -47,23 +55,110 @@ struct Product {
   int num_tiles;
   const uint32_t* left;  // in registers; null: in shared memory, as `a` says
   uint64_t a, b;
+  Site site;
+};
+
+// Registers of a lane and what they must hold.
+struct Kept {
+  const void* at;
+  std::vector<char> bytes;
+
+  Kept(const void* first, size_t size) : at(first) { take(size); }
+  void take(size_t size) {
+    const char* const from = static_cast<const char*>(at);
+    bytes.assign(from, from + size);
+  }
+  bool covers(const void* first, size_t size) const {
+    const char *const mine = static_cast<const char*>(at), *const its =
+                                                               static_cast<const char*>(first);
+    return its >= mine && its + size <= mine + bytes.size();
+  }
+  // Of a part that it covers.
+  bool holds(const void* first, size_t size) const {
+    const ptrdiff_t offset = static_cast<const char*>(first) - static_cast<const char*>(at);
+    return memcmp(first, bytes.data() + offset, size) == 0;
+  }
+};
+
+// Of the last one that covers it; null if none does.
+inline Kept* find(std::vector<Kept>& all, const void* first, size_t size) {
+  for (size_t i = all.size(); i > 0; --i)
+    if (all[i - 1].covers(first, size)) return &all[i - 1];
+  return nullptr;
+}
+
+// Addresses in shared memory.
+struct Bytes {
+  uint32_t first, end;
+  bool meets(const Bytes& other) const { return first < other.end && other.first < end; }
+};
+
+struct Group {
+  std::deque<Product> to_compute;
+  std::vector<Bytes> reads;            // of all its products
+  std::vector<const void*> registers;  // theirs
 };
 
 struct HopperLane {
-  std::vector<std::deque<Product>> groups{1};  // the last one is not committed yet
+  std::deque<Group> groups{1};               // that run; the last one is not committed yet
+  std::vector<Kept> pinned, running;         // registers
+  std::map<const Barrier*, int64_t> passed;  // phases of barriers that it has waited for
+  const Barrier* waited_for = nullptr;       // the last one
   bool begun = false;
   bool unpublished = false;  // it has stored what the async proxy does not see yet
+};
+
+// A barrier's past: its phases that are over, and what products were still to read when warps
+// arrived.
+struct History {
+  int64_t phases = 0;
+  std::vector<Bytes> read_in_this_phase, read_in_the_last;
+};
+
+// The last copy to a panel, which has arrived once that phase of the barrier is over.
+struct Filling {
+  const Barrier* barrier;
+  int64_t phase;
 };
 
 struct Hopper {
   std::deque<Copy> copies;
   std::vector<HopperLane> lanes{1024};
-  int met[16] = {};  // warps that came to a group's barrier
-  uint64_t random = 0;
-  bool hopeless = false;  // somebody has waited for ever
+  std::map<const Barrier*, History> barriers;
+  std::map<uint32_t, Filling> panels;  // by address
+  int met[16] = {};                    // warps that came to a group's barrier
 };
-RAL_HOST_HIDDEN inline Hopper& hopper() {  // hidden: one for each library
+
+// Two things that a block does not begin anew.
+RAL_HOST_HIDDEN inline uint64_t& hopper_random() {
+  static uint64_t state = 0;
+  return state;
+}
+RAL_HOST_HIDDEN inline bool& hopeless() {  // somebody in this launch has waited for ever
+  static bool state = false;
+  return state;
+}
+
+// Of the running block. Hidden: one for each library.
+RAL_HOST_HIDDEN inline Hopper& hopper() {
   static Hopper state;
+  if (block().at_end == nullptr) {
+    state = Hopper();
+    if (block().serial == block().first_serial_of_launch) {
+      hopeless() = false;
+      hopper_random() = block().order_seed;
+    }
+    block().at_end = [](bool is_given_up) {
+      bool unfinished = !state.copies.empty();
+      for (const Copy& copy : state.copies) end_bulk_copy(copy.panel, kPanelSize);
+      for (const HopperLane& lane : state.lanes)
+        unfinished = unfinished || lane.groups.size() > 1 || !lane.groups[0].reads.empty();
+      if (unfinished && !is_given_up)
+        report().add({"hopper", 0, 0, 0}, [] {
+          return block().place() + ": the block ended with copies or products running";
+        });
+    };
+  }
   return state;
 }
 
@@ -73,7 +168,7 @@ inline uint64_t mixed(uint64_t x) {
   return x ^ (x >> 31);
 }
 inline bool toss() {
-  return mixed(hopper().random += 0x9e3779b97f4a7c15u) & 1;
+  return mixed(hopper_random() += 0x9e3779b97f4a7c15u) & 1;
 }
 
 inline void complain(const char* what, Site site) {
@@ -87,6 +182,17 @@ inline void end_phase(Barrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   barrier.parity ^= 1;
   barrier.pending = barrier.arrivals;
+  History& history = hopper().barriers[&barrier];
+  ++history.phases;
+  history.read_in_the_last.swap(history.read_in_this_phase);
+  history.read_in_this_phase.clear();
+}
+
+// False, after a report, for memory that is no barrier.
+inline bool has_begun(const Barrier& barrier, Site site) {
+  if (barrier.begun == 1) return true;
+  complain("a barrier that has not begun", site);
+  return false;
 }
 
 // ---- Copies -------------------------------------------------------------------------------------
@@ -114,14 +220,15 @@ inline void do_copy(const Copy& copy) {
                          copy.at[3] * int64_t(shape.strides[2]);
       if (may_read_global(from, 16, Site::here())) memcpy(to, from, 16);
     }
-  copy.barrier->bytes -= 64 * 128;
+  end_bulk_copy(copy.panel, kPanelSize);
+  copy.barrier->bytes -= kPanelSize;
   end_phase(*copy.barrier);
 }
 
 inline void do_some_copy() {
   std::deque<Copy>& copies = hopper().copies;
   if (copies.empty() || !toss()) return;
-  const size_t which = mixed(hopper().random) % copies.size();
+  const size_t which = mixed(hopper_random()) % copies.size();
   const Copy copy = copies[which];
   copies.erase(copies.begin() + long(which));
   do_copy(copy);
@@ -142,16 +249,88 @@ inline const uint16_t* element(uint64_t descriptor, bool k_major, int mn, int k)
   uint32_t at = start + (k_major ? m % 8 * 128 + m / 8 * stride + 2 * n
                                  : m % 64 * 2 + m / 64 * lead + n % 8 * 128 + n / 8 * stride);
   at ^= at >> 3 & 0x70;
-  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 ||
-      at + 2 > uint32_t(block().info->shared_bytes)) {
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || !is_shared_address(at, 2)) {
     complain("a descriptor without 128-byte swizzle, or beyond shared memory", Site::here());
-    at = 0;
+    return reinterpret_cast<const uint16_t*>(block().shared);
   }
-  return reinterpret_cast<const uint16_t*>(block().shared + at);
+  return reinterpret_cast<const uint16_t*>(block().window + at);
+}
+
+// What a product reads of shared memory. Swizzling moves chunks only within 128 bytes.
+inline void add_reads(const Product& product, std::vector<Bytes>& reads) {
+  const auto start_of = [](uint64_t operand) { return (uint32_t(operand & 0x3fff) << 4) & ~127u; };
+  const uint32_t first = start_of(product.b);
+  if (product.left == nullptr) {
+    for (const uint32_t operand : {first, start_of(product.a)})
+      reads.push_back({operand, operand + kPanelSize});
+    return;
+  }
+  const uint32_t lead = uint32_t(product.b >> 16 & 0x3fff) << 4;
+  for (uint32_t panel = 0; panel < uint32_t(product.num_tiles) / 8; ++panel)
+    reads.push_back({first + panel * lead, first + panel * lead + 16 * 128});
+}
+
+// Whether the warp has waited for the copies to what it reads, and they have arrived.
+inline void compare_panels(const HopperLane& lane, const std::vector<Bytes>& reads, Site site) {
+  const Hopper& state = hopper();
+  for (const auto& [address, filling] : state.panels) {
+    const Bytes panel = {address, address + kPanelSize};
+    if (std::none_of(reads.begin(), reads.end(), [&](const Bytes& x) { return x.meets(panel); }))
+      continue;
+    const auto passed = lane.passed.find(filling.barrier);
+    if (passed == lane.passed.end() || passed->second <= filling.phase)
+      complain("a product reads a panel whose copy its warp has not waited for", site);
+    for (const Copy& copy : state.copies)
+      if (copy.panel == block().window + address)
+        complain("a product reads a panel whose copy has not arrived", site);
+  }
+}
+
+// ---- Registers of products ----------------------------------------------------------------------
+
+inline size_t sum_bytes(const Product& product) {
+  return size_t(product.num_tiles) * sizeof(float[4]);
+}
+constexpr size_t kLeftBytes = 4 * sizeof(uint32_t);
+
+// Compares a running product's registers with what they were left at.
+inline void compare_running(const HopperLane& lane, const void* registers, size_t size, Site site) {
+  for (const Kept& kept : lane.running)
+    if (kept.covers(registers, size) && !kept.holds(registers, size))
+      complain("registers were written while a product ran on them", site);
+}
+
+// Products have been waited for: registers that no other one uses are the thread's again.
+inline void end_running(HopperLane& lane, Site site) {
+  const auto is_over = [&](const Kept& kept) {
+    for (const Group& group : lane.groups)
+      for (const void* registers : group.registers)
+        if (registers == kept.at) return false;
+    return true;
+  };
+  for (const Kept& kept : lane.running)
+    if (is_over(kept)) compare_running(lane, kept.at, kept.bytes.size(), site);
+  lane.running.erase(std::remove_if(lane.running.begin(), lane.running.end(), is_over),
+                     lane.running.end());
+}
+
+// Registers of a product that starts: pinned and left alone since, or of a product that runs.
+inline void begin_running(HopperLane& lane, const void* registers, size_t size, Site site) {
+  if (find(lane.running, registers, size) != nullptr)
+    return compare_running(lane, registers, size, site);
+  const Kept* const pinned = find(lane.pinned, registers, size);
+  if (pinned == nullptr)
+    complain("registers of a product that were not pinned", site);
+  else if (!pinned->holds(registers, size))
+    complain("registers were written after they were pinned for a product", site);
+  lane.running.emplace_back(registers, size);
 }
 
 inline void do_product(const Product& product) {
   const int lane = current_thread % kLanes, warp = current_thread / kLanes % 4;
+  HopperLane& mine = hopper().lanes[size_t(current_thread)];
+  compare_running(mine, product.sum, sum_bytes(product), product.site);
+  if (product.left != nullptr) compare_running(mine, product.left, kLeftBytes, product.site);
   float left[2][16];  // rows lane / 4 and + 8
   for (int k = 0; k < 16; ++k)
     for (int half = 0; half < 2; ++half) {
@@ -179,25 +358,28 @@ inline void do_product(const Product& product) {
         for (int k = 0; k < 16; ++k) sum += left[half][k] * right[k];
       }
     }
+  if (Kept* const kept = find(mine.running, product.sum, sum_bytes(product)))
+    kept->take(sum_bytes(product));
 }
 
 inline void do_products(std::deque<Product>& products) {
   for (; !products.empty(); products.pop_front()) do_product(products.front());
 }
 
-// Whether its factor b is in that panel, of 8 KiB; a tile has one, or two side by side.
-inline bool reads_panel(const Product& product, uint32_t panel) {
-  const uint32_t first = uint32_t(product.b & 0x3fff) << 4 >> 13;
-  return panel >= first && panel < first + uint32_t(product.num_tiles) / 8;
-}
-
-inline void start(const Product& product, Site site) {
+inline void start(const Product& product) {
   HopperLane& lane = hopper().lanes[size_t(current_thread)];
-  if (!lane.begun) complain("products without begin_products", site);
-  lane.groups.back().push_back(product);
+  if (!lane.begun) complain("products without begin_products", product.site);
+  begin_running(lane, product.sum, sum_bytes(product), product.site);
+  if (product.left != nullptr) begin_running(lane, product.left, kLeftBytes, product.site);
+  Group& group = lane.groups.back();
+  group.to_compute.push_back(product);
+  group.registers.push_back(product.sum);
+  if (product.left != nullptr) group.registers.push_back(product.left);
+  add_reads(product, group.reads);
+  compare_panels(lane, group.reads, product.site);
   // The same for all lanes of the warp.
-  if (exchange(Stop::kShuffle, toss(), 0, site) != 0)
-    for (std::deque<Product>& group : lane.groups) do_products(group);
+  if (exchange(Stop::kShuffle, toss(), 0, product.site) != 0)
+    for (Group& begun : lane.groups) do_products(begun.to_compute);
 }
 
 }  // namespace host
@@ -207,34 +389,34 @@ inline void start(const Product& product, Site site) {
 inline void begin_barrier(Barrier* barrier, uint32_t arrivals) {
   *barrier = Barrier{uint8_t(arrivals), uint8_t(arrivals), 0, 1};
 }
-inline void publish_barriers(Site site = Site::here()) {
-  host::Hopper& state = host::hopper();
-  bool unfinished = !state.copies.empty();
-  for (host::HopperLane& lane : state.lanes)
-    for (std::deque<host::Product>& group : lane.groups) unfinished = unfinished || !group.empty();
-  if (unfinished) host::complain("the block before ended with copies or products running", site);
-  const uint64_t random = state.random;
-  const bool hopeless = state.hopeless;
-  state = host::Hopper();
-  state.random = random;
-  state.hopeless = hopeless;
-}
+inline void publish_barriers() {}
 inline void arrive(Barrier* barrier, Site site = Site::here()) {
+  if (!host::has_begun(*barrier, site)) return;
   if (barrier->pending == 0) return host::complain("one arrival too many", site);
   --barrier->pending;
+  host::Hopper& state = host::hopper();
+  std::vector<host::Bytes>& still_read = state.barriers[barrier].read_in_this_phase;
+  for (const host::Group& group : state.lanes[size_t(host::current_thread)].groups)
+    still_read.insert(still_read.end(), group.reads.begin(), group.reads.end());
   host::end_phase(*barrier);
 }
 inline void arrive_expecting(Barrier* barrier, uint32_t bytes, Site site = Site::here()) {
-  if (barrier->begun != 1) host::complain("a barrier that has not begun", site);
+  if (!host::has_begun(*barrier, site)) return;
   barrier->bytes += int32_t(bytes);
   arrive(barrier, site);
 }
 inline void wait(Barrier* barrier, uint32_t parity, Site site = Site::here()) {
   constexpr int kPatience = 20000;
-  bool& hopeless = host::hopper().hopeless;
+  bool& hopeless = host::hopeless();
+  if (!host::has_begun(*barrier, site)) return;
+  host::HopperLane& lane = host::hopper().lanes[size_t(host::current_thread)];
+  lane.waited_for = barrier;
   for (int i = 0;; ++i) {
     if (lane_index() == 0) host::do_some_copy();
-    if (host::exchange(Stop::kShuffle, barrier->parity != parity, 0, site) != 0) return;
+    if (host::exchange(Stop::kShuffle, barrier->parity != parity, 0, site) != 0) {
+      lane.passed[barrier] = host::hopper().barriers[barrier].phases;
+      return;
+    }
     if (i == kPatience) host::complain("waits for ever", site);
     if (i >= kPatience || hopeless) {
       hopeless = true;
@@ -259,18 +441,28 @@ inline void copy_panel(void* panel, const TensorMap& map, int32_t column, int32_
                        int32_t head, int32_t batch, Barrier* barrier, Site site = Site::here()) {
   const uint32_t at = host::shared_offset(panel, site);
   if (at % 1024 != 0) host::complain("a panel off 1024 bytes", site);
-  for (const host::HopperLane& lane : host::hopper().lanes)
-    for (const std::deque<host::Product>& group : lane.groups)
-      for (const host::Product& product : group)
-        if (host::reads_panel(product, at >> 13))
-          host::complain("a copy to what a product is still to read", site);
-  memset(panel, 0xff, 64 * 128);
-  host::hopper().copies.push_back(
-      {static_cast<char*>(panel), &map, {column, token, head, batch}, barrier});
+  if (!host::is_shared_address(at, host::kPanelSize) || !host::has_begun(*barrier, site))
+    return host::complain("a copy beyond shared memory, or that nobody can wait for", site);
+  const host::Bytes filled = {at, at + host::kPanelSize};
+  host::Hopper& state = host::hopper();
+  for (const host::HopperLane& lane : state.lanes)
+    for (const host::Group& group : lane.groups)
+      for (const host::Bytes& read : group.reads)
+        if (read.meets(filled)) host::complain("a copy to what a product is still to read", site);
+  const Barrier* const before = state.lanes[size_t(host::current_thread)].waited_for;
+  if (before != nullptr)
+    for (const host::Bytes& read : state.barriers[before].read_in_the_last)
+      if (read.meets(filled))
+        host::complain("a copy to what a product was still to read when it was given up", site);
+  state.panels[at] = {barrier, state.barriers[barrier].phases};
+  host::begin_bulk_copy(panel, host::kPanelSize, site);
+  memset(panel, 0xff, host::kPanelSize);
+  state.copies.push_back({static_cast<char*>(panel), &map, {column, token, head, batch}, barrier});
   host::do_some_copy();
 }
-inline void clear_shared(void* address) {
-  memset(address, 0, 16);
+inline void clear_shared(void* address, Site site = Site::here()) {
+  // No part of the verdicts on races: consumers may write the same zeros.
+  if (host::is_settled(address, 16, site)) memset(address, 0, 16);
   host::hopper().lanes[size_t(host::current_thread)].unpublished = true;
 }
 inline void publish_to_async() {
@@ -289,34 +481,41 @@ void give_registers() {
 // ---- Products -----------------------------------------------------------------------------------
 
 template <typename Registers>
-void pin(Registers&) {}
+void pin(Registers& registers) {
+  std::vector<host::Kept>& pinned = host::hopper().lanes[size_t(host::current_thread)].pinned;
+  for (host::Kept& kept : pinned)
+    if (kept.at == &registers && kept.bytes.size() == sizeof registers)
+      return kept.take(sizeof registers);
+  pinned.emplace_back(&registers, sizeof registers);
+}
 
 inline void begin_products(Site site = Site::here()) {
-  host::sync(Stop::kSyncWarp, site);
+  host::exchange(Stop::kShuffle, 0, 0, site);  // the lanes meet, which orders no memory
   host::hopper().lanes[size_t(host::current_thread)].begun = true;
 }
 inline void commit_products() {
   host::hopper().lanes[size_t(host::current_thread)].groups.emplace_back();
 }
 template <int kPending>
-void wait_for_products() {
+void wait_for_products(Site site = Site::here()) {
   host::HopperLane& lane = host::hopper().lanes[size_t(host::current_thread)];
   while (lane.groups.size() > kPending + 1) {
-    host::do_products(lane.groups.front());
-    lane.groups.erase(lane.groups.begin());
+    host::do_products(lane.groups.front().to_compute);
+    lane.groups.pop_front();
   }
   lane.begun = false;
+  host::end_running(lane, site);
 }
 
 template <typename T>
 void start_scores(float (&s)[8][4], uint64_t a, uint64_t b, bool accumulate,
                   Site site = Site::here()) {
-  host::start({std::is_same<T, Bf16>::value, accumulate, s, 8, nullptr, a, b}, site);
+  host::start({std::is_same<T, Bf16>::value, accumulate, s, 8, nullptr, a, b, site});
 }
 template <typename T, int kTiles>
 void start_product(float (&out)[kTiles][4], const uint32_t (&a)[4], uint64_t b,
                    Site site = Site::here()) {
-  host::start({std::is_same<T, Bf16>::value, true, out, kTiles, a, 0, b}, site);
+  host::start({std::is_same<T, Bf16>::value, true, out, kTiles, a, 0, b, site});
 }
 
 // ---- Launch -------------------------------------------------------------------------------------

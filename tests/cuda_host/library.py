@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +26,8 @@ class HostLibrary:
         self.functions.ral_host_forget_all.restype = None
         self.functions.ral_host_set_order.argtypes = [ctypes.c_uint64]
         self.functions.ral_host_set_order.restype = None
+        self.functions.ral_host_seed_bug.argtypes = [ctypes.c_int32]
+        self.functions.ral_host_seed_bug.restype = None
         self.functions.ral_host_report.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         self.functions.ral_host_report.restype = ctypes.c_int64
         self.functions.ral_host_clear_report.argtypes = []
@@ -60,3 +64,12 @@ class HostLibrary:
     def set_order(self, seed: int) -> None:
         """Choose the order of lanes, warps and blocks; 0 is ascending."""
         self.functions.ral_host_set_order(seed)
+
+    @contextlib.contextmanager
+    def with_bug(self, number: int) -> Iterator[None]:
+        """Inside, the kernels have that bug of those `switched` into them, counted from 1."""
+        self.functions.ral_host_seed_bug(number)
+        try:
+            yield
+        finally:
+            self.functions.ral_host_seed_bug(0)

@@ -35,7 +35,8 @@ bool is_aligned(uintptr_t address, int bytes, int thread, bool writes, Site site
 // ---- Shared memory ------------------------------------------------------------------------------
 
 constexpr int64_t kMaxSharedBytes = 227 * 1024;
-alignas(256) char shared_memory[128 + kMaxSharedBytes];
+constexpr int kBaseStep = 128, kMaxBase = 1024;
+alignas(1024) char shared_memory[kMaxBase + kMaxSharedBytes];
 Chunk shared_chunks[kMaxSharedBytes / Chunk::kBytes];
 
 int64_t offset_in_shared(uintptr_t address) {
@@ -244,7 +245,36 @@ uint32_t shared_offset(const void* pointer, Site site) {
     report().add({"out of range", number_of(site), 0, 0}, [&] {
       return who(current_thread, site) + "takes the address in shared memory of what is not there";
     });
-  return uint32_t(offset_in_shared(address));
+  return uint32_t(address - reinterpret_cast<uintptr_t>(shared_memory));
+}
+
+bool is_shared_address(uint32_t address, int bytes) {
+  return is_shared(reinterpret_cast<uintptr_t>(shared_memory) + address, bytes);
+}
+
+void begin_bulk_copy(const void* to, int bytes, Site site) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(to);
+  for (uintptr_t address = first; address < first + uintptr_t(bytes); address += Chunk::kBytes) {
+    Chunk& chunk = shared_chunk(address);
+    if (chunk.in_flight != 0) report_in_flight(chunk, address, current_thread, "copies to", site);
+    chunk.in_flight = uint16_t(1 + current_thread);
+    chunk.in_flight_site = number_of(site);
+  }
+}
+
+void end_bulk_copy(const void* to, int bytes) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(to);
+  for (uintptr_t address = first; address < first + uintptr_t(bytes); address += Chunk::kBytes)
+    shared_chunk(address).in_flight = 0;
+}
+
+bool is_settled(const void* pointer, int bytes, Site site) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  if (!is_in_shared(address, bytes, current_thread, true, site)) return false;
+  const Chunk& chunk = shared_chunk(address);
+  if (chunk.in_flight == 0) return true;
+  report_in_flight(chunk, address, current_thread, verb(true), site);
+  return false;
 }
 
 void copy_async(void* shared, const void* global, bool valid, Site site) {
@@ -293,9 +323,10 @@ void wait_for_copies(int pending) {
   thread.copies.resize(left);
 }
 
-void begin_block_memory() {
+void begin_block_memory(int shift) {
   // Aligned to 128 bytes, but to no more: a kernel may not rely on it.
-  block().shared = shared_memory + 128;
+  block().window = shared_memory;
+  block().shared = shared_memory + kBaseStep * (1 + shift % (kMaxBase / kBaseStep));
   // NaN in every format. What the last block left counts as never written: its serial has passed.
   memset(block().shared, 0xff, size_t(block().info->shared_bytes));
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ral_kernels as rk
 from tests.cuda_host.backend import Kernels, host_library, on_host
-from tests.cuda_host.build import HARNESS, Patch
+from tests.cuda_host.build import HARNESS
 from tests.cuda_host.test_attention import HALF, TILES, has_kernel, packed
 from tests.gpu.on_gpu import kernels_on
 from tests.ops import test_attention as common
@@ -151,55 +151,6 @@ def test_what_a_map_cannot_say_is_left_to_the_other_kernel(hopper: Kernels) -> N
         rk.attention(inputs.q, k, v, backend="cuda")
     assert statuses == [-2]
     assert hopper.functions.ral_cuda_failed_kernel() == b"a stride of 0"
-
-
-# One dtype and head dim of four: each bug is a build of its own.
-FEWER: tuple[Patch, ...] = tuple(
-    ("core/launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
-    for kernel in ("Bf16, 64", "Bf16, 128", "Fp16, 64")
-)
-KERNEL, LAYOUT = "attention/fwd_sm90.h", "hopper/layout.h"
-# What is wrong, the patch, and what must be reported; "" if other bits will do.
-BUGS: list[tuple[str, Patch, str]] = [
-    ("values_not_waited_for", (KERNEL, "wait(&barriers.full_v[", "// ["), ""),
-    ("refilled_in_use", (KERNEL, "wait(&empty[ring.stage],", "//"), "hopper: "),
-    ("other_parity", (LAYOUT, "return turn ^ 1;", "return turn;"), "waits for ever"),
-    (
-        "out_scaled_too_early",
-        (
-            KERNEL,
-            "weigh_all(keys, first);\n      wait_for_products<0>();",
-            "weigh_all(keys, first);",
-        ),
-        "",
-    ),
-    ("panel_missed", (LAYOUT, "step / 4 * kPanelBytes", "step / 4 * kSwizzledBytes"), ""),
-]
-
-
-# Each bug is a build of its own: the quick tier has one that gives wrong bits, and one deadlock.
-QUICK_BUGS = ("values_not_waited_for", "other_parity")
-slow_build = pytest.mark.slow(stands_in="test_seeded_bug_is_found")
-
-
-@pytest.mark.parametrize(
-    ("patch", "report"),
-    [
-        pytest.param(*bug, id=name, marks=() if name in QUICK_BUGS else slow_build)
-        for name, *bug in BUGS
-    ],
-)
-def test_seeded_bug_is_found(
-    patch: Patch, report: str, build_folder: Path, hopper: Kernels
-) -> None:
-    library = host_library(build_folder, (patch, *FEWER), SOURCES[1:])
-    case = AttentionCase("seeded", 140, 400, head_dim=128, spans="ragged")
-    with on_host(hopper):
-        wanted = outputs(hopper, FWD, 0, case, torch.float16)
-    with on_host(library), pytest.raises(AssertionError) as caught:
-        for order in range(1, 4):
-            assert_same_bits(outputs(library, FWD_SM90, order, case, torch.float16), wanted)
-    assert report in str(caught.value)
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------

@@ -16,12 +16,11 @@ from torch import Tensor
 
 import ral_kernels as rk
 from tests.cuda_host.backend import Kernels, host_library, on_host
-from tests.cuda_host.build import HARNESS, Patch, sources_of
+from tests.cuda_host.build import HARNESS, sources_of
 from tests.cuda_host.test_attention import HALF, packed
 from tests.cuda_host.test_hopper import (
     DEVICE,
     EVERY_CASE,
-    FEWER,
     HEAD_DIMS_ON_GPU,
     assert_close,
     assert_same_bits,
@@ -53,40 +52,56 @@ def hopper(build_folder: Path) -> Kernels:
 Found = dict[str, Tensor]
 
 
+class Backward:
+    """A backward that the kernels for sm_80 have done, and those for Hopper can do again.
+
+    Args:
+        given: which of out, marginals and lse have a gradient.
+    """
+
+    def __init__(
+        self,
+        library: Kernels,
+        case: AttentionCase,
+        dtype: torch.dtype,
+        given: tuple[bool, bool, bool] = (True, True, True),
+    ) -> None:
+        self._library = library
+        self._inputs = inputs = case.inputs(dtype).requires_grad_()
+        with on_host(library):
+            self._outputs = rk.attention(
+                inputs.q, inputs.k, inputs.v, inputs.spans, backend="cuda", **inputs.options
+            )
+            self._douts = [
+                x if wanted else None
+                for x, wanted in zip(common.output_gradients(self._outputs), given, strict=True)
+            ]
+            self.wanted: Found = self._gradients()
+
+    def _gradients(self) -> Found:
+        return common.gradients(self._outputs, self._inputs, self._douts, retain_graph=True)
+
+    def on_hopper(self, order: int) -> Found:
+        functions = self._library.functions
+        kernel = getattr(functions, BWD_SM90)
+        with on_host(self._library), mock.patch.object(functions, BWD, kernel):
+            self._library.set_order(order)
+            try:
+                return self._gradients()
+            finally:
+                self._library.set_order(0)
+
+
 def both(
     library: Kernels,
     case: AttentionCase,
     dtype: torch.dtype,
     orders: range,
     given: tuple[bool, bool, bool] = (True, True, True),
-    ours: Kernels | None = None,
 ) -> tuple[Found, list[Found]]:
-    """Gradients by the kernels for sm_80, and by those for Hopper (of `ours`) in some orders.
-
-    Args:
-        given: which of out, marginals and lse have a gradient.
-    """
-    inputs = case.inputs(dtype).requires_grad_()
-    with on_host(library):
-        outputs = rk.attention(
-            inputs.q, inputs.k, inputs.v, inputs.spans, backend="cuda", **inputs.options
-        )
-        douts = [
-            x if wanted else None
-            for x, wanted in zip(common.output_gradients(outputs), given, strict=True)
-        ]
-        wanted = common.gradients(outputs, inputs, douts, retain_graph=True)
-    found = []
-    library = ours or library
-    kernel = getattr(library.functions, BWD_SM90)
-    for order in orders:
-        with on_host(library), mock.patch.object(library.functions, BWD, kernel):
-            library.set_order(order)
-            try:
-                found.append(common.gradients(outputs, inputs, douts, retain_graph=True))
-            finally:
-                library.set_order(0)
-    return wanted, found
+    """Gradients by the kernels for sm_80, and by those for Hopper in some orders."""
+    backward = Backward(library, case, dtype, given)
+    return backward.wanted, [backward.on_hopper(order) for order in orders]
 
 
 def assert_agree(wanted: Found, found: list[Found]) -> None:
@@ -213,45 +228,6 @@ def test_what_a_map_cannot_say_is_left_to_the_other_kernels(hopper: Kernels) -> 
             out.float().sum().backward()
     assert statuses == [-2]
     assert hopper.functions.ral_cuda_failed_kernel() == b"a stride of 0"
-
-
-DKDV, DQ, SHARED = (f"attention/bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90", "sm90"))
-# What is wrong, the patch, and what must be reported; "" if other bits will do.
-BUGS: list[tuple[str, Patch, str]] = [
-    ("never_given_up", (DKDV, "Base::give_up(barriers, ring, 1);", ""), "waits for ever"),
-    (
-        "given_up_too_early",
-        (DQ, "wait_for_products<0>();\n      pin(dq[0]);", ""),
-        "a copy to what a product is still to read",
-    ),
-    (
-        "gradients_not_waited_for",
-        (DKDV, "wait_for_products<1>();\n        pin(ds[0]);", ""),
-        "other bits",
-    ),
-    ("zeros_not_published", (DQ, "publish_to_async();", ""), "stores without publish_to_async"),
-]
-
-
-# Those of one of the two kernels are in the quick tier.
-slow_bug = pytest.mark.slow(stands_in="test_seeded_bug_is_found")
-
-
-@pytest.mark.parametrize(
-    ("patch", "report"),
-    [
-        pytest.param(patch, report, id=name, marks=slow_bug if patch[0] == DKDV else ())
-        for name, patch, report in BUGS
-    ],
-)
-def test_seeded_bug_is_found(
-    patch: Patch, report: str, build_folder: Path, hopper: Kernels
-) -> None:
-    library = host_library(build_folder, (patch, *FEWER), HOPPER_SOURCES)
-    case = AttentionCase("seeded", 270, 300, 1, 1, 1, 128, spans="ragged", key_padding="left")
-    with pytest.raises(AssertionError) as caught:
-        assert_agree(*both(hopper, case, torch.float16, range(1, 3), ours=library))
-    assert report in str(caught.value)
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ class Call:
 
 
 FLAGS = (
-    "spans", "batch_ids", "bias", "mask", "offsets", "padding", "rows", "scope", "shared", "window",
+    "spans", "batch_ids", "bias", "mask", "offsets", "padding", "rows", "scope", "shared",
+    "weights", "window",
 )  # fmt: skip
 POLICIES = ("policy", "divergence", "snapshot", "loss")  # those that take packed sequences
 LAYOUTS = ("plain", "tokens first", "sliced", "expanded")
@@ -180,11 +181,18 @@ def build(plan: Plan) -> Call:
         )  # fmt: skip
     if "scope" in flags:
         arguments["scope"] = torch.rand(N, generator=g) < 0.7
+    given = ["q", "k"]
+    if "weights" in flags:
+        shape = (3 if packs else B, H) if plan.seed % 2 else (H,)
+        weights = torch.rand(shape, generator=g)
+        weights[..., plan.seed % H] = 0.0 if H > 1 else 1.0
+        arguments["head_weights"] = weights
+        given.append("head_weights")
     if plan.op == "policy":
         arguments["spans"] = spans
         if spans is not None and "bias" in flags:
             arguments["span_bias"] = normal(1, H, rows, s["spans"])
-        return _with_fault(plan, Call(rk.attention_policy, arguments, ["q", "k"]))
+        return _with_fault(plan, Call(rk.attention_policy, arguments, given))
     if plan.op == "divergence":
         arguments["reference"] = normal(B, rows, outcomes).softmax(-1)
     else:
@@ -192,13 +200,14 @@ def build(plan: Plan) -> Call:
         old_q, old_k = normal(B, H, T, D).to(dtype), normal(B, HK, N, D).to(dtype)
         old_k = old_k if same_prefix == 1 else old_k[:1].expand_as(old_k)
         arguments["reference"] = rk.AttentionSnapshot(
-            old_q, old_k, group_size=same_prefix, shared_prefix=0 if packs else N // 2, **options,
+            old_q, old_k, group_size=same_prefix, shared_prefix=0 if packs else N // 2,
+            head_weights=arguments.get("head_weights") if plan.seed % 3 else None, **options,
             **packing,
         )  # fmt: skip
     if plan.op == "loss":
         arguments["advantages"] = normal(B, rows)
-        return _with_fault(plan, Call(rk.ral_loss, arguments, ["q", "k"]))
-    return _with_fault(plan, Call(rk.attention_divergence, arguments, ["q", "k"]))
+        return _with_fault(plan, Call(rk.ral_loss, arguments, given))
+    return _with_fault(plan, Call(rk.attention_divergence, arguments, given))
 
 
 def _with_fault(plan: Plan, call: Call) -> Call:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.integrations import tiny_checkpoint
 from tests.integrations.models import HEAD_DIM, MROPE, TEXT, _qwen3_vl
 
 EXPERTS, CHOSEN, WIDTH = 6, 2, 24
@@ -42,6 +44,17 @@ def qwen3_moe(**options: Any) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     return _seeded(Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**OPTIONS, **options}))
+
+
+def checkpoint(folder: Path) -> Path:
+    """A random Qwen3-MoE with a tokenizer, as a folder."""
+    tokenizer = tiny_checkpoint.tokenizer()
+    tokenizer.chat_template = tiny_checkpoint.CHAT_TEMPLATE
+    end, pad = tokenizer.convert_tokens_to_ids([tiny_checkpoint.END, tiny_checkpoint.PAD])
+    model = qwen3_moe(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def mixtral(**options: Any) -> Any:

@@ -211,6 +211,50 @@ def _llava_onevision_picture(index: int) -> tuple[dict[str, Tensor], list[int]]:
     }, tokens
 
 
+def _idefics3() -> Any:
+    from transformers import Idefics3Config
+
+    return Idefics3Config(**_in_tiles())
+
+
+def _smolvlm() -> Any:
+    from transformers import SmolVLMConfig
+
+    return SmolVLMConfig(**_in_tiles())
+
+
+def _in_tiles() -> dict[str, Any]:
+    vision = {**_siglip(patch_size=7), "initializer_range": SPREAD}
+    del vision["model_type"], vision["vision_use_head"]
+    return {
+        "vision_config": vision,
+        "text_config": {"model_type": "llama", **TEXT},
+        "image_token_id": IMAGE_TOKEN,
+        "scale_factor": 2,
+        "tie_word_embeddings": False,
+    }
+
+
+def _llava_next() -> Any:
+    from transformers import LlavaNextConfig
+
+    return LlavaNextConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,  # the last one's output is not read
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 7,
+            "initializer_range": SPREAD,
+        },
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=IMAGE_TOKEN,
+        image_grid_pinpoints=[[28, 28]],
+    )
+
+
 def _qwen2() -> Any:
     from transformers import Qwen2Config
 
@@ -243,6 +287,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2),
     "llama": Family("LlamaForCausalLM", _llama),
+}
+# And those of which only the pictures are their own: their text models are among the ones above.
+LAYOUTS = {
+    **FAMILIES,
+    "idefics3": Family("Idefics3ForConditionalGeneration", _idefics3),
+    "smolvlm": Family("SmolVLMForConditionalGeneration", _smolvlm),
+    "llava_next": Family("LlavaNextForConditionalGeneration", _llava_next),
 }
 VISION_FAMILIES = [name for name, family in FAMILIES.items() if family.pictures is not None]
 

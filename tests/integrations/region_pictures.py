@@ -26,7 +26,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_vl": {},
     "gemma3": {"side": 896, "tokens": 256},
     "internvl": {"side": 448, "tokens": 256},
+    "llava_next": {"side": 336, "tokens": 576},
     "llava_onevision": {"side": 384, "tokens": 729},
+    "idefics3": {"side": 364, "tokens": 169, "size": {"longest_edge": 4 * 364}},
 }
 
 

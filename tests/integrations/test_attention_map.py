@@ -58,7 +58,7 @@ def eager_policy(attention: torch.Tensor, row: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", ["writing", "reading"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "idefics3", "smolvlm", "llava_next"))
 def test_equal_to_eager(family: str, rows: str) -> None:
     """Grids and shares are eager's attention, read at the keys where placeholders stand."""
     processor = tiny_processors.build(family)

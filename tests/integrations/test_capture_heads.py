@@ -76,6 +76,33 @@ def test_gradients_and_snapshots_of_heads(model: Any) -> None:
     assert_same_gradients(got, wanted, 1e-4)
 
 
+def test_weighted_heads_from_eager_maps(model: Any) -> None:
+    layer, mask = captured_of(model).layer(), torch.ones_like(BATCH["input_ids"], dtype=torch.bool)
+    mask[:, 0] = False  # a row that sees no other key
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.5])
+    maps = eager_maps(model, BATCH)[-1] * weights[:, None, None]
+    p = layer.policy(head_weights=weights)
+    torch.testing.assert_close(p, eager_policy(maps), rtol=1e-4, atol=1e-6)
+    own = layer.snapshot(head_weights=weights)
+    assert own.head_weights is not None and torch.equal(own.head_weights[0], weights)
+    for snapshot in (layer.snapshot(), own):
+        assert layer.divergence(snapshot, head_weights=weights).eq(0).all()
+        assert layer.ral_loss(snapshot, torch.ones(2), head_weights=weights) == 0.0
+    assert layer.divergence(own).gt(0).any()  # from all heads alike
+
+    of_two = torch.tensor([0.0, 1.0, 0.0, 3.0])
+    torch.testing.assert_close(
+        layer.of_heads([1, 3]).policy(head_weights=of_two[[1, 3]]),
+        layer.policy(head_weights=of_two),
+    )
+    loss = layer.ral_loss(own, torch.ones(2), mask, head_weights=of_two)
+    q, r = (
+        eager_policy(eager_maps(model, BATCH)[-1] * x[:, None, None]) for x in (of_two, weights)
+    )
+    wanted = eager_ral_loss(q, r, torch.ones(2), mask)
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-7)
+
+
 def test_heads_of_heads_and_of_a_bias_per_head(model: Any) -> None:
     spans = rk.Spans(torch.zeros_like(BATCH["input_ids"], dtype=torch.int32), 1)
     spans.ids[:, 2:] = -1

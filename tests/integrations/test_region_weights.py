@@ -90,6 +90,30 @@ def seen_by_onevision(family: str, processor: Any, inputs: Any) -> list[Tensor]:
     return [each[:, 0] for each in packed]
 
 
+def seen_by_tiles(family: str, processor: Any, inputs: Any) -> list[Tensor]:
+    """Idefics 3 and SmolVLM: squares again, of which a sample with fewer has none at its end."""
+    there = inputs["pixel_attention_mask"].flatten(0, 1).flatten(1).any(-1)
+    tiles = inputs["pixel_values"].flatten(0, 1)[there]
+    return seen_by_squares(family, processor, {"pixel_values": tiles})
+
+
+def seen_by_next(family: str, processor: Any, inputs: Any) -> list[Tensor]:
+    """Through the model's own unpadding and newlines."""
+    model = tiny_processors.model_for(family, processor).model
+    side = tiny_processors.SIDE // processor.patch_size
+    bright = _bright(family, processor, inputs["pixel_values"])
+    tokens = bright.unflatten(-1, (side, -1)).unflatten(-3, (side, -1)).mean((-1, -3)).flatten(-2)
+    from transformers.image_processing_utils import select_best_resolution
+
+    pieces = []
+    for size, each in zip(inputs["image_sizes"].tolist(), tokens, strict=True):
+        best = select_best_resolution(size, processor.image_processor.image_grid_pinpoints)
+        tiles = math.prod(edge // tiny_processors.SIDE for edge in best)
+        pieces.append(each[: 1 + tiles, :, None])
+    packed, _ = model.pack_image_features(pieces, inputs["image_sizes"], "default", torch.zeros(1))
+    return [each[:, 0] for each in packed]
+
+
 SEEN: dict[str, Callable[[str, Any, Any], list[Tensor]]] = {
     "qwen2_vl": seen_by_qwen,
     "qwen2_5_vl": seen_by_qwen,
@@ -97,6 +121,9 @@ SEEN: dict[str, Callable[[str, Any, Any], list[Tensor]]] = {
     "gemma3": seen_by_squares,
     "internvl": seen_by_squares,
     "llava_onevision": seen_by_onevision,
+    "idefics3": seen_by_tiles,
+    "smolvlm": seen_by_tiles,
+    "llava_next": seen_by_next,
 }
 SIZES = [(240, 280), (260, 168), (168, 196), (91, 300)]  # height, width
 BOXES: list[Box] = [(31, 90, 162, 201), (60, 12, 117, 85), (0, 0, 105, 60), (200, 20, 300, 71)]
@@ -428,8 +455,8 @@ def test_other_families_are_refused_by_name() -> None:
     from transformers import AutoConfig
 
     inputs = {"input_ids": torch.tensor([[1, 2]])}
-    with pytest.raises(NotImplementedError, match=r"'idefics3' is not supported"):
-        rk.region_weights(AutoConfig.for_model("idefics3"), inputs, [[]], image_sizes=[])
+    with pytest.raises(NotImplementedError, match=r"'idefics2' is not supported"):
+        rk.region_weights(AutoConfig.for_model("idefics2"), inputs, [[]], image_sizes=[])
 
 
 def test_a_picture_of_a_region(tmp_path: Path) -> None:

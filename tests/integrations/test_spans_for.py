@@ -48,7 +48,8 @@ def blank(size: tuple[int, int]) -> Image.Image:
 def embeddings(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """What the language model reads at each token of the prompt: [B, N, D]."""
     seen: list[torch.Tensor] = []
-    handle = model.model.language_model.register_forward_pre_hook(
+    text = getattr(model.model, "language_model", None) or model.model.text_model
+    handle = text.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].detach().clone()),
         with_kwargs=True,
     )
@@ -306,7 +307,7 @@ def test_a_video_with_dropped_tokens_is_refused() -> None:
         spans_for(processor, inputs)
 
 
-def test_video_of_llava_onevision_and_internvl() -> None:
+def test_video_of_llava_onevision_smolvlm_and_internvl() -> None:
     processor = tiny_processors.build("llava_onevision")
     text = video_prompt("llava_onevision", processor, 3, 0, 0)
     inputs = dict(processor.tokenizer([f"The {text} cat"], return_tensors="pt"))
@@ -318,6 +319,15 @@ def test_video_of_llava_onevision_and_internvl() -> None:
     assert (found.spans.ids >= 0).sum() == 12  # the newline behind the last frame is of no frame
     assert (spans_for(processor, inputs, "image").spans.ids >= 0).sum() == 13
 
+    processor = tiny_processors.build("smolvlm")
+    metadata = SimpleNamespace(fps=2.0, duration=1, timestamps=[0.0, 0.5, 1.0])
+    video = {"pixel_values": torch.zeros(1, 3, 3, 28, 28), "video_metadata": [metadata]}
+    text = processor.replace_video_token(video, 0)
+    found = spans_for(processor, dict(processor.tokenizer([text], return_tensors="pt")), "image")
+    assert [(r.item, r.kind, tuple(r.keys.shape)) for r in found.regions] == [
+        (frame, "image", (2, 2)) for frame in range(3)
+    ]
+
     processor = tiny_processors.build("internvl")
     processor.start_image_token, processor.end_image_token = "<img>", "</img>"
     inputs = dict(
@@ -327,6 +337,55 @@ def test_video_of_llava_onevision_and_internvl() -> None:
     assert [(r.item, r.kind, tuple(r.keys.shape)) for r in found.regions] == [
         (frame, "image", (2, 2)) for frame in range(3)
     ]
+
+
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
+def test_tiles_of_idefics3_are_read_from_the_prompt(family: str) -> None:
+    """A column, a row and a square of tiles, one after another; and pictures that are not cut."""
+    sizes = [(300, 60), (60, 300), (280, 280), (200, 300)]
+    processor = tiny_processors.build(family)
+    pictures = [blank(size) for size in sizes]
+    text = ["<image><image>cat<image>", "a <image>"]
+    inputs = processor(
+        images=[pictures[:3], pictures[3:]], text=text, padding=True, return_tensors="pt"
+    )
+    found = spans_for(processor, inputs, "token")
+    counts = [processor.image_processor.get_number_of_image_patches(*size) for size in sizes]
+    tiles = [(rows, columns) for _, rows, columns in counts]
+    assert tiles == [(3, 1), (1, 3), (3, 3), (2, 3)]
+    assert [tuple(region.keys.shape) for region in found.regions] == [
+        shape for rows, columns in tiles for shape in ((2, 2), (2 * rows, 2 * columns))
+    ]
+    last = found.of_item(0, sample=1)  # the whole picture comes after its tiles
+    assert int(last[0].keys.min()) > int(last[1].keys.max())
+    row = inputs["input_ids"][1]
+    markers = [int(row[last[1].keys[2 * y, 2 * x] - 1]) for y in range(2) for x in range(3)]
+    names = [f"<row_{y}_col_{x}>" for y in (1, 2) for x in (1, 2, 3)]
+    assert processor.tokenizer.convert_ids_to_tokens(markers) == names
+
+    whole = processor(images=[pictures[:2]], text=text[1] * 2, return_tensors="pt",
+                      do_image_splitting=False)  # fmt: skip
+    found = spans_for(processor, whole, "token")
+    assert [tuple(region.keys.shape) for region in found.regions] == [(2, 2)] * 2
+
+    at = int(last[1].keys[0, 2]) - 2  # the marker of the second tile
+    broken = torch.cat([row[:at], torch.tensor([20]), row[at:]])[None]
+    with pytest.raises(ValueError, match=r"rows of one length, .*; got 6 tiles with .* \[1, 3\]"):
+        spans_for(processor, {"input_ids": broken})
+
+
+def test_pictures_of_llava_next_video_are_those_of_llava_next() -> None:
+    from transformers import AutoConfig
+
+    processor, inputs = processed("llava_next", [blank(size) for size in SIZES])
+    config = AutoConfig.for_model(
+        "llava_next_video",
+        vision_config=tiny_processors.model_for("llava_next", processor).config.vision_config,
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+        image_token_index=processor.image_token_id,
+    )
+    got, wanted = (spans_for(source, inputs, "token").spans for source in (config, processor))
+    assert got == wanted
 
 
 def test_pan_and_scan_of_gemma3() -> None:
@@ -422,8 +481,13 @@ def test_what_is_missing_is_named() -> None:
     processor, inputs = processed("qwen2_5_vl", [blank(size) for size in SIZES])
     with pytest.raises(ValueError, match="image_grid_thw"):
         spans_for(processor, {"input_ids": inputs["input_ids"]})
-    with pytest.raises(NotImplementedError, match=r"'idefics3'.*from_vision_grid"):
-        spans_for(AutoConfig.for_model("idefics3"), inputs)
+    with pytest.raises(NotImplementedError, match=r"'idefics2'.*from_vision_grid"):
+        spans_for(AutoConfig.for_model("idefics2"), inputs)
+    video = AutoConfig.for_model("llava_next_video")
+    with pytest.raises(
+        NotImplementedError, match=r"LLaVA-NeXT-Video .* give the frames as several"
+    ):
+        spans_for(video, {"input_ids": torch.tensor([[1, video.video_token_id]])})
     with pytest.raises(NotImplementedError, match="'llama'"):
         spans_for(LlamaConfig(), inputs)
     with pytest.raises(NotImplementedError, match="'SimpleNamespace'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,14 +21,17 @@ PLACEHOLDER = {
     "gemma3": "<boi>",
     "internvl": "<ctx>",
     "llava_onevision": "<image>",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
+    "llava_next": "<image>",
 }
-SIDE = 28  # pixels of a tile of Gemma 3, InternVL and LLaVA-OneVision
+SIDE = 28  # pixels of a tile of the families that take squares
 
 
 def build(family: str, **options: Any) -> Any:
     """The family's processor; `options` go to its image processor.
 
-    Gemma 3, InternVL and LLaVA-OneVision also take `side`, the pixels of a tile, and its `tokens`.
+    Those that take squares also take `side`, the pixels of a tile, and its `tokens`.
     """
     return globals()[f"_{family}"](**options)
 
@@ -119,21 +123,82 @@ def _llava_onevision(side: int = SIDE, tokens: int = 16, **options: Any) -> Any:
     )
 
 
+def _idefics3(side: int = SIDE, tokens: int = 4, **options: Any) -> Any:
+    from transformers import Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import (
+        Idefics3ImageProcessorPil,
+    )
+
+    return _in_tiles(Idefics3Processor, Idefics3ImageProcessorPil, side, tokens, options)
+
+
+def _smolvlm(side: int = SIDE, tokens: int = 4, **options: Any) -> Any:
+    from transformers import SmolVLMProcessor
+    from transformers.models.smolvlm import processing_smolvlm
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    # A package that only writes the number of a video's frames in words, in the text before them.
+    names = vars(processing_smolvlm)
+    names["num2words"] = names["num2words"] or str
+    return _in_tiles(SmolVLMProcessor, SmolVLMImageProcessorPil, side, tokens, options)
+
+
+def _in_tiles(
+    processor_class: Any, pixels_class: Any, side: int, tokens: int, options: dict[str, Any]
+) -> Any:
+    """Tiles of `side` pixels, from pictures whose longest edge becomes three by default."""
+    markers = {f"row_{r}_col_{c}": f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)}
+    tokenizer = tiny_checkpoint.tokenizer(
+        image_token="<image>", fake="<fake_token_around_image>", end="<end_of_utterance>",
+        whole="<global-img>", **markers,
+    )  # fmt: skip
+    options = {"size": {"longest_edge": 3 * side}, **options}
+    pixels = pixels_class(max_image_size={"longest_edge": side}, **options)
+    return images_only(processor_class, pixels, tokenizer, image_seq_len=tokens)
+
+
+def _llava_next(side: int = SIDE, tokens: int = 16, **options: Any) -> Any:
+    from transformers import LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    tokenizer = tiny_checkpoint.tokenizer(image_token="<image>")
+    pixels = LlavaNextImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=[
+            [side * rows, side * columns] for rows in range(1, 4) for columns in range(1, 4)
+        ],
+        **options,
+    )
+    return images_only(
+        LlavaNextProcessor,
+        pixels,
+        tokenizer,
+        patch_size=side // math.isqrt(tokens),
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's first, which "default" drops
+    )
+
+
 def model_for(family: str, processor: Any, attn_implementation: str = "sdpa") -> Any:
     """The tiny model, for this processor's tokens; its vision tower looks at patches one by one."""
     import transformers
 
-    entry = models.FAMILIES["qwen2_5_vl" if family == "qwen2_vl" else family]
+    entry = models.LAYOUTS["qwen2_5_vl" if family == "qwen2_vl" else family]
     config = entry.config()
     ids = processor.tokenizer.convert_tokens_to_ids
     config.get_text_config().vocab_size = len(processor.tokenizer)
-    names = {"gemma3": "<image_soft_token>", "internvl": "<ctx>", "llava_onevision": "<image>"}
-    config.image_token_id = ids(names.get(family, "<|image_pad|>"))
+    token = IMAGE if family.startswith("qwen") else PLACEHOLDER[family]
+    config.image_token_id = ids("<image_soft_token>" if family == "gemma3" else token)
     if family == "llava_onevision":
         config.vision_config.patch_size = 7
         config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints
         config.vision_aspect_ratio = processor.vision_aspect_ratio
         config.video_token_index = ids("<video>")
+    elif family == "llava_next":
+        config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints
     elif family.startswith("qwen"):
         config.vision_start_token_id = ids("<|vision_start|>")
         config.video_token_id = ids("<|video_pad|>")
@@ -146,6 +211,10 @@ def model_for(family: str, processor: Any, attn_implementation: str = "sdpa") ->
                 part in name for part in ("attn.proj", "out_proj", "projection_layer")
             ):
                 parameter.zero_()
+            if "patch_embedding" in name and family == "llava_next":
+                parameter.abs_()  # the more of a patch is white, the more it changes
             if "mm_input_projection_weight" in name:  # Gemma 3 begins it at zero
                 parameter.normal_()
+    if family == "llava_next":  # CLIP scales patches to one size, white and grey ones alike
+        model.model.vision_tower.pre_layrnorm = torch.nn.Identity()
     return model

@@ -105,7 +105,7 @@ def _policy_args(with_spans: bool, packed: bool) -> PolicyArgs:
         q=torch.randn(batch_size, H, T, D), k=torch.randn(batch_size, HK, N, D),
         span_ids=torch.randint(-1, S, (batch_size, N), dtype=torch.int32) if with_spans else None,
         span_bias=torch.zeros(batch_size, H, T, S) if with_spans else None, scope=None,
-        key_padding_mask=None, num_spans=S if with_spans else 0,
+        head_weights=None, key_padding_mask=None, num_spans=S if with_spans else 0,
         query_start=0 if packed else N - T, scale=0.1,
         window_left=-1, window_right=0, softcap=0.0, exclude_self=True, cu_seqlens_q=q_bounds,
         cu_seqlens_k=k_bounds, query_starts=starts, max_rows=3 if packed else 0,
@@ -143,7 +143,7 @@ def divergence_call(entry: str = "ral_cpu_policy_divergence_fwd", *, packed: boo
         q=torch.randn(B, H, T, D), k=torch.randn(B, HK, N - prefix, D),
         k_prefix=None if packed else torch.randn(P, HK, PREFIX, D),
         prefix_index=None if packed else index, scale=0.1, window_left=-1, window_right=0,
-        softcap=0.0,
+        softcap=0.0, head_weights=None,
     )  # fmt: skip
     norm, z, other_norm, other_z = (torch.ones(*x, B, T) for x in ((2, H), (), (2, H), ()))
     value, dvalue, u, w = torch.zeros(B, T), torch.ones(B, T), torch.ones(B, H, T), torch.ones(
@@ -261,6 +261,7 @@ TARGET: dict[str, tuple[Any, ...]] = {
     "0.reference_normalised": (1,),
     "0.kind": (-1, 4),
 }
+_NO_WEIGHTS = {"0.dhead_weights": (64,)}  # a gradient of head weights that there are not
 CALLS: dict[str, tuple[Callable[[], Call], dict[str, tuple[Any, ...]]]] = {
     "attention_fwd": (attention_call, {**ATTENTION, "1.marginals": (None,)}),
     "attention_bwd": (
@@ -270,7 +271,7 @@ CALLS: dict[str, tuple[Callable[[], Call], dict[str, tuple[Any, ...]]]] = {
     "policy_fwd": (policy_call, {**POLICY, "0.p": (None,)}),
     "policy_bwd": (
         lambda: policy_call(backward=True),
-        {**POLICY, "0.dp": (None,), "0.dq.data": (None,), "0.dk.data": (None,)},
+        {**POLICY, **_NO_WEIGHTS, **{f"0.{x}": (None,) for x in ("dp", "dq.data", "dk.data")}},
     ),
     "policy_divergence_fwd": (
         divergence_call,
@@ -278,11 +279,13 @@ CALLS: dict[str, tuple[Callable[[], Call], dict[str, tuple[Any, ...]]]] = {
     ),
     "policy_divergence_bwd": (
         lambda: divergence_call("ral_cpu_policy_divergence_bwd"),
-        {**DIVERGENCE, **{f"0.{x}": (None,) for x in ("dvalue", "dq.data", "dk.data", "u")}},
+        {**DIVERGENCE, **_NO_WEIGHTS,
+         **{f"0.{x}": (None,) for x in ("dvalue", "dq.data", "dk.data", "u")}},
     ),
     "policy_loss": (
         lambda: divergence_call("ral_cpu_policy_loss"),
-        {**DIVERGENCE, **{f"0.{x}": (None,) for x in ("value", "dvalue", "dq.data", "dk.data")}},
+        {**DIVERGENCE, **_NO_WEIGHTS,
+         **{f"0.{x}": (None,) for x in ("value", "dvalue", "dq.data", "dk.data")}},
     ),
     **{
         f"target_{name}": (functools.partial(target_call, f"ral_cpu_policy_{name}"), TARGET)

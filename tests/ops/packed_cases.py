@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from tests.ops.policy_cases import PolicyInputs
+from tests.ops.policy_cases import PolicyInputs, draw_weights
 from tests.ops.policy_eager import eager_policy
 
 Lengths = tuple[tuple[int, int], ...]
@@ -42,7 +42,9 @@ class PackedInputs(PolicyInputs):
         bounds = [self.options[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_k")]
         rows = self.options.get("rows", [slice(None)] * (len(bounds[0]) - 1))
         found, row = [], 0
-        for (a, b), (c, d), chosen in zip(*map(pairwise, bounds), rows, strict=True):
+        for i, ((a, b), (c, d), chosen) in enumerate(
+            zip(*map(pairwise, bounds), rows, strict=True)
+        ):
             options = {k: v for k, v in self.options.items() if not k.startswith("cu_seqlens")}
             own = PolicyInputs(self.q[:, :, a:b], self.k[:, :, c:d], {**options, "rows": chosen})
             count = len(range(b - a)[own.rows])
@@ -53,6 +55,8 @@ class PackedInputs(PolicyInputs):
                 own.options["scope"] = options["scope"].flatten()[c:d]
             if "span_bias" in options and options["span_bias"].shape[2] > 1:
                 own.options["span_bias"] = options["span_bias"][:, :, row : row + count]
+            if "head_weights" in options and options["head_weights"].dim() == 2:
+                own.options["head_weights"] = options["head_weights"][i]
             found.append(own)
             row += count
         return found
@@ -88,6 +92,7 @@ class PackedCase:
     span_bias: str = "none"  # none | full | per_span
     scope: bool = False
     token_major: bool = False
+    head_weights: str = "none"  # as in PolicyCase
     options: dict[str, Any] = field(default_factory=dict)
 
     def inputs(self, dtype: torch.dtype, seed: int = 0) -> PackedInputs:
@@ -119,6 +124,9 @@ class PackedCase:
             shape = (1, *((self.num_heads, num_rows) if full else (1, 1)), self.num_spans)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             options["span_bias"] = torch.randn(shape, generator=generator).to(wide)
+        if self.head_weights != "none":
+            weights = draw_weights(self.head_weights, len(self.lengths), self.num_heads, seed)
+            options["head_weights"] = weights
         if self.scope:
             options["scope"] = torch.rand(tokens_k, generator=generator) < 0.6
         return inputs
@@ -128,7 +136,7 @@ class PackedCase:
         other = replace(
             self, num_heads=6, num_kv_heads=3, head_dim=20, num_spans=0, span_bias="none"
         )
-        return other.inputs(dtype, seed=7)
+        return other.inputs(dtype, seed=7)  # with head weights of its own, if any
 
 
 # Without rows, without keys, of one row, with more queries than keys, off the blocks.
@@ -157,6 +165,13 @@ CASES: tuple[PackedCase, ...] = (
     PackedCase("span_bias", RAGGED, rows=ROWS, num_spans=9, span_bias="full"),
     PackedCase("bias_per_span", RAGGED, tail=(3, 2), num_spans=9, span_bias="per_span",
         scope=True, options={"softcap": 1.5}),
+)
+WEIGHTED: tuple[PackedCase, ...] = (
+    PackedCase("weights", RAGGED, rows=ROWS, tail=(3, 7), head_weights="zeros"),
+    PackedCase("weights_of_sequences", RAGGED, tail=(3, 7), head_weights="samples"),
+    PackedCase("weights_softcap", SHORT, head_weights="samples", options={"softcap": 2.0}),
+    PackedCase("weights_span_bias", RAGGED, rows=ROWS, num_spans=9, span_bias="full",
+        head_weights="samples"),
 )
 # fmt: on
 EMPTY = (  # nothing sees anything

@@ -11,6 +11,8 @@ from torch import Tensor
 import ral_kernels as rk
 from tests.ops.attention_cases import AttentionCase
 
+OWN_TENSORS = ("span_bias", "head_weights")  # options that have gradients
+
 
 @dataclass(frozen=True)
 class PolicyInputs:
@@ -27,17 +29,16 @@ class PolicyInputs:
 
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have gradients, by name."""
-        tensors = {"q": self.q, "k": self.k}
-        if "span_bias" in self.options:
-            tensors["span_bias"] = self.options["span_bias"]
-        return tensors
+        own = {name: self.options[name] for name in OWN_TENSORS if name in self.options}
+        return {"q": self.q, "k": self.k, **own}
 
     def to(self, dtype: torch.dtype) -> PolicyInputs:
-        """The same values in `dtype`, detached; the bias keeps at least float32, as the op does."""
+        """The same values in `dtype`, detached; options keep at least float32, as the op does."""
         options = dict(self.options)
-        if "span_bias" in options:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            options["span_bias"] = options["span_bias"].detach().to(wide, copy=True)
+        for name in OWN_TENSORS:
+            if name in options:
+                wide = torch.float64 if dtype == torch.float64 else torch.float32
+                options[name] = options[name].detach().to(wide, copy=True)
         q, k = (x.detach().to(dtype, copy=True) for x in (self.q, self.k))
         return PolicyInputs(q, k, options)
 
@@ -57,6 +58,7 @@ class PolicyCase:
     base: AttentionCase
     scope: str = "none"  # none | first_half | batch | spans | everything | nothing
     peaked: bool = False  # every row looks at its own key
+    head_weights: str = "none"  # none | heads | samples | zeros | one | wide
 
     @property
     def name(self) -> str:
@@ -87,14 +89,39 @@ class PolicyCase:
             options["scope"] = torch.ones(n, dtype=torch.bool)
         elif self.scope == "nothing":
             options["scope"] = torch.zeros(n, dtype=torch.bool)
+        if self.head_weights != "none":
+            weights = draw_weights(self.head_weights, self.base.batch_size, q.shape[1], seed)
+            options["head_weights"] = weights.to(
+                torch.float64 if dtype == torch.float64 else torch.float32
+            )
         return inputs
 
 
+def draw_weights(kind: str, samples: int, num_heads: int, seed: int = 0) -> Tensor:
+    """head_weights [H], or [samples, H] for "samples"; "zeros" and "one" have heads that are 0."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    shape = (samples, num_heads) if kind == "samples" else (num_heads,)
+    weights = 3 * torch.rand(shape, generator=generator)
+    if kind == "zeros":
+        weights[: (num_heads + 1) // 2] = 0
+    elif kind == "one":
+        weights[:-1] = 0
+    elif kind == "wide":
+        weights *= 10.0 ** torch.arange(-num_heads, num_heads, 2)
+    return weights
+
+
 def _case(
-    name: str, seqlen_q: int, seqlen_k: int, scope: str = "none", peaked: bool = False, **base: Any
+    name: str,
+    seqlen_q: int,
+    seqlen_k: int,
+    scope: str = "none",
+    peaked: bool = False,
+    head_weights: str = "none",
+    **base: Any,
 ) -> PolicyCase:
     base.setdefault("head_dim", 32)
-    return PolicyCase(AttentionCase(name, seqlen_q, seqlen_k, **base), scope, peaked)
+    return PolicyCase(AttentionCase(name, seqlen_q, seqlen_k, **base), scope, peaked, head_weights)
 
 
 # fmt: off
@@ -175,9 +202,27 @@ SPAN_CASES: tuple[PolicyCase, ...] = (  # a policy over spans
         span_bias="full"),
     _case("spans_window", 61, 127, spans="equal", options={"window": 20, "exclude_self": False}),
 )
+WEIGHTED_CASES: tuple[PolicyCase, ...] = (  # weighted heads, over keys
+    _case("weights_gqa_7", 33, 127, num_heads=14, num_kv_heads=2, head_weights="heads"),
+    _case("weights_samples", 61, 61, batch_size=3, num_heads=4, num_kv_heads=2,
+        key_padding="left", head_weights="samples"),
+    _case("weights_zeros", 127, 241, batch_size=2, num_heads=3, num_kv_heads=3,
+        head_weights="zeros"),
+    _case("weights_one", 33, 130, num_heads=8, num_kv_heads=1, head_weights="one"),
+    _case("weights_wide", 7, 500, num_heads=4, num_kv_heads=4, head_weights="wide"),
+    _case("weights_together", 70, 130, batch_size=3, num_heads=6, num_kv_heads=2, scope="batch",
+        key_padding="left", layout="mixed", head_weights="samples",
+        options={"rows": (3, 69), "window": 100, "softcap": 3.0, "scale": 0.25}),
+)
+WEIGHTED_SPAN_CASES: tuple[PolicyCase, ...] = (
+    _case("weights_spans", 61, 127, batch_size=2, num_heads=4, num_kv_heads=2, spans="unsorted",
+        num_spans=13, head_weights="zeros"),
+    _case("weights_span_bias", 33, 127, batch_size=2, num_heads=4, num_kv_heads=2, spans="equal",
+        span_bias="full", head_weights="samples"),
+)
 # fmt: on
 CASES = TOKEN_CASES + SPAN_CASES
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in CASES + WEIGHTED_CASES + WEIGHTED_SPAN_CASES}
 # One of each kind, for tests over many dtypes or divergences where a case takes seconds.
 FEW = ("length_2", "gqa_7", "head_dim_37", "layout_strided", "padding_left", "window_both",
     "softcap", "large_scores", "peaked_on_self", "spans_unsorted", "span_bias_per_row")  # fmt: skip
@@ -191,5 +236,8 @@ def snapshot_inputs(
     if other_model:
         base = replace(base, num_heads=6, num_kv_heads=3, head_dim=other_head_dim, layout="bhtd")
     drawn = replace(case, base=base).inputs(inputs.q.dtype, seed=7)
-    options = {k: v for k, v in inputs.options.items() if k != "span_bias"}
+    options = {k: v for k, v in inputs.options.items() if k not in OWN_TENSORS}
+    if "head_weights" in inputs.options:
+        own = drawn.options["head_weights"]
+        options["head_weights"] = own if other_model else inputs.options["head_weights"].detach()
     return PolicyInputs(drawn.q, drawn.k, options)

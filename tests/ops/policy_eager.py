@@ -78,6 +78,10 @@ def eager_policy(inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
     s = torch.where(empty, 0.0, s)  # keeps NaN out of the softmax and of its backward
     lse = torch.logsumexp(s, -1).masked_fill(empty[..., 0], float("-inf"))
     maps = torch.softmax(s, -1) * ~empty
+    if "head_weights" in options:
+        weights = options["head_weights"].to(dtype)
+        weights = weights / weights.mean(-1, keepdim=True)
+        maps = maps * weights.expand(maps.shape[:2])[..., None, None]
     mean = maps.mean(1) * valid_keys(inputs)
     z = mean.sum(-1, keepdim=True)
     p = mean / torch.where(z == 0, 1.0, z)

@@ -49,6 +49,8 @@ class Case:
     padding: bool = False
     scope: bool = False
     mask: bool = False
+    head_weights: bool = False  # of each sequence, with gradient; a head of weight 0
+    target: str | None = None  # in place of a snapshot: "shared", "sequences" or "ids"
 
 
 def _uneven(world_size: int) -> list[list[tuple[int, int]]]:
@@ -79,6 +81,32 @@ CASES = {
     "packed spans": Case(
         [(0, 10), (0, 1), (0, 0), (0, 19), (0, 15)], "head_tail", batch_size=1, cu_seqlens=PACKED,
         frames=True,
+    ),
+    "target": Case(
+        (20, N), "head_tail", target="shared", kind="cross_entropy", scope=True, padding=True,
+        options={"window": (30, 0)},
+    ),
+    "target ids": Case((5, 44), _uneven, target="ids", kind="cross_entropy"),
+    "packed target": Case(
+        [(4, 9), (0, 1), (0, 0), (2, 17), (3, 14)], "head_tail", batch_size=1, cu_seqlens=PACKED,
+        target="sequences",
+    ),
+    "packed target ids": Case(
+        [(4, 9), (0, 0), (0, 0), (2, 17), (3, 14)], batch_size=1, cu_seqlens=PACKED, mask=True,
+        target="ids", kind="reverse_kl", reduction="sequence_mean",
+    ),
+    "span target": Case(
+        (sum(FRAMES), N), "head_tail", frames=True, target="ids", kind="cross_entropy", mask=True
+    ),
+    "cross-entropy": Case((20, N - 1), "head_tail", kind="cross_entropy"),
+    "head weights": Case((20, N - 1), "head_tail", head_weights=True, kind="kl"),
+    "packed head weights": Case(
+        [(4, 9), (0, 1), (0, 0), (2, 17), (3, 14)], "head_tail", batch_size=1, cu_seqlens=PACKED,
+        head_weights=True,
+    ),
+    "span head weights": Case((20, N), "head_tail", head_weights=True, frames=True),
+    "teacher's head weights": Case(
+        (20, N - 1), reference_heads=(6, 3, 8), head_weights=True, kind="reverse_kl"
     ),
     "float64": Case((3, N - 1), "head_tail", dtype=torch.float64, options={"softcap": 3.0}),
     "bfloat16": Case((3, N - 1), "head_tail", dtype=torch.bfloat16),
@@ -114,8 +142,15 @@ class Problem:
             if bounds is None
             else {f"cu_seqlens_{x}": torch.tensor(bounds, dtype=torch.int32) for x in "qk"}
         )
-        num_rows = self.whole().num_rows
         sequences = case.batch_size if bounds is None else len(bounds) - 1
+        self.head_weights: Tensor | None = None
+        self.reference_weights: Tensor | None = None
+        if case.head_weights:
+            self.head_weights = torch.rand(sequences, HEADS, generator=draw)
+            self.head_weights[-1, 1] = 0.0
+            if heads != HEADS:
+                self.reference_weights = torch.rand(heads, generator=draw)
+        self.num_rows = num_rows = self.whole().num_rows
         self.advantages = torch.randn(sequences, generator=draw)
         if case.batch_size > 1 and not case.mask:
             self.advantages = torch.randn(case.batch_size, num_rows, generator=draw)
@@ -127,7 +162,33 @@ class Problem:
         """The reference, or the snapshot of another policy, in one piece."""
         taken = {x: y for x, y in self.case.options.items() if x != "exclude_self"}
         q, k = self.q0 if q is None else q, self.k0 if k is None else k
-        return rk.AttentionSnapshot(q, k, rows=self.case.rows, **taken, **self.packing)
+        return rk.AttentionSnapshot(
+            q, k, rows=self.case.rows, head_weights=self.reference_weights, **taken, **self.packing
+        )
+
+    def leaves(self, rank: int | None = None, world_size: int = 1) -> list[Tensor]:
+        """q and k, of a rank or whole, and head weights if there are any; with gradients."""
+        found = [self.q, self.k]
+        if rank is not None:
+            found = [self.part(x, rank, world_size) for x in found]
+        if self.head_weights is not None:
+            found.append(self.head_weights)
+        return [x.clone().requires_grad_() for x in found]
+
+    def target(self) -> Tensor | rk.AttentionTarget:
+        """Where rows should attend: one [B, 1, N] for all, one a sequence, or ids by index."""
+        case, draw = self.case, torch.Generator().manual_seed(5)
+        outcomes = len(FRAMES) if case.frames else N
+        if case.target != "ids":
+            sequences = len(PACKED) - 1 if case.target == "sequences" else 1
+            values = torch.rand((case.batch_size, sequences, outcomes), generator=draw)
+            return values if case.target == "shared" else rk.AttentionTarget(values)
+        shape = (case.batch_size, 3, outcomes // 3)  # of three targets
+        ids = torch.stack([torch.randperm(outcomes, generator=draw) for _ in range(shape[0] * 3)])
+        index = torch.arange(case.batch_size * self.num_rows).view(case.batch_size, -1) % 4 - 1
+        return rk.AttentionTarget(
+            torch.rand(shape, generator=draw), ids[:, : shape[2]].reshape(shape), index=index
+        )
 
     def part(self, x: Tensor, rank: int, world_size: int) -> Tensor:
         """What a rank has of a tensor of all positions, in its order."""
@@ -141,11 +202,14 @@ class Problem:
         pieces = [x[:, :, start:stop] for start, stop in chunks]
         return torch.cat(pieces, 2) if pieces else x[:, :, :0]
 
-    def sharded(self, q: Tensor, k: Tensor, moves: Any) -> rk.ShardedPolicy:
+    def sharded(
+        self, q: Tensor, k: Tensor, weights: Tensor | None = None, *, moves: Any
+    ) -> rk.ShardedPolicy:
         world_size = dist.get_world_size()
         layout = self.case.layout
         return rk.ShardedPolicy(
-            q, k, rows=self.case.rows, moves=moves, cu_seqlens=cast(Any, self.case.cu_seqlens),
+            q, k, rows=self.case.rows, moves=moves, head_weights=weights,
+            cu_seqlens=cast(Any, self.case.cu_seqlens),
             layout=cast(Any, layout(world_size) if callable(layout) else layout), **self.options,
         )  # fmt: skip
 
@@ -154,25 +218,34 @@ def run(name: str, moves: str) -> dict[str, Any]:
     """Differences from the whole sequence on this rank, and what must hold exactly."""
     problem, rank, world_size = Problem(name), dist.get_rank(), dist.get_world_size()
     case = problem.case
-    terms = {"kind": case.kind, "reduction": case.reduction}
+    terms: dict[str, Any] = {"kind": case.kind, "reduction": case.reduction}
 
-    q, k = (x.clone().requires_grad_() for x in (problem.q, problem.k))
-    given = {"rows": case.rows, **problem.options, **problem.packing}
-    whole = rk.ral_loss(q, k, problem.whole(), problem.advantages, problem.mask, **terms, **given)
-    wanted = torch.autograd.grad(whole, (q, k))
+    leaves = problem.leaves()
+    given: dict[str, Any] = {"rows": case.rows, **problem.options, **problem.packing}
+    target = problem.target() if case.target else None
+    compared = problem.whole() if target is None else target
+    weights = leaves[2] if case.head_weights else None
+    whole = rk.ral_loss(
+        leaves[0], leaves[1], compared, problem.advantages, problem.mask, head_weights=weights,
+        **terms, **given,
+    )  # fmt: skip
+    wanted = torch.autograd.grad(whole, leaves)
 
     def part(x: Tensor) -> Tensor:
         return problem.part(x, rank, world_size)
 
-    reference = problem.sharded(part(problem.q0), part(problem.k0), moves).snapshot()
+    reference: Any = target
+    if target is None:
+        old = problem.sharded(part(problem.q0), part(problem.k0), moves=moves)
+        reference = old.snapshot(head_weights=problem.reference_weights)
     traffic = Traffic()
     with traffic:
-        ours = [part(x).clone().requires_grad_() for x in (problem.q, problem.k)]
-        sharded = problem.sharded(*ours, moves)
+        ours = problem.leaves(rank, world_size)
+        sharded = problem.sharded(*ours, moves=moves)
         loss = sharded.ral_loss(reference, problem.advantages, problem.mask, **terms)
         gradients = torch.autograd.grad(loss, ours)
-    again = [part(x).clone().requires_grad_() for x in (problem.q, problem.k)]
-    repeated = problem.sharded(*again, moves)
+    again = problem.leaves(rank, world_size)
+    repeated = problem.sharded(*again, moves=moves)
     own = repeated.snapshot()  # before the loss: what it fetched must keep its graph
     second = repeated.ral_loss(reference, problem.advantages, problem.mask, **terms)
     same = torch.equal(second, loss) and all(
@@ -180,12 +253,15 @@ def run(name: str, moves: str) -> dict[str, Any]:
         for a, b in zip(torch.autograd.grad(second, again), gradients, strict=True)
     )
     zero = repeated.ral_loss(own, problem.advantages, problem.mask, **terms)
-    zeros = [zero, *torch.autograd.grad(zero, again)]
+    zeros = [*torch.autograd.grad(zero, again)]
+    if case.kind != "cross_entropy":  # whose value is then the entropy
+        zeros.append(zero)
     found: dict[str, Any] = {
         "loss": loss.item(),
         "wanted": whole.item(),
-        "of": [x.abs().max().item() for x in wanted],
-        "gradients": [_apart(a, part(b)) for a, b in zip(gradients, wanted, strict=True)],
+        "of": [x.abs().max().item() for x in wanted[:2]],
+        "gradients": _gradients_apart(problem, gradients, wanted),
+        "row_count": problem.num_rows,
         "rows": sum(len(calls) for calls in sharded.plan.calls(rank)),
         "repeats": same,
         "zero": all(bool((x == 0).all()) for x in zeros),
@@ -193,32 +269,51 @@ def run(name: str, moves: str) -> dict[str, Any]:
         "bytes": sharded.bytes_moved(),
     }
     for what in ("policy", "divergence") if case.frames else ("divergence",):
-        found[what] = _values(problem, what, moves, ours, reference, given)
+        found[what] = _values(problem, what, moves, ours, (compared, reference), given)
+    return found
+
+
+def _gradients_apart(problem: Problem, mine: Any, theirs: Any) -> list[float]:
+    """This rank's part of q and k; of head weights, the sum over ranks, in shares of the largest.
+
+    The gradient of a few weights is larger than that of an element of q.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found = [
+        _apart(a, problem.part(b, rank, world_size))
+        for a, b in zip(mine[:2], theirs[:2], strict=True)
+    ]
+    if problem.head_weights is not None:
+        total = mine[2].clone()
+        dist.all_reduce(total)
+        scale = max(x.abs().max().item() for x in theirs[:2]) / theirs[2].abs().max().item()
+        found.append(_apart(total, theirs[2]) * scale)
     return found
 
 
 def _values(
-    problem: Problem, what: str, moves: str, ours: list[Tensor], reference: Any, given: Any
+    problem: Problem, what: str, moves: str, ours: list[Tensor], references: Any, given: Any
 ) -> tuple[float, float]:
     """Of `policy` or `divergence`, how far values and gradients of all rows are from the whole."""
-    q, k = (x.clone().requires_grad_() for x in (problem.q, problem.k))
-    sharded = problem.sharded(ours[0], ours[1], moves)
+    leaves = problem.leaves()
+    q, k = leaves[:2]
+    if problem.head_weights is not None:
+        given = {**given, "head_weights": leaves[2]}
+    sharded = problem.sharded(*ours, moves=moves)
     if what == "policy":
         wanted, got = rk.attention_policy(q, k, **given), sharded.policy()
     else:
-        wanted = rk.attention_divergence(q, k, problem.whole(), **given)
-        got = sharded.divergence(reference)
+        kind = "jsd" if problem.case.target is None else problem.case.kind
+        wanted = rk.attention_divergence(q, k, references[0], kind, **given)
+        got = sharded.divergence(references[1], kind)
         if problem.case.frames:  # a dense reference, too
-            old = problem.sharded(*(x.detach() for x in ours), moves).policy().flip(-1)
+            old = problem.sharded(*(x.detach() for x in ours), moves=moves).policy().flip(-1)
             dense = rk.attention_divergence(q, k, old, **given)
             wanted, got = torch.stack([wanted, dense]), torch.stack([got, sharded.divergence(old)])
     cotangent = torch.cos(torch.arange(wanted.numel(), dtype=wanted.dtype).view(wanted.shape))
-    theirs = torch.autograd.grad(wanted, (q, k), cotangent)
+    theirs = torch.autograd.grad(wanted, leaves, cotangent)
     mine = torch.autograd.grad(got, ours, cotangent)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    parts = [problem.part(x, rank, world_size) for x in theirs]
-    apart = max(_apart(a, b) for a, b in zip(mine, parts, strict=True))
-    return _apart(got, wanted), apart
+    return _apart(got, wanted), max(_gradients_apart(problem, mine, theirs))
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

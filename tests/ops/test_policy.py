@@ -373,7 +373,7 @@ def test_opcheck(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> No
     detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
     dp = random_like(outputs[0], 1)
     torch.library.opcheck(
-        torch.ops.ral.policy_bwd.default, (*detached, *outputs, dp, args[3] is not None)
+        torch.ops.ral.policy_bwd.default, (*detached, *outputs, dp, args[3] is not None, False)
     )
 
 

@@ -35,7 +35,9 @@ from tests.ops.test_policy import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SNAPSHOT_OPTIONS = ("rows", "is_causal", "scale", "window", "softcap")  # a snapshot's own
+SNAPSHOT_OPTIONS = (  # a snapshot's own
+    "rows", "is_causal", "scale", "window", "softcap", "head_weights",
+)  # fmt: skip
 
 
 def snapshot_of(inputs: PolicyInputs, **more: Any) -> AttentionSnapshot:
@@ -439,7 +441,8 @@ def test_opcheck(prefix: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         value, *kept = torch.ops.ral.policy_divergence_fwd(*args)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
     torch.library.opcheck(
-        torch.ops.ral.policy_divergence_bwd.default, (*detached, *kept, random_like(value, 1))
+        torch.ops.ral.policy_divergence_bwd.default,
+        (*detached, *kept, random_like(value, 1), False),
     )
 
 

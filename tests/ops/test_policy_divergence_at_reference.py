@@ -51,7 +51,7 @@ def check_unchanged(case: PolicyCase, kind: str, dtype: torch.dtype, backend: st
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.in_interpreter(
-    when=lambda name, kind, dtype: (kind == "jsd" and dtype == torch.float32) or name in FEW[1:5]
+    when=lambda name, kind, dtype: (kind == "jsd" and dtype == torch.float32) or name in FEW[1:3]
 )
 def test_unchanged_policy_is_exactly_zero(
     name: str, kind: str, dtype: torch.dtype, backend: str

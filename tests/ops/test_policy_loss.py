@@ -78,28 +78,34 @@ def test_policy_loss(dtype: torch.dtype, reduction: Any, logits: bool) -> None:
     assert (gradient[~MASK] == 0).all() and (gradient[MASK] != 0).any()
 
 
-@pytest.mark.parametrize("kind", ["jsd", "kl", "reverse_kl"])
+@pytest.mark.parametrize("kind", ["jsd", "kl", "reverse_kl", "cross_entropy"])
 def test_kinds(kind: Any) -> None:
     policy, reference = drawn(B, T, K), drawn(B, T, K, seed=1)
+    policy.requires_grad_()
     loss = rk.policy_loss(policy, reference, torch.ones(B), logits=True, kind=kind)
+    (gradient,) = torch.autograd.grad(loss, policy)
     p, r = (x.double().softmax(-1) for x in (policy, reference))
     m = (p + r) / 2
     values = {
         "jsd": ((p * (p / m).log()).sum(-1) + (r * (r / m).log()).sum(-1)) / 2,
         "kl": (p * (p / r).log()).sum(-1),
         "reverse_kl": (r * (r / p).log()).sum(-1),
+        "cross_entropy": -(r * p.log()).sum(-1),
     }
     assert loss.item() == pytest.approx(values[kind].mean().item(), rel=1e-5)
+    (wanted,) = torch.autograd.grad(values[kind].mean(), policy)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["jsd", "kl", "reverse_kl", "cross_entropy"])
 @pytest.mark.parametrize("logits", [True, False])
-def test_nothing_at_the_reference(logits: bool) -> None:
-    """Exactly, whatever the dtype that the rows are kept in."""
+def test_nothing_at_the_reference(logits: bool, kind: Any) -> None:
+    """Exactly, whatever the dtype that the rows are kept in; cross-entropy is then the entropy."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rows = drawn(B, T, K, dtype=dtype)
         rows = (rows if logits else rows.softmax(-1)).requires_grad_()
-        loss = rk.policy_loss(rows, rows, drawn(B, seed=2), logits=logits)
-        assert loss.item() == 0.0
+        loss = rk.policy_loss(rows, rows, drawn(B, seed=2), logits=logits, kind=kind)
+        assert (loss.item() == 0.0) == (kind != "cross_entropy")
         (gradient,) = torch.autograd.grad(loss, rows)
         assert (gradient == 0).all()
 

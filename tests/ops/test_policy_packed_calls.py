@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ral_kernels.ops.policy.arguments import PolicyDivergenceGradients
 from ral_kernels.ops.policy.interface import resolve_call
 from ral_kernels.runtime import cpu_library
 from ral_kernels.snapshot import AttentionSnapshot
+from ral_kernels.targets import AttentionTarget
 from tests.ops.packed_cases import BY_NAME, RAGGED, PackedCase, PackedInputs, offsets
 from tests.ops.test_policy import op_inputs_of, random_like
 from tests.ops.test_policy_divergence import snapshot_of
@@ -101,7 +103,9 @@ def test_work_is_the_sum_over_sequences() -> None:
         assert args is not None
         outputs = divergence_module._allocate_outputs(args)
         gradients = PolicyDivergenceGradients(
-            torch.ones_like(outputs.value), *divergence_module.allocate_gradients(args)
+            torch.ones_like(outputs.value),
+            *divergence_module.allocate_gradients(args, False)[:2],
+            None,
         )
         with Products() as counter:
             divergence_module.BACKENDS["reference"].fwd(args, outputs)
@@ -148,7 +152,7 @@ def test_opcheck(packed_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
     dp = random_like(outputs[0], 1)
     torch.library.opcheck(
-        torch.ops.ral.policy_bwd.default, (*detached, *outputs, dp, args[3] is not None)
+        torch.ops.ral.policy_bwd.default, (*detached, *outputs, dp, args[3] is not None, False)
     )
 
 
@@ -159,25 +163,10 @@ def test_opcheck_of_the_loss(packed_backend: str) -> None:
     snapshot = snapshot_of(BY_NAME["tail"].snapshot_inputs(torch.float32), **inputs.packing)
     op, names = torch.ops.ral.policy_divergence_loss.default, ("cu_seqlens_q", "cu_seqlens_k")
     args = (
-        *(inputs.q, inputs.k, None, None, *(inputs.options[x] for x in names)),
-        *(
-            snapshot.query_starts,
-            snapshot.q,
-            snapshot.k,
-            None,
-            None,
-            None,
-            None,
-            None,
-            0,
-            0.25,
-            -1,
-            0,
-            0.0,
-            True,
-        ),
+        *(inputs.q, inputs.k, None, None, None, *(inputs.options[x] for x in names)),
+        *(snapshot.query_starts, snapshot.q, snapshot.k, *(None,) * 6, 0, 0.25, -1, 0, 0.0, True),
         *(61, 127, snapshot.scale, -1, 0, 0.0, "jsd", packed_backend),
-        *(random_like(torch.empty(1, inputs.q.shape[2]), 2), None, None),
+        *(random_like(torch.empty(1, inputs.q.shape[2]), 2), None, None, False),
     )
     torch.library.opcheck(op, args)
 
@@ -206,6 +195,40 @@ def test_compile_with_a_graph_break(name: str) -> None:
         return attention_policy(q * 2, k, **inputs.options).square().sum()
 
     check_compiled(f, inputs, fullgraph=False)
+
+
+class _Packed(torch.nn.Module):
+    """A policy, and losses against a snapshot and a target, of sequences by their offsets."""
+
+    def forward(self, q: Tensor, k: Tensor, offsets: Tensor, rows: Any = None) -> list[Tensor]:
+        packing = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+        advantages = torch.tensor([1.0, -0.5, 0.25])
+        snapshot = AttentionSnapshot(q.flip(1), k, **packing)
+        target = AttentionTarget(torch.ones(1, 1, k.shape[2]))
+        return [
+            attention_policy(q, k, rows=rows, **packing),
+            ral_loss(q, k, snapshot, advantages, reduction="sequence_mean", **packing),
+            ral_loss(q, k, target, advantages, kind="cross_entropy", **packing),
+        ]
+
+
+@pytest.mark.slow(stands_in="test_fake_tensors")
+def test_export() -> None:
+    """One graph for other offsets, and for gradients; chosen rows are refused by name."""
+    q, k = torch.randn(1, 4, 20, 8).requires_grad_(), torch.randn(1, 2, 20, 8)
+    module, first, other = _Packed(), *(torch.tensor(x, dtype=torch.int32) for x in OFFSETS)
+    exported = torch.export.export(module, (q, k, first)).module()
+    for given in (first, other):  # whose longest sequence is longer
+        got, wanted = exported(q, k, given), module(q, k, given)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            gradients = (torch.autograd.grad(x.sum(), q, retain_graph=True)[0] for x in (a, b))
+            torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match=r"rows is not supported .* under torch\.export"):
+        torch.export.export(module, (q, k, first, [(0, 2), (0, 3), (1, 4)]))
+
+
+OFFSETS = [0, 5, 9, 20], [0, 2, 19, 20]
 
 
 def check_compiled(f: Callable[..., Tensor], inputs: PackedInputs, fullgraph: bool) -> None:

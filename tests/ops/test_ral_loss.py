@@ -219,15 +219,14 @@ def test_opcheck_and_compile(backend: str) -> None:
     for got, wanted in zip(torch.autograd.grad(compiled(q, k), (q, k)), eager, strict=True):
         assert torch.equal(got, wanted)
     inputs = (
-        *(q, k, None, None, None, None, None, snapshot.q, snapshot.k, None, None),
-        *(None, None, None),
+        *(q, k, *(None,) * 6, snapshot.q, snapshot.k, *(None,) * 6),
         *(snapshot.query_start, snapshot.scale, -1, 0, 0.0, True, 0, 0),
         *(snapshot.scale, -1, 0, 0.0, "jsd", backend, advantages),
     )
     op = torch.ops.ral.policy_divergence_loss.default
-    torch.library.opcheck(op, (*inputs, None, None))
-    _, _, _, norm, z = op(*inputs, None, None)
-    torch.library.opcheck(op, (*inputs, norm.detach(), z.detach()))
+    torch.library.opcheck(op, (*inputs, None, None, False))
+    *_, norm, z = op(*inputs, None, None, False)
+    torch.library.opcheck(op, (*inputs, norm.detach(), z.detach(), False))
 
 
 @pytest.mark.slow_in_interpreter(stands_in="test_same_as_the_separate_backward")

@@ -30,19 +30,21 @@ ATTENTION = (
     "SymInt row_start, SymInt row_stop, str backend"
 )
 POLICY = (
-    "Tensor q, Tensor k, Tensor? span_ids, Tensor? span_bias, Tensor? scope, "
-    "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? query_starts, "
-    "SymInt num_spans, SymInt query_start, float scale, SymInt window_left, SymInt window_right, "
-    "float softcap, bool exclude_self, SymInt max_rows, SymInt max_keys, str backend"
+    "Tensor q, Tensor k, Tensor? span_ids, Tensor? span_bias, Tensor? head_weights, "
+    "Tensor? scope, Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? query_starts, SymInt num_spans, SymInt query_start, float scale, SymInt window_left, "
+    "SymInt window_right, float softcap, bool exclude_self, SymInt max_rows, SymInt max_keys, "
+    "str backend"
 )
 POLICY_DIVERGENCE = (
-    "Tensor q, Tensor k, Tensor? scope, Tensor? key_padding_mask, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? query_starts, Tensor? reference_q, Tensor? reference_k, "
-    "Tensor? reference_k_prefix, Tensor? reference_prefix_index, Tensor? target_values, "
-    "Tensor? target_ids, Tensor? target_index, SymInt query_start, float scale, "
-    "SymInt window_left, SymInt window_right, float softcap, bool exclude_self, SymInt max_rows, "
-    "SymInt max_keys, float reference_scale, SymInt reference_window_left, "
-    "SymInt reference_window_right, float reference_softcap, str kind, str backend"
+    "Tensor q, Tensor k, Tensor? head_weights, Tensor? scope, Tensor? key_padding_mask, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? query_starts, Tensor? reference_q, "
+    "Tensor? reference_k, Tensor? reference_k_prefix, Tensor? reference_prefix_index, "
+    "Tensor? reference_head_weights, Tensor? target_values, Tensor? target_ids, "
+    "Tensor? target_index, SymInt query_start, float scale, SymInt window_left, "
+    "SymInt window_right, float softcap, bool exclude_self, SymInt max_rows, SymInt max_keys, "
+    "float reference_scale, SymInt reference_window_left, SymInt reference_window_right, "
+    "float reference_softcap, str kind, str backend"
 )
 SCHEMAS = {
     "attention_fwd": f"({ATTENTION}) -> (Tensor, Tensor, Tensor)",
@@ -50,14 +52,15 @@ SCHEMAS = {
     "Tensor? dmarginals, Tensor? dlse, bool wants_dspan_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     "policy_fwd": f"({POLICY}) -> (Tensor, Tensor, Tensor)",
     "policy_bwd": f"({POLICY}, Tensor p, Tensor norm, Tensor z, Tensor dp, "
-    "bool wants_dspan_bias) -> (Tensor, Tensor, Tensor)",
+    "bool wants_dspan_bias, bool wants_dhead_weights) -> (Tensor, Tensor, Tensor, Tensor)",
     "policy_divergence_fwd": f"({POLICY_DIVERGENCE}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "policy_divergence_bwd": f"({POLICY_DIVERGENCE}, Tensor norm, Tensor z, "
-    "Tensor reference_norm, Tensor reference_z, Tensor u, Tensor w, Tensor dvalue) -> "
-    "(Tensor, Tensor)",
+    "Tensor reference_norm, Tensor reference_z, Tensor u, Tensor w, Tensor dvalue, "
+    "bool wants_dhead_weights) -> (Tensor, Tensor, Tensor)",
     "policy_divergence_loss": f"({POLICY_DIVERGENCE}, Tensor weights, Tensor? reference_norm, "
-    "Tensor? reference_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? reference_z, bool wants_dhead_weights) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "divergence_fwd": "(Tensor p, Tensor r, str kind, bool wants_dp, bool wants_dr, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     "scaled_gradient": "(Tensor gradient, Tensor factor) -> Tensor",
@@ -73,13 +76,14 @@ def test_schemas(name: str) -> None:
 
 def test_nested_arguments_survive_the_flat_form() -> None:
     """Every input lands in its field, and a field that the op does not have holds its constant."""
-    q, k, scope, padding, other_q, other_k = (torch.zeros(n) for n in range(1, 7))
+    q, k, scope, padding, other_q, other_k, weights = (torch.zeros(n) for n in range(1, 8))
     policy = PolicyArgs(
-        q, k, span_ids=None, span_bias=None, scope=scope, key_padding_mask=padding, num_spans=0,
-        query_start=1, scale=0.5, window_left=2, window_right=3, softcap=4.0, exclude_self=True,
-        cu_seqlens_q=None, cu_seqlens_k=None, query_starts=None, max_rows=0, max_keys=0,
+        q, k, span_ids=None, span_bias=None, head_weights=None, scope=scope,
+        key_padding_mask=padding, num_spans=0, query_start=1, scale=0.5, window_left=2,
+        window_right=3, softcap=4.0, exclude_self=True, cu_seqlens_q=None, cu_seqlens_k=None,
+        query_starts=None, max_rows=0, max_keys=0,
     )  # fmt: skip
-    reference = ReferenceArgs(other_q, other_k, None, None, 0.25, 5, 6, 7.0)
+    reference = ReferenceArgs(other_q, other_k, None, None, weights, 0.25, 5, 6, 7.0)
     args = PolicyDivergenceArgs(policy, reference, "kl", TargetArgs(*map(torch.zeros, (7, 8, 9))))
     signature = schema.Signature(PolicyDivergenceArgs)
     flat = signature.flatten(args, "cpu")

@@ -72,7 +72,11 @@ def test_ranks_are_as_the_whole(name: str, world_size: int, moves: str, found: R
         assert [rank["rows"] for rank in ranks] == [0] * (world_size - 1) + [1]
     if case.reference_heads[0] == HEADS and not case.frames and case.dtype != torch.float64:
         moved = ranks[0]["bytes"]
-        assert sum(rank["sent"] for rank in ranks) == moved.forward + moved.backward
+        sent = sum(rank["sent"] for rank in ranks)
+        if case.target and moves == "rows":  # one sum a row, where a snapshot has three a head
+            targets = ranks[0]["row_count"] * case.batch_size * (3 * HEADS - 1)
+            sent += 4 * targets * world_size * (world_size - 1)
+        assert sent == moved.forward + moved.backward
         assert max(rank["sent"] for rank in ranks) <= moved.busiest
 
 
@@ -146,6 +150,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "spans": ({"spans": rk.Spans.from_lengths([11])}, ValueError, r"N=12 keys; got \(11,\)"),
     "no spans": ({"spans": torch.zeros(12)}, TypeError, "spans must be Spans .* got Tensor"),
     "scope": ({"scope": torch.ones(12)}, TypeError, r"scope must be bool .* got torch.float32"),
+    "weights": (
+        {"head_weights": torch.ones(3)}, ValueError,
+        r"head_weights must be \[H\] or \[B, H\] with B=2, H=4; got \(3,\)",
+    ),
     "padding": (
         {"key_padding_mask": torch.ones(3, 12, dtype=torch.bool)}, ValueError,
         r"key_padding_mask must be bool .* over the whole's N=12 keys; got \(3, 12\)",
@@ -181,8 +189,13 @@ def test_packed_calls_that_are_refused(alone: None) -> None:
 def test_references_that_are_refused(alone: None) -> None:
     sharded = rk.ShardedPolicy(Q, K, rows=(4, 12))
     advantages = torch.ones(2)
-    with pytest.raises(TypeError, match=r"ral_loss: reference must be a ShardedSnapshot"):
+    with pytest.raises(TypeError, match=r"ral_loss: reference must be a ShardedSnapshot or an"):
         sharded.ral_loss(rk.AttentionSnapshot(Q, K), advantages)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"values must be \[B, G, N\] with N=12; got \(2, 1, 11\)"):
+        sharded.divergence(rk.AttentionTarget(torch.ones(2, 1, 11)))
+    with pytest.raises(ValueError, match=r"ral_loss: reference.index must be \[B, T\] = \(2, 8\)"):
+        every = torch.zeros(2, 12, dtype=torch.int64)  # this rank's queries, not the rows
+        sharded.ral_loss(rk.AttentionTarget(torch.ones(2, 1, 12), index=every), advantages)
     other = rk.ShardedPolicy(Q, K, rows=(5, 12)).snapshot()
     with pytest.raises(ValueError, match=r"reference must have the rows .*\(4, 12\).*\(5, 12\)"):
         sharded.divergence(other)
@@ -191,6 +204,20 @@ def test_references_that_are_refused(alone: None) -> None:
         sharded.divergence(moved)
     with pytest.raises(ValueError, match=r"advantages must be \[B\] or \[B, T\] with B=2, T=8"):
         sharded.ral_loss(sharded.snapshot(), torch.ones(3))
+    moves: Any
+    for moves in MOVES:
+        weighted = rk.ShardedPolicy(
+            Q,
+            K,
+            rows=(4, 12),
+            moves=moves,
+            head_weights=torch.rand(HEADS),
+        )
+        teacher = rk.ShardedPolicy(Q[:, :2], K, rows=(4, 12), moves=moves).snapshot()
+        with pytest.raises(
+            ValueError, match=r"have head_weights of its own, or H=4 .* got 2 heads"
+        ):
+            weighted.divergence(teacher)
     with pytest.raises(ValueError, match="spans must be given; got None"):
         sharded.policy()
     spans = rk.ShardedPolicy(Q, K, rows=(4, 12), spans=rk.Spans.from_lengths([5, 7]))

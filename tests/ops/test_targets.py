@@ -413,12 +413,13 @@ def test_over_spans(kind: str, sparse: bool, backend: str) -> None:
 
 
 @pytest.mark.slow(stands_in="test_against_a_target")
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)  # opcheck looks at no values
 def test_opcheck(backend: str) -> None:
     inputs = BY_NAME["padding_left"].inputs(torch.float32).requires_grad_()
     target = target_of("sparse", inputs)
     args = (
-        *(inputs.q, inputs.k, None, inputs.options["key_padding_mask"], None, None, None),
-        *(None, None, None, None, target.values, target.ids, target.index),
+        *(inputs.q, inputs.k, None, None, inputs.options["key_padding_mask"], None, None, None),
+        *(None, None, None, None, None, target.values, target.ids, target.index),
         *(0, 0.25, -1, 0, 0.0, True, 0, 0, 0.25, -1, -1, 0.0, "cross_entropy", backend),
     )
     torch.library.opcheck(torch.ops.ral.policy_divergence_fwd.default, args)
@@ -426,14 +427,18 @@ def test_opcheck(backend: str) -> None:
     with torch.no_grad():
         value, *kept = torch.ops.ral.policy_divergence_fwd(*args)
     torch.library.opcheck(
-        torch.ops.ral.policy_divergence_bwd.default, (*detached, *kept, random_like(value, 1))
+        torch.ops.ral.policy_divergence_bwd.default,
+        (*detached, *kept, random_like(value, 1), False),
     )
     op = torch.ops.ral.policy_divergence_loss.default
-    torch.library.opcheck(op, (*args, random_like(value, 1), None, None))
+    torch.library.opcheck(op, (*args, random_like(value, 1), None, None, False))
 
 
 @pytest.mark.slow(stands_in="test_against_a_target")
-@pytest.mark.parametrize("form", ["sparse", "inside", "tensor"])
+@pytest.mark.parametrize(
+    "form,backend", [("sparse", "reference"), ("inside", "cpu"), ("tensor", "cpu")],
+    indirect=["backend"],
+)  # fmt: skip
 def test_compile_without_graph_break(form: str, backend: str) -> None:
     """A target made before, one made in the graph, and a tensor of one row."""
     inputs = BY_NAME["padding_left"].inputs(torch.float32).requires_grad_()

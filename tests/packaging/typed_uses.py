@@ -63,7 +63,7 @@ def a_layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def objective(q: Tensor, k: Tensor, advantages: Tensor, cu: Tensor) -> Tensor:
     old = rk.AttentionSnapshot(q, k, rows=(4, 8))
-    assert_type(rk.attention_policy(q, k, rows=(4, 8)), Tensor)
+    assert_type(rk.attention_policy(q, k, rows=(4, 8), head_weights=torch.ones(2)), Tensor)
     distance = rk.attention_divergence(q, k, old, "reverse_kl", rows=(4, 8))
     loss = rk.ral_loss(q, k, old, advantages, kind="jsd", reduction="sum", rows=(4, 8))
     target = rk.AttentionTarget(advantages[:, None], cu[None, None], index=cu[None]).to(q.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,13 +103,23 @@ def test_aligned() -> None:
 
 
 def test_every_reason_why_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_library, "library", lambda: None)
-    for has_gpu, hip, capability, reason in (
-        (False, None, (9, 0), "torch sees no CUDA device"),
-        (True, "6.0", (9, 0), "supports NVIDIA GPUs; got torch for ROCm 6.0"),
-        (True, None, (7, 5), "needs compute capability 8.0 or newer; got 7.5"),
-        (True, None, (9, 0), None),
+    def library_of(driver: int, runtime: int) -> Any:
+        return lambda: SimpleNamespace(
+            ral_cuda_versions=lambda found: found.__setitem__(slice(0, 2), (driver, runtime))
+        )
+
+    too_old = (
+        "the library is linked with CUDA 13.0; got a driver for CUDA 12.8: update the driver, or "
+        "build with an older nvcc"
+    )
+    for has_gpu, hip, capability, driver, reason in (
+        (False, None, (9, 0), 13000, "torch sees no CUDA device"),
+        (True, "6.0", (9, 0), 13000, "supports NVIDIA GPUs; got torch for ROCm 6.0"),
+        (True, None, (7, 5), 13000, "needs compute capability 8.0 or newer; got 7.5"),
+        (True, None, (9, 0), 12080, too_old),
+        (True, None, (9, 0), 13000, None),
     ):
+        monkeypatch.setattr(cuda_library, "library", library_of(driver, 13000))
         monkeypatch.setattr(torch.cuda, "is_available", lambda x=has_gpu: x)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda x=capability: x)

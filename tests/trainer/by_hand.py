@@ -99,6 +99,8 @@ def divergence(p: Tensor, r: Tensor, kind: str = "jsd") -> Tensor:
         return relative_entropy(p, r)
     if kind == "reverse_kl":
         return relative_entropy(r, p)
+    if kind == "cross_entropy":
+        return -torch.where(r > 0, r * torch.where(r > 0, p, 1.0).log(), 0.0).sum(-1)
     m = (p + r) / 2
     return (relative_entropy(p, m) + relative_entropy(r, m)) / 2
 

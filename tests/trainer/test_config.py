@@ -26,7 +26,10 @@ BASE: dict[str, Any] = {
     [
         ({"attn_granularity": "pixel"}, "attn_granularity must be one of token, tile, frame"),
         ({"attn_scope": "all"}, "attn_scope must be one of context, visual; got 'all'"),
-        ({"attn_divergence": "js"}, "attn_divergence must be one of jsd, kl, reverse_kl"),
+        (
+            {"attn_divergence": "js"},
+            "attn_divergence must be one of jsd, kl, reverse_kl, cross_entropy",
+        ),
         ({"attn_reference": "new"}, "attn_reference must be one of old, ref, teacher"),
         ({"attn_rows": "next"}, "attn_rows must be one of predicting, token"),
         ({"attn_reduction": "sum"}, "attn_reduction must be one of token_mean, sequence_mean"),
@@ -42,7 +45,7 @@ BASE: dict[str, Any] = {
         ({"attn_metrics_every": -1}, "attn_metrics_every must be finite and >= 0"),
         ({"attn_reference": "ref"}, "attn_reference='ref' needs beta > 0"),
         ({"evidence_coef": -0.1}, "evidence_coef must be finite and >= 0; got -0.1"),
-        ({"evidence_divergence": "ce"}, "evidence_divergence must be one of cross_entropy, kl"),
+        ({"evidence_divergence": "ce"}, "evidence_divergence must be one of jsd, kl"),
         ({"evidence_on": "bad"}, "evidence_on must be one of good, all; got 'bad'"),
         ({"evidence_schedule": "step"}, "evidence_schedule must be one of constant, warmup, lin"),
         ({"evidence_steps": 0.0}, "evidence_steps must be finite and > 0; got 0.0"),

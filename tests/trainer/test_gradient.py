@@ -33,6 +33,7 @@ CASES = (
     Case("own_key", config={"attn_exclude_self": False}),
     Case("kl", config={"attn_divergence": "kl"}),
     Case("reverse_kl", config={"attn_divergence": "reverse_kl"}),
+    Case("cross_entropy", config={"attn_divergence": "cross_entropy"}),
     Case("visual", config={"attn_scope": "visual"}),
     Case("images", images=3, config={"attn_granularity": "image", "attn_scope": "visual"}),
     Case("images_and_text", images=2, config={"attn_granularity": "frame"}),
@@ -126,6 +127,10 @@ def test_eq_2_from_eager_maps(case: Case, tmp_path, tmp_path_factory) -> None:
 
     assert values.mean() > 1e-4  # the step moved the policy
     torch.testing.assert_close(loss.detach(), wanted_loss.detach(), rtol=2e-4, atol=1e-6)
+    logged = trainer._metrics["train"]["attn/divergence"]
+    distance = by_hand.divergence(p, r, args.attn_divergence.replace("cross_entropy", "reverse_kl"))
+    measured = by_hand.response_mean(distance.mean(0).detach(), inputs)
+    assert logged == pytest.approx([measured.item()], rel=2e-3)  # without the reference's entropy
     largest = max(float(x.norm()) for x in wanted.values())
     assert largest > 1e-5
     assert_same_gradients(got, wanted, 5e-4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ral import RALTrainer, evidence
 from ral.cli.main import main
 from ral.cli.progress import read_metrics
 from ral.objectives import EvidenceLoss, Schedule, evidence_share
@@ -30,6 +31,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     family: str = "qwen2_5_vl"
     lora: bool = False
+    tools: bool = False
 
 
 CASES = (
@@ -49,14 +51,30 @@ CASES = (
     Case("qwen3_vl", family="qwen3_vl"),
     Case("ral_attention", {"model_init_kwargs": {"attn_implementation": "ral"}}),
     Case("spans_for_ral", {"attn_granularity": "image", "attn_coef": 0.0}),
+    Case("tools", {"evidence_on": "good", "attn_reduction": "sequence_mean"}, tools=True),
 )  # fmt: skip
-QUICK = ("cross_entropy_all_layers", "jsd_good_heads")
+QUICK = ("cross_entropy_all_layers", "jsd_good_heads", "tools")
 slow = pytest.mark.slow(stands_in="test_evidence_from_eager_maps")
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.checkpoint(tmp_path_factory.getbasetemp() / "checkpoints")
+
+
+class WithTools(RALTrainer):
+    """Tokens 2 and 3 of each response are a tool's, as TRL's loop over turns says it."""
+
+    def _generate(self, *args: Any, **named: Any) -> Any:
+        made = list(super()._generate(*args, **named))
+        made[2] = [[int(place not in (2, 3)) for place in range(len(ids))] for ids in made[1]]
+        return tuple(made)
+
+
+def written(inputs: dict[str, Any]) -> Tensor:
+    """[B, C], 1 for the tokens that the policy wrote."""
+    mask: Tensor = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    return mask
 
 
 def trainer_of(path: Path, tmp_path: Path, lora: bool = False, **config: Any) -> Any:
@@ -96,7 +114,7 @@ def loss_by_hand(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         least = args.evidence_min_reward
         chosen &= inputs["advantages"] > 0 if least is None else rewards >= least
     assert chosen.any() and (args.evidence_on == "all" or not chosen.all())
-    tokens = inputs["completion_mask"] * chosen[:, None]
+    tokens = written(inputs) * chosen[:, None]
     mean = torch.where(chosen[:, None], torch.stack(values).mean(0), 0.0)
     # the mean over a step's chosen tokens, of all micro-batches: here this one's part of it
     whole = trainer._buffered_inputs
@@ -112,11 +130,10 @@ def loss_by_hand(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         ]
         everyone = [a & b for a, b in zip(everyone, good, strict=True)]
     if args.attn_reduction == "sequence_mean":
-        of_row = (mean * tokens).sum(-1) / inputs["completion_mask"].sum(-1)
+        of_row = (mean * tokens).sum(-1) / written(inputs).sum(-1)
         return share * of_row.sum() / sum(each.sum() for each in everyone)
     counts = [
-        (part["completion_mask"] * each[:, None]).sum()
-        for part, each in zip(whole, everyone, strict=True)
+        (written(part) * each[:, None]).sum() for part, each in zip(whole, everyone, strict=True)
     ]
     return share * (mean * tokens).sum() / sum(counts)
 
@@ -130,9 +147,11 @@ def test_evidence_from_eager_maps(
     case: Case, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tiny.checkpoint(tmp_path_factory.getbasetemp() / "checkpoints", case.family)
-    trainer = trainer_of(path, tmp_path, case.lora, **case.config)
+    classes = {"trainer_class": WithTools} if case.tools else {}
+    trainer = trainer_of(path, tmp_path, case.lora, **classes, **case.config)
     torch.manual_seed(1)
     inputs = by_hand.batch_of(trainer)
+    assert case.tools == ("tool_mask" in inputs and not inputs["tool_mask"].all())
     by_hand.stepped(trainer)
     loss = trainer._compute_loss(trainer.model, inputs)
     got = gradients(trainer.model, loss)
@@ -146,6 +165,28 @@ def test_evidence_from_eager_maps(
     logged = trainer._metrics["train"]
     assert logged["evidence/loss"][0] * 2 * trainer.args.gradient_accumulation_steps > 0
     assert 0 < logged["evidence/share"][0] < 1 and 0 < logged["evidence/rollouts"][0] <= 1
+
+
+def test_credit_goes_to_what_the_policy_wrote(path: Path, tmp_path: Path) -> None:
+    """Of a response with a tool's tokens, whose weights are 0: the others' sum stays GRPO's."""
+    trainer = trainer_of(path, tmp_path, trainer_class=WithTools, credit="looking")
+    inputs = by_hand.batch_of(trainer)
+    mask, advantages = written(inputs), inputs["advantages"]
+    assert advantages.shape == mask.shape and (advantages[mask == 0] == 0).all()
+    least, largest = trainer._rewards.min(), trainer._rewards.max()
+    assert least < largest
+    of_response = advantages.sum(-1) / mask.sum(-1)
+    groups = trainer._rewards.view(-1, trainer.num_generations)
+    plain = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(of_response, plain.flatten()[inputs["rollout_index"]])
+
+
+def test_images_of_tools_are_refused() -> None:
+    row = {"images": [tiny.dataset(1)[0]["images"][0]], "evidence": [{"image": 0}]}
+    fields = {"pixel_values": torch.zeros(1), "num_images": [2]}
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(NotImplementedError, match=r"where tools return images; .* \[1\] .* \[2\]"):
+        evidence.locate([row], None, ids, ids, fields, 0.0)
 
 
 @slow
@@ -252,7 +293,7 @@ def test_schedules() -> None:
         Schedule("step")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="length must be finite and > 0; got 0"):
         Schedule("warmup", 0)
-    with pytest.raises(ValueError, match=r"kind must be one of cross_entropy, kl, .* got 'ce'"):
+    with pytest.raises(ValueError, match=r"kind must be one of jsd, kl, .* got 'ce'"):
         EvidenceLoss(kind="ce")  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from trl import TrlParser
 
 from ral import RALConfig
+from ral.cli.main import main
+from ral.cli.progress import read_metrics
 from ral.router import RouterLoss
-from tests.integrations import mixtures, tiny_checkpoint
+from tests.integrations import mixtures
 from tests.integrations.eager_maps import assert_same_gradients, gradients
 
 from . import by_hand, tiny
@@ -32,15 +35,7 @@ def text_rows(rows: int = tiny.ROWS) -> Dataset:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-MoE with a tokenizer."""
-    folder: Path = tmp_path_factory.mktemp("qwen3_moe")
-    tokenizer = tiny_checkpoint.tokenizer()
-    tokenizer.chat_template = tiny_checkpoint.CHAT_TEMPLATE
-    end, pad = tokenizer.convert_tokens_to_ids([tiny_checkpoint.END, tiny_checkpoint.PAD])
-    model = mixtures.qwen3_moe(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return mixtures.checkpoint(tmp_path_factory.mktemp("qwen3_moe"))
 
 
 def trainer(path: Path, tmp_path: Path, **config: Any) -> Any:
@@ -68,6 +63,9 @@ def routed_by_hand(model: Any, inputs: dict[str, Any], renormalised: bool) -> Te
         ("one layer", {"router_layers": "-1"}, False, False),
         ("renormalised", {"router_coef": 0.0}, False, True),
         pytest.param("kl", {"attn_divergence": "kl"}, False, False, marks=slow),
+        pytest.param(
+            "cross_entropy", {"attn_divergence": "cross_entropy"}, False, False, marks=slow
+        ),
         pytest.param("lora", {}, True, False, marks=slow),
         ("checkpointed", {"gradient_checkpointing": True}, False, False),
         pytest.param(
@@ -108,6 +106,8 @@ def test_the_term_by_hand(
 
     logged = made._metrics["train"]
     assert logged["router/loss"] == pytest.approx([mean.item()], rel=1e-5, abs=1e-8)
+    if kind == "cross_entropy":  # the metric leaves out the reference's entropy
+        values = by_hand.divergence(routed, references, "reverse_kl").mean(0)
     divergence = by_hand.response_mean(values, inputs).item()
     assert logged["router/divergence"] == pytest.approx([divergence], rel=1e-4)
 
@@ -192,6 +192,34 @@ def test_one_line_of_yaml(tmp_path: Path) -> None:
     assert (config.router_coef, config.router_layers) == (0.1, "all")
     for given, wanted in (("-1", -1), ("0,2", [0, 2]), ([0, 2], [0, 2]), (None, "all")):
         assert RALConfig(**BASE, router_layers=given).router_layers == wanted
+
+
+def test_from_the_command_line(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of text, router_coef as a word: at the second step on the rollouts the term acts."""
+    row = {
+        "problem": "What is it?", "options": ["A. a cat", "B. a dog"], "data_type": "text",
+        "solution": "<answer>A</answer>", "problem_type": "multiple choice",
+    }  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    (tmp_path / "rewards.py").write_text(
+        "def lengths(completions, **columns):\n"
+        "    return [len(c[0]['content']) % 5.0 for c in completions]\n"
+    )
+    words = [
+        "train", f"model={path}", f"data={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path / 'a'}",
+        f"rewards={tmp_path / 'rewards.py'}:lengths", "use_cpu=true", "report_to=none",
+        "per_device_train_batch_size=4", "num_generations=4", "max_completion_length=6",
+        "temperature=1", "num_iterations=2", "max_steps=2", "learning_rate=1e-2", "attn_coef=0",
+        "router_coef=2", "gradient_checkpointing=false", "save_strategy=no",
+    ]  # fmt: skip
+    assert main(words) != 0
+    assert "gives them, or freeze_vision=false; got Qwen3MoeForCausalLM" in capsys.readouterr().err
+    assert main([*words, "freeze_vision=false"]) == 0
+    steps = [step for step in read_metrics(tmp_path / "a/metrics.jsonl") if "loss" in step]
+    assert abs(steps[0]["router/divergence"]) < 1e-9 < steps[1]["router/divergence"]
+    assert steps[1]["router/loss"] != 0 and "router/load/inner_1" in steps[1]
 
 
 def test_what_is_refused(path: Path, tmp_path: Path) -> None:

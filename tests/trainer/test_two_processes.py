@@ -31,13 +31,14 @@ EQUAL = {
     "mixed": ["ddp", "fsdp2"],
     "resampling": ["ddp"],
     "objectives": ["ddp"],
+    "router": ["ddp", "fsdp2"],
 }
 RESUMING = ["ddp", "fsdp2", "fsdp2-sharded"]
 # One case is in the quick tier: a run takes seconds of both processors.
 slow_train = pytest.mark.slow(stands_in="test_two_processes_train_as_one")
 pytestmark = pytest.mark.xdist_group("two processes")  # one worker trains them all
 # Of each process by itself, or of the first micro-batch, which accumulating splits differently.
-OF_A_PROCESS = ("attn/grad_share",)
+OF_A_PROCESS = ("attn/grad_share", "router/load", "router/dead")
 OF_A_MICRO_BATCH = ("attn/divergence", "attn/visual_share", "attn/entropy", "entropy", "clip_ratio")
 
 
@@ -91,7 +92,8 @@ def test_two_processes_train_as_one(case: str, how: str, results: Path) -> None:
     if how == "ddp":
         assert "DistributedDataParallel" in two["wrapped"] and not sharded
     else:
-        assert {"FSDPQwen2_5_VLDecoderLayer", "FSDPLinear"} <= sharded  # the head by itself
+        layer = "Qwen3MoeDecoderLayer" if case == "router" else "Qwen2_5_VLDecoderLayer"
+        assert {f"FSDP{layer}", "FSDPLinear"} <= sharded  # the head by itself
     left_out = OF_A_PROCESS + (OF_A_MICRO_BATCH if case == "accumulating" else ())
     assert_same_run(one, two, left_out)
 
@@ -173,6 +175,9 @@ def test_pictures_are_those_of_one_process(case: str, how: str, results: Path) -
 def test_attention_term_mattered(case: str, results: Path) -> None:
     """Or the equality would say nothing of it: its share of the gradient, and its divergence."""
     log = load(results, case, "one")["log"]
+    if case == "router":
+        assert max(entry.get("router/divergence", 0.0) for entry in log) > 1e-3
+        return
     shares = [entry["attn/grad_share"] for entry in log if "attn/grad_share" in entry]
     assert max(shares) > 0.05
     if case != "teacher":

@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from ral import RALTrainer
 from ral.interrupts import interruptible
+from tests.integrations import mixtures
 from tests.trainer import evidence_case, tiny
 from tests.trainer.test_launch import resolved
 
@@ -74,6 +75,8 @@ CASES: dict[str, dict[str, Any]] = {
         "credit": "looking",
         "credit_top_share": 0.7,
     },
+    # Of a mixture, in prompts of text. Its balance loss is no sum over tokens: TRL averages it.
+    "router": {"attn_coef": 0.0, "router_coef": 20.0, "router_aux_loss_coef": 0.0},
     "resuming": {"optim": "adamw_torch", "learning_rate": 1e-3},
     "evaluating": {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny.dataset(4)},
 }
@@ -109,7 +112,7 @@ def dataset(case: str) -> Dataset:
     rows = list(evidence_case.dataset() if case == "objectives" else tiny.dataset(8))
     for number, row in enumerate(rows):
         row["prompt"][0]["content"] = "the cat " * number + row["prompt"][0]["content"]
-        if case == "mixed" and number not in (4, 6):
+        if case == "router" or (case == "mixed" and number not in (4, 6)):
             row["images"] = None
     return Dataset.from_list(rows)
 
@@ -131,6 +134,11 @@ def _train(model: str, case: str, how: str, folder: Path) -> dict[str, Any]:
     if case == "teacher":
         teacher = tiny.checkpoint(folder.parent, num_hidden_layers=3)
     rows = dataset(case)
+    if case == "router":
+        model, rows = str(mixtures.checkpoint(folder / "mixture")), rows.remove_columns("images")
+        if merged.get("fsdp"):
+            layers = {"transformer_layer_cls_to_wrap": ["Qwen3MoeDecoderLayer"]}
+            merged["fsdp_config"] = {**merged["fsdp_config"], **layers}
     if case == "mixed":
         merged["eval_dataset"] = rows.select(range(5))
     trainer = tiny.trainer(

@@ -21,6 +21,7 @@ namespace ral {
 constexpr int64_t kSplitRows = 32;
 
 struct PackedSequence {
+  int64_t number;  // -1: of none
   int64_t first_row, num_rows, first_key, num_keys, query_start;
   // Keys + 1, because rows without keys are written too.
   int64_t work() const { return num_rows * (num_keys + 1); }
@@ -47,11 +48,18 @@ inline void narrow(ral_policy_common& x, const PackedSequence& s, int num_thread
   x.num_threads = num_threads;
 }
 
+// Rows of no sequence have no head weights.
+template <class T>
+T* of_sequence(T* head_weights, int64_t num_heads, const PackedSequence& s) {
+  return s.number < 0 ? nullptr : shifted(head_weights, s.number * num_heads);
+}
+
 inline void narrow(ral_policy_side& x, const PackedSequence& s) {
   shift_tokens(x.q, s.first_row, size_of_dtype(x.dtype));
   shift_tokens(x.k, s.first_key, size_of_dtype(x.dtype));
   x.span_bias.data =
       shifted(static_cast<const float*>(x.span_bias.data), s.first_row * x.span_bias.stride_t);
+  x.head_weights = of_sequence(x.head_weights, x.num_heads, s);
   x.norm = shifted(x.norm, s.first_row);
   x.z = shifted(x.z, s.first_row);
 }
@@ -65,6 +73,7 @@ template <class Params>
 void narrow_gradients(Params& x, const PackedSequence& s) {
   shift_tokens(x.dq, s.first_row, size_of_dtype(x.policy.dtype));
   shift_tokens(x.dk, s.first_key, size_of_dtype(x.policy.dtype));
+  x.dhead_weights = of_sequence(x.dhead_weights, x.policy.num_heads, s);
 }
 
 inline ral_policy_params call_of(ral_policy_params x, const PackedSequence& s, int num_threads) {
@@ -126,6 +135,9 @@ class PackedCall {
     const ral_policy_common& c = params_.common;
     const int64_t n = c.num_sequences;
     int64_t work = 0;
+    if (params_.dhead_weights) {  // of sequences without rows
+      memset(params_.dhead_weights, 0, n * params_.policy.num_heads * sizeof(float));
+    }
     const auto add = [&](const PackedSequence& s) {
       if (s.num_rows == 0) return clear_keys(s.first_key, s.num_keys);
       sequences_.push_back(s);
@@ -133,10 +145,11 @@ class PackedCall {
     };
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = c.cu_seqlens_q[i], key = c.cu_seqlens_k[i];
-      add({row, c.cu_seqlens_q[i + 1] - row, key, c.cu_seqlens_k[i + 1] - key, c.query_starts[i]});
+      add({i, row, c.cu_seqlens_q[i + 1] - row, key, c.cu_seqlens_k[i + 1] - key,
+           c.query_starts[i]});
     }
     // After the last offset: rows without keys, and keys without rows.
-    add({c.cu_seqlens_q[n], c.num_rows - c.cu_seqlens_q[n], c.cu_seqlens_k[n], 0, 0});
+    add({-1, c.cu_seqlens_q[n], c.num_rows - c.cu_seqlens_q[n], c.cu_seqlens_k[n], 0, 0});
     clear_keys(c.cu_seqlens_k[n], c.seqlen_k - c.cu_seqlens_k[n]);
     return work;
   }

@@ -18,8 +18,8 @@ class PolicyBackward : private PolicyProducts<Compute, Reference, V> {
  public:
   PolicyBackward(const ral_policy_common& common, const ral_policy_side& policy,
                  const ral_policy_side* reference, const PolicyGradientSource& source,
-                 const ral_tensor& dq, const ral_tensor& dk, float* dspan_bias, int64_t sub_blocks)
-      : Base(common, policy, reference, source, dq, dk, dspan_bias, sub_blocks) {}
+                 const PolicyGradients& gradients, int64_t sub_blocks)
+      : Base(common, policy, reference, source, gradients, sub_blocks) {}
 
   int run() {
     const int threads = common_.num_threads;
@@ -43,6 +43,7 @@ class PolicyBackward : private PolicyProducts<Compute, Reference, V> {
       blocks_.begin(first_sample_);
       parallel_for(threads, samples * policy_.groups, pack_task, this);
       parallel_for(threads, samples * blocks_.blocks, prepare_task, this);
+      blocks_.finish_head_weights(samples);
       parallel_for(threads, samples * key_blocks_, key_block_task, this);
     }
     return RAL_OK;

@@ -23,6 +23,13 @@ struct PolicyGradientSource {
   const float* w = nullptr;
 };
 
+// What a backward writes; null = not wanted.
+struct PolicyGradients {
+  ral_tensor dq, dk;
+  float* dspan_bias = nullptr;
+  float* dhead_weights = nullptr;  // [B, H]
+};
+
 // One worker's scratch for a chunk of keys.
 struct StreamScratch {
   uint32_t* stage;
@@ -41,8 +48,7 @@ class PolicyGradientBlocks {
 
   PolicyGradientBlocks(const ral_policy_common& common, const ral_policy_side& policy,
                        const ral_policy_side* reference, const PolicyGradientSource& source,
-                       const ral_tensor& dq, float* dspan_bias, int64_t sub_blocks,
-                       int64_t block_groups)
+                       const PolicyGradients& gradients, int64_t sub_blocks, int64_t block_groups)
       : policy(common, policy, sub_blocks),
         reference(common, reference ? *reference : policy, sub_blocks),
         compares(reference != nullptr),
@@ -59,8 +65,7 @@ class PolicyGradientBlocks {
                     (streams_reference ? this->reference.packed_rows_size() : 0)),
         common_(common),
         source_(source),
-        dq_(dq),
-        dspan_bias_(dspan_bias),
+        gradients_(gradients),
         block_groups_(block_groups) {
     reserve_block();
   }
@@ -137,7 +142,7 @@ class PolicyGradientBlocks {
       memset(scratch.share + columns, 0, columns * sizeof(float));
     }
     finish_moments(index, scratch.moment, scratch.share);
-    if (dspan_bias_) {
+    if (gradients_.dspan_bias) {
       memset(block_floats(index, block_layout_.dbias), 0, bias_columns * sizeof(float));
     }
 
@@ -276,10 +281,10 @@ class PolicyGradientBlocks {
         float* from = stage + i * padded_d;
         for (int64_t d = 0; d < policy.side.head_dim; ++d) from[d] *= policy.side.scale;
         convert_from_float(policy.side.dtype, from, policy.side.head_dim,
-                           const_cast<char*>(policy.query(block, dq_, head, row)));
+                           const_cast<char*>(policy.query(block, gradients_.dq, head, row)));
       }
     }
-    if (!dspan_bias_) return;
+    if (!gradients_.dspan_bias) return;
     const float* dbias = block_floats(index, block_layout_.dbias);
     for (int64_t c = 0; c < policy.columns_size(); ++c) {
       int64_t head, row;
@@ -289,15 +294,32 @@ class PolicyGradientBlocks {
                                     &head, &row)) {
         continue;
       }
-      float* to = dspan_bias_ + policy.column_index(block, head, row) * common_.num_spans;
+      float* to = gradients_.dspan_bias + policy.column_index(block, head, row) * common_.num_spans;
       for (int64_t s = 0; s < common_.num_spans; ++s) {
         to[s] = dbias[s * policy.columns_size() + c];
       }
     }
   }
 
+  // Writes dhead_weights of a round's samples: delta_h, summed over rows in their order.
+  void finish_head_weights(int64_t samples) const {
+    if (!gradients_.dhead_weights) return;
+    const int64_t heads = policy.side.num_heads;
+    for (int64_t i = 0; i < samples * heads; ++i) {
+      const int64_t slot = i / heads, head = i % heads;
+      double sum = 0;
+      for (int64_t index = slot * blocks; index < (slot + 1) * blocks; ++index) {
+        for (int64_t row = 0; row < policy.rows; ++row) {  // delta is 0 where there is no row
+          sum += double{delta(index)[policy.column_of(head, row / kLanes) + row % kLanes]};
+        }
+      }
+      gradients_.dhead_weights[first_sample_ * heads + i] = static_cast<float>(sum);
+    }
+  }
+
   // Forms scale = w / (Z H), center = c, and delta_h of every column. Where l is far from 0, as in
-  // a table, the difference in delta_h needs what the sums lost.
+  // a table, the difference in delta_h needs what the sums lost. They hold the head's weight, which
+  // delta_h does not have.
   void finish_moments(int64_t index, const float* moment, const float* share) const {
     const TokenBlock& block = own_tokens(index);
     float* scale = block_floats(index, block_layout_.scale);
@@ -326,7 +348,10 @@ class PolicyGradientBlocks {
       const int64_t i = policy.row_of_column(c);
       const double u = double{moment[c]} + double{moment[columns_size + c]};
       const double w = double{share[c]} + double{share[columns_size + c]};
-      delta[c] = scale[i] == 0.f ? 0.f : scale[i] * static_cast<float>(u - center[i] * w);
+      const float head = policy.head_weight(block, c);
+      delta[c] = scale[i] == 0.f || head == 0.f
+                     ? 0.f
+                     : scale[i] * static_cast<float>((u - center[i] * w) / head);
     }
   }
 
@@ -363,7 +388,7 @@ class PolicyGradientBlocks {
     b.inverse = b.add(rows);
     b.reference_inverse = b.add(rows);
     b.bias = b.add(policy.bias_size());
-    b.dbias = b.add(dspan_bias_ ? bias_columns : 0);
+    b.dbias = b.add(gradients_.dspan_bias ? bias_columns : 0);
     b.dq = b.add(policy.total_panels * padded_d * kWidth);
     b.span_gradient = b.add(source_.dp && common_.span_ids ? policy.padded_spans * rows : 0);
   }
@@ -474,7 +499,7 @@ class PolicyGradientBlocks {
                       bool keeps) const {
     float* inverse_sum = norm + side.columns_size();
     sum_weights(side, block, in, norm, valid, inverse_sum, cache);
-    finish_sums(side, norm, valid, inverse_sum, z);
+    finish_sums(side, block, norm, valid, inverse_sum, z);
     if (keeps && side.side.norm) side.store_norm(block, norm, side.side.norm);
     for (int64_t i = 0; i < side.rows; ++i) {
       inverse[i] = side.inverse_of(z[i]);
@@ -486,8 +511,7 @@ class PolicyGradientBlocks {
 
   const ral_policy_common& common_;
   const PolicyGradientSource source_;
-  const ral_tensor dq_;
-  float* const dspan_bias_;
+  const PolicyGradients gradients_;
   const int64_t block_groups_;
   int64_t first_sample_ = 0;
   BlockLayout block_layout_{};

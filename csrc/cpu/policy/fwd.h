@@ -130,7 +130,7 @@ class PolicyForward {
     const SideBlock in{keys, queries, bias, norm, inverse};
     float* valid = floats(scratch_layout_.valid);
     sum_weights(side, block, in, norm, valid, inverse, WeightCache{});
-    finish_sums(side, norm, valid, inverse, z);
+    finish_sums(side, block, norm, valid, inverse, z);
     side.store_norm(block, norm, side.side.norm);
     for (int64_t i = 0; i < block.count; ++i) {
       side.side.z[block.row(common_, i)] = z[i];

@@ -19,8 +19,9 @@ struct PolicyKernels {
   static int bwd(const ral_policy_params& x, int64_t sub_blocks) {
     PolicyGradientSource source;
     source.dp = x.dp;
-    return PolicyBackward<Compute, Reference, V>(x.common, x.policy, nullptr, source, x.dq, x.dk,
-                                                 x.dspan_bias, sub_blocks)
+    const PolicyGradients gradients{x.dq, x.dk, x.dspan_bias, x.dhead_weights};
+    return PolicyBackward<Compute, Reference, V>(x.common, x.policy, nullptr, source, gradients,
+                                                 sub_blocks)
         .run();
   }
 
@@ -41,8 +42,9 @@ struct PolicyKernels {
     source.dvalue = x.dvalue;
     source.u = x.u;
     source.w = x.w;
-    return PolicyBackward<Compute, Reference, V>(x.common, x.policy, &x.reference, source, x.dq,
-                                                 x.dk, nullptr, sub_blocks)
+    const PolicyGradients gradients{x.dq, x.dk, nullptr, x.dhead_weights};
+    return PolicyBackward<Compute, Reference, V>(x.common, x.policy, &x.reference, source,
+                                                 gradients, sub_blocks)
         .run();
   }
 
@@ -55,8 +57,9 @@ struct PolicyKernels {
     source.kind = x.kind;
     source.target = target_of(x);
     source.dvalue = x.dvalue;
-    return PolicyLoss<Compute, Reference, V>(x.common, x.policy, x.reference, source, x.value, x.dq,
-                                             x.dk, x.reference_normalised != 0, sub_blocks)
+    const PolicyGradients gradients{x.dq, x.dk, nullptr, x.dhead_weights};
+    return PolicyLoss<Compute, Reference, V>(x.common, x.policy, x.reference, source, x.value,
+                                             gradients, x.reference_normalised != 0, sub_blocks)
         .run();
   }
 };

@@ -26,8 +26,8 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
 
   PolicyLoss(const ral_policy_common& common, const ral_policy_side& policy,
              const ral_policy_side& reference, const PolicyGradientSource& source, float* value,
-             const ral_tensor& dq, const ral_tensor& dk, bool reference_given, int64_t sub_blocks)
-      : Base(common, policy, &reference, source, dq, dk, nullptr, sub_blocks),
+             const PolicyGradients& gradients, bool reference_given, int64_t sub_blocks)
+      : Base(common, policy, &reference, source, gradients, sub_blocks),
         value_(value),
         reference_given_(reference_given) {}
 
@@ -76,6 +76,7 @@ class PolicyLoss : private PolicyProducts<Compute, Reference, V> {
       for (int64_t i = 0; i < samples * key_blocks_; ++i) turns_[i] = Turn{0, false};
       parallel_for(threads, samples * policy_.groups, pack_task, this);
       parallel_for(threads, samples * blocks_.blocks, block_task, this);
+      blocks_.finish_head_weights(samples);
     }
     return RAL_OK;
   }

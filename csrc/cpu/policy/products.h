@@ -22,12 +22,12 @@ class PolicyProducts {
  protected:
   PolicyProducts(const ral_policy_common& common, const ral_policy_side& policy,
                  const ral_policy_side* reference, const PolicyGradientSource& source,
-                 const ral_tensor& dq, const ral_tensor& dk, float* dspan_bias, int64_t sub_blocks)
+                 const PolicyGradients& gradients, int64_t sub_blocks)
       : common_(common),
-        blocks_(common, policy, reference, source, dq, dspan_bias, sub_blocks, kBlockGroups),
+        blocks_(common, policy, reference, source, gradients, sub_blocks, kBlockGroups),
         policy_(blocks_.policy),
-        dk_(dk),
-        has_bias_gradient_(dspan_bias != nullptr),
+        dk_(gradients.dk),
+        has_bias_gradient_(gradients.dspan_bias != nullptr),
         key_blocks_((policy_.groups + kBlockGroups - 1) / kBlockGroups) {}
   ~PolicyProducts() = default;
 

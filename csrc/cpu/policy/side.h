@@ -160,6 +160,21 @@ class PolicySide {
     *head = kv_head * (side.num_heads / side.num_kv_heads) + vector / sub_blocks;
     return vector < vectors && *row < block.count;
   }
+  // In the mean over heads, of column `c` of [total_panels][kWidth]; 1 for padding.
+  float head_weight(const TokenBlock& block, int64_t c) const {
+    if (!side.head_weights) return 1.f;
+    const int64_t vector = c / kWidth % panels * V + c % kWidth / kLanes;
+    if (vector >= vectors) return 1.f;
+    const int64_t group = side.num_heads / side.num_kv_heads;
+    const int64_t head = c / kWidth / panels * group + vector / sub_blocks;
+    return side.head_weights[block.batch * side.num_heads + head];
+  }
+  // Of the first lane of sub-block `sub` of a head, in [total_panels][kWidth].
+  int64_t column_of(int64_t head, int64_t sub) const {
+    const int64_t group = side.num_heads / side.num_kv_heads;
+    const int64_t vector = head % group * sub_blocks + sub;
+    return (head / group * panels + vector / V) * kWidth + vector % V * kLanes;
+  }
   // 1 / (Z H), or 0 where the valid keys weigh less than kSmallestWeight. There the inverse, or its
   // product with a row's weight, could overflow.
   float inverse_of(float z) const {

@@ -21,7 +21,7 @@ struct SideBlock {
   const uint32_t* queries;  // [total_panels][padded_steps][kWidth]
   const float* bias;        // [padded_spans][total_panels][kWidth], or null
   const float* stabiliser;  // [total_panels][kWidth], in powers of two; 0 where no key is seen
-  const float* inverse;     // likewise, 1 / sum of the weights; 0 where no key is seen
+  const float* inverse;     // likewise, head's weight / sum of the weights; 0 where no key is seen
 };
 
 // Weights of all heads on all keys, as the stream for the normalisers leaves them. They are not
@@ -211,10 +211,11 @@ void sum_weights(const PolicySide<Compute, V>& side, const TokenBlock& block, co
 }
 
 // The normaliser of every column and the valid share z of every row. In place over what sum_weights
-// left: `other` becomes the inverse of the sum, `valid` the valid share W_h.
+// left: `other` becomes the inverse of the sum, `valid` the valid share W_h, both times the head's
+// weight.
 template <class Compute, int V>
-void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* valid, float* other,
-                 float* z) {
+void finish_sums(const PolicySide<Compute, V>& side, const TokenBlock& block, float* stabiliser,
+                 float* valid, float* other, float* z) {
   constexpr int64_t kWidth = V * kLanes;
   settle(valid, side.columns_size());
   settle(other, side.columns_size());
@@ -222,8 +223,10 @@ void finish_sums(const PolicySide<Compute, V>& side, float* stabiliser, float* v
   for (int64_t i = 0; i < side.total_panels * kWidth; ++i) {
     const int64_t panel = i / kWidth;
     const int64_t vector = panel % side.panels * V + i % kWidth / kLanes;
-    const float sum = valid[i] + other[i];
+    float sum = valid[i] + other[i];
     const bool empty = sum == 0.f || vector >= side.vectors;
+    // A quotient, which no compiler joins with z's sum to an FMA: a weight of 1 changes no bit.
+    sum /= side.head_weight(block, i);
     valid[i] = empty ? 0.f : valid[i] / sum;
     other[i] = empty ? 0.f : 1.f / sum;
     if (empty) stabiliser[i] = 0.f;

@@ -75,8 +75,9 @@ struct attention_bwd_dkdv_kernel {
           const bool there = query < sequence.length_q;
           const float lse = there ? load_global(params.lse_log2 + statistics_row + query) : 0.0f;
           const float delta = there ? load_global(params.delta + statistics_row + query) : 0.0f;
+          const float low_dm = keys.dm_is_of_query() ? dm.at(query, keys.low_span) : 0.0f;
           store_shared(statistics + thread_index(), lse);
-          store_shared(statistics + kBlockQ + thread_index(), keys.delta_of(delta, dm, query));
+          store_shared(statistics + kBlockQ + thread_index(), keys.delta_of(delta, low_dm));
         }
         wait_for_copies<1>();
         sync_block();                // k, v, q and the statistics have arrived

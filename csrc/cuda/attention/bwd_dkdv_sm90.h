@@ -19,7 +19,8 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
   static constexpr int kGroupK = kPanelRows, kBlockKeys = kGroupK * kConsumers;
   static constexpr int kBlockQ = kPanelRows, kLaneQueries = kBlockQ / kWarpSize;
   static constexpr int kMinBlocks = 1;
-  static constexpr int kStatisticsBytes = 2 * kBlockQ * int(sizeof(float));  // per warp
+  // Per warp: lse_log2, delta, and dm of two spans.
+  static constexpr int kStatisticsBytes = 4 * kBlockQ * int(sizeof(float));
   static constexpr int kUsedBytes = Base::kStatisticsAt + 4 * kConsumers * kStatisticsBytes;
   static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // room to align to 1024 bytes
   static_assert(kGroupK == kBlockK, "a warp knows of 64 keys");
@@ -75,6 +76,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     float* const lse_log2 = reinterpret_cast<float*>(
         shared + Base::kStatisticsAt + (group * 4 + warp_index() % 4) * kStatisticsBytes);
     float* const delta = lse_log2 + kBlockQ;
+    float *const low_dm = delta + kBlockQ, *const high_dm = low_dm + kBlockQ;
     char* const k_tile = shared + Base::own_at(0) + group * kTileBytes;
     char* const v_tile = shared + Base::own_at(1) + group * kTileBytes;
     const uint32_t k = shared_address(k_tile), v = shared_address(v_tile);
@@ -102,14 +104,19 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
         char* const dout_tile = Base::tile(shared, ring, 1);
         const uint32_t q = shared_address(q_tile), dout = shared_address(dout_tile);
         const int32_t num_queries = block.sequence.length_q - first;
-        float own_lse[kLaneQueries], own_delta[kLaneQueries];  // loaded while products run
+        // Loaded before products start, and read after that.
+        float own_lse[kLaneQueries], own_delta[kLaneQueries], own_dm[kLaneQueries][2];
         RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
           const int32_t row = i * kWarpSize + lane_index();
           const bool there = row < num_queries;
           const int64_t at = statistics + first + row;
           own_lse[i] = there ? load_global(backward.lse_log2 + at) : 0.0f;
           own_delta[i] = there ? load_global(backward.delta + at) : 0.0f;
-          own_delta[i] = keys.delta_of(own_delta[i], dm, first + row);
+          own_dm[i][0] = own_dm[i][1] = 0.0f;
+        }
+        if (keys.dm_is_of_query()) {
+          RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i)
+            keys.load_dm(own_dm[i], dm, first + i * kWarpSize + lane_index());
         }
         Base::wait_for(barriers, ring, 0);
         // TMA does not zero queries of the next sequence.
@@ -126,8 +133,13 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
 
         sync_warp();  // all lanes have read the previous statistics
         RAL_UNROLL for (int i = 0; i < kLaneQueries; ++i) {
-          store_shared(lse_log2 + i * kWarpSize + lane_index(), own_lse[i]);
-          store_shared(delta + i * kWarpSize + lane_index(), own_delta[i]);
+          const int at = i * kWarpSize + lane_index();
+          store_shared(lse_log2 + at, own_lse[i]);
+          store_shared(delta + at, keys.delta_of(own_delta[i], own_dm[i][0]));
+          if (keys.dm_of == DmOf::kTwoSpans) {
+            store_shared(low_dm + at, own_dm[i][0]);
+            store_shared(high_dm + at, own_dm[i][1]);
+          }
         }
         sync_warp();
 
@@ -138,7 +150,7 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
         start_all_products<T>(dv[0], left_p, dout);  // (8)
         wait_for_products<1>();
         pin(ds[0]);
-        keys.differentiate(ds, p, delta, dm, first);
+        keys.differentiate(ds, p, delta, dm, first, low_dm, high_dm);
         round_left<T>(left_ds, ds[0]);
         start_all_products<T>(dk[0], left_ds, q);  // (15), without the scale
         wait_for_products<1>();

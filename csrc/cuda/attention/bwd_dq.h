@@ -69,7 +69,7 @@ struct attention_bwd_dq_kernel {
       sync_block();  // v has arrived
       float ds[1][kBlockK / 8][4];
       multiply_transposed(ds, dout, warp_row, v);  // (9), without dm
-      rows.differentiate(ds, p, keys, block);
+      rows.differentiate(ds, p, keys, rows.load_dm(keys, block), block);
       add_product(dq, ds, k);  // (14), without the scale
       sync_block();            // k and v are no longer read
     }

@@ -77,6 +77,11 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     uint32_t left[4][4];
     const float scale = call.scale * kLog2e;
     Ring<kStages> ring;
+    // Of the next block of its own, loaded while the last product of a round runs.
+    const auto load_keys = [&](int32_t first) {
+      return load_key_block(block.ids, block.padding, first, block.visibility.length_k);
+    };
+    KeyBlock keys = load_keys(own_begin);
 
     wait(&barriers.full_own, 0);
     for (int32_t first = begin; first <= high; first += kBlockK, ring.advance()) {
@@ -84,8 +89,6 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
         Base::pass_over(barriers, ring);
         continue;
       }
-      const KeyBlock keys =
-          load_key_block(block.ids, block.padding, first, block.visibility.length_k);
       char* const k_tile = Base::tile(shared, ring, 0);
       const uint32_t k = shared_address(k_tile), v = shared_address(Base::tile(shared, ring, 1));
       Base::wait_for(barriers, ring, 0);
@@ -97,15 +100,17 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
       start_all_scores<T, kHeadDim>(p[0], q, k);
       Base::wait_for(barriers, ring, 1);
       start_all_scores<T, kHeadDim>(ds[0], dout, v);  // (9), without dm
+      const WarpQueries::Dm dm = rows.load_dm(keys, block);
       wait_for_products<1>();
       pin(p[0]);
       rows.weigh(p, keys, first, range, scale, block.visibility);
       wait_for_products<0>();
       pin(ds[0]);
       Base::give_up(barriers, ring, 1);
-      rows.differentiate(ds, p, keys, block);
+      rows.differentiate(ds, p, keys, dm, block);
       round_left<T>(left, ds[0]);
       start_all_products<T>(dq[0], left, k);  // (14), without the scale
+      keys = load_keys(first + kBlockK);
       wait_for_products<0>();
       pin(dq[0]);
       pin(left);

@@ -27,35 +27,60 @@ struct QueryRange {
                                      block.sequence.length_q - 1)) {}
 };
 
+// How the gradient of marginals, dm, reaches the rows and columns of a block of scores.
+enum class DmOf {
+  kNothing,   // there is none
+  kOneSpan,   // the block has one span: dm belongs to a query, so it is part of what (11) subtracts
+  kTwoSpans,  // two numbers a query, loaded in advance
+  kEachKey,   // loaded where it is added
+};
+
 // A warp's 16 keys of a block of kBlockK. Scores are transposed: rows are keys, columns are
 // queries.
 struct WarpKeys {
   static constexpr int kRows = 2;
   KeyBlock keys;
   int32_t first_key, warp_key;  // the block's first; the warp's first, in the block
-  bool has_dm;
-  int32_t span[kRows], only_span;  // of the lane's keys; of the block, if it has only one
-  bool real[kRows];
+  DmOf dm_of;
+  int32_t span[kRows];            // of the lane's keys
+  int32_t low_span, high_span;    // of the warp's first key and of its last
+  bool real[kRows], high[kRows];  // high: the key's span is high_span, if there are two
 
   RAL_DEVICE WarpKeys(const KeysOfBlock& block, int32_t first_key, int warp_key)
       : keys(load_key_block(block.ids, block.padding, first_key, block.visibility.length_k)),
         first_key(first_key),
         warp_key(warp_key),
-        has_dm(block.ids != nullptr),
-        only_span(keys.span_of(0)) {
+        low_span(keys.span_of(warp_key)),
+        high_span(keys.span_of(warp_key + 15)) {
+    // Bit i: spans differ between the warp's keys i - 1 and i.
+    const uint32_t borders = uint32_t(keys.starts >> warp_key) & 0xfffe;
+    dm_of = block.ids == nullptr             ? DmOf::kNothing
+            : keys.is_one_span()             ? DmOf::kOneSpan
+            : (borders & (borders - 1)) == 0 ? DmOf::kTwoSpans
+                                             : DmOf::kEachKey;
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
       const int key = warp_key + row_in_warp(i);
       real[i] = (keys.real >> key & 1) != 0;
       const int32_t from_low = shuffle(keys.low, key % 32),
                     from_high = shuffle(keys.high, key % 32);
       span[i] = key < 32 ? from_low : from_high;
+      high[i] = (borders & (2u << row_in_warp(i)) - 1) != 0;
     }
   }
 
-  // What (11) subtracts from the gradients of a query's weights. In a block within one span dm is
-  // the same for all keys, so it is part of this.
-  RAL_DEVICE float delta_of(float delta, const MarginalGradient& dm, int32_t query) const {
-    return has_dm && keys.is_one_span() ? delta - dm.at(query, only_span) : delta;
+  // Whether load_dm loads all of dm that the warp's keys need.
+  RAL_DEVICE bool dm_is_of_query() const {
+    return dm_of == DmOf::kOneSpan || dm_of == DmOf::kTwoSpans;
+  }
+  // dm of a query: of low_span and of high_span.
+  RAL_DEVICE void load_dm(float (&of_query)[2], const MarginalGradient& dm, int32_t query) const {
+    of_query[0] = dm.at(query, low_span);
+    of_query[1] = dm_of == DmOf::kTwoSpans ? dm.at(query, high_span) : 0.0f;
+  }
+
+  // What (11) subtracts from the gradients of a query's weights. low_dm: dm of low_span.
+  RAL_DEVICE float delta_of(float delta, float low_dm) const {
+    return dm_of == DmOf::kOneSpan ? delta - low_dm : delta;
   }
 
   // Turns scores into weights (5). lse_log2: of the queries, in shared memory.
@@ -79,12 +104,17 @@ struct WarpKeys {
   }
 
   // Turns gradients of weights into gradients of scores: the rest of (9), whose product is in `ds`,
-  // and (11).
+  // and (11). delta, low_dm, high_dm: of the queries, in shared memory. Without the last two, dm is
+  // loaded for each key.
   template <int kTiles>
   RAL_DEVICE void differentiate(float (&ds)[1][kTiles][4], const float (&p)[1][kTiles][4],
-                                const float* delta, const MarginalGradient& dm,
-                                int32_t first_query) const {
-    if (has_dm && !keys.is_one_span()) add_dm(ds, dm, first_query);
+                                const float* delta, const MarginalGradient& dm, int32_t first_query,
+                                const float* low_dm = nullptr,
+                                const float* high_dm = nullptr) const {
+    if (dm_of == DmOf::kTwoSpans && low_dm != nullptr)
+      add_dm(ds, low_dm, high_dm);
+    else if (dm_of == DmOf::kTwoSpans || dm_of == DmOf::kEachKey)
+      add_dm(ds, dm, first_query);
     RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
       const Float2 both = load_shared(reinterpret_cast<const Float2*>(delta + 8 * c + mine()));
       RAL_UNROLL for (int i = 0; i < kRows; ++i) {
@@ -115,7 +145,21 @@ struct WarpKeys {
     }
   }
 
-  // Adds the gradient of the marginals, for each key's own span.
+  // Adds dm of each key's span, out of two in shared memory.
+  template <int kTiles>
+  RAL_DEVICE void add_dm(float (&dp)[1][kTiles][4], const float* low_dm,
+                         const float* high_dm) const {
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const float* of_key = (high[i] ? high_dm : low_dm) + mine();
+      RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
+        const Float2 both = load_shared(reinterpret_cast<const Float2*>(of_key + 8 * c));
+        dp[0][c][2 * i] += both.x;
+        dp[0][c][2 * i + 1] += both.y;
+      }
+    }
+  }
+
+  // Adds dm of each key's span.
   template <int kTiles>
   RAL_DEVICE void add_dm(float (&dp)[1][kTiles][4], const MarginalGradient& dm,
                          int32_t first_query) const {
@@ -180,20 +224,52 @@ struct WarpQueries {
     if (!all_visible || ~keys.real != 0) hide(p, visibility, keys.real, first, warp_query, 0.0f);
   }
 
+  // dm of the lane's rows in a block of at most two spans: of the first span and of the second.
+  struct Dm {
+    DmOf of;
+    float low[kRows], high[kRows];
+  };
+  RAL_DEVICE Dm load_dm(const KeyBlock& keys, const QueriesWithGradient& block) const {
+    Dm dm{DmOf::kNothing, {0.0f, 0.0f}, {0.0f, 0.0f}};
+    if (block.ids == nullptr) return dm;
+    const uint64_t borders = keys.starts & ~uint64_t(1);
+    dm.of = borders == 0                     ? DmOf::kOneSpan
+            : (borders & (borders - 1)) == 0 ? DmOf::kTwoSpans
+                                             : DmOf::kEachKey;
+    if (dm.of == DmOf::kEachKey) return dm;
+    const int32_t low_span = keys.span_of(0), high_span = keys.span_of(kBlockK - 1);
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      const int32_t query = warp_query + row_in_warp(i);
+      dm.low[i] = block.dm.at(query, low_span);
+      if (dm.of == DmOf::kTwoSpans) dm.high[i] = block.dm.at(query, high_span);
+    }
+    return dm;
+  }
+
   // Turns gradients of weights into gradients of scores: the rest of (9), whose product is in `ds`,
   // and (11).
   RAL_DEVICE void differentiate(float (&ds)[1][kBlockK / 8][4], const float (&p)[1][kBlockK / 8][4],
-                                const KeyBlock& keys, const QueriesWithGradient& block) const {
-    const bool has_dm = block.ids != nullptr;
+                                const KeyBlock& keys, const Dm& dm,
+                                const QueriesWithGradient& block) const {
+    if (dm.of == DmOf::kTwoSpans) {
+      const int32_t border =
+          lowest_bit(keys.starts & ~uint64_t(1)) - 2 * (lane_index() % 4);  // from the lane's first
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 4; ++e)
+          ds[0][c][e] += 8 * c + e % 2 < border ? dm.low[e / 2] : dm.high[e / 2];
+    } else if (dm.of == DmOf::kEachKey) {
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int32_t span = keys.span_of_column(c, e);
+          RAL_UNROLL for (int i = 0; i < kRows; ++i)
+            ds[0][c][2 * i + e] += block.dm.at(warp_query + row_in_warp(i), span);
+        }
+    }
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-      const int32_t query = warp_query + row_in_warp(i);
-      // In a block within one span dm is the same for all keys of a row, so it is part of delta.
-      float row_delta = delta[i];
-      if (has_dm && keys.is_one_span()) row_delta -= block.dm.at(query, keys.span_of(0));
+      const float row_delta = dm.of == DmOf::kOneSpan ? delta[i] - dm.low[i] : delta[i];
       RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
         for (int e = 0; e < 2; ++e) {
           float& dp = ds[0][c][2 * i + e];
-          if (has_dm && !keys.is_one_span()) dp += block.dm.at(query, keys.span_of_column(c, e));
           dp = gradient_of_score(p[0][c][2 * i + e], dp, row_delta);
         }
     }

@@ -54,8 +54,8 @@ int attention_bwd_dkdv_sm90(const AttentionBwdSm90Params& params, void* stream);
 //     weights are set to 0, and so is all that is made from these, whatever the scores were.
 //  6. Results. They pass through the consumer's own tiles in shared memory. Its four warps
 //     synchronise before the first store, each after waiting for its own last products.
-//  7. Statistics. Lanes exchange statistics of queries by ordinary accesses within a warp: a
-//     sync_warp stands on both sides of the stores.
+//  7. Statistics. Lanes exchange statistics of queries, and dm of two spans, by ordinary accesses
+//     within a warp: a sync_warp stands on both sides of the stores.
 template <int kHeadDim, int kConsumerWarpgroups>
 struct AttentionBwdSm90 {
   static constexpr int kConsumers = kConsumerWarpgroups;

@@ -211,10 +211,10 @@ struct attention_fwd_sm90_kernel {
     }
     for (int32_t n = 1; n < num_blocks; ++n) {
       const int32_t first = begin + n * kBlockK;
-      const KeyBlock keys =
-          load_key_block(block.ids, block.padding, first, block.visibility.length_k);
       start_q_k();
       start_p_v();
+      const KeyBlock keys =
+          load_key_block(block.ids, block.padding, first, block.visibility.length_k);
       wait_for_products<1>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);

@@ -34,6 +34,18 @@ extern "C" RAL_EXPORT void ral_cuda_attention_struct_sizes(int64_t sizes[3]) {
   sizes[2] = sizeof(ral_attention_gradients);
 }
 
+// The CUDA version that the driver supports (0 without a driver), and that of the linked runtime,
+// as 1000 major + 10 minor.
+extern "C" RAL_EXPORT void ral_cuda_versions(int32_t versions[2]) {
+  int driver = 0, runtime = 0;
+#ifndef RAL_CUDA_ON_HOST
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+#endif
+  versions[0] = driver;
+  versions[1] = runtime;
+}
+
 // The kernel whose launch failed last in this thread, and the text of an entry point's status.
 extern "C" RAL_EXPORT const char* ral_cuda_failed_kernel() {
   return ral::cuda::failed_kernel;

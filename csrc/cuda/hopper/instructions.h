@@ -16,6 +16,9 @@
 #else
 
 #include <cuda.h>
+#ifdef RAL_CUDA_CHECKS
+#include <stdio.h>
+#endif
 
 #include "ral/attention.h"
 
@@ -52,10 +55,17 @@ RAL_DEVICE void arrive_expecting(Barrier* barrier, uint32_t bytes) {
       "r"(bytes)
       : "memory");
 }
-// Waits until the phase of this parity has ended. Acquires what was released in it.
-RAL_DEVICE void wait(Barrier* barrier, uint32_t parity) {
+// Waits until the phase of this parity has ended. Acquires what was released in it. With
+// RAL_CUDA_CHECKS, a wait of 10^8 clocks says where it stands and ends the kernel, which would
+// hang. The call of printf makes ptxas serialise wgmma: that build is for finding a hang, not for
+// timing.
+RAL_DEVICE void wait(Barrier* barrier, uint32_t parity, const char* file = __builtin_FILE(),
+                     int line = __builtin_LINE()) {
   const uint32_t address = shared_address(barrier);
   uint32_t over;
+#ifdef RAL_CUDA_CHECKS
+  const long long begin = clock64();
+#endif
   do {
     asm volatile(
         "{\n.reg .pred over;\n"
@@ -64,6 +74,14 @@ RAL_DEVICE void wait(Barrier* barrier, uint32_t parity) {
         : "=r"(over)
         : "r"(address), "r"(parity)
         : "memory");
+#ifdef RAL_CUDA_CHECKS
+    if (over == 0 && clock64() - begin > 100000000) {
+      printf(
+          "%s:%d: CTA %u, thread %u waits for ever for parity %u of the mbarrier at shared + %u\n",
+          file, line, blockIdx.x, threadIdx.x, parity, address);
+      __trap();
+    }
+#endif
   } while (over == 0);
 }
 

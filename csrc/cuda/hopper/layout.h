@@ -49,22 +49,24 @@ constexpr int kSwizzledRows = 8, kSwizzledBytes = kSwizzledRows * kPanelRowBytes
 
 constexpr uint64_t kSwizzle128 = 1;
 
-RAL_ARITHMETIC uint64_t descriptor(uint32_t address, uint32_t leading_bytes,
+// `bytes` past a tile: a constant, so a tile is encoded once and each of its descriptors costs one
+// 32-bit addition. It carries into no other field, because shared memory ends below 2^18 bytes.
+RAL_ARITHMETIC uint64_t descriptor(uint32_t tile, int bytes, uint32_t leading_bytes,
                                    uint32_t stride_bytes) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading_bytes >> 4) << 16 |
-         uint64_t(stride_bytes >> 4) << 32 | kSwizzle128 << 62;
+  const uint32_t low = ((tile & 0x3ffff) >> 4 | leading_bytes >> 4 << 16) + uint32_t(bytes >> 4);
+  return uint64_t(low) | uint64_t(stride_bytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
 // Columns [16 step, 16 step + 16) of a tile, contracted over. A row of the tile is a row of the
 // operand.
 RAL_ARITHMETIC uint64_t columns_descriptor(uint32_t tile, int step) {
-  return descriptor(tile + uint32_t(step / 4 * kPanelBytes + step % 4 * 32), 16, kSwizzledBytes);
+  return descriptor(tile, step / 4 * kPanelBytes + step % 4 * 32, 16, kSwizzledBytes);
 }
 
 // Rows [16 step, 16 step + 16) of a tile, contracted over. A column of the tile is a row of the
 // operand.
 RAL_ARITHMETIC uint64_t rows_descriptor(uint32_t tile, int step) {
-  return descriptor(tile + uint32_t(step * 2 * kSwizzledBytes), kPanelBytes, kSwizzledBytes);
+  return descriptor(tile, step * 2 * kSwizzledBytes, kPanelBytes, kSwizzledBytes);
 }
 
 // ---- Tensor maps --------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ struct PolicyBwdParams {
   int32_t keys_per_piece;     // a multiple of kBlockK
   const float* l;             // [samples, rows, chunk.stride]
   const float* c;             // [samples, rows] (4)
-  const float* factor;        // [samples, H, rows] dD / (Z H) times the row's 1 / sum, or 0
-  const float* delta;         // [samples, H, rows] (6), with dD, times the row's 1 / sum
+  const float* factor;        // [samples, H, rows] dD / (Z H) times the row's w_h / sum, or 0
+  const float* delta;         // [samples, H, rows] (6), with dD, times the row's w_h / sum
   ral_tensor dq, dk;          // of the side's type
   float* dq_parts;            // [pieces, samples, H, rows, D]; null = dq itself is written
   float* dk_so_far;           // [Hk, N, D] float32 sum over the chunks so far, or null
@@ -81,7 +81,7 @@ struct RowsOfHead {
 };
 
 // (5) and (7) of one element. `weight` is relative to the row's stabiliser; `factor` and `delta`
-// contain the row's 1 / sum. A weight of 0 has gradient 0, whatever l is.
+// contain the row's w_h / sum. A weight of 0 has gradient 0, whatever l is.
 RAL_DEVICE float gradient_of_policy_score(float weight, float l, float c, float factor,
                                           float delta) {
   return weight == 0.0f ? 0.0f : weight * ((l - c) * factor - delta);

@@ -3,8 +3,8 @@
 // Statistics of both sides come first. Then rows are taken in chunks whose l fits the scratch. For
 // each chunk policy_terms_kernel writes r, then replaces it by l and adds up D and U. With a
 // target, policy_target_rows_kernel writes r if the target has ids; without ids there is no r in
-// memory. What a row's gradient needs, dq and dk follow. Nothing depends on the device: the same
-// call gives the same bits everywhere.
+// memory. What a row's gradient needs, dq and dk follow; after the last chunk, the gradient of head
+// weights. Nothing depends on the device: the same call gives the same bits everywhere.
 #include "policy/launches.h"
 #include "policy/rows.h"
 
@@ -106,6 +106,7 @@ class PolicyDivergence {
       call_.u = u;
       call_.w = w;
     }
+    dhead_weights_ = scratch.take(num_heads * all_rows, call.dhead_weights != nullptr);
     scratch_used_ = scratch.used();
   }
 
@@ -122,7 +123,7 @@ class PolicyDivergence {
         const int error = run_chunk(b, t);
         if (error != 0) return error;
       }
-    return 0;
+    return dhead_weights_ == nullptr ? 0 : head_weights();
   }
 
  private:
@@ -181,9 +182,21 @@ class PolicyDivergence {
     params.c = c_;
     params.factor = factor_;
     params.delta = delta_;
+    params.dhead_weights = dhead_weights_;
     const int64_t num_rows = int64_t(chunk.num_samples) * chunk.num_rows;
     return run<policy_rows_kernel>(cdiv(num_rows, policy_rows_kernel::kRowsPerBlock), params,
                                    stream_);
+  }
+
+  int head_weights() const {
+    const ral_policy_common& common = call_.common;
+    const int64_t samples =
+        common.cu_seqlens_q == nullptr ? common.batch_size : common.num_sequences;
+    return run<policy_head_weights_kernel>(
+        cdiv(samples * call_.policy.num_heads, policy_head_weights_kernel::kPerBlock),
+        PolicyHeadWeightsParams{common, call_.policy.num_heads, dhead_weights_,
+                                call_.dhead_weights},
+        stream_);
   }
 
   PolicyBwdParams bwd_params(const RowChunk& chunk) const {
@@ -226,7 +239,7 @@ class PolicyDivergence {
   Pieces pieces_{1, 1};
   int64_t scratch_used_;
   float *l_, *value_parts_, *u_parts_, *c_, *factor_, *delta_, *dq_parts_, *dk_so_far_;
-  float* ref_w_;
+  float *ref_w_, *dhead_weights_;
 };
 
 static bool passes(const ral_policy_divergence_params* call, const Pass& pass) {

@@ -1,5 +1,5 @@
 // Reduces each row's sums over keys to D, and forms what the row's gradient needs. Equations (1),
-// (3), (4) and (6) of ral_kernels/ops/policy/divergence.md.
+// (3), (4), (6) and (12) of ral_kernels/ops/policy/divergence.md.
 #pragma once
 
 #include "policy/side.h"
@@ -21,6 +21,7 @@ struct PolicyRowsParams {
   float* c;
   float* factor;
   float* delta;
+  float* dhead_weights;  // [B, H, T] terms of (12), or null
 };
 
 // One warp per row. A row has no gradient if its value is infinite or if one side has no policy.
@@ -78,14 +79,17 @@ struct policy_rows_kernel {
     for (int64_t h = lane; h < num_heads; h += kWarpSize) {
       const int64_t per_head = (b * num_heads + h) * num_rows + t;
       float scaled = 0.0f, delta = 0.0f;
-      if (!constant) {
-        // dS is a multiple of P_h. The normaliser of P_h enters here, once per row.
+      const float head = head_weight(params.policy, sample, h);
+      if (!constant && head != 0.0f) {
+        // dS is a multiple of w_h P_h. The normaliser of P_h, with w_h, enters here, once per row.
         scaled = factor * load_global(inverses + per_head);
-        delta = load_global(u + h * num_rows) - c * load_global(params.w + per_head);
+        delta = (load_global(u + h * num_rows) - c * load_global(params.w + per_head)) / head;
       }
       const int64_t at = chunk.at(b, num_heads, h, t);
       store_global(params.factor + at, scaled);
       store_global(params.delta + at, delta * scaled);  // (6)
+      if (params.dhead_weights != nullptr)
+        store_global(params.dhead_weights + per_head, delta * factor);
     }
   }
 
@@ -99,6 +103,38 @@ struct policy_rows_kernel {
     for (int32_t part = first + lane_index(); part < stop; part += kWarpSize)
       sum += load_global(parts + part);
     return warp_sum(sum);
+  }
+};
+
+struct PolicyHeadWeightsParams {
+  ral_policy_common common;
+  int64_t num_heads;
+  const float* terms;    // [B, H, T] of (12)
+  float* dhead_weights;  // [B, H], or [num_sequences, H]
+};
+
+// Sums the terms of (12) over rows, in a fixed order. One warp has a head of a sample.
+struct policy_head_weights_kernel {
+  using Params = PolicyHeadWeightsParams;
+  static constexpr int kThreads = 128, kMinBlocks = 8, kSharedBytes = 0;
+  static constexpr int kPerBlock = kThreads / kWarpSize;
+  static const char* name() { return "policy_head_weights_kernel"; }
+
+  RAL_DEVICE static void run(const Params& params, char*) {
+    const ral_policy_common& common = params.common;
+    const bool packed = common.cu_seqlens_q != nullptr;
+    const int64_t index = block_index() * kPerBlock + warp_index();
+    const int64_t h = index % params.num_heads, sample = index / params.num_heads;
+    if (sample >= (packed ? common.num_sequences : common.batch_size)) return;
+    const int32_t start = packed ? load_global(common.cu_seqlens_q + sample) : 0;
+    const int32_t stop =
+        packed ? load_global(common.cu_seqlens_q + sample + 1) : int32_t(common.num_rows);
+    const int64_t b = packed ? 0 : sample;
+    const float* const terms = params.terms + (b * params.num_heads + h) * common.num_rows;
+    double sum = 0.0;  // of the lane's rows
+    for (int32_t t = start + lane_index(); t < stop; t += kWarpSize) sum += load_global(terms + t);
+    const float all = warp_sum(float(sum));
+    if (lane_index() == 0) store_global(params.dhead_weights + index, all);
   }
 };
 

@@ -20,6 +20,7 @@ struct Sample {
   int32_t first_key;        // in the tensors of the call
   int32_t num_keys;
   int32_t offset;  // position among its keys of row 0 of the tensors
+  int32_t index;   // row of head_weights
 };
 
 RAL_DEVICE Sample packed_sample(const ral_policy_common& common, int32_t n) {
@@ -30,7 +31,8 @@ RAL_DEVICE Sample packed_sample(const ral_policy_common& common, int32_t n) {
                 load_global(common.cu_seqlens_q + n + 1),
                 key,
                 load_global(common.cu_seqlens_k + n + 1) - key,
-                load_global(common.query_starts + n) - row};
+                load_global(common.query_starts + n) - row,
+                n};
 }
 
 // Where `block` counts the blocks of all packed sequences, finds its sequence, and makes `block`
@@ -40,7 +42,8 @@ RAL_DEVICE Sample sample_of_block(const ral_policy_common& common, const int32_t
                                   int32_t block_size, int32_t& block, int64_t b, int32_t first_row,
                                   int32_t stop) {
   if (offsets == nullptr)
-    return Sample{b, first_row, stop, 0, int32_t(common.seqlen_k), int32_t(common.query_start)};
+    return Sample{
+        b, first_row, stop, 0, int32_t(common.seqlen_k), int32_t(common.query_start), int32_t(b)};
   const int32_t n = sequence_of_block(offsets, common.num_sequences, block_size, block);
   block -= load_global(offsets + n) / block_size + n;
   return packed_sample(common, n);
@@ -66,6 +69,12 @@ RAL_DEVICE Sample sample_of_row(const ral_policy_common& common, int64_t b, int3
 RAL_DEVICE int64_t stop_of_rows(const ral_policy_common& common) {
   return common.cu_seqlens_q == nullptr ? common.num_rows
                                         : load_global(common.cu_seqlens_q + common.num_sequences);
+}
+
+// w_h of the sample.
+RAL_DEVICE float head_weight(const ral_policy_side& side, const Sample& sample, int64_t h) {
+  if (side.head_weights == nullptr) return 1.0f;
+  return load_global(side.head_weights + sample.index * side.num_heads + h);
 }
 
 RAL_DEVICE Visibility visibility_of(const Sample& sample, const ral_policy_side& side) {

@@ -12,7 +12,7 @@ namespace cuda {
 struct PolicyStatisticsParams {
   ral_policy_common common;
   ral_policy_side side;
-  float* w;  // [B, H, T] share of the valid keys, head by head
+  float* w;  // [B, H, T] share of the valid keys, head by head, times the head's weight
   int32_t num_blocks;
 };
 
@@ -100,10 +100,11 @@ struct policy_statistics_kernel {
     float* const norm = side.norm + (b * side.num_heads + h) * common.num_rows + first_row;
     float* const w = params.w + (b * side.num_heads + h) * common.num_rows + first_row;
     const int64_t inverses = common.batch_size * side.num_heads * common.num_rows;
+    const float weight = head_weight(side, sample, h);
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
       const float valid = quad_sum(rows[i].valid), others = quad_sum(rows[i].others);
       // A row that sees no key gives 0.
-      const float sum = valid + others, inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      const float sum = valid + others, inverse = sum > 0.0f ? weight / sum : 0.0f;
       const int row = warp_row + row_in_warp(i);
       if (lane_index() % 4 != 0 || row >= num_rows) continue;
       store_global(norm + row, stabiliser(rows[i].m));

@@ -206,7 +206,8 @@ static inline int32_t check_policy(Memory memory, const ral_policy_params* param
   const bool spans = x.common.span_ids != nullptr;
   const bool outcomes = !spans || x.common.num_spans > 0;
   const bool given = is_backward ? (x.dp || !outcomes) && x.dq.data && x.dk.data &&
-                                       (!x.dspan_bias || (spans && x.policy.span_bias.data))
+                                       (!x.dspan_bias || (spans && x.policy.span_bias.data)) &&
+                                       (!x.dhead_weights || x.policy.head_weights)
                                  : x.p || !outcomes;
   return given ? RAL_OK : RAL_BAD_ARGUMENT;
 }
@@ -228,8 +229,10 @@ static inline int32_t check_policy_divergence(Memory memory,
   }
   if (status != RAL_OK) return status;
   if (has_target && (!x.reference.z || x.reference_normalised)) return RAL_BAD_ARGUMENT;
-  const bool given = (pass == DivergencePass::kBackward || x.value) && (loss || (x.u && x.w)) &&
-                     (pass == DivergencePass::kForward || (x.dvalue && x.dq.data && x.dk.data));
+  const bool given =
+      (pass == DivergencePass::kBackward || x.value) && (loss || (x.u && x.w)) &&
+      (pass == DivergencePass::kForward ||
+       (x.dvalue && x.dq.data && x.dk.data && (!x.dhead_weights || x.policy.head_weights)));
   return given && in_range(x.kind, RAL_JSD, RAL_CROSS_ENTROPY) ? RAL_OK : RAL_BAD_ARGUMENT;
 }
 

@@ -1,8 +1,8 @@
 // C interface of the `policy`, `policy_divergence` and `divergence` ops, shared by every compiled
 // backend.
 //
-// A policy is the head average of attention, for some query rows, renormalised over the valid keys
-// (ral_kernels/ops/policy/README.md). Conventions as in attention.h.
+// A policy is the weighted head average of attention, for some query rows, renormalised over the
+// valid keys (ral_kernels/ops/policy/README.md). Conventions as in attention.h.
 #pragma once
 
 #include "ral/attention.h"
@@ -29,10 +29,13 @@ typedef struct {
   ral_tensor k_prefix;          // [P, Hk, shared_prefix, D], or data null
   const int64_t* prefix_index;  // [B] into k_prefix, or null
   ral_broadcast span_bias;      // float32; data null = none
-  // [2, B, H, T] contiguous, over all visible keys: m, in powers of two, and 1 / sum of
+  // [B, H] contiguous, or [num_sequences, H] where packed: w >= 0 with mean 1 over heads; null =
+  // each is 1.
+  const float* head_weights;
+  // [2, B, H, T] contiguous, over all visible keys: m, in powers of two, and w / sum of
   // 2^(score log2 e - m); both 0 where a row sees no key.
   float* norm;
-  float* z;  // [B, T] contiguous, the share of the valid keys
+  float* z;  // [B, T] contiguous, the weighted share of the valid keys
   float scale, softcap;
   int32_t dtype;  // ral_dtype
 } ral_policy_side;
@@ -66,9 +69,10 @@ typedef struct {
   ral_policy_side policy;
   float* p;
   // Backward only.
-  const float* dp;    // like p
-  ral_tensor dq, dk;  // of q's and k's type, written entirely
-  float* dspan_bias;  // [B, H, T, S] contiguous, or null
+  const float* dp;       // like p
+  ral_tensor dq, dk;     // of q's and k's type, written entirely
+  float* dspan_bias;     // [B, H, T, S] contiguous, or null
+  float* dhead_weights;  // like the policy's head_weights, or null
 } ral_policy_params;
 
 // Distributions that rows share, in place of a reference policy. A row's is restricted to its valid
@@ -90,11 +94,12 @@ typedef struct {
   int32_t kind;                  // ral_divergence_kind
   int32_t reference_normalised;  // 1 = the reference's norm and z are given, not written
   float* value;                  // [B, T]
-  float* u;                      // [B, H, T] sum over valid keys of P_h l
-  float* w;                      // [B, H, T] sum over valid keys of P_h
+  float* u;                      // [B, H, T] sum over valid keys of w_h P_h l
+  float* w;                      // [B, H, T] sum over valid keys of w_h P_h
   // Backward only.
   const float* dvalue;  // [B, T]
   ral_tensor dq, dk;
+  float* dhead_weights;  // like the policy's head_weights, or null
 } ral_policy_divergence_params;
 
 // Rows of two distributions, compared element by element. A null gradient is not wanted.

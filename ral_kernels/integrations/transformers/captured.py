@@ -144,6 +144,7 @@ class CapturedLayer:
         rows: Rows = None,
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
+        head_weights: Tensor | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: BackendName | None = None,
@@ -159,6 +160,7 @@ class CapturedLayer:
                 extended: later keys, such as generated ones, belong to no span.
             scope: as in `attention_policy`; default the capture's. A bool tensor over fewer keys is
                 extended with False.
+            head_weights: as in `attention_policy`; after `of_heads`, of the heads that are left.
             exclude_self, backend: as in `attention_policy`.
             steered: with the bias of the `steer` that the forward ran under, if any; needs the
                 spans of that `steer`. False for the policy of the same q and k without it.
@@ -167,7 +169,7 @@ class CapturedLayer:
             float32 [B, T, N], or [B, T, S] over spans; differentiable.
         """
         return attention_policy(
-            self.q, self.k, exclude_self=exclude_self, backend=backend,
+            self.q, self.k, head_weights=head_weights, exclude_self=exclude_self, backend=backend,
             **self._arguments(rows, spans, scope, steered),
         )  # fmt: skip
 
@@ -179,6 +181,7 @@ class CapturedLayer:
         rows: Rows = None,
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
+        head_weights: Tensor | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: BackendName | None = None,
@@ -188,8 +191,8 @@ class CapturedLayer:
         The other arguments are those of `policy`.
         """
         return attention_divergence(
-            self.q, self.k, reference, kind, exclude_self=exclude_self, backend=backend,
-            **self._arguments(rows, spans, scope, steered),
+            self.q, self.k, reference, kind, head_weights=head_weights, exclude_self=exclude_self,
+            backend=backend, **self._arguments(rows, spans, scope, steered),
         )  # fmt: skip
 
     def ral_loss(
@@ -203,6 +206,7 @@ class CapturedLayer:
         rows: Rows = None,
         spans: Spans | None = None,
         scope: Tensor | Spans | None = None,
+        head_weights: Tensor | None = None,
         exclude_self: bool = True,
         steered: bool = True,
         backend: BackendName | None = None,
@@ -214,7 +218,7 @@ class CapturedLayer:
         """
         return ral_loss(
             self.q, self.k, reference, advantages, mask, kind=kind, reduction=reduction,
-            exclude_self=exclude_self, backend=backend,
+            head_weights=head_weights, exclude_self=exclude_self, backend=backend,
             **self._arguments(rows, spans, scope, steered),
         )  # fmt: skip
 
@@ -230,7 +234,7 @@ class CapturedLayer:
         Args:
             rows: out of the T rows of `q`; default the capture's.
             steered: as in `policy`.
-            options: dtype, device, pin_memory, group_size, shared_prefix, as in
+            options: head_weights, dtype, device, pin_memory, group_size, shared_prefix, as in
                 `AttentionSnapshot`.
         """
         arguments = self._arguments(rows, None, None, steered, any_spans=True)
@@ -340,7 +344,8 @@ class CapturedLayer:
     def of_heads(self, heads: Sequence[int]) -> CapturedLayer:
         """The same layer with some of its query heads alone, and the key heads that they attend to.
 
-        Its policy is the mean over these heads. Queries share key heads as in the whole layer.
+        Its policy is the mean over these heads. Queries share key heads as in the whole layer. The
+        other heads take no work, whereas `head_weights` computes all of them.
 
         Args:
             heads: numbers of query heads, in [0, H), each once. They are taken in rising order.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -313,6 +314,54 @@ def _internvl(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] |
     return {token_id: items}
 
 
+def _idefics3(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
+    """Idefics 3 and SmolVLM: tiles row by row, then the whole picture; a video frame is a picture.
+
+    Two tokens stand before each tile, and a line break after each row of them. So tiles that are
+    two tokens apart are of one row. A token of its own stands before the whole picture: it ends
+    its tiles, if there are any.
+    """
+    token_id = source.read("image_token_id", "image_token_id")
+    if source.processor is not None:
+        side = _side(source.read("image_seq_len", "image_seq_len"))
+    else:
+        patches, patch = (
+            source.read(name, f"vision_config.{name}") for name in ("image_size", "patch_size")
+        )
+        side = patches // patch // source.read("scale_factor", "scale_factor")
+    length = side * side
+    items = []
+    for row in inputs["input_ids"]:
+        runs = _runs(row, token_id)
+        for _, count in runs:
+            if count != length:
+                raise ValueError(
+                    f"{NAME}: {source.what} has {length} tokens a tile, and other tokens between "
+                    f"tiles; got a run of {count} image tokens"
+                )
+        before = [int(row[start - 1]) for start, _ in runs]
+        tiles: list[int] = []  # where those of a picture start
+        for (start, _), marker in zip(runs, before, strict=True):
+            if marker != before[-1]:  # of a sample's last view, which is a whole picture
+                tiles.append(start)
+                continue
+            gaps = [b - a - length for a, b in pairwise(tiles)]
+            ends = [i for i, gap in enumerate(gaps, 1) if gap > 2]  # of rows, but for the last
+            columns = ends[0] if ends else max(1, len(tiles))
+            if len(tiles) % columns or ends != list(range(columns, len(tiles), columns)):
+                raise ValueError(
+                    f"{NAME}: tiles of a picture must form rows of one length, with a line break "
+                    f"after each; got {len(tiles)} tiles with breaks after {ends}"
+                )
+            used = len(tiles) * length
+            views = [View(torch.arange(used, used + length).view(1, side, side))]
+            if tiles:
+                views.append(View(_tiles((len(tiles) // columns, columns), side)))
+            items.append(Item("image", used + length, tuple(views)))
+            tiles = []
+    return {token_id: items}
+
+
 def _llava_onevision(
     source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None
 ) -> Items:
@@ -333,13 +382,7 @@ def _llava_onevision(
     limit = int(aspect.removeprefix("anyres_max_"))
     found: Items = {token_id: [], video_id: []}
 
-    originals = inputs.get("image_sizes")
-    if originals is None and bool((inputs["input_ids"] == token_id).any()):
-        raise ValueError(
-            f"{NAME}: inputs must have image_sizes, because input_ids holds image tokens; got "
-            f"{', '.join(inputs)}"
-        )
-    originals = [] if originals is None else torch.as_tensor(originals).tolist()
+    originals = _originals(inputs, token_id)
     each = inputs.get("batch_num_images")  # without it the model treats every picture as alone
     each = [1] * len(originals) if each is None else torch.as_tensor(each).tolist()
     alone = [count == 1 for count in each for _ in range(count)]
@@ -382,6 +425,45 @@ def _llava_onevision(
             count // length
         )
     return found
+
+
+def _llava_next(source: Source, inputs: Mapping[str, Any], sizes: Sequence[Size] | None) -> Items:
+    """LLaVA-NeXT: the whole picture, then its tiles without padding, a newline token a row.
+
+    The processor of LLaVA-NeXT-Video crops frames to a square by sizes that inputs do not tell, so
+    only its pictures are read.
+    """
+    token_id = source.read("image_token_id", "image_token_id")
+    video_id = source.find("video_token_id")
+    if video_id is not None and bool((inputs["input_ids"] == video_id).any()):
+        raise NotImplementedError(
+            f"{NAME}: videos of LLaVA-NeXT-Video are not supported, because its processor crops "
+            "their frames; give the frames as several images"
+        )
+    tile = source.find("vision_config.image_size", "image_processor.size.shortest_edge")
+    if tile is None:
+        tile = source.read("image_processor.size.height", "vision_config.image_size")
+    side = tile // source.read("patch_size", "vision_config.patch_size")
+    pinpoints = source.read("image_processor.image_grid_pinpoints", "image_grid_pinpoints")
+    whole = View(torch.arange(side * side).view(1, side, side))
+    items = []
+    for height, width in _originals(inputs, token_id):
+        (rows, columns), box = _unpadded((height, width), pinpoints, tile, side)
+        detail = torch.arange(rows * (columns + 1)).view(1, rows, columns + 1)[..., :columns]
+        views = (whole, View(side * side + detail, box))
+        items.append(Item("image", side * side + rows * (columns + 1), views))
+    return {token_id: items}
+
+
+def _originals(inputs: Mapping[str, Any], token_id: int) -> list[list[int]]:
+    """(height, width) of each original picture, as LLaVA's processors return them."""
+    originals = inputs.get("image_sizes")
+    if originals is None and bool((inputs["input_ids"] == token_id).any()):
+        raise ValueError(
+            f"{NAME}: inputs must have image_sizes, because input_ids holds image tokens; got "
+            f"{', '.join(inputs)}"
+        )
+    return [] if originals is None else torch.as_tensor(originals).tolist()
 
 
 def _unpadded(size: Size, pinpoints: Any, tile: int, side: int) -> tuple[Size, Box]:
@@ -472,16 +554,26 @@ def _check_sizes(sizes: Sequence[Size] | None, count: int) -> None:
 _READERS: dict[str, Reader] = {
     "grids": _grids,
     "gemma3": _gemma3,
+    "idefics3": _idefics3,
     "internvl": _internvl,
+    "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
 }
 _MODEL_TYPES = {
     "gemma3": "gemma3",
+    "idefics3": "idefics3",
     "internvl": "internvl",
+    "llava_next": "llava_next",
+    "llava_next_video": "llava_next",
     "llava_onevision": "llava_onevision",
+    "smolvlm": "idefics3",
 }
 _PROCESSORS = {
     "Gemma3Processor": "gemma3",
+    "Idefics3Processor": "idefics3",
     "InternVLProcessor": "internvl",
+    "LlavaNextProcessor": "llava_next",
+    "LlavaNextVideoProcessor": "llava_next",
     "LlavaOnevisionProcessor": "llava_onevision",
+    "SmolVLMProcessor": "idefics3",
 }

@@ -23,8 +23,8 @@ class VisionRegion:
         item: number of the image or video within its sample, in the order of the prompt.
         kind: "image" or "video".
         frame: step of time within a video, 0 for an image. Qwen-VL merges two frames into a step.
-        view: 0 for the item as a whole, 1 for the same picture in tiles, finer (InternVL,
-            LLaVA-OneVision, Gemma 3 with pan and scan).
+        view: 0 for the item as a whole, 1 for the same picture in tiles, finer (Idefics 3, SmolVLM,
+            InternVL, LLaVA-NeXT, LLaVA-OneVision, Gemma 3 with pan and scan).
         keys: int64 [rows, columns] on the CPU, the position in the prompt of each token.
         span_ids: int32 [rows, columns] on the CPU, the span of each token.
         box: (top, left, bottom, right) of the grid in the picture, as fractions of its height and
@@ -127,12 +127,12 @@ def spans_for(
 ) -> VisionSpans:
     """Spans over the images and videos of a batch, from what the model's processor returned.
 
-    It supports Gemma 3, InternVL, LLaVA-OneVision, and every model whose processor returns the grid
-    (t, h, w) of each picture: Qwen-VL and Qwen-Omni, GLM-V, Ernie 4.5 VL and more. A prompt may
-    hold several images and videos in any order, and samples may be padded on either side. Where a
-    model separates the frames of a video only by text (InternVL), each frame is an image. Tokens
-    that end a row or a picture (LLaVA-OneVision's newlines) belong to the image, but to none of its
-    tiles or tokens.
+    It supports Gemma 3, Idefics 3, SmolVLM, InternVL, LLaVA-NeXT, LLaVA-OneVision, and every model
+    whose processor returns the grid (t, h, w) of each picture: Qwen-VL and Qwen-Omni, GLM-V, Ernie
+    4.5 VL and more. A prompt may hold several images and videos in any order, and samples may be
+    padded on either side. Where a model separates the frames of a video only by text (InternVL,
+    SmolVLM), each frame is an image. Tokens that end a row or a picture (LLaVA's newlines) belong
+    to the image, but to none of its tiles or tokens.
 
     Args:
         processor_or_model_config: the processor, the model (also inside

@@ -35,6 +35,8 @@ class PolicyArgs:
     span_ids: Tensor | None  # int32 [N] or [B, N], -1 = no span; None: the policy is over keys
     span_bias: Tensor | None  # float32 (float64 with float64 q) [B, H, T, S], with span_ids only;
     #                           strides of 0 broadcast
+    head_weights: Tensor | None  # contiguous, in the dtype of span_bias: [B, H], or [S, H], a row a
+    #                              sequence. >= 0, with mean 1 over a row's heads; None: each is 1
     scope: Tensor | None  # bool [B or 1, N], True = in the scope; None: every key is
     key_padding_mask: Tensor | None  # bool [B, N], True = a real key; None where packed
     cu_seqlens_q: Tensor | None  # int32 [S + 1], offsets of the rows of each sequence in q, from 0,
@@ -110,8 +112,8 @@ class PolicyOutputs:
     """What the forward of `policy` writes; float32 (float64 with float64 q), contiguous."""
 
     p: Tensor  # [B, T, N], or [B, T, S] with spans; packed without spans [1, T, max_keys]
-    # [2, B, H, T], over all visible keys: m, in powers of two, and 1 / Σ 2^(s log₂e − m). Both are
-    # 0 for a row that sees no key.
+    # [2, B, H, T], over all visible keys: m, in powers of two, and w / Σ 2^(s log₂e − m), w the
+    # head's weight (1 without head_weights). Both are 0 for a row that sees no key.
     norm: Tensor
     z: Tensor  # [B, T], the mean over heads of the weight on valid keys
 
@@ -124,6 +126,9 @@ class PolicyGradients:
     dq: Tensor  # as q
     dk: Tensor  # as k
     dspan_bias: Tensor | None  # as span_bias, contiguous; None where it is not wanted
+    dhead_weights: (
+        Tensor | None
+    )  # as head_weights, by the normalised weights; None where not wanted
 
 
 @dataclass(slots=True)
@@ -140,6 +145,7 @@ class ReferenceArgs:
     k: Tensor | None  # [B, Hkr, N - N0, Dr] contiguous; N0 = 0 without k_prefix
     k_prefix: Tensor | None  # [P, Hkr, N0, Dr] contiguous, the keys that samples share
     prefix_index: Tensor | None  # int64 [B] contiguous, into k_prefix; None without k_prefix
+    head_weights: Tensor | None  # as in PolicyArgs, for the Hr heads
     scale: float
     window_left: int
     window_right: int
@@ -214,8 +220,8 @@ class PolicyDivergenceOutputs:
     z: Tensor
     reference_norm: Tensor  # [2, B, Hr, T]; Hr is 0 with a target
     reference_z: Tensor  # [B, T]; with a target, its weight on the row's valid keys
-    u: Tensor  # [B, H, T], equation (3) of divergence.md
-    w: Tensor  # [B, H, T]
+    u: Tensor  # [B, H, T], equation (3) of divergence.md, times the head's weight
+    w: Tensor  # [B, H, T], likewise
 
 
 @dataclass(slots=True)
@@ -225,6 +231,7 @@ class PolicyDivergenceGradients:
     dvalue: Tensor  # [B, T]
     dq: Tensor  # as the policy's q
     dk: Tensor  # as the policy's k
+    dhead_weights: Tensor | None  # as in PolicyGradients
 
 
 @dataclass(slots=True)
@@ -236,3 +243,4 @@ class LossOutputs:
     reference_z: Tensor  # [B, T], likewise
     dq: Tensor  # gradients of Σ weight * divergence over rows
     dk: Tensor
+    dhead_weights: Tensor | None  # as in PolicyGradients

@@ -35,6 +35,7 @@ class SideStruct(ctypes.Structure):
         ("k_prefix", TensorStruct),
         ("prefix_index", c_void_p),
         ("span_bias", BroadcastStruct),
+        ("head_weights", c_void_p),
         ("norm", c_void_p),
         ("z", c_void_p),
         ("scale", c_float),
@@ -83,6 +84,7 @@ class Params(ctypes.Structure):
         ("dq", TensorStruct),
         ("dk", TensorStruct),
         ("dspan_bias", c_void_p),
+        ("dhead_weights", c_void_p),
     ]
 
 
@@ -117,6 +119,7 @@ class DivergenceParams(ctypes.Structure):
         ("dvalue", c_void_p),
         ("dq", TensorStruct),
         ("dk", TensorStruct),
+        ("dhead_weights", c_void_p),
     ]
 
 
@@ -174,6 +177,7 @@ class CallStructs:
             q=tensor_struct(args.q),
             k=tensor_struct(args.k),
             span_bias=broadcast_struct(args.span_bias),
+            head_weights=address(args.head_weights),
             norm=address(norm),
             z=address(z),
             scale=args.scale,
@@ -238,6 +242,7 @@ def _reference_struct(
         k=tensor_struct(reference.k),
         k_prefix=tensor_struct(reference.k_prefix),
         prefix_index=address(reference.prefix_index),
+        head_weights=address(reference.head_weights),
         norm=address(norm),
         z=address(z),
         scale=reference.scale,

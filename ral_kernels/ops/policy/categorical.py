@@ -37,6 +37,8 @@ def policy_loss(
     of the divergence: exactly zero for jsd, kl and reverse_kl. So it acts from the second step on
     the same choices, or against another reference.
 
+    The gradient lacks a constant in each row, which means nothing to rows that sum to 1.
+
     Softmax, divergence and sum accumulate in float32 (float64 if the policy or the reference is),
     and repeat bit for bit. The softmax keeps its rows and the divergence its gradient for the
     backward.
@@ -78,6 +80,12 @@ def policy_loss(
     dtype = torch.promote_types(torch.promote_types(policy.dtype, reference.dtype), torch.float32)
     p, r = (x.softmax(-1, dtype=dtype) if logits else x.to(dtype) for x in (policy, reference))
     value = call_divergence(p, r, kind, requested)
+    if kind != "jsd":
+        # Rows sum to 1, so a constant in the gradient, such as the 1 of log(p/r) + 1, means
+        # nothing. The softmax would cancel it only up to rounding.
+        mass = p.sum(-1).masked_fill(value.isinf(), 0.0)
+        constant = mass - mass.detach()
+        value = value - constant if kind == "kl" else value + constant
     per_sequence = (counts.shape[0], counts[:1].numel())
     counts = counts.reshape(per_sequence)
     weights = torch.where(counts, advantages.to(dtype).reshape(per_sequence), 0.0)

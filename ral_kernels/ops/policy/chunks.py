@@ -47,6 +47,7 @@ class Chunk:
     seqlen_k: int  # of the longest sequence
     query_start: int
     packing: Packing | None
+    sequences: slice  # that it has, of the packed ones; `batch` where not packed
     is_first: bool  # of the chunks that have these keys
     is_last: bool
 
@@ -68,13 +69,15 @@ def chunks_of_samples(
     for b in range(0, batch_size, samples):
         for t in range(0, num_rows, step):
             stop = min(t + step, num_rows)
+            batch = slice(b, min(b + samples, batch_size))
             yield Chunk(
-                batch=slice(b, min(b + samples, batch_size)),
+                batch=batch,
                 rows=slice(t, stop),
                 keys=slice(0, seqlen_k),
                 seqlen_k=seqlen_k,
                 query_start=query_start + t,
                 packing=None,
+                sequences=batch,
                 is_first=t == 0,
                 is_last=stop == num_rows,
             )
@@ -89,7 +92,8 @@ def chunks_of_sequences(
     key, and what lies beyond the last sequence, may be in no chunk.
     """
     if num_rows * seqlen_k <= limit:
-        yield _packed_chunk(packing, slice(0, num_rows), slice(0, total_k), seqlen_k)
+        everything = slice(0, packing.num_sequences)
+        yield _packed_chunk(packing, everything, slice(0, num_rows), slice(0, total_k), seqlen_k)
         return
     count = packing.num_sequences
     offsets = torch.cat([packing.row_offsets, packing.key_offsets, packing.query_starts]).tolist()
@@ -99,18 +103,23 @@ def chunks_of_sequences(
     together = [range(*group) for group in groups if group[1] - group[0] > 1]
     packings = iter(_packings(together, rows, keys, starts, packing.query_starts.device))
     for first, stop in groups:
+        sequences = slice(first, stop)
         own_rows, own_keys = slice(rows[first], rows[stop]), slice(keys[first], keys[stop])
         if stop - first > 1:
-            yield _packed_chunk(next(packings), own_rows, own_keys, max(widths[first:stop]))
+            width = max(widths[sequences])
+            yield _packed_chunk(next(packings), sequences, own_rows, own_keys, width)
             continue
         sample = 1, own_rows.stop - own_rows.start, widths[first], starts[first]
         for chunk in chunks_of_samples(*sample, limit, block_q):
             start, end = (rows[first] + t for t in (chunk.rows.start, chunk.rows.stop))
-            yield replace(chunk, rows=slice(start, end), keys=own_keys)
+            yield replace(chunk, rows=slice(start, end), keys=own_keys, sequences=sequences)
 
 
-def _packed_chunk(packing: Packing, rows: slice, keys: slice, seqlen_k: int) -> Chunk:
-    return Chunk(slice(0, 1), rows, keys, seqlen_k, 0, packing, is_first=True, is_last=True)
+def _packed_chunk(
+    packing: Packing, sequences: slice, rows: slice, keys: slice, seqlen_k: int
+) -> Chunk:
+    one = slice(0, 1)
+    return Chunk(one, rows, keys, seqlen_k, 0, packing, sequences, is_first=True, is_last=True)
 
 
 def _groups(rows: list[int], widths: list[int], limit: int) -> list[tuple[int, int]]:

@@ -59,6 +59,7 @@ class CpuPolicy(DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients
             dq=tensor_struct(gradients.dq),
             dk=tensor_struct(gradients.dk),
             dspan_bias=address(gradients.dspan_bias),
+            dhead_weights=address(gradients.dhead_weights),
         )
         status = _library().ral_cpu_policy_bwd(ctypes.byref(params))
         cpu_library.raise_for_status("attention_policy", status, q=args.q, k=args.k)
@@ -99,6 +100,7 @@ class CpuPolicyDivergence(
         params.dvalue = address(gradients.dvalue)
         params.dq = tensor_struct(gradients.dq)
         params.dk = tensor_struct(gradients.dk)
+        params.dhead_weights = address(gradients.dhead_weights)
         self._call("ral_cpu_policy_divergence_bwd", "attention_divergence", params, args)
 
     def loss(
@@ -114,6 +116,7 @@ class CpuPolicyDivergence(
         params.dvalue = address(weights)
         params.dq = tensor_struct(outputs.dq)
         params.dk = tensor_struct(outputs.dk)
+        params.dhead_weights = address(outputs.dhead_weights)
         self._call("ral_cpu_policy_loss", "ral_loss", params, args)
 
     def _call(

@@ -109,7 +109,7 @@ class CudaPolicyDivergence(
         outputs: PolicyDivergenceOutputs,
         gradients: PolicyDivergenceGradients,
     ) -> None:
-        clear_packed(args.policy, gradients.dq, gradients.dk)
+        clear_packed(args.policy, gradients.dq, gradients.dk, gradients.dhead_weights)
         for part in _parts(args):
             own = PolicyDivergenceOutputs(*map(part.statistics, _tensors_of(outputs)))
             dvalue = part.statistics(gradients.dvalue)
@@ -117,14 +117,17 @@ class CudaPolicyDivergence(
             params.dvalue = address(dvalue)
             params.dq = tensor_struct(gradients.dq[:, :, part.rows])
             params.dk = tensor_struct(gradients.dk[:, :, part.keys])
+            dhead_weights = part.head_weights(gradients.dhead_weights)
+            params.dhead_weights = address(dhead_weights)
             _run("attention_divergence", "ral_cuda_policy_divergence_bwd", params, part)
+            part.add(dhead_weights, gradients.dhead_weights)
 
     def loss(
         self, args: PolicyDivergenceArgs, weights: Tensor, normalised: bool, outputs: LossOutputs
     ) -> None:
         kept = [outputs.value]
         kept += [] if normalised else [outputs.reference_norm, outputs.reference_z]
-        clear_packed(args.policy, outputs.dq, outputs.dk, *kept)
+        clear_packed(args.policy, outputs.dq, outputs.dk, outputs.dhead_weights, *kept)
         for part in _parts(args):
             structs = CallStructs(part.args.policy, None, None)
             value, weight = part.statistics(outputs.value), part.statistics(weights)
@@ -135,7 +138,10 @@ class CudaPolicyDivergence(
             params.dvalue = address(weight)
             params.dq = tensor_struct(outputs.dq[:, :, part.rows])
             params.dk = tensor_struct(outputs.dk[:, :, part.keys])
+            dhead_weights = part.head_weights(outputs.dhead_weights)
+            params.dhead_weights = address(dhead_weights)
             _run("ral_loss", "ral_cuda_policy_divergence_loss", params, part)
+            part.add(dhead_weights, outputs.dhead_weights)
             for whole, written in zip(kept, (value, norm, z), strict=False):
                 part.keep(written, whole)
 
@@ -147,6 +153,7 @@ class _Part:
     args: PolicyDivergenceArgs
     rows: slice
     keys: slice
+    sequences: slice
 
     def statistics(self, x: Tensor) -> Tensor:
         """[..., T] of the part's rows, contiguous as the library takes it."""
@@ -160,6 +167,17 @@ class _Part:
         if self.rows != ALL:
             x[..., self.rows] = own
 
+    def head_weights(self, x: Tensor | None) -> Tensor | None:
+        """Memory for the part of a gradient [B or S, H], which `add` adds to x."""
+        if x is None or self.sequences == ALL:
+            return x
+        return cuda_library.scratch(x, *x[self.sequences].shape)
+
+    def add(self, own: Tensor | None, x: Tensor | None) -> None:
+        """Add what the library wrote to `head_weights(x)`. A sequence may be in several parts."""
+        if own is not None and x is not None and self.sequences != ALL:
+            x[self.sequences] += own
+
 
 def _parts(args: PolicyDivergenceArgs) -> Iterator[_Part]:
     """Calls whose scratch is bounded. The library itself cuts a call that is not packed.
@@ -168,14 +186,14 @@ def _parts(args: PolicyDivergenceArgs) -> Iterator[_Part]:
     """
     packing = Packing.of(args.policy)
     if packing is None:
-        yield _Part(_prepared(args), ALL, ALL)
+        yield _Part(_prepared(args), ALL, ALL, ALL)
         return
     policy, reference = args.policy, args.reference
     num_rows = policy.num_rows
     sizes = num_rows, policy.max_keys, policy.seqlen_k
     for chunk in chunks_of_sequences(packing, *sizes, limit=CHUNK, block_q=num_rows):
         if chunk.packing is packing:
-            yield _Part(_prepared(args), ALL, ALL)
+            yield _Part(_prepared(args), ALL, ALL, ALL)
             return
         rows, keys, own = chunk.rows, chunk.keys, chunk.packing
         part = replace(
@@ -183,6 +201,7 @@ def _parts(args: PolicyDivergenceArgs) -> Iterator[_Part]:
             q=policy.q[:, :, rows],
             k=policy.k[:, :, keys],
             scope=None if policy.scope is None else policy.scope[:, keys],
+            head_weights=_rows_of(policy.head_weights, chunk.sequences),
             cu_seqlens_q=None if own is None else own.row_offsets,
             cu_seqlens_k=None if own is None else own.key_offsets,
             query_starts=None if own is None else own.query_starts,
@@ -192,11 +211,20 @@ def _parts(args: PolicyDivergenceArgs) -> Iterator[_Part]:
         )
         of_reference, target = reference, args.target
         if reference.q is not None and reference.k is not None:
-            of_reference = replace(reference, q=reference.q[:, :, rows], k=reference.k[:, :, keys])
+            of_reference = replace(
+                reference,
+                q=reference.q[:, :, rows],
+                k=reference.k[:, :, keys],
+                head_weights=_rows_of(reference.head_weights, chunk.sequences),
+            )
         if target.index is not None:
             target = replace(target, index=target.index[:, rows])
         whole = replace(args, policy=part, reference=of_reference, target=target)
-        yield _Part(_prepared(whole), rows, keys)
+        yield _Part(_prepared(whole), rows, keys, chunk.sequences)
+
+
+def _rows_of(head_weights: Tensor | None, sequences: slice) -> Tensor | None:
+    return None if head_weights is None else head_weights[sequences]
 
 
 def _tensors_of(outputs: PolicyDivergenceOutputs) -> list[Tensor]:

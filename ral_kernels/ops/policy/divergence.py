@@ -13,7 +13,7 @@ from ...runtime.backends import BackendName, DifferentiableBackend
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
 from ...targets import AttentionTarget
-from .. import allocation, schema
+from .. import allocation, qkv, schema
 from ..divergence.arguments import Kind
 from ..divergence.interface import call_divergence, check_kind
 from ..packing import PackedRows
@@ -75,6 +75,7 @@ def attention_divergence(
     rows: slice | tuple[int, int] | PackedRows | None = None,
     spans: Spans | None = None,
     span_bias: Tensor | None = None,
+    head_weights: Tensor | None = None,
     scope: Tensor | Spans | None = None,
     exclude_self: bool = True,
     is_causal: bool = True,
@@ -106,12 +107,13 @@ def attention_divergence(
 
     Args:
         q, k: the policy, as in `attention_policy`.
-        rows, spans, span_bias, scope, exclude_self: as there.
+        rows, spans, span_bias, head_weights, scope, exclude_self: as there.
         is_causal, scale, window, softcap, key_padding_mask, cu_seqlens_q, cu_seqlens_k: as there.
         reference: the reference policy: rows [B, T, N], or [B, T, S] with spans, in any floating
             dtype; or an `AttentionSnapshot` of the same batch, keys and row positions, with heads
             and head dim of its own. A snapshot brings its own span_bias, is_causal, scale, window
             and softcap; spans, scope, exclude_self and key_padding_mask of this call hold for both.
+            So do head_weights, as constants, if the snapshot has none.
             Packed, it has the same sequences, and dense rows are [1, T, max N_i] or [1, T, S].
             Or an `AttentionTarget`, distributions that rows share, over the keys or spans of the
             call. With T > 1, a tensor [B, 1, N] or [B, 1, S] stands for `AttentionTarget(tensor)`.
@@ -119,8 +121,8 @@ def attention_divergence(
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:
-        D, float32 [B, T]; differentiable in q, k, span_bias and in `reference` if it holds dense
-        rows.
+        D, float32 [B, T]; differentiable in q, k, span_bias, head_weights and in `reference` if it
+        holds dense rows.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -130,8 +132,8 @@ def attention_divergence(
     """
     op = "attention_divergence"
     args = resolve_call(
-        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
-        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
+        op, q, k, rows=rows, spans=spans, span_bias=span_bias, head_weights=head_weights,
+        scope=scope, exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
         softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
@@ -149,7 +151,7 @@ def divergence_of(op: str, args: PolicyArgs, reference: Any, kind: Any, backend:
     if isinstance(reference, AttentionSnapshot):
         reference = _span_policy_of(op, reference, args, backend)
     elif isinstance(reference, AttentionTarget):
-        reference = _span_rows_of(reference, args)
+        reference = span_rows_of(_target_args(reference, args), args)
     return composed(call_policy(args, backend), reference, kind, backend)
 
 
@@ -232,6 +234,12 @@ def check_snapshot(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> No
     checks.check_same_device(op, "reference", snapshot.q, args.q, "q")
     if snapshot.span_bias is not None and args.span_ids is None:
         raise ValueError(f"{op}: reference has a span_bias, which needs spans; got spans=None")
+    taken = args.head_weights is not None and snapshot.head_weights is None
+    if taken and snapshot.q.shape[1] != args.num_heads:
+        raise ValueError(
+            f"{op}: reference must have head_weights of its own, or H={args.num_heads} heads, for "
+            f"which those of the call hold; got {snapshot.q.shape[1]} heads"
+        )
 
 
 def _check_packed_alike(op: str, snapshot: AttentionSnapshot, args: PolicyArgs) -> None:
@@ -273,12 +281,22 @@ def _span_policy_of(op: str, snapshot: AttentionSnapshot, args: PolicyArgs, back
         q=snapshot.q,
         k=snapshot.materialised_k(),
         span_bias=span_bias,
+        head_weights=_head_weights_of(snapshot, args),
         scale=snapshot.scale,
         window_left=snapshot.window_left,
         window_right=snapshot.window_right,
         softcap=snapshot.softcap,
     )
     return call_policy(policy, backend)
+
+
+def _head_weights_of(snapshot: AttentionSnapshot, args: PolicyArgs) -> Tensor | None:
+    """The snapshot's own, or those of the call; equal weights come out equal bit for bit."""
+    own = snapshot.head_weights
+    if own is None:
+        return None if args.head_weights is None else args.head_weights.detach()
+    own = own.to(allocation.accumulation_dtype(args.q))
+    return qkv.floored(own) if qkv.is_learned(args.head_weights) else own
 
 
 def _against_snapshot(
@@ -289,6 +307,7 @@ def _against_snapshot(
         k=snapshot.k,
         k_prefix=snapshot.k_prefix,
         prefix_index=snapshot.prefix_index,
+        head_weights=_head_weights_of(snapshot, args),
         scale=snapshot.scale,
         window_left=snapshot.window_left,
         window_right=snapshot.window_right,
@@ -328,8 +347,9 @@ def _one_a_sequence(target: AttentionTarget, args: PolicyArgs) -> bool:
     return args.is_packed and target.num_targets == args.num_sequences
 
 
-def _target_args(target: AttentionTarget, args: PolicyArgs, length: int) -> TargetArgs:
-    """The target over `length` keys or spans as backends receive it."""
+def _target_args(target: AttentionTarget, args: PolicyArgs) -> TargetArgs:
+    """The target over keys, or over spans if the call has them, as backends receive it."""
+    length = args.seqlen_k if args.span_ids is None else args.num_spans
     values, ids, index = target.values, target.ids, target.index
     if index is None and _one_a_sequence(target, args):
         own = args.sequence_of_rows()
@@ -348,15 +368,20 @@ def _target_args(target: AttentionTarget, args: PolicyArgs, length: int) -> Targ
 
 
 def _against_target(args: PolicyArgs, target: AttentionTarget, kind: str) -> PolicyDivergenceArgs:
-    nothing = ReferenceArgs(None, None, None, None, args.scale, -1, -1, 0.0)
-    return PolicyDivergenceArgs(args, nothing, kind, _target_args(target, args, args.seqlen_k))
+    nothing = ReferenceArgs(None, None, None, None, None, args.scale, -1, -1, 0.0)
+    return PolicyDivergenceArgs(args, nothing, kind, _target_args(target, args))
 
 
-def _span_rows_of(target: AttentionTarget, args: PolicyArgs) -> Tensor:
+def target_args(op: str, target: AttentionTarget, args: PolicyArgs) -> TargetArgs:
+    """Check a call's target: as backends receive it."""
+    _check_target(op, target, args)
+    return _target_args(target, args)
+
+
+def span_rows_of(target: TargetArgs, args: PolicyArgs) -> Tensor:
     """The target of each row over the spans of the call, renormalised: [B, T, S]."""
-    given = _target_args(target, args, args.num_spans)
     every = torch.ones((), dtype=torch.bool, device=args.q.device)
-    return renormalised(given, slice(None), every, args.num_spans)[0]
+    return renormalised(target, slice(None), every, args.num_spans)[0]
 
 
 SIGNATURE = schema.Signature(PolicyDivergenceArgs)
@@ -379,11 +404,15 @@ def _tensors_of(outputs: PolicyDivergenceOutputs) -> tuple[Tensor, ...]:
     return tuple(getattr(outputs, field.name) for field in fields(outputs))
 
 
-def allocate_gradients(args: PolicyDivergenceArgs) -> tuple[Tensor, Tensor]:
+def allocate_gradients(
+    args: PolicyDivergenceArgs, wants_dhead_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dhead_weights), the last of shape [0] if it is not wanted."""
     q, k = args.policy.q, args.policy.k
     return (
         allocation.empty_like_layout(q, args.policy.head_dim),
         allocation.empty_like_layout(k, args.policy.head_dim),
+        allocation.if_wanted(q, args.policy.head_weights, wants_dhead_weights),
     )
 
 
@@ -405,26 +434,30 @@ def _policy_divergence_fwd_fake(args: PolicyDivergenceArgs, backend: str) -> tup
 
 
 def _policy_divergence_bwd(
-    args: PolicyDivergenceArgs, backend: str, *statistics_and_dvalue: Tensor
-) -> tuple[Tensor, Tensor]:
-    """-> (dq, dk). The reference gets no gradient."""
-    *statistics, dvalue = statistics_and_dvalue
-    dq, dk = allocate_gradients(args)
+    args: PolicyDivergenceArgs, backend: str, *more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> as `allocate_gradients`. The reference gets no gradient."""
+    *statistics, dvalue, wants_dhead_weights = more
+    results = allocate_gradients(args, wants_dhead_weights)
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
     if args.policy.sees_nothing:
-        dq.zero_()
-        dk.zero_()
-    else:
-        # No backward reads the value: dvalue stands in its place.
-        outputs = PolicyDivergenceOutputs(dvalue, *statistics)
-        chosen.bwd(args, outputs, PolicyDivergenceGradients(dvalue.contiguous(), dq, dk))
-    return dq, dk
+        for result in results:
+            result.zero_()
+        return results
+    # No backward reads the value: dvalue stands in its place.
+    outputs = PolicyDivergenceOutputs(dvalue, *statistics)
+    dq, dk, dhead_weights = results
+    gradients = PolicyDivergenceGradients(
+        dvalue.contiguous(), dq, dk, dhead_weights if wants_dhead_weights else None
+    )
+    chosen.bwd(args, outputs, gradients)
+    return results
 
 
 def _policy_divergence_bwd_fake(
-    args: PolicyDivergenceArgs, backend: str, *statistics_and_dvalue: Tensor
-) -> tuple[Tensor, Tensor]:
-    return allocate_gradients(args)
+    args: PolicyDivergenceArgs, backend: str, *more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return allocate_gradients(args, wants_dhead_weights=more[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -435,8 +468,9 @@ def _backward(ctx: Any, dvalue: Tensor | None, *unused: Tensor | None) -> tuple[
     if dvalue is None:
         return SIGNATURE.gradients()
     args, backend, statistics = SIGNATURE.saved(ctx)
-    dq, dk = policy_divergence_bwd(args, backend, *statistics, dvalue)
-    return SIGNATURE.gradients(q=dq, k=dk)
+    wanted = ctx.needs_input_grad[SIGNATURE.index("head_weights")]
+    dq, dk, dhead_weights = policy_divergence_bwd(args, backend, *statistics, dvalue, wanted)
+    return SIGNATURE.gradients(q=dq, k=dk, head_weights=dhead_weights if wanted else None)
 
 
 policy_divergence_fwd = schema.define_with_args(
@@ -452,8 +486,8 @@ policy_divergence_bwd = schema.define_with_args(
     "policy_divergence_bwd",
     SIGNATURE,
     "Tensor norm, Tensor z, Tensor reference_norm, Tensor reference_z, Tensor u, Tensor w, "
-    "Tensor dvalue",
-    2,
+    "Tensor dvalue, bool wants_dhead_weights",
+    3,
     _policy_divergence_bwd,
     _policy_divergence_bwd_fake,
 )

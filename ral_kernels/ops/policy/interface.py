@@ -32,6 +32,7 @@ def attention_policy(
     rows: slice | tuple[int, int] | PackedRows | None = None,
     spans: Spans | None = None,
     span_bias: Tensor | None = None,
+    head_weights: Tensor | None = None,
     scope: Tensor | Spans | None = None,
     exclude_self: bool = True,
     is_causal: bool = True,
@@ -45,14 +46,14 @@ def attention_policy(
 ) -> Tensor:
     """Where a layer attends, as a distribution over keys or spans for each chosen row.
 
-        α = mean_h softmax(scale * q kᵀ)        p_i = α_i / Σ_{j valid} α_j  for valid i, else 0
+        α = mean_h w_h softmax(scale * q kᵀ)        p_i = α_i / Σ_{j valid} α_j  for valid i, else 0
 
     (README.md of this folder, equations 1 to 8; eq. (1) of arXiv 2602.04884, where the valid keys
-    are those before the row's own). A row's valid keys are those it sees that are in the scope and
-    not its own. Over spans, p_s is the sum over the valid keys of the span. The softmax is over all
-    keys that the row sees. Everything accumulates in float32 and repeats bit for bit. The op keeps
-    the inputs, `p` and float32 statistics [2, B, H, T] and [B, T] for the backward, but no
-    [H, T, N] tensor.
+    are those before the row's own and all w_h are 1). A row's valid keys are those it sees that are
+    in the scope and not its own. Over spans, p_s is the sum over the valid keys of the span. The
+    softmax is over all keys that the row sees. Everything accumulates in float32 and repeats bit
+    for bit. The op keeps the inputs, `p` and float32 statistics [2, B, H, T] and [B, T] for the
+    backward, but no [H, T, N] tensor.
 
     A row without valid keys, or whose weight on them underflows to 0, is 0 and has no gradient. An
     element of p that is exactly 0 is a constant: a gradient that arrives there counts as 0.
@@ -65,6 +66,9 @@ def attention_policy(
         spans: a policy over spans instead of keys.
         span_bias: floating, broadcastable to [B, H, T, S] with T the chosen rows; added to the
             scores of a span's keys after the soft cap. Needs spans.
+        head_weights: floating [H], or [B, H] (packed: [n, H]), finite, >= 0 and some > 0: how much
+            each head counts in the mean, of which only ratios matter. Default: all alike. A head of
+            weight 0 is left out. Values on a GPU are not checked: wrong ones give rows of NaN.
         scope: which keys the policy is over: bool [N] or [B, N], or Spans, for the keys in some
             span. Default: with spans the keys in some span, otherwise all. With both spans and a
             wider scope, rows sum to the share of the spans in the scope.
@@ -87,9 +91,9 @@ def attention_policy(
         backend: name of a backend, or None for the first that can run the call.
 
     Returns:
-        p, float32 [B, T, N], or [B, T, S] with spans; differentiable in q, k and span_bias. Packed
-        without spans it is [1, T, max N_i]: columns are positions in the row's own sequence, 0
-        after its keys.
+        p, float32 [B, T, N], or [B, T, S] with spans; differentiable in q, k, span_bias and
+        head_weights. Packed without spans it is [1, T, max N_i]: columns are positions in the row's
+        own sequence, 0 after its keys.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -99,8 +103,8 @@ def attention_policy(
     """
     op = "attention_policy"
     args = resolve_call(
-        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
-        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
+        op, q, k, rows=rows, spans=spans, span_bias=span_bias, head_weights=head_weights,
+        scope=scope, exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
         softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
@@ -124,6 +128,7 @@ def resolve_call(
     key_padding_mask: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
+    head_weights: Any = None,
 ) -> PolicyArgs:
     """Check the arguments that the public functions share; `op` is the caller, for messages.
 
@@ -147,6 +152,9 @@ def resolve_call(
         q = q[:, :, start:stop]
     if span_bias is not None:
         span_bias = qkv.prepare_span_bias(op, span_bias, spans, q)
+    if head_weights is not None:
+        samples = q.shape[0] if packed is None else packed.num_sequences
+        head_weights = qkv.prepare_head_weights(op, head_weights, q, samples, packed is not None)
     if key_padding_mask is not None:
         if packed is not None:
             raise ValueError(
@@ -159,6 +167,7 @@ def resolve_call(
         k=k,
         span_ids=None if spans is None else spans.ids,
         span_bias=span_bias,
+        head_weights=head_weights,
         scope=_resolve_scope(op, scope, spans, k),
         key_padding_mask=key_padding_mask,
         cu_seqlens_q=None if packed is None else packed.cu_seqlens_q,
@@ -225,12 +234,14 @@ def _allocate_outputs(args: PolicyArgs) -> PolicyOutputs:
     )
 
 
-def _allocate_gradients(args: PolicyArgs, wants_dspan_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    shape = args.span_bias.shape if args.span_bias is not None and wants_dspan_bias else (0,)
+def _allocate_gradients(
+    args: PolicyArgs, wants_dspan_bias: bool, wants_dhead_weights: bool
+) -> tuple[Tensor, ...]:
     return (
         allocation.empty_like_layout(args.q, args.head_dim),
         allocation.empty_like_layout(args.k, args.head_dim),
-        allocation.new_empty(args.q, shape, allocation.accumulation_dtype(args.q)),
+        allocation.if_wanted(args.q, args.span_bias, wants_dspan_bias),
+        allocation.if_wanted(args.q, args.head_weights, wants_dhead_weights),
     )
 
 
@@ -263,36 +274,44 @@ def _policy_bwd(
     z: Tensor,
     dp: Tensor,
     wants_dspan_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (dq, dk, dspan_bias), the last of shape [0] if it is not wanted."""
-    gradients = _allocate_gradients(args, wants_dspan_bias)
+    wants_dhead_weights: bool,
+) -> tuple[Tensor, ...]:
+    """-> (dq, dk, dspan_bias, dhead_weights), of shape [0] what is not wanted."""
+    gradients = _allocate_gradients(args, wants_dspan_bias, wants_dhead_weights)
     chosen = backends.choose("policy", BACKENDS, args, backend)
     if p.numel() == 0 or args.sees_nothing:
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    dq, dk, dspan_bias = gradients
+    dq, dk, dspan_bias, dhead_weights = gradients
     chosen.bwd(
         args,
         PolicyOutputs(p, norm, z),
-        PolicyGradients(dp.contiguous(), dq, dk, dspan_bias if wants_dspan_bias else None),
+        PolicyGradients(
+            dp.contiguous(),
+            dq,
+            dk,
+            dspan_bias if wants_dspan_bias else None,
+            dhead_weights if wants_dhead_weights else None,
+        ),
     )
     return gradients
 
 
 def _policy_bwd_fake(
     args: PolicyArgs, backend: str, *results_and_gradients: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(args, wants_dspan_bias=results_and_gradients[-1])
+) -> tuple[Tensor, ...]:
+    return _allocate_gradients(args, *results_and_gradients[-2:])
 
 
 def _backward(ctx: Any, dp: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dp is None:  # norm and z reach no user, so no gradient arrives there
         return _SIGNATURE.gradients()
     args, backend, outputs = _SIGNATURE.saved(ctx)
-    wants_dspan_bias = ctx.needs_input_grad[_SIGNATURE.index("span_bias")]
-    dq, dk, dspan_bias = policy_bwd(args, backend, *outputs, dp, wants_dspan_bias)
-    return _SIGNATURE.gradients(q=dq, k=dk, span_bias=dspan_bias if wants_dspan_bias else None)
+    wanted = [ctx.needs_input_grad[_SIGNATURE.index(x)] for x in ("span_bias", "head_weights")]
+    dq, dk, *others = policy_bwd(args, backend, *outputs, dp, *wanted)
+    dspan_bias, dhead_weights = (x if y else None for x, y in zip(others, wanted, strict=True))
+    return _SIGNATURE.gradients(q=dq, k=dk, span_bias=dspan_bias, head_weights=dhead_weights)
 
 
 policy_fwd = schema.define_with_args(
@@ -307,8 +326,8 @@ policy_fwd = schema.define_with_args(
 policy_bwd = schema.define_with_args(
     "policy_bwd",
     _SIGNATURE,
-    "Tensor p, Tensor norm, Tensor z, Tensor dp, bool wants_dspan_bias",
-    3,
+    "Tensor p, Tensor norm, Tensor z, Tensor dp, bool wants_dspan_bias, bool wants_dhead_weights",
+    4,
     _policy_bwd,
     _policy_bwd_fake,
 )

@@ -13,7 +13,7 @@ from ...runtime.backends import BackendName
 from ...snapshot import AttentionSnapshot
 from ...spans import Spans
 from ...targets import AttentionTarget
-from .. import allocation, schema
+from .. import allocation, qkv, schema
 from ..divergence.arguments import Kind
 from ..divergence.interface import check_kind, scaled_gradient
 from ..packing import PackedRows
@@ -44,6 +44,7 @@ def ral_loss(
     rows: slice | tuple[int, int] | PackedRows | None = None,
     spans: Spans | None = None,
     span_bias: Tensor | None = None,
+    head_weights: Tensor | None = None,
     scope: Tensor | Spans | None = None,
     exclude_self: bool = True,
     is_causal: bool = True,
@@ -70,7 +71,8 @@ def ral_loss(
     reference.
 
     Args:
-        q, k, reference, kind and the other options: as in `attention_divergence`.
+        q, k, reference, kind and the other options: as in `attention_divergence`. The gradients
+            formed in the forward include that of head_weights, if it is wanted.
         advantages: floating [B] or [B, T], of either sign; it gets no gradient. Packed, [S] (one a
             sequence) or [1, T].
         mask: bool [B, T], True = a token that counts; default all. A masked token has no gradient,
@@ -88,8 +90,8 @@ def ral_loss(
     """
     op = "ral_loss"
     args = resolve_call(
-        op, q, k, rows=rows, spans=spans, span_bias=span_bias, scope=scope,
-        exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
+        op, q, k, rows=rows, spans=spans, span_bias=span_bias, head_weights=head_weights,
+        scope=scope, exclude_self=exclude_self, is_causal=is_causal, scale=scale, window=window,
         softcap=softcap, key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
@@ -207,7 +209,10 @@ def weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
 
 def _fuses(args: PolicyArgs) -> bool:
     """Whether a loss whose reference streams is to be formed together with its gradients."""
-    wants_gradient = torch.is_grad_enabled() and (args.q.requires_grad or args.k.requires_grad)
+    inputs = (args.q, args.k, args.head_weights)
+    wants_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in inputs
+    )
     # In float16 a gradient would underflow before loss scaling could reach it.
     return wants_gradient and args.span_ids is None and args.q.dtype != torch.float16
 
@@ -225,21 +230,26 @@ def _fused_loss(
     keeps = snapshot is not None and checks.has_values(policy.q)
     # How a backend computes the reference policy may depend on the policy's dtype.
     kernels = f"{backend} {os.environ.get('RAL_CPU_ISA', '')} {policy.q.dtype}"
-    given = snapshot.find_normalisers(policy, kernels) if snapshot and keeps else None
-    loss, _, _, norm, z = policy_divergence_loss(args, backend, weights, *(given or (None, None)))
+    head_weights = args.reference.head_weights
+    given = snapshot.find_normalisers(policy, head_weights, kernels) if snapshot and keeps else None
+    loss, *_, norm, z = policy_divergence_loss(
+        args, backend, weights, *(given or (None, None)), qkv.is_learned(policy.head_weights)
+    )
     if snapshot and keeps and given is None:
-        snapshot.keep_normalisers(policy, kernels, norm.detach(), z.detach())
+        snapshot.keep_normalisers(policy, head_weights, kernels, norm.detach(), z.detach())
     result: Tensor = loss
     return result
 
 
-def _allocate(args: PolicyDivergenceArgs, normalised: bool) -> tuple[Tensor, ...]:
+def _allocate(
+    args: PolicyDivergenceArgs, normalised: bool, wants_dhead_weights: bool
+) -> tuple[Tensor, ...]:
     q, rows = args.policy.q, args.policy.num_rows
     per_row = (0, 0) if normalised else (args.policy.batch_size, rows)
     per_head = (0, 0, 0, 0) if normalised else (2, per_row[0], args.reference.num_heads, rows)
     dtype = allocation.accumulation_dtype(q)
     loss, norm, z = (allocation.new_empty(q, shape, dtype) for shape in ((), per_head, per_row))
-    return loss, *allocate_gradients(args), norm, z
+    return loss, *allocate_gradients(args, wants_dhead_weights), norm, z
 
 
 def _policy_divergence_loss(
@@ -248,16 +258,18 @@ def _policy_divergence_loss(
     weights: Tensor,
     given_norm: Tensor | None,
     given_z: Tensor | None,
+    wants_dhead_weights: bool,
 ) -> tuple[Tensor, ...]:
-    """-> (sum over rows of weight times divergence, dq, dk, reference_norm, reference_z).
+    """-> (loss, dq, dk, dhead_weights, reference_norm, reference_z).
 
-    The last two are the reference policy's statistics, which a later call may receive. They are
-    empty if this call received them.
+    The loss is the sum over rows of weight times divergence. dhead_weights is of shape [0] if it is
+    not wanted. The last two are the reference policy's statistics, which a later call may receive.
+    They are empty if this call received them.
     """
     weights = weights.contiguous()
     normalised = given_norm is not None
-    results = _allocate(args, normalised)
-    loss, dq, dk, norm, z = results
+    results = _allocate(args, normalised, wants_dhead_weights)
+    loss, dq, dk, dhead_weights, norm, z = results
     chosen = backends.choose("policy_divergence", BACKENDS, args, backend)
     if args.policy.sees_nothing:  # never reaches a backend
         for result in results:
@@ -266,7 +278,8 @@ def _policy_divergence_loss(
     value = allocation.new_empty(weights, weights.shape, weights.dtype)
     if given_norm is not None and given_z is not None:
         norm, z = given_norm, given_z
-    chosen.loss(args, weights, normalised, LossOutputs(value, norm, z, dq, dk))
+    wanted = dhead_weights if wants_dhead_weights else None
+    chosen.loss(args, weights, normalised, LossOutputs(value, norm, z, dq, dk, wanted))
     loss.copy_(weighted_sum(value, weights))
     return results
 
@@ -277,27 +290,30 @@ def _policy_divergence_loss_fake(
     weights: Tensor,
     given_norm: Tensor | None,
     given_z: Tensor | None,
+    wants_dhead_weights: bool,
 ) -> tuple[Tensor, ...]:
-    return _allocate(args, given_norm is not None)
+    return _allocate(args, given_norm is not None, wants_dhead_weights)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*outputs[1:3])
+    ctx.save_for_backward(*outputs[1:4])
+    ctx.wants_dhead_weights = inputs[-1]
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None, None, None)  # weights and the reference policy's statistics
+    rest = (None,) * 4  # weights, the reference policy's statistics, what is wanted
     if dloss is None:
         return *SIGNATURE.gradients(), *rest
-    dq, dk = (scaled_gradient(x, dloss) for x in ctx.saved_tensors)
-    return *SIGNATURE.gradients(q=dq, k=dk), *rest
+    dq, dk, dhead_weights = (scaled_gradient(x, dloss) for x in ctx.saved_tensors)
+    given = dhead_weights if ctx.wants_dhead_weights else None
+    return *SIGNATURE.gradients(q=dq, k=dk, head_weights=given), *rest
 
 
 policy_divergence_loss = schema.define_with_args(
     "policy_divergence_loss",
     SIGNATURE,
-    "Tensor weights, Tensor? reference_norm, Tensor? reference_z",
-    5,
+    "Tensor weights, Tensor? reference_norm, Tensor? reference_z, bool wants_dhead_weights",
+    6,
     _policy_divergence_loss,
     _policy_divergence_loss_fake,
     (_setup_context, _backward),

@@ -34,16 +34,19 @@ SMALLEST_WEIGHT = 2.0**-100  # of all heads together on the valid keys; less cou
 NORMALISED_WITHIN = 2.0**-20  # a target whose valid weights sum to 1 up to this is taken as it is
 
 
-def _packed_sequences(args: PolicyArgs) -> Iterator[tuple[slice, slice, PolicyArgs]]:
-    """The rows and the keys of each sequence that has both, and the call that it would be alone."""
+def _packed_sequences(args: PolicyArgs) -> Iterator[tuple[slice, slice, slice, PolicyArgs]]:
+    """Each sequence that has rows and keys, these, and the call that it would be alone."""
     assert args.cu_seqlens_q is not None and args.cu_seqlens_k is not None
     assert args.query_starts is not None
+    weights = args.head_weights
     bounds_q, bounds_k = args.cu_seqlens_q.tolist(), args.cu_seqlens_k.tolist()
     for i, query_start in enumerate(args.query_starts.tolist()):
         rows, keys = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
+        sequence = slice(i, i + 1)
         if rows.start == rows.stop or keys.start == keys.stop:
             continue
         yield (
+            sequence,
             rows,
             keys,
             replace(
@@ -52,6 +55,7 @@ def _packed_sequences(args: PolicyArgs) -> Iterator[tuple[slice, slice, PolicyAr
                 k=args.k[:, :, keys],
                 span_ids=None if args.span_ids is None else args.span_ids[..., keys],
                 span_bias=None if args.span_bias is None else args.span_bias[:, :, rows],
+                head_weights=None if weights is None else weights[sequence],
                 scope=None if args.scope is None else args.scope[:, keys],
                 cu_seqlens_q=None,
                 cu_seqlens_k=None,
@@ -65,14 +69,20 @@ def _packed_sequences(args: PolicyArgs) -> Iterator[tuple[slice, slice, PolicyAr
 
 def _packed_comparisons(
     args: PolicyDivergenceArgs,
-) -> Iterator[tuple[slice, slice, PolicyDivergenceArgs]]:
-    for rows, keys, policy in _packed_sequences(args.policy):
+) -> Iterator[tuple[slice, slice, slice, PolicyDivergenceArgs]]:
+    weights = args.reference.head_weights
+    for sequence, rows, keys, policy in _packed_sequences(args.policy):
         reference, target = args.reference, args.target
         if reference.q is not None and reference.k is not None:
-            reference = replace(reference, q=reference.q[:, :, rows], k=reference.k[:, :, keys])
+            reference = replace(
+                reference,
+                q=reference.q[:, :, rows],
+                k=reference.k[:, :, keys],
+                head_weights=None if weights is None else weights[sequence],
+            )
         else:
             target = _target_of_sequence(target, rows, keys)
-        yield rows, keys, replace(args, policy=policy, reference=reference, target=target)
+        yield sequence, rows, keys, replace(args, policy=policy, reference=reference, target=target)
 
 
 def _target_of_sequence(target: TargetArgs, rows: slice, keys: slice) -> TargetArgs:
@@ -153,9 +163,15 @@ def _valid_keys(args: PolicyArgs, rows: slice, visible: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None,
+    head_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Equations (1) to (4): P [B, H, R, N], norm [2, B, H, R], the soft cap's slope (None: 1).
+    """Equations (1) to (4): w P [B, H, R, N], norm [2, B, H, R], the soft cap's slope (None: 1).
 
     `q` and `k` come from `_as_computed`, k with one head per query head.
     """
@@ -174,13 +190,15 @@ def _attend(
     p_h = torch.exp(s - stabiliser)
     normaliser = p_h.sum(-1, keepdim=True)
     inverse = torch.where(normaliser == 0, 0.0, 1 / normaliser)  # (3)
+    if head_weights is not None:
+        inverse = inverse * head_weights[:, :, None, None]  # of (5)
     p_h = p_h * inverse  # (4)
     norm = torch.stack([stabiliser * LOG2_E, inverse]).squeeze(-1)
     return p_h, norm, dcap
 
 
 def _mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Equations (5) to (7): p [B, R, N] and Z [B, R], with rows of 0 where Z = 0."""
+    """Equations (5) to (7) of w P: p [B, R, N] and Z [B, R], with rows of 0 where Z = 0."""
     mean = torch.where(valid, p_h.mean(1), 0.0)  # (5)
     z = mean.sum(-1)  # (6)
     z = torch.where(z * p_h.shape[1] < SMALLEST_WEIGHT, 0.0, z)
@@ -189,7 +207,7 @@ def _mean_over_valid(p_h: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _score_gradient(p_h: Tensor, valid: Tensor, z: Tensor, centred: Tensor) -> Tensor:
-    """P G = P (dp - c) / (Z H) on valid keys and 0 elsewhere, (10), from `centred` = dp - c.
+    """w P G = w P (dp - c) / (Z H) on valid keys, else 0: (10), from w P and `centred` = dp - c.
 
     A weight of exactly 0 gives 0, whatever dp is there. z is as `fwd` wrote it: 0 where it counts
     as 0 (SMALLEST_WEIGHT).
@@ -197,6 +215,14 @@ def _score_gradient(p_h: Tensor, valid: Tensor, z: Tensor, centred: Tensor) -> T
     z = torch.where(z == 0, 1.0, z)[:, None, :, None]
     share = torch.where(valid[:, None], p_h / z / p_h.shape[1], 0.0)
     return torch.where(share == 0, 0.0, share * centred)
+
+
+def _per_weight(x: Tensor, head_weights: Tensor | None) -> Tensor:
+    """x / w of [B, H, R], 0 where w = 0: from a sum over w P_h the sum over P_h, as in (11)."""
+    if head_weights is None:
+        return x
+    w = head_weights[:, :, None]
+    return torch.where(w == 0, 0.0, x / w)
 
 
 def _span_index(args: PolicyArgs) -> Tensor:
@@ -247,7 +273,7 @@ def _outputs_of(args: PolicyArgs, outputs: PolicyOutputs, rows: slice) -> Policy
 def _policy_fwd(args: PolicyArgs, outputs: PolicyOutputs) -> None:
     if args.is_packed:
         _zero(outputs.p, outputs.norm, outputs.z)
-        for rows, _, own in _packed_sequences(args):
+        for _, rows, _, own in _packed_sequences(args):
             _policy_fwd(own, _outputs_of(own, outputs, rows))
         return
     dtype = _compute_dtype(args.q)
@@ -257,7 +283,7 @@ def _policy_fwd(args: PolicyArgs, outputs: PolicyOutputs) -> None:
         visible = _visible_keys(args, rows, args.window_left, args.window_right)
         bias = None if args.span_bias is None else _to_keys(args, args.span_bias[:, :, rows])
         q = _as_computed(args.q[:, :, rows], dtype)
-        p_h, norm, _ = _attend(q, k, visible, args.scale, args.softcap, bias)
+        p_h, norm, _ = _attend(q, k, visible, args.scale, args.softcap, bias, args.head_weights)
         p_keys, z = _mean_over_valid(p_h, _valid_keys(args, rows, visible))
         outputs.norm[:, :, :, rows], outputs.z[:, rows] = norm, z
         outputs.p[:, rows] = p_keys if one_hot is None else p_keys @ one_hot  # (8)
@@ -265,15 +291,16 @@ def _policy_fwd(args: PolicyArgs, outputs: PolicyOutputs) -> None:
 
 def _policy_bwd(args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradients) -> None:
     if args.is_packed:
-        _zero(gradients.dq, gradients.dk, gradients.dspan_bias)
-        dspan_bias = gradients.dspan_bias
-        for rows, keys, own in _packed_sequences(args):
+        dspan_bias, dhead_weights = gradients.dspan_bias, gradients.dhead_weights
+        _zero(gradients.dq, gradients.dk, dspan_bias, dhead_weights)
+        for sequence, rows, keys, own in _packed_sequences(args):
             own_outputs = _outputs_of(own, outputs, rows)
             own_gradients = PolicyGradients(
                 dp=gradients.dp[:, rows, : own_outputs.p.shape[-1]],
                 dq=gradients.dq[:, :, rows],
                 dk=gradients.dk[:, :, keys],
                 dspan_bias=None if dspan_bias is None else dspan_bias[:, :, rows],
+                dhead_weights=None if dhead_weights is None else dhead_weights[sequence],
             )
             _policy_bwd(own, own_outputs, own_gradients)
         return
@@ -281,12 +308,13 @@ def _policy_bwd(args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradi
     k = _keys(args, args.k, args.num_heads)
     dk_h = torch.zeros_like(k)
     one_hot = None if args.span_ids is None else _one_hot(args, dtype)
+    _zero(gradients.dhead_weights)
     for rows in _row_chunks(args.num_rows):
         visible = _visible_keys(args, rows, args.window_left, args.window_right)
         valid = _valid_keys(args, rows, visible)
         bias = None if args.span_bias is None else _to_keys(args, args.span_bias[:, :, rows])
         q = _as_computed(args.q[:, :, rows], dtype)
-        p_h, _, dcap = _attend(q, k, visible, args.scale, args.softcap, bias)
+        p_h, _, dcap = _attend(q, k, visible, args.scale, args.softcap, bias, args.head_weights)
 
         # Outcomes of probability 0 are constants, and so is every outcome of a row with Z = 0.
         p, z = outputs.p[:, rows], outputs.z[:, rows]
@@ -296,7 +324,10 @@ def _policy_bwd(args: PolicyArgs, outputs: PolicyOutputs, gradients: PolicyGradi
             dp = _to_keys(args, dp)
         centred = torch.where(z[..., None] == 0, 0.0, dp - c)[:, None]
         ds = _score_gradient(p_h, valid, z, centred)  # (10)
-        ds = ds - p_h * ds.sum(-1, keepdim=True)  # (11), (12)
+        delta = _per_weight(ds.sum(-1), args.head_weights)  # (11)
+        ds = ds - p_h * delta[..., None]  # (12)
+        if gradients.dhead_weights is not None:
+            gradients.dhead_weights += delta.sum(-1)  # (17)
         if gradients.dspan_bias is not None:
             assert one_hot is not None
             gradients.dspan_bias[:, :, rows] = ds @ one_hot[:, None]  # (13)
@@ -344,7 +375,10 @@ class TorchPolicyDivergence(
             w=value.new_empty(per_head),
         )
         self.fwd(args, statistics)
-        self.bwd(args, statistics, PolicyDivergenceGradients(weights, outputs.dq, outputs.dk))
+        gradients = PolicyDivergenceGradients(
+            weights, outputs.dq, outputs.dk, outputs.dhead_weights
+        )
+        self.bwd(args, statistics, gradients)
 
 
 def _policy_keys(args: PolicyDivergenceArgs) -> Tensor:
@@ -377,7 +411,9 @@ def _reference_rows(
         return r, None, z
     visible = _visible_keys(args.policy, rows, reference.window_left, reference.window_right)
     q = _as_computed(reference.q[:, :, rows], _compute_dtype(args.policy.q))
-    p_h, norm, _ = _attend(q, k, visible, reference.scale, reference.softcap, None)
+    p_h, norm, _ = _attend(
+        q, k, visible, reference.scale, reference.softcap, None, reference.head_weights
+    )
     r, z = _mean_over_valid(p_h, _valid_keys(args.policy, rows, visible))
     return r, norm, z
 
@@ -389,6 +425,12 @@ def renormalised(
 
     Rows without a target, or without weight on valid outcomes, are 0.
     """
+    v = target_weights(target, rows, valid, length)
+    return divided(v, v.sum(-1))
+
+
+def target_weights(target: TargetArgs, rows: slice, valid: Tensor, length: int) -> Tensor:
+    """v of each row on its valid outcomes, 0 elsewhere: [B, R, length]."""
     assert target.values is not None and target.index is not None
     index = target.index[:, rows].long()
     number = index.clamp_min(0)[..., None]
@@ -397,8 +439,11 @@ def renormalised(
         ids = target.ids.long().gather(1, number.expand(-1, -1, target.length))
         places = torch.where(ids >= 0, ids, length)
         v = v.new_zeros(*v.shape[:2], length + 1).scatter(-1, places, v)[..., :length]
-    v = torch.where(valid & (index >= 0)[..., None], v, 0.0)
-    z = v.sum(-1)
+    return torch.where(valid & (index >= 0)[..., None], v, 0.0)
+
+
+def divided(v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation (11): v by the sum z of its row, and z, which is 0 where it counts as 0."""
     z = torch.where(z < SMALLEST_WEIGHT, 0.0, z)
     v = torch.where((z == 0)[..., None], 0.0, v)
     # Weights that are a policy already, up to rounding, are not rounded again: equal policies then
@@ -418,7 +463,7 @@ def _divergence_fwd(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs
     policy = args.policy
     if policy.is_packed:
         _zero(*(getattr(outputs, x.name) for x in fields(outputs)))
-        for rows, _, own in _packed_comparisons(args):
+        for _, rows, _, own in _packed_comparisons(args):
             _divergence_fwd(own, _divergence_outputs_of(outputs, rows))
         return
     k, reference_k = _policy_keys(args), _reference_keys(args)
@@ -426,7 +471,9 @@ def _divergence_fwd(args: PolicyDivergenceArgs, outputs: PolicyDivergenceOutputs
         visible = _visible_keys(policy, rows, policy.window_left, policy.window_right)
         valid = _valid_keys(policy, rows, visible)
         q = _as_computed(policy.q[:, :, rows], _compute_dtype(policy.q))
-        p_h, norm, _ = _attend(q, k, visible, policy.scale, policy.softcap, None)
+        p_h, norm, _ = _attend(
+            q, k, visible, policy.scale, policy.softcap, None, policy.head_weights
+        )
         p, z = _mean_over_valid(p_h, valid)
         r, reference_norm, reference_z = _reference_rows(args, reference_k, rows, valid)
 
@@ -452,20 +499,27 @@ def _divergence_bwd(
 ) -> None:
     policy = args.policy
     if policy.is_packed:
-        _zero(gradients.dq, gradients.dk)
-        for rows, keys, own in _packed_comparisons(args):
+        dhead_weights = gradients.dhead_weights
+        _zero(gradients.dq, gradients.dk, dhead_weights)
+        for sequence, rows, keys, own in _packed_comparisons(args):
             own_gradients = PolicyDivergenceGradients(
-                gradients.dvalue[:, rows], gradients.dq[:, :, rows], gradients.dk[:, :, keys]
+                gradients.dvalue[:, rows],
+                gradients.dq[:, :, rows],
+                gradients.dk[:, :, keys],
+                None if dhead_weights is None else dhead_weights[sequence],
             )
             _divergence_bwd(own, _divergence_outputs_of(outputs, rows), own_gradients)
         return
     k, reference_k = _policy_keys(args), _reference_keys(args)
     dk_h = torch.zeros_like(k)
+    _zero(gradients.dhead_weights)
     for rows in _row_chunks(policy.num_rows):
         visible = _visible_keys(policy, rows, policy.window_left, policy.window_right)
         valid = _valid_keys(policy, rows, visible)
         q = _as_computed(policy.q[:, :, rows], _compute_dtype(policy.q))
-        p_h, _, dcap = _attend(q, k, visible, policy.scale, policy.softcap, None)
+        p_h, _, dcap = _attend(
+            q, k, visible, policy.scale, policy.softcap, None, policy.head_weights
+        )
         p, _ = _mean_over_valid(p_h, valid)
         r, _, _ = _reference_rows(args, reference_k, rows, valid)
         terms, dp = generalised(p, r, args.kind)  # (2)
@@ -477,7 +531,9 @@ def _divergence_bwd(
         u, w = outputs.u[:, :, rows], outputs.w[:, :, rows]
         norm = torch.where(z == 0, 1.0, z)[:, None] * policy.num_heads
         c = (u / norm).sum(1, keepdim=True)  # (4)
-        delta = (u - c * w) / norm  # (6)
+        delta = _per_weight((u - c * w) / norm, policy.head_weights)  # (6)
+        if gradients.dhead_weights is not None:
+            gradients.dhead_weights += (weight[..., 0] * delta).sum(-1)  # (12)
         g = _score_gradient(p_h, valid, z, dp[:, None] - c[..., None])  # (5)
         ds = weight * (g - p_h * delta[..., None])  # (7)
         if dcap is not None:

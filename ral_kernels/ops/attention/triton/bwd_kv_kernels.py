@@ -13,8 +13,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import (
+    Blocks,
+    block_number,
+    block_ranges,
+    blocks_of_loop,
+    part_of_ranges,
+)
 from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
-from ....runtime.triton_spans import MIXED, NO_SPAN, sequence_of_span_blocks
+from ....runtime.triton_spans import MIXED, NO_SPAN, blocks_of_sequence, sequence_of_span_blocks
 from .marginals import (
     SpanBlock,
     add_mixed_shares,
@@ -25,23 +32,17 @@ from .marginals import (
     uniform_shares,
 )
 from .scores import (
-    Blocks,
     HeadMasks,
     Place,
     Queries,
     add_weighted_rows,
     backward_lse_log2,
-    block_number,
-    block_ranges,
-    blocks_of_loop,
-    blocks_of_sequence,
     dot_rows,
     exist,
     in_window,
     length_of,
     locate,
     padding_of,
-    part_of_ranges,
     real_keys,
     row_tile,
     scores,

@@ -7,8 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
 from ....runtime.triton_rows import head_of, store_rows
-from ....runtime.triton_spans import MIXED, NO_SPAN
+from ....runtime.triton_spans import MIXED, NO_SPAN, span_block_ranges
 from .bwd_kv_kernels import weights_and_gradient
 from .marginals import (
     Sums,
@@ -25,9 +26,6 @@ from .scores import (
     Place,
     add_weighted_rows,
     backward_lse_log2,
-    block_number,
-    block_ranges,
-    blocks_of_loop,
     dot_rows,
     keys_of_block,
     length_of,
@@ -35,7 +33,6 @@ from .scores import (
     masks_of_rows,
     real_keys,
     row_tile,
-    span_block_ranges,
     spans_of_keys,
 )
 

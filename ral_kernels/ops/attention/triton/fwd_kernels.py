@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop, part_of_ranges
 from ....runtime.triton_rows import Head, head_of, store_rows
 from ....runtime.triton_softmax import stabiliser
-from ....runtime.triton_spans import MIXED, NO_SPAN
+from ....runtime.triton_spans import MIXED, NO_SPAN, span_block_ranges
 from .marginals import (
     HEADROOM,
     Sums,
@@ -30,20 +31,15 @@ from .scores import (
     Keys,
     Place,
     add_weighted_rows,
-    block_number,
-    block_ranges,
-    blocks_of_loop,
     dot_rows,
     in_window,
     keys_of_block,
     length_of,
     locate,
     masks_of_rows,
-    part_of_ranges,
     real_keys,
     row_tile,
     scores,
-    span_block_ranges,
     spans_of_keys,
 )
 

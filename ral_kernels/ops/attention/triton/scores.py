@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ....runtime.triton_rows import Head, load_rows
 from ....runtime.triton_softmax import LOG2E, in_base_2, tanh
-from ....runtime.triton_spans import CHUNK, first_span_block, sequence_of_block
+from ....runtime.triton_spans import first_span_block, sequence_of_block
 from .marginals import here, moved_spans
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -28,31 +28,6 @@ class RowTile(NamedTuple):
     head: Any
     rows: Any
     mask: Any
-
-
-class Ranges(NamedTuple):
-    """Blocks to visit: [first, last), of which [first_full, last_full) need no mask.
-
-    With spans these are whole blocks, and gathered ones follow (runtime/triton_spans.py).
-    """
-
-    first: Any
-    first_full: Any
-    last_full: Any
-    last: Any
-    first_gathered: Any
-    last_gathered: Any
-
-
-class Blocks(NamedTuple):
-    """The blocks that one of the two loops visits: see `block_number`."""
-
-    first: Any
-    number: Any
-    num_left: Any
-    gap: Any
-    num_whole: Any
-    gap_gathered: Any
 
 
 class Place(NamedTuple):
@@ -119,101 +94,6 @@ def length_of(cu_seqlens_ptr, sequence, seqlen):
         return start, tl.load(cu_seqlens_ptr + sequence + 1) - start
     else:
         return sequence * 0, sequence * 0 + seqlen
-
-
-@triton.jit
-def block_ranges(low, high, full_low, full_high, BLOCK: tl.constexpr):
-    """Blocks that touch [low, high), and those among them that lie within [full_low, full_high)."""
-    low = tl.maximum(low, 0)
-    high = tl.maximum(high, low)
-    first = low // BLOCK
-    last = tl.where(high > low, tl.cdiv(high, BLOCK), first)
-    first_full = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_low, 0), BLOCK), first), last)
-    last_full = tl.maximum(tl.minimum(tl.maximum(full_high, 0) // BLOCK, last), first_full)
-    return Ranges(first, first_full, last_full, last, 0, 0)
-
-
-@triton.jit
-def blocks_before(before_ptr, position, length):
-    """How many blocks of a sequence begin before `position`."""
-    return tl.load(before_ptr + tl.minimum(tl.maximum(position, 0), length)) - tl.load(before_ptr)
-
-
-@triton.jit
-def blocks_of_sequence(spans, first_key, length):
-    """How many blocks a sequence has in a table of spans."""
-    whole = blocks_before(spans.whole_before_ptr + first_key, length, length)
-    return whole + blocks_before(spans.gathered_before_ptr + first_key, length, length)
-
-
-@triton.jit
-def span_block_ranges(
-    spans, first_key, length, low, high, full_low, full_high, BLOCK: tl.constexpr
-):
-    """As `block_ranges`, of the blocks of a table of spans; `first_key` of the sequence in it."""
-    low = tl.minimum(tl.maximum(low, 0), length)
-    high = tl.maximum(tl.minimum(high, length), low)
-    whole_ptr = spans.whole_before_ptr + first_key
-    gathered_ptr = spans.gathered_before_ptr + first_key
-    num_whole = blocks_before(whole_ptr, length, length)
-    first = blocks_before(whole_ptr, low - BLOCK + 1, length)
-    last = tl.where(high > low, blocks_before(whole_ptr, high, length), first)
-    first_full = blocks_before(whole_ptr, full_low, length)
-    first_full = tl.minimum(tl.maximum(first_full, first), last)
-    last_full = blocks_before(whole_ptr, full_high - BLOCK + 1, length)
-    last_full = tl.maximum(tl.minimum(last_full, last), first_full)
-    # A gathered block stays within a chunk.
-    first_gathered = blocks_before(gathered_ptr, low // CHUNK * CHUNK, length)
-    last_gathered = blocks_before(gathered_ptr, high, length)
-    last_gathered = tl.where(high > low, last_gathered, first_gathered)
-    return Ranges(
-        first, first_full, last_full, last, num_whole + first_gathered, num_whole + last_gathered
-    )
-
-
-@triton.jit
-def part_of_ranges(ranges, part, parts):
-    """The part-th of `parts` parts of the blocks."""
-    blocks = tl.cdiv(ranges.last - ranges.first, parts)
-    first = tl.minimum(ranges.first + part * blocks, ranges.last)
-    last = tl.minimum(first + blocks, ranges.last)
-    first_full = tl.minimum(tl.maximum(ranges.first_full, first), last)
-    last_full = tl.minimum(tl.maximum(ranges.last_full, first_full), last)
-    blocks = tl.cdiv(ranges.last_gathered - ranges.first_gathered, parts)
-    first_gathered = tl.minimum(ranges.first_gathered + part * blocks, ranges.last_gathered)
-    last_gathered = tl.minimum(first_gathered + blocks, ranges.last_gathered)
-    return Ranges(first, first_full, last_full, last, first_gathered, last_gathered)
-
-
-@triton.jit
-def blocks_of_loop(ranges, IS_EDGE: tl.constexpr):
-    """The blocks that need no mask, or with IS_EDGE those on both sides, then the gathered ones."""
-    num_full = ranges.last_full - ranges.first_full
-    num_whole = ranges.last - ranges.first - num_full
-    num_gathered = ranges.last_gathered - ranges.first_gathered
-    return Blocks(
-        ranges.first if IS_EDGE else ranges.first_full,
-        num_whole + num_gathered if IS_EDGE else num_full,
-        ranges.first_full - ranges.first,
-        num_full,
-        num_whole,
-        ranges.first_gathered - ranges.last,
-    )
-
-
-@triton.jit
-def block_number(i, blocks, IS_EDGE: tl.constexpr, HAS_SPANS: tl.constexpr = False):
-    """The i-th block of a loop.
-
-    With IS_EDGE it skips `gap` blocks after the first `num_left`. With HAS_SPANS, too, it skips
-    `gap_gathered` blocks after the first `num_whole`.
-    """
-    block = blocks.first + i
-    if IS_EDGE:
-        block += tl.where(i >= blocks.num_left, blocks.gap, 0)
-        if HAS_SPANS:
-            block += tl.where(i >= blocks.num_whole, blocks.gap_gathered, 0)
-    return block
 
 
 @triton.jit

@@ -25,8 +25,9 @@ _INTERPRETED = {
     "bwd_dq": Tile(64, 64, 4, 1),
 }
 # No tile spills, with Triton 3.7.1 and on sm_90 with 3.6.0: registers limit them all. One does:
-# "bwd_dkdv" on sm_90 with every mask at once, 24 bytes; smaller ones lose wgmma. wgmma and
-# tcgen05 take 64 rows; a tile with fewer stands where each of 64 spilled, and mma.sync multiplies.
+# "bwd_dkdv" on sm_90 with every mask at once, 16 bytes with 3.7.1 and 24 with 3.6.0; smaller ones
+# lose wgmma. wgmma and tcgen05 take 64 rows; a tile with fewer stands where each of 64 spilled, and
+# mma.sync multiplies. Head dims 72 to 96 have the tiles and the registers of 128.
 # HEAVY: with span_bias or attn_mask. Decoding is bound by memory: one row serves both variants.
 # On sm_90 ptxas serialises wgmma (C7515) in "fwd" with spans and head dims over 128. In "decode"
 # the ptxas of 3.6.0 does so with (64, 32, 4), and 3.7.1 spills with (64, 64, 4).

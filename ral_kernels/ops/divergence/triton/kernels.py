@@ -37,6 +37,7 @@ def divergence_fwd_kernel(
     num_sequences,
     num_rows,
     length,
+    row_stride,
     length_per_split,
     KIND: tl.constexpr,
     GENERALISED: tl.constexpr,
@@ -68,7 +69,7 @@ def divergence_fwd_kernel(
     value = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for first in range(start, stop, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        offsets = offs_r[:, None] * length + offs_n[None, :]
+        offsets = offs_r[:, None] * row_stride + offs_n[None, :]
         mask = mask_r[:, None] & (offs_n < stop)[None, :]
         # [BLOCK_R, BLOCK_N]
         p = tl.load(p_ptr + offsets, mask=mask, other=0.0)
@@ -128,13 +129,16 @@ def sweep(
     dr: Tensor | None,
     ends: RowEnds | None = None,
 ) -> Tensor:
-    """The sums [pieces, rows] of rows p and r [rows, N], in order; write dp and dr where given."""
+    """The sums [pieces, rows] of rows p and r [rows, N], in order; write dp and dr where given.
+
+    All have the strides of p.
+    """
     num_rows, length = p.shape
     tile = _tile(p)
     multiprocessors = triton_runtime.num_multiprocessors(p.device)
     splits = tiles.num_splits(tile, num_rows, length, multiprocessors)
-    per_split = triton.cdiv(triton.cdiv(length, tile.block_n), splits) * tile.block_n
-    splits = triton.cdiv(length, per_split)
+    per_split = -(-num_blocks(length, tile.block_n, None) // splits) * tile.block_n
+    splits = num_blocks(length, per_split, None)
     partial = p.new_empty((splits, num_rows))
     num_sequences = None if ends is None else ends.row_offsets.shape[0] - 1
     row_blocks = num_blocks(num_rows, tile.block_r, num_sequences)
@@ -153,6 +157,7 @@ def sweep(
             "num_sequences": num_sequences,
             "num_rows": num_rows,
             "length": length,
+            "row_stride": p.stride(0),
             "length_per_split": per_split,
             "KIND": KINDS.index(kind),
             "GENERALISED": generalised,
@@ -176,7 +181,7 @@ def fwd(
     finite = kind == "jsd"  # no gradients to take back
     triton_runtime.launch(
         divergence_rows_kernel,
-        (triton.cdiv(num_rows, tile.block_r),),
+        (num_blocks(num_rows, tile.block_r, None),),
         {
             "partial_ptr": partial,
             "value_ptr": value,

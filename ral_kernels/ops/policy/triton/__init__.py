@@ -53,6 +53,7 @@ class TritonPolicy(
             gradients.dq,
             gradients.dk,
             gradients.dspan_bias,
+            gradients.dhead_weights,
         )
 
 
@@ -108,6 +109,7 @@ class TritonPolicyDivergence(
             gradients.dvalue,
             gradients.dq,
             gradients.dk,
+            gradients.dhead_weights,
         )
 
     def loss(
@@ -124,4 +126,5 @@ class TritonPolicyDivergence(
             outputs.value,
             outputs.dq,
             outputs.dk,
+            outputs.dhead_weights,
         )

@@ -14,7 +14,6 @@ from .gradient import (
     score_gradient,
 )
 from .side import (
-    SMALLEST_HEAD_WEIGHT_BWD,
     blocks_of_rows,
     first_row,
     first_row_of_head,
@@ -95,7 +94,7 @@ def policy_bwd_dspan_bias_kernel(
     )
     for key in range(low, high, tile.BLOCK_K):
         offs_k = key + tl.arange(0, tile.BLOCK_K)
-        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
+        mask_k = real_keys(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
         span_k = outcomes_of(flags, sample.keys, offs_k, mask_k)
         held = (span_k >= first_span) & (span_k < first_span + BLOCK_S)
         if tl.max(held.to(tl.int32), 0) > 0:
@@ -116,12 +115,12 @@ def policy_bwd_dspan_bias_kernel(
             )  # fmt: skip
             # [BLOCK_Q, BLOCK_K]
             dp_here = load_outcomes(
-                dp, sample.rows, offs_q[:, None], span_k[None, :], valid & (factor != 0.0)[:, None]
-            )
-            p = weights(s, m[:, None], inverse[:, None], SMALLEST_HEAD_WEIGHT_BWD)
-            ds = score_gradient(
-                p, dp_here, visible, valid, factor[:, None], c[:, None], delta[:, None]
-            )
+                dp, sample.rows, offs_q[:, None], span_k[None, :], valid & (factor != 0.0)[:, None],
+                True,
+            )  # fmt: skip
+            g = tl.where(valid, (dp_here - c[:, None]) * factor[:, None], 0.0)  # (10)
+            p = tl.where(visible, weights(s, m[:, None], inverse[:, None]), 0.0)
+            ds = score_gradient(p, g, delta[:, None])
             one_hot = (span_k[:, None] == offs_s[None, :]).to(tl.float32)
             dbias = add_per_span(dbias, ds, one_hot)
     row = row_of_head + offs_q

@@ -8,6 +8,7 @@
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
 from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
 from .gradient import (
     add_score_gradient,
@@ -18,14 +19,15 @@ from .gradient import (
     softcap_slope,
 )
 from .side import (
-    SMALLEST_HEAD_WEIGHT_BWD,
     KeyHead,
     blocks_of_keys,
+    existing_keys,
     first_row,
     first_row_of_head,
+    flags_of_block,
     head_scores,
+    key_blocks,
     key_masks,
-    key_range,
     keys_in_scope,
     keys_of_head,
     kv_head_of,
@@ -65,6 +67,10 @@ def policy_bwd_dq_kernel(
     tile,
 ):
     """dq of one head, BLOCK_Q rows and BLOCK_D features, over all keys or a piece of them: (15)."""
+    HAS_FLAGS: tl.constexpr = flags.padding_ptr is not None or flags.scope_ptr is not None
+    HAS_SPANS: tl.constexpr = flags.span_ids_ptr is not None
+    # With a bias, ptxas would serialise wgmma around the branch (C7515).
+    ALWAYS_MASKED: tl.constexpr = HAS_FLAGS and bias.ptr is not None
     sample, row_block, head, split = program_of_head(
         samples, heads, num_rows, query_start, tile.BLOCK_Q
     )
@@ -83,45 +89,55 @@ def policy_bwd_dq_kernel(
     total = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
     start = split * keys_per_split
     stop = tl.minimum(start + keys_per_split, sample.seqlen_k)
-    first = sample.query_start + row_block * tile.BLOCK_Q
-    low, high = key_range(
-        first, first + tile.BLOCK_Q - 1, window_left, window_right, start, stop, tile.BLOCK_K
-    )
-    for key in range(low, high, tile.BLOCK_K):
-        offs_k = key + tl.arange(0, tile.BLOCK_K)
-        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
-        # [BLOCK_K, HEAD_DIM]
-        k_rows = whole_rows(keys.own, offs_k, mask_k, tile)
-        x = product(
-            q_rows, q_head, offs_q, mask_q, k_rows, keys, offs_k, mask_k, tile, tile.BLOCK_Q,
-            tile.BLOCK_K, False,
-        )  # fmt: skip
-        s = head_scores(x, score)
-        outcome = outcomes_of(flags, sample.keys, offs_k, mask_k)
-        biased = s
-        if bias.ptr is not None:
-            biased += span_bias(
-                bias, sample.rows, head, offs_q[:, None], outcome[None, :], mask_q[:, None]
-            )
-        visible, valid = key_masks(
-            (sample.query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
-            keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
-            tile.EXCLUDE_SELF,
-        )  # fmt: skip
-        # [BLOCK_Q, BLOCK_K]
-        dp_here = load_outcomes(
-            dp, sample.rows, offs_q[:, None], outcome[None, :], valid & (factor != 0.0)[:, None]
-        )
-        p = weights(biased, m[:, None], inverse[:, None], SMALLEST_HEAD_WEIGHT_BWD)
-        ds = score_gradient(p, dp_here, visible, valid, factor[:, None], c[:, None], delta[:, None])
-        if score.SOFTCAP:
-            ds *= softcap_slope(s, score)
-        if tile.BLOCK_D != tile.HEAD_DIM:
-            # [BLOCK_K, BLOCK_D]
-            k_part = load_rows(keys.own, offs_k, mask_k, first_d, tile.head_dim, tile.BLOCK_D)
-            total = add_score_gradient(total, ds, k_part, tile.PRECISION)
-        else:
-            total = add_score_gradient(total, ds, k_rows, tile.PRECISION)
+    ranges = key_blocks(sample, row_block, start, stop, window_left, window_right, tile)
+    for IS_EDGE in tl.static_range(2):
+        blocks = blocks_of_loop(ranges, IS_EDGE)
+        for i in range(0, blocks.number):
+            key = block_number(i, blocks, IS_EDGE) * tile.BLOCK_K
+            offs_k = key + tl.arange(0, tile.BLOCK_K)
+            mask_k = existing_keys(offs_k, sample.seqlen_k, IS_EDGE)
+            # 0 · NaN is NaN: padding keys are not read.
+            real = real_keys(flags, sample.keys, offs_k, mask_k)
+            # [BLOCK_K, HEAD_DIM]
+            k_rows = whole_rows(keys.own, offs_k, real, tile)
+            x = product(
+                q_rows, q_head, offs_q, mask_q, k_rows, keys, offs_k, real, tile, tile.BLOCK_Q,
+                tile.BLOCK_K, False,
+            )  # fmt: skip
+            s = head_scores(x, score)
+            outcome = outcomes_of(flags, sample.keys, offs_k, mask_k)
+            biased = s
+            if bias.ptr is not None:
+                biased += span_bias(
+                    bias, sample.rows, head, offs_q[:, None], outcome[None, :], mask_q[:, None]
+                )
+            # [BLOCK_Q, BLOCK_K]
+            dp_here = load_outcomes(
+                dp, sample.rows, offs_q[:, None], outcome[None, :],
+                (factor != 0.0)[:, None] & mask_k[None, :], HAS_SPANS,
+            )  # fmt: skip
+            masked, in_scope = IS_EDGE == 1 or ALWAYS_MASKED, True
+            if HAS_FLAGS and not IS_EDGE and not ALWAYS_MASKED:
+                masked, in_scope = flags_of_block(flags, sample.keys, key, tile.BLOCK_K)
+            p = weights(biased, m[:, None], inverse[:, None])
+            g = tl.where(in_scope, (dp_here - c[:, None]) * factor[:, None], 0.0)  # (10)
+            if masked:
+                visible, valid = key_masks(
+                    (sample.query_start + offs_q)[:, None], offs_k[None, :], real[None, :],
+                    keys_in_scope(flags, sample.keys, offs_k, real)[None, :], window_left,
+                    window_right, tile.EXCLUDE_SELF,
+                )  # fmt: skip
+                p = tl.where(visible, p, 0.0)
+                g = tl.where(valid, g, 0.0)
+            ds = score_gradient(p, g, delta[:, None])
+            if score.SOFTCAP:
+                ds *= softcap_slope(s, score)
+            if tile.BLOCK_D != tile.HEAD_DIM:
+                # [BLOCK_K, BLOCK_D]
+                k_part = load_rows(keys.own, offs_k, real, first_d, tile.head_dim, tile.BLOCK_D)
+                total = add_score_gradient(total, ds, k_part, tile.PRECISION)
+            else:
+                total = add_score_gradient(total, ds, k_rows, tile.PRECISION)
     dq_head = head_of(dq, sample.rows, head)
     dq_head = Head(dq_head.ptr + split.to(tl.int64) * dq_stride_split, dq_head.stride)
     store_rows(dq_head, offs_q, mask_q, total * score.scale, first_d, tile.head_dim, tile.BLOCK_D)
@@ -194,63 +210,84 @@ def policy_bwd_dk_kernel(
     first_key = key_block * tile.BLOCK_K
     offs_k = first_key + tl.arange(0, tile.BLOCK_K)
     first_d = tl.program_id(1) * tile.BLOCK_D
-    outcome = outcomes_of(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
-    mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
+    exists = offs_k < sample.seqlen_k
+    outcome = outcomes_of(flags, sample.keys, offs_k, exists)
+    mask_k = real_keys(flags, sample.keys, offs_k, exists)
     in_scope = keys_in_scope(flags, sample.keys, offs_k, mask_k)
     k_head = head_of(k, sample.keys, kv_head)
     # [BLOCK_K, HEAD_DIM]
     k_rows = whole_rows(k_head, offs_k, mask_k, tile)
     total = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
-    # Rows whose window reaches the block.
-    start = sample.query_start
-    low = tl.maximum(first_key - window_right - start, 0) // tile.BLOCK_Q * tile.BLOCK_Q
-    high = tl.minimum(first_key + tile.BLOCK_K + window_left - start, sample.num_rows)
-    for row in range(low, high, tile.BLOCK_Q):
-        offs_q = row + tl.arange(0, tile.BLOCK_Q)
-        mask_q = offs_q < sample.num_rows
-        factor, c = load_factor_and_c(terms, first_row(samples, sample, num_rows), offs_q, mask_q)
-        visible, valid = key_masks(
-            (start + offs_q)[None, :], offs_k[:, None], mask_k[:, None], in_scope[:, None],
-            window_left, window_right, tile.EXCLUDE_SELF,
-        )  # fmt: skip
-        # [BLOCK_K, BLOCK_Q]
-        dp_here = load_outcomes(
-            dp, sample.rows, offs_q[None, :], outcome[:, None], valid & (factor != 0.0)[None, :]
-        )
-        for i in range(group):
-            head = kv_head * group + i
-            q_head = head_of(q, sample.rows, head)
-            # [BLOCK_Q, BLOCK_D]
-            q_rows = load_rows(q_head, offs_q, mask_q, first_d, tile.head_dim, tile.BLOCK_D)
-            # [BLOCK_Q], each
-            m, inverse = load_norm(norm, sample.rows, head, offs_q, mask_q)
-            row_of_head = first_row_of_head(samples, sample, head, heads.num_heads, num_rows)
-            delta = load_delta(terms, row_of_head, offs_q, mask_q)
-            x = product(
-                k_rows, k_head, offs_k, mask_k, q_rows, KeyHead(q_head, q_head, 0), offs_q,
-                mask_q, tile, tile.BLOCK_K, tile.BLOCK_Q, False,
-            )  # fmt: skip
-            s = head_scores(x, score)
-            biased = s
-            if bias.ptr is not None:
-                biased += span_bias(
-                    bias, sample.rows, head, offs_q[None, :], outcome[:, None], mask_q[None, :]
-                )
-            p = weights(biased, m[None, :], inverse[None, :], SMALLEST_HEAD_WEIGHT_BWD)
-            ds = score_gradient(
-                p, dp_here, visible, valid, factor[None, :], c[None, :], delta[None, :]
+    # Rows whose window reaches the block, and rows of which all see it, with another own key.
+    nearest = first_key - sample.query_start
+    farthest = nearest + tile.BLOCK_K - 1
+    full_low = farthest - window_right
+    if tile.EXCLUDE_SELF:
+        full_low = tl.maximum(full_low, farthest + 1)
+    ranges = block_ranges(
+        nearest - window_right, tl.minimum(farthest + window_left + 1, sample.num_rows),
+        full_low, nearest + window_left + 1, tile.BLOCK_Q,
+    )  # fmt: skip
+    for IS_EDGE in tl.static_range(2):
+        blocks = blocks_of_loop(ranges, IS_EDGE)
+        for block in tl.range(0, blocks.number, num_stages=1):
+            offs_q = block_number(block, blocks, IS_EDGE) * tile.BLOCK_Q
+            offs_q += tl.arange(0, tile.BLOCK_Q)
+            mask_q = offs_q < sample.num_rows
+            factor, c = load_factor_and_c(
+                terms, first_row(samples, sample, num_rows), offs_q, mask_q
             )
-            if score.SOFTCAP:
-                ds *= softcap_slope(s, score)
-            total = add_score_gradient(total, ds, q_rows, tile.PRECISION)
-    total *= score.scale
-    mask = offs_k < sample.seqlen_k
+            # [BLOCK_K, BLOCK_Q]
+            dp_here = load_outcomes(
+                dp, sample.rows, offs_q[None, :], outcome[:, None],
+                (factor != 0.0)[None, :] & exists[:, None], flags.span_ids_ptr is not None,
+            )  # fmt: skip
+            g = (dp_here - c[None, :]) * factor[None, :]  # (10)
+            visible, valid = key_masks(
+                (sample.query_start + offs_q)[None, :], offs_k[:, None], mask_k[:, None],
+                in_scope[:, None], window_left, window_right, tile.EXCLUDE_SELF,
+            )  # fmt: skip
+            if IS_EDGE:
+                g = tl.where(valid, g, 0.0)
+            elif flags.scope_ptr is not None:
+                g = tl.where(in_scope[:, None], g, 0.0)
+            # Rows of the few blocks at the edge are not prefetched: addresses take registers.
+            for i in tl.range(0, group, num_stages=1 if IS_EDGE else None):
+                head = kv_head * group + i
+                q_head = head_of(q, sample.rows, head)
+                # [BLOCK_Q, BLOCK_D]
+                q_rows = load_rows(q_head, offs_q, mask_q, first_d, tile.head_dim, tile.BLOCK_D)
+                # [BLOCK_Q], each
+                m, inverse = load_norm(norm, sample.rows, head, offs_q, mask_q)
+                row_of_head = first_row_of_head(samples, sample, head, heads.num_heads, num_rows)
+                delta = load_delta(terms, row_of_head, offs_q, mask_q)
+                x = product(
+                    k_rows, k_head, offs_k, mask_k, q_rows, KeyHead(q_head, q_head, 0), offs_q,
+                    mask_q, tile, tile.BLOCK_K, tile.BLOCK_Q, False,
+                )  # fmt: skip
+                s = head_scores(x, score)
+                biased = s
+                if bias.ptr is not None:
+                    biased += span_bias(
+                        bias, sample.rows, head, offs_q[None, :], outcome[:, None],
+                        mask_q[None, :],
+                    )  # fmt: skip
+                p = weights(biased, m[None, :], inverse[None, :])
+                if IS_EDGE:
+                    p = tl.where(visible, p, 0.0)
+                ds = score_gradient(p, g, delta[None, :])
+                if score.SOFTCAP:
+                    ds *= softcap_slope(s, score)
+                total = add_score_gradient(total, ds, q_rows, tile.PRECISION)
+    # Weights of padding, and of keys that do not exist, mean nothing.
+    total = tl.where(mask_k[:, None], total * score.scale, 0.0)
     if before_ptr is not None:
         row = (sample.keys * heads.num_kv_heads + kv_head) * heads.seqlen_k + offs_k
         before = Head(before_ptr, tile.head_dim)
-        total += load_rows(before, row, mask, first_d, tile.head_dim, tile.BLOCK_D)
+        total += load_rows(before, row, exists, first_d, tile.head_dim, tile.BLOCK_D)
         # Other threads of this CTA may read what this thread is about to overwrite.
         tl.debug_barrier()
     store_rows(
-        head_of(dk, sample.keys, kv_head), offs_k, mask, total, first_d, tile.head_dim, tile.BLOCK_D
-    )
+        head_of(dk, sample.keys, kv_head), offs_k, exists, total, first_d, tile.head_dim,
+        tile.BLOCK_D,
+    )  # fmt: skip

@@ -15,7 +15,11 @@ from ..chunks import clear_packed
 from . import tiles
 from .bwd_bias import policy_bwd_dspan_bias_kernel
 from .bwd_kernels import policy_bwd_dk_kernel, policy_bwd_dq_join_kernel, policy_bwd_dq_kernel
-from .bwd_rows import policy_bwd_rows_kernel, policy_bwd_sums_kernel
+from .bwd_rows import (
+    policy_bwd_dhead_weights_kernel,
+    policy_bwd_rows_kernel,
+    policy_bwd_sums_kernel,
+)
 from .launch import Keys, Side, cdiv, splits_of
 from .parameters import Parts, PerRow, RowTerms, Totals, ValueParts
 
@@ -58,12 +62,15 @@ def bwd(
     dq: Tensor,
     dk: Tensor,
     dspan_bias: Tensor | None,
+    dhead_weights: Tensor | None,
 ) -> None:
-    """Write dq, dk and, if there is one, dspan_bias."""
+    """Write dq, dk and, where given, dspan_bias and dhead_weights."""
     clear_packed(args, dq, dk, dspan_bias)
     given = Gradient(Side.of(args), Keys.of(args), norm, dp)
-    rows = rows_of(given.keys, *sums(given, z), z)
+    rows = rows_of(given.side, given.keys, *sums(given, z), z)
     assert rows is not None
+    if dhead_weights is not None:
+        weights_gradient(given.keys, rows.delta, dhead_weights)
     query_gradient(given, rows, dq)
     key_gradient(given, rows, None, dk)
     if dspan_bias is not None:
@@ -125,6 +132,7 @@ _NOT_COMPARED: dict[str, Any] = {
 
 
 def rows_of(
+    side: Side,
     keys: Keys,
     u_parts: Tensor,
     w_parts: Tensor,
@@ -159,6 +167,7 @@ def rows_of(
             "z": _per_row(z),
             **arguments,
             "terms": RowTerms(None, None, None) if rows is None else rows.terms,
+            "head_weights": side.weights(),
             "samples": keys.samples(batch_size),
             "num_heads": num_heads,
             "num_rows": num_rows,
@@ -169,6 +178,24 @@ def rows_of(
         num_stages=1,
     )
     return rows
+
+
+def weights_gradient(keys: Keys, delta: Tensor, dhead_weights: Tensor) -> None:
+    """Write dhead_weights [B, H], or [S, H] of packed sequences, from δ of all rows [B, H, T]."""
+    triton_runtime.launch(
+        policy_bwd_dhead_weights_kernel,
+        (dhead_weights.numel(),),
+        {
+            "delta_ptr": delta,
+            "dhead_weights_ptr": dhead_weights,
+            "samples": keys.samples(delta.shape[0]),
+            "num_heads": delta.shape[1],
+            "num_rows": keys.num_rows,
+            "BLOCK_R": tiles.ROWS,
+        },
+        num_warps=2,
+        num_stages=1,
+    )
 
 
 def query_gradient(given: Gradient, rows: RowGradient, dq: Tensor) -> None:

@@ -20,9 +20,17 @@ from ...divergence.triton.kernels import sweep
 from ..arguments import PolicyDivergenceArgs
 from ..chunks import Chunk, clear_packed
 from . import parameters
-from .bwd_launch import Compared, Gradient, key_gradient, query_gradient, rows_of, sums
+from .bwd_launch import (
+    Compared,
+    Gradient,
+    key_gradient,
+    query_gradient,
+    rows_of,
+    sums,
+    weights_gradient,
+)
 from .fwd_launch import over_keys, statistics
-from .launch import NO_TARGET, Keys, Side, row_chunks, splits_of
+from .launch import NO_TARGET, Keys, Side, row_chunks, splits_of, weights_of_rows
 from .side import SMALLEST_WEIGHT
 from .target import policy_target_kernel
 
@@ -44,7 +52,7 @@ class Normalised:
         self, keys: Keys, target: parameters.Target = NO_TARGET
     ) -> tuple[Tensor | None, Tensor]:
         """(what `over_keys` returns, what it writes)."""
-        p = self.z.new_empty((self.side.batch_size, keys.num_rows, keys.seqlen_k))
+        p = keys.scratch(self.side)
         return over_keys(self.side, keys, self.norm, self.z, p, target), p
 
 
@@ -129,8 +137,7 @@ class Comparison:
 
     def chunks(self) -> Iterator[tuple[Chunk, Comparison]]:
         side = self.policy.side
-        block_q = side.tile("heads").block_q
-        for chunk in row_chunks(self.keys, side.batch_size, block_q, side.q.device):
+        for chunk in row_chunks(self.keys, side.batch_size, side.q.device):
             yield chunk, self.part(chunk)
 
     def measure_reference(self) -> None:
@@ -182,6 +189,7 @@ def _comparison(
         reference.softcap,
         k_prefix=reference.k_prefix,
         prefix_index=reference.prefix_index,
+        head_weights=weights_of_rows(reference.head_weights, args.policy),
     )
     return Comparison(policy, Normalised(side, ref_norm, ref_z), keys, args.kind)
 
@@ -212,7 +220,8 @@ def fwd(
             w=w[batch, :, rows],
         )
         u_parts, w_parts = sums(given, part.policy.z)  # (3)
-        rows_of(part.keys, u_parts, w_parts, part.policy.z, compared, wants_gradient=False)
+        given_z = part.policy.z
+        rows_of(given.side, part.keys, u_parts, w_parts, given_z, compared, wants_gradient=False)
 
 
 def bwd(
@@ -226,11 +235,12 @@ def bwd(
     dvalue: Tensor,
     dq: Tensor,
     dk: Tensor,
+    dhead_weights: Tensor | None,
 ) -> None:
-    """Write the gradients of q and k."""
+    """Write the gradients of q, k and, where given, head_weights."""
     clear_packed(args.policy, dq, dk)
     whole = _comparison(args, norm, z, ref_norm, ref_z)
-    _gradients(whole, (u, w), dvalue, None, dq, dk)
+    _gradients(whole, (u, w), dvalue, None, dq, dk, dhead_weights)
 
 
 def loss(
@@ -242,6 +252,7 @@ def loss(
     value: Tensor,
     dq: Tensor,
     dk: Tensor,
+    dhead_weights: Tensor | None,
 ) -> None:
     """Write the divergence of each row, and the gradients of its sum weighted by `weights`."""
     policy = args.policy
@@ -252,7 +263,7 @@ def loss(
     statistics(whole.policy.side, whole.keys, norm, z)
     if not normalised:
         whole.measure_reference()
-    _gradients(whole, None, weights, value, dq, dk)
+    _gradients(whole, None, weights, value, dq, dk, dhead_weights)
 
 
 def _gradients(
@@ -262,8 +273,12 @@ def _gradients(
     value: Tensor | None,
     dq: Tensor,
     dk: Tensor,
+    dhead_weights: Tensor | None,
 ) -> None:
-    """Write dq and dk, and `value` where given; U and W are formed where they are not given."""
+    """Write dq and dk, and what else is given; U and W are formed where they are not given."""
+    delta: Tensor | None = None  # of all rows, 0 for those that see no key
+    if dhead_weights is not None:
+        delta = whole.policy.norm.new_zeros(whole.policy.norm.shape[1:])
     so_far: Tensor | None = None  # dk of the earlier rows of a sample
     for chunk, part in whole.chunks():
         batch, rows = chunk.batch, chunk.rows
@@ -278,8 +293,12 @@ def _gradients(
             weight=weight[batch, rows],
             value=None if value is None else value[batch, rows],
         )
-        per_row = rows_of(part.keys, u_parts, w_parts, part.policy.z, compared)  # (4), (6)
+        per_row = rows_of(  # (4), (6)
+            given.side, part.keys, u_parts, w_parts, part.policy.z, compared
+        )
         assert per_row is not None
+        if delta is not None:
+            delta[batch, :, rows] = per_row.delta
         query_gradient(given, per_row, dq[batch, :, rows])  # (9)
         target = dk[batch, :, chunk.keys]
         if chunk.is_first:
@@ -290,3 +309,5 @@ def _gradients(
             )  # fmt: skip
         key_gradient(given, per_row, so_far, target)  # (10)
         so_far = target
+    if delta is not None and dhead_weights is not None:
+        weights_gradient(whole.keys, delta, dhead_weights)  # (12)

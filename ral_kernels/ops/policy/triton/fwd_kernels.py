@@ -63,7 +63,7 @@ def policy_fwd_kernel(
     span_k = offs_k
     if bias.ptr is not None:
         span_k = outcomes_of(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
-    mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
+    mask_k = real_keys(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
     _, valid = key_masks(
         (sample.query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
         keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,

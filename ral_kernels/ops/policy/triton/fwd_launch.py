@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ....runtime import triton_runtime
@@ -49,6 +48,7 @@ def statistics(side: Side, keys: Keys, norm: Tensor, z: Tensor) -> None:
             "partial_ptr": partial,
             "norm_ptr": norm,
             "z_ptr": z,
+            "head_weights": side.weights(),
             "samples": keys.samples(side.batch_size),
             "num_heads": side.num_heads,
             "num_rows": keys.num_rows,
@@ -70,12 +70,10 @@ def fwd(args: PolicyArgs, p: Tensor, norm: Tensor, z: Tensor) -> None:
         over_keys(side, keys, norm, z, p)
         return
     # Some rows at a time: p over keys is written and read once, beside the products of all heads.
-    block_q = side.tile("heads").block_q
-    for chunk in row_chunks(keys, args.batch_size, block_q, args.q.device):
+    for chunk in row_chunks(keys, args.batch_size, args.q.device):
         batch, rows = chunk.batch, chunk.rows
         part, part_keys = side.part(chunk), keys.part(chunk)
-        shape = (part.batch_size, part_keys.num_rows, part_keys.seqlen_k)
-        p_keys = torch.empty(shape, dtype=torch.float32, device=args.q.device)
+        p_keys = part_keys.scratch(part)
         over_keys(part, part_keys, norm[:, batch, :, rows], z[batch, rows], p_keys)
         _over_spans(part, part_keys, p_keys, p[batch, rows])
 

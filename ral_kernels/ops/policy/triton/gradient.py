@@ -5,12 +5,18 @@
 import triton
 import triton.language as tl
 
+from .side import SMALLEST_HEAD_WEIGHT_BWD
+
 
 @triton.jit
-def load_outcomes(x, b, offs_q, outcome, mask):
+def load_outcomes(x, b, offs_q, outcome, mask, has_spans: tl.constexpr):
     """`Outcomes` at rows and outcomes whose shapes broadcast; 0 in no outcome (-1)."""
-    pointers = x.ptr + b * x.stride_b + offs_q.to(tl.int64) * x.stride_t + outcome
-    return tl.load(pointers, mask=mask & (outcome >= 0), other=0.0)
+    rows = b * x.stride_b + offs_q.to(tl.int64) * x.stride_t
+    if x.ALIGNED:
+        rows = tl.multiple_of(rows, (4, 4))
+    if has_spans:
+        mask = mask & (outcome >= 0)
+    return tl.load(x.ptr + rows + outcome, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -28,13 +34,12 @@ def load_delta(terms, row, offs_q, mask_q):
 
 
 @triton.jit
-def score_gradient(p, dp, visible, valid, factor, c, delta):
-    """dS_h from P_h, dp and `RowTerms`: (10) to (12).
+def score_gradient(p, g, delta):
+    """dS_h from P_h and G, both times a row's weight: (12).
 
-    A weight of exactly 0 has a gradient of 0, whatever dp is there.
+    A weight that counts as 0 has a gradient of 0, whatever G is there.
     """
-    g = tl.where(valid, (dp - c) * factor, 0.0)
-    return tl.where(visible & (p != 0.0), p * (g - delta), 0.0)
+    return tl.where(p < SMALLEST_HEAD_WEIGHT_BWD, 0.0, p * (g - delta))
 
 
 @triton.jit

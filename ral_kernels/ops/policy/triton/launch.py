@@ -21,6 +21,7 @@ from . import tiles
 from .parameters import (
     Flags,
     Heads,
+    HeadWeights,
     Norm,
     Outcomes,
     PerRow,
@@ -32,6 +33,8 @@ from .parameters import (
 )
 
 LOG2_E = math.log2(math.e)
+VECTOR_BYTES = 16  # of one load of a thread
+SPECIALISED = 16  # Triton compiles strides that are multiples of it apart from others
 # A bound of a window that every key is within, where the host knows no position of a row. Twice it
 # fits int32.
 BEYOND = 2**29
@@ -52,6 +55,8 @@ class Keys:
     query_start: int
     key_padding_mask: Tensor | None  # uint8 [B, N], unit last stride
     scope: Tensor | None  # uint8 [B or 1, N], unit last stride
+    padding_before: Tensor | None  # int32 [B, N + 1]: `Flags`
+    scope_before: Tensor | None  # int32 [B or 1, N + 1]
     exclude_self: bool
     packing: Packing | None = None
 
@@ -66,21 +71,25 @@ class Keys:
             query_start=args.query_start,
             key_padding_mask=None if padding is None else padding.contiguous().view(torch.uint8),
             scope=None if scope is None else scope.contiguous().view(torch.uint8),
+            padding_before=_counts_before(padding),
+            scope_before=_counts_before(scope),
             exclude_self=args.exclude_self,
             packing=packing,
         )
 
     def part(self, chunk: Chunk) -> Keys:
-        padding, scope = self.key_padding_mask, self.scope
         batch, rows, keys = chunk.batch, chunk.rows, chunk.keys
+        to_end = slice(keys.start, keys.stop + 1)
         return replace(
             self,
             num_rows=rows.stop - rows.start,
             seqlen_k=chunk.seqlen_k,
             total_k=keys.stop - keys.start,
             query_start=chunk.query_start,
-            key_padding_mask=None if padding is None else padding[batch],
-            scope=None if scope is None else of_sample(scope, batch)[:, keys],
+            key_padding_mask=_columns(self.key_padding_mask, batch, keys),
+            scope=_columns(self.scope, batch, keys),
+            padding_before=_columns(self.padding_before, batch, to_end),
+            scope_before=_columns(self.scope_before, batch, to_end),
             packing=chunk.packing,
         )
 
@@ -109,6 +118,12 @@ class Keys:
             packing.query_starts,
         )  # fmt: skip
 
+    def scratch(self, side: Side) -> Tensor:
+        """float32 [B, T, N] whose rows begin at multiples of VECTOR_BYTES, for any N."""
+        width = cdiv(self.seqlen_k, SPECIALISED) * SPECIALISED
+        shape = (side.batch_size, self.num_rows, width)
+        return side.q.new_empty(shape, dtype=torch.float32)[:, :, : self.seqlen_k]
+
     def rows(self, x: Tensor) -> Rows:
         """A tensor [B, H, T or N, D] as kernels take it."""
         b, h, t, _ = x.stride()
@@ -120,7 +135,9 @@ class Keys:
 
     def outcomes(self, x: Tensor) -> Outcomes:
         b, t = x.stride()[:2]
-        return Outcomes(x, b if self.packing is None else t, t)
+        b = b if self.packing is None else t
+        aligned = not any(n % VECTOR_BYTES for n in (x.data_ptr(), 4 * b, 4 * t))
+        return Outcomes(x, b, t, constant(aligned))
 
     def per_row(self, x: Tensor) -> PerRow:
         return PerRow(x, x.stride(0) if self.packing is None else x.stride(1))
@@ -140,7 +157,8 @@ class Keys:
     def flags(self, span_ids: Tensor | None) -> Flags:
         return Flags(
             *self.per_key(span_ids), *self.per_key(self.key_padding_mask),
-            *self.per_key(self.scope),
+            *self.per_key(self.scope), *self.per_key(self.padding_before),
+            *self.per_key(self.scope_before),
         )  # fmt: skip
 
 
@@ -158,6 +176,7 @@ class Side:
     prefix_index: Tensor | None = None  # int64 [B]
     span_bias: Tensor | None = None  # [B, H, T, S]
     span_ids: Tensor | None = None  # int32 [N] or [B, N]
+    head_weights: Tensor | None = None  # float32 [B, H, T]
 
     @classmethod
     def of(cls, args: PolicyArgs) -> Side:
@@ -170,10 +189,16 @@ class Side:
             args.softcap,
             span_bias=args.span_bias,
             span_ids=args.span_ids,
+            head_weights=weights_of_rows(args.head_weights, args),
         )
+
+    def weights(self) -> HeadWeights:
+        x = self.head_weights
+        return HeadWeights(None, 0, 0, 0) if x is None else HeadWeights(x, *x.stride())
 
     def part(self, chunk: Chunk) -> Side:
         index, bias, ids = self.prefix_index, self.span_bias, self.span_ids
+        weights = self.head_weights
         batch, rows, keys = chunk.batch, chunk.rows, chunk.keys
         return replace(
             self,
@@ -182,6 +207,7 @@ class Side:
             prefix_index=None if index is None else index[batch],
             span_bias=None if bias is None else bias[batch, :, rows],
             span_ids=None if ids is None else of_sample(ids, batch)[..., keys],
+            head_weights=None if weights is None else weights[batch, :, rows],
         )
 
     @property
@@ -196,19 +222,19 @@ class Side:
     def num_kv_heads(self) -> int:
         return self.k.shape[1]
 
-    @property
+    @functools.cached_property
     def padded_head_dim(self) -> int:
         return max(16, 1 << (self.q.shape[3] - 1).bit_length())
 
     def tile(self, kernel: str) -> Tile:
-        return tiles.tile(kernel, *self._tile_key())
+        return tiles.tile(kernel, *self._tile_key)
 
     def tuned(self, kernel: str, keys: Keys, run: Callable[[Tile], None]) -> Tile:
         """The tile to `run` a kernel with: the table's, or what RAL_AUTOTUNE=1 finds.
 
         Two policies of one shape get one tile: only then are equal policies equal bit for bit.
         """
-        key = self._tile_key()
+        key = self._tile_key
         length = (1 << (n - 1).bit_length() for n in (keys.num_rows, keys.seqlen_k))
         shape = (*key, *length, self.num_heads, self.num_kv_heads)
         return triton_runtime.tuned(
@@ -220,6 +246,7 @@ class Side:
             self.q.device,
         )
 
+    @functools.cached_property
     def _tile_key(self) -> tuple[str, torch.dtype, int, bool]:
         heavy = self.softcap != 0.0 or self.span_bias is not None
         architecture = triton_runtime.architecture(self.q.device)
@@ -268,6 +295,17 @@ class Side:
         return min(tile.flags.get("BLOCK_D", self.padded_head_dim), self.padded_head_dim)
 
 
+def weights_of_rows(weights: Tensor | None, args: PolicyArgs) -> Tensor | None:
+    """Weights [B, H], or [S, H] of packed sequences, as [B, H, T]."""
+    packing = Packing.of(args)
+    if weights is None or packing is None:
+        return None if weights is None else weights[:, :, None].expand(-1, -1, args.num_rows)
+    rows = torch.arange(args.num_rows, dtype=torch.int32, device=weights.device)
+    # How many sequences end before a row; rows after the last one take any.
+    index = torch.searchsorted(packing.row_offsets[1:], rows, right=True)
+    return weights[index.clamp_(max=packing.num_sequences - 1)].T[None]
+
+
 NO_PREFIX = Prefix(None, 0, 0, 0, None, 0)
 NO_TARGET = Target(None, 0, 0, None, 0, 0, 0, PerRow(None, 0), PerRow(None, 0), None, constant(0))
 
@@ -275,6 +313,19 @@ NO_TARGET = Target(None, 0, 0, None, 0, 0, 0, PerRow(None, 0), PerRow(None, 0), 
 @functools.lru_cache(1024)
 def _tile_sizes(*sizes: int | bool | str) -> TileSizes:
     return TileSizes(*map(constant, sizes))
+
+
+def _counts_before(mask: Tensor | None) -> Tensor | None:
+    """int32 [B, N + 1]: how many of the keys before each key are True."""
+    if mask is None:
+        return None
+    before = mask.new_zeros((mask.shape[0], mask.shape[1] + 1), dtype=torch.int32)
+    torch.cumsum(mask, 1, dtype=torch.int32, out=before[:, 1:])
+    return before
+
+
+def _columns(x: Tensor | None, batch: slice, columns: slice) -> Tensor | None:
+    return None if x is None else of_sample(x, batch)[:, columns]
 
 
 def of_sample(x: Tensor, batch: slice) -> Tensor:
@@ -295,13 +346,14 @@ def splits_of(programs: int, seqlen_k: int, block_k: int, device: torch.device) 
     return cdiv(seqlen_k, per_split), per_split
 
 
-def row_chunks(keys: Keys, batch_size: int, block_q: int, device: torch.device) -> Iterator[Chunk]:
+def row_chunks(keys: Keys, batch_size: int, device: torch.device) -> Iterator[Chunk]:
     """Chunks for which a float32 for each row and key fits the scratch of a call."""
-    limit = tiles.scratch_elements(triton_runtime.architecture(device))
+    architecture = triton_runtime.architecture(device)
+    limit, step = tiles.scratch_elements(architecture), tiles.chunk_rows(architecture)
     if keys.packing is not None:
         return chunks_of_sequences(
-            keys.packing, keys.num_rows, keys.seqlen_k, keys.total_k, limit, block_q
+            keys.packing, keys.num_rows, keys.seqlen_k, keys.total_k, limit, step
         )
     return chunks_of_samples(
-        batch_size, keys.num_rows, keys.seqlen_k, keys.query_start, limit, block_q
+        batch_size, keys.num_rows, keys.seqlen_k, keys.query_start, limit, step
     )

@@ -36,7 +36,10 @@ class Prefix(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """Per sample: span ids int32 [N], the key padding mask and the scope, uint8 [N]."""
+    """Per sample: span ids int32 [N], the key padding mask and the scope, uint8 [N].
+
+    `before` counts the keys before a key that are no padding, or in the scope: int32 [N + 1].
+    """
 
     span_ids_ptr: Any
     span_ids_stride_b: Any
@@ -44,10 +47,14 @@ class Flags(NamedTuple):
     padding_stride_b: Any
     scope_ptr: Any
     scope_stride_b: Any
+    padding_before_ptr: Any
+    padding_before_stride_b: Any
+    scope_before_ptr: Any
+    scope_before_stride_b: Any
 
 
 class Norm(NamedTuple):
-    """norm [2, B, H, T]: m and 1 / Σ 2^(s − m)."""
+    """norm [2, B, H, T]: m and w / Σ 2^(s − m)."""
 
     ptr: Any
     stride_i: Any
@@ -61,6 +68,7 @@ class Outcomes(NamedTuple):
     ptr: Any
     stride_b: Any
     stride_t: Any
+    ALIGNED: Any  # whether rows begin at multiples of 16 bytes
 
 
 class Target(NamedTuple):
@@ -84,6 +92,15 @@ class PerRow(NamedTuple):
 
     ptr: Any
     stride_b: Any
+
+
+class HeadWeights(NamedTuple):
+    """The weight of each head for a row, [B, H, T]; rows of a sample share it."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
 
 
 class RowTerms(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import block_ranges
 from ....runtime.triton_rows import head_of, load_rows
 from ....runtime.triton_softmax import in_base_2, tanh
 from ....runtime.triton_spans import sequence_of_block
@@ -233,9 +234,8 @@ def product(
 
 
 @triton.jit
-def real_keys(flags, b, offs_k, seqlen_k):
-    """Which keys exist and are not padding."""
-    mask_k = offs_k < seqlen_k
+def real_keys(flags, b, offs_k, mask_k):
+    """mask_k, without padding."""
     if flags.padding_ptr is not None:
         padding_ptr = flags.padding_ptr + b * flags.padding_stride_b
         mask_k = mask_k & (tl.load(padding_ptr + offs_k, mask=mask_k, other=0) != 0)
@@ -262,11 +262,63 @@ def outcomes_of(flags, b, offs_k, mask_k):
 
 
 @triton.jit
+def load_head_weights(weights, b, head, offs_q, mask_q):
+    """[BLOCK_Q]: the weight of a head for each row, 0 for a row that does not exist."""
+    ptr = weights.ptr + b * weights.stride_b + head * weights.stride_h
+    return tl.load(ptr + offs_q.to(tl.int64) * weights.stride_t, mask=mask_q, other=0.0)
+
+
+@triton.jit
 def load_norm(norm, b, head, offs_q, mask_q):
-    """[BLOCK_Q], each: m, and the reciprocal of the normaliser."""
+    """[BLOCK_Q], each: m, and the head's weight over the normaliser."""
     norm_ptr = norm.ptr + b * norm.stride_b + head * norm.stride_h + offs_q
     m = tl.load(norm_ptr, mask=mask_q, other=0.0)
     return m, tl.load(norm_ptr + norm.stride_i, mask=mask_q, other=0.0)
+
+
+@triton.jit
+def key_blocks(sample, row_block, start, stop, window_left, window_right, tile):
+    """`block_ranges` of the keys in [start, stop) that a block of rows sees.
+
+    A block whose keys all rows see needs no mask; with EXCLUDE_SELF, if they are before all rows.
+    """
+    first = sample.query_start + row_block * tile.BLOCK_Q
+    last = first + tile.BLOCK_Q - 1
+    full_high = first + window_right + 1
+    if tile.EXCLUDE_SELF:
+        full_high = tl.minimum(full_high, first)
+    return block_ranges(
+        tl.maximum(first - window_left, start), tl.minimum(last + window_right + 1, stop),
+        tl.maximum(last - window_left, start), tl.minimum(full_high, stop), tile.BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def existing_keys(offs_k, seqlen_k, IS_EDGE: tl.constexpr):
+    """Which keys exist: all of them in a block that is not at an edge."""
+    if IS_EDGE:
+        return offs_k < seqlen_k
+    else:
+        return tl.full(offs_k.shape, True, tl.int1)
+
+
+@triton.jit
+def flags_of_block(flags, b, first_key, BLOCK_K: tl.constexpr):
+    """(whether keys of a block need masks for their flags, whether they are in the scope if not).
+
+    Those of most blocks are alike, which two counts tell.
+    """
+    masked = first_key < 0
+    in_scope = first_key >= 0
+    if flags.padding_ptr is not None:
+        ptr = flags.padding_before_ptr + b * flags.padding_before_stride_b + first_key
+        masked = tl.load(ptr + BLOCK_K) - tl.load(ptr) < BLOCK_K
+    if flags.scope_ptr is not None:
+        ptr = flags.scope_before_ptr + b * flags.scope_before_stride_b + first_key
+        number = tl.load(ptr + BLOCK_K) - tl.load(ptr)
+        masked = masked | ((number > 0) & (number < BLOCK_K))
+        in_scope = number > 0
+    return masked, in_scope
 
 
 @triton.jit
@@ -304,13 +356,13 @@ def span_bias(bias, b, head, offs_q, offs_s, mask):
 
 
 @triton.jit
-def weights(s, m, inverse, SMALLEST: tl.constexpr):
-    """P_h on visible keys, from scores in base 2 and the row's normaliser: (4).
+def weights(s, m, inverse):
+    """w P_h on visible keys, from scores in base 2 and the row's normaliser: (4).
 
-    The caller leaves other keys out: their values mean nothing.
+    The caller leaves other keys out, whose values mean nothing, and takes weights below its
+    SMALLEST_HEAD_WEIGHT for 0.
     """
-    p = tl.exp2(s - m) * inverse
-    return tl.where(p < SMALLEST, 0.0, p)
+    return tl.exp2(s - m) * inverse
 
 
 @triton.jit
@@ -318,7 +370,7 @@ def sum_of_weights(
     q, k, prefix, bias, norm, sample, num_kv_heads, group, offs_q, mask_q, offs_k, mask_k, span_k,
     score, tile,
 ):  # fmt: skip
-    """Σ_h P_h of one sample on visible keys, [BLOCK_Q, BLOCK_K], heads in order; see `weights`.
+    """Σ_h w P_h of one sample on visible keys, [BLOCK_Q, BLOCK_K], heads in order; see `weights`.
 
     Both policies of a comparison come from here: equal inputs give equal bits.
     """
@@ -343,5 +395,6 @@ def sum_of_weights(
                 s += span_bias(  # (2)
                     bias, sample.rows, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
                 )
-            total += weights(s, m[:, None], inverse[:, None], SMALLEST_HEAD_WEIGHT)
+            p = weights(s, m[:, None], inverse[:, None])
+            total += tl.where(p < SMALLEST_HEAD_WEIGHT, 0.0, p)
     return total

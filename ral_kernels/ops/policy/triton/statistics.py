@@ -5,18 +5,22 @@
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import block_number, blocks_of_loop
 from ....runtime.triton_rows import head_of
 from ....runtime.triton_softmax import stabiliser
 from .side import (
     SMALLEST_WEIGHT,
+    existing_keys,
     first_row_of_head,
+    flags_of_block,
     head_scores,
+    key_blocks,
     key_masks,
-    key_range,
     keys_in_scope,
     keys_with_prefix,
     kv_head_of,
     last_row,
+    load_head_weights,
     outcomes_of,
     product,
     program_of_head,
@@ -26,6 +30,27 @@ from .side import (
     whole_keys,
     whole_rows,
 )
+
+
+@triton.jit
+def add_block(m, total, w, s, visible, valid, in_scope, MASKED: tl.constexpr):
+    """m, Σ 2^(s − m), and that on valid keys, with the scores of a block of keys more.
+
+    Without MASKED all its keys are visible, and they are valid if they are `in_scope`.
+    """
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    subtracted = stabiliser(m_new)
+    p = tl.exp2(s - subtracted[:, None])
+    rescale = tl.exp2(m - subtracted)
+    on_visible = tl.sum(p, 1)
+    total = total * rescale + on_visible
+    if MASKED:
+        w = w * rescale + tl.sum(tl.where(valid, p, 0.0), 1)
+    else:
+        w = w * rescale + tl.where(in_scope, on_visible, 0.0)
+    return m_new, total, w
 
 
 @triton.jit(do_not_specialize=["num_rows", "query_start", "window_left", "window_right"])
@@ -52,6 +77,7 @@ def policy_statistics_kernel(
     partial: [3, splits, B, H, T].
     """
     HAS_PREFIX: tl.constexpr = prefix.ptr is not None
+    HAS_FLAGS: tl.constexpr = flags.padding_ptr is not None or flags.scope_ptr is not None
     sample, row_block, head, split = program_of_head(
         samples, heads, num_rows, query_start, tile.BLOCK_Q
     )
@@ -67,38 +93,38 @@ def policy_statistics_kernel(
     w = tl.zeros([tile.BLOCK_Q], tl.float32)
     start = split * keys_per_split
     stop = tl.minimum(start + keys_per_split, sample.seqlen_k)
-    first = sample.query_start + row_block * tile.BLOCK_Q
-    low, high = key_range(
-        first, first + tile.BLOCK_Q - 1, window_left, window_right, start, stop, tile.BLOCK_K
-    )
-    for key in range(low, high, tile.BLOCK_K):
-        offs_k = key + tl.arange(0, tile.BLOCK_K)
-        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
-        # [BLOCK_K, HEAD_DIM]
-        k_rows = whole_keys(keys, offs_k, mask_k, tile, HAS_PREFIX)
-        x = product(
-            q_rows, q_head, offs_q, mask_q, k_rows, keys, offs_k, mask_k, tile, tile.BLOCK_Q,
-            tile.BLOCK_K, HAS_PREFIX,
-        )  # fmt: skip
-        s = head_scores(x, score)
-        if bias.ptr is not None:
-            span_k = outcomes_of(flags, sample.keys, offs_k, mask_k)
-            s += span_bias(  # (2)
-                bias, sample.rows, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
-            )
-        visible, valid = key_masks(
-            position[:, None], offs_k[None, :], mask_k[None, :],
-            keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
-            tile.EXCLUDE_SELF,
-        )  # fmt: skip
-        s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        subtracted = stabiliser(m_new)
-        p = tl.exp2(s - subtracted[:, None])
-        rescale = tl.exp2(m - subtracted)
-        total = total * rescale + tl.sum(p, 1)
-        w = w * rescale + tl.sum(tl.where(valid, p, 0.0), 1)
-        m = m_new
+    ranges = key_blocks(sample, row_block, start, stop, window_left, window_right, tile)
+    for IS_EDGE in tl.static_range(2):
+        blocks = blocks_of_loop(ranges, IS_EDGE)
+        for i in range(0, blocks.number):
+            key = block_number(i, blocks, IS_EDGE) * tile.BLOCK_K
+            offs_k = key + tl.arange(0, tile.BLOCK_K)
+            mask_k = existing_keys(offs_k, sample.seqlen_k, IS_EDGE)
+            # [BLOCK_K, HEAD_DIM]
+            k_rows = whole_keys(keys, offs_k, mask_k, tile, HAS_PREFIX)
+            x = product(
+                q_rows, q_head, offs_q, mask_q, k_rows, keys, offs_k, mask_k, tile, tile.BLOCK_Q,
+                tile.BLOCK_K, HAS_PREFIX,
+            )  # fmt: skip
+            s = head_scores(x, score)
+            if bias.ptr is not None:
+                span_k = outcomes_of(flags, sample.keys, offs_k, mask_k)
+                s += span_bias(  # (2)
+                    bias, sample.rows, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
+                )
+            masked, in_scope = IS_EDGE == 1, True
+            if not IS_EDGE and HAS_FLAGS:
+                masked, in_scope = flags_of_block(flags, sample.keys, key, tile.BLOCK_K)
+            if masked:
+                real = real_keys(flags, sample.keys, offs_k, mask_k)
+                visible, valid = key_masks(
+                    position[:, None], offs_k[None, :], real[None, :],
+                    keys_in_scope(flags, sample.keys, offs_k, real)[None, :], window_left,
+                    window_right, tile.EXCLUDE_SELF,
+                )  # fmt: skip
+                m, total, w = add_block(m, total, w, s, visible, valid, in_scope, True)
+            else:
+                m, total, w = add_block(m, total, w, s, 0, 0, in_scope, False)
 
     per_part = rows_of_heads(samples, heads.num_heads, num_rows)
     row = first_row_of_head(samples, sample, head, heads.num_heads, num_rows)
@@ -113,6 +139,7 @@ def policy_normaliser_kernel(
     partial_ptr,
     norm_ptr,
     z_ptr,
+    head_weights,
     samples,
     num_heads,
     num_rows,
@@ -121,7 +148,7 @@ def policy_normaliser_kernel(
 ):
     """Join the pieces of each head, then the heads, in order: norm [2, B, H, T], and Z: (3), (6).
 
-    norm is m, 0 for a row that sees no key, and 1 / Σ 2^(s − m), 0 for such a row.
+    norm is m, 0 for a row that sees no key, and w / Σ 2^(s − m), 0 for such a row.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_R)
     b = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -151,6 +178,8 @@ def policy_normaliser_kernel(
             w += part_w * rescale
             pointers += per_part
         inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+        if head_weights.ptr is not None:  # of (5)
+            inverse *= load_head_weights(head_weights, b, head, offs, mask)
         all_w += w * inverse
         tl.store(norm_ptr + row, m, mask=mask)
         tl.store(norm_ptr + per_part + row, inverse, mask=mask)

@@ -96,7 +96,7 @@ def compare_with_target(
     d = tl.zeros([tile.BLOCK_Q], tl.float32)
     for first in tl.range(first_key, first_key + tile.BLOCK_K, COLUMNS, num_stages=1):
         offs_k = first + tl.arange(0, COLUMNS)
-        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
+        mask_k = real_keys(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
         _, valid = key_masks(
             (sample.query_start + offs_q)[:, None], offs_k[None, :], mask_k[None, :],
             keys_in_scope(flags, sample.keys, offs_k, mask_k)[None, :], window_left, window_right,
@@ -165,7 +165,7 @@ def policy_target_kernel(
             ids = tl.load(target.ids_ptr + first + at, mask=mask, other=-1)
             offs_k = ids - first_id(target, samples, sample)
             offs_k = tl.where((ids >= 0) & (offs_k >= 0), offs_k, sample.seqlen_k)
-        mask_k = real_keys(flags, sample.keys, offs_k, sample.seqlen_k)
+        mask_k = real_keys(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
         _, valid = key_masks(
             (sample.query_start + offs_q)[:, None], offs_k, mask_k,
             keys_in_scope(flags, sample.keys, offs_k, mask_k), window_left, window_right,

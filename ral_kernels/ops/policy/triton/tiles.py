@@ -56,6 +56,8 @@ _TABLE = (
     row("dk", ANY, FLOAT16, ANY, (32, 64, 8, 2), BLOCK_D=64),
     # sm_80 has the operands of mma.sync in registers, sm_100 copies what tcgen05.mma sums to them.
     row("sums", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
+    # With two stages, packed sequences with spans spill 32 bytes.
+    row("dq", "sm_80", HALF, HEAVY, (64, 32, 8, 1), None, None),
     row("dq", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
     row("dk", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
     row("sums", "sm_100", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
@@ -64,8 +66,8 @@ _TABLE = (
     row("statistics", ANY, HALF, PLAIN, (128, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2)),
     row("heads", ANY, HALF, PLAIN, (64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
     row("sums", ANY, HALF, PLAIN, (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
-    row("dq", ANY, HALF, PLAIN, (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-    row("dk", ANY, HALF, PLAIN, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    row("dq", ANY, HALF, PLAIN, (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+    row("dk", ANY, HALF, PLAIN, (32, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
     # Head dims over 128 go in parts; BLOCK_D is no limit to smaller ones.
     row("statistics", ANY, HALF, HEAVY, (64, 64, 8, 2), BLOCK_D=128),
     row("heads", ANY, HALF, HEAVY, (64, 64, 8, 2), BLOCK_D=128),
@@ -102,8 +104,16 @@ def candidates(
     return [best, *(other for other in others if other != best)]
 
 
+def chunk_rows(architecture: str) -> int:
+    """Of how many rows chunks are multiples: whole blocks of every kernel, however many the keys.
+
+    With 128k keys these take 64 MiB.
+    """
+    return 64 if architecture == INTERPRETER else 128
+
+
 def scratch_elements(architecture: str) -> int:
-    """How many float32 of scratch a call may have, unless one tile of rows needs more.
+    """How many float32 of scratch a call may have, unless `chunk_rows` need more.
 
     32 MiB are 1,024 tiles of 64 x 128: eight for each multiprocessor of an H200.
     """

@@ -1,0 +1,224 @@
+"""Bugs put into the kernels for Hopper on purpose: the harness, or other bits, must tell of each.
+
+One library of each pass has them all, and a call chooses one. What must be reported is part of the
+text of the report; OTHER_BITS if wrong numbers are all there is to see.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_host import test_hopper as forward
+from tests.cuda_host import test_hopper_bwd as backward
+from tests.cuda_host.backend import Kernels, host_library, on_host
+from tests.cuda_host.build import Patch, switched
+from tests.ops.attention_cases import AttentionCase
+
+# One dtype and head dim of four: bugs need no more.
+ONE_TYPE: tuple[Patch, ...] = tuple(
+    ("core/launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
+    for kernel in ("Bf16, 64", "Bf16, 128", "Fp16, 64")
+)
+OTHER_BITS = "bits"
+NOT_WAITED = "whose copy its warp has not waited for"
+STILL_READ = "still to read"
+WRITTEN_WHILE = "registers were written while a product ran on them"
+WRITTEN_AFTER = "registers were written after they were pinned for a product"
+NOT_BEGUN = "a barrier that has not begun"
+UNALIGNED = "a panel off 1024 bytes"
+FOR_EVER = "waits for ever"
+Bug = tuple[str, Patch, str]
+
+FWD, TILES = "attention/fwd_sm90.h", "hopper/tiles.h"
+K_DONE = """wait_for_products<1>();
+      pin(s[0]);
+      give_up(barriers.empty_k, ring_k);"""
+V_DONE = """weigh_all(keys, first);
+      wait_for_products<0>();
+      pin(out[0]);
+      pin(p);
+      give_up(barriers.empty_v, ring_v);"""
+EMPTY = "wait(&empty[ring.stage], ring.parity_before());"
+RELEASE = "if (lane_index() == 0) arrive(&empty[ring.stage]);"
+SCORES = "pin(s);\n  begin_products();"
+PRODUCTS = "pin(left);\n  begin_products();"
+FORWARD: list[Bug] = [
+    ("k_given_up_too_early",
+     (FWD, K_DONE, "give_up(barriers.empty_k, ring_k);\nwait_for_products<1>();\npin(s[0]);"),
+     STILL_READ),
+    ("scores_not_waited_for",
+     (FWD, K_DONE, "pin(s[0]);\ngive_up(barriers.empty_k, ring_k);"), WRITTEN_WHILE),
+    ("v_given_up_too_early",
+     (FWD, V_DONE, "weigh_all(keys, first);\ngive_up(barriers.empty_v, ring_v);\n"
+      "wait_for_products<0>();\npin(out[0]);\npin(p);"), STILL_READ),
+    ("weights_rounded_too_early",
+     (FWD, V_DONE, "weigh_all(keys, first);\nround_left<T>(p, s[0]);\nwait_for_products<0>();\n"
+      "pin(out[0]);\npin(p);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
+    ("out_scaled_too_early",
+     (FWD, V_DONE, "weigh_all(keys, first);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
+    ("scores_written_after_the_fence",
+     (TILES, SCORES, f"{SCORES}\ns[0][0] = 3.0f;"), WRITTEN_AFTER),
+    ("weights_written_after_the_fence",
+     (TILES, PRODUCTS, f"{PRODUCTS}\nleft[0][0] ^= 1;"), WRITTEN_AFTER),
+    ("not_aligned", (FWD, "shared += -shared_address(shared) & (kSwizzledBytes - 1);", ""),
+     UNALIGNED),
+    ("no_barrier_after_the_setup", (FWD, "sync_block();", ""), NOT_BEGUN),
+    ("queries_not_waited_for", (FWD, "wait(&barriers.full_q, 0);", ""), NOT_WAITED),
+    ("keys_not_waited_for",
+     (FWD, "wait(&barriers.full_k[ring_k.stage], ring_k.parity());", ""), NOT_WAITED),
+    ("values_not_waited_for",
+     (FWD, "wait(&barriers.full_v[ring_v.stage], ring_v.parity());", ""), NOT_WAITED),
+    ("refilled_in_use", (FWD, EMPTY, ""), "hopper: "),
+    ("other_parity", (FWD, EMPTY, "wait(&empty[ring.stage], ring.parity());"), FOR_EVER),
+    ("every_lane_gives_up", (FWD, RELEASE, "arrive(&empty[ring.stage]);"),
+     "hopper: "),
+    ("never_given_up", (FWD, RELEASE, ""), FOR_EVER),
+    ("half_the_bytes_expected",
+     (FWD, "arrive_expecting(&full[ring.stage], kTileBytes);",
+      "arrive_expecting(&full[ring.stage], kTileBytes / 2);"), "hopper: "),
+    ("zeros_not_published", (FWD, "publish_to_async();", ""), "stores without publish_to_async"),
+    ("last_product_not_waited_for",
+     (FWD, "start_p_v();\n      wait_for_products<0>();", "start_p_v();"), "products running"),
+    ("panel_missed",
+     (TILES, "columns_descriptor(b, step)", "columns_descriptor(b, step % 4)"), OTHER_BITS),
+]  # fmt: skip
+
+DKDV, DQ, SHARED = (f"attention/bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90", "sm90"))
+DONE = """wait_for_products<1>();
+        pin(dv[0]);
+        pin(left_p);
+        Base::give_up(barriers, ring, 1);
+        wait_for_products<0>();
+        pin(dk[0]);
+        pin(left_ds);
+        Base::give_up(barriers, ring, 0);"""
+GIVE_UP_DOUT, GIVE_UP_Q = (f"Base::give_up(barriers, ring, {which});" for which in (1, 0))
+BACKWARD: list[Bug] = [
+    ("dout_never_given_up", (DKDV, DONE, DONE.replace(GIVE_UP_DOUT, "")), FOR_EVER),
+    ("dout_given_up_too_early",
+     (DKDV, DONE, GIVE_UP_DOUT + DONE.replace(GIVE_UP_DOUT, "")), STILL_READ),
+    ("q_given_up_too_early",
+     (DKDV, DONE, GIVE_UP_Q + DONE.replace(GIVE_UP_Q, "")), STILL_READ),
+    ("gradients_not_waited_for",
+     (DKDV, "wait_for_products<1>();\n        pin(ds[0]);", "pin(ds[0]);"), WRITTEN_WHILE),
+    ("operand_used_twice",
+     (DKDV, "round_left<T>(left_ds, ds[0]);", "round_left<T>(left_p, ds[0]);"), WRITTEN_WHILE),
+    ("statistics_overwritten",
+     (DKDV, "sync_warp();  // all lanes have read the previous statistics", ""), "race"),
+    ("own_keys_not_waited_for", (DKDV, "wait(&barriers.full_own, 0);", ""), NOT_WAITED),
+    ("dout_not_waited_for",
+     (DKDV, "Base::wait_for(barriers, ring, 1);\n"
+      "        start_all_scores<T, kHeadDim>(ds[0], v, dout);",
+      "start_all_scores<T, kHeadDim>(ds[0], v, dout);"), NOT_WAITED),
+    ("keys_given_up_too_early",
+     (DQ, "wait_for_products<0>();\n      pin(dq[0]);", ""),
+     STILL_READ),
+    ("zeros_not_published", (DQ, "publish_to_async();", ""), "stores without publish_to_async"),
+    ("own_queries_not_waited_for", (DQ, "wait(&barriers.full_own, 0);", ""), NOT_WAITED),
+    ("passed_over_and_kept",
+     (SHARED, "for (int which = 0; which < 2; ++which) give_up(barriers, ring, which);", ""),
+     FOR_EVER),
+    ("half_the_bytes_expected",
+     (SHARED, "arrive_expecting(full, kTileBytes);", "arrive_expecting(full, kTileBytes / 2);"),
+     "hopper: "),
+    ("no_barrier_after_the_setup",
+     (SHARED, "sync_block();\n    return *barriers;", "return *barriers;"), NOT_BEGUN),
+]  # fmt: skip
+
+FORWARD_CASE = AttentionCase("seeded", 140, 400, 1, 1, 1, 128, spans="ragged", key_padding="left")
+BACKWARD_CASE = AttentionCase(
+    "seeded", 270, 300, 1, 1, 1, 128, spans="ragged", key_padding="left",
+    options={"is_causal": True},
+)  # fmt: skip
+
+
+# One of each kind in the quick tier.
+QUICK = (
+    "k_given_up_too_early", "scores_written_after_the_fence", "not_aligned",
+    "values_not_waited_for", "never_given_up", "operand_used_twice", "statistics_overwritten",
+)  # fmt: skip
+
+
+def library_of(bugs: list[Bug], sources: tuple[str, ...], folder: Path) -> Kernels:
+    return host_library(folder, (*switched([patch for _, patch, _ in bugs]), *ONE_TYPE), sources)
+
+
+class SeededForward:
+    """A forward by the kernel for sm_80, and by that for Hopper with a bug."""
+
+    def __init__(self, folder: Path) -> None:
+        self._library = library_of(FORWARD, forward.SOURCES, folder)
+        with on_host(self._library):
+            self._wanted = self._outputs(forward.FWD, 0)
+
+    def _outputs(self, entry: str, order: int) -> tuple[Tensor | None, ...]:
+        return forward.outputs(self._library, entry, order, FORWARD_CASE, torch.float16)
+
+    def check(self, bug: int, orders: range) -> None:
+        for order in orders:
+            with on_host(self._library), self._library.with_bug(bug):
+                found = self._outputs(forward.FWD_SM90, order)
+            forward.assert_same_bits(found, self._wanted)
+
+
+class SeededBackward:
+    """The same of the backward."""
+
+    def __init__(self, folder: Path) -> None:
+        self._library = library_of(BACKWARD, backward.SOURCES, folder)
+        self._backward = backward.Backward(self._library, BACKWARD_CASE, torch.float16)
+
+    def check(self, bug: int, orders: range) -> None:
+        for order in orders:
+            with self._library.with_bug(bug):
+                found = self._backward.on_hopper(order)
+            backward.assert_agree(self._backward.wanted, [found])
+
+
+@pytest.fixture(scope="module")
+def seeded_forward(build_folder: Path) -> SeededForward:
+    return SeededForward(build_folder)
+
+
+@pytest.fixture(scope="module")
+def seeded_backward(build_folder: Path) -> SeededBackward:
+    return SeededBackward(build_folder)
+
+
+def named(bugs: list[Bug], stands_in: str) -> list[object]:
+    slow = pytest.mark.slow(stands_in=stands_in)
+    return [
+        pytest.param(number, text, id=name, marks=() if name in QUICK else slow)
+        for number, (name, _, text) in enumerate(bugs, start=1)
+    ]
+
+
+@pytest.mark.parametrize(("bug", "text"), named(FORWARD, "test_seeded_bug_of_the_forward_is_found"))
+def test_seeded_bug_of_the_forward_is_found(
+    bug: int, text: str, seeded_forward: SeededForward
+) -> None:
+    with pytest.raises(AssertionError) as caught:
+        seeded_forward.check(bug, range(1, 4))
+    assert text in str(caught.value) or text == OTHER_BITS
+
+
+@pytest.mark.parametrize(
+    ("bug", "text"), named(BACKWARD, "test_seeded_bug_of_the_backward_is_found")
+)
+def test_seeded_bug_of_the_backward_is_found(
+    bug: int, text: str, seeded_backward: SeededBackward
+) -> None:
+    with pytest.raises(AssertionError) as caught:
+        seeded_backward.check(bug, range(1, 4))
+    assert text in str(caught.value)
+
+
+def test_without_a_bug_nothing_is_found(
+    seeded_forward: SeededForward, seeded_backward: SeededBackward
+) -> None:
+    seeded_forward.check(0, range(1, 3))
+    seeded_backward.check(0, range(1, 2))
