@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import ral_kernels as rk
-from benchmarks.harness.layouts import spans_of
+from benchmarks.codegen.borders import border_table, made_blocks
+from benchmarks.harness.layouts import LABELS, spans_of
 from ral_kernels.runtime import triton_runtime
 from tests.conftest import skip_or_fail
 
@@ -34,7 +35,7 @@ def blocks_of(
     kinds = (table.entries >> 32).tolist()
     bounds = [0, len(ids)] if cu_seqlens is None else cu_seqlens.tolist()
     for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        first = start // (BLOCK // 2) + 2 * (start // 4096) + 2 * n
+        first = start // (BLOCK * 3 // 4) + 2 * (start // 4096) + 2 * n
         number = int(table.whole_before[stop] - table.whole_before[start])
         number += int(table.gathered_before[stop] - table.gathered_before[start])
         assert EMPTY.value not in kinds[first : first + number]
@@ -80,15 +81,18 @@ def test_every_key_is_in_one_block(layout: str, bounds: list[int] | None) -> Non
     assert sorted(seen) == list(range(len(ids)))
 
 
-@pytest.mark.parametrize(("layout", "extra", "mixed"), [("aligned", 0, 0), ("offset", 3, 0)])
-def test_frames_are_whole_blocks(layout: str, extra: int, mixed: int) -> None:
-    """Prompts of 256-token frames: 2 % more blocks at most, none of them with a border."""
-    from ral_kernels.runtime.triton_spans import span_blocks
-
-    table = span_blocks(spans_of(layout, 16384).ids, 64)
-    number = int(table.whole_before[-1] + table.gathered_before[-1])
-    assert number <= 256 + extra
-    assert int(((table.entries >> 32) == -2).sum()) == mixed
+@pytest.mark.parametrize(
+    ("layout", "share", "more"),
+    [("aligned", 0.0, 0.0), ("offset", 0.0, 0.02), ("64", 0.0, 0.04), ("16", 0.9, 0.02)],
+)
+def test_blocks_with_a_border(layout: str, share: float, more: float) -> None:
+    """In prompts of frames of 64 keys and more no block has one, and few blocks are added."""
+    number, mixed = made_blocks(spans_of(layout, 16384).ids, 64)
+    assert mixed <= share * number
+    assert number <= (1 + more) * 256
+    table = [line.split(" | ") for line in border_table(16384)]
+    (line,) = (line for line in table if line[0] == f"| {LABELS[layout]}" and line[1] == "64")
+    assert line[3] == f"{mixed / number:.1%}"
 
 
 def test_a_table_is_kept_until_ids_change() -> None:

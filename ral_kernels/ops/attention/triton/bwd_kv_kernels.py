@@ -24,11 +24,11 @@ from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
 from ....runtime.triton_spans import MIXED, NO_SPAN, blocks_of_sequence, sequence_of_span_blocks
 from .marginals import (
     SpanBlock,
-    add_mixed_shares,
-    bias_of_tile,
     entry_of,
+    gathered_shares,
     here,
     moved_spans,
+    spans_of_places,
     uniform_shares,
 )
 from .scores import (
@@ -129,10 +129,12 @@ def weights_and_gradient(
 
 
 @triton.jit
-def query_blocks(ranges, tile, IS_EDGE: tl.constexpr, IS_MIXED: tl.constexpr):
-    """The query blocks of one loop. With IS_MIXED it is the only one, and takes parts of blocks."""
-    if IS_MIXED:
-        PARTS: tl.constexpr = tile.BLOCK_Q // tile.MIXED_Q
+def query_blocks(
+    ranges, tile, IS_EDGE: tl.constexpr, IS_MIXED: tl.constexpr, IS_ONLY: tl.constexpr
+):  # fmt: skip
+    """The query blocks of one loop, or with IS_ONLY of both. With IS_MIXED it takes parts."""
+    if IS_ONLY:
+        PARTS: tl.constexpr = tile.BLOCK_Q // tile.MIXED_Q if IS_MIXED else 1
         number = (ranges.last - ranges.first) * PARTS
         return Blocks(ranges.first * PARTS, number, number, 0, 0, 0)
     else:
@@ -166,9 +168,12 @@ def add_key_gradients(
     """The query blocks of one loop and head. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
     BLOCK_Q: tl.constexpr = tile.MIXED_Q if IS_MIXED else tile.BLOCK_Q
     offs = tl.arange(0, BLOCK_Q)
+    key_spans = 0
+    if IS_MIXED:
+        key_spans = spans_of_places(kinds, spans, tile.BLOCK_K, tile.TABLE_K)
     for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_MIXED else None):
         block = block_number(i, blocks, IS_EDGE)
-        first_token = queries.start + block * BLOCK_Q
+        first_token = (queries.start + block * BLOCK_Q).to(tl.int64)
         q_positions = block * BLOCK_Q + offs
         q_tokens = queries.start + q_positions
         mask_q = exist(q_positions, queries.length, IS_EDGE)
@@ -183,24 +188,26 @@ def add_key_gradients(
         if dmarginals_ptr is not None:  # (9)
             num_spans = span_rows.num_spans
             mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
-            first_row_ptr = dmarginals_ptr + first_token.to(tl.int64) * num_spans
+            first_row_ptr = dmarginals_ptr + first_token * num_spans
             rows = offs.to(tl.int64) * num_spans
-            delta_m -= uniform_shares(
-                kinds, first_row_ptr, rows, 1, mask_rows, tile.BLOCK_K, tile.TABLE_K, True, False
-            )
             if IS_MIXED:
-                dp = add_mixed_shares(
-                    dp, kinds, spans, first_row_ptr, rows, 1, mask_rows, tile.BLOCK_K,
-                    tile.TABLE_K, tile.TERMS, True, False,
+                delta_m -= gathered_shares(key_spans, first_row_ptr, rows, 1, mask_rows, False)
+            else:
+                delta_m -= uniform_shares(
+                    kinds, first_row_ptr, rows, 1, mask_rows, tile.BLOCK_K, tile.TABLE_K, True,
+                    False,
                 )  # fmt: skip
         bias = 0.0
         if masks.span_bias.ptr is not None:
-            stride_t = masks.span_bias.stride_t
-            bias = bias_of_tile(
-                kinds, spans, span_bias_ptr + first_token.to(tl.int64) * stride_t,
-                offs.to(tl.int64) * stride_t, masks.span_bias.stride_s, mask_q, tile.BLOCK_K,
-                tile.TABLE_K, True, IS_MIXED,
-            )  # fmt: skip
+            bias_ptr = span_bias_ptr + first_token * masks.span_bias.stride_t
+            rows = offs.to(tl.int64) * masks.span_bias.stride_t
+            stride_s = masks.span_bias.stride_s
+            if IS_MIXED:
+                bias = gathered_shares(key_spans, bias_ptr, rows, stride_s, mask_q, True)
+            else:
+                bias = uniform_shares(
+                    kinds, bias_ptr, rows, stride_s, mask_q, tile.BLOCK_K, tile.TABLE_K, True, True
+                )
         dot = tl.zeros([tile.BLOCK_K, BLOCK_Q], tl.float32)
         dot = dot_rows(dot, k, q, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if HAS_DOUT:
@@ -330,10 +337,12 @@ def write_key_gradients(
             num_rows = span_rows.stop - span_rows.start
             first_row = (b * sizes.num_heads + h) * num_rows - span_rows.start
             head_dmarginals_ptr = dmarginals_ptr + first_row * span_rows.num_spans
-        for IS_EDGE in tl.static_range(1 if IS_MIXED else 0, 2):
+        # With a bias the second of two loops spills.
+        IS_ONLY: tl.constexpr = IS_MIXED or masks.span_bias.ptr is not None
+        for IS_EDGE in tl.static_range(1 if IS_ONLY else 0, 2):
             dk_sum, dv_sum = add_key_gradients(
-                dk_sum, dv_sum, query_blocks(ranges, tile, IS_EDGE, IS_MIXED), k, v, keys.positions,
-                queries, dout.ptr is not None, diagonal, keys.kinds, keys.spans,
+                dk_sum, dv_sum, query_blocks(ranges, tile, IS_EDGE, IS_MIXED, IS_ONLY), k, v,
+                keys.positions, queries, dout.ptr is not None, diagonal, keys.kinds, keys.spans,
                 head_dmarginals_ptr, span_rows, head_of(masks.span_bias, b, h).ptr,
                 head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
                 IS_MIXED,

@@ -88,14 +88,14 @@ def add_query_gradients(
             )  # fmt: skip
             if IS_EDGE:
                 dp = add_mixed_shares(
-                    dp, (kind,), block_spans, dmarginals_ptr, dmarginals_rows, 1, mask_rows,
-                    tile.BLOCK_K, tile.BLOCK_K, tile.TERMS, False, False,
+                    dp, kind, block_spans, dmarginals_ptr, dmarginals_rows, 1, mask_rows,
+                    tile.BLOCK_K, tile.TERMS, False,
                 )  # fmt: skip
         bias = 0.0
         if masks.span_bias.ptr is not None:
             bias = bias_of_tile(
-                (kind,), block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, tile.BLOCK_K, tile.BLOCK_K, False, IS_EDGE,
+                kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
+                q.mask, tile.BLOCK_K, IS_EDGE,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
         k = row_tile(k_head, rows, real, tile.HEAD_DIM, tile.PART_D)

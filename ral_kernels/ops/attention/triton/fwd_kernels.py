@@ -88,8 +88,8 @@ def attend(
         bias = 0.0
         if HAS_BIAS:
             bias = bias_of_tile(
-                (kind,), block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, tile.BLOCK_K, tile.BLOCK_K, False, IS_EDGE,
+                kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
+                q.mask, tile.BLOCK_K, IS_EDGE,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
         k = row_tile(k_head, rows, mask_k, tile.HEAD_DIM, tile.PART_D)

@@ -137,24 +137,18 @@ def bias_or_minus_infinity(bias):
 
 
 @triton.jit
-def one_hot_dot(x, one_hot, acc, TERMS: tl.constexpr, ONE_HOT_FIRST: tl.constexpr):
-    """acc + x one_hot, or with ONE_HOT_FIRST acc + one_hot xᵀ, to nearly float32's accuracy.
+def one_hot_dot(x, one_hot, acc, TERMS: tl.constexpr):
+    """acc + x one_hot, to nearly float32's accuracy.
 
     x is split into TERMS bfloat16 numbers, which have 8 bits and float32's range. Two are far more
     precise than half-precision inputs; three are exact.
     """
     if INTERPRETED:  # the interpreter multiplies bfloat16 wrongly
-        if ONE_HOT_FIRST:
-            acc = tl.dot(one_hot.to(tl.float32), tl.trans(x), acc)
-        else:
-            acc = tl.dot(x, one_hot.to(tl.float32), acc)
+        acc = tl.dot(x, one_hot.to(tl.float32), acc)
     else:
         for _ in tl.static_range(TERMS):
             term = x.to(tl.bfloat16)
-            if ONE_HOT_FIRST:
-                acc = tl.dot(one_hot.to(tl.bfloat16), tl.trans(term), acc)
-            else:
-                acc = tl.dot(term, one_hot.to(tl.bfloat16), acc)
+            acc = tl.dot(term, one_hot.to(tl.bfloat16), acc)
             x -= term.to(tl.float32)
     return acc
 
@@ -225,7 +219,7 @@ def add_mixed_block(
     for start in tl.range(0, count, GROUP, num_stages=1):
         one_hot = local[:, None] == (start + columns)[None, :]
         added = tl.zeros([x.shape[0], GROUP], tl.float32)
-        added = one_hot_dot(x, one_hot, added, TERMS, False)
+        added = one_hot_dot(x, one_hot, added, TERMS)
         mask = sums.mask_rows[:, None] & (start + columns < count)[None, :]
         ids = tl.load(spans.ids_ptr + start + columns, mask=start + columns < count, other=0)
         rows = (sums.rows + opaque_zero(True)).to(tl.int64) * sums.num_spans
@@ -248,48 +242,34 @@ def relative_weight(exponent, m):
 
 
 @triton.jit
-def mixed_shares(
-    spans,
+def spans_of_places(kinds, spans, BLOCK_K: tl.constexpr, TABLE_K: tl.constexpr):
+    """[BLOCK_K]: the span of every key of a tile's blocks, one or two; -1 of a key in none."""
+    offs = tl.arange(0, BLOCK_K)
+    kind = tl.zeros([BLOCK_K], tl.int32) + kinds[0]
+    if BLOCK_K > TABLE_K:
+        kind = tl.where(offs < TABLE_K, kind, kinds[1])
+    local = tl.load(spans.local_ptr + offs, mask=kind == MIXED, other=-1)
+    ids_ptr = spans.ids_ptr + offs // TABLE_K * TABLE_K
+    listed = tl.load(ids_ptr + local, mask=local >= 0, other=-1)
+    return tl.where(kind == MIXED, listed, tl.where(is_span(kind), span_of(kind), -1))
+
+
+@triton.jit
+def gathered_shares(
+    key_spans,  # [BLOCK_K]
     per_span_ptr,
-    row_offsets,
+    row_offsets,  # int64
     stride_s,
     mask_rows,
-    x,
-    SLOT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TABLE_K: tl.constexpr,
-    TERMS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     IS_BIAS: tl.constexpr,
 ):
-    """Of one mixed block, the SLOT-th of the tile.
-
-    The loop is a `while`, because the compiler computes the result of a `for` once for each layout.
-    """
-    offs = tl.arange(0, BLOCK_K)
-    local = tl.load(spans.local_ptr + offs, mask=offs // TABLE_K == SLOT, other=-1)
-    columns = tl.arange(0, GROUP)
-    count = tl.load(spans.counts_ptr + SLOT)
-    row_offsets = here(row_offsets)
-    start = count * 0
-    while start < count:
-        mask_s = start + columns < count
-        ids = tl.load(spans.ids_ptr + SLOT * TABLE_K + start + columns, mask=mask_s, other=0)
-        offsets = row_offsets[:, None] + (ids.to(tl.int64) * stride_s)[None, :]
-        mask = mask_rows[:, None] & mask_s[None, :]
-        # [BLOCK_Q, GROUP]
-        group = tl.load(per_span_ptr + offsets, mask=mask, other=0.0)
-        if IS_BIAS:
-            group = bias_in_base_2(group)
-        if TRANSPOSED:
-            one_hot = local[:, None] == (start + columns)[None, :]
-        else:
-            one_hot = (start + columns)[:, None] == local[None, :]
-        x = one_hot_dot(group, one_hot, x, TERMS, TRANSPOSED)
-        start += GROUP
+    """[BLOCK_K, BLOCK_Q]: per_span Eᵀ, element by element; 0 for keys in no span."""
+    offsets = row_offsets[None, :] + (key_spans.to(tl.int64) * stride_s)[:, None]
+    mask = mask_rows[None, :] & (key_spans >= 0)[:, None]
+    values = tl.load(per_span_ptr + offsets, mask=mask, other=0.0)
     if IS_BIAS:
-        x = bias_or_minus_infinity(x)
-    return x
+        values = bias_or_minus_infinity(bias_in_base_2(values))
+    return values
 
 
 @triton.jit
@@ -336,62 +316,66 @@ def uniform_shares(
 
 @triton.jit
 def add_mixed_shares(
-    x,
-    kinds,
+    x,  # [BLOCK_Q, BLOCK_K]
+    kind,
     spans,
     per_span_ptr,
     row_offsets,
     stride_s,
     mask_rows,
     BLOCK_K: tl.constexpr,
-    TABLE_K: tl.constexpr,
     TERMS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     IS_BIAS: tl.constexpr,
 ):
-    """`x` + per_span Eᵀ for a tile of keys in mixed blocks; `spans` are those of the tile.
+    """`x` + per_span Eᵀ where the block of keys is mixed: a product with one-hot rows.
 
-    x is [BLOCK_Q, BLOCK_K], or with TRANSPOSED [BLOCK_K, BLOCK_Q]. A bias is in natural units and
-    becomes one in base 2; it may be -inf.
+    A bias is in natural units and becomes one in base 2; it may be -inf.
 
     Kernels call this before the products that they add it to: with a branch between two products
-    the compiler gives them different layouts.
+    the compiler gives them different layouts. The loop is a `while`, because the compiler computes
+    the result of a `for` once for each layout.
     """
-    SLOTS: tl.constexpr = BLOCK_K // TABLE_K
-    for SLOT in tl.static_range(SLOTS):
-        if kinds[SLOT] == MIXED:
-            x = mixed_shares(
-                spans, per_span_ptr, row_offsets, stride_s, mask_rows, x, SLOT, BLOCK_K, TABLE_K,
-                TERMS, TRANSPOSED, IS_BIAS,
-            )  # fmt: skip
+    if kind == MIXED:
+        local = tl.load(spans.local_ptr + tl.arange(0, BLOCK_K))
+        columns = tl.arange(0, GROUP)
+        count = tl.load(spans.counts_ptr)
+        row_offsets = here(row_offsets)
+        start = count * 0
+        while start < count:
+            mask_s = start + columns < count
+            ids = tl.load(spans.ids_ptr + start + columns, mask=mask_s, other=0)
+            offsets = row_offsets[:, None] + (ids.to(tl.int64) * stride_s)[None, :]
+            mask = mask_rows[:, None] & mask_s[None, :]
+            # [BLOCK_Q, GROUP]
+            group = tl.load(per_span_ptr + offsets, mask=mask, other=0.0)
+            if IS_BIAS:
+                group = bias_in_base_2(group)
+            one_hot = (start + columns)[:, None] == local[None, :]
+            x = one_hot_dot(group, one_hot, x, TERMS)
+            start += GROUP
+        if IS_BIAS:
+            x = bias_or_minus_infinity(x)
     return x
 
 
 @triton.jit
 def bias_of_tile(
-    kinds,
+    kind,
     spans,
     span_bias_ptr,
     row_offsets,
     stride_s,
     mask_rows,
     BLOCK_K: tl.constexpr,
-    TABLE_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    MAY_MIX: tl.constexpr,  # whether a block may hold several spans
+    MAY_MIX: tl.constexpr,  # whether the block may hold several spans
 ):
-    """span_bias Eᵀ for a tile of keys, in base 2; without MAY_MIX it broadcasts to the tile."""
+    """span_bias Eᵀ for a block of keys, in base 2; without MAY_MIX it broadcasts to the tile."""
     bias = uniform_shares(
-        kinds, span_bias_ptr, row_offsets, stride_s, mask_rows, BLOCK_K, TABLE_K, TRANSPOSED, True
+        (kind,), span_bias_ptr, row_offsets, stride_s, mask_rows, BLOCK_K, BLOCK_K, False, True
     )
     if MAY_MIX:
-        BLOCK_Q: tl.constexpr = mask_rows.shape[0]
-        if TRANSPOSED:
-            bias = tl.broadcast_to(bias, [BLOCK_K, BLOCK_Q])
-        else:
-            bias = tl.broadcast_to(bias, [BLOCK_Q, BLOCK_K])
         bias = add_mixed_shares(
-            bias, kinds, spans, span_bias_ptr, row_offsets, stride_s, mask_rows, BLOCK_K, TABLE_K,
-            3, TRANSPOSED, True,
+            tl.broadcast_to(bias, [mask_rows.shape[0], BLOCK_K]), kind, spans, span_bias_ptr,
+            row_offsets, stride_s, mask_rows, BLOCK_K, 3, True,
         )  # fmt: skip
     return bias

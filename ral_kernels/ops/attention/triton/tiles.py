@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 
 import torch
 
@@ -86,6 +87,7 @@ _SPANS = (
     row("decode", "sm_90", HALF, ANY, None, (64, 32, 8, 2), None),
     row("bwd_dkdv", "sm_80", FLOAT32, PLAIN, (16, 32, 8, 2), None, None),
     row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), (16, 32, 8, 2)),
+    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 64, 8, 2), None),
     row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 16, 8, 1)),
 )
 # Offsets of packed sequences take registers, too.
@@ -93,7 +95,20 @@ _SPANS_PACKED = (
     row("fwd", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
     row("bwd_dq", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
 )
+# With spans, where Triton 3.6.0 alone spills.
+_SPANS_36 = (
+    row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 1), None, None),
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), None, None),
+)
+_SPANS_PACKED_36 = (
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 2), None),
+)
 # fmt: on
+
+
+@functools.cache
+def _is_triton_36() -> bool:
+    return importlib.metadata.version("triton").startswith("3.6.")
 
 
 @functools.cache
@@ -111,9 +126,9 @@ def tile(
         return _INTERPRETED[kernel]
     rows: tuple[Row, ...] = _TABLE
     if needs_spans:
-        rows = (*_SPANS, *rows)
+        rows = (*(_SPANS_36 if _is_triton_36() else ()), *_SPANS, *rows)
     if needs_spans and is_packed:
-        rows = (*_SPANS_PACKED, *rows)
+        rows = (*(_SPANS_PACKED_36 if _is_triton_36() else ()), *_SPANS_PACKED, *rows)
     return find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
 
 
