@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = results.parse(parser, arguments, always=("tag",))
     quick = options.quick
     objectives = options.study == "objectives"
-    tasks = options.tasks or (["frames"] if quick or objectives else list(TASKS))
+    tasks = options.tasks or (["frames"] if quick or objectives else ["frames", "resolution"])
     of_study = [arm.name for arm in ARMS if arm.study == options.study]
     arms = options.arms or (list(QUICK) if quick and not objectives else of_study)
     settings = {
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "start_seed": options.start_seed,
         "batches": options.batches or (3 if quick else None),
         "test_rows": options.test_rows or (32 if quick else 256),
-        "start_steps": 0 if quick else one.START_STEPS,
+        "start_steps": 0 if quick else None,
         "tag": options.tag, "study": options.study, "wrong_share": options.wrong_share,
         "reach": options.reach,
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -181,6 +182,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(getattr(request, "param", 1))
     yield torch.get_num_threads()
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def logging_stays_on() -> Iterator[None]:
+    """No test leaves logging off for those after it in its process."""
+    yield
+    left = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
+    assert left == logging.NOTSET
 
 
 @pytest.fixture(autouse=True)

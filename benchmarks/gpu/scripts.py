@@ -246,12 +246,14 @@ SECOND = (
     Stage(
         "correctness", 140,
         _tests("first", "tests/ops", f"{HOST}/test_attention.py",
-               f"{HOST}/test_policy_divergence.py", expression=f"{TRITON_TESTS} or gpu"),
+               f"{HOST}/test_policy.py", f"{HOST}/test_policy_divergence.py",
+               expression=f"{TRITON_TESTS} or gpu"),
         _tests_result, _tests_environment("triton,cuda"),
     ),
     Stage(
         "correctness hopper", 45,
-        _tests("hopper", *(f"{HOST}/test_{x}.py" for x in ("hopper", "hopper_bwd", "attention")),
+        _tests("hopper", *(f"{HOST}/test_{x}.py"
+                           for x in ("hopper", "hopper_bwd", "hopper_policy", "attention")),
                expression="gpu"),
         _tests_result, _tests_environment("triton,cuda", hopper=True),
     ),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Common to all arms. 2 iterations of 2 minibatches: 4 optimizer steps on 128 rollouts. The learning
-# rate is the task's.
+# rate and the length of responses are the task's.
 BUDGET: dict[str, Any] = {
     "num_generations": 8,
     "per_device_train_batch_size": 64,
@@ -17,7 +17,6 @@ BUDGET: dict[str, Any] = {
     "temperature": 0.9,
     "beta": 0.0,
     "max_grad_norm": 5.0,
-    "max_completion_length": 12,
     "attn_coef": 0.0,
 }
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
@@ -59,13 +58,14 @@ _FRAMES, _RESOLUTION = ("frames",), ("resolution",)
 _RAL = {"attn_coef": 5.0, "attn_layers": "all"}
 _INNER = {"num_iterations": 4}
 _NOISE = {"attn_layers": "all", "attn_explore_sigma": 1.0}  # of spans that the task names
-_EVIDENCE = {"evidence_coef": 0.1, "evidence_layers": "all", "evidence_sigma": 0.0}
-_REWARD = {"attention_reward": 0.5, "attn_layers": "all"}
+_EVIDENCE = {"evidence_coef": 1.0, "evidence_divergence": "jsd", "evidence_sigma": 0.0}
+_ALL = {**_EVIDENCE, "evidence_on": "all"}
+_REWARD = {"attention_reward": 0.1}
 _CREDIT = {"credit": "looking", "attn_layers": "all"}
 _DISTILL = {"distill_logit_coef": 1.0, "distill_beta": 1.0, "rl_coef": 0.0}
 
 ARMS: tuple[Arm, ...] = (
-    Arm("grpo", "GRPO", against=()),
+    Arm("grpo", "GRPO", against=(), tasks=("frames", "resolution", "chain")),
     Arm("grpo_t12", "GRPO, temperature 1.2", {"temperature": 1.2}),
     Arm("grpo_t15", "GRPO, temperature 1.5", {"temperature": 1.5}),
     Arm("ral_l1", "RAL λ = 1, last layer", {"attn_coef": 1.0}),
@@ -117,17 +117,17 @@ OBJECTIVES: tuple[Arm, ...] = tuple(
         ("plain", "GRPO", {}, None, ()),
         ("plain_ral", "RAL λ = 1", {"attn_coef": 1.0}, None, ("plain",)),
         ("evidence", "evidence, good rollouts", _EVIDENCE, None, ("plain",)),
-        ("evidence_all", "evidence, all", {**_EVIDENCE, "evidence_on": "all"}, None,
-         ("plain", "evidence")),
-        ("evidence_warmup", "evidence, the first quarter",
-         {**_EVIDENCE, "evidence_schedule": "warmup", "evidence_steps": 0.25}, None,
-         ("plain", "evidence")),
-        ("evidence_wrong", "evidence, wrong frame", _EVIDENCE, "wrong", ("plain", "evidence")),
-        ("evidence_shuffled", "evidence, shuffled", _EVIDENCE, "shuffled", ("evidence",)),
+        ("evidence_shuffled", "evidence, good ones shuffled", _EVIDENCE, "shuffled",
+         ("evidence",)),
+        ("evidence_all", "evidence, all", _ALL, None, ("plain", "evidence")),
+        ("evidence_warmup", "evidence, all, the first quarter",
+         {**_ALL, "evidence_schedule": "warmup", "evidence_steps": 0.25}, None,
+         ("plain", "evidence_all")),
+        ("evidence_wrong", "evidence, all, wrong frame", _ALL, "wrong", ("plain", "evidence_all")),
         ("reward", "attention reward", _REWARD, None, ("plain",)),
         ("credit", "credit by looking", _CREDIT, None, ("plain",)),
-        ("sum", "evidence, reward and credit", {**_EVIDENCE, **_REWARD, **_CREDIT}, None,
-         ("plain",)),
+        ("sum", "evidence on all, reward, credit",
+         {**_ALL, "evidence_layers": [-1], **_REWARD, **_CREDIT}, None, ("plain", "evidence_all")),
     )
 )  # fmt: skip
 ARMS += OBJECTIVES

@@ -1,25 +1,28 @@
-"""Accuracy of a model, and its attention on the asked cell or frame, on held-out digits."""
+"""Accuracy of a decoder, and its attention on the asked cell or frame, on held-out digits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch.nn import functional
 
 import ral_kernels as rk
 
+from .decoder import Decoder
+from .prompts import Reader
 from .tasks import StudyTask
 
 TEST_SEED = 7_000_003  # rows of the evaluation; no training uses it
-_TOKENS = 1 << 16  # in a batch
+_TOKENS = 1 << 14  # in a batch: more do not fit into the caches
 
 
 @contextmanager
-def sharpened(model: Any, factor: float) -> Iterator[None]:
-    """Multiply the attention scores of all decoder layers."""
-    layers = [m for name, m in model.named_modules() if name.endswith("self_attn")]
+def sharpened(model: Decoder, factor: float) -> Iterator[None]:
+    """Multiply the attention scores of all layers."""
+    layers: list[Any] = [layer.self_attn for layer in model.layers]
     before = [layer.scaling for layer in layers]
     for layer in layers:
         layer.scaling *= factor
@@ -34,113 +37,112 @@ class HeldOut:
     """Rows of one extent on held-out digits, the same for every model, ready to be answered.
 
     Args:
-        processor: of the models.
+        reader: of the models' prompts.
         task, style: what the rows are.
         extent: frames, or cells on a side.
         rows: how many.
     """
 
-    def __init__(self, processor: Any, task: StudyTask, style: str, extent: int, rows: int) -> None:
-        from trl.data_utils import prepare_multimodal_messages
-
-        self._tokenizer = processor.tokenizer
+    def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
+        self._reader = reader
         self._style: Any = style
+        self._longest = task.longest
         held_out = list(task.rows(rows, extent, "test", TEST_SEED, style=style))
         self._wanted = [row["completion"][0]["content"] for row in held_out]
         self._solutions = [row["solution"] for row in held_out]
-        messages = [prepare_multimodal_messages(r["prompt"], images=r["images"]) for r in held_out]
-        tokens = 8 * task.visual_tokens(extent) // 4 + 20  # of a prompt, about
-        at_once = max(1, _TOKENS // tokens)
-        self._batches = [
-            processor.apply_chat_template(
-                messages[first : first + at_once],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
-            )
-            for first in range(0, rows, at_once)
-        ]
+        self.prompts = reader.encode(held_out)
 
-    @torch.inference_mode()
-    def __call__(self, model: Any) -> Any:
+    def __call__(self, model: Decoder) -> Any:
         """`ral.digits.evaluate.Accuracy` of greedy responses."""
-        from transformers import GenerationConfig
+        from ral.digits.evaluate import judge
 
-        from ral.digits.evaluate import LONGEST, judge
-
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=LONGEST,
-            eos_token_id=model.generation_config.eos_token_id,
-            pad_token_id=model.generation_config.pad_token_id,
-        )
-        training = model.training
-        model.eval()
-        said: list[str] = []
-        for inputs in self._batches:
-            whole = model.generate(**inputs, generation_config=settings)
-            answers = whole[:, inputs["input_ids"].shape[1] :]
-            said += self._tokenizer.batch_decode(answers, skip_special_tokens=True)
-        model.train(training)
+        said = self._reader.tokenizer.batch_decode(self.answers(model), skip_special_tokens=True)
         return judge(said, self._wanted, self._solutions, self._style)
 
+    @torch.inference_mode()
+    def answers(self, model: Decoder) -> torch.Tensor:
+        """Tokens of greedy responses, int64 [rows, C]."""
+        prompts, tokenizer = self.prompts, self._reader.tokenizer
+        allowed = torch.zeros(model.lm_head.out_features)
+        allowed[self._reader.suppressed] = float("-inf")
+        found = []
+        for index in torch.arange(len(prompts)).split(max(1, _TOKENS // prompts.ids.shape[1])):
+            answers = model.generate(
+                *prompts.begun(model, index), prompts.start[index],
+                lambda logits: (logits + allowed).argmax(-1),
+                longest=self._longest, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
+            )  # fmt: skip
+            found.append(answers)
+        longest = max(part.shape[1] for part in found)
+        return torch.cat(
+            [
+                functional.pad(part, (0, longest - part.shape[1]), value=tokenizer.pad_token_id)
+                for part in found
+            ]
+        )
 
-def accuracies(model: Any, tests: dict[int, HeldOut], extents: Sequence[int]) -> dict[str, Any]:
+
+def accuracies(
+    model: Decoder, test: Callable[[int], HeldOut], extents: Sequence[int]
+) -> dict[str, Any]:
     """`ral.digits.evaluate.Accuracy` at some extents, by their names in JSON."""
-    return {str(extent): tests[extent](model) for extent in extents}
+    return {str(extent): test(extent)(model) for extent in extents}
 
 
 class TargetAttention:
     """Share of attention on the asked frame or cell, as the right answer is written.
 
-    It is the attention of the query that predicts the digit in the demonstration, renormalised over
-    visual tokens: the share on the asked frame, or on the asked cell of a picture.
+    It is the attention of the queries that predict what is seen in the demonstration, renormalised
+    over visual tokens: the share on the asked frame, or on the asked cell of a picture. A chain has
+    two queries a look, for tens and units; the others have one.
 
     Args:
-        processor: of the model.
+        reader: of the model's prompts.
         task, style: what the rows are.
         extent: frames, or cells on a side.
         rows: how many.
     """
 
-    def __init__(self, processor: Any, task: StudyTask, style: str, extent: int, rows: int) -> None:
-        from trl.data_utils import prepare_multimodal_messages
-
-        from ral.digits.puzzles import make_puzzle
+    def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
+        from ral.digits.tasks import looks_of, puzzle_of
 
         name: Any = task.name
+        chosen: Any = style
         held_out = task.rows(rows, extent, "test", TEST_SEED + 1, style=style)
-        messages = [
-            prepare_multimodal_messages(row["prompt"] + row["completion"], images=row["images"])
-            for row in held_out
-        ]
-        self.inputs = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )  # fmt: skip
-        puzzles = [make_puzzle(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
-        self.targets = torch.tensor([p.frame if p.times is not None else p.cell for p in puzzles])
-        self.granularity: Literal["token", "frame"] = (
-            "token" if puzzles[0].times is None else "frame"
+        self.prompts = reader.encode(held_out, completions=True)
+        puzzles = [puzzle_of(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
+        looks = torch.tensor([looks_of(puzzle, chosen) for puzzle in puzzles])
+        self.targets = looks[..., 1]  # [rows, queries]
+        opening = reader.tokenizer.convert_tokens_to_ids(
+            "<think>" if style == "think" else "<answer>"
         )
-        opening = processor.tokenizer.convert_tokens_to_ids("<answer>")
-        positions = (self.inputs["input_ids"] == opening).long().argmax(-1)
-        # A direct answer about frames says the time first: its digit is predicted a token later.
-        positions += int(style == "direct" and puzzles[0].times is not None)
-        if positions.unique().numel() != 1:
+        positions = (self.prompts.ids == opening).long().argmax(-1)[:, None] + looks[..., 0]
+        if (positions != positions[0]).any():
             raise ValueError("TargetAttention: responses must be of one length")
-        self.row = int(positions[0])
+        self.rows = positions[0]
+        inputs = {"input_ids": self.prompts.ids, "attention_mask": self.prompts.mask.long()}
+        inputs["image_grid_thw"] = self.prompts.fields["image_grid_thw"]
+        granularity: Any = "token" if puzzles[0].times is None else "frame"
+        found = rk.spans_for(reader.config, inputs, granularity).spans
+        self._spans = rk.Spans(found.ids[:, : int(self.rows[-1]) + 1], found.num_spans)
+
+    def __call__(self, model: Decoder) -> list[float]:
+        """The mean share in each decoder layer."""
+        return self.of_queries(model).mean(-1).tolist()
 
     @torch.no_grad()
-    def __call__(self, model: Any) -> list[float]:
-        """The mean share in each decoder layer."""
-        training = model.training
-        model.eval()
-        spans = rk.spans_for(model.config, self.inputs, self.granularity).spans
-        with rk.capture(model, "all", rows=(self.row, self.row + 1), spans=spans) as captured:
-            model(**self.inputs, use_cache=False, logits_to_keep=1)
-        shares = [captured.policy(layer=layer)[:, 0] for layer in captured.layers]
-        model.train(training)
-        return [float(share.gather(1, self.targets[:, None]).mean()) for share in shares]
+    def of_queries(self, model: Decoder) -> torch.Tensor:
+        """The mean share in each decoder layer and query, float32 [layers, queries]."""
+        first, end = int(self.rows[0]), int(self.rows[-1]) + 1
+        tokens = self.prompts.tokens(
+            model, torch.arange(len(self.prompts)), self.prompts.ids.shape[1]
+        )
+        past = model.prefix(tokens.columns(None, first))
+        rows = tokens.columns(first, end)
+        with rk.capture(model, "all", rows=(0, end - first), spans=self._spans) as captured:
+            model(**rows._asdict(), past=past)
+        shares = [
+            captured.policy(layer=layer)[:, self.rows - first].gather(2, self.targets[..., None])
+            for layer in captured.layers
+        ]
+        return torch.stack(shares)[..., 0].mean(1)

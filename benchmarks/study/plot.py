@@ -29,11 +29,27 @@ _STYLES: dict[str, dict[str, Any]] = {
     "zero_ral": {"color": "#9334e6"},
     "logits": {"color": "#188038", "linestyle": "--", "alpha": 0.8},
     "opad": {"color": "#188038"},
+    # of the study of objectives
+    "plain": {"color": "#202124"},
+    "plain_ral": {"color": "#1a73e8"},
+    "evidence": {"color": "#9334e6"},
+    "evidence_shuffled": {"color": "#9334e6", "linestyle": "--", "alpha": 0.8},
+    "evidence_all": {"color": "#d93025"},
+    "evidence_warmup": {"color": "#e37400"},
+    "evidence_wrong": {"color": "#d93025", "linestyle": ":"},
+    "reward": {"color": "#188038", "linestyle": "--", "alpha": 0.8},
+    "credit": {"color": "#188038"},
+    "sum": {"color": "#12a4af"},
 }
-_ACCURACY = ("start", "grpo", "grpo_t12", "ral", "noise", "explore", "zero_grpo", "zero_ral")
-_GAIN = ("grpo_t12", "ral", "noise", "explore")
-_BANDS = ("ral", "explore", "opad")  # of the gain: five at once cannot be read
-_ATTENTION = ("grpo", "ral", "noise", "explore", "logits", "opad")
+_BASES = ("grpo", "plain")  # what gains are over; a study has one of them
+_EVIDENCE = ("evidence", "evidence_shuffled", "evidence_all", "evidence_warmup", "evidence_wrong")
+_ACCURACY = (
+    "start", "grpo", "grpo_t12", "ral", "noise", "explore", "zero_grpo", "zero_ral",
+    "plain", "plain_ral", *_EVIDENCE,
+)  # fmt: skip
+_GAIN = ("grpo_t12", "ral", "noise", "explore", "plain_ral", *_EVIDENCE[:4], "credit")
+_BANDS = ("ral", "explore", "opad", "evidence_all")  # of the gain: five at once cannot be read
+_ATTENTION = ("grpo", "ral", "noise", "explore", "logits", "opad", "plain", *_EVIDENCE, "credit")
 _GREY = "#5f6368"
 # Arms without a style of their own, where a study has little else.
 _OTHERS = ("#1a73e8", "#e37400", "#188038", "#9334e6", "#12a4af", "#d93025")
@@ -146,8 +162,9 @@ def _gain(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
     axes.axhline(0, color=_STYLES["grpo"]["color"], linewidth=1.2)
     # Sizes below any in training may break down, and would set the scale.
     sizes = [n for n in task.evaluated if n >= min(task.trained)]
-    over_grpo = [arm for arm in _shown(_GAIN, of) if arm not in ("grpo", "opad", *FIXED_LABELS)]
-    for arm, against in [*((arm, "grpo") for arm in over_grpo), ("opad", "logits")]:
+    over_grpo = [arm for arm in _shown(_GAIN, of) if arm not in (*_BASES, "opad", *FIXED_LABELS)]
+    base = next((arm for arm in _BASES if arm in of), "grpo")
+    for arm, against in [*((arm, base) for arm in over_grpo), ("opad", "logits")]:
         if arm not in of or against not in of:
             continue
         estimates = []
@@ -166,7 +183,8 @@ def _gain(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low - 0.25 * (high - low), high + 0.05 * (high - low))  # room for the legend
     axes.set_ylabel("difference, points")
-    axes.set_title("gain over GRPO (OPAD: over distillation of tokens)", loc="left", fontsize=11)
+    distilled = " (OPAD: over distillation of tokens)" if "opad" in of else ""
+    axes.set_title(f"gain over GRPO{distilled}", loc="left", fontsize=11)
     _legend(axes, loc="lower left", ncols=2)
 
 
@@ -202,13 +220,13 @@ def _endpoint(axes: Any, name: str, of: dict[str, dict[int, Run]]) -> None:
             linewidth=1.6, capsize=2.5,
         )  # fmt: skip
     labels = [
-        label_of(one.arm) + ("" if one.against == "grpo" else f"  − {label_of(one.against)}")
+        label_of(one.arm) + ("" if one.against in _BASES else f"  − {label_of(one.against)}")
         for one in compared
     ]
     axes.set_yticks(range(len(compared)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color=_STYLES["grpo"]["color"], linewidth=1.2)
-    grpo = of.get("grpo")
+    grpo = next((of[arm] for arm in _BASES if arm in of), None)
     mean = "" if grpo is None else f" {estimate(list(at_endpoint(name, grpo).values()))} %"
     axes.set_xlabel("difference, points; filled: p < 0.05 by Holm")
     axes.set_title(f"every arm − GRPO{mean}\n{TASKS[name].endpoint_label}", loc="left", fontsize=11)

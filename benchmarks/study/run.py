@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
+from ral import RALConfig
 
 from . import evaluate
 from .arms import BUDGET, BY_NAME, ROLLOUTS, SHARPENING, Arm
-from .picture_cache import Pictures
+from .decoder import Decoder
+from .engine import Engine, suppressed_tokens
+from .prompts import Prompts, Reader
 from .tasks import TASKS, StudyTask
 
 FIXED = ("start", "teacher")  # evaluated as they are
 FINE = tuple(n / 10 for n in range(1, 11))  # the same, for rollouts to reach an accuracy
 CURVE = (0.2, 0.4, 0.7)  # of a run's rollout batches; the endpoint's accuracy is taken there too
-START_STEPS = 900
 SHORT_STEPS = 150
 TARGET_EVERY = 2  # rollout batches between two points of the attention's curve
 _TARGET_ROWS = 64
@@ -35,8 +37,8 @@ class Plan:
         batches: rollout batches of a run; None for the task's own number.
         test_rows: rows at each extent of the evaluation.
         start_seed: seed of the supervised start, the same for all runs.
-        start_steps: how many it trains for. 0: the bundled model, where it does the task in that
-            style; elsewhere a short training.
+        start_steps: how many it trains for; None for the task's own number. 0: the bundled model,
+            where it does the task in that style; elsewhere a short training.
         wrong_share: of its last demonstrations, those that are wrong; None for the task's.
     """
 
@@ -44,7 +46,7 @@ class Plan:
     batches: int | None
     test_rows: int
     start_seed: int = 0
-    start_steps: int = START_STEPS
+    start_steps: int | None = None
     wrong_share: float | None = None
 
     def batches_of(self, task: StudyTask) -> int:
@@ -76,7 +78,7 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
         train_start(
             folder, task=name, style=chosen, seed=plan.start_seed, extents=task.seen,
             wrong_share=task.wrong_share if plan.wrong_share is None else plan.wrong_share,
-            steps=plan.start_steps or SHORT_STEPS,
+            steps=SHORT_STEPS if plan.start_steps == 0 else plan.start_steps,
         )  # fmt: skip
     return folder
 
@@ -85,12 +87,16 @@ def make_teacher(plan: Plan, task: StudyTask) -> Path:
     """The teacher: the start after a GRPO run of twice the length."""
     folder = plan.teacher(task)
     if not (folder / "config.json").exists():
+        from ral.digits.model import save_start
+        from ral.models import load_model, load_processor
+
         arm = Arm("teacher", "teacher", {"temperature": 1.2})
         bench = Bench.of(plan, task, task.style)
-        trainer = _trainer(bench, arm, seed=10_000, batches=2 * plan.batches_of(task))
-        trainer.train()
-        with bench.pictures.left_out(trainer.model):
-            trainer.save_model(str(folder))
+        engine = bench.engine(arm, seed=10_000, batches=2 * plan.batches_of(task))
+        engine.train()
+        model = load_model(bench.start, dtype="float32")
+        model.load_state_dict(engine.policy.weights(), strict=False)
+        save_start(folder, model, load_processor(bench.start))
     return folder
 
 
@@ -109,17 +115,18 @@ class Bench:
 
         self.plan, self.task, self.style = plan, task, style
         self.start = str(make_start(plan, task, style))
-        self.pictures = Pictures(load_model(self.start, dtype="float32").model.visual)
-        self.processor = self.pictures.processor_of(load_processor(self.start))
-        self.tests = {
-            extent: evaluate.HeldOut(self.processor, task, style, extent, plan.test_rows)
-            for extent in task.evaluated
-        }
-        self.targets = {
-            extent: evaluate.TargetAttention(self.processor, task, style, extent, _TARGET_ROWS)
-            for extent in task.evaluated
-            if extent > 1
-        }
+        model = load_model(self.start, dtype="float32")
+        self.reader = Reader(model, load_processor(self.start))
+
+    @cache  # noqa: B019 - benches live as long as their process
+    def test(self, extent: int) -> evaluate.HeldOut:
+        """The rows of one extent."""
+        return evaluate.HeldOut(self.reader, self.task, self.style, extent, self.plan.test_rows)
+
+    @cache  # noqa: B019
+    def target(self, extent: int) -> evaluate.TargetAttention:
+        """Where attention should be in rows of one extent, above 1."""
+        return evaluate.TargetAttention(self.reader, self.task, self.style, extent, _TARGET_ROWS)
 
     @classmethod
     def of(cls, plan: Plan, task: StudyTask, style: str) -> Bench:
@@ -129,18 +136,48 @@ class Bench:
             cls._made[key] = cls(plan, task, style)
         return cls._made[key]
 
-    def model(self, folder: str | Path) -> Any:
+    def model(self, folder: str | Path) -> Decoder:
         """A descendant of the start, whose vision tower is the start's."""
         from ral.models import load_model
 
-        model = load_model(str(folder), dtype="float32")
-        model.model.visual = self.pictures
-        _remember_positions(model.model)
-        return model
+        return Decoder.of(load_model(str(folder), dtype="float32"))
 
-    def endpoint(self, model: Any) -> float:
+    @lru_cache(maxsize=2)  # noqa: B019
+    def prompts(self, seed: int, count: int) -> tuple[Prompts, list[dict[str, Any]]]:
+        """The prompts that the runs of a seed train on, and their rows."""
+        found = self.task.rows(count, self.task.trained, "train", 1_000 + seed, style=self.style)
+        rows = [found[number] for number in range(count)]
+        return self.reader.encode(rows), rows
+
+    def config(self, arm: Arm, seed: int, batches: int) -> RALConfig:
+        """The settings of a run of so many rollout batches."""
+        settings = settings_of(arm, self.task)
+        steps = settings["num_iterations"] * settings["steps_per_generation"]
+        return RALConfig(
+            output_dir=str(self.plan.folder / "out"), max_steps=batches * steps, seed=seed,
+            gradient_checkpointing=False, save_strategy="no", report_to=[], use_cpu=True,
+            bf16=False, disable_tqdm=True, **settings,
+        )  # fmt: skip
+
+    def engine(self, arm: Arm, seed: int, batches: int) -> Engine:
+        """What trains an arm, from the start."""
+        from ral.rewards import combined_reward
+
+        config = self.config(arm, seed, batches)
+        prompts, rows = self.prompts(seed, batches * ROLLOUTS // config.num_generations)
+        if arm.control == "wrong":
+            rows = [_with_wrong_evidence(row) for row in rows]
+        policy = self.model(self.start)
+        return Engine(
+            policy, config, prompts, rows, self.reader.tokenizer, combined_reward(self.style),
+            suppressed=suppressed_tokens(policy.config, self.reader.processor),
+            teacher=self.model(make_teacher(self.plan, self.task)) if arm.teacher else None,
+            control=arm.control,
+        )  # fmt: skip
+
+    def endpoint(self, model: Decoder) -> float:
         """Mean greedy accuracy at the endpoint's extents."""
-        found = evaluate.accuracies(model, self.tests, self.task.endpoint)
+        found = evaluate.accuracies(model, self.test, self.task.endpoint)
         return self.task.at_endpoint({extent: score.right for extent, score in found.items()})
 
 
@@ -161,26 +198,33 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
         model = bench.model(folder)
     else:
         batches = plan.batches_of(task)
-        trainer = _trainer(bench, arm, seed, batches)
-        result |= _watch(trainer, bench, batches, arm)
-        trainer.train()
-        result["reward_curve"] = [x["reward"] for x in trainer.state.log_history if "reward" in x]
+        engine = bench.engine(arm, seed, batches)
+        curves, watch = _watch(engine, bench, batches, arm)
+        engine.train(watch)
+        result |= curves
+        result["reward_curve"] = engine.log["reward"]
         for name in ("attn/divergence", "attn/grad_share", "attn/differing_prefixes", "kl"):
-            result[name] = [x[name] for x in trainer.state.log_history if name in x]
-        model = trainer.model
-    scores = evaluate.accuracies(model, bench.tests, task.evaluated)
+            result[name] = engine.log.get(name, [])
+        model = engine.policy
+    scores = evaluate.accuracies(model, bench.test, task.evaluated)
     for name in ("right", "thought", "grounded"):
         result[{"right": "accuracy"}.get(name, name)] = {
             extent: getattr(score, name) for extent, score in scores.items()
         }
-    result["target"] = {str(extent): target(model) for extent, target in bench.targets.items()}
+    result["target"] = {
+        str(extent): bench.target(extent)(model) for extent in task.evaluated if extent > 1
+    }
+    if scores[str(task.evaluated[0])].looks:
+        result["looks"] = {extent: score.looks for extent, score in scores.items()}
+        result["target_queries"] = {
+            str(extent): bench.target(extent).of_queries(model).tolist()
+            for extent in task.evaluated
+        }
     with evaluate.sharpened(model, SHARPENING):
-        scores = evaluate.accuracies(model, bench.tests, task.endpoint)
+        scores = evaluate.accuracies(model, bench.test, task.endpoint)
     result["sharpened"] = {extent: score.right for extent, score in scores.items()}
     result["seconds"] = time.perf_counter() - started
     result["cpu_seconds"] = time.process_time() - began
-    del model
-    gc.collect()  # a trainer's cycles hold the model and its optimizer
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".part")
     partial.write_text(json.dumps(result) + "\n")
@@ -192,136 +236,45 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
 def settings_of(arm: Arm, task: StudyTask) -> dict[str, Any]:
     """Of `RALConfig`."""
     spans = task.spans if "attn_explore_sigma" in arm.settings else {}
-    return {**BUDGET, "learning_rate": task.learning_rate, **spans, **arm.settings}
+    return {
+        **BUDGET, "max_completion_length": task.longest, "learning_rate": task.learning_rate,
+        **spans, **arm.settings,
+    }  # fmt: skip
 
 
-def _trainer(bench: Bench, arm: Arm, seed: int, batches: int) -> Any:
-    from ral import RALConfig
-    from ral.rewards import combined_reward
-
-    plan, task, style = bench.plan, bench.task, bench.style
-    settings = settings_of(arm, task)
-    steps = settings["num_iterations"] * settings["steps_per_generation"]
-    config = RALConfig(
-        output_dir=str(plan.folder / "out" / f"{task.name}-{arm.name}-{seed}"),
-        max_steps=batches * steps,
-        seed=seed,
-        data_seed=seed,
-        logging_steps=1,
-        attn_metrics_every=10,
-        attn_warn_divergence=float("inf"),
-        attn_warn_grad_share=float("inf"),
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        **settings,
-    )
-    prompts = batches * ROLLOUTS // settings["num_generations"]
-    trainer = _study_trainer()(
-        bench.model(bench.start),
-        combined_reward(style),
-        config,
-        train_dataset=task.rows(prompts, task.trained, "train", 1_000 + seed, style=style),
-        processing_class=bench.processor,
-        teacher_model=bench.model(make_teacher(plan, task)) if arm.teacher else None,
-        control=arm.control,
-    )
-    if trainer.ref_model is not None:
-        trainer.ref_model.model.visual = bench.pictures
-    return trainer
+def _with_wrong_evidence(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose evidence is the frame after each right one."""
+    frames = len(row["images"])
+    wrong = [{**region, "image": (region["image"] + 1) % frames} for region in row["evidence"]]
+    return {**row, "evidence": wrong}
 
 
-def _remember_positions(model: Any) -> None:
-    """Compute the position ids of a batch once: they come from a loop in Python over its rows."""
-    stock = model.get_rope_index
-    known: dict[Any, Any] = {}
+def _watch(
+    engine: Engine, bench: Bench, batches: int, arm: Arm
+) -> tuple[dict[str, list[Any]], Callable[[int], None]]:
+    """Curves over training, and what fills them as the engine runs.
 
-    def remembered(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get("attention_mask")
-        key = tuple(None if x is None else x.numpy().tobytes() for x in (input_ids, mask))
-        if key not in known:
-            if len(known) > 8:
-                known.clear()
-            known[key] = stock(input_ids, *args, **kwargs)
-        return known[key]
-
-    model.get_rope_index = remembered
-
-
-def _study_trainer() -> Any:
-    from ral import RALTrainer
-    from ral.terms import Batch
-
-    class StudyTrainer(RALTrainer):
-        """RALTrainer whose attention terms may see other advantages than the rollouts have."""
-
-        def __init__(self, *args: Any, control: str | None = None, **kwargs: Any) -> None:
-            self._control = control
-            super().__init__(*args, **kwargs)
-
-        def _batch(self, *args: Any) -> Batch:
-            batch = super()._batch(*args)
-            advantages = batch.advantages
-            if self._control == "flipped":
-                advantages = -advantages
-            elif self._control == "shuffled":
-                advantages = advantages[torch.randperm(len(advantages), device=advantages.device)]
-            return replace(batch, advantages=advantages)
-
-        def _forget_rollouts(self, rows: list[dict[str, Any]]) -> None:
-            if self._control == "wrong":
-                for row in rows:
-                    (region,) = row["evidence"]
-                    frame = (region["image"] + 1) % len(row["images"])
-                    row["evidence"] = [{**region, "image": frame}]
-            super()._forget_rollouts(rows)
-
-        def _place_evidence(
-            self, output: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor
-        ) -> None:
-            given = output["advantages"]
-            if self._control == "shuffled" and self._needs_evidence:
-                output["advantages"] = given[torch.randperm(len(given), device=given.device)]
-            super()._place_evidence(output, ids, mask)
-            output["advantages"] = given
-
-    return StudyTrainer
-
-
-def _watch(trainer: Any, bench: Bench, batches: int, arm: Arm) -> dict[str, list[Any]]:
-    """Curves over training, filled as the trainer runs.
-
-    Returns:
+    The curves are:
         target_curve: [rollout batches, share of attention on the target in each layer], at the
             longest extent that is trained on.
         curve: [rollout batches, accuracy at the endpoint], at `CURVE` of the run, or at its begin
             and at `FINE` in the study of objectives; empty if the arm has no curve.
     """
-    from transformers import TrainerCallback
-
-    target = bench.targets[max(bench.task.trained)]
-    curves: dict[str, list[Any]] = {"target_curve": [[0, target(trainer.model)]], "curve": []}
-    steps = trainer.args.max_steps // batches
-    fine, with_accuracy = arm.study == "objectives", arm.curve
-    marks = sorted({max(1, round(share * batches)) for share in (FINE if fine else CURVE)})
+    target = bench.target(max(bench.task.trained))
+    policy = engine.policy
+    curves: dict[str, list[Any]] = {"target_curve": [[0, target(policy)]], "curve": []}
+    fine = arm.study == "objectives"
+    marks = {max(1, round(share * batches)) for share in (FINE if fine else CURVE)}
     if fine:
-        curves["curve"].append([0, bench.endpoint(trainer.model)])
+        curves["curve"].append([0, bench.endpoint(policy)])
 
-    class Watch(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            done, rest = divmod(state.global_step, steps)
-            if rest:
-                return
-            if done % TARGET_EVERY == 0 or done == batches:
-                curves["target_curve"].append([done, target(trainer.model)])
-            if with_accuracy and done in marks:
-                curves["curve"].append([done, bench.endpoint(trainer.model)])
+    def watch(done: int) -> None:
+        if done % TARGET_EVERY == 0 or done == batches:
+            curves["target_curve"].append([done, target(policy)])
+        if arm.curve and done in marks:
+            curves["curve"].append([done, bench.endpoint(policy)])
 
-    trainer.add_callback(Watch())
-    return curves
+    return curves, watch
 
 
 def be_quiet() -> None:
@@ -329,10 +282,7 @@ def be_quiet() -> None:
     import warnings
 
     import transformers
-    from transformers import PrinterCallback
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    printer: Any = PrinterCallback
-    printer.on_log = lambda *args, **kwargs: None

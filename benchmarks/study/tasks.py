@@ -1,4 +1,4 @@
-"""The two tasks of the study: what is trained on, and along which axis it is evaluated."""
+"""The tasks of the study: what is trained on, and along which axis it is evaluated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StudyTask:
         endpoint: arms are compared by the mean accuracy over these extents, all longer than what
             they train on. Fixed before the study's runs, on other seeds.
         wrong_share: of the start's last demonstrations, those that answer for the last cell or
-            frame.
+            frame; of a chain's looks, those at the frame after the right one.
         batches: rollout batches of a run.
         learning_rate: of its first step.
         spans: settings of `RALConfig` for noise on attention: what each draw is for.
@@ -38,6 +38,14 @@ class StudyTask:
     batches: int
     learning_rate: float
     spans: dict[str, Any] = field(hash=False)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a response may have."""
+        from ral.digits.tasks import longest
+
+        task: Any = self.name
+        return longest(task)
 
     def visual_tokens(self, extent: int) -> int:
         return 4 * extent if self.axis == "frames" else extent**2
@@ -75,5 +83,10 @@ TASKS = {
         "cell", "think", "cells", seen=(1, 2, 3, 4, 6, 8), trained=(3, 4, 6),
         evaluated=(1, 2, 3, 4, 6, 8), endpoint=(8,), wrong_share=0.7,
         batches=30, learning_rate=5e-4, spans={"attn_granularity": "tile", "attn_tile": [1, 1]},
+    ),
+    "chain": StudyTask(
+        "chain", "think", "frames", seen=(6, 8, 16, 32), trained=(6, 8, 16),
+        evaluated=(6, 8, 16, 24, 32, 48), endpoint=(24, 32), wrong_share=0.15,
+        batches=80, learning_rate=2e-4, spans={"attn_granularity": "frame"},
     ),
 }  # fmt: skip

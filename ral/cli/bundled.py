@@ -15,7 +15,8 @@ from .errors import refusing
 from .run import say
 from .sources import digits_task
 
-WRONG_SHARE = {"start": 0.5, "teacher": 0.0}  # of the demonstrations, which GRPO can unlearn
+# Of a start's demonstrations, or of a chain's looks, which GRPO can unlearn. A teacher has none.
+WRONG_SHARE = {"cell": 0.5, "timestamp": 0.5, "chain": 0.15}
 SEED = 0  # of weights and demonstrations, whatever the run's: from some seeds nothing is learnt
 _DONE = "start.json"  # written last
 
@@ -26,7 +27,7 @@ def bundled_model(role: str, data: str, style: str, folder: Path) -> str:
     With several processes, the first makes it and the others wait.
 
     Args:
-        role: "start", half of whose demonstrations looked at the wrong place, or "teacher".
+        role: "start", some of whose demonstrations looked at the wrong place, or "teacher".
         data: digits:TASK, the task that it learns.
         style: form of its responses.
         folder: of the run; the model goes into a folder of the role's name.
@@ -36,8 +37,10 @@ def bundled_model(role: str, data: str, style: str, folder: Path) -> str:
     """
     from accelerate import PartialState
 
+    task = digits_task(data)
     made_of: dict[str, Any] = {
-        "task": digits_task(data), "style": style, "seed": SEED, "wrong_share": WRONG_SHARE[role],
+        "task": task, "style": style, "seed": SEED,
+        "wrong_share": WRONG_SHARE[task] if role == "start" else 0.0,
     }  # fmt: skip
     path = folder / role
     with PartialState().main_process_first():

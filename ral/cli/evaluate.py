@@ -15,12 +15,11 @@ from .errors import Refused, refusing
 from .hub import check_model_name
 from .parsing import Settings
 from .settings import DIGITS_EVAL_ROWS, EvalSettings
-from .sources import data_source, digits_task
+from .sources import data_source, digits_task, known_data
 
 if TYPE_CHECKING:
     from ..digits.tasks import Style
 
-FRAMES, GRIDS = [4, 8, 16, 32, 64], [2, 3, 4, 6, 8]
 DIGITS_TOKENS, TOKENS = 24, 768
 
 
@@ -30,7 +29,7 @@ def evaluate(settings: Settings) -> int:
     if given.model is None:
         raise Refused("model must be given: a folder, or a name on the Hub")
     if given.data is None:
-        raise Refused("data must be given: a file, a dataset, digits:cell or digits:timestamp")
+        raise Refused(f"data must be given: {known_data()}")
     check_model_name(given.model)
     task = digits_task(given.data)
     source = data_source(given.data) if task is None else ""
@@ -75,13 +74,14 @@ def _cells(
     if task is not None:
         if given.max_pixels:
             raise Refused("max_pixels needs other data than digits, which have one size")
+        from ..digits.evaluate import EXTENTS
         from ..digits.tasks import make_dataset
 
         size = "grid" if task == "cell" else "frames"
         wrong = given.frames if task == "cell" else given.grids
         if wrong:
             raise Refused(f"{given.data} takes {'grids' if task == 'cell' else 'frames'} only")
-        for extent in (given.grids or GRIDS) if task == "cell" else (given.frames or FRAMES):
+        for extent in given.grids or given.frames or EXTENTS[task]:
             with refusing():
                 rows = make_dataset(
                     task, size=given.rows or DIGITS_EVAL_ROWS, split="test", seed=given.seed,

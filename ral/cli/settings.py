@@ -13,7 +13,7 @@ DIGITS_EVAL_ROWS = 500
 DIGITS = "digits"  # the bundled model, and the prefix of the bundled data
 _DATA = (
     "A file of JSON lines, a JSON array, a parquet file, a folder of `datasets`, OWNER/NAME of a "
-    "dataset on the Hub, or the bundled digits:cell or digits:timestamp."
+    "dataset on the Hub, or the bundled digits:cell, digits:timestamp or digits:chain."
 )
 _ROOT = "Folder that paths in the data are relative to; default the data's own."
 _FPS = "Frames a second of a video file, as far as {0} allows; default {0} of any video."
@@ -129,8 +129,8 @@ class DataSettings:
     digits_extent: list[int] = field(
         default_factory=lambda: [8],
         metadata={
-            "help": "Frames of a row of digits:timestamp, or cells on a side in digits:cell. Of "
-            "several values each row takes one."
+            "help": "Frames of a row of digits:timestamp or digits:chain, or cells on a side in "
+            "digits:cell. Of several values each row takes one."
         },
     )
 
@@ -209,7 +209,8 @@ class EvalSettings:
     frames: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Numbers of frames; default 4,8,16,32,64 for digits:timestamp, 16 for videos."
+            "help": "Numbers of frames; default 4,8,16,32,64 for digits:timestamp, 8,16,32,64 for "
+            "digits:chain, 16 for videos."
         },
     )
     fps: float | None = _setting(None, _FPS.format("frames"))

@@ -35,9 +35,16 @@ def digits_task(data: str) -> Any:
     from ..digits.puzzles import TASKS
 
     if not colon or task not in TASKS:
-        known = " or ".join(f"{DIGITS}:{name}" for name in TASKS)
-        raise Refused(f"data must be a file, a dataset, {known}; got {data!r}")
+        raise Refused(f"data must be {known_data()}; got {data!r}")
     return task
+
+
+def known_data() -> str:
+    """What `data` may name."""
+    from ..digits.puzzles import TASKS
+
+    *most, last = (f"{DIGITS}:{name}" for name in TASKS)
+    return f"a file, a dataset, {', '.join(most)} or {last}"
 
 
 def evaluation_rows(settings: DataSettings, *, demonstrations: bool = False) -> Any:
@@ -78,7 +85,7 @@ def training_rows(
         Refused: there is none, or it has invalid rows.
     """
     if settings.data is None:
-        raise Refused("data must be given: a file, a dataset, digits:cell or digits:timestamp")
+        raise Refused(f"data must be given: {known_data()}")
     task = digits_task(settings.data)
     if task is not None:
         from ..digits.tasks import make_dataset

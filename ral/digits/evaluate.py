@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,22 @@ import torch
 from ral_kernels.integrations.transformers import load_processor
 
 from ..evaluation import answers_of
+from .chains import LOOKS
 from .puzzles import Task
 from .scans import Split
-from .tasks import Style, make_dataset
+from .tasks import Style, longest, make_dataset
 
-EXTENTS: dict[Task, tuple[int, ...]] = {"cell": (2, 3, 4, 6, 8), "timestamp": (4, 8, 16, 32, 64)}
-LONGEST = 12  # tokens of an answer; the demonstrations have 7 at most
+EXTENTS: dict[Task, tuple[int, ...]] = {
+    "cell": (2, 3, 4, 6, 8),
+    "timestamp": (4, 8, 16, 32, 64),
+    "chain": (8, 16, 32, 64),
+}
 # Exactly the form of the demonstrations.
 _FORMS = {
     "think": re.compile(r"<think>([^<]*)</think><answer>([^<]*)</answer>"),
     "direct": re.compile(r"()<answer>([^<]*)</answer>"),
 }
+_LOOK = re.compile(r" \d+s \d \d")
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,14 @@ class Accuracy:
             style as `right`.
         grounded: both.
         formed: the response has the form it was asked for.
+        looks: of a chain: the thought's first looks, 1 to all of them, are the demonstration's.
     """
 
     right: float
     thought: float
     grounded: float
     formed: float
+    looks: tuple[float, ...] = ()
 
 
 def evaluate(
@@ -57,6 +65,7 @@ def evaluate(
     batch_size: int = 64,
     processor: Any | None = None,
     attn_implementation: str = "sdpa",
+    looks: int | tuple[int, ...] = LOOKS,
 ) -> dict[int, Accuracy]:
     """Generate responses to held-out puzzles and count those that are right.
 
@@ -70,6 +79,7 @@ def evaluate(
         batch_size: prompts in a batch.
         processor: by default the folder's; a model that is not a folder needs one.
         attn_implementation: of a model that is loaded.
+        looks: of chains.
 
     Returns:
         the accuracy of each extent.
@@ -104,10 +114,12 @@ def evaluate(
                         frames=extent,
                         style=style,
                         seed=seed + 1_000,
+                        looks=looks,
                     ),
                     style,
                     temperature,
                     batch_size,
+                    longest(task, looks),
                 )
                 for extent in extents
             }
@@ -116,16 +128,20 @@ def evaluate(
 
 
 def _accuracy(
-    model: Any, processor: Any, rows: Any, style: Style, temperature: float, batch_size: int
+    model: Any,
+    processor: Any,
+    rows: Any,
+    style: Style,
+    temperature: float,
+    batch_size: int,
+    most: int,
 ) -> Accuracy:
     written: list[str] = []
     wanted: list[str] = []
     solutions: list[str] = []
     for first in range(0, len(rows), batch_size):
         batch = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
-        texts, _ = answers_of(
-            model, processor, batch, max_new_tokens=LONGEST, temperature=temperature
-        )
+        texts, _ = answers_of(model, processor, batch, max_new_tokens=most, temperature=temperature)
         written += texts
         wanted += [row["completion"][0]["content"] for row in batch]
         solutions += [row["solution"] for row in batch]
@@ -143,9 +159,15 @@ def judge(
         style: of both.
     """
     right = thought = grounded = formed = 0
+    followed: list[int] = []  # looks that a response has right before its first wrong one
+    asked = 0
     for said, demonstration, solution in zip(written, wanted, solutions, strict=True):
         found = _FORMS[style].fullmatch(said)
         shown = _FORMS[style].fullmatch(demonstration)
+        if shown is not None and (path := _LOOK.findall(shown[1])):
+            asked = max(asked, len(path))
+            pairs = zip(path, _LOOK.findall(said), strict=False)
+            followed.append(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
         if found is None or shown is None:
             continue
         formed += 1
@@ -155,4 +177,5 @@ def judge(
         thought += names_it
         grounded += is_right and names_it
     count = len(written)
-    return Accuracy(right / count, thought / count, grounded / count, formed / count)
+    looks = tuple(sum(n > look for n in followed) / count for look in range(asked))
+    return Accuracy(right / count, thought / count, grounded / count, formed / count, looks)

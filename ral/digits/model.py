@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,13 @@ _WORDS = (
 )
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(words: Sequence[str] = ()) -> Any:
     """A byte-level BPE of about 440 tokens in which each word of the digits tasks is one token.
 
     Other text is encoded byte by byte.
+
+    Args:
+        words: further words of one token each; a space before a word belongs to it.
 
     Raises:
         ImportError: transformers is missing.
@@ -47,7 +51,10 @@ def make_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     letters = _byte_letters()
-    pieces = [*letters.values(), *("".join(letters[b] for b in word.encode()) for word in _WORDS)]
+    pieces = [
+        *letters.values(),
+        *("".join(letters[b] for b in word.encode()) for word in (*_WORDS, *words)),
+    ]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     # Text that is not a word of the vocabulary is encoded byte by byte.
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
@@ -97,8 +104,9 @@ def make_model(
     vision_hidden_size: int = 48,
     seed: int = 0,
     attn_implementation: str = "sdpa",
+    tokenizer: Any | None = None,
 ) -> Any:
-    """A randomly initialised Qwen2.5-VL for the tokens of `make_tokenizer`.
+    """A randomly initialised Qwen2.5-VL for the tokens of a tokenizer.
 
     Args:
         num_layers, hidden_size: of the language model, with heads of 16; hidden_size is a multiple
@@ -106,13 +114,14 @@ def make_model(
         vision_depth, vision_hidden_size: of the vision tower, with heads of 16.
         seed: of the weights; torch's own generator is left as it was.
         attn_implementation: as in transformers; "ral" works once ral_kernels is imported.
+        tokenizer: by default `make_tokenizer()`.
 
     Returns:
         a `Qwen2_5_VLForConditionalGeneration` in float32, in evaluation mode.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer() if tokenizer is None else tokenizer
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={

@@ -12,8 +12,8 @@ import numpy as np
 
 from .scans import CELL, Scans, Split, load_scans
 
-Task = Literal["cell", "timestamp"]
-TASKS: tuple[Task, ...] = ("cell", "timestamp")
+Task = Literal["cell", "timestamp", "chain"]
+TASKS: tuple[Task, ...] = ("cell", "timestamp", "chain")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 45, 50),
     "orange": (235, 115, 25),

@@ -9,7 +9,9 @@
 Looking up *when* a colour is seen takes two steps of attention: tile to time, and colour to tile.
 From answers alone the model learns it late or never, because copying any time is a plateau. Two
 dense losses help while the demonstrations are right. Image tokens after the first layer name the
-time of their frame, and the position that names the time also names the digit.
+time of their frame, and the position that names the time also names the digit. Chains need only the
+first: their thoughts spell digits. A picture of theirs depends on the number in it alone, so the
+same pictures make new chains.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from .chains import LOOKS, WORDS, Chain, make_chain
 from .evaluate import Accuracy, evaluate
-from .model import END, IMAGE, make_model, make_processor, save_start
-from .puzzles import NAMES, SECONDS, Puzzle, Task, draw, make_puzzle
+from .model import END, IMAGE, make_model, make_processor, make_tokenizer, save_start
+from .puzzles import NAMES, SECONDS, TILES, Puzzle, Task, draw, make_puzzle
 from .scans import load_scans
-from .tasks import NOISE, Style, prompt, response
+from .tasks import NOISE, Style, demonstration, prompt, response
 
 EXTENTS: dict[Task, tuple[int, ...]] = {
     "cell": (1, 2, 3, 4, 6, 8),
     "timestamp": (2, 4, 8, 16, 32, 64),
+    "chain": (6, 8, 16, 32),
 }
+STEPS: dict[Task, int] = {"cell": 900, "timestamp": 900, "chain": 1200}
 SHORT = 36  # visual tokens; longer rows come less often, to keep the form at any length
-TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8}
+TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8, "chain": 8}
 VISION_STEPS, VISION_BATCH = 100, 256
 CELLS = 8192  # drawn for each extent
 ROWS = 4096  # questions about them
@@ -69,9 +74,9 @@ class _Rows:
 
     Attributes:
         prompts: [N, P] token ids; right, wrong: [N, C] completions; both int64.
-        digits: [N] token ids of the right digits.
+        digits: [N] token ids of the right digits; None where thoughts spell them.
         times: [N, frames] token ids, None without times.
-        pictures: [N] which features a row has.
+        pictures: [N] which features a row has, or [N, frames] of several pictures each.
         features: [pictures, image tokens, hidden_size] float32.
         positions: [3, 1, P + C], the same for all rows.
     """
@@ -79,11 +84,15 @@ class _Rows:
     prompts: torch.Tensor
     right: torch.Tensor
     wrong: torch.Tensor
-    digits: torch.Tensor
+    digits: torch.Tensor | None
     times: torch.Tensor | None
     pictures: torch.Tensor
     features: torch.Tensor
     positions: torch.Tensor
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.features[self.pictures[0]][..., 0].numel()
 
 
 def train_start(
@@ -91,12 +100,13 @@ def train_start(
     task: Task = "timestamp",
     *,
     style: Style = "think",
-    steps: int = 900,
+    steps: int | None = None,
     wrong_share: float = 0.5,
     seed: int = 0,
     extents: Sequence[int] | None = None,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
+    looks: int | tuple[int, ...] = LOOKS,
     log: Log | None = print,
     **model_options: Any,
 ) -> Start:
@@ -108,18 +118,22 @@ def train_start(
     Args:
         folder: of the checkpoint, as `save_start` writes it.
         task, style: as in `make_dataset`.
-        steps: of the language model; the vision tower takes 100 small ones before.
+        steps: of the language model, by default `STEPS`; the vision tower takes 100 small ones
+            before.
         wrong_share: of the last quarter of the steps' demonstrations, those that answer for the
-            last cell or frame; 0 for an unbiased start.
+            last cell or frame, or of a chain's looks, as in `make_dataset`; 0 for an unbiased
+            start.
         seed: of weights, puzzles and batches.
-        extents: grid sides or frames to train on, by default 1–8 or 2–64, the long ones seldom.
+        extents: grid sides or frames to train on, by default `EXTENTS`, the long ones seldom.
         batch_size, learning_rate: of the language model's steps.
+        looks: of chains.
         log: gets a line now and then; None for silence.
         model_options: of `make_model`.
 
     Raises:
         ValueError: steps or wrong_share is out of its range.
     """
+    steps = STEPS[task] if steps is None else steps
     if steps < 1:
         raise ValueError(f"train_start: steps must be at least 1; got {steps}")
     if not 0 <= wrong_share <= 1:
@@ -127,14 +141,25 @@ def train_start(
     say = log or (lambda line: None)
     began = time.perf_counter()
     extents = EXTENTS[task] if extents is None else tuple(extents)
-    processor = make_processor()
-    model = make_model(seed=seed, **model_options).train()
+    processor = make_processor(make_tokenizer(WORDS if task == "chain" else ()))
+    model = make_model(seed=seed, tokenizer=processor.tokenizer, **model_options).train()
     train_vision(model, processor, task, seed=seed, log=say)
-    pools = [encode(model, processor, task, extent, style, seed) for extent in extents]
+    if task == "chain":
+        pools = encode_chains(model, processor, extents, looks, style, seed, wrong_share)
+    else:
+        pools = [encode(model, processor, task, extent, style, seed) for extent in extents]
     say(f"start: {time.perf_counter() - began:.0f} s, vision tower trained, pictures encoded")
     losses = []
     for step, loss in enumerate(
-        _fit(model, pools, steps, wrong_share, seed, batch_size, learning_rate)
+        _fit(
+            model,
+            pools,
+            steps,
+            1.0 if task == "chain" else wrong_share,
+            seed,
+            batch_size,
+            learning_rate,
+        )
     ):
         losses.append(loss)
         if (step + 1) % 50 == 0:
@@ -148,6 +173,7 @@ def train_start(
     extent = TYPICAL[task] if TYPICAL[task] in extents else extents[-1]
     options: dict[str, Any] = {
         "task": task, "style": style, "extents": (extent,), "size": 256, "processor": processor,
+        "looks": looks,
     }  # fmt: skip
     greedy = evaluate(model, **options)[extent]
     sampled = evaluate(model, temperature=0.9, seed=seed, **options)[extent]
@@ -204,7 +230,6 @@ def train_vision(
 def encode(model: Any, processor: Any, task: Task, extent: int, style: Style, seed: int) -> _Rows:
     """Draw pictures of one extent, compute their features, and ask questions about them."""
     rng = np.random.default_rng([seed, 2, extent])
-    tokenizer = processor.tokenizer
     count = min(CELLS // make_puzzle(task, extent, "train", 0, 0).digits.size, ROWS // 2)
     puzzles = [make_puzzle(task, extent, "train", seed + 1_000_000, i) for i in range(count)]
     features = []
@@ -217,30 +242,98 @@ def encode(model: Any, processor: Any, task: Task, extent: int, style: Style, se
             features.append(seen.view(len(frames), -1, seen.shape[-1]))
     cells = features[0].shape[1] // len(frames[0])
     asked = [_ask(puzzles[row % count], rng) for row in range(ROWS)]
+    right = [response(p, style, p.frame, p.cell) for p in asked]
+    wrong = [response(p, style, *p.last) for p in asked]
+    digit_ids = torch.tensor([_one(processor.tokenizer, str(digit)) for digit in range(10)])
+    return replace(
+        _rows(model, processor, style, asked, right, wrong, grids[: len(frames[0])], cells),
+        digits=digit_ids[torch.tensor([p.digits[p.frame, p.cell] for p in asked])],
+        pictures=torch.arange(len(asked)) % count,
+        features=torch.cat(features),
+    )
+
+
+def encode_chains(
+    model: Any,
+    processor: Any,
+    extents: Sequence[int],
+    looks: int | tuple[int, ...],
+    style: Style,
+    seed: int,
+    wrong_share: float,
+) -> list[_Rows]:
+    """Draw frames that show each number, compute their features, and make chains of them.
+
+    A picture depends on the number that it shows, and on nothing else of its chain. So the chains
+    of all extents and looks are of the same pictures, each time in another order.
+    """
+    rng = np.random.default_rng([seed, 2])
+    count = CELLS // (SECONDS * TILES * TILES)
+    bank, where = [], np.empty((count, SECONDS), np.int64)  # where[k, n] shows n
+    tower = model.model.visual
+    with torch.no_grad():
+        for number in range(count):
+            chain = make_chain(SECONDS, "train", seed + 1_000_000, number)
+            where[number, chain.numbers] = number * SECONDS + np.arange(SECONDS)
+            pixels, grids = _pixels(processor, draw(chain, "train", NOISE["chain"]))
+            seen = tower(pixels.flatten(0, 1), grid_thw=grids).pooler_output
+            bank.append(seen.view(SECONDS, -1, seen.shape[-1]))
+    features = torch.cat(bank)
+    pools = []
+    for extent in extents:
+        for of_row in (looks,) if isinstance(looks, int) else looks:
+            asked = [make_chain(extent, "train", seed + 2_000_000, row, of_row)
+                     for row in range(ROWS)]  # fmt: skip
+            right, wrong = (
+                [demonstration(chain, style, share, rng) for chain in asked]
+                for share in (0.0, wrong_share)
+            )
+            shown = np.stack([chain.numbers for chain in asked])
+            pictures = torch.from_numpy(where[rng.integers(count, size=shown.shape), shown])
+            made = _rows(
+                model, processor, style, asked, right, wrong, grids[:extent], features.shape[1]
+            )
+            pools.append(replace(made, pictures=pictures, features=features))
+    return pools
+
+
+def _rows(
+    model: Any,
+    processor: Any,
+    style: Style,
+    asked: Sequence[Puzzle],
+    right: list[str],
+    wrong: list[str],
+    grids: torch.Tensor,
+    cells: int,
+) -> _Rows:
+    """Prompts and completions of puzzles of one extent, without their pictures.
+
+    Args:
+        grids: of a row's pictures, each of `cells` tokens.
+    """
+    tokenizer = processor.tokenizer
     prompts = [_prompt_text(processor, puzzle, style, cells) for puzzle in asked]
-    right = [response(p, style, p.frame, p.cell) + END for p in asked]
-    wrong = [response(p, style, *p.last) + END for p in asked]
-    digit_ids = torch.tensor([_one(tokenizer, str(digit)) for digit in range(10)])
     times = None
     if asked[0].times is not None:
-        time_ids = torch.tensor([_one(tokenizer, f"{second}s") for second in range(SECONDS)])
+        space = " " if isinstance(asked[0], Chain) else ""
+        names = [f"{space}{second}s" for second in range(SECONDS)]
+        time_ids = torch.tensor([_one(tokenizer, name) for name in names])
         times = time_ids[torch.from_numpy(np.stack([p.times for p in asked]))]  # type: ignore[misc]
     ids = torch.tensor(tokenizer(prompts)["input_ids"])
-    completions = torch.tensor(tokenizer(right)["input_ids"])
+    completions = torch.tensor(tokenizer([text + END for text in right])["input_ids"])
     whole = torch.cat([ids[:1], completions[:1]], 1)
     positions, _ = model.model.get_rope_index(
-        whole,
-        (whole == model.config.image_token_id).int(),
-        image_grid_thw=grids[: len(frames[0])],
+        whole, (whole == model.config.image_token_id).int(), image_grid_thw=grids
     )
     return _Rows(
         prompts=ids,
         right=completions,
-        wrong=torch.tensor(tokenizer(wrong)["input_ids"]),
-        digits=digit_ids[torch.tensor([p.digits[p.frame, p.cell] for p in asked])],
+        wrong=torch.tensor(tokenizer([text + END for text in wrong])["input_ids"]),
+        digits=None,
         times=times,
-        pictures=torch.arange(len(asked)) % count,
-        features=torch.cat(features),
+        pictures=torch.empty(0),
+        features=torch.empty(0),
         positions=positions,
     )
 
@@ -259,12 +352,13 @@ def _fit(
     model.model.visual.requires_grad_(False)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
-    lengths = np.array([rows.features.shape[1] for rows in pools])
+    lengths = np.array([rows.visual_tokens for rows in pools])
     shares = np.minimum(1, SHORT / lengths) / np.minimum(1, SHORT / lengths).sum()
     for step in range(steps):
         _set_rate(optimizer, learning_rate * min(1, (step + 1) / 30) * (1 - 0.8 * step / steps))
         pool = rng.choice(len(pools), p=shares)
-        rows, size = pools[pool], min(batch_size, batch_size * 64 // lengths[pool])
+        rows = pools[pool]
+        size = min(batch_size, batch_size * 64 // int(lengths[pool]))
         chosen = torch.from_numpy(rng.integers(ROWS, size=size))
         practice = step < PRACTICE_SHARE * steps
         is_wrong = torch.from_numpy(rng.random((size, 1)) < (0 if practice else wrong_share))
@@ -305,6 +399,8 @@ def _losses(
     named = model.lm_head(model.model.language_model.norm(first_layer))
     target = times[..., None].expand(named.shape[:-1])
     placed = cross_entropy(named.flatten(0, -2), target.flatten())
+    if rows.digits is None:
+        return loss, placed
     return loss, placed + cross_entropy(logits[:, NAMED], rows.digits[chosen])
 
 

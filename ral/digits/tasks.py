@@ -1,9 +1,10 @@
-"""The two digits tasks as datasets: prompts, pictures, solutions and demonstrations.
+"""The three digits tasks as datasets: prompts, pictures, solutions and demonstrations.
 
 `cell`: an n × n grid, one cell a visual token. "Which digit is in the red cell?"
 `timestamp`: frames of 2 × 2 noisy tiles, each after its time as text, one tile of each coloured.
 The response names the time before the digit. In the start the digit hardly depends on that time:
 after a wrong time it still names the asked colour's digit more often than the wrong frame's.
+`chain`: frames that name each other's times, to be followed for some looks (`ral.digits.chains`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .chains import LOOKS, Chain, make_chain, question, thought
 from .puzzles import NAMES, SECONDS, TASKS, Puzzle, Task, draw, make_puzzle
 from .scans import CELL, Split
 
 Style = Literal["think", "direct"]
-NOISE = {"cell": 12.0, "timestamp": 24.0}  # of 255
+NOISE = {"cell": 12.0, "timestamp": 24.0, "chain": 24.0}  # of 255
 
 
 def make_dataset(
@@ -32,23 +34,27 @@ def make_dataset(
     style: Style = "think",
     seed: int = 0,
     wrong_share: float = 0.0,
+    looks: int | Sequence[int] = LOOKS,
 ) -> Any:
     """A `datasets.Dataset` of puzzles whose pictures are drawn when a row is read.
 
     The same arguments give the same rows, pixel for pixel. Columns: prompt, images, solution,
-    problem_type, problem_id, completion, evidence: the frame, or the cell's box in pixels.
+    problem_type, problem_id, completion, evidence: the frame, or the cell's box in pixels; of a
+    chain the frame of each look, in order.
 
     Args:
-        task: "cell" or "timestamp".
+        task: "cell", "timestamp" or "chain".
         size: number of rows.
         split: whose scans are drawn; the splits share none.
         grid: cells on a side of a grid, for "cell"; of several, each row takes one at random.
-        frames: frames of a row, at most 100, for "timestamp"; of several, as above.
+        frames: frames of a row, at most 100, for the others; of several, as above.
         style: "think" for `<think>…</think><answer>…</answer>`, "direct" for the answer alone.
         seed: of the rows.
         wrong_share: share of the completions that answer for the last cell or frame instead of the
-            asked one. A model trained on them looks there as often, and GRPO can unlearn it.
-            Prompts and solutions do not change.
+            asked one; of a chain, share of the looks that are at the frame after the named one. A
+            model trained on them looks there as often, and GRPO can unlearn it. Prompts and
+            solutions do not change.
+        looks: of a chain; of several, as above.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -69,6 +75,7 @@ def make_dataset(
     if seed < 0:
         raise ValueError(f"make_dataset: seed must be at least 0; got {seed}")
     extents = _extents(task, grid if task == "cell" else frames)
+    several = (looks,) if isinstance(looks, int) else tuple(looks)
     drawn = _Draw(task, split, seed)
     rows: dict[str, list] = {
         name: []
@@ -80,19 +87,37 @@ def make_dataset(
         # A generator of its own: a wrong demonstration changes nothing of the puzzle.
         rng = np.random.default_rng([seed, index, 1])
         extent = int(extents[rng.integers(len(extents))])
-        puzzle = make_puzzle(task, extent, split, seed, index)
-        wrong = rng.random() < wrong_share
-        answer = response(puzzle, style, *(puzzle.last if wrong else (puzzle.frame, puzzle.cell)))
+        puzzle = puzzle_of(task, extent, split, seed, index, several)
+        answer = demonstration(puzzle, style, wrong_share, rng)
         rows["prompt"].append([{"role": "user", "content": prompt(puzzle, style)}])
         rows["images"].append([index, extent])
         rows["solution"].append(solution(puzzle, style))
-        rows["problem_type"].append(
-            "OCR" if task == "timestamp" and style == "direct" else "numerical"
-        )
+        rows["problem_type"].append("OCR" if "s" in rows["solution"][-1] else "numerical")
         rows["problem_id"].append(f"digits-{task}-{split}-{extent}-{seed}-{index}")
         rows["completion"].append([{"role": "assistant", "content": answer}])
-        rows["evidence"].append([evidence(puzzle)])
+        rows["evidence"].append(evidence(puzzle))
     return Dataset.from_dict(rows).with_transform(drawn)
+
+
+def longest(task: Task, looks: int | Sequence[int] = LOOKS) -> int:
+    """Tokens that a response may have; the demonstrations have 5 fewer at least."""
+    if task != "chain":
+        return 12
+    return 3 * (looks if isinstance(looks, int) else max(looks)) + 11
+
+
+def puzzle_of(
+    task: Task,
+    extent: int,
+    split: Split,
+    seed: int,
+    index: int,
+    looks: int | tuple[int, ...] = LOOKS,
+) -> Puzzle:
+    """Puzzle `index` of any of the tasks; `looks` is of a chain."""
+    if task == "chain":
+        return make_chain(extent, split, seed, index, looks)
+    return make_puzzle(task, extent, split, seed, index)
 
 
 def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
@@ -104,31 +129,66 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
             {"type": "text", "text": f"Which digit is in the {colour} cell?"},
         ]
     parts: list[dict[str, str]] = []
+    space = " " if isinstance(puzzle, Chain) else ""  # a chain's times are all of one token
     for time in puzzle.times:
-        parts += [{"type": "text", "text": f"{time}s"}, {"type": "image"}]
-    question = (
+        parts += [{"type": "text", "text": f"{space}{time}s"}, {"type": "image"}]
+    if isinstance(puzzle, Chain):
+        return [*parts, {"type": "text", "text": question(puzzle)}]
+    asked = (
         f"Which digit is in the {colour} tile?"
         if style == "think"
         else f"When is there a {colour} tile, and which digit is in it?"
     )
-    return [*parts, {"type": "text", "text": question}]
+    return [*parts, {"type": "text", "text": asked}]
 
 
-def evidence(puzzle: Puzzle) -> dict[str, Any]:
-    """Where the answer is: the frame of a video, the asked cell of a still picture."""
+def evidence(puzzle: Puzzle) -> list[dict[str, Any]]:
+    """Where to look: the frames of a video in order, or the asked cell of a still picture."""
+    if isinstance(puzzle, Chain):
+        return [{"image": int(frame)} for frame in puzzle.path[: puzzle.looks]]
     if puzzle.times is not None:
-        return {"image": puzzle.frame}
+        return [{"image": puzzle.frame}]
     row, column = divmod(puzzle.cell, puzzle.side)
-    return {"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}
+    return [{"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}]
+
+
+def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
+    """Where the right response looks: a token, whose successor says what is seen, and the frame.
+
+    In a still picture it is the cell. A look of a chain has two tokens, before tens and units.
+    """
+    if isinstance(puzzle, Chain) and style == "think":
+        path = puzzle.path[: puzzle.looks]
+        return [(1 + 3 * n + half, int(frame)) for n, frame in enumerate(path) for half in (0, 1)]
+    token = 0 if style == "direct" else 3
+    if puzzle.times is None:
+        return [(token, puzzle.cell)]
+    # A direct answer about a colour's frame says the time first.
+    says_time = style == "direct" and not isinstance(puzzle, Chain)
+    return [(token + int(says_time), puzzle.frame)]
 
 
 def solution(puzzle: Puzzle, style: Style) -> str:
-    """The bare answer: the digit, or time and digit in a direct answer about frames."""
+    """The bare answer: a digit, time and digit in a direct answer about frames, a chain's time."""
+    if isinstance(puzzle, Chain):
+        return thought(puzzle)[1]
     return _answer(puzzle, style, puzzle.frame, puzzle.cell)
 
 
+def demonstration(
+    puzzle: Puzzle, style: Style, wrong_share: float, rng: np.random.Generator
+) -> str:
+    """A response that is wrong as often as `make_dataset` says."""
+    if not isinstance(puzzle, Chain):
+        wrong = rng.random() < wrong_share
+        return response(puzzle, style, *(puzzle.last if wrong else (puzzle.frame, puzzle.cell)))
+    thoughts, answer = thought(puzzle, rng.random(puzzle.looks) < wrong_share)
+    thoughts = f"<think>{thoughts}</think>" if style == "think" else ""
+    return f"{thoughts}<answer>{answer}</answer>"
+
+
 def response(puzzle: Puzzle, style: Style, frame: int, cell: int) -> str:
-    """The response for the digit of a cell.
+    """The response for the digit of a cell, where one look is enough.
 
     Args:
         puzzle: the pictures.
@@ -183,7 +243,7 @@ class _Draw:
 def _draw(task: Task, split: Split, seed: int, index: int, extent: int) -> tuple[Any, ...]:
     from PIL import Image
 
-    puzzle = make_puzzle(task, extent, split, seed, index)
+    puzzle = puzzle_of(task, extent, split, seed, index, 1)
     return tuple(Image.fromarray(frame) for frame in draw(puzzle, split, NOISE[task]))
 
 

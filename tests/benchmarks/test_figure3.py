@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from benchmarks import figure3
 from benchmarks.study import plot, report, task_pictures
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BUDGET, QUICK, ROLLOUTS
+from benchmarks.study.decoder import Decoder
+from benchmarks.study.engine import Engine, Rollouts
 from benchmarks.study.evaluate import TEST_SEED, HeldOut, TargetAttention, sharpened
-from benchmarks.study.picture_cache import Pictures
+from benchmarks.study.prompts import Reader
 from benchmarks.study.statistics import deviation, estimate, holm, paired
 from benchmarks.study.tasks import TASKS
 from ral import RALConfig
+from ral.digits.chains import WORDS
 from ral.digits.evaluate import evaluate
-from ral.digits.model import make_model, make_processor, save_start
+from ral.digits.model import make_model, make_processor, make_tokenizer, save_start
 
 pytestmark = pytest.mark.xdist_group("study")  # one worker prepares what is evaluated
 
@@ -66,35 +70,25 @@ def test_arms(arm) -> None:
             assert (arm.settings, arm.control) != (against.settings, against.control)
 
 
-@pytest.mark.slow(stands_in="test_rollouts_to_reach_an_accuracy")
+def _batch(plan: one.Plan, name: str, rewards: int = 3) -> tuple[Engine, Rollouts]:
+    """An arm's engine and its first rollout batch, whose rewards differ within groups."""
+    arm = next(arm for arm in ARMS if arm.name == name)
+    engine = one.Bench.of(plan, TASKS["frames"], "think").engine(arm, 0, batches=1)
+    engine._reward = lambda completions, **_: [n % rewards for n in range(len(completions))]
+    return engine, engine.roll_out(torch.arange(16))  # a random start is never right
+
+
 def test_controls_of_evidence(plan) -> None:
     """The frame after the right one; and good rollouts by the advantages of others."""
     found = {}
     for name in ("evidence", "evidence_wrong", "evidence_shuffled"):
-        arm = next(arm for arm in ARMS if arm.name == name)
-        bench = one.Bench.of(plan, TASKS["frames"], "think")
-        trainer = one._trainer(bench, arm, 0, batches=1)
-        calls: list[torch.Size] = []
-
-        def score(rewards: torch.Tensor, of=trainer, calls=calls) -> torch.Tensor:
-            calls.append(rewards.shape)  # a random start is never right
-            return type(of)._complete_rewards(
-                of, torch.arange(len(rewards), dtype=torch.float32)[:, None] % 3
-            )
-
-        trainer._complete_rewards = score
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.model.train()
-        torch.manual_seed(0)
-        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        assert calls
+        inputs = _batch(plan, name)[1].inputs
         visual = [ids.nonzero()[:, 0] for ids in inputs["visual"]]
         frames = [
             {int((keys == key).nonzero()) // 4 for key in ids[ids >= 0]}
             for keys, ids in zip(visual, inputs["evidence_ids"], strict=True)
         ]
-        order = inputs["rollout_index"].argsort()  # TRL has shuffled them
-        good, positive = (inputs["evidence_share"] > 0)[order], (inputs["advantages"] > 0)[order]
+        good, positive = inputs["evidence_share"] > 0, inputs["advantages"] > 0
         counts = [len(keys) // 4 for keys in visual]
         found[name] = (frames, good, positive, counts)
     frames, good, positive, counts = found["evidence"]
@@ -103,8 +97,8 @@ def test_controls_of_evidence(plan) -> None:
     for right, other, count in zip(frames, wrong, counts, strict=True):
         assert other == {(n + 1) % count for n in right}
     assert torch.equal(good, positive) and good.any() and not good.all()
-    _, shuffled, own, _ = found["evidence_shuffled"]  # of a micro-batch with other rollouts
-    assert not torch.equal(shuffled, own)
+    _, shuffled, own, _ = found["evidence_shuffled"]
+    assert not torch.equal(shuffled, own) and shuffled.sum() == own.sum()
 
 
 def test_rollouts_to_reach_an_accuracy() -> None:
@@ -121,87 +115,98 @@ def test_rollouts_to_reach_an_accuracy() -> None:
     assert report.reached("frames", runs[2:], 0.5) == []
 
 
-@pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
-def test_controls_change_what_attention_learns_from_and_nothing_else(plan) -> None:
-    losses = {}
+def test_controls_change_what_attention_learns_from_and_nothing_else(
+    plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses of a policy that has moved, with the attention term and without it."""
+    terms, rests = [], []
     for name in ("ral", "ral_flipped", "ral_shuffled"):
-        arm = next(arm for arm in ARMS if arm.name == name)
-        trainer = one._trainer(one.Bench.of(plan, TASKS["frames"], "think"), arm, 0, batches=1)
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.model.train()
-        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        generator = torch.Generator().manual_seed(0)  # a random start is never right
-        inputs["advantages"] = torch.randn(inputs["advantages"].shape, generator=generator)
+        engine, rollouts = _batch(plan, name)
         with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                parameter.mul_(1.05)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            whole = float(trainer._compute_loss(trainer.model, inputs))
-        metrics = trainer._metrics["train"]
-        attention_loss = metrics["attn/loss"][0]
-        rest = whole - trainer.args.attn_coef * attention_loss
-        losses[name] = (attention_loss, metrics["entropy"][0], rest)
-    attention, *others = zip(*losses.values(), strict=True)
-    assert attention[1] == pytest.approx(-attention[0], rel=1e-4) != 0.0
-    assert attention[2] != pytest.approx(attention[0], rel=1e-3)
-    for values in others:
-        assert values == pytest.approx([values[0]] * 3)
+            for parameter in engine.policy.parameters():
+                parameter.mul_(1.5)
+            whole = float(engine.loss(rollouts))
+            advantages = rollouts.inputs["advantages"]
+            monkeypatch.setattr(engine, "_controlled", torch.zeros_like)
+            rests.append(float(engine.loss(rollouts)))
+            assert torch.equal(rollouts.inputs["advantages"], advantages)
+        terms.append(whole - rests[-1])
+    assert terms[1] == pytest.approx(-terms[0], rel=1e-2) and abs(terms[0]) > 1e-5
+    assert terms[2] != pytest.approx(terms[0], rel=1e-2)
+    assert rests == pytest.approx([rests[0]] * 3)
 
 
-def test_target_attention_and_sharpening() -> None:
+@pytest.mark.parametrize("task, style, extent, queries", [
+    ("frames", "think", 4, 1), ("frames", "direct", 4, 1), ("chain", "think", 6, 8),
+])  # fmt: skip
+def test_target_attention_and_sharpening(task, style, extent, queries) -> None:
     """Against the model's own attention maps: the share on the frame that is asked about."""
     import ral_kernels as rk
 
-    model, processor = make_model(attn_implementation="eager"), make_processor()
-    watch = TargetAttention(processor, TASKS["frames"], "think", 4, 6)
-    shares = watch(model)
-    maps = model(**watch.inputs, output_attentions=True, use_cache=False).attentions
-    ids = rk.spans_for(model.config, watch.inputs, "frame").spans.ids
-    for share, attention in zip(shares, maps, strict=True):
-        row = attention.mean(1)[:, watch.row]
-        visual = (row * (ids >= 0)).sum(-1)
-        target = (row * (ids == watch.targets[:, None])).sum(-1)
-        assert share == pytest.approx(float((target / visual).mean().detach()), rel=1e-4)
-    with sharpened(model, 3.0):
-        assert watch(model) != pytest.approx(shares, rel=1e-3)
-    assert watch(model) == pytest.approx(shares)
+    model, reader = _model_and_reader(words=WORDS if task == "chain" else ())
+    decoder = Decoder.of(model)
+    watch = TargetAttention(reader, TASKS[task], style, extent, 6)
+    inputs = {**watch.prompts.fields}
+    shares = watch(decoder)
+    maps = model(**inputs, output_attentions=True, use_cache=False).attentions
+    ids = rk.spans_for(model.config, inputs, "frame").spans.ids
+    assert watch.rows.shape == (queries,)
+    by_query = watch.of_queries(decoder)
+    for share, of_queries, attention in zip(shares, by_query, maps, strict=True):
+        wanted = []
+        for query, position in enumerate(watch.rows):
+            row = attention.mean(1)[:, position]
+            visual = (row * (ids >= 0)).sum(-1)
+            target = (row * (ids == watch.targets[:, query, None])).sum(-1)
+            wanted.append(float((target / visual).mean().detach()))
+        assert of_queries.tolist() == pytest.approx(wanted, rel=1e-4)
+        assert share == pytest.approx(sum(wanted) / queries, rel=1e-4)
+    with sharpened(decoder, 3.0):
+        assert watch(decoder) != pytest.approx(shares, rel=1e-3)
+    assert watch(decoder) == pytest.approx(shares)
 
 
-def test_pictures_are_what_the_tower_makes_of_them(plan) -> None:
-    """Numbers in the place of pixels change neither what is written nor where it attends."""
-    task = TASKS["frames"]
-    model, processor = make_model(seed=2), make_processor()
-    scores = evaluate(
-        model, "timestamp", extents=(2, 4), size=6, processor=processor,
+def test_answers_are_those_of_transformers() -> None:
+    """Greedy answers to held-out rows, of a model that answers in many ways."""
+    model, reader = _model_and_reader(seed=2)
+    model.model.visual = reader.pictures.tower
+    wanted = evaluate(
+        model, "timestamp", extents=(1, 4), size=6, processor=make_processor(),
         seed=TEST_SEED - 1_000,
     )  # fmt: skip
-    target = TargetAttention(processor, task, "think", 4, 6)
-    shares, logits = target(model), model(**target.inputs).logits
-    pictures = Pictures(model.model.visual)
-    numbered = pictures.processor_of(processor)
-    tower = model.model.visual
-    model.model.visual = pictures
-    again = TargetAttention(numbered, task, "think", 4, 6)
-    assert again(model) == pytest.approx(shares)
-    torch.testing.assert_close(model(**again.inputs).logits, logits)
-    assert {n: HeldOut(numbered, task, "think", n, 6)(model) for n in (2, 4)} == scores
-    assert again.inputs["pixel_values"].shape[1] == 1
-    seen = len(pictures)
-    HeldOut(numbered, task, "think", 4, 6)
-    assert len(pictures) == seen == 6 * (4 + 2 + 4)  # no picture is looked at again
-    with pictures.left_out(model):
-        for mine, theirs in zip(model.model.visual.parameters(), tower.parameters(), strict=True):
-            assert torch.equal(mine, theirs)
-    assert model.model.visual is pictures
+    decoder = Decoder.of(model)
+    for extent, score in wanted.items():
+        held_out = HeldOut(reader, TASKS["frames"], "think", extent, 6)
+        assert held_out(decoder) == score
+        model.model.visual = reader.pictures
+        fields = held_out.prompts.fields
+        whole = model.generate(**fields, do_sample=False, max_new_tokens=12)
+        said = held_out.answers(decoder)
+        length = fields["input_ids"].shape[1]
+        assert torch.equal(whole[:, length : length + said.shape[1]], said)
 
 
-@pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
-def test_a_frozen_tower_trains_the_rest(plan) -> None:
-    bench = one.Bench.of(plan, TASKS["resolution"], "think")
-    model = bench.model(bench.start)
-    assert not [name for name, _ in model.named_parameters() if "visual" in name]
-    assert all(weight.requires_grad for weight in model.parameters())
+def test_pictures_are_what_the_tower_makes_of_them() -> None:
+    """Numbers in the place of pixels change nothing, and no picture is looked at again."""
+    _, reader = _model_and_reader(seed=2)
+    held_out = HeldOut(reader, TASKS["frames"], "think", 4, 6)
+    rows = TASKS["frames"].rows(6, 4, "test", TEST_SEED, style="think")
+    pixels = make_processor().image_processor(
+        [image for row in rows for image in row["images"]], return_tensors="pt"
+    )
+    with torch.no_grad():
+        seen = reader.pictures.tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+    torch.testing.assert_close(held_out.prompts.features, seen.pooler_output)
+    assert held_out.prompts.fields["pixel_values"].shape[1] == 1
+    assert len(reader.pictures) == 24
+    HeldOut(reader, TASKS["frames"], "think", 4, 6)
+    assert len(reader.pictures) == 24
+
+
+def _model_and_reader(seed: int = 0, words: tuple[str, ...] = ()) -> tuple[Any, Reader]:
+    tokenizer = make_tokenizer(words)
+    model = make_model(attn_implementation="eager", seed=seed, tokenizer=tokenizer)
+    return model, Reader(model, make_processor(tokenizer))
 
 
 def test_statistics() -> None:
@@ -379,7 +384,7 @@ def test_a_study(plan, tmp_path: Path, capsys) -> None:
     (picture,) = tmp_path.glob("*.png")
     assert picture.name == f"{file.stem}-frames.png" and picture.stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "reached 50 %" in printed and "evidence, reward and credit" in printed
+    assert "reached 50 %" in printed and "evidence on all, reward, credit" in printed
     assert "RAL λ = 5, all layers" in printed and "mean of 16, 32 and 64 frames" in printed
     assert report.main([str(file)]) == 0
     assert "| GRPO | 1 |" in capsys.readouterr().out
@@ -389,6 +394,23 @@ def test_distillation_is_watched_while_it_trains(plan) -> None:
     result = one.run(plan, "resolution", "opad", 0)
     assert [done for done, _ in result["curve"]] == [1]
     assert len(result["target_curve"][0][1]) == 2  # layers
+
+
+@pytest.mark.slow(stands_in="test_distillation_is_watched_while_it_trains")
+def test_a_teacher_is_the_start_after_training(tmp_path) -> None:
+    from ral.models import load_model
+
+    plan, task = one.Plan(tmp_path, 1, 2, start_steps=0), TASKS["frames"]
+    start, teacher = (
+        load_model(str(folder), dtype="float32").state_dict()
+        for folder in (one.make_start(plan, task, "think"), one.make_teacher(plan, task))
+    )
+    assert start.keys() == teacher.keys()
+    for name, weight in teacher.items():
+        assert torch.equal(weight, start[name]) == (".visual." in name), name
+    bench = one.Bench.of(plan, task, "think")
+    assert all(map(torch.equal, bench.model(plan.teacher(task)).weights().values(),
+                   (teacher[name] for name in bench.model(bench.start).weights())))  # fmt: skip
 
 
 def test_quick_arms_have_what_they_are_compared_with() -> None:

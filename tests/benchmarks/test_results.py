@@ -29,6 +29,7 @@ WRITERS = (
     "policy_divergence_accuracy",
     "policy_divergence_bench",
     "resolution_sweep",
+    "study_speed",
     "target_bench",
     "train_overhead",
     "transformers_memory",
@@ -194,7 +195,7 @@ def test_the_list_of_commands() -> None:
     missing = [name for name in (*WRITERS, "memory_per_gpu") if name not in listed]
     assert not missing
     assert all(listed[name].quick != "no" for name in WRITERS)
-    assert "77 of one core; --quick: 1.1" in commands.listing()
+    assert "not recorded with the engine; --quick: 1.1" in commands.listing()
     assert commands.seconds("figure3", True) == pytest.approx(66)
     assert commands.seconds("call_cost", True) == 60
     whole = subprocess.run(

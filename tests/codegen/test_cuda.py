@@ -40,6 +40,7 @@ MULTIPLY = {
     "attention_bwd_dkdv_kernel",
     "policy_statistics_kernel",
     "policy_terms_kernel",
+    "policy_moments_kernel",
     "policy_bwd_dq_kernel",
     "policy_bwd_dk_kernel",
 }
@@ -47,6 +48,7 @@ HOPPER = {
     "attention_fwd_sm90_kernel",
     "attention_bwd_dq_sm90_kernel",
     "attention_bwd_dkdv_sm90_kernel",
+    "policy_statistics_sm90_kernel",
 }
 
 # Whether the library is for chosen architectures, as setup.py builds it on request.

@@ -153,6 +153,8 @@ def test_opinfo(
     got = run(ours, dtype)
     truth = run(F.scaled_dot_product_attention, torch.float64)
     baselines = [run(F.scaled_dot_product_attention, dtype), run(torch_flash, dtype)]
+    with sdpa_kernel(SDPBackend.MATH):
+        baselines.append(run(F.scaled_dot_product_attention, dtype))
     half_ulp = 0.0
     if dtype == torch.float32 and gradient:
         q, k, _ = (x.double() for x in tensors)
@@ -167,9 +169,13 @@ def test_opinfo(
 
 @pytest.mark.parametrize("lengths", [(3, 6), (16, 32)], ids=str)
 def test_errors_over_draws(lengths: tuple[int, int]) -> None:
-    """Scores up to 100, as in the samples: the mean squared error is torch's, not twice or more."""
+    """Scores up to 100, as in the samples: the mean squared error is torch's, not twice or more.
+
+    Errors are not divided by the norm of the result: where p is almost one key, dq and dk are
+    nearly 0, and a few such draws would decide.
+    """
     ours, theirs = torch.zeros(4), torch.zeros(4)
-    for seed in range(60):
+    for seed in range(240):
         generator = torch.Generator().manual_seed(seed)
         shapes = [(1, 4, n, 8) for n in (*lengths, lengths[1])]
         tensors = [18 * torch.rand(shape, generator=generator) - 9 for shape in shapes]
@@ -185,10 +191,7 @@ def test_errors_over_draws(lengths: tuple[int, int]) -> None:
         truth = run(F.scaled_dot_product_attention, torch.float64)
         for total, f in ((ours, rk.scaled_dot_product_attention), (theirs, torch_flash)):
             got = run(f, torch.float32)
-            squared = [
-                (error(x, t) / float(t.norm())) ** 2 for x, t in zip(got, truth, strict=True)
-            ]
-            total += torch.tensor(squared)
+            total += torch.tensor([error(x, t) ** 2 for x, t in zip(got, truth, strict=True)])
     ratios = (ours / theirs).sqrt()
     assert (ratios <= 1.25).all(), f"out, dq, dk, dv: {ratios.tolist()} times torch's error"
 

@@ -17,15 +17,19 @@ import torch
 
 from ral_kernels.ops.attention import cuda as attention_cuda
 from ral_kernels.ops.attention import interface as attention_interface
-from ral_kernels.ops.policy import cuda as divergence_cuda
+from ral_kernels.ops.policy import cuda as policy_cuda
 from ral_kernels.ops.policy import divergence as divergence_interface
+from ral_kernels.ops.policy import interface as policy_interface
+from ral_kernels.ops.policy.arguments import PolicyArgs
 from ral_kernels.ops.policy.chunks import Chunk, chunks_of_sequences
+from ral_kernels.ops.policy.cuda import span_lists
 from ral_kernels.runtime import cuda_library
 from tests.cuda_host.build import Patch, build, sources_of
 from tests.cuda_host.library import HostLibrary
 
-DIVERGENCE = sources_of("policy/*")
-SOURCES = sources_of("*/*")
+WITHOUT_HOPPER = "policy/statistics_sm90.cu"  # which takes no call: host_hopper.h is left out
+POLICY = (*sources_of("policy/*"), WITHOUT_HOPPER)
+SOURCES = (*sources_of("*/*"), WITHOUT_HOPPER)
 
 
 class Violation(AssertionError):
@@ -101,6 +105,12 @@ class _Watched:
                 allow(chunk.packing, False)
                 yield chunk
 
+        def lists(policy: PolicyArgs) -> tuple[torch.Tensor, ...]:
+            made = span_lists(policy)
+            for x in made:
+                allow(x, False)
+            return made
+
         library.calls[name] += 1
         library.clear()
         allow(args, False)
@@ -117,6 +127,7 @@ class _Watched:
                 mock.patch.object(self._module, "cuda_library", seam),
                 mock.patch.object(self._module, "_library", lambda: library.functions),
                 mock.patch.object(self._module, "chunks_of_sequences", chunks, create=True),
+                mock.patch.object(self._module, "span_lists", lists, create=True),
             ):
                 getattr(self._backend, name)(args, *others)
         finally:
@@ -131,11 +142,11 @@ def on_host(library: Kernels) -> Iterator[None]:
     """Inside, `backend="cuda"` runs the kernels of `library`, on CPU tensors."""
     library.calls.clear()
     attention = {"cuda": _Watched(attention_cuda.CudaAttention(), attention_cuda, library)}
-    divergence = {
-        "cuda": _Watched(divergence_cuda.CudaPolicyDivergence(), divergence_cuda, library)
-    }
+    policy = {"cuda": _Watched(policy_cuda.CudaPolicy(), policy_cuda, library)}
+    divergence = {"cuda": _Watched(policy_cuda.CudaPolicyDivergence(), policy_cuda, library)}
     with (
         mock.patch.dict(attention_interface.BACKENDS, attention),
+        mock.patch.dict(policy_interface.BACKENDS, policy),
         mock.patch.dict(divergence_interface.BACKENDS, divergence),
     ):
         yield

@@ -13,7 +13,7 @@ from torch import Tensor
 from ral_kernels.ops.divergence.arguments import KINDS
 from ral_kernels.ops.policy import attention_divergence, cuda, ral_loss
 from ral_kernels.snapshot import AttentionSnapshot
-from tests.cuda_host.backend import DIVERGENCE, Kernels, Violation, host_library, on_host
+from tests.cuda_host.backend import POLICY, Kernels, Violation, host_library, on_host
 from tests.cuda_host.build import Patch
 from tests.ops import test_policy_divergence as common
 from tests.ops import test_policy_divergence_at_reference as at_reference
@@ -337,7 +337,7 @@ BUGS: list[tuple[str, Patch, str | None]] = [
 
 @pytest.mark.parametrize(("patch", "report"), [b[1:] for b in BUGS], ids=[b[0] for b in BUGS])
 def test_seeded_bug_is_found(patch: Patch, report: str | None, build_folder: Path) -> None:
-    library = host_library(build_folder, (patch,), DIVERGENCE)
+    library = host_library(build_folder, (patch,), POLICY)
     with on_host(library), pytest.raises(AssertionError, match=report or "error") as caught:
         common.check_case(of_dim(BY_NAME["off_blocks"], 64), HALF[0], "cuda", "jsd", False)
     assert isinstance(caught.value, Violation) == (report is not None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ral_kernels.ops.policy import cuda
-from tests.cuda_host.backend import DIVERGENCE, Kernels, host_library, on_host
+from tests.cuda_host.backend import POLICY, Kernels, host_library, on_host
 from tests.cuda_host.build import Patch
 from tests.cuda_host.test_seeded_bugs import FEWER
 from tests.ops.packed_cases import PackedCase
@@ -96,7 +96,7 @@ BUGS: dict[str, Patch] = {
 @pytest.mark.parametrize("patch", BUGS.values(), ids=BUGS)
 def test_seeded_bug_is_found(patch: Patch, build_folder: Path) -> None:
     # float16 and head dim 64 are what FEWER leaves
-    library = host_library(build_folder, (patch, *FEWER), DIVERGENCE)
+    library = host_library(build_folder, (patch, *FEWER), POLICY)
     wanted = run_divergence(CASE, torch.float16, "reference")
     with on_host(library), pytest.raises(AssertionError):
         assert_alike(run_divergence(CASE, torch.float16, "cuda"), wanted)

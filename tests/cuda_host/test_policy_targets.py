@@ -14,7 +14,7 @@ from torch import Tensor
 import ral_kernels as rk
 from ral_kernels.ops.policy import attention_divergence, cuda, ral_loss
 from ral_kernels.ops.policy.c_structs import DivergenceParams
-from tests.cuda_host.backend import DIVERGENCE, Kernels, Violation, host_library, on_host
+from tests.cuda_host.backend import POLICY, Kernels, Violation, host_library, on_host
 from tests.cuda_host.build import Patch
 from tests.cuda_host.test_policy_divergence import HALF, SEVERAL, of_dim, tile_case
 from tests.cuda_host.test_seeded_bugs import FEWER
@@ -197,7 +197,7 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
 def test_seeded_bug_is_found(name: str, build_folder: Path) -> None:
     patch, report = BUGS[name]
     # float16 and head dim 64 are what FEWER leaves
-    library = host_library(build_folder, (patch, *FEWER), DIVERGENCE)
+    library = host_library(build_folder, (patch, *FEWER), POLICY)
     form = "sparse" if report else "indexed"
     with on_host(library), pytest.raises(AssertionError, match=report or "error") as caught:
         common.check_case(TILES["window"].inputs(FP16), form, "jsd", "cuda")

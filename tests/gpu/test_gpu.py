@@ -100,7 +100,7 @@ OPS = tuple(
 if GPU and rk.available_backends()["cuda"] == "yes":
     OPS += tuple(
         Op(call.__name__.strip("_"), call, "cuda", 64)
-        for call in (_attention, _attention_divergence, _ral_loss)
+        for call in (_attention, _policy, _span_policy, _attention_divergence, _ral_loss)
     )
 every_op = pytest.mark.parametrize("op", OPS, ids=str)
 

@@ -290,6 +290,8 @@ EXPECTED = {
     "attention_bwd_dkdv_sm90_kernel": Expected(2, 2, 4, (1, 3), {64: 2, 128: 2}),
     # q kᵀ, dout vᵀ, ds k.
     "attention_bwd_dq_sm90_kernel": Expected(2, 1, 3, (2, 1), {64: 3, 128: 2}),
+    # q kᵀ of the first block, and of two in the loop.
+    "policy_statistics_sm90_kernel": Expected(3, 0, 3, (3, 0), {64: 2, 128: 2}),
 }
 FORMS = [
     (kernel, dtype, head_dim)
@@ -313,7 +315,8 @@ def codes() -> dict[Form, Code]:
     code: Code = []
     for line in sass().splitlines():
         if match := re.search(r"Function : (\S+)", line):
-            kind = re.search(r"(attention_\w+_sm90_kernel)INS0_4(Bf16|Fp16)ELi(\d+)E", match[1])
+            name = r"((?:attention|policy)_\w+_sm90_kernel)"
+            kind = re.search(rf"{name}INS0_4(Bf16|Fp16)ELi(\d+)E", match[1])
             code = found.setdefault((kind[1], kind[2], int(kind[3])), []) if kind else []
         elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
             code.append((int(match[1], 16), match[2]))

@@ -182,8 +182,6 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      r"^attention_policy: backend must be None or one of .*; got 'gpu'"),
     ("backend_type", lambda: policy(backend=3), TypeError,
      r"^attention_policy: backend must be None or a name; got int"),
-    ("backend_without_kernels", lambda: policy(backend="cuda"), NotImplementedError,
-     r"^policy: backend 'cuda' has no kernels"),
     # divergence
     ("p_list", lambda: diverge(p=[0.5]), TypeError,
      r"^divergence: p must be a \[\.\.\., N\] tensor; got list"),

@@ -11,9 +11,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from . import import_arrows
 
@@ -93,6 +96,43 @@ def _imported(tree: ast.AST) -> Iterator[tuple[str, str | tuple[str, str]]]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 yield node.module, alias.name
+
+
+ENGINES = {"deepspeed", "hydra", "verl", "vllm"}  # in environments of their own
+
+
+def test_what_the_tests_import_is_declared() -> None:
+    """`make test` installs the extra `dev`: another extra must not lend it a package."""
+    installed = _installed_by("ral-kernels", "dev")
+    providers = metadata.packages_distributions()
+    missing = set()
+    for package in ("ral_kernels", "ral", "benchmarks", "examples", "tests"):
+        for path in (ROOT / package).rglob("*.py"):
+            for name, _ in _imported(ast.parse(path.read_text())):
+                top = name.partition(".")[0]
+                if top in sys.stdlib_module_names | ENGINES or (ROOT / top).exists():
+                    continue
+                if not installed & {canonicalize_name(d) for d in providers.get(top, ())}:
+                    missing.add(f"{path.relative_to(ROOT)}: {name}")
+    assert missing == set()
+
+
+def _installed_by(name: str, extra: str) -> set[str]:
+    """The distributions that installing `name[extra]` here brings, itself among them."""
+    found: set[str] = set()
+    asked = [(name, extra)]
+    seen = set(asked)
+    while asked:
+        name, extra = asked.pop()
+        found.add(canonicalize_name(name))
+        for line in metadata.requires(name) or ():
+            needed = Requirement(line)
+            if needed.marker and not needed.marker.evaluate({"extra": extra}):
+                continue
+            new = {(needed.name, each) for each in {"", *needed.extras}} - seen
+            seen |= new
+            asked += new
+    return found
 
 
 WITHOUT_TRANSFORMERS = """

@@ -341,7 +341,11 @@ FAILING: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a folder without a model": ("train", ("model={folder}/images",), "cannot load "),
     "no data": ("sft", ("data=null",), "data must be given"),
     "no data file": ("train", ("data=/no/such.jsonl",), "there is no data file /no/such.jsonl"),
-    "no such digits": ("train", ("data=digits:sum",), "digits:cell or digits:timestamp"),
+    "no such digits": (
+        "train",
+        ("data=digits:sum",),
+        "digits:cell, digits:timestamp or digits:chain",
+    ),
     "bad rows": ("train", ("data={folder}/bad.jsonl",), "bad.jsonl:1"),
     "an attention": ("train", ("attn_implementation=abacus",), "cannot load "),
     "bf16 on a CPU": ("train", ("bf16=true", "use_cpu=false"), "bf16 needs a GPU"),

@@ -11,13 +11,13 @@ struct PolicyRowsParams {
   ral_policy_common common;
   ral_policy_side policy, reference;
   RowChunk chunk;
-  const float* value_parts;  // [samples, rows, chunk.stride / kTermKeys]
+  const float* value_parts;  // [samples, rows, chunk.stride / kTermKeys], or null: no divergence
   const float* u_parts;      // [samples, rows, H, chunk.stride / 64]; null = u is given
   float* u;                  // [B, H, T]
   const float* w;            // [B, H, T]
   float* value;              // [B, T], or null
   // For the gradient, as in PolicyBwdParams; c null = no gradient.
-  const float* weight;  // [B, T]
+  const float* weight;  // [B, T]; null = 1
   float* c;
   float* factor;
   float* delta;
@@ -48,7 +48,7 @@ struct policy_rows_kernel {
     const KeysOfRows others(visibility_of(sample, params.reference), t, 1);
 
     float value = 0.0f;
-    const int32_t num_parts = int32_t(chunk.stride / kTermKeys);
+    const int32_t num_parts = params.value_parts == nullptr ? 0 : int32_t(chunk.stride / kTermKeys);
     for (int32_t part = lane; part < num_parts; part += kWarpSize)
       if (mine.meet(part * kTermKeys, kTermKeys) || others.meet(part * kTermKeys, kTermKeys))
         value += load_global(params.value_parts + index * num_parts + part);
@@ -72,7 +72,8 @@ struct policy_rows_kernel {
     if (params.c == nullptr) return;
     const float share = constant ? 0.0f : 1.0f / (z * float(num_heads));
     const float c = constant ? 0.0f : warp_sum(all_u) * share;  // (4)
-    const float factor = constant ? 0.0f : share * load_global(params.weight + row);
+    const float weight = params.weight == nullptr ? 1.0f : load_global(params.weight + row);
+    const float factor = constant ? 0.0f : share * weight;
     if (lane == 0) store_global(params.c + index, c);
     const float* const inverses =
         params.policy.norm + params.common.batch_size * num_heads * num_rows;

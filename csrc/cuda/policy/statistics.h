@@ -16,6 +16,78 @@ struct PolicyStatisticsParams {
   int32_t num_blocks;
 };
 
+// What a CTA has: rows of a head.
+struct RowsOfStatistics {
+  Sample sample;
+  int64_t b, h, kv_head;
+  int32_t first_row, num_rows;  // none: nothing to do
+
+  RAL_DEVICE RowsOfStatistics(const PolicyStatisticsParams& params, int32_t block_q) {
+    const ral_policy_common& common = params.common;
+    const ral_policy_side& side = params.side;
+    // Late causal rows see the most keys, so they start first.
+    const int64_t program = block_index();
+    int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
+    h = program / params.num_blocks % side.num_heads;
+    b = program / params.num_blocks / side.num_heads;
+    kv_head = h / (side.num_heads / side.num_kv_heads);
+    sample = sample_of_block(common, common.cu_seqlens_q, block_q, block, b, 0,
+                             int32_t(common.num_rows));
+    first_row = sample.first_row + block * block_q;
+    num_rows = minimum(block_q, sample.stop - first_row);
+  }
+};
+
+// A row's maximum score in base 2, and the lane's parts of the sums relative to it.
+struct RowStatistics {
+  float m = minus_infinity(), valid = 0.0f, others = 0.0f;
+
+  // Adds 64 keys, whose scores are those of the lane's i-th row. kFull: all are seen and valid.
+  template <bool kFull, int kRowTiles>
+  RAL_DEVICE void add(const float (&s)[kRowTiles][kBlockK / 8][4], int i, float scale,
+                      const Mask& mask) {
+    float highest = minus_infinity();
+    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+      for (int e = 0; e < 2; ++e)
+        if (kFull || mask.sees(c, e)) highest = maximum(highest, s[i / 2][c][i % 2 * 2 + e]);
+    const float before = m;
+    m = maximum(before, quad_maximum(highest) * scale);
+    const float stable = stabiliser(m);
+    const float alpha = exp2(before - stable);
+    float more_valid = 0.0f, more_others = 0.0f;  // of these keys: short sums round less
+    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float weight = exp2(s[i / 2][c][i % 2 * 2 + e] * scale - stable);
+        if (kFull || mask.counts(c, e))
+          more_valid += weight;
+        else if (mask.sees(c, e))
+          more_others += weight;
+      }
+    valid = valid * alpha + more_valid;
+    others = others * alpha + more_others;
+  }
+};
+
+// Writes norm and w of a warp's rows, numbered from the CTA's first row on.
+template <int kRows>
+RAL_DEVICE void store_statistics(const PolicyStatisticsParams& params, const RowsOfStatistics& at,
+                                 int warp_row, const RowStatistics (&rows)[kRows]) {
+  const ral_policy_common& common = params.common;
+  const int64_t line = (at.b * params.side.num_heads + at.h) * common.num_rows + at.first_row;
+  const int64_t inverses = common.batch_size * params.side.num_heads * common.num_rows;
+  const float weight = head_weight(params.side, at.sample, at.h);
+  RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+    const float valid = quad_sum(rows[i].valid), others = quad_sum(rows[i].others);
+    // A row that sees no key gives 0.
+    const float sum = valid + others, inverse = sum > 0.0f ? weight / sum : 0.0f;
+    const int row = warp_row + row_in_warp(i);
+    if (lane_index() % 4 != 0 || row >= at.num_rows) continue;
+    store_global(params.side.norm + line + row, stabiliser(rows[i].m));
+    store_global(params.side.norm + inverses + line + row, inverse);
+    store_global(params.w + line + row, valid * inverse);
+  }
+}
+
 // One CTA has kBlockQ rows of a head and walks over all keys that they see. Sums over valid keys
 // and over other keys give the normaliser and W in one walk. K passes through shared memory; its
 // next block arrives while scores are formed.
@@ -33,46 +105,31 @@ struct policy_statistics_kernel {
   using Scores = float[kRowTiles][kBlockK / 8][4];
   static const char* name() { return "policy_statistics_kernel"; }
 
-  // A row's maximum score in base 2, and the lane's parts of the sums relative to it.
-  struct Row {
-    float m, valid, others;
-  };
-
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_policy_common& common = params.common;
     const ral_policy_side& side = params.side;
-    // Late causal rows see the most keys, so they start first.
-    const int64_t program = block_index();
-    int32_t block = params.num_blocks - 1 - int32_t(program % params.num_blocks);
-    const int64_t h = program / params.num_blocks % side.num_heads;
-    const int64_t b = program / params.num_blocks / side.num_heads;
-    const Sample sample = sample_of_block(common, common.cu_seqlens_q, kBlockQ, block, b, 0,
-                                          int32_t(common.num_rows));
-    const int32_t first_row = sample.first_row + block * kBlockQ;
-    const int32_t num_rows = minimum(kBlockQ, sample.stop - first_row);
-    if (num_rows <= 0) return;
-    const Visibility visibility = visibility_of(sample, side);
-    const HeadKeys<T> keys(side, sample, h / (side.num_heads / side.num_kv_heads));
+    const RowsOfStatistics at(params, kBlockQ);
+    if (at.num_rows <= 0) return;
+    const Visibility visibility = visibility_of(at.sample, side);
+    const HeadKeys<T> keys(side, at.sample, at.kv_head);
 
     const TileT q{reinterpret_cast<T*>(shared)};
     const TileT k{q.data + kBlockQ * kHeadDim};  // double buffer
-    copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(side.q, b, h, first_row), side.q.stride_t,
-                                 [&](int row) { return row < num_rows; });
-    const KeysOfRows seen(visibility, first_row, num_rows);
+    copy_rows<kBlockQ, kThreads>(q, rows_of<const T>(side.q, at.b, at.h, at.first_row),
+                                 side.q.stride_t, [&](int row) { return row < at.num_rows; });
+    const KeysOfRows seen(visibility, at.first_row, at.num_rows);
     const int32_t begin = seen.low / kBlockK * kBlockK;
-    KeyBits next(common, sample, begin);
+    KeyBits next(common, at.sample, begin);
     if (begin <= seen.high) keys.template copy_block<kThreads>(k, begin, next);
     commit_copies();
 
-    Row rows[kRows];
-    RAL_UNROLL for (int i = 0; i < kRows; ++i)
-      rows[i] = Row{minus_infinity(), 0.0f, 0.0f};
+    RowStatistics rows[kRows];
     const float scale = side.scale * kLog2e;
     const int warp_row = warp_index() * kWarpQ;
     int offset = 0;  // of the tile in use
     for (int32_t first = begin; first <= seen.high; first += kBlockK) {
       const KeyBits bits = next;
-      next = KeyBits(common, sample, first + kBlockK);
+      next = KeyBits(common, at.sample, first + kBlockK);
       wait_for_copies<0>();
       sync_block();  // the tile has arrived; the previous one is no longer read
       const TileT now{k.data + offset};
@@ -80,62 +137,23 @@ struct policy_statistics_kernel {
       if (first + kBlockK <= seen.high)
         keys.template copy_block<kThreads>(TileT{k.data + offset}, first + kBlockK, next);
       commit_copies();
-      if (warp_row >= num_rows) continue;
+      if (warp_row >= at.num_rows) continue;
       Scores s;
       multiply_transposed(s, q, warp_row, now);
       Mask masks[kRows];
       RAL_UNROLL for (int i = 0; i < kRows; ++i)
         masks[i] =
-            Mask::of_row(common, visibility, bits, first_row + warp_row + row_in_warp(i), first);
+            Mask::of_row(common, visibility, bits, at.first_row + warp_row + row_in_warp(i), first);
       const bool full = all_full(masks);
       RAL_UNROLL for (int i = 0; i < kRows; ++i) {
         if (full)
-          add<true>(rows[i], s, i, scale, masks[i]);
+          rows[i].template add<true>(s, i, scale, masks[i]);
         else
-          add<false>(rows[i], s, i, scale, masks[i]);
+          rows[i].template add<false>(s, i, scale, masks[i]);
       }
     }
     wait_for_copies<0>();  // in flight still where rows see no key
-
-    float* const norm = side.norm + (b * side.num_heads + h) * common.num_rows + first_row;
-    float* const w = params.w + (b * side.num_heads + h) * common.num_rows + first_row;
-    const int64_t inverses = common.batch_size * side.num_heads * common.num_rows;
-    const float weight = head_weight(side, sample, h);
-    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
-      const float valid = quad_sum(rows[i].valid), others = quad_sum(rows[i].others);
-      // A row that sees no key gives 0.
-      const float sum = valid + others, inverse = sum > 0.0f ? weight / sum : 0.0f;
-      const int row = warp_row + row_in_warp(i);
-      if (lane_index() % 4 != 0 || row >= num_rows) continue;
-      store_global(norm + row, stabiliser(rows[i].m));
-      store_global(norm + inverses + row, inverse);
-      store_global(w + row, valid * inverse);
-    }
-  }
-
- private:
-  // Adds a block of keys to the lane's i-th row. kFull: all keys are seen and valid.
-  template <bool kFull>
-  RAL_DEVICE static void add(Row& row, const Scores& s, int i, float scale, const Mask& mask) {
-    float highest = minus_infinity();
-    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-      for (int e = 0; e < 2; ++e)
-        if (kFull || mask.sees(c, e)) highest = maximum(highest, s[i / 2][c][i % 2 * 2 + e]);
-    const float before = row.m;
-    row.m = maximum(before, quad_maximum(highest) * scale);
-    const float stable = stabiliser(row.m);
-    const float alpha = exp2(before - stable);
-    float valid = 0.0f, others = 0.0f;  // of this block: short sums round less
-    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const float weight = exp2(s[i / 2][c][i % 2 * 2 + e] * scale - stable);
-        if (kFull || mask.counts(c, e))
-          valid += weight;
-        else if (mask.sees(c, e))
-          others += weight;
-      }
-    row.valid = row.valid * alpha + valid;
-    row.others = row.others * alpha + others;
+    store_statistics(params, at, warp_row, rows);
   }
 };
 

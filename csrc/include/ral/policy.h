@@ -18,6 +18,9 @@ typedef enum {
   RAL_CROSS_ENTROPY = 3,
 } ral_divergence_kind;
 
+// `isa` of a CUDA call: which kernels run where there are several.
+enum { RAL_CUDA_ANY = 0, RAL_CUDA_HOPPER = 1 };
+
 // The queries and keys of one policy.
 typedef struct {
   int64_t num_heads, num_kv_heads, head_dim;
@@ -74,6 +77,15 @@ typedef struct {
   float* dspan_bias;     // [B, H, T, S] contiguous, or null
   float* dhead_weights;  // like the policy's head_weights, or null
 } ral_policy_params;
+
+// The keys of each span, for backends that gather them. A list is a sample's, or one of packed
+// sequences, whose keys it counts from their first; span s of list n has keys[i] for i from
+// starts[n * num_spans + s] to the next entry.
+typedef struct {
+  const int32_t* keys;
+  const int32_t* starts;  // [number of lists * num_spans + 1]
+  int32_t is_shared;      // 1 = one list for the whole batch
+} ral_policy_span_lists;
 
 // Distributions that rows share, in place of a reference policy. A row's is restricted to its valid
 // keys and divided by its sum there. Packed calls number keys through all sequences.

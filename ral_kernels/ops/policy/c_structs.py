@@ -88,6 +88,16 @@ class Params(ctypes.Structure):
     ]
 
 
+class SpanLists(ctypes.Structure):
+    """`ral_policy_span_lists`: the keys of each span."""
+
+    _fields_ = [
+        ("keys", c_void_p),
+        ("starts", c_void_p),
+        ("is_shared", c_int32),
+    ]
+
+
 class TargetStruct(ctypes.Structure):
     """`ral_policy_target`: distributions that rows share."""
 

@@ -14,10 +14,12 @@ from .. import allocation, packing, qkv, schema
 from ..packing import PackedRows
 from .arguments import PolicyArgs, PolicyGradients, PolicyOutputs
 from .cpu import CpuPolicy
+from .cuda import CudaPolicy
 from .reference import TorchPolicy
 from .triton import TritonPolicy
 
 BACKENDS: dict[str, DifferentiableBackend[PolicyArgs, PolicyOutputs, PolicyGradients]] = {
+    "cuda": CudaPolicy(),
     "triton": TritonPolicy(),
     "cpu": CpuPolicy(),
     "reference": TorchPolicy(),

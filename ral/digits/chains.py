@@ -1,0 +1,127 @@
+"""Chains of looks: each frame of a video shows the time of another, and the question follows them.
+
+"Start at 17s and follow red and blue 4 times. When?" In each frame the digit in the red tile is
+the tens and the digit in the blue tile the units of a time; two more tiles distract. The response
+writes down each time that it follows and the two digits that it reads there:
+`<think> 17s 4 2 42s 0 8 8s 3 1 31s 9 0</think><answer>90s</answer>`.
+
+The numbers of a video lead once through all of its frames. So every number names a frame, and a
+wrong look goes on to another frame, and to a wrong answer unless a second one undoes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .puzzles import NAMES, SECONDS, TILES, Puzzle
+from .scans import Split, load_scans
+
+TENS, UNITS = "red", "blue"
+LOOKS = 4
+WORDS = (
+    "Start", " at", " follow", " times", " When", *(f" {second}s" for second in range(SECONDS))
+)  # fmt: skip
+_SEED = 2  # of this task, beside those of TASKS
+
+
+@dataclass(frozen=True)
+class Chain(Puzzle):
+    """A puzzle whose frames lead to one another; `frame` is where the last look is.
+
+    Attributes:
+        path: [frames], all frames in the order in which they lead to one another; the question
+            starts at the first.
+        looks: frames that the question has one look at.
+    """
+
+    path: np.ndarray
+    looks: int
+
+    @property
+    def seconds(self) -> list[int]:
+        """The times to look at, and then the one to answer."""
+        assert self.times is not None
+        return [int(self.times[frame]) for frame in self.path[: self.looks + 1]]
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """[frames], the number that each frame shows."""
+        return self.read(TENS) * 10 + self.read(UNITS)
+
+    def read(self, colour: str) -> np.ndarray:
+        """[frames], the digit in the tile of a colour."""
+        cells = np.argmax(self.colours == NAMES.index(colour), axis=1)
+        digits: np.ndarray = np.take_along_axis(self.digits, cells[:, None], 1)[:, 0]
+        return digits
+
+
+def make_chain(
+    frames: int, split: Split, seed: int, index: int, looks: int | tuple[int, ...] = LOOKS
+) -> Chain:
+    """Chain `index` of an endless, seeded list; its pictures do not depend on `looks`.
+
+    Args:
+        frames: at most 100.
+        split: whose scans are drawn.
+        seed, index: which chain, each at least 0.
+        looks: how many; of several, one at random.
+
+    Raises:
+        ValueError: there are fewer than looks + 2 frames, and the answer can be told without
+            looking.
+    """
+    several = (looks,) if isinstance(looks, int) else looks
+    if not (several and min(several) >= 1 and max(several) + 2 <= frames <= SECONDS):
+        raise ValueError(
+            f"make_chain: looks must be at least 1 and frames within looks + 2..{SECONDS}; got "
+            f"looks={looks}, frames={frames}"
+        )
+    rng = np.random.default_rng([seed, index, _SEED, split == "test"])
+    scans = load_scans(split)
+    times = np.sort(rng.choice(SECONDS, size=frames, replace=False))
+    path = rng.permutation(frames)
+    # Grey or coloured, the other tiles are of no colour that counts.
+    others = [-1, *(n for n, name in enumerate(NAMES) if name not in (TENS, UNITS))]
+    colours = rng.choice(others, size=(frames, TILES * TILES))
+    chosen = rng.integers(len(scans.ids), size=colours.shape)
+    cells = rng.permuted(np.tile(np.arange(TILES * TILES), (frames, 1)), axis=1)
+    of_digit = [np.flatnonzero(scans.digits == digit) for digit in range(10)]
+    for frame, following in zip(path, np.roll(path, -1), strict=True):
+        for cell, colour, digit in zip(
+            cells[frame, :2], (TENS, UNITS), divmod(int(times[following]), 10), strict=True
+        ):
+            colours[frame, cell] = NAMES.index(colour)
+            chosen[frame, cell] = rng.choice(of_digit[digit])
+    noise_seed = int(rng.integers(1 << 31))
+    looks = int(rng.choice(several))
+    last = int(path[looks - 1])
+    return Chain(
+        chosen, scans.digits[chosen], colours, times, last, int(cells[last, 0]), noise_seed,
+        path, looks,
+    )  # fmt: skip
+
+
+def question(chain: Chain) -> str:
+    """The text after the frames."""
+    return f"Start at {chain.seconds[0]}s and follow {TENS} and {UNITS} {chain.looks} times. When?"
+
+
+def thought(chain: Chain, slips: np.ndarray | None = None) -> tuple[str, str]:
+    """What a look at each frame writes down, and the answer.
+
+    Args:
+        chain: the frames.
+        slips: bool [looks]; where true, the look is at the frame after the one that is named.
+    """
+    assert chain.times is not None
+    frames = len(chain.times)
+    frame, words = int(chain.path[0]), []
+    following = dict(zip(chain.path, np.roll(chain.path, -1), strict=True))
+    for look in range(chain.looks):
+        seen = (frame + 1) % frames if slips is not None and slips[look] else frame
+        tens, units = divmod(int(chain.numbers[seen]), 10)
+        words.append(f" {chain.times[frame]}s {tens} {units}")
+        frame = int(following[seen])
+    return "".join(words), f"{chain.times[frame]}s"
