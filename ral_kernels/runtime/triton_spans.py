@@ -4,11 +4,13 @@ A kernel takes keys a block at a time. The keys of a block need not be neighbour
 are read row by row. So the table cuts runs of keys, each of one span or of none, into blocks:
 
 - *whole* blocks: `block_k` keys of one run. They are neighbours, and come first, in order.
+- *short* blocks, where they are asked for: `block_k` neighbours from runs that are shorter.
 - *gathered* blocks hold what is left: one span that almost fills a block, keys of no span, or keys
   of several spans. Each stays within CHUNK keys.
 
-Only the last kind is *mixed*, and needs a product with one-hot rows. The table is made on the
-device, without a wait of the host, and kept as long as the ids. Ids need not be sorted.
+Short blocks, and gathered ones of several spans, are *mixed*: they need a product with one-hot
+rows. The table is made on the device, without a wait of the host, and kept as long as the ids. Ids
+need not be sorted.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from . import triton_runtime
-from .triton_blocks import Ranges
+from .triton_blocks import Range, Ranges
 
 # Kinds of blocks: a span >= 0, or one of these. RETURNS - span is a span whose keys may have come
 # before: what is stored for it must be added to.
@@ -52,6 +54,7 @@ class SpanBlocks:
     ids: Tensor  # int32 [samples * blocks + 1, block_k]: these, by first appearance; then -1
     local: Tensor  # int32 [samples * blocks, block_k]: of every key, its index into `ids`
     whole_before: Tensor  # int32 [samples * N + 1]: whole blocks that begin before a key
+    short_before: Tensor | None  # int32 [samples * N + 1]: short blocks that do; None: there is none
     gathered_before: Tensor  # int32 [samples * N + 1]: gathered blocks that do
 
 
@@ -139,8 +142,24 @@ def blocks_before(before_ptr, position, length):
 @triton.jit
 def blocks_of_sequence(spans, first_key, length):
     """How many blocks a sequence has in a table of spans."""
-    whole = blocks_before(spans.whole_before_ptr + first_key, length, length)
-    return whole + blocks_before(spans.gathered_before_ptr + first_key, length, length)
+    number = blocks_before(spans.whole_before_ptr + first_key, length, length)
+    if spans.short_before_ptr is not None:
+        number += blocks_before(spans.short_before_ptr + first_key, length, length)
+    return number + blocks_before(spans.gathered_before_ptr + first_key, length, length)
+
+
+@triton.jit
+def _range_of_neighbours(
+    before_ptr, start, length, low, high, full_low, full_high, BLOCK: tl.constexpr
+):
+    """The Range of whole or of short blocks; the first of the sequence has the number `start`."""
+    first = blocks_before(before_ptr, low - BLOCK + 1, length)
+    last = tl.where(high > low, blocks_before(before_ptr, high, length), first)
+    first_full = blocks_before(before_ptr, full_low, length)
+    first_full = tl.minimum(tl.maximum(first_full, first), last)
+    last_full = blocks_before(before_ptr, full_high - BLOCK + 1, length)
+    last_full = tl.maximum(tl.minimum(last_full, last), first_full)
+    return Range(start + first, start + first_full, start + last_full, start + last)
 
 
 @triton.jit
@@ -152,27 +171,28 @@ def span_block_ranges(
     high = tl.maximum(tl.minimum(high, length), low)
     whole_ptr = spans.whole_before_ptr + first_key
     gathered_ptr = spans.gathered_before_ptr + first_key
-    num_whole = blocks_before(whole_ptr, length, length)
-    first = blocks_before(whole_ptr, low - BLOCK + 1, length)
-    last = tl.where(high > low, blocks_before(whole_ptr, high, length), first)
-    first_full = blocks_before(whole_ptr, full_low, length)
-    first_full = tl.minimum(tl.maximum(first_full, first), last)
-    last_full = blocks_before(whole_ptr, full_high - BLOCK + 1, length)
-    last_full = tl.maximum(tl.minimum(last_full, last), first_full)
-    # A gathered block stays within a chunk.
-    first_gathered = blocks_before(gathered_ptr, low // CHUNK * CHUNK, length)
-    last_gathered = blocks_before(gathered_ptr, high, length)
-    last_gathered = tl.where(high > low, last_gathered, first_gathered)
-    return Ranges(
-        first, first_full, last_full, last, num_whole + first_gathered, num_whole + last_gathered
-    )
+    whole = _range_of_neighbours(whole_ptr, 0, length, low, high, full_low, full_high, BLOCK)
+    start = blocks_before(whole_ptr, length, length)
+    short = None
+    if spans.short_before_ptr is not None:
+        short_ptr = spans.short_before_ptr + first_key
+        short = _range_of_neighbours(
+            short_ptr, start, length, low, high, full_low, full_high, BLOCK
+        )
+        start += blocks_before(short_ptr, length, length)
+    # A gathered block stays within a chunk, and none goes without a mask.
+    first = start + blocks_before(gathered_ptr, low // CHUNK * CHUNK, length)
+    last = start + blocks_before(gathered_ptr, high, length)
+    last = tl.where(high > low, last, first)
+    return Ranges(whole, short, Range(first, first, first, last))
 
 
 @triton.jit
 def mixed_blocks_kernel(
     entries_ptr,  # as int32: first key, kind
     counts_ptr,
-    ids_ptr,  # the span of every key, -1 after the last; replaced by the block's spans
+    positions_ptr,
+    ids_ptr,  # the span of every key, -1 of none and after the last; replaced by the block's spans
     local_ptr,
     BLOCK_K: tl.constexpr,
 ):
@@ -185,6 +205,7 @@ def mixed_blocks_kernel(
     # [BLOCK_K]
     ids = tl.load(ids_ptr + places)
     mask_k = ids >= 0
+    has_gap = tl.max((tl.load(positions_ptr + places) >= 0).to(tl.int32) * (ids < 0), 0) > 0
     tl.debug_barrier()  # before `ids` are overwritten
 
     # A key's local id is the number of spans whose first key comes before the first of its own.
@@ -204,7 +225,8 @@ def mixed_blocks_kernel(
 
     count = tl.sum(opens.to(tl.int32), 0)
     tl.store(counts_ptr + block, count)
-    tl.store(entries_ptr + block * 2 + 1, tl.where(count == 1, tl.max(ids, 0), MIXED))
+    is_one = (count == 1) & (has_gap == 0)
+    tl.store(entries_ptr + block * 2 + 1, tl.where(is_one, tl.max(ids, 0), MIXED))
 
 
 def _prefix(mask: Tensor) -> Tensor:
@@ -212,7 +234,18 @@ def _prefix(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask.cumsum(0), (1, 0))
 
 
-def _make(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None) -> SpanBlocks:
+def _cut(opens: Tensor, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every index, in runs cut into blocks: the run's first, its place, its block's size."""
+    index = torch.arange(len(opens), device=opens.device)
+    first = torch.where(opens, index, 0).cummax(0).values
+    last = torch.where(opens.roll(-1), index, len(opens) - 1).flip(0).cummin(0).values.flip(0)
+    place = (index - first) % block_k
+    return first, place, (last + 1 - index + place).clamp(max=block_k)
+
+
+def _make(
+    span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None, with_short: bool
+) -> SpanBlocks:
     """The table, by operations over all keys: none of them has a size that depends on values."""
     samples = span_ids.shape[0] if span_ids.dim() == 2 else 1
     seqlen_k = span_ids.shape[-1]
@@ -233,10 +266,7 @@ def _make(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None) -> SpanBl
     # Runs, and every key's place in the block that it would have without others.
     opens = torch.ones_like(index, dtype=torch.bool)
     opens[1:] = (ids[1:] != ids[:-1]) | (sequence[1:] != sequence[:-1])
-    first = torch.where(opens, index, 0).cummax(0).values
-    last = torch.where(opens.roll(-1), index, total - 1).flip(0).cummin(0).values.flip(0)
-    place = (index - first) % block_k
-    size = (last + 1 - index + place).clamp(max=block_k)
+    first, place, size = _cut(opens, block_k)
     has_span = ids >= 0
     is_whole = size == block_k
     is_own = has_span & ~is_whole & (size >= least_keys(block_k))
@@ -246,34 +276,49 @@ def _make(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None) -> SpanBl
     is_fresh[1:] = highest[1:] > highest[:-1]
     is_fresh = is_fresh[first]
 
+    # Neighbours in runs that are short, and again every key's place.
+    is_left = ~is_whole & ~is_own
+    is_short = torch.zeros_like(is_left)
+    if with_short:
+        opens[1:] = (is_left[1:] != is_left[:-1]) | (sequence[1:] != sequence[:-1])
+        _, place_in_short, size = _cut(opens, block_k)
+        is_short = is_left & (size == block_k)
+        place = torch.where(is_short, place_in_short, place)
+        is_left = is_left & ~is_short
+
     # What is left is gathered within a chunk: keys of spans, and keys of none.
     chunk = start + position // CHUNK.value * CHUNK.value
-    left = {True: ~is_whole & ~is_own & has_span, False: ~is_whole & ~has_span}
     opens_gathered = is_own & (place == 0)
-    for is_left in left.values():
-        before = _prefix(is_left)[:-1]
-        place = torch.where(is_left, (before - before[chunk]) % block_k, place)
-        opens_gathered = opens_gathered | (is_left & (place == 0))
-    opens_whole = is_whole & (place == 0)
-    whole_before, gathered_before = _prefix(opens_whole), _prefix(opens_gathered)
+    lists = [is_left & has_span, is_left & ~has_span]
+    for is_listed in lists:
+        before = _prefix(is_listed)[:-1]
+        place = torch.where(is_listed, (before - before[chunk]) % block_k, place)
+        opens_gathered = opens_gathered | (is_listed & (place == 0))
+    opens_whole, opens_short = is_whole & (place == 0), is_short & (place == 0)
+    before = tuple(map(_prefix, (opens_whole, opens_short, opens_gathered)))
+    whole_before, short_before, gathered_before = before
     gathered = gathered_before[1:] - 1
-    for is_left in left.values():
-        opened = torch.where(is_left & (place == 0), gathered, -1).cummax(0).values
-        gathered = torch.where(is_left, opened, gathered)
+    for is_listed in lists:
+        opened = torch.where(is_listed & (place == 0), gathered, -1).cummax(0).values
+        gathered = torch.where(is_listed, opened, gathered)
 
-    # A sequence's whole blocks stand before its gathered ones.
+    # A sequence's whole blocks stand before its short ones, and these before its gathered ones.
     if cu_seqlens_k is None:
         block = sequence * blocks
     else:
         block = start // least_keys(block_k) + 2 * (start // CHUNK.value) + 2 * sequence
     stops = starts[1:][sequence.clamp(max=len(starts) - 2)]
-    after = whole_before[stops] - whole_before[start] + gathered - gathered_before[start]
-    block += torch.where(is_whole, whole_before[1:] - 1 - whole_before[start], after)
+    num_whole, num_short = (x[stops] - x[start] for x in (whole_before, short_before))
+    whole = whole_before[1:] - 1 - whole_before[start]
+    short = num_whole + short_before[1:] - 1 - short_before[start]
+    gathered += num_whole + num_short - gathered_before[start]
+    block += torch.where(is_whole, whole, torch.where(is_short, short, gathered))
     if num_sequences is not None:
         block = torch.where(sequence < num_sequences, block, bound)
 
-    code = torch.where(is_whole & ~is_fresh, RETURNS.value - ids, ids)
-    code = torch.where(left[True], MIXED.value, torch.where(has_span, code, NO_SPAN.value))
+    code = torch.where(has_span, ids, NO_SPAN.value)
+    code = torch.where(is_whole & has_span & ~is_fresh, RETURNS.value - ids, code)
+    code = torch.where(is_short | lists[0], MIXED.value, code)
 
     def filled(value: int, *shape: int) -> Tensor:
         return torch.full(shape, value, dtype=torch.int32, device=ids.device)
@@ -281,7 +326,8 @@ def _make(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None) -> SpanBl
     # Entry `bound` takes what has no place.
     positions, spans = (filled(-1, bound + 1, block_k) for _ in range(2))
     entries = torch.full((bound + 1,), EMPTY.value << 32, dtype=torch.int64, device=ids.device)
-    entries[torch.where(opens_whole | opens_gathered, block, bound)] = (code << 32) | position
+    opens = opens_whole | opens_short | opens_gathered
+    entries[torch.where(opens, block, bound)] = (code << 32) | position
     positions.view(-1)[block * block_k + place] = position.int()
     spans.view(-1)[block * block_k + place] = ids.int()
     table = SpanBlocks(
@@ -294,11 +340,13 @@ def _make(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None) -> SpanBl
         ids=spans,
         local=filled(-1, bound, block_k),
         whole_before=whole_before.int(),
+        short_before=short_before.int() if with_short else None,
         gathered_before=gathered_before.int(),
     )
     arguments = {
         "entries_ptr": entries.view(torch.int32),
         "counts_ptr": table.counts,
+        "positions_ptr": positions,
         "ids_ptr": spans,
         "local_ptr": table.local,
         "BLOCK_K": block_k,
@@ -309,10 +357,12 @@ def _make(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None) -> SpanBl
 
 
 _Made = tuple[object, SpanBlocks]  # what the table was made from, and the table
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # ids -> {block_k: _Made}
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # ids -> {(block_k, with_short): _Made}
 
 
-def span_blocks(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None = None) -> SpanBlocks:
+def span_blocks(
+    span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None = None, with_short: bool = False
+) -> SpanBlocks:
     """The table of blocks of `block_k` keys, a power of two.
 
     It is kept until torch writes into the ids, or they are freed. None is kept where torch cannot
@@ -322,17 +372,19 @@ def span_blocks(span_ids: Tensor, block_k: int, cu_seqlens_k: Tensor | None = No
         span_ids: int32 [N], or [B, N] with unit last stride; -1 = no span. N > 0.
         block_k: keys in a block.
         cu_seqlens_k: int32 [num_sequences + 1] where sequences are packed along N.
+        with_short: make short blocks. Kernels that visit them have a loop more.
     """
     stream: Any = None
     if span_ids.is_cuda:
         if torch.cuda.is_current_stream_capturing():
-            return _make(span_ids, block_k, cu_seqlens_k)
+            return _make(span_ids, block_k, cu_seqlens_k, with_short)
         stream = torch.cuda.current_stream(span_ids.device)
     inputs = [x for x in (span_ids, cu_seqlens_k) if x is not None]
     if any(x.is_inference() for x in inputs):
-        return _make(span_ids, block_k, cu_seqlens_k)
+        return _make(span_ids, block_k, cu_seqlens_k, with_short)
     made_from = (stream, [(WeakIdRef(x), x._version) for x in inputs])
-    kept: dict[int, _Made] = _tables.setdefault(span_ids, {})
-    if block_k not in kept or kept[block_k][0] != made_from:
-        kept[block_k] = made_from, _make(span_ids, block_k, cu_seqlens_k)
-    return kept[block_k][1]
+    kept: dict[tuple[int, bool], _Made] = _tables.setdefault(span_ids, {})
+    key = block_k, with_short
+    if key not in kept or kept[key][0] != made_from:
+        kept[key] = made_from, _make(span_ids, block_k, cu_seqlens_k, with_short)
+    return kept[key][1]

@@ -60,7 +60,7 @@ def test_a_driver_that_launches_nothing(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     assert json.loads((tmp_path / "out.json").read_text()) == {
         "launched": ["mixed_blocks_kernel", "attention_fwd_kernel"],
-        "runs": 2 * 5,
+        "runs": 5,  # the table of spans is kept
     }
 
 

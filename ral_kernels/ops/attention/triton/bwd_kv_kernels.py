@@ -135,8 +135,8 @@ def query_blocks(
     """The query blocks of one loop, or with IS_ONLY of both. With IS_MIXED it takes parts."""
     if IS_ONLY:
         PARTS: tl.constexpr = tile.BLOCK_Q // tile.MIXED_Q if IS_MIXED else 1
-        number = (ranges.last - ranges.first) * PARTS
-        return Blocks(ranges.first * PARTS, number, number, 0, 0, 0)
+        blocks = ranges.whole
+        return Blocks(blocks.first * PARTS, (blocks.last - blocks.first) * PARTS)
     else:
         return blocks_of_loop(ranges, IS_EDGE)
 
@@ -172,7 +172,7 @@ def add_key_gradients(
     if IS_MIXED:
         key_spans = spans_of_places(kinds, spans, tile.BLOCK_K, tile.TABLE_K)
     for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_MIXED else None):
-        block = block_number(i, blocks, IS_EDGE)
+        block = block_number(i, blocks)
         first_token = (queries.start + block * BLOCK_Q).to(tl.int64)
         q_positions = block * BLOCK_Q + offs
         q_tokens = queries.start + q_positions

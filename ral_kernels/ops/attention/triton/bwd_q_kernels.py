@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
+from ....runtime.triton_blocks import block_number, block_ranges
 from ....runtime.triton_rows import head_of, store_rows
 from ....runtime.triton_spans import MIXED, NO_SPAN, span_block_ranges
 from .bwd_kv_kernels import weights_and_gradient
@@ -17,15 +17,20 @@ from .marginals import (
     add_mixed_shares,
     bias_of_tile,
     entry_of,
+    here,
     leave_span,
     moved_spans,
+    opaque_zero,
     uniform_shares,
 )
 from .scores import (
+    EDGE,
+    SHORT,
     Keys,
     Place,
     add_weighted_rows,
     backward_lse_log2,
+    blocks_of_keys,
     dot_rows,
     keys_of_block,
     length_of,
@@ -59,20 +64,29 @@ def add_query_gradients(
     score,
     tile,
     IS_EDGE: tl.constexpr,
+    IS_SHORT: tl.constexpr,
 ):
     """The key blocks of one loop, as in fwd_kernels.py."""
+    MAY_MIX: tl.constexpr = IS_EDGE or IS_SHORT
     dq, run, run_kind = state
     dmarginals_rows = q_positions.to(tl.int64) * dspan_bias.num_spans
-    kind, first_key = entry_of(keys.spans, block_number(0, blocks, IS_EDGE, HAS_SPANS), HAS_SPANS)
-    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_EDGE else None):
-        block = block_number(i, blocks, IS_EDGE, HAS_SPANS)
+    if IS_SHORT and dspan_bias.ptr is not None:
+        leave_span(dspan_bias, run_kind, run, True)
+        run = tl.zeros_like(run)
+        run_kind = MIXED
+    # Formed here: what several loops share would take registers in all of them.
+    offsets = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
+    zero = opaque_zero(False)
+    kind, first_key = entry_of(keys.spans, block_number(zero, blocks), HAS_SPANS)
+    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if MAY_MIX else None):
+        block = block_number(i, blocks)
         k_positions, mask_k, k_head, v_head, rows = keys_of_block(
-            keys, block, first_key, tile.BLOCK_K, IS_EDGE, HAS_SPANS
+            keys, block, first_key, offsets, tile.BLOCK_K, IS_EDGE, HAS_SPANS
         )
         k_tokens = keys.start + k_positions
         place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
         block_spans = moved_spans(keys.spans, block, tile.BLOCK_K)
-        if dspan_bias.ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+        if dspan_bias.ptr is not None and not IS_SHORT:  # noqa: SIM102 (known when compiled)
             if kind != run_kind:
                 leave_span(dspan_bias, run_kind, run, IS_EDGE)
                 run = tl.zeros_like(run)
@@ -82,11 +96,12 @@ def add_query_gradients(
         dp = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
         delta_m = delta[:, None]  # δ without the gradient of the marginal
         if dmarginals_ptr is not None:  # (9)
-            delta_m -= uniform_shares(
-                (kind,), dmarginals_ptr, dmarginals_rows, 1, mask_rows, tile.BLOCK_K, tile.BLOCK_K,
-                False, False,
-            )  # fmt: skip
-            if IS_EDGE:
+            if not IS_SHORT:
+                delta_m -= uniform_shares(
+                    (kind,), dmarginals_ptr, dmarginals_rows, 1, mask_rows, tile.BLOCK_K,
+                    tile.BLOCK_K, False, False,
+                )  # fmt: skip
+            if MAY_MIX:
                 dp = add_mixed_shares(
                     dp, kind, block_spans, dmarginals_ptr, dmarginals_rows, 1, mask_rows,
                     tile.BLOCK_K, tile.TERMS, False,
@@ -95,7 +110,7 @@ def add_query_gradients(
         if masks.span_bias.ptr is not None:
             bias = bias_of_tile(
                 kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, tile.BLOCK_K, IS_EDGE,
+                q.mask, tile.BLOCK_K, MAY_MIX,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
         k = row_tile(k_head, rows, real, tile.HEAD_DIM, tile.PART_D)
@@ -115,13 +130,14 @@ def add_query_gradients(
         )
 
         if dspan_bias.ptr is not None:  # (12)
-            run += tl.sum(ds, 1)
-            if IS_EDGE:  # noqa: SIM102 (known when compiled; the next is not)
-                if kind == MIXED:
+            if not IS_SHORT:
+                run += tl.sum(ds, 1)
+            if MAY_MIX:  # noqa: SIM102 (known when compiled; the next is not)
+                if IS_SHORT or kind == MIXED:
                     one = tl.full([tile.BLOCK_Q], 1.0, tl.float32)
                     add_mixed_block(dspan_bias, ds, one, block_spans, tile.BLOCK_K, tile.TERMS)
         # One block ahead: nothing waits for this load.
-        next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS)
+        next_block = block_number(i + 1, blocks)
         kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
     return dq, run, run_kind
 
@@ -205,8 +221,10 @@ def attention_bwd_dq_kernel(
         first_row = (b * sizes.num_heads + h) * num_rows + q_start - span_rows.start
         dmarginals_ptr += first_row * num_spans
     if dspan_bias_ptr is not None:
-        dspan_bias_ptr += ((b * sizes.num_heads + h) * sizes.seqlen_q + q_start) * num_spans
-    dspan_bias = Sums(dspan_bias_ptr, q_positions, mask_q, num_spans)
+        first_row = (b * sizes.num_heads + h) * sizes.seqlen_q + q_start + block * tile.BLOCK_Q
+        dspan_bias_ptr += first_row * num_spans
+    rows_of_program = tl.arange(0, tile.BLOCK_Q)
+    dspan_bias = Sums(dspan_bias_ptr, rows_of_program, mask_q, num_spans)
     span_bias_rows = rows
     if masks.span_bias.ptr is not None:
         span_bias_rows = h * masks.span_bias.stride_h
@@ -216,15 +234,16 @@ def attention_bwd_dq_kernel(
 
     dq_sum = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
     run = tl.zeros([tile.BLOCK_Q], tl.float32)
-    run_kind = ranges.first * 0 + NO_SPAN
+    run_kind = ranges.whole.first * 0 + NO_SPAN
     state = dq_sum, run, run_kind
-    for IS_EDGE in tl.static_range(2):
-        state = add_query_gradients(
-            state, blocks_of_loop(ranges, IS_EDGE), q_tile, dout_tile, q_positions,
-            backward_lse_log2(lse), delta, keys, diagonal, HAS_SPANS, dout.ptr is not None,
-            dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks, head_masks, score, tile,
-            IS_EDGE,
-        )  # fmt: skip
+    for LOOP in tl.static_range(3):
+        if LOOP != SHORT or ranges.short is not None:
+            state = add_query_gradients(
+                state, blocks_of_keys(ranges, masks, LOOP), q_tile, dout_tile, q_positions,
+                backward_lse_log2(lse), delta, keys, diagonal, HAS_SPANS, dout.ptr is not None,
+                dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks, head_masks, score,
+                tile, LOOP == EDGE, LOOP == SHORT,
+            )  # fmt: skip
     dq_sum, run, run_kind = state
     if dspan_bias_ptr is not None:
         leave_span(dspan_bias, run_kind, run, True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop, part_of_ranges
+from ....runtime.triton_blocks import block_number, block_ranges, part_of_ranges
 from ....runtime.triton_rows import Head, head_of, store_rows
 from ....runtime.triton_softmax import stabiliser
 from ....runtime.triton_spans import MIXED, NO_SPAN, span_block_ranges
@@ -21,16 +21,21 @@ from .marginals import (
     begun_exponent,
     bias_of_tile,
     entry_of,
+    here,
     leave_span,
     moved_spans,
+    opaque_zero,
     relative_weight,
     scale_rows,
 )
 from .scores import (
+    EDGE,
     LN2,
+    SHORT,
     Keys,
     Place,
     add_weighted_rows,
+    blocks_of_keys,
     dot_rows,
     in_window,
     keys_of_block,
@@ -61,25 +66,36 @@ def attend(
     score,
     tile,
     IS_EDGE: tl.constexpr,
+    IS_SHORT: tl.constexpr,
 ):
     """The key blocks of one loop: flash attention, and sums over spans.
 
-    With IS_EDGE the blocks need a mask.
+    With IS_EDGE the blocks need a mask. With IS_SHORT they are short: neighbours in several spans.
     """
+    MAY_MIX: tl.constexpr = IS_EDGE or IS_SHORT
     HAS_BIAS: tl.constexpr = masks.span_bias.ptr is not None
     HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
     GENERAL: tl.constexpr = score.HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
     acc, normaliser, m, exponent, run, run_kind = state
-    kind, first_key = entry_of(keys.spans, block_number(0, blocks, IS_EDGE, HAS_SPANS), HAS_SPANS)
-    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_EDGE else None):
-        block = block_number(i, blocks, IS_EDGE, HAS_SPANS)
+    if IS_SHORT and sums.ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+        if has_rows:
+            exponent = begun_exponent(exponent, m)
+            leave_span(sums, run_kind, run * relative_weight(exponent, m), True)
+            run = tl.zeros_like(run)
+            run_kind = MIXED
+    # Formed here: what several loops share would take registers in all of them.
+    offsets = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
+    zero = opaque_zero(False)
+    kind, first_key = entry_of(keys.spans, block_number(zero, blocks), HAS_SPANS)
+    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if MAY_MIX else None):
+        block = block_number(i, blocks)
         k_positions, mask_k, k_head, v_head, rows = keys_of_block(
-            keys, block, first_key, tile.BLOCK_K, IS_EDGE, HAS_SPANS
+            keys, block, first_key, offsets, tile.BLOCK_K, IS_EDGE, HAS_SPANS
         )
         k_tokens = keys.start + k_positions
         place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
         block_spans = moved_spans(keys.spans, block, tile.BLOCK_K)
-        if sums.ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+        if sums.ptr is not None and not IS_SHORT:  # noqa: SIM102 (known when compiled)
             if has_rows & (kind != run_kind):
                 exponent = begun_exponent(exponent, m)
                 leave_span(sums, run_kind, run * relative_weight(exponent, m), IS_EDGE)
@@ -89,7 +105,7 @@ def attend(
         if HAS_BIAS:
             bias = bias_of_tile(
                 kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, tile.BLOCK_K, IS_EDGE,
+                q.mask, tile.BLOCK_K, MAY_MIX,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
         k = row_tile(k_head, rows, mask_k, tile.HEAD_DIM, tile.PART_D)
@@ -121,14 +137,15 @@ def attend(
         )  # fmt: skip
 
         if sums.ptr is not None:  # (7)
-            run = run * alpha + row_sum
-            if IS_EDGE:  # noqa: SIM102 (known when compiled; the next is not)
-                if has_rows & (kind == MIXED):
+            if not IS_SHORT:
+                run = run * alpha + row_sum
+            if MAY_MIX:  # noqa: SIM102 (known when compiled; the next is not)
+                if has_rows & (IS_SHORT or kind == MIXED):
                     exponent = begun_exponent(exponent, m)
                     weight = relative_weight(exponent, m)
                     add_mixed_block(sums, p, weight, block_spans, tile.BLOCK_K, tile.TERMS)
         # One block ahead: nothing waits for this load.
-        next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS)
+        next_block = block_number(i + 1, blocks)
         kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
     return acc, normaliser, m, exponent, run, run_kind
 
@@ -154,15 +171,29 @@ def attend_all(
     acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
     normaliser = tl.zeros([tile.BLOCK_Q], tl.float32)
     m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
-    run_kind = ranges.first * 0 + NO_SPAN
+    run_kind = ranges.whole.first * 0 + NO_SPAN
     state = acc, normaliser, m, exponent, normaliser, run_kind
-    # Without masks first, then at the edges: a branch in one loop would cost registers.
-    for IS_EDGE in tl.static_range(2):
-        state = attend(
-            state, blocks_of_loop(ranges, IS_EDGE), q, q_positions, keys, diagonal, HAS_SPANS,
-            sums, has_rows, span_bias_rows, masks, head_masks, score, tile, IS_EDGE,
-        )  # fmt: skip
+    # A branch in one loop would cost registers.
+    for LOOP in tl.static_range(3):
+        if LOOP != SHORT or ranges.short is not None:
+            state = attend(
+                state, blocks_of_keys(ranges, masks, LOOP), q, q_positions, keys, diagonal,
+                HAS_SPANS, sums, has_rows, span_bias_rows, masks, head_masks, score, tile,
+                LOOP == EDGE, LOOP == SHORT,
+            )  # fmt: skip
     return state
+
+
+@triton.jit
+def numbers_of_program(zero, num_q_blocks, programs_h, batch_size):
+    """(block of queries, head or kv head, sample, split) of this program."""
+    pid = tl.program_id(0) + zero
+    # Causal rows at the end have the most keys: they start first.
+    block = num_q_blocks - 1 - pid % num_q_blocks
+    pid = pid // num_q_blocks
+    h = (pid % programs_h).to(tl.int64)
+    pid = pid // programs_h
+    return block, h, (pid % batch_size).to(tl.int64), (pid // batch_size).to(tl.int64)
 
 
 @triton.jit
@@ -190,15 +221,9 @@ def attention_fwd_kernel(
     With GROUP > 1 (decoding) the rows are the GROUP heads of a kv head, token by token, so that K
     and V are read once for all of them.
     """
-    pid = tl.program_id(0)
-    # Causal rows at the end have the most keys: they start first.
-    block = num_q_blocks - 1 - pid % num_q_blocks
-    pid = pid // num_q_blocks
-    programs_h = sizes.num_heads // tile.GROUP
-    h = (pid % programs_h).to(tl.int64)
-    pid = pid // programs_h
-    b = (pid % batch_size).to(tl.int64)
-    split = (pid // batch_size).to(tl.int64)
+    block, h, b, split = numbers_of_program(
+        0, num_q_blocks, sizes.num_heads // tile.GROUP, batch_size
+    )
 
     # Blocks count rows. A group of 7 does not divide BLOCK_Q, so packed sequences are looked up in
     # blocks of as many tokens as surely fit.
@@ -247,9 +272,15 @@ def attention_fwd_kernel(
     marginals_rows = q_positions
     if marginals_ptr is not None:
         mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
-        has_rows = tl.max(mask_rows.to(tl.int32), 0) > 0
+        first_token = q_start + block * TOKENS
+        last_token = q_start + tl.minimum(block * TOKENS + TOKENS, length_q)
+        has_rows = tl.maximum(first_token, span_rows.start) < tl.minimum(last_token, span_rows.stop)
         num_rows = span_rows.stop - span_rows.start
-        marginals_rows = offs % tile.GROUP * num_rows + q_positions
+        if tile.GROUP == 1:
+            marginals_rows = offs
+            marginals_ptr += block.to(tl.int64) * TOKENS * span_rows.num_spans
+        else:
+            marginals_rows = (offs % tile.GROUP).to(tl.int64) * num_rows + q_positions
         first_row_of_head = (split * batch_size + b) * sizes.num_heads + h * tile.GROUP
         first_row_of_head = first_row_of_head * num_rows
         marginals_ptr += (first_row_of_head + q_start - span_rows.start) * span_rows.num_spans
@@ -275,7 +306,7 @@ def attention_fwd_kernel(
     else:
         acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
         normaliser, m, run = exponent, exponent, exponent
-        run_kind = ranges.first * 0 + NO_SPAN
+        run_kind = ranges.whole.first * 0 + NO_SPAN
         attempts = run_kind * 0 + 1
         while attempts > 0:
             acc, normaliser, m, exponent, run, run_kind = attend_all(
@@ -300,6 +331,11 @@ def attention_fwd_kernel(
             scale_rows(sums, factor)  # (7)
 
     lse = tl.where(normaliser > 0, (m + tl.log2(normaliser)) * LN2, float("-inf"))  # (4)
+    # Numbers of the program once more, which would take registers in the loops.
+    _, h, b, split = numbers_of_program(
+        opaque_zero(False), num_q_blocks, sizes.num_heads // tile.GROUP, batch_size
+    )
+    heads = h * tile.GROUP + offs % tile.GROUP
     lse_rows = ((split * batch_size + b) * sizes.num_heads + heads) * sizes.seqlen_q + q_tokens
     tl.store(lse_ptr + lse_rows, lse, mask=mask_q)
     out_rows = split * out_stride_split + b * out.stride_b + heads * out.stride_h

@@ -45,7 +45,10 @@ class SpanBlock(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over spans that a program owns: the pointer to its row 0, and int32 numbers of rows."""
+    """Sums over spans that a program owns: the pointer to its row 0, and numbers of rows.
+
+    They are int32 where rows times spans surely fit.
+    """
 
     ptr: Any
     rows: Any
@@ -156,15 +159,22 @@ def one_hot_dot(x, one_hot, acc, TERMS: tl.constexpr):
 @triton.jit
 def store_span(sums, span, x):
     """sums[rows, span] = x."""
-    rows = (sums.rows + opaque_zero(False)).to(tl.int64)
-    tl.store(sums.ptr + rows * sums.num_spans + span, x, mask=sums.mask_rows)
+    pointers = sums.ptr + span + (sums.rows + opaque_zero(False)) * sums.num_spans
+    if INTERPRETED:
+        tl.store(pointers, x, mask=sums.mask_rows)
+    else:
+        # In the layout of `x`, where tl.store would change it: that takes two barriers. Threads that
+        # hold the same row store the same number.
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,f,r", [pointers.to(tl.int64), x, sums.mask_rows.to(tl.int32)], tl.int32, False, 1,
+        )  # fmt: skip
 
 
 @triton.jit
 def add_to_span(sums, span, x):
     """sums[rows, span] += x."""
-    rows = (sums.rows + opaque_zero(True)).to(tl.int64)
-    pointers = sums.ptr + rows * sums.num_spans + span
+    pointers = sums.ptr + span + (sums.rows + opaque_zero(True)) * sums.num_spans
     before = tl.load(pointers, mask=sums.mask_rows, other=0.0)
     tl.store(pointers, before + x, mask=sums.mask_rows)
 

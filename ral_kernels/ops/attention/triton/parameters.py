@@ -16,12 +16,13 @@ class SpanTable(NamedTuple):
     ids_ptr: Any
     local_ptr: Any
     whole_before_ptr: Any
+    short_before_ptr: Any
     gathered_before_ptr: Any
     stride_b: Any  # in blocks
     key_stride_b: Any  # in keys
 
 
-NO_SPAN_TABLE = SpanTable(None, None, None, None, None, None, None, 0, 0)
+NO_SPAN_TABLE = SpanTable(None, None, None, None, None, None, None, None, 0, 0)
 
 
 class AttnMask(NamedTuple):

@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ....runtime.triton_blocks import edge_blocks, full_blocks
 from ....runtime.triton_rows import Head, load_rows
 from ....runtime.triton_softmax import LOG2E, in_base_2, tanh
 from ....runtime.triton_spans import first_span_block, sequence_of_block
 from .marginals import here, moved_spans
 
 LN2 = tl.constexpr(0.6931471805599453)
+
+# Loops over keys: whole blocks without masks, short ones without masks, and what needs masks.
+INTERIOR = tl.constexpr(0)
+SHORT = tl.constexpr(1)
+EDGE = tl.constexpr(2)
 
 
 class RowTile(NamedTuple):
@@ -97,9 +103,21 @@ def length_of(cu_seqlens_ptr, sequence, seqlen):
 
 
 @triton.jit
+def blocks_of_keys(ranges, masks, LOOP: tl.constexpr):
+    """The blocks of keys of one of three loops: INTERIOR, SHORT and EDGE."""
+    if LOOP == EDGE:
+        return edge_blocks(ranges, masks.window.HAS_LEFT)
+    elif LOOP == SHORT:
+        return full_blocks(ranges.short)
+    else:
+        return full_blocks(ranges.whole)
+
+
+@triton.jit
 def keys_of_block(
-    keys, block, first_key, BLOCK_K: tl.constexpr, IS_EDGE: tl.constexpr, HAS_SPANS: tl.constexpr
-):
+    keys, block, first_key, offsets, BLOCK_K: tl.constexpr, IS_EDGE: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+):  # fmt: skip
     """(positions of a block's keys, which of them exist; its K and V, and their rows there)."""
     offs = tl.arange(0, BLOCK_K)
     if not HAS_SPANS:
@@ -114,7 +132,7 @@ def keys_of_block(
         start = (keys.start + first_key).to(tl.int64)
         k = Head(keys.k.ptr + start * keys.k.stride, keys.k.stride)
         v = Head(keys.v.ptr + start * keys.v.stride, keys.v.stride)
-        return first_key + offs, offs >= 0, k, v, offs
+        return first_key + offs, offs >= 0, k, v, offsets
 
 
 @triton.jit

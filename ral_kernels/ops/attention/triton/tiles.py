@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 
@@ -120,6 +121,7 @@ def tile(
     is_biased: bool,
     needs_spans: bool = False,
     is_packed: bool = False,
+    has_short_spans: bool = False,
 ) -> Tile:
     """The tile of one of KERNELS for head dims of class `size`."""
     if architecture == INTERPRETER:
@@ -129,7 +131,10 @@ def tile(
         rows = (*(_SPANS_36 if _is_triton_36() else ()), *_SPANS, *rows)
     if needs_spans and is_packed:
         rows = (*(_SPANS_PACKED_36 if _is_triton_36() else ()), *_SPANS_PACKED, *rows)
-    return find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
+    found = find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
+    # The loop over short blocks takes the registers of a pipeline.
+    is_crowded = needs_spans and has_short_spans and kernel in ("fwd", "decode")
+    return dataclasses.replace(found, num_stages=1) if is_crowded else found
 
 
 def candidates(best: Tile) -> list[Tile]:
