@@ -32,12 +32,14 @@ def border_table(seqlen: int) -> Iterator[str]:
 
 def made_blocks(ids: Tensor, block: int) -> tuple[int, int]:
     """(blocks of the table, those of several spans) for ids [N] of one sequence."""
-    from ral_kernels.runtime.triton_spans import span_blocks
+    from ral_kernels.runtime.triton_spans import has_short_spans, span_blocks
 
     interpreted = triton_runtime.interpreted()
     with nullcontext() if interpreted else triton_runtime.record_launches("sm_90"):
-        table = span_blocks(ids.clone(), block)
-    number = int(table.whole_before[-1] + table.gathered_before[-1])
+        with_short = has_short_spans(len(ids), int(ids.max()) + 1)
+        table = span_blocks(ids.clone(), block, None, with_short)
+    before = (table.whole_before, table.short_before, table.gathered_before)
+    number = sum(int(x[-1]) for x in before if x is not None)
     spans = table.ids[:number]
     lowest = spans.where(spans >= 0, spans.amax(1, keepdim=True)).amin(1)
     return number, int((spans.amax(1) != lowest).sum())

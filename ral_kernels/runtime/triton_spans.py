@@ -35,6 +35,7 @@ NO_SPAN = tl.constexpr(-1)
 MIXED = tl.constexpr(-2)
 EMPTY = tl.constexpr(-3)
 RETURNS = tl.constexpr(-4)
+SHORT_KEYS = 48  # of a span; `least_keys` of the largest block
 CHUNK = tl.constexpr(4096)  # keys; a program at the diagonal visits no gathered block beyond
 
 
@@ -54,7 +55,7 @@ class SpanBlocks:
     ids: Tensor  # int32 [samples * blocks + 1, block_k]: these, by first appearance; then -1
     local: Tensor  # int32 [samples * blocks, block_k]: of every key, its index into `ids`
     whole_before: Tensor  # int32 [samples * N + 1]: whole blocks that begin before a key
-    short_before: Tensor | None  # int32 [samples * N + 1]: short blocks that do; None: there is none
+    short_before: Tensor | None  # int32 [samples * N + 1]: short blocks that do; None: none is made
     gathered_before: Tensor  # int32 [samples * N + 1]: gathered blocks that do
 
 
@@ -76,6 +77,11 @@ def least_keys(block_k: int) -> int:
     dk and dv (sm_90, Triton 3.7.1). So three quarters balance both.
     """
     return block_k * 3 // 4
+
+
+def has_short_spans(seqlen_k: int, num_spans: int) -> bool:
+    """Whether spans, on average, have too few keys for blocks of their own. No value is read."""
+    return seqlen_k < SHORT_KEYS * num_spans
 
 
 def num_span_blocks(seqlen_k: int, num_sequences: int | None, block_k: int) -> int:
@@ -357,7 +363,7 @@ def _make(
 
 
 _Made = tuple[object, SpanBlocks]  # what the table was made from, and the table
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # ids -> {(block_k, with_short): _Made}
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # ids -> {key: _Made}
 
 
 def span_blocks(

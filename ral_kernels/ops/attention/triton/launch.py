@@ -13,7 +13,7 @@ from torch import Tensor
 from ....runtime import triton_runtime
 from ....runtime.triton_rows import Rows, SpanValues, constant
 from ....runtime.triton_runtime import Tile
-from ....runtime.triton_spans import num_blocks, num_span_blocks, span_blocks
+from ....runtime.triton_spans import has_short_spans, num_blocks, num_span_blocks, span_blocks
 from ..arguments import AttentionArgs
 from . import tiles
 from .bwd_kv_kernels import (
@@ -45,7 +45,6 @@ DECODED_TOKENS = 16  # up to 16 queries a sequence, one program takes all heads 
 FLOAT32_PART = 32  # features in one matrix product of float32
 BLOCKS_PER_SPLIT = 4  # at least, because a split writes and reads partial results
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of dk and dv: fewer leave the last ones to run alone
-SHORT_KEYS = 48  # a span: on average, from which on none is short
 TABLE_KEYS = 64  # at most, in a block of the table of spans for dk and dv
 ROWS_JOINED = 32  # keys in a program that joins parts of dk or dv
 
@@ -159,16 +158,13 @@ def _sizes(
     return _tile_sizes(args.q.dtype, *head_dims, *sizes, _precision())
 
 
-def _has_short_spans(args: AttentionArgs) -> bool:
-    """Whether spans have too few keys for blocks of their own. No value is read."""
-    return args.seqlen_k < SHORT_KEYS * args.num_spans
-
-
 def _span_table(args: AttentionArgs, block_k: int, wanted: bool) -> SpanTable:
     """The table of spans for blocks of `block_k` keys; None where there is nothing to look up."""
     if not wanted or args.span_ids is None or args.seqlen_k == 0:
         return NO_SPAN_TABLE
-    table = span_blocks(args.span_ids, block_k, args.cu_seqlens_k, _has_short_spans(args))
+    table = span_blocks(
+        args.span_ids, block_k, args.cu_seqlens_k, has_short_spans(args.seqlen_k, args.num_spans)
+    )
     return SpanTable(
         table.entries,
         table.positions,
@@ -198,11 +194,12 @@ def _tile(
     is_biased = args.span_bias is not None or args.attn_mask is not None
     key = (architecture, args.q.dtype, size, is_biased)
     is_packed = args.cu_seqlens_q is not None
-    best = tiles.tile(kernel, *key, needs_spans, is_packed, _has_short_spans(args))
+    is_short = has_short_spans(args.seqlen_k, args.num_spans)
+    best = tiles.tile(kernel, *key, needs_spans, is_packed, is_short)
     has_spans = args.num_spans > 0
     return triton_runtime.tuned(
         f"attention_{kernel}",
-        (*key, has_spans),
+        (*key, has_spans, is_short),
         best,
         functools.partial(tiles.candidates, best),
         run,

@@ -163,8 +163,8 @@ def store_span(sums, span, x):
     if INTERPRETED:
         tl.store(pointers, x, mask=sums.mask_rows)
     else:
-        # In the layout of `x`, where tl.store would change it: that takes two barriers. Threads that
-        # hold the same row store the same number.
+        # In the layout of `x`. tl.store would take another, by two barriers. Threads that hold the
+        # same row store the same number.
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
             "=r,l,f,r", [pointers.to(tl.int64), x, sums.mask_rows.to(tl.int32)], tl.int32, False, 1,

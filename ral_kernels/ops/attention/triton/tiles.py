@@ -82,7 +82,7 @@ _TABLE = (
 # With spans, where a row of the table spills.
 _SPANS = (
     row("fwd", "sm_80", HALF, PLAIN, None, (64, 64, 8, 2), None),
-    row("fwd", "sm_90", HALF, PLAIN, None, None, (32, 32, 8, 2)),
+    row("fwd", "sm_90", HALF, PLAIN, None, None, (32, 64, 8, 2)),
     row("fwd", "sm_90", HALF, HEAVY, None, (128, 32, 8, 2), None),
     row("fwd", "sm_100", HALF, PLAIN, None, (64, 32, 8, 2), None),
     row("decode", "sm_90", HALF, ANY, None, (64, 32, 8, 2), None),
