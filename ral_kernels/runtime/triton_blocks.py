@@ -23,7 +23,7 @@ class Range(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """A Range of whole blocks; with spans, of short and gathered ones: triton_spans.py, or None."""
+    """A Range of whole blocks; with spans, of short and of gathered ones, too: triton_spans.py."""
 
     whole: Any
     short: Any
@@ -35,14 +35,14 @@ class Blocks(NamedTuple):
 
     first: Any
     number: Any
-    num_left: Any = None
-    gap: Any = None
-    num_whole: Any = None
-    to_short: Any = None
-    num_short_left: Any = None
-    short_gap: Any = None
-    num_short: Any = None
-    to_gathered: Any = None
+    num_left: Any
+    gap: Any
+    num_whole: Any
+    to_short: Any
+    num_short_left: Any
+    short_gap: Any
+    num_short: Any
+    to_gathered: Any
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def block_ranges(low, high, full_low, full_high, BLOCK: tl.constexpr):
     last = tl.where(high > low, tl.cdiv(high, BLOCK), first)
     first_full = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_low, 0), BLOCK), first), last)
     last_full = tl.maximum(tl.minimum(tl.maximum(full_high, 0) // BLOCK, last), first_full)
-    return Ranges(Range(first, first_full, last_full, last), None, None)
+    none = Range(0, 0, 0, 0)
+    return Ranges(Range(first, first_full, last_full, last), none, none)
 
 
 @triton.jit
@@ -68,45 +69,42 @@ def _part_of_range(blocks, part, parts):
 
 
 @triton.jit
-def part_of_ranges(ranges, part, parts):
+def part_of_ranges(ranges, part, parts, HAS_SPANS: tl.constexpr = False):
     """The part-th of `parts` parts of the blocks."""
     short, gathered = ranges.short, ranges.gathered
-    if short is not None:
+    if HAS_SPANS:
         short = _part_of_range(short, part, parts)
-    if gathered is not None:
         gathered = _part_of_range(gathered, part, parts)
     return Ranges(_part_of_range(ranges.whole, part, parts), short, gathered)
 
 
 @triton.jit
-def full_blocks(blocks):
-    """Those of a Range that need no mask."""
-    return Blocks(blocks.first_full, blocks.last_full - blocks.first_full)
+def neighbours(first, number):
+    """`number` blocks from `first` on."""
+    return Blocks(first, number, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @triton.jit
-def edge_blocks(ranges, HAS_LEFT: tl.constexpr):
+def full_blocks(blocks):
+    """Those of a Range that need no mask."""
+    return neighbours(blocks.first_full, blocks.last_full - blocks.first_full)
+
+
+@triton.jit
+def edge_blocks(ranges, HAS_LEFT: tl.constexpr, HAS_SHORT: tl.constexpr):
     """All that need a mask. Without HAS_LEFT, none comes before those that need none."""
     whole, short, gathered = ranges.whole, ranges.short, ranges.gathered
     num_left = whole.first_full - whole.first
-    number = num_left + whole.last - whole.last_full
+    num_whole = num_left + whole.last - whole.last_full
+    num_short_left = num_whole + short.first_full - short.first
+    num_short = num_short_left + short.last - short.last_full
+    number = num_short + gathered.last - gathered.first
     first = whole.first if HAS_LEFT else whole.last_full
-    gap = whole.last_full - whole.first_full if HAS_LEFT else None
-    num_whole, last = number, whole.last
-    num_short, num_short_left, to_short, short_gap, to_gathered = None, None, None, None, None
-    if short is not None:
-        num_short_left = num_whole + short.first_full - short.first
-        to_short = (short.first if HAS_LEFT else short.last_full) - last
-        short_gap = short.last_full - short.first_full if HAS_LEFT else None
-        number = num_short_left + short.last - short.last_full
-        last = short.last
-    if gathered is not None:
-        num_short = number
-        to_gathered = gathered.first - last
-        number += gathered.last - gathered.first
+    first_short = short.first if HAS_LEFT else short.last_full
     return Blocks(
-        first, number, num_left, gap, num_whole, to_short, num_short_left, short_gap, num_short,
-        to_gathered,
+        first, number, num_left, whole.last_full - whole.first_full, num_whole,
+        first_short - whole.last, num_short_left, short.last_full - short.first_full, num_short,
+        gathered.first - (short.last if HAS_SHORT else whole.last),
     )  # fmt: skip
 
 
@@ -114,25 +112,33 @@ def edge_blocks(ranges, HAS_LEFT: tl.constexpr):
 def blocks_of_loop(ranges, IS_EDGE: tl.constexpr):
     """The whole blocks that need no mask, or with IS_EDGE all others."""
     if IS_EDGE:
-        return edge_blocks(ranges, True)
+        return edge_blocks(ranges, True, False)
     else:
         return full_blocks(ranges.whole)
 
 
 @triton.jit
-def block_number(i, blocks):
+def block_number(
+    i,
+    blocks,
+    IS_EDGE: tl.constexpr,
+    HAS_SPANS: tl.constexpr = False,
+    HAS_SHORT: tl.constexpr = False,
+    HAS_LEFT: tl.constexpr = True,
+):
     """The i-th block of a loop.
 
-    At edges it skips `gap` blocks after the first `num_left`. With spans it goes on to short blocks
-    after `num_whole`, where it skips `short_gap`, and to gathered ones after `num_short`.
+    With IS_EDGE it skips `gap` blocks after the first `num_left`. With spans it goes on to short
+    blocks after `num_whole`, where it skips `short_gap`, and to gathered ones after `num_short`.
     """
     block = blocks.first + i
-    if blocks.gap is not None:
-        block += tl.where(i >= blocks.num_left, blocks.gap, 0)
-    if blocks.to_short is not None:
-        block += tl.where(i >= blocks.num_whole, blocks.to_short, 0)
-    if blocks.short_gap is not None:
-        block += tl.where(i >= blocks.num_short_left, blocks.short_gap, 0)
-    if blocks.to_gathered is not None:
-        block += tl.where(i >= blocks.num_short, blocks.to_gathered, 0)
+    if IS_EDGE:
+        if HAS_LEFT:
+            block += tl.where(i >= blocks.num_left, blocks.gap, 0)
+        if HAS_SHORT:
+            block += tl.where(i >= blocks.num_whole, blocks.to_short, 0)
+            if HAS_LEFT:
+                block += tl.where(i >= blocks.num_short_left, blocks.short_gap, 0)
+        if HAS_SPANS:
+            block += tl.where(i >= blocks.num_short, blocks.to_gathered, 0)
     return block

@@ -179,7 +179,7 @@ def span_block_ranges(
     gathered_ptr = spans.gathered_before_ptr + first_key
     whole = _range_of_neighbours(whole_ptr, 0, length, low, high, full_low, full_high, BLOCK)
     start = blocks_before(whole_ptr, length, length)
-    short = None
+    short = Range(0, 0, 0, 0)
     if spans.short_before_ptr is not None:
         short_ptr = spans.short_before_ptr + first_key
         short = _range_of_neighbours(

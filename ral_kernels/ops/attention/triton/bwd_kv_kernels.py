@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from ....runtime.triton_blocks import (
-    Blocks,
     block_number,
     block_ranges,
     blocks_of_loop,
+    neighbours,
     part_of_ranges,
 )
 from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
@@ -136,7 +136,7 @@ def query_blocks(
     if IS_ONLY:
         PARTS: tl.constexpr = tile.BLOCK_Q // tile.MIXED_Q if IS_MIXED else 1
         blocks = ranges.whole
-        return Blocks(blocks.first * PARTS, (blocks.last - blocks.first) * PARTS)
+        return neighbours(blocks.first * PARTS, (blocks.last - blocks.first) * PARTS)
     else:
         return blocks_of_loop(ranges, IS_EDGE)
 
@@ -172,7 +172,7 @@ def add_key_gradients(
     if IS_MIXED:
         key_spans = spans_of_places(kinds, spans, tile.BLOCK_K, tile.TABLE_K)
     for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_MIXED else None):
-        block = block_number(i, blocks)
+        block = block_number(i, blocks, IS_EDGE)
         first_token = (queries.start + block * BLOCK_Q).to(tl.int64)
         q_positions = block * BLOCK_Q + offs
         q_tokens = queries.start + q_positions

@@ -54,6 +54,7 @@ def add_query_gradients(
     keys,
     diagonal,
     HAS_SPANS: tl.constexpr,
+    HAS_SHORT: tl.constexpr,
     HAS_DOUT: tl.constexpr,
     dmarginals_ptr,
     mask_rows,
@@ -68,6 +69,7 @@ def add_query_gradients(
 ):
     """The key blocks of one loop, as in fwd_kernels.py."""
     MAY_MIX: tl.constexpr = IS_EDGE or IS_SHORT
+    HAS_LEFT: tl.constexpr = masks.window.HAS_LEFT
     dq, run, run_kind = state
     dmarginals_rows = q_positions.to(tl.int64) * dspan_bias.num_spans
     if IS_SHORT and dspan_bias.ptr is not None:
@@ -77,9 +79,11 @@ def add_query_gradients(
     # Formed here: what several loops share would take registers in all of them.
     offsets = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
     zero = opaque_zero(False)
-    kind, first_key = entry_of(keys.spans, block_number(zero, blocks), HAS_SPANS)
+    kind, first_key = entry_of(
+        keys.spans, block_number(zero, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT), HAS_SPANS
+    )
     for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if MAY_MIX else None):
-        block = block_number(i, blocks)
+        block = block_number(i, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
         k_positions, mask_k, k_head, v_head, rows = keys_of_block(
             keys, block, first_key, offsets, tile.BLOCK_K, IS_EDGE, HAS_SPANS
         )
@@ -137,7 +141,7 @@ def add_query_gradients(
                     one = tl.full([tile.BLOCK_Q], 1.0, tl.float32)
                     add_mixed_block(dspan_bias, ds, one, block_spans, tile.BLOCK_K, tile.TERMS)
         # One block ahead: nothing waits for this load.
-        next_block = block_number(i + 1, blocks)
+        next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
         kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
     return dq, run, run_kind
 
@@ -199,6 +203,7 @@ def attention_bwd_dq_kernel(
         high = tl.minimum(length_k, last_row + masks.window.right + 1)
         full_high = tl.minimum(length_k, first_row + masks.window.right + 1)
     HAS_SPANS: tl.constexpr = spans.entries_ptr is not None
+    HAS_SHORT: tl.constexpr = spans.short_before_ptr is not None
     if HAS_SPANS:
         first_key = b * spans.key_stride_b + k_start
         ranges = span_block_ranges(
@@ -237,12 +242,12 @@ def attention_bwd_dq_kernel(
     run_kind = ranges.whole.first * 0 + NO_SPAN
     state = dq_sum, run, run_kind
     for LOOP in tl.static_range(3):
-        if LOOP != SHORT or ranges.short is not None:
+        if LOOP != SHORT or HAS_SHORT:
             state = add_query_gradients(
-                state, blocks_of_keys(ranges, masks, LOOP), q_tile, dout_tile, q_positions,
-                backward_lse_log2(lse), delta, keys, diagonal, HAS_SPANS, dout.ptr is not None,
-                dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks, head_masks, score,
-                tile, LOOP == EDGE, LOOP == SHORT,
+                state, blocks_of_keys(ranges, masks, LOOP, HAS_SHORT), q_tile, dout_tile,
+                q_positions, backward_lse_log2(lse), delta, keys, diagonal, HAS_SPANS, HAS_SHORT,
+                dout.ptr is not None, dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks,
+                head_masks, score, tile, LOOP == EDGE, LOOP == SHORT,
             )  # fmt: skip
     dq_sum, run, run_kind = state
     if dspan_bias_ptr is not None:

@@ -58,6 +58,7 @@ def attend(
     keys,
     diagonal,
     HAS_SPANS: tl.constexpr,
+    HAS_SHORT: tl.constexpr,
     sums,
     has_rows,
     span_bias_rows,
@@ -73,6 +74,7 @@ def attend(
     With IS_EDGE the blocks need a mask. With IS_SHORT they are short: neighbours in several spans.
     """
     MAY_MIX: tl.constexpr = IS_EDGE or IS_SHORT
+    HAS_LEFT: tl.constexpr = masks.window.HAS_LEFT
     HAS_BIAS: tl.constexpr = masks.span_bias.ptr is not None
     HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
     GENERAL: tl.constexpr = score.HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
@@ -86,9 +88,11 @@ def attend(
     # Formed here: what several loops share would take registers in all of them.
     offsets = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
     zero = opaque_zero(False)
-    kind, first_key = entry_of(keys.spans, block_number(zero, blocks), HAS_SPANS)
+    kind, first_key = entry_of(
+        keys.spans, block_number(zero, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT), HAS_SPANS
+    )
     for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if MAY_MIX else None):
-        block = block_number(i, blocks)
+        block = block_number(i, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
         k_positions, mask_k, k_head, v_head, rows = keys_of_block(
             keys, block, first_key, offsets, tile.BLOCK_K, IS_EDGE, HAS_SPANS
         )
@@ -145,7 +149,7 @@ def attend(
                     weight = relative_weight(exponent, m)
                     add_mixed_block(sums, p, weight, block_spans, tile.BLOCK_K, tile.TERMS)
         # One block ahead: nothing waits for this load.
-        next_block = block_number(i + 1, blocks)
+        next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
         kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
     return acc, normaliser, m, exponent, run, run_kind
 
@@ -158,6 +162,7 @@ def attend_all(
     keys,
     diagonal,
     HAS_SPANS: tl.constexpr,
+    HAS_SHORT: tl.constexpr,
     sums,
     has_rows,
     exponent,
@@ -175,11 +180,11 @@ def attend_all(
     state = acc, normaliser, m, exponent, normaliser, run_kind
     # A branch in one loop would cost registers.
     for LOOP in tl.static_range(3):
-        if LOOP != SHORT or ranges.short is not None:
+        if LOOP != SHORT or HAS_SHORT:
             state = attend(
-                state, blocks_of_keys(ranges, masks, LOOP), q, q_positions, keys, diagonal,
-                HAS_SPANS, sums, has_rows, span_bias_rows, masks, head_masks, score, tile,
-                LOOP == EDGE, LOOP == SHORT,
+                state, blocks_of_keys(ranges, masks, LOOP, HAS_SHORT), q, q_positions, keys,
+                diagonal, HAS_SPANS, HAS_SHORT, sums, has_rows, span_bias_rows, masks, head_masks,
+                score, tile, LOOP == EDGE, LOOP == SHORT,
             )  # fmt: skip
     return state
 
@@ -258,6 +263,7 @@ def attention_fwd_kernel(
         high = tl.minimum(length_k, last_row + masks.window.right + 1)
         full_high = tl.minimum(length_k, first_row + masks.window.right + 1)
     HAS_SPANS: tl.constexpr = spans.entries_ptr is not None
+    HAS_SHORT: tl.constexpr = spans.short_before_ptr is not None
     if HAS_SPANS:
         first_key = b * spans.key_stride_b + k_start
         ranges = span_block_ranges(
@@ -265,7 +271,7 @@ def attention_fwd_kernel(
         )
     else:
         ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
-    ranges = part_of_ranges(ranges, split.to(tl.int32), num_splits)
+    ranges = part_of_ranges(ranges, split.to(tl.int32), num_splits, HAS_SPANS)
 
     has_rows = False
     mask_rows = mask_q
@@ -300,8 +306,8 @@ def attention_fwd_kernel(
     exponent = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
     if marginals_ptr is None:
         acc, normaliser, m, exponent, run, run_kind = attend_all(
-            ranges, q_tile, q_positions, keys, diagonal, HAS_SPANS, sums, has_rows, exponent,
-            span_bias_rows, masks, head_masks, score, tile,
+            ranges, q_tile, q_positions, keys, diagonal, HAS_SPANS, HAS_SHORT, sums, has_rows,
+            exponent, span_bias_rows, masks, head_masks, score, tile,
         )  # fmt: skip
     else:
         acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
@@ -310,8 +316,8 @@ def attention_fwd_kernel(
         attempts = run_kind * 0 + 1
         while attempts > 0:
             acc, normaliser, m, exponent, run, run_kind = attend_all(
-                ranges, q_tile, q_positions, keys, diagonal, HAS_SPANS, sums, has_rows, exponent,
-                span_bias_rows, masks, head_masks, score, tile,
+                ranges, q_tile, q_positions, keys, diagonal, HAS_SPANS, HAS_SHORT, sums, has_rows,
+                exponent, span_bias_rows, masks, head_masks, score, tile,
             )  # fmt: skip
             attempts = attempts * 0
             if has_rows:

@@ -103,10 +103,10 @@ def length_of(cu_seqlens_ptr, sequence, seqlen):
 
 
 @triton.jit
-def blocks_of_keys(ranges, masks, LOOP: tl.constexpr):
+def blocks_of_keys(ranges, masks, LOOP: tl.constexpr, HAS_SHORT: tl.constexpr):
     """The blocks of keys of one of three loops: INTERIOR, SHORT and EDGE."""
     if LOOP == EDGE:
-        return edge_blocks(ranges, masks.window.HAS_LEFT)
+        return edge_blocks(ranges, masks.window.HAS_LEFT, HAS_SHORT)
     elif LOOP == SHORT:
         return full_blocks(ranges.short)
     else:

@@ -133,7 +133,7 @@ def tile(
         rows = (*(_SPANS_PACKED_36 if _is_triton_36() else ()), *_SPANS_PACKED, *rows)
     found = find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
     # The loop over short blocks takes the registers of a pipeline.
-    is_crowded = needs_spans and has_short_spans and kernel in ("fwd", "decode")
+    is_crowded = needs_spans and has_short_spans and kernel != "bwd_dkdv"
     return dataclasses.replace(found, num_stages=1) if is_crowded else found
 
 

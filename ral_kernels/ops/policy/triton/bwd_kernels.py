@@ -93,7 +93,7 @@ def policy_bwd_dq_kernel(
     for IS_EDGE in tl.static_range(2):
         blocks = blocks_of_loop(ranges, IS_EDGE)
         for i in range(0, blocks.number):
-            key = block_number(i, blocks) * tile.BLOCK_K
+            key = block_number(i, blocks, IS_EDGE) * tile.BLOCK_K
             offs_k = key + tl.arange(0, tile.BLOCK_K)
             mask_k = existing_keys(offs_k, sample.seqlen_k, IS_EDGE)
             # 0 · NaN is NaN: padding keys are not read.
@@ -231,7 +231,7 @@ def policy_bwd_dk_kernel(
     for IS_EDGE in tl.static_range(2):
         blocks = blocks_of_loop(ranges, IS_EDGE)
         for block in tl.range(0, blocks.number, num_stages=1):
-            offs_q = block_number(block, blocks) * tile.BLOCK_Q
+            offs_q = block_number(block, blocks, IS_EDGE) * tile.BLOCK_Q
             offs_q += tl.arange(0, tile.BLOCK_Q)
             mask_q = offs_q < sample.num_rows
             factor, c = load_factor_and_c(

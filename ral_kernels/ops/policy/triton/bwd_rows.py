@@ -81,7 +81,7 @@ def policy_bwd_sums_kernel(
     for IS_EDGE in tl.static_range(2):
         blocks = blocks_of_loop(ranges, IS_EDGE)
         for i in range(0, blocks.number):
-            key = block_number(i, blocks) * tile.BLOCK_K
+            key = block_number(i, blocks, IS_EDGE) * tile.BLOCK_K
             offs_k = key + tl.arange(0, tile.BLOCK_K)
             mask_k = existing_keys(offs_k, sample.seqlen_k, IS_EDGE)
             # [BLOCK_K, HEAD_DIM]
