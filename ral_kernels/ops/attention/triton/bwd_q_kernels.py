@@ -253,6 +253,10 @@ def attention_bwd_dq_kernel(
     if dspan_bias_ptr is not None:
         leave_span(dspan_bias, run_kind, run, True)
 
+    # Numbers of the program once more, which would take registers in the loops.
+    pid = (tl.program_id(0) + opaque_zero(False)) // num_q_blocks
+    h = (pid % sizes.num_heads).to(tl.int64)
+    b = (pid // sizes.num_heads).to(tl.int64)
     store_rows(
         head_of(dq, b, h), q_tokens, mask_q, dq_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D
     )

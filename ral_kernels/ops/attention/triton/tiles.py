@@ -79,6 +79,11 @@ _TABLE = (
     row("bwd_dq", "sm_100", FLOAT32, PLAIN, (64, 32, 4, 1), (32, 32, 8, 2), (32, 16, 8, 2)),
     row("bwd_dq", "sm_100", FLOAT32, HEAVY, (64, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 2)),
 )
+# With spans of few keys: they come with a loop more.
+_SHORT = (
+    row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 32, 8, 1)),
+    row("bwd_dq", "sm_90", FLOAT32, PLAIN, None, (32, 32, 8, 1), None),
+)
 # With spans, where a row of the table spills.
 _SPANS = (
     row("fwd", "sm_80", HALF, PLAIN, None, (64, 64, 8, 2), None),
@@ -129,11 +134,13 @@ def tile(
     rows: tuple[Row, ...] = _TABLE
     if needs_spans:
         rows = (*(_SPANS_36 if _is_triton_36() else ()), *_SPANS, *rows)
+    if needs_spans and has_short_spans:
+        rows = (*_SHORT, *rows)
     if needs_spans and is_packed:
         rows = (*(_SPANS_PACKED_36 if _is_triton_36() else ()), *_SPANS_PACKED, *rows)
     found = find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
     # The loop over short blocks takes the registers of a pipeline.
-    is_crowded = needs_spans and has_short_spans and kernel != "bwd_dkdv"
+    is_crowded = needs_spans and has_short_spans and kernel in ("fwd", "decode")
     return dataclasses.replace(found, num_stages=1) if is_crowded else found
 
 
