@@ -301,8 +301,8 @@ def _make(
         place = torch.where(is_listed, (before - before[chunk]) % block_k, place)
         opens_gathered = opens_gathered | (is_listed & (place == 0))
     opens_whole, opens_short = is_whole & (place == 0), is_short & (place == 0)
-    before = tuple(map(_prefix, (opens_whole, opens_short, opens_gathered)))
-    whole_before, short_before, gathered_before = before
+    whole_before, short_before = _prefix(opens_whole), _prefix(opens_short)
+    gathered_before = _prefix(opens_gathered)
     gathered = gathered_before[1:] - 1
     for is_listed in lists:
         opened = torch.where(is_listed & (place == 0), gathered, -1).cummax(0).values
