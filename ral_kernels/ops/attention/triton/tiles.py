@@ -26,9 +26,8 @@ _INTERPRETED = {
     "bwd_dkdv": Tile(32, 64, 4, 1),
     "bwd_dq": Tile(64, 64, 4, 1),
 }
-# No tile spills, with Triton 3.7.1 and on sm_90 with 3.6.0: registers limit them all. One does:
-# "bwd_dkdv" on sm_90 with every mask at once, 16 bytes with 3.7.1 and 24 with 3.6.0; smaller ones
-# lose wgmma. wgmma and tcgen05 take 64 rows; a tile with fewer stands where each of 64 spilled, and
+# Registers limit them all. Of the calls that tests compile none spills, with Triton 3.7.1 and on
+# sm_90 with 3.6.0. wgmma and tcgen05 take 64 rows; a tile with fewer stands where each of 64 spilled, and
 # mma.sync multiplies. Head dims 72 to 96 have the tiles and the registers of 128.
 # HEAVY: with span_bias or attn_mask. Decoding is bound by memory: one row serves both variants.
 # On sm_90 ptxas serialises wgmma (C7515) in "fwd" with spans and head dims over 128. In "decode"
@@ -95,6 +94,8 @@ _SPANS = (
     row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), (16, 32, 8, 2)),
     row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 64, 8, 2), None),
     row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 16, 8, 1)),
+    row("bwd_dq", "sm_90", HALF, HEAVY, None, (128, 16, 8, 2), None),
+    row("bwd_dq", "sm_100", FLOAT32, PLAIN, (64, 16, 4, 1), None, None),
 )
 # Offsets of packed sequences take registers, too.
 _SPANS_PACKED = (
