@@ -3,7 +3,7 @@
     python -m benchmarks.figure3 --quick               # two arms, two seeds, short runs
     python -m benchmarks.figure3 --seeds 5 --workers 2 # the whole study
     python -m benchmarks.figure3 --arms grpo ral --seeds 8 --first-seed 100 --tag fresh
-    python -m benchmarks.figure3 --study objectives --seeds 10 --wrong-share 0.95 --reach 0.5
+    python -m benchmarks.figure3 --study objectives --seeds 10 --wrong-share 0.95 --reach 0.25
 
 A tiny Qwen2.5-VL learns to look things up in pictures of real handwritten digits (`ral.digits`): in
 frames of a video, and in a grid of cells. Each arm trains from the same supervised start, on the
@@ -11,8 +11,8 @@ same number of rollouts. It is evaluated on held-out digits, up to sizes that no
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
 interval. Every run is a file, so a stopped study resumes.
 
-`--study objectives` runs the arms of docs/objectives.md, on frames alone. It also prints how many
-rollouts each takes to reach an accuracy.
+`--study objectives` runs the arms of docs/objectives.md, on frames unless `--tasks` says
+otherwise. It also prints how many rollouts each takes to reach an accuracy.
 
 docs/figure3.md has the result. `python -m benchmarks.study.report FILE` prints its tables, and
 `python -m benchmarks.study.plot FILE` draws its pictures again.
@@ -35,6 +35,7 @@ import torch
 from benchmarks.harness import results
 from benchmarks.study import run as one
 from benchmarks.study.arms import ARMS, BY_NAME, QUICK
+from benchmarks.study.evaluate import TEST_SEED
 from benchmarks.study.plot import draw
 from benchmarks.study.report import comparisons, curves, plain, reached, table
 from benchmarks.study.tasks import TASKS
@@ -84,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--batches", type=int, help="rollout batches (default: the task's; --quick: 3)"
     )
     parser.add_argument("--test-rows", type=int, help="rows a size (default: 256; --quick: 32)")
+    parser.add_argument("--test-seed", type=int, default=TEST_SEED,
+                        help="of the rows of the evaluation (default: %(default)s)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
     parser.add_argument("--tag", help="first in the name of the file: figure3-TAG-...")
@@ -102,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "test_rows": options.test_rows or (32 if quick else 256),
         "start_steps": 0 if quick else None,
         "tag": options.tag, "study": options.study, "wrong_share": options.wrong_share,
-        "reach": options.reach,
+        "reach": options.reach, "test_seed": options.test_seed,
     }  # fmt: skip
     run = results.begin("figure3", options, settings)
     commit = run["commit"]["hash"] or "none"
@@ -111,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"{commit}-{length}-{settings['test_rows']}-{options.start_seed}"
     name += "-quick" if quick else ""
     name += "" if options.wrong_share is None else f"-wrong{options.wrong_share:g}"
+    name += "" if options.test_seed == TEST_SEED else f"-rows{options.test_seed}"
     plan = one.Plan(
         options.runs or default / "figure3" / name,
         settings["batches"],
@@ -118,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_seed=options.start_seed,
         start_steps=settings["start_steps"],
         wrong_share=options.wrong_share,
+        test_seed=options.test_seed,
     )
     chosen = [(task, arm) for task in tasks for arm in arms if task in BY_NAME[arm].tasks]
     kinds = sorted({(task, BY_NAME[arm].style or TASKS[task].style) for task, arm in chosen})

@@ -20,6 +20,8 @@ BUDGET: dict[str, Any] = {
     "attn_coef": 0.0,
 }
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
+_ONE_LOOK = ("frames", "resolution")
+_ALL_TASKS = (*_ONE_LOOK, "chain")
 SHARPENING = 1.4  # factor on all attention scores of a trained model, as one more evaluation
 
 
@@ -33,7 +35,7 @@ class Arm:
         settings: of `RALConfig`, over `BUDGET`.
         control: what is done to the advantages that the attention terms see: None, "flipped" or
             "shuffled" over the rollouts of a minibatch (of a rollout batch where evidence chooses
-            good ones by them); "wrong": the evidence is the frame after the right one.
+            good ones by them); "wrong": the evidence is the frame or cell after the right one.
         teacher: whether a teacher takes part.
         style: form of the responses, and of the start: "direct" for RAL-zero, None for the task's.
         against: the arms that it is compared with, seed by seed.
@@ -49,7 +51,7 @@ class Arm:
     teacher: bool = False
     style: str | None = None
     against: tuple[str, ...] = ("grpo",)
-    tasks: tuple[str, ...] = ("frames", "resolution")
+    tasks: tuple[str, ...] = _ONE_LOOK
     curve: bool = False
     study: str = "figure3"
 
@@ -65,9 +67,9 @@ _CREDIT = {"credit": "looking", "attn_layers": "all"}
 _DISTILL = {"distill_logit_coef": 1.0, "distill_beta": 1.0, "rl_coef": 0.0}
 
 ARMS: tuple[Arm, ...] = (
-    Arm("grpo", "GRPO", against=(), tasks=("frames", "resolution", "chain")),
-    Arm("grpo_t12", "GRPO, temperature 1.2", {"temperature": 1.2}),
-    Arm("grpo_t15", "GRPO, temperature 1.5", {"temperature": 1.5}),
+    Arm("grpo", "GRPO", against=(), tasks=_ALL_TASKS),
+    Arm("grpo_t12", "GRPO, temperature 1.2", {"temperature": 1.2}, tasks=_ALL_TASKS),
+    Arm("grpo_t15", "GRPO, temperature 1.5", {"temperature": 1.5}, tasks=_ALL_TASKS),
     Arm("ral_l1", "RAL λ = 1, last layer", {"attn_coef": 1.0}),
     Arm("ral", "RAL λ = 5, all layers", _RAL),
     Arm("ral_last", "RAL λ = 5, last layer", {"attn_coef": 5.0}, tasks=_FRAMES),
@@ -81,13 +83,18 @@ ARMS: tuple[Arm, ...] = (
     Arm("ral_visual", "RAL λ = 5, visual", {**_RAL, "attn_scope": "visual"}, tasks=_FRAMES),
     Arm("ral_flipped", "RAL λ = 5, sign flipped", _RAL, control="flipped", against=("ral",)),
     Arm("ral_shuffled", "RAL λ = 5, shuffled", _RAL, control="shuffled", against=("ral",)),
-    Arm("grpo_inner", "GRPO, 4 iterations", _INNER, tasks=_FRAMES),
+    Arm("grpo_inner", "GRPO, 4 iterations", _INNER, tasks=("frames", "chain")),
     Arm(
         "ral_inner", "RAL λ = 5, 4 iterations", {**_RAL, **_INNER}, against=("grpo_inner",),
         tasks=_FRAMES,
     ),
-    Arm("noise", "noise on attention alone", {**_NOISE, "attn_explore_coef": 0.0}),
-    Arm("explore", "noise, and learning from it", _NOISE, against=("grpo", "noise")),
+    Arm(
+        "noise", "noise on attention alone", {**_NOISE, "attn_explore_coef": 0.0}, tasks=_ALL_TASKS
+    ),
+    Arm(
+        "explore", "noise, and learning from it", _NOISE, against=("grpo", "noise"),
+        tasks=_ALL_TASKS,
+    ),
     Arm(
         "explore_shuffled", "noise, learning, shuffled", _NOISE, control="shuffled",
         against=("explore",), tasks=_FRAMES,
@@ -101,17 +108,38 @@ ARMS: tuple[Arm, ...] = (
         "zero_ral", "RAL-zero λ = 5, all layers", _RAL, style="direct", against=("zero_grpo",),
         tasks=_RESOLUTION,
     ),
-    Arm("logits", "distillation of tokens", _DISTILL, teacher=True, against=(), curve=True),
+    Arm(
+        "logits", "distillation of tokens", _DISTILL, teacher=True, against=(), curve=True,
+        tasks=_ALL_TASKS,
+    ),
     Arm(
         "opad", "On-Policy Attention Distillation",
         {**_DISTILL, "distill_attn_coef": 10.0, "attn_layers": "all"}, teacher=True,
-        against=("logits",), curve=True,
+        against=("logits",), curve=True, tasks=_ALL_TASKS,
     ),
+)  # fmt: skip
+_LAYERS: dict[str, Any] = {"first": [0], "last": [-1], "all": "all"}
+# What is tried on the tuning seeds of `chain`: λ by layers, of tokens and of frames, from the old
+# policy and from the start, with 2 iterations and with 4.
+CHAIN: tuple[Arm, ...] = tuple(
+    Arm(
+        f"ral_{coefficient:g}_{layers}{suffix}",
+        f"RAL λ = {coefficient:g}, {layers} layer{'s' * (layers == 'all')}{more}",
+        {"attn_coef": coefficient, "attn_layers": _LAYERS[layers], **settings},
+        against=(against,), tasks=("chain",),
+    )
+    for suffix, more, settings, against, places in (
+        ("", "", {}, "grpo", ("first", "last", "all")),
+        ("_frame", ", of frames", {"attn_granularity": "frame"}, "grpo", ("last", "all")),
+        ("_ref", ", from the start", {"attn_reference": "ref", "beta": 1e-6}, "grpo", ("all",)),
+        ("_inner", ", 4 iterations", _INNER, "grpo_inner", ("all",)),
+    )
+    for layers in places
+    for coefficient in (0.3, 1.0, 3.0, 10.0)
 )  # fmt: skip
 OBJECTIVES: tuple[Arm, ...] = tuple(
     Arm(
-        name, label, settings, control=control, against=against, tasks=_FRAMES, curve=True,
-        study="objectives",
+        name, label, settings, control=control, against=against, curve=True, study="objectives",
     )
     for name, label, settings, control, against in (
         ("plain", "GRPO", {}, None, ()),
@@ -123,13 +151,13 @@ OBJECTIVES: tuple[Arm, ...] = tuple(
         ("evidence_warmup", "evidence, all, the first quarter",
          {**_ALL, "evidence_schedule": "warmup", "evidence_steps": 0.25}, None,
          ("plain", "evidence_all")),
-        ("evidence_wrong", "evidence, all, wrong frame", _ALL, "wrong", ("plain", "evidence_all")),
+        ("evidence_wrong", "evidence, all, wrong place", _ALL, "wrong", ("plain", "evidence_all")),
         ("reward", "attention reward", _REWARD, None, ("plain",)),
         ("credit", "credit by looking", _CREDIT, None, ("plain",)),
         ("sum", "evidence on all, reward, credit",
          {**_ALL, "evidence_layers": [-1], **_REWARD, **_CREDIT}, None, ("plain", "evidence_all")),
     )
 )  # fmt: skip
-ARMS += OBJECTIVES
+ARMS += CHAIN + OBJECTIVES
 BY_NAME = {arm.name: arm for arm in ARMS}
 QUICK = ("grpo", "ral")  # what --quick does in a minute: no teacher

@@ -15,7 +15,7 @@ from .decoder import Decoder
 from .prompts import Reader
 from .tasks import StudyTask
 
-TEST_SEED = 7_000_003  # rows of the evaluation; no training uses it
+TEST_SEED = 7_000_003  # rows of the evaluation, unless a plan says otherwise; no training uses it
 _TOKENS = 1 << 14  # in a batch: more do not fit into the caches
 
 
@@ -41,13 +41,22 @@ class HeldOut:
         task, style: what the rows are.
         extent: frames, or cells on a side.
         rows: how many.
+        seed: of the rows.
     """
 
-    def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        task: StudyTask,
+        style: str,
+        extent: int,
+        rows: int,
+        seed: int = TEST_SEED,
+    ) -> None:
         self._reader = reader
         self._style: Any = style
         self._longest = task.longest
-        held_out = list(task.rows(rows, extent, "test", TEST_SEED, style=style))
+        held_out = list(task.rows(rows, extent, "test", seed, style=style))
         self._wanted = [row["completion"][0]["content"] for row in held_out]
         self._solutions = [row["solution"] for row in held_out]
         self.prompts = reader.encode(held_out)
@@ -100,17 +109,26 @@ class TargetAttention:
         reader: of the model's prompts.
         task, style: what the rows are.
         extent: frames, or cells on a side.
-        rows: how many.
+        rows: how many, others than those of `HeldOut`.
+        seed: of the evaluation's rows.
     """
 
-    def __init__(self, reader: Reader, task: StudyTask, style: str, extent: int, rows: int) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        task: StudyTask,
+        style: str,
+        extent: int,
+        rows: int,
+        seed: int = TEST_SEED,
+    ) -> None:
         from ral.digits.tasks import looks_of, puzzle_of
 
         name: Any = task.name
         chosen: Any = style
-        held_out = task.rows(rows, extent, "test", TEST_SEED + 1, style=style)
+        held_out = task.rows(rows, extent, "test", seed + 1, style=style)
         self.prompts = reader.encode(held_out, completions=True)
-        puzzles = [puzzle_of(name, extent, "test", TEST_SEED + 1, i) for i in range(rows)]
+        puzzles = [puzzle_of(name, extent, "test", seed + 1, i) for i in range(rows)]
         looks = torch.tensor([looks_of(puzzle, chosen) for puzzle in puzzles])
         self.targets = looks[..., 1]  # [rows, queries]
         opening = reader.tokenizer.convert_tokens_to_ids(

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from .arms import ARMS, BY_NAME, ROLLOUTS
+from .evaluate import TEST_SEED
 from .statistics import Estimate, deviation, estimate, holm, paired
 from .tasks import TASKS
 
@@ -267,11 +268,12 @@ def pooled(task: str, paths: Sequence[Path]) -> Iterator[str]:
             yield markdown(points) + "\n"
 
 
-def _kind(task: str, study: dict[str, Any]) -> tuple[int, ...]:
+def _kind(task: str, study: dict[str, Any]) -> tuple[Any, ...]:
     """What must be the same in two studies of a task for their seeds to be of one sample."""
     settings = study["settings"]
     batches = settings["batches"] or TASKS[task].batches
-    return settings["start_seed"], batches, settings["test_rows"]
+    start = settings["start_seed"], settings.get("wrong_share")
+    return *start, batches, settings["test_rows"], settings.get("test_seed", TEST_SEED)
 
 
 _AXIS = {"frames": "number of frames", "cells": "side of the grid"}
@@ -309,7 +311,7 @@ def _all(files: Sequence[Path]) -> Iterator[str]:
     for file in files:
         yield from sections(file)
     for task in TASKS:
-        of: dict[tuple[int, ...], list[Path]] = {}
+        of: dict[tuple[Any, ...], list[Path]] = {}
         for file in files:
             study = json.loads(file.read_text())
             if any(run["task"] == task for run in study["runs"]):

@@ -40,6 +40,7 @@ class Plan:
         start_steps: how many it trains for; None for the task's own number. 0: the bundled model,
             where it does the task in that style; elsewhere a short training.
         wrong_share: of its last demonstrations, those that are wrong; None for the task's.
+        test_seed: of the rows of the evaluation.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Plan:
     start_seed: int = 0
     start_steps: int | None = None
     wrong_share: float | None = None
+    test_seed: int = evaluate.TEST_SEED
 
     def batches_of(self, task: StudyTask) -> int:
         return task.batches if self.batches is None else self.batches
@@ -121,12 +123,17 @@ class Bench:
     @cache  # noqa: B019 - benches live as long as their process
     def test(self, extent: int) -> evaluate.HeldOut:
         """The rows of one extent."""
-        return evaluate.HeldOut(self.reader, self.task, self.style, extent, self.plan.test_rows)
+        plan = self.plan
+        return evaluate.HeldOut(
+            self.reader, self.task, self.style, extent, plan.test_rows, plan.test_seed
+        )
 
     @cache  # noqa: B019
     def target(self, extent: int) -> evaluate.TargetAttention:
         """Where attention should be in rows of one extent, above 1."""
-        return evaluate.TargetAttention(self.reader, self.task, self.style, extent, _TARGET_ROWS)
+        return evaluate.TargetAttention(
+            self.reader, self.task, self.style, extent, _TARGET_ROWS, self.plan.test_seed
+        )
 
     @classmethod
     def of(cls, plan: Plan, task: StudyTask, style: str) -> Bench:
@@ -243,10 +250,19 @@ def settings_of(arm: Arm, task: StudyTask) -> dict[str, Any]:
 
 
 def _with_wrong_evidence(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose evidence is the frame after each right one."""
-    frames = len(row["images"])
-    wrong = [{**region, "image": (region["image"] + 1) % frames} for region in row["evidence"]]
-    return {**row, "evidence": wrong}
+    """A row whose evidence is the frame after each right one, or the cell in reading order."""
+    from ral.digits.scans import CELL
+
+    def after(region: dict[str, Any]) -> dict[str, Any]:
+        images, number = row["images"], region["image"]
+        if "box" not in region:
+            return {**region, "image": (number + 1) % len(images)}
+        side = images[number].width // CELL
+        column, line = (x // CELL for x in region["box"][:2])
+        line, column = divmod((line * side + column + 1) % side**2, side)
+        return {**region, "box": [CELL * n for n in (column, line, column + 1, line + 1)]}
+
+    return {**row, "evidence": [after(region) for region in row["evidence"]]}
 
 
 def _watch(

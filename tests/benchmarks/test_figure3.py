@@ -70,31 +70,34 @@ def test_arms(arm) -> None:
             assert (arm.settings, arm.control) != (against.settings, against.control)
 
 
-def _batch(plan: one.Plan, name: str, rewards: int = 3) -> tuple[Engine, Rollouts]:
+def _batch(
+    plan: one.Plan, name: str, rewards: int = 3, task: str = "frames"
+) -> tuple[Engine, Rollouts]:
     """An arm's engine and its first rollout batch, whose rewards differ within groups."""
     arm = next(arm for arm in ARMS if arm.name == name)
-    engine = one.Bench.of(plan, TASKS["frames"], "think").engine(arm, 0, batches=1)
+    engine = one.Bench.of(plan, TASKS[task], "think").engine(arm, 0, batches=1)
     engine._reward = lambda completions, **_: [n % rewards for n in range(len(completions))]
     return engine, engine.roll_out(torch.arange(16))  # a random start is never right
 
 
-def test_controls_of_evidence(plan) -> None:
-    """The frame after the right one; and good rollouts by the advantages of others."""
+@pytest.mark.parametrize(("task", "tokens"), [("frames", 4), ("resolution", 1)])
+def test_controls_of_evidence(plan, task: str, tokens: int) -> None:
+    """The frame or cell after the right one; and good rollouts by the advantages of others."""
     found = {}
     for name in ("evidence", "evidence_wrong", "evidence_shuffled"):
-        inputs = _batch(plan, name)[1].inputs
+        inputs = _batch(plan, name, task=task)[1].inputs
         visual = [ids.nonzero()[:, 0] for ids in inputs["visual"]]
-        frames = [
-            {int((keys == key).nonzero()) // 4 for key in ids[ids >= 0]}
+        places = [
+            {int((keys == key).nonzero()) // tokens for key in ids[ids >= 0]}
             for keys, ids in zip(visual, inputs["evidence_ids"], strict=True)
         ]
         good, positive = inputs["evidence_share"] > 0, inputs["advantages"] > 0
-        counts = [len(keys) // 4 for keys in visual]
-        found[name] = (frames, good, positive, counts)
-    frames, good, positive, counts = found["evidence"]
-    assert all(len(each) == 1 for each in frames)
+        counts = [len(keys) // tokens for keys in visual]
+        found[name] = (places, good, positive, counts)
+    places, good, positive, counts = found["evidence"]
+    assert all(len(each) == 1 for each in places)
     wrong = found["evidence_wrong"][0]
-    for right, other, count in zip(frames, wrong, counts, strict=True):
+    for right, other, count in zip(places, wrong, counts, strict=True):
         assert other == {(n + 1) % count for n in right}
     assert torch.equal(good, positive) and good.any() and not good.all()
     _, shuffled, own, _ = found["evidence_shuffled"]
@@ -201,6 +204,9 @@ def test_pictures_are_what_the_tower_makes_of_them() -> None:
     assert len(reader.pictures) == 24
     HeldOut(reader, TASKS["frames"], "think", 4, 6)
     assert len(reader.pictures) == 24
+    fresh = HeldOut(reader, TASKS["frames"], "think", 4, 6, seed=TEST_SEED + 10)
+    assert len(reader.pictures) == 48
+    assert fresh._solutions != held_out._solutions
 
 
 def _model_and_reader(seed: int = 0, words: tuple[str, ...] = ()) -> tuple[Any, Reader]:
