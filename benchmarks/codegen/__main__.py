@@ -5,7 +5,8 @@
     python -m benchmarks.codegen --kernel attention_fwd --variant spans --arch 90
 
 `--kernel` compiles one kernel and prints its main loops; `--tile 128,64,8,3` tries a tile that is
-not in the table.
+not in the table. `--borders` compiles nothing: it prints how many blocks of keys hold a border of
+spans, in the layouts of the sweeps, at 16,384 keys.
 
 No GPU is needed, and none is used. The exit status is 1 if a kernel spills, does not fit, or
 multiplies without matrix instructions.
@@ -24,6 +25,7 @@ from pathlib import Path
 from benchmarks.harness import machine
 from ral_kernels.runtime import triton_runtime
 
+from .borders import border_table
 from .calls import calls, compiled_in_tests
 from .table import loop_table, markdown, problems
 from .work import Task, compile_all
@@ -48,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--head-dim", type=int, default=128, help="with --kernel (default: %(default)s)"
     )
     parser.add_argument("--tile", type=_tile, help="with --kernel: rows,keys,warps,stages")
+    parser.add_argument("--borders", action="store_true", help="print blocks with a border alone")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
     if triton_runtime.interpreted():
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     if importlib.util.find_spec("triton") is None:
         parser.error("triton is not installed (pip install triton)")
+    if options.borders:
+        print("\n".join(border_table(16384)))
+        return 0
     tested = [(call.name, architecture) for call, architecture in compiled_in_tests()]
     known = [call.name for call in calls()]
     unknown = [name for name in options.only or [] if name not in known]

@@ -32,6 +32,7 @@ MAIN_VARIANTS = (
     "target loss",
 )
 SPANS, ROWS = 8, 256
+SHORT_SPAN = 16  # keys of a span where spans are short
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def _attention(sizes: Sizes, dtype: torch.dtype, head_dim: int, variant: str) ->
     q, k, v = _qkv(sizes, dtype, head_dim, head_dim_v=64 if variant == "Dv = 64" else head_dim)
     if variant == "no spans":
         spans = None
+    elif variant == "short spans":
+        spans = rk.Spans.from_lengths([SHORT_SPAN] * (sizes.seqlen // SHORT_SPAN))
     elif variant == "span bias":
         options["span_bias"] = torch.zeros(1, sizes.heads, sizes.seqlen, SPANS, requires_grad=True)
     elif variant == "masks":
@@ -206,7 +209,7 @@ def _of_model(
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(op, variant, run) of the calls that take q and k, for one dtype and head dim."""
     dtype = DTYPES[name]
-    variants = ["spans", "no spans", "span bias"]
+    variants = ["spans", "short spans", "no spans", "span bias"]
     policies = ["keys", "spans", "packed keys", "packed spans"]
     teacher = 128 if head_dim == 64 else 64
     if head_dim == 128:
@@ -253,7 +256,7 @@ def calls(sizes: Sizes = COMPILED) -> list[Call]:
         Call(op, variant, "bfloat16", head_dim, run)
         for head_dim in (80, 96)
         for op, variant, run in _of_model(sizes, "bfloat16", head_dim)
-        if variant in ("spans", "no spans", "keys", "jsd", "decoding")
+        if variant in ("spans", "short spans", "no spans", "keys", "jsd", "decoding")
     ]
     # a row of probabilities has no head dim
     table += [
@@ -279,6 +282,7 @@ TESTED = (
     ("float32", 0, "divergence", "jsd"),
 )
 TESTED_ON_SM_90 = (
+    ("bfloat16", 128, "attention", "short spans"),
     ("bfloat16", 128, "attention", "span bias"),
     ("bfloat16", 256, "attention", "spans"),  # Triton 3.6 has tiles of its own here
     ("bfloat16", 64, "policy", "packed spans"),

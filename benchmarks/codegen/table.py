@@ -27,8 +27,10 @@ LOOPS_ARE = (
     "code: a turn is a block of keys, and in the kernels of dk and dv a block of queries. Where a "
     "loop branches, `least – most` are its shortest and its longest path, with one turn of the "
     "loops within it. Of two loops the first has no masks and the second is for edges; 1.1 is a "
-    "loop within 1. Barriers are those of the CTA. `8 LDGSTS 16`: eight asynchronous copies of 16 "
-    "bytes a thread from global memory. On sm_100 one warp issues the products. "
+    "loop within 1. With short spans the second of three is of neighbours in several spans; in dk "
+    "and dv with spans the first is of mixed blocks. Barriers are those of the CTA. `8 LDGSTS 16`: "
+    "eight asynchronous copies of 16 bytes a thread from global memory. On sm_100 one warp issues "
+    "the products. "
     f"Programs: of a call of batch size 1 with {COUNTED[0].heads}:{COUNTED[0].kv_heads} heads and "
     "so many keys, on 132 multiprocessors; a policy has 256 rows."
 )

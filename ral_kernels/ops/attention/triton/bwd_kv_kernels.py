@@ -8,12 +8,29 @@ order: no atomics.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
+from ....runtime.triton_blocks import (
+    block_number,
+    block_ranges,
+    blocks_of_loop,
+    neighbours,
+    part_of_ranges,
+)
 from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
-from .marginals import here, kind_of, moved_spans, shares
+from ....runtime.triton_spans import MIXED, NO_SPAN, blocks_of_sequence, sequence_of_span_blocks
+from .marginals import (
+    SpanBlock,
+    entry_of,
+    gathered_shares,
+    here,
+    moved_spans,
+    spans_of_places,
+    uniform_shares,
+)
 from .scores import (
     HeadMasks,
     Place,
@@ -29,6 +46,7 @@ from .scores import (
     real_keys,
     row_tile,
     scores,
+    spans_of_keys,
 )
 
 
@@ -111,6 +129,19 @@ def weights_and_gradient(
 
 
 @triton.jit
+def query_blocks(
+    ranges, tile, IS_EDGE: tl.constexpr, IS_MIXED: tl.constexpr, IS_ONLY: tl.constexpr
+):  # fmt: skip
+    """The query blocks of one loop, or with IS_ONLY of both. With IS_MIXED it takes parts."""
+    if IS_ONLY:
+        PARTS: tl.constexpr = tile.BLOCK_Q // tile.MIXED_Q if IS_MIXED else 1
+        blocks = ranges.whole
+        return neighbours(blocks.first * PARTS, (blocks.last - blocks.first) * PARTS)
+    else:
+        return blocks_of_loop(ranges, IS_EDGE)
+
+
+@triton.jit
 def add_key_gradients(
     dk,
     dv,
@@ -121,7 +152,7 @@ def add_key_gradients(
     queries,
     HAS_DOUT: tl.constexpr,
     diagonal,
-    kind,
+    kinds,
     spans,
     dmarginals_ptr,
     span_rows,
@@ -132,11 +163,18 @@ def add_key_gradients(
     score,
     tile,
     IS_EDGE: tl.constexpr,
+    IS_MIXED: tl.constexpr,
 ):
     """The query blocks of one loop and head. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
-    for i in range(0, blocks.number):
+    BLOCK_Q: tl.constexpr = tile.MIXED_Q if IS_MIXED else tile.BLOCK_Q
+    offs = tl.arange(0, BLOCK_Q)
+    key_spans = 0
+    if IS_MIXED:
+        key_spans = spans_of_places(kinds, spans, tile.BLOCK_K, tile.TABLE_K)
+    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_MIXED else None):
         block = block_number(i, blocks, IS_EDGE)
-        q_positions = block * tile.BLOCK_Q + tl.arange(0, tile.BLOCK_Q)
+        first_token = (queries.start + block * BLOCK_Q).to(tl.int64)
+        q_positions = block * BLOCK_Q + offs
         q_tokens = queries.start + q_positions
         mask_q = exist(q_positions, queries.length, IS_EDGE)
         place = Place(q_positions, mask_q, k_positions, k.rows, k.mask, diagonal)
@@ -145,21 +183,32 @@ def add_key_gradients(
         # [BLOCK_Q]
         lse = tl.load(queries.lse_ptr + q_tokens, mask=mask_q, other=float("-inf"))
         delta = tl.load(queries.delta_ptr + q_tokens, mask=mask_q, other=0.0)
-        dp = tl.zeros([tile.BLOCK_K, tile.BLOCK_Q], tl.float32)
+        dp = tl.zeros([tile.BLOCK_K, BLOCK_Q], tl.float32)
+        delta_m = delta[None, :]  # δ without the gradient of the marginal
         if dmarginals_ptr is not None:  # (9)
+            num_spans = span_rows.num_spans
             mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
-            dp = shares(
-                kind, spans, dmarginals_ptr, q_tokens.to(tl.int64) * span_rows.num_spans, 1,
-                mask_rows, k.mask, tile.BLOCK_Q, tile.BLOCK_K, tile.TERMS, True, False,
-            )  # fmt: skip
+            first_row_ptr = dmarginals_ptr + first_token * num_spans
+            rows = offs.to(tl.int64) * num_spans
+            if IS_MIXED:
+                delta_m -= gathered_shares(key_spans, first_row_ptr, rows, 1, mask_rows, False)
+            else:
+                delta_m -= uniform_shares(
+                    kinds, first_row_ptr, rows, 1, mask_rows, tile.BLOCK_K, tile.TABLE_K, True,
+                    False,
+                )  # fmt: skip
         bias = 0.0
         if masks.span_bias.ptr is not None:
-            bias = shares(
-                kind, spans, span_bias_ptr, q_tokens.to(tl.int64) * masks.span_bias.stride_t,
-                masks.span_bias.stride_s, mask_q, k.mask, tile.BLOCK_Q, tile.BLOCK_K, 3, True,
-                True,
-            )  # fmt: skip
-        dot = tl.zeros([tile.BLOCK_K, tile.BLOCK_Q], tl.float32)
+            bias_ptr = span_bias_ptr + first_token * masks.span_bias.stride_t
+            rows = offs.to(tl.int64) * masks.span_bias.stride_t
+            stride_s = masks.span_bias.stride_s
+            if IS_MIXED:
+                bias = gathered_shares(key_spans, bias_ptr, rows, stride_s, mask_q, True)
+            else:
+                bias = uniform_shares(
+                    kinds, bias_ptr, rows, stride_s, mask_q, tile.BLOCK_K, tile.TABLE_K, True, True
+                )
+        dot = tl.zeros([tile.BLOCK_K, BLOCK_Q], tl.float32)
         dot = dot_rows(dot, k, q, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if HAS_DOUT:
             # [BLOCK_Q, BLOCK_DV]
@@ -167,7 +216,7 @@ def add_key_gradients(
             dp = dot_rows(dp, v, dout, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
         mask_offsets = q_tokens.to(tl.int64) * masks.attn_mask.stride_t
         p, ds, dcap = weights_and_gradient(
-            dot, dp, bias, backward_lse_log2(lse)[None, :], delta[None, :], place, masks,
+            dot, dp, bias, backward_lse_log2(lse)[None, :], delta_m, place, masks,
             HeadMasks(attn_mask_ptr, mask_offsets, padding_ptr), score, IS_EDGE, True,
         )  # fmt: skip
         if HAS_DOUT:
@@ -179,6 +228,145 @@ def add_key_gradients(
             dk, dx, q, tile.HEAD_DIM, tile.BLOCK_D, tile.PART_D, tile.PRECISION
         )
     return dk, dv
+
+
+class KeysOfProgram(NamedTuple):
+    """The keys whose gradients a program forms."""
+
+    sequence: Any
+    start: Any  # of the sequence
+    length: Any
+    positions: Any
+    mask: Any
+    first: Any  # the lowest position, and the highest: lower than the first without a key
+    last: Any
+    kinds: Any  # of the blocks of the table of spans that they are
+    is_mixed: Any
+    spans: Any  # SpanBlock of these
+    num_places: Any  # of the table from there on, in the sequence
+
+
+@triton.jit
+def keys_of_program(spans, packed, b, program, seqlen_k, tile):
+    """Neighbours, or with spans the keys of one block of their table, or of two."""
+    offs = tl.arange(0, tile.BLOCK_K)
+    if spans.entries_ptr is None:
+        sequence, start, length, block = locate(
+            packed.cu_seqlens_k_ptr, packed.num_sequences, seqlen_k, program, tile.BLOCK_K
+        )
+        first = block * tile.BLOCK_K
+        positions = first + offs
+        last = tl.minimum(first + tile.BLOCK_K, length) - 1
+        return KeysOfProgram(
+            sequence, start, length, positions, positions < length, first, last, (NO_SPAN,), False,
+            SpanBlock(0, 0, 0, 0, 0), 0,
+        )  # fmt: skip
+    else:
+        SLOTS: tl.constexpr = tile.BLOCK_K // tile.TABLE_K
+        IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
+        if IS_PACKED:
+            sequence, start, length, program = sequence_of_span_blocks(
+                packed.cu_seqlens_k_ptr, packed.num_sequences, program, tile.TABLE_K, SLOTS
+            )
+        else:
+            sequence, start, length = program * 0, program * 0, program * 0 + seqlen_k
+        block = program * SLOTS
+        number = blocks_of_sequence(spans, b * spans.key_stride_b + start, length)
+        table = spans_of_keys(spans, b, sequence, start, IS_PACKED, tile.TABLE_K)
+        found = (block + offs // tile.TABLE_K) < number
+        places = table.positions_ptr + block * tile.TABLE_K + offs
+        positions = tl.load(places, mask=found, other=-1)
+        last = tl.max(positions, 0)
+        first = tl.min(tl.where(positions >= 0, positions, 1 << 30), 0)
+        kind, _ = entry_of(table, block, True)
+        kinds = (kind,)
+        is_mixed = kind == MIXED
+        if SLOTS == 2:
+            other, _ = entry_of(table, block + 1, True)
+            other = tl.where(block + 1 < number, other, NO_SPAN)
+            kinds = (kind, other)  # type: ignore[assignment]
+            is_mixed = is_mixed | (other == MIXED)
+        return KeysOfProgram(
+            sequence, start, length, positions, positions >= 0, first, last, kinds, is_mixed,
+            moved_spans(table, block, tile.TABLE_K), (number - block) * tile.TABLE_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def write_key_gradients(
+    k,
+    v,
+    dk,
+    dv,
+    keys,
+    first_head,
+    last_head,
+    ranges,
+    b,
+    kv_head,
+    q,
+    dout,
+    lse_ptr,
+    delta_ptr,
+    dmarginals_ptr,
+    q_start,
+    length_q,
+    diagonal,
+    padding_ptr,
+    masks,
+    sizes,
+    splits,
+    span_rows,
+    score,
+    tile,
+    HAS_SPANS: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+):
+    """dk and dv of a program's keys from the query blocks `ranges` of heads [first, last)."""
+    dk_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
+    dv_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_DV], tl.float32)
+    for head in range(first_head, last_head):
+        h = tl.cast(head, tl.int64)
+        rows = (b * sizes.num_heads + h) * sizes.seqlen_q
+        queries = Queries(
+            head_of(q, b, h), head_of(dout, b, h), lse_ptr + rows, delta_ptr + rows, q_start,
+            length_q,
+        )  # fmt: skip
+        head_dmarginals_ptr = dmarginals_ptr
+        if dmarginals_ptr is not None:
+            num_rows = span_rows.stop - span_rows.start
+            first_row = (b * sizes.num_heads + h) * num_rows - span_rows.start
+            head_dmarginals_ptr = dmarginals_ptr + first_row * span_rows.num_spans
+        # With a bias the second of two loops spills.
+        IS_ONLY: tl.constexpr = IS_MIXED or masks.span_bias.ptr is not None
+        for IS_EDGE in tl.static_range(1 if IS_ONLY else 0, 2):
+            dk_sum, dv_sum = add_key_gradients(
+                dk_sum, dv_sum, query_blocks(ranges, tile, IS_EDGE, IS_MIXED, IS_ONLY), k, v,
+                keys.positions, queries, dout.ptr is not None, diagonal, keys.kinds, keys.spans,
+                head_dmarginals_ptr, span_rows, head_of(masks.span_bias, b, h).ptr,
+                head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
+                IS_MIXED,
+            )  # fmt: skip
+
+    # Formed here: numbers in the layout of the stores would take registers in the loops.
+    if HAS_SPANS:
+        offs = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
+        found = offs < keys.num_places
+        positions = tl.load(keys.spans.positions_ptr + offs, mask=found, other=-1).to(tl.int64)
+        mask_k = positions >= 0
+    else:
+        positions = here(keys.positions.to(tl.int64))
+        mask_k = positions < keys.length
+    k_tokens = keys.start + positions
+    part = tl.program_id(1).to(tl.int64)
+    dk_head, dv_head = head_of(dk, b, kv_head), head_of(dv, b, kv_head)
+    if splits.dk_stride is not None:
+        dk_head = Head(dk_head.ptr + part * splits.dk_stride, dk_head.stride)
+    store_rows(dk_head, k_tokens, mask_k, dk_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D)
+    if dout.ptr is not None:
+        if splits.dv_stride is not None:
+            dv_head = Head(dv_head.ptr + part * splits.dv_stride, dv_head.stride)
+        store_rows(dv_head, k_tokens, mask_k, dv_sum, 0, tile.HEAD_DIM_V, tile.BLOCK_DV)
 
 
 @triton.jit
@@ -211,88 +399,56 @@ def attention_bwd_dkdv_kernel(
     pid = pid // num_k_blocks
     kv_head = (pid % sizes.num_kv_heads).to(tl.int64)
     b = (pid // sizes.num_kv_heads).to(tl.int64)
-    sequence, k_start, length_k, block = locate(
-        packed.cu_seqlens_k_ptr, packed.num_sequences, sizes.seqlen_k, k_block, tile.BLOCK_K
-    )
-    q_start, length_q = length_of(packed.cu_seqlens_q_ptr, sequence, sizes.seqlen_q)
-    if block * tile.BLOCK_K >= length_k:
+    keys = keys_of_program(spans, packed, b, k_block, sizes.seqlen_k, tile)
+    q_start, length_q = length_of(packed.cu_seqlens_q_ptr, keys.sequence, sizes.seqlen_q)
+    if keys.first > keys.last:
         return
 
-    k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
+    k_start, length_k, k_positions, mask_k = keys.start, keys.length, keys.positions, keys.mask
     k_tokens = k_start + k_positions
-    mask_k = k_positions < length_k
     padding_ptr = padding_of(masks, b)
     # 0 · NaN is NaN: padding keys are not read.
     real = real_keys(masks, padding_ptr, k_tokens, mask_k)
     # [BLOCK_K, BLOCK_D], [BLOCK_K, BLOCK_DV]
     k_tile = row_tile(head_of(k, b, kv_head), k_tokens, real, tile.HEAD_DIM, tile.PART_D)
     v_tile = row_tile(head_of(v, b, kv_head), k_tokens, real, tile.HEAD_DIM_V, tile.PART_DV)
-    block_spans = moved_spans(
-        spans, b * spans.stride_b + k_block,
-        b * spans.local_stride_b + k_start + block * tile.BLOCK_K, tile.BLOCK_K,
-    )  # fmt: skip
-    kind = kind_of(block_spans, spans.kinds_ptr is not None)
 
     # Which queries see some of the keys, and which of these see all of them?
     diagonal = 0 if masks.window.TOP_LEFT else length_k - length_q
     low, full_low = 0, 0
     high, full_high = length_q, length_q
-    first_key = block * tile.BLOCK_K - diagonal
-    last_key = tl.minimum(block * tile.BLOCK_K + tile.BLOCK_K, length_k) - 1 - diagonal
+    first_key, last_key = keys.first - diagonal, keys.last - diagonal
     if masks.window.HAS_RIGHT:
         low, full_low = first_key - masks.window.right, last_key - masks.window.right
     if masks.window.HAS_LEFT:
         high = tl.minimum(length_q, last_key + masks.window.left + 1)
         full_high = tl.minimum(length_q, first_key + masks.window.left + 1)
-    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_Q)
+    ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_Q)
     split = tl.program_id(1)
     head_split = split
     if splits.ranges is not None:
         head_split = split // splits.ranges
-        blocks_per_range = tl.cdiv(last - first, splits.ranges)
-        first = tl.minimum(first + split % splits.ranges * blocks_per_range, last)
-        last = tl.minimum(first + blocks_per_range, last)
-        first_full = tl.minimum(tl.maximum(first_full, first), last)
-        last_full = tl.minimum(tl.maximum(last_full, first_full), last)
+        ranges = part_of_ranges(ranges, split % splits.ranges, splits.ranges)
 
-    dk_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
-    dv_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_DV], tl.float32)
     group = sizes.num_heads // sizes.num_kv_heads
     heads_per_split = tl.cdiv(group, splits.heads)
     last_head = (kv_head.to(tl.int32) + 1) * group
     first_head = last_head - group + head_split * heads_per_split
-    for head in range(first_head, tl.minimum(first_head + heads_per_split, last_head)):
-        h = tl.cast(head, tl.int64)
-        rows = (b * sizes.num_heads + h) * sizes.seqlen_q
-        queries = Queries(
-            head_of(q, b, h), head_of(dout, b, h), lse_ptr + rows, delta_ptr + rows, q_start,
-            length_q,
+    last_head = tl.minimum(first_head + heads_per_split, last_head)
+    HAS_SPANS: tl.constexpr = spans.entries_ptr is not None
+    # A branch around all of it, because a product in a branch takes registers in the loops.
+    if keys.is_mixed:
+        write_key_gradients(
+            k_tile, v_tile, dk, dv, keys, first_head, last_head, ranges, b, kv_head, q, dout,
+            lse_ptr, delta_ptr, dmarginals_ptr, q_start, length_q, diagonal, padding_ptr, masks,
+            sizes, splits, span_rows, score, tile, HAS_SPANS, True,
         )  # fmt: skip
-        head_dmarginals_ptr = dmarginals_ptr
-        if dmarginals_ptr is not None:
-            num_rows = span_rows.stop - span_rows.start
-            first_row = (b * sizes.num_heads + h) * num_rows - span_rows.start
-            head_dmarginals_ptr = dmarginals_ptr + first_row * span_rows.num_spans
-        for IS_EDGE in tl.static_range(2):
-            dk_sum, dv_sum = add_key_gradients(
-                dk_sum, dv_sum, blocks_of_loop(first, first_full, last_full, last, IS_EDGE),
-                k_tile, v_tile, k_positions, queries, dout.ptr is not None, diagonal, kind,
-                block_spans, head_dmarginals_ptr, span_rows, head_of(masks.span_bias, b, h).ptr,
-                head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
-            )  # fmt: skip
-
-    # Formed here: numbers in the layout of the stores would take registers in the loops.
-    positions = here(k_positions.to(tl.int64))
-    k_tokens, mask_k = k_start + positions, positions < length_k
-    part = tl.program_id(1).to(tl.int64)
-    dk_head, dv_head = head_of(dk, b, kv_head), head_of(dv, b, kv_head)
-    if splits.dk_stride is not None:
-        dk_head = Head(dk_head.ptr + part * splits.dk_stride, dk_head.stride)
-    store_rows(dk_head, k_tokens, mask_k, dk_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D)
-    if dout.ptr is not None:
-        if splits.dv_stride is not None:
-            dv_head = Head(dv_head.ptr + part * splits.dv_stride, dv_head.stride)
-        store_rows(dv_head, k_tokens, mask_k, dv_sum, 0, tile.HEAD_DIM_V, tile.BLOCK_DV)
+    else:
+        write_key_gradients(
+            k_tile, v_tile, dk, dv, keys, first_head, last_head, ranges, b, kv_head, q, dout,
+            lse_ptr, delta_ptr, dmarginals_ptr, q_start, length_q, diagonal, padding_ptr, masks,
+            sizes, splits, span_rows, score, tile, HAS_SPANS, False,
+        )  # fmt: skip
 
 
 @triton.jit

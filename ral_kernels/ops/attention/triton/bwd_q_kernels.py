@@ -7,18 +7,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
+from ....runtime.triton_blocks import block_number, block_ranges
 from ....runtime.triton_rows import head_of, store_rows
-from ....runtime.triton_spans import MIXED, NO_SPAN
+from ....runtime.triton_spans import MIXED, NO_SPAN, span_block_ranges
 from .bwd_kv_kernels import weights_and_gradient
-from .marginals import Sums, add_mixed_block, add_to_span, kind_of, moved_spans, shares
+from .marginals import (
+    Sums,
+    add_mixed_block,
+    add_mixed_shares,
+    bias_of_tile,
+    entry_of,
+    here,
+    leave_span,
+    moved_spans,
+    opaque_zero,
+    uniform_shares,
+)
 from .scores import (
+    EDGE,
+    SHORT,
     Keys,
     Place,
     add_weighted_rows,
     backward_lse_log2,
+    blocks_of_keys,
     dot_rows,
-    exist,
+    keys_of_block,
     length_of,
     locate,
     masks_of_rows,
@@ -40,6 +54,7 @@ def add_query_gradients(
     keys,
     diagonal,
     HAS_SPANS: tl.constexpr,
+    HAS_SHORT: tl.constexpr,
     HAS_DOUT: tl.constexpr,
     dmarginals_ptr,
     mask_rows,
@@ -50,44 +65,67 @@ def add_query_gradients(
     score,
     tile,
     IS_EDGE: tl.constexpr,
+    IS_SHORT: tl.constexpr,
 ):
     """The key blocks of one loop, as in fwd_kernels.py."""
+    MAY_MIX: tl.constexpr = IS_EDGE or IS_SHORT
+    HAS_LEFT: tl.constexpr = masks.window.HAS_LEFT
     dq, run, run_kind = state
-    for i in range(0, blocks.number):
-        block = block_number(i, blocks, IS_EDGE)
-        k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
-        k_tokens = keys.start + k_positions
-        mask_k = exist(k_positions, keys.length, IS_EDGE)
-        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
-        block_spans = moved_spans(
-            keys.spans, block, keys.start + block * tile.BLOCK_K, tile.BLOCK_K
+    dmarginals_rows = q_positions.to(tl.int64) * dspan_bias.num_spans
+    if IS_SHORT and dspan_bias.ptr is not None:
+        leave_span(dspan_bias, run_kind, run, True)
+        run = tl.zeros_like(run)
+        run_kind = MIXED
+    # Formed here: what several loops share would take registers in all of them.
+    offsets = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
+    zero = opaque_zero(False)
+    kind, first_key = entry_of(
+        keys.spans, block_number(zero, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT), HAS_SPANS
+    )
+    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if MAY_MIX else None):
+        block = block_number(i, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
+        k_positions, mask_k, k_head, v_head, rows = keys_of_block(
+            keys, block, first_key, offsets, tile.BLOCK_K, IS_EDGE, HAS_SPANS
         )
-        kind = kind_of(block_spans, HAS_SPANS)
+        k_tokens = keys.start + k_positions
+        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
+        block_spans = moved_spans(keys.spans, block, tile.BLOCK_K)
+        if dspan_bias.ptr is not None and not IS_SHORT:  # noqa: SIM102 (known when compiled)
+            if kind != run_kind:
+                leave_span(dspan_bias, run_kind, run, IS_EDGE)
+                run = tl.zeros_like(run)
+                run_kind = kind
         # 0 · NaN is NaN: padding keys are not read.
         real = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
         dp = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
+        delta_m = delta[:, None]  # δ without the gradient of the marginal
         if dmarginals_ptr is not None:  # (9)
-            dp = shares(
-                kind, block_spans, dmarginals_ptr,
-                q_positions.to(tl.int64) * dspan_bias.num_spans, 1, mask_rows, mask_k,
-                tile.BLOCK_Q, tile.BLOCK_K, tile.TERMS, False, False,
-            )  # fmt: skip
+            if not IS_SHORT:
+                delta_m -= uniform_shares(
+                    (kind,), dmarginals_ptr, dmarginals_rows, 1, mask_rows, tile.BLOCK_K,
+                    tile.BLOCK_K, False, False,
+                )  # fmt: skip
+            if MAY_MIX:
+                dp = add_mixed_shares(
+                    dp, kind, block_spans, dmarginals_ptr, dmarginals_rows, 1, mask_rows,
+                    tile.BLOCK_K, tile.TERMS, False,
+                )  # fmt: skip
         bias = 0.0
         if masks.span_bias.ptr is not None:
-            bias = shares(
+            bias = bias_of_tile(
                 kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
+                q.mask, tile.BLOCK_K, MAY_MIX,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = row_tile(keys.k, k_tokens, real, tile.HEAD_DIM, tile.PART_D)
+        k = row_tile(k_head, rows, real, tile.HEAD_DIM, tile.PART_D)
         dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
         dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if HAS_DOUT:
             # [BLOCK_K, BLOCK_DV]
-            v = row_tile(keys.v, k_tokens, real, tile.HEAD_DIM_V, tile.PART_DV)
+            v = row_tile(v_head, rows, real, tile.HEAD_DIM_V, tile.PART_DV)
             dp = dot_rows(dp, dout, v, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
         _, ds, dcap = weights_and_gradient(
-            dot, dp, bias, lse_log2[:, None], delta[:, None], place, masks, head_masks,
+            dot, dp, bias, lse_log2[:, None], delta_m, place, masks, head_masks,
             score, IS_EDGE, False,
         )  # fmt: skip
         dx = ds * dcap  # (13)
@@ -96,17 +134,15 @@ def add_query_gradients(
         )
 
         if dspan_bias.ptr is not None:  # (12)
-            if (kind != run_kind) | (kind == MIXED):
-                if run_kind >= 0:
-                    add_to_span(dspan_bias, run_kind, run)
-                if kind == MIXED:
+            if not IS_SHORT:
+                run += tl.sum(ds, 1)
+            if MAY_MIX:  # noqa: SIM102 (known when compiled; the next is not)
+                if IS_SHORT or kind == MIXED:
                     one = tl.full([tile.BLOCK_Q], 1.0, tl.float32)
-                    add_mixed_block(
-                        dspan_bias, ds, one, block_spans, mask_k, tile.BLOCK_K, tile.TERMS
-                    )
-                run = tl.zeros_like(run)
-                run_kind = kind
-            run += tl.sum(ds, 1)
+                    add_mixed_block(dspan_bias, ds, one, block_spans, tile.BLOCK_K, tile.TERMS)
+        # One block ahead: nothing waits for this load.
+        next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
+        kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
     return dq, run, run_kind
 
 
@@ -166,7 +202,15 @@ def attention_bwd_dq_kernel(
     if masks.window.HAS_RIGHT:
         high = tl.minimum(length_k, last_row + masks.window.right + 1)
         full_high = tl.minimum(length_k, first_row + masks.window.right + 1)
-    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
+    HAS_SPANS: tl.constexpr = spans.entries_ptr is not None
+    HAS_SHORT: tl.constexpr = spans.short_before_ptr is not None
+    if HAS_SPANS:
+        first_key = b * spans.key_stride_b + k_start
+        ranges = span_block_ranges(
+            spans, first_key, length_k, low, high, full_low, full_high, tile.BLOCK_K
+        )
+    else:
+        ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
 
     kv_head = h // (sizes.num_heads // sizes.num_kv_heads)
     IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
@@ -182,8 +226,10 @@ def attention_bwd_dq_kernel(
         first_row = (b * sizes.num_heads + h) * num_rows + q_start - span_rows.start
         dmarginals_ptr += first_row * num_spans
     if dspan_bias_ptr is not None:
-        dspan_bias_ptr += ((b * sizes.num_heads + h) * sizes.seqlen_q + q_start) * num_spans
-    dspan_bias = Sums(dspan_bias_ptr, q_positions, mask_q, num_spans)
+        first_row = (b * sizes.num_heads + h) * sizes.seqlen_q + q_start + block * tile.BLOCK_Q
+        dspan_bias_ptr += first_row * num_spans
+    rows_of_program = tl.arange(0, tile.BLOCK_Q)
+    dspan_bias = Sums(dspan_bias_ptr, rows_of_program, mask_q, num_spans)
     span_bias_rows = rows
     if masks.span_bias.ptr is not None:
         span_bias_rows = h * masks.span_bias.stride_h
@@ -193,20 +239,24 @@ def attention_bwd_dq_kernel(
 
     dq_sum = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
     run = tl.zeros([tile.BLOCK_Q], tl.float32)
-    run_kind = first * 0 + NO_SPAN
+    run_kind = ranges.whole.first * 0 + NO_SPAN
     state = dq_sum, run, run_kind
-    for IS_EDGE in tl.static_range(2):
-        state = add_query_gradients(
-            state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
-            dout_tile, q_positions, backward_lse_log2(lse), delta, keys, diagonal,
-            spans.kinds_ptr is not None, dout.ptr is not None, dmarginals_ptr, mask_rows,
-            dspan_bias, span_bias_rows, masks, head_masks, score, tile, IS_EDGE,
-        )  # fmt: skip
+    for LOOP in tl.static_range(3):
+        if LOOP != SHORT or HAS_SHORT:
+            state = add_query_gradients(
+                state, blocks_of_keys(ranges, masks, LOOP, HAS_SHORT), q_tile, dout_tile,
+                q_positions, backward_lse_log2(lse), delta, keys, diagonal, HAS_SPANS, HAS_SHORT,
+                dout.ptr is not None, dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks,
+                head_masks, score, tile, LOOP == EDGE, LOOP == SHORT,
+            )  # fmt: skip
     dq_sum, run, run_kind = state
-    if dspan_bias_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
-        if run_kind >= 0:
-            add_to_span(dspan_bias, run_kind, run)
+    if dspan_bias_ptr is not None:
+        leave_span(dspan_bias, run_kind, run, True)
 
+    # Numbers of the program once more, which would take registers in the loops.
+    pid = (tl.program_id(0) + opaque_zero(False)) // num_q_blocks
+    h = (pid % sizes.num_heads).to(tl.int64)
+    b = (pid // sizes.num_heads).to(tl.int64)
     store_rows(
         head_of(dq, b, h), q_tokens, mask_q, dq_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D
     )

@@ -10,29 +10,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ....runtime.triton_blocks import block_number, block_ranges, blocks_of_loop
+from ....runtime.triton_blocks import block_number, block_ranges, part_of_ranges
 from ....runtime.triton_rows import Head, head_of, store_rows
 from ....runtime.triton_softmax import stabiliser
-from ....runtime.triton_spans import MIXED, NO_SPAN
+from ....runtime.triton_spans import MIXED, NO_SPAN, span_block_ranges
 from .marginals import (
+    HEADROOM,
     Sums,
     add_mixed_block,
-    add_to_span,
-    kind_of,
+    begun_exponent,
+    bias_of_tile,
+    entry_of,
+    here,
+    leave_span,
     moved_spans,
-    raised_exponent,
+    opaque_zero,
     relative_weight,
     scale_rows,
-    shares,
 )
 from .scores import (
+    EDGE,
     LN2,
+    SHORT,
     Keys,
     Place,
     add_weighted_rows,
+    blocks_of_keys,
     dot_rows,
-    exist,
     in_window,
+    keys_of_block,
     length_of,
     locate,
     masks_of_rows,
@@ -52,6 +58,7 @@ def attend(
     keys,
     diagonal,
     HAS_SPANS: tl.constexpr,
+    HAS_SHORT: tl.constexpr,
     sums,
     has_rows,
     span_bias_rows,
@@ -60,33 +67,52 @@ def attend(
     score,
     tile,
     IS_EDGE: tl.constexpr,
+    IS_SHORT: tl.constexpr,
 ):
     """The key blocks of one loop: flash attention, and sums over spans.
 
-    With IS_EDGE the blocks need a mask.
+    With IS_EDGE the blocks need a mask. With IS_SHORT they are short: neighbours in several spans.
     """
+    MAY_MIX: tl.constexpr = IS_EDGE or IS_SHORT
+    HAS_LEFT: tl.constexpr = masks.window.HAS_LEFT
     HAS_BIAS: tl.constexpr = masks.span_bias.ptr is not None
     HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
     GENERAL: tl.constexpr = score.HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
     acc, normaliser, m, exponent, run, run_kind = state
-    for i in range(0, blocks.number):
-        block = block_number(i, blocks, IS_EDGE)
-        k_positions = block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
-        k_tokens = keys.start + k_positions
-        mask_k = exist(k_positions, keys.length, IS_EDGE)
-        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
-        block_spans = moved_spans(
-            keys.spans, block, keys.start + block * tile.BLOCK_K, tile.BLOCK_K
+    if IS_SHORT and sums.ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
+        if has_rows:
+            exponent = begun_exponent(exponent, m)
+            leave_span(sums, run_kind, run * relative_weight(exponent, m), True)
+            run = tl.zeros_like(run)
+            run_kind = MIXED
+    # Formed here: what several loops share would take registers in all of them.
+    offsets = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
+    zero = opaque_zero(False)
+    kind, first_key = entry_of(
+        keys.spans, block_number(zero, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT), HAS_SPANS
+    )
+    for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if MAY_MIX else None):
+        block = block_number(i, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
+        k_positions, mask_k, k_head, v_head, rows = keys_of_block(
+            keys, block, first_key, offsets, tile.BLOCK_K, IS_EDGE, HAS_SPANS
         )
-        kind = kind_of(block_spans, HAS_SPANS)
+        k_tokens = keys.start + k_positions
+        place = Place(q_positions, q.mask, k_positions, k_tokens, mask_k, diagonal)
+        block_spans = moved_spans(keys.spans, block, tile.BLOCK_K)
+        if sums.ptr is not None and not IS_SHORT:  # noqa: SIM102 (known when compiled)
+            if has_rows & (kind != run_kind):
+                exponent = begun_exponent(exponent, m)
+                leave_span(sums, run_kind, run * relative_weight(exponent, m), IS_EDGE)
+                run = tl.zeros_like(run)
+                run_kind = kind
         bias = 0.0
         if HAS_BIAS:
-            bias = shares(
+            bias = bias_of_tile(
                 kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
-                q.mask, mask_k, tile.BLOCK_Q, tile.BLOCK_K, 3, False, True,
+                q.mask, tile.BLOCK_K, MAY_MIX,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = row_tile(keys.k, k_tokens, mask_k, tile.HEAD_DIM, tile.PART_D)
+        k = row_tile(k_head, rows, mask_k, tile.HEAD_DIM, tile.PART_D)
         dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
         dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if GENERAL:
@@ -108,25 +134,71 @@ def attend(
         # 0 · NaN is NaN: values of padding keys are not read.
         mask_v = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
         # [BLOCK_K, BLOCK_DV]
-        v = row_tile(keys.v, k_tokens, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
+        v = row_tile(v_head, rows, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
         acc = add_weighted_rows(  # (6)
             acc * alpha[:, None], p, v, tile.HEAD_DIM_V, tile.BLOCK_DV, tile.PART_DV,
             tile.PRECISION,
         )  # fmt: skip
 
         if sums.ptr is not None:  # (7)
-            run = run * alpha
-            if has_rows & ((kind != run_kind) | (kind == MIXED)):
-                exponent = raised_exponent(exponent, m, sums)
-                weight = relative_weight(exponent, m)
-                if run_kind >= 0:
-                    add_to_span(sums, run_kind, run * weight)
-                if kind == MIXED:
-                    add_mixed_block(sums, p, weight, block_spans, mask_k, tile.BLOCK_K, tile.TERMS)
-                run = tl.zeros_like(run)
-                run_kind = kind
-            run += row_sum
+            if not IS_SHORT:
+                run = run * alpha + row_sum
+            if MAY_MIX:  # noqa: SIM102 (known when compiled; the next is not)
+                if has_rows & (IS_SHORT or kind == MIXED):
+                    exponent = begun_exponent(exponent, m)
+                    weight = relative_weight(exponent, m)
+                    add_mixed_block(sums, p, weight, block_spans, tile.BLOCK_K, tile.TERMS)
+        # One block ahead: nothing waits for this load.
+        next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
+        kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
     return acc, normaliser, m, exponent, run, run_kind
+
+
+@triton.jit
+def attend_all(
+    ranges,
+    q,
+    q_positions,
+    keys,
+    diagonal,
+    HAS_SPANS: tl.constexpr,
+    HAS_SHORT: tl.constexpr,
+    sums,
+    has_rows,
+    exponent,
+    span_bias_rows,
+    masks,
+    head_masks,
+    score,
+    tile,
+):
+    """All key blocks, from nothing but an exponent."""
+    acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
+    normaliser = tl.zeros([tile.BLOCK_Q], tl.float32)
+    m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
+    run_kind = ranges.whole.first * 0 + NO_SPAN
+    state = acc, normaliser, m, exponent, normaliser, run_kind
+    # A branch in one loop would cost registers.
+    for LOOP in tl.static_range(3):
+        if LOOP != SHORT or HAS_SHORT:
+            state = attend(
+                state, blocks_of_keys(ranges, masks, LOOP, HAS_SHORT), q, q_positions, keys,
+                diagonal, HAS_SPANS, HAS_SHORT, sums, has_rows, span_bias_rows, masks, head_masks,
+                score, tile, LOOP == EDGE, LOOP == SHORT,
+            )  # fmt: skip
+    return state
+
+
+@triton.jit
+def numbers_of_program(zero, num_q_blocks, programs_h, batch_size):
+    """(block of queries, head or kv head, sample, split) of this program."""
+    pid = tl.program_id(0) + zero
+    # Causal rows at the end have the most keys: they start first.
+    block = num_q_blocks - 1 - pid % num_q_blocks
+    pid = pid // num_q_blocks
+    h = (pid % programs_h).to(tl.int64)
+    pid = pid // programs_h
+    return block, h, (pid % batch_size).to(tl.int64), (pid // batch_size).to(tl.int64)
 
 
 @triton.jit
@@ -154,15 +226,9 @@ def attention_fwd_kernel(
     With GROUP > 1 (decoding) the rows are the GROUP heads of a kv head, token by token, so that K
     and V are read once for all of them.
     """
-    pid = tl.program_id(0)
-    # Causal rows at the end have the most keys: they start first.
-    block = num_q_blocks - 1 - pid % num_q_blocks
-    pid = pid // num_q_blocks
-    programs_h = sizes.num_heads // tile.GROUP
-    h = (pid % programs_h).to(tl.int64)
-    pid = pid // programs_h
-    b = (pid % batch_size).to(tl.int64)
-    split = (pid // batch_size).to(tl.int64)
+    block, h, b, split = numbers_of_program(
+        0, num_q_blocks, sizes.num_heads // tile.GROUP, batch_size
+    )
 
     # Blocks count rows. A group of 7 does not divide BLOCK_Q, so packed sequences are looked up in
     # blocks of as many tokens as surely fit.
@@ -196,21 +262,31 @@ def attention_fwd_kernel(
     if masks.window.HAS_RIGHT:
         high = tl.minimum(length_k, last_row + masks.window.right + 1)
         full_high = tl.minimum(length_k, first_row + masks.window.right + 1)
-    first, first_full, last_full, last = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
-    blocks_per_split = tl.cdiv(last - first, num_splits)
-    first = tl.minimum(first + split.to(tl.int32) * blocks_per_split, last)
-    last = tl.minimum(first + blocks_per_split, last)
-    first_full = tl.minimum(tl.maximum(first_full, first), last)
-    last_full = tl.minimum(tl.maximum(last_full, first_full), last)
+    HAS_SPANS: tl.constexpr = spans.entries_ptr is not None
+    HAS_SHORT: tl.constexpr = spans.short_before_ptr is not None
+    if HAS_SPANS:
+        first_key = b * spans.key_stride_b + k_start
+        ranges = span_block_ranges(
+            spans, first_key, length_k, low, high, full_low, full_high, tile.BLOCK_K
+        )
+    else:
+        ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
+    ranges = part_of_ranges(ranges, split.to(tl.int32), num_splits, HAS_SPANS)
 
     has_rows = False
     mask_rows = mask_q
     marginals_rows = q_positions
     if marginals_ptr is not None:
         mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
-        has_rows = tl.max(mask_rows.to(tl.int32), 0) > 0
+        first_token = q_start + block * TOKENS
+        last_token = q_start + tl.minimum(block * TOKENS + TOKENS, length_q)
+        has_rows = tl.maximum(first_token, span_rows.start) < tl.minimum(last_token, span_rows.stop)
         num_rows = span_rows.stop - span_rows.start
-        marginals_rows = offs % tile.GROUP * num_rows + q_positions
+        if tile.GROUP == 1:
+            marginals_rows = offs
+            marginals_ptr += block.to(tl.int64) * TOKENS * span_rows.num_spans
+        else:
+            marginals_rows = (offs % tile.GROUP).to(tl.int64) * num_rows + q_positions
         first_row_of_head = (split * batch_size + b) * sizes.num_heads + h * tile.GROUP
         first_row_of_head = first_row_of_head * num_rows
         marginals_ptr += (first_row_of_head + q_start - span_rows.start) * span_rows.num_spans
@@ -227,31 +303,45 @@ def attention_fwd_kernel(
         spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K),
     )  # fmt: skip
 
-    acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
-    normaliser = tl.zeros([tile.BLOCK_Q], tl.float32)
-    m = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
-    run_kind = first * 0 + NO_SPAN
-    state = acc, normaliser, m, m, normaliser, run_kind
-    # Without masks first, then at the edges: a branch in one loop would cost registers.
-    for IS_EDGE in tl.static_range(2):
-        state = attend(
-            state, blocks_of_loop(first, first_full, last_full, last, IS_EDGE), q_tile,
-            q_positions, keys, diagonal, spans.kinds_ptr is not None, sums, has_rows,
-            span_bias_rows, masks, head_masks, score, tile, IS_EDGE,
+    exponent = tl.full([tile.BLOCK_Q], float("-inf"), tl.float32)
+    if marginals_ptr is None:
+        acc, normaliser, m, exponent, run, run_kind = attend_all(
+            ranges, q_tile, q_positions, keys, diagonal, HAS_SPANS, HAS_SHORT, sums, has_rows,
+            exponent, span_bias_rows, masks, head_masks, score, tile,
         )  # fmt: skip
-    acc, normaliser, m, exponent, run, run_kind = state
+    else:
+        acc = tl.zeros([tile.BLOCK_Q, tile.BLOCK_DV], tl.float32)
+        normaliser, m, run = exponent, exponent, exponent
+        run_kind = ranges.whole.first * 0 + NO_SPAN
+        attempts = run_kind * 0 + 1
+        while attempts > 0:
+            acc, normaliser, m, exponent, run, run_kind = attend_all(
+                ranges, q_tile, q_positions, keys, diagonal, HAS_SPANS, HAS_SHORT, sums, has_rows,
+                exponent, span_bias_rows, masks, head_masks, score, tile,
+            )  # fmt: skip
+            attempts = attempts * 0
+            if has_rows:
+                exponent = begun_exponent(exponent, m)
+                attempts = tl.max((m > exponent + HEADROOM).to(tl.int32), 0)
+                if attempts > 0:
+                    # What is stored may be inf. Once more, relative to the last maximum.
+                    scale_rows(sums, tl.zeros_like(m))
+                    exponent = m
 
     # A row that saw no key has normaliser = 0 and gives 0.
     inverse = tl.where(normaliser > 0, 1.0 / normaliser, 0.0)
     if marginals_ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if has_rows:
-            exponent = raised_exponent(exponent, m, sums)
-            if run_kind >= 0:
-                add_to_span(sums, run_kind, run * relative_weight(exponent, m))
+            leave_span(sums, run_kind, run * relative_weight(exponent, m), True)
             factor = tl.where(normaliser > 0, tl.exp2(exponent - stabiliser(m)) * inverse, 0.0)
             scale_rows(sums, factor)  # (7)
 
     lse = tl.where(normaliser > 0, (m + tl.log2(normaliser)) * LN2, float("-inf"))  # (4)
+    # Numbers of the program once more, which would take registers in the loops.
+    _, h, b, split = numbers_of_program(
+        opaque_zero(False), num_q_blocks, sizes.num_heads // tile.GROUP, batch_size
+    )
+    heads = h * tile.GROUP + offs % tile.GROUP
     lse_rows = ((split * batch_size + b) * sizes.num_heads + heads) * sizes.seqlen_q + q_tokens
     tl.store(lse_ptr + lse_rows, lse, mask=mask_q)
     out_rows = split * out_stride_split + b * out.stride_b + heads * out.stride_h

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ....runtime import triton_runtime
 from ....runtime.triton_rows import Rows, SpanValues, constant
 from ....runtime.triton_runtime import Tile
-from ....runtime.triton_spans import num_blocks, span_blocks
+from ....runtime.triton_spans import has_short_spans, num_blocks, num_span_blocks, span_blocks
 from ..arguments import AttentionArgs
 from . import tiles
 from .bwd_kv_kernels import (
@@ -46,6 +45,7 @@ DECODED_TOKENS = 16  # up to 16 queries a sequence, one program takes all heads 
 FLOAT32_PART = 32  # features in one matrix product of float32
 BLOCKS_PER_SPLIT = 4  # at least, because a split writes and reads partial results
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of dk and dv: fewer leave the last ones to run alone
+TABLE_KEYS = 64  # at most, in a block of the table of spans for dk and dv
 ROWS_JOINED = 32  # keys in a program that joins parts of dk or dv
 
 
@@ -111,6 +111,8 @@ def _tile_sizes(
     block_q: int,
     block_k: int,
     group: int,
+    mixed_q: int,
+    mixed_stages: int | None,
     precision: str,
 ) -> TileSizes:
     is_wide = dtype == torch.float32
@@ -125,6 +127,9 @@ def _tile_sizes(
         PART_DV=min(block_dv, part),
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
+        TABLE_K=table_keys(block_k),
+        MIXED_Q=mixed_q,
+        MIXED_STAGES=mixed_stages,
         GROUP=group,
         TERMS=3 if is_wide else 2,
         PRECISION=precision,
@@ -132,28 +137,56 @@ def _tile_sizes(
     return TileSizes(*map(constant, sizes))
 
 
-def _sizes(args: AttentionArgs, block_q: int, block_k: int, group: int = 1) -> TileSizes:
+def table_keys(block_k: int) -> int:
+    """Keys in a block of the table of spans for a tile of dk and dv, which may be of two blocks.
+
+    So on sm_90 all kernels of a call read the same table.
+    """
+    return block_k if block_k <= TABLE_KEYS else block_k // 2
+
+
+def _sizes(
+    args: AttentionArgs,
+    block_q: int,
+    block_k: int,
+    group: int = 1,
+    mixed_q: int | None = None,
+    mixed_stages: int | None = None,
+) -> TileSizes:
     head_dims = (args.head_dim, args.head_dim_v)
-    return _tile_sizes(args.q.dtype, *head_dims, block_q, block_k, group, _precision())
+    sizes = (block_q, block_k, group, mixed_q or block_q, mixed_stages)
+    return _tile_sizes(args.q.dtype, *head_dims, *sizes, _precision())
 
 
 def _span_table(args: AttentionArgs, block_k: int, wanted: bool) -> SpanTable:
     """The table of spans for blocks of `block_k` keys; None where there is nothing to look up."""
-    if not wanted or args.span_ids is None:
+    if not wanted or args.span_ids is None or args.seqlen_k == 0:
         return NO_SPAN_TABLE
-    table = span_blocks(args.span_ids, block_k, args.cu_seqlens_k)
+    table = span_blocks(
+        args.span_ids, block_k, args.cu_seqlens_k, has_short_spans(args.seqlen_k, args.num_spans)
+    )
     return SpanTable(
-        table.kinds,
+        table.entries,
+        table.positions,
         table.counts,
         table.ids,
         table.local,
-        table.stride_batch,
-        table.stride_batch_local,
+        table.whole_before,
+        table.short_before,
+        table.gathered_before,
+        table.blocks if table.samples > 1 else 0,
+        args.seqlen_k if table.samples > 1 else 0,
     )
 
 
+def num_span_programs(seqlen_k: int, num_sequences: int | None, block_k: int) -> int:
+    """Programs of dk and dv over the keys: see `sequence_of_span_blocks`."""
+    blocks = num_span_blocks(seqlen_k, num_sequences, table_keys(block_k))
+    return math.ceil(blocks * table_keys(block_k) / block_k) + (num_sequences or 0)
+
+
 def _tile(
-    kernel: str, args: AttentionArgs, run: Callable[[Tile], None], is_pipelined: bool = True
+    kernel: str, args: AttentionArgs, run: Callable[[Tile], None], needs_spans: bool = False
 ) -> Tile:
     """The tile of a kernel: the table's, or with RAL_AUTOTUNE=1 the fastest."""
     architecture = triton_runtime.architecture(args.q.device)
@@ -161,11 +194,12 @@ def _tile(
     is_biased = args.span_bias is not None or args.attn_mask is not None
     key = (architecture, args.q.dtype, size, is_biased)
     is_packed = args.cu_seqlens_q is not None
-    best = tiles.tile(kernel, *key, is_pipelined, is_packed)
+    is_short = has_short_spans(args.seqlen_k, args.num_spans)
+    best = tiles.tile(kernel, *key, needs_spans, is_packed, is_short)
     has_spans = args.num_spans > 0
     return triton_runtime.tuned(
         f"attention_{kernel}",
-        (*key, has_spans),
+        (*key, has_spans, is_short),
         best,
         functools.partial(tiles.candidates, best),
         run,
@@ -205,7 +239,8 @@ def launch_fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor)
     def run(tile: Tile) -> None:
         _launch_fwd(args, out, marginals, lse, tile, is_decoding)
 
-    run(_tile("decode" if is_decoding else "fwd", args, run))
+    has_spans = args.span_ids is not None and (marginals.numel() > 0 or args.span_bias is not None)
+    run(_tile("decode" if is_decoding else "fwd", args, run, has_spans))
 
 
 def _launch_fwd(
@@ -233,7 +268,13 @@ def _launch_fwd(
     if has_marginals:
         marginals.zero_()  # kernels add to it
     stride_split, *strides = out.stride() if partial else (0, *out.stride())
-    sizes = _sizes(args, block_q, tile.block_k, group)
+    # Where the loop at the edge, pipelined, needs more registers than there are.
+    is_crowded = has_marginals and (
+        triton_runtime.architecture(args.q.device) != "sm_90" or
+        args.span_bias is not None or sequences is not None or args.q.dtype == torch.float32
+        or tiles.head_dim_class(args.head_dim, args.head_dim_v) != 128
+    )  # fmt: skip
+    sizes = _sizes(args, block_q, tile.block_k, group, mixed_stages=1 if is_crowded else None)
     arguments = {
         **_common_arguments(args),
         "out": Rows(out, *strides[:3]),
@@ -357,11 +398,8 @@ def launch_bwd(
     if dout is None:
         dv.zero_()  # (8): a loss on marginals alone has no gradient for the values
 
-    # Triton 3.6 fails to pipeline a loop with matrix products in a branch (sm_90).
-    is_pipelined = not (needs_spans and triton.__version__.startswith("3.6."))
-
-    def stages(tile: Tile) -> int:
-        return tile.num_stages if is_pipelined else 1
+    # Triton 3.6 cannot pipeline a loop with matrix products in a branch; with 3.7.1 it spills.
+    mixed_stages = 1 if needs_spans else None
 
     def run_dkdv(tile: Tile) -> None:
         k_blocks = num_blocks(args.seqlen_k, tile.block_k, sequences)
@@ -372,6 +410,12 @@ def launch_bwd(
             programs,
             triton_runtime.num_multiprocessors(args.q.device),
         )
+        # Half the queries where a product in a branch takes registers.
+        mixed_q = max(tile.block_q // 2, 16) if needs_spans else tile.block_q
+        spans = _span_table(args, table_keys(tile.block_k), needs_spans)
+        if spans is not NO_SPAN_TABLE:  # more programs, of which some find no keys
+            k_blocks = num_span_programs(args.seqlen_k, sequences, tile.block_k)
+            programs = args.batch_size * args.num_kv_heads * k_blocks
         parts = heads * ranges
         joined = [dk] if dout is None else [dk, dv]
         partial = joined if parts == 1 else [_parts_of(x, parts, args) for x in joined]
@@ -380,14 +424,14 @@ def launch_bwd(
             **common,
             "dk": Rows(partial[0], *partial[0].stride()[-4:-1]),
             "dv": Rows(partial[-1], *partial[-1].stride()[-4:-1]),
-            "spans": _span_table(args, tile.block_k, needs_spans),
+            "spans": spans,
             "num_k_blocks": k_blocks,
             "splits": KeySplits(heads, ranges if ranges > 1 else None, *strides),
-            "tile": _sizes(args, tile.block_q, tile.block_k),
+            "tile": _sizes(args, tile.block_q, tile.block_k, 1, mixed_q, mixed_stages),
         }
         kernel = attention_bwd_dkdv_kernel
         grid = (programs, parts)
-        triton_runtime.launch(kernel, grid, arguments, tile.num_warps, stages(tile))
+        triton_runtime.launch(kernel, grid, arguments, tile.num_warps, tile.num_stages)
         if parts > 1:
             for parts_of_x, x in zip(partial, joined, strict=True):
                 _join(parts_of_x, x)
@@ -402,11 +446,11 @@ def launch_bwd(
             "dspan_bias_ptr": dspan_bias,
             "spans": _span_table(args, tile.block_k, needs_spans),
             "num_q_blocks": q_blocks,
-            "tile": _sizes(args, tile.block_q, tile.block_k),
+            "tile": _sizes(args, tile.block_q, tile.block_k, mixed_stages=mixed_stages),
         }
         grid = (args.batch_size * args.num_heads * q_blocks,)
         kernel = attention_bwd_dq_kernel
-        triton_runtime.launch(kernel, grid, arguments, tile.num_warps, stages(tile))
+        triton_runtime.launch(kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
-    run_dkdv(_tile("bwd_dkdv", args, run_dkdv, is_pipelined))
-    run_dq(_tile("bwd_dq", args, run_dq, is_pipelined))
+    run_dkdv(_tile("bwd_dkdv", args, run_dkdv, needs_spans))
+    run_dq(_tile("bwd_dq", args, run_dq, needs_spans))

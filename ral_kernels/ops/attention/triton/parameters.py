@@ -8,17 +8,21 @@ from ....runtime.triton_rows import SpanValues, constant
 
 
 class SpanTable(NamedTuple):
-    """The tensors of `SpanBlocks` and their strides in blocks and keys; None without spans."""
+    """The tensors of `SpanBlocks`, and what lies between two samples; None without spans."""
 
-    kinds_ptr: Any
+    entries_ptr: Any
+    positions_ptr: Any
     counts_ptr: Any
     ids_ptr: Any
     local_ptr: Any
-    stride_b: Any
-    local_stride_b: Any
+    whole_before_ptr: Any
+    short_before_ptr: Any
+    gathered_before_ptr: Any
+    stride_b: Any  # in blocks
+    key_stride_b: Any  # in keys
 
 
-NO_SPAN_TABLE = SpanTable(None, None, None, None, 0, 0)
+NO_SPAN_TABLE = SpanTable(None, None, None, None, None, None, None, None, 0, 0)
 
 
 class AttnMask(NamedTuple):
@@ -120,6 +124,9 @@ class TileSizes(NamedTuple):
     PART_DV: Any
     BLOCK_Q: Any
     BLOCK_K: Any
+    TABLE_K: Any  # keys in a block of the table of spans: BLOCK_K or, of dk and dv, its half
+    MIXED_Q: Any  # queries of a block where those of keys are mixed, for dk and dv
+    MIXED_STAGES: Any  # of the loop that may form products in a branch; None: as of the others
     GROUP: Any  # heads of a kv head whose rows share a tile (decoding), else 1
     TERMS: Any  # bfloat16 numbers that a sum over spans is split into
     PRECISION: Any  # of products of float32, as tl.dot names it

@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ....runtime.triton_rows import load_rows
+from ....runtime.triton_blocks import edge_blocks, full_blocks
+from ....runtime.triton_rows import Head, load_rows
 from ....runtime.triton_softmax import LOG2E, in_base_2, tanh
-from ....runtime.triton_spans import sequence_of_block
+from ....runtime.triton_spans import first_span_block, sequence_of_block
 from .marginals import here, moved_spans
 
 LN2 = tl.constexpr(0.6931471805599453)
+
+# Loops over keys: whole blocks without masks, short ones without masks, and what needs masks.
+INTERIOR = tl.constexpr(0)
+SHORT = tl.constexpr(1)
+EDGE = tl.constexpr(2)
 
 
 class RowTile(NamedTuple):
@@ -97,6 +103,39 @@ def length_of(cu_seqlens_ptr, sequence, seqlen):
 
 
 @triton.jit
+def blocks_of_keys(ranges, masks, LOOP: tl.constexpr, HAS_SHORT: tl.constexpr):
+    """The blocks of keys of one of three loops: INTERIOR, SHORT and EDGE."""
+    if LOOP == EDGE:
+        return edge_blocks(ranges, masks.window.HAS_LEFT, HAS_SHORT)
+    elif LOOP == SHORT:
+        return full_blocks(ranges.short)
+    else:
+        return full_blocks(ranges.whole)
+
+
+@triton.jit
+def keys_of_block(
+    keys, block, first_key, offsets, BLOCK_K: tl.constexpr, IS_EDGE: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+):  # fmt: skip
+    """(positions of a block's keys, which of them exist; its K and V, and their rows there)."""
+    offs = tl.arange(0, BLOCK_K)
+    if not HAS_SPANS:
+        positions = block * BLOCK_K + offs
+        mask = exist(positions, keys.length, IS_EDGE)
+        return positions, mask, keys.k, keys.v, keys.start + positions
+    elif IS_EDGE:
+        positions = tl.load(keys.spans.positions_ptr + block * BLOCK_K + offs)
+        return positions, positions >= 0, keys.k, keys.v, keys.start + positions
+    else:
+        # Addresses of rows are formed before the loop; here one of the block is added.
+        start = (keys.start + first_key).to(tl.int64)
+        k = Head(keys.k.ptr + start * keys.k.stride, keys.k.stride)
+        v = Head(keys.v.ptr + start * keys.v.stride, keys.v.stride)
+        return first_key + offs, offs >= 0, k, v, offsets
+
+
+@triton.jit
 def exist(positions, length, IS_EDGE: tl.constexpr):
     """Which positions are within the sequence: all of them in a block that is not at an edge."""
     if IS_EDGE:
@@ -106,13 +145,10 @@ def exist(positions, length, IS_EDGE: tl.constexpr):
 
 
 @triton.jit
-def spans_of_keys(spans, b, sequence, k_start, is_packed: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The table of spans from a sequence's first block on; `local` from the sample's first key."""
-    first_block = 0
-    if is_packed:
-        first_block = k_start // BLOCK_K + sequence
-    entry = b * spans.stride_b + first_block
-    return moved_spans(spans, entry, b * spans.local_stride_b, BLOCK_K)
+def spans_of_keys(spans, b, sequence, k_start, IS_PACKED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The table of spans from a sequence's first block on."""
+    first_block = first_span_block(k_start, sequence, BLOCK_K) if IS_PACKED else 0
+    return moved_spans(spans, b * spans.stride_b + first_block, BLOCK_K)
 
 
 @triton.jit

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.metadata
 
 import torch
 
@@ -24,10 +26,9 @@ _INTERPRETED = {
     "bwd_dkdv": Tile(32, 64, 4, 1),
     "bwd_dq": Tile(64, 64, 4, 1),
 }
-# No tile spills, with Triton 3.7.1 and on sm_90 with 3.6.0: registers limit them all. One does:
-# "bwd_dkdv" on sm_90 with every mask at once, 16 bytes with 3.7.1 and 24 with 3.6.0; smaller ones
-# lose wgmma. wgmma and tcgen05 take 64 rows; a tile with fewer stands where each of 64 spilled, and
-# mma.sync multiplies. Head dims 72 to 96 have the tiles and the registers of 128.
+# Registers limit them all. Of the calls that tests compile none spills, with Triton 3.7.1 and on
+# sm_90 with 3.6.0. wgmma and tcgen05 take 64 rows; a tile with fewer stands where each of 64
+# spilled, and mma.sync multiplies. Head dims 72 to 96 have the tiles and the registers of 128.
 # HEAVY: with span_bias or attn_mask. Decoding is bound by memory: one row serves both variants.
 # On sm_90 ptxas serialises wgmma (C7515) in "fwd" with spans and head dims over 128. In "decode"
 # the ptxas of 3.6.0 does so with (64, 32, 4), and 3.7.1 spills with (64, 64, 4).
@@ -56,7 +57,7 @@ _TABLE = (
     row("bwd_dkdv", "sm_80", HALF, HEAVY, (32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
     row("bwd_dkdv", "sm_80", FLOAT32, PLAIN, (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     row("bwd_dkdv", "sm_80", FLOAT32, HEAVY, (16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, (32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 2)),
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, (32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 2)),
     row("bwd_dkdv", "sm_90", HALF, HEAVY, (32, 128, 8, 2), (16, 128, 8, 1), (32, 32, 8, 2)),
     row("bwd_dkdv", "sm_90", FLOAT32, PLAIN, (16, 128, 8, 1), (16, 32, 8, 2), (16, 32, 8, 1)),
     row("bwd_dkdv", "sm_90", FLOAT32, HEAVY, (16, 128, 8, 1), (16, 32, 8, 2), (16, 32, 8, 2)),
@@ -77,18 +78,44 @@ _TABLE = (
     row("bwd_dq", "sm_100", FLOAT32, PLAIN, (64, 32, 4, 1), (32, 32, 8, 2), (32, 16, 8, 2)),
     row("bwd_dq", "sm_100", FLOAT32, HEAVY, (64, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 2)),
 )
-# Where Triton 3.6 cannot pipeline the loop (launch.py), rows of the table spill. These do not.
-_UNPIPELINED = (
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, None, (64, 32, 8, 1)),
-    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, None, (64, 32, 8, 1)),
-    row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 64, 8, 1)),
+# With spans of few keys: they come with a loop more.
+_SHORT = (
+    row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 32, 8, 1)),
+    row("bwd_dq", "sm_90", FLOAT32, PLAIN, None, (32, 32, 8, 1), None),
 )
-# Offsets of packed sequences take registers: there these are needed, too.
-_UNPIPELINED_PACKED = (
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 1), None),
-    row("bwd_dkdv", "sm_90", FLOAT32, PLAIN, None, None, (16, 16, 8, 1)),
+# With spans, where a row of the table spills.
+_SPANS = (
+    row("fwd", "sm_80", HALF, PLAIN, None, (64, 64, 8, 2), None),
+    row("fwd", "sm_90", HALF, PLAIN, None, None, (32, 64, 8, 2)),
+    row("fwd", "sm_90", HALF, HEAVY, None, (128, 32, 8, 2), None),
+    row("fwd", "sm_100", HALF, PLAIN, None, (64, 32, 8, 2), None),
+    row("decode", "sm_90", HALF, ANY, None, (64, 32, 8, 2), None),
+    row("bwd_dkdv", "sm_80", FLOAT32, PLAIN, (16, 32, 8, 2), None, None),
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), (16, 32, 8, 2)),
+    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 64, 8, 2), None),
+    row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 16, 8, 1)),
+    row("bwd_dq", "sm_90", HALF, HEAVY, None, (128, 16, 8, 2), None),
+    row("bwd_dq", "sm_100", FLOAT32, PLAIN, (64, 16, 4, 1), None, None),
+)
+# Offsets of packed sequences take registers, too.
+_SPANS_PACKED = (
+    row("fwd", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
+    row("bwd_dq", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
+)
+# With spans, where Triton 3.6.0 alone spills.
+_SPANS_36 = (
+    row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 1), None, None),
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), None, None),
+)
+_SPANS_PACKED_36 = (
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 2), None),
 )
 # fmt: on
+
+
+@functools.cache
+def _is_triton_36() -> bool:
+    return importlib.metadata.version("triton").startswith("3.6.")
 
 
 @functools.cache
@@ -98,18 +125,24 @@ def tile(
     dtype: torch.dtype,
     size: int,
     is_biased: bool,
-    is_pipelined: bool = True,
+    needs_spans: bool = False,
     is_packed: bool = False,
+    has_short_spans: bool = False,
 ) -> Tile:
     """The tile of one of KERNELS for head dims of class `size`."""
     if architecture == INTERPRETER:
         return _INTERPRETED[kernel]
     rows: tuple[Row, ...] = _TABLE
-    if not is_pipelined:
-        rows = (*_UNPIPELINED, *rows)
-    if not is_pipelined and is_packed:
-        rows = (*_UNPIPELINED_PACKED, *rows)
-    return find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
+    if needs_spans:
+        rows = (*(_SPANS_36 if _is_triton_36() else ()), *_SPANS, *rows)
+    if needs_spans and has_short_spans:
+        rows = (*_SHORT, *rows)
+    if needs_spans and is_packed:
+        rows = (*(_SPANS_PACKED_36 if _is_triton_36() else ()), *_SPANS_PACKED, *rows)
+    found = find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
+    # The loop over short blocks takes the registers of a pipeline.
+    is_crowded = needs_spans and has_short_spans and kernel in ("fwd", "decode")
+    return dataclasses.replace(found, num_stages=1) if is_crowded else found
 
 
 def candidates(best: Tile) -> list[Tile]:

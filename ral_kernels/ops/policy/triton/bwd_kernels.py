@@ -89,11 +89,9 @@ def policy_bwd_dq_kernel(
     total = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
     start = split * keys_per_split
     stop = tl.minimum(start + keys_per_split, sample.seqlen_k)
-    first, first_full, last_full, last = key_blocks(
-        sample, row_block, start, stop, window_left, window_right, tile
-    )
+    ranges = key_blocks(sample, row_block, start, stop, window_left, window_right, tile)
     for IS_EDGE in tl.static_range(2):
-        blocks = blocks_of_loop(first, first_full, last_full, last, IS_EDGE)
+        blocks = blocks_of_loop(ranges, IS_EDGE)
         for i in range(0, blocks.number):
             key = block_number(i, blocks, IS_EDGE) * tile.BLOCK_K
             offs_k = key + tl.arange(0, tile.BLOCK_K)
@@ -226,12 +224,12 @@ def policy_bwd_dk_kernel(
     full_low = farthest - window_right
     if tile.EXCLUDE_SELF:
         full_low = tl.maximum(full_low, farthest + 1)
-    first, first_full, last_full, last = block_ranges(
+    ranges = block_ranges(
         nearest - window_right, tl.minimum(farthest + window_left + 1, sample.num_rows),
         full_low, nearest + window_left + 1, tile.BLOCK_Q,
     )  # fmt: skip
     for IS_EDGE in tl.static_range(2):
-        blocks = blocks_of_loop(first, first_full, last_full, last, IS_EDGE)
+        blocks = blocks_of_loop(ranges, IS_EDGE)
         for block in tl.range(0, blocks.number, num_stages=1):
             offs_q = block_number(block, blocks, IS_EDGE) * tile.BLOCK_Q
             offs_q += tl.arange(0, tile.BLOCK_Q)

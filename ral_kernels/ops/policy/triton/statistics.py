@@ -93,11 +93,9 @@ def policy_statistics_kernel(
     w = tl.zeros([tile.BLOCK_Q], tl.float32)
     start = split * keys_per_split
     stop = tl.minimum(start + keys_per_split, sample.seqlen_k)
-    first, first_full, last_full, last = key_blocks(
-        sample, row_block, start, stop, window_left, window_right, tile
-    )
+    ranges = key_blocks(sample, row_block, start, stop, window_left, window_right, tile)
     for IS_EDGE in tl.static_range(2):
-        blocks = blocks_of_loop(first, first_full, last_full, last, IS_EDGE)
+        blocks = blocks_of_loop(ranges, IS_EDGE)
         for i in range(0, blocks.number):
             key = block_number(i, blocks, IS_EDGE) * tile.BLOCK_K
             offs_k = key + tl.arange(0, tile.BLOCK_K)
