@@ -41,6 +41,7 @@ def table(bench: one.Bench, model: Decoder, extent: int) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--wrong-share", type=float, help="as for benchmarks.figure3")
+    parser.add_argument("--start-seed", type=int, default=0, help="of the supervised start")
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--extent", type=int, default=8, help="cells on a side")
@@ -50,8 +51,9 @@ def main() -> None:
     one.be_quiet()
     with tempfile.TemporaryDirectory() as made:
         plan = one.Plan(
-            options.runs or Path(made), options.batches, 1, wrong_share=options.wrong_share
-        )
+            options.runs or Path(made), options.batches, 1, start_seed=options.start_seed,
+            wrong_share=options.wrong_share,
+        )  # fmt: skip
         bench = one.Bench.of(plan, TASK, TASK.style)
         engine = bench.engine(BY_NAME["plain"], options.seed, options.batches)
         engine.train()
