@@ -25,14 +25,27 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_blocks_without_masks(kernel: str, most: int, loads: str) -> None:
-    if not triton_runtime._installed():
-        skip_or_fail("triton", "triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.codegen", "--kernel", kernel]
-    command += ["--variant", "keys", "--arch", "90", "--jobs", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    head, _, *lines = [line.split(" | ") for line in done.stdout.splitlines()]
+    found = _printed("benchmarks.codegen", "--kernel", kernel, "--variant", "keys", "--arch", "90")
+    head, _, *lines = [line.split(" | ") for line in found]
     interior, edge = (dict(zip(head, line, strict=True)) for line in lines)
     assert int(interior["instructions"]) <= most < int(edge["instructions"])
     assert interior["loads, bytes"] == loads
+
+
+@pytest.mark.slow(stands_in="tests/codegen/test_loops.py::test_paths_of_loops")
+def test_policies_of_a_long_video() -> None:
+    """1,024 rows of 131,072 keys: what the kernels issue takes a few milliseconds."""
+    lines = _printed("benchmarks.codegen.count")
+    policy, loss = (float(line.split(" | ")[-1].strip("| ")) for line in lines if "| all |" in line)
+    assert 0 < policy <= 5.5 and 0 < loss <= 7
+
+
+def _printed(module: str, *arguments: str) -> list[str]:
+    """The lines of a command that compiles kernels."""
+    if not triton_runtime._installed():
+        skip_or_fail("triton", "triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
