@@ -291,7 +291,7 @@ def _by_tensor(args: AttentionArgs, tile: Tile, block_q: int, is_decoding: bool)
         found = [_matrix(x, rows) for x, rows in inputs]
     if None in found:
         return {"q_tensor": None, "k_tensor": None, "v_tensor": None, "matrices": NO_MATRICES}
-    tensors, steps = zip(*found, strict=True)  # type: ignore[arg-type]
+    tensors, steps = zip(*found, strict=True)
     names = ("q_tensor", "k_tensor", "v_tensor")
     return {**dict(zip(names, tensors, strict=True)), "matrices": Matrices(*steps)}
 
