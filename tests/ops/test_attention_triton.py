@@ -45,6 +45,22 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call read q, k and v by tensor descriptors."""
+    from ral_kernels.ops.attention.triton import launch as triton_launch
+
+    found: list[bool] = []
+    before = triton_launch._by_tensor
+
+    def watched(*args: Any) -> Any:
+        found.append(before(*args)["q_tensor"] is not None)
+        return before(*args)
+
+    monkeypatch.setattr(triton_launch, "_by_tensor", watched)
+    return found
+
+
+@pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     """How often a kernel was launched since the last time that one asked."""
     counts: Counter[str] = Counter()
@@ -232,6 +248,57 @@ def test_span_bias_of_minus_infinity_hides_a_span() -> None:
     for a, b in zip(biased, masked, strict=True):
         assert a is not None and b is not None
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "heads", "packed in one", "kv of one"])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"window": (20, 3)}, {"softcap": 2.0}], ids=str
+)
+def test_tensor_descriptors_give_the_same_bits(
+    layout: str, options: dict[str, Any], read: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the strides; and rows of other heads, that a block at an edge holds, stay theirs."""
+    torch.manual_seed(0)
+    heads, kv_heads = (4, 1) if layout == "kv of one" else (4, 2)
+    every = torch.randn(2, 70, heads + 2 * kv_heads, 64).half()
+    if layout == "heads":
+        every = every.transpose(1, 2).contiguous().transpose(1, 2)
+    q, k, v = every.transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
+    if layout == "tokens":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    v[1] = v[0, 1:] = math.nan
+    outs = []
+    for flag in ("0", "1"):
+        monkeypatch.setenv("RAL_TRITON_TMA", flag)
+        found = rk.attention(q, k, v, backend="triton", **options)
+        outs.append((found.out, found.lse))
+    assert read == [False, True]
+    for plain, by_tensor in zip(*outs, strict=True):
+        torch.testing.assert_close(by_tensor, plain, rtol=0, atol=0, equal_nan=True)
+    assert outs[1][0][0, : heads // kv_heads].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "case", ["float32", "head dim 72", "padding", "spans", "features apart", "decoding"]
+)
+def test_what_tensor_descriptors_do_not_read(
+    case: str, read: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAL_TRITON_TMA", "1")
+    dtype = torch.float32 if case == "float32" else torch.float16
+    head_dim = 72 if case == "head dim 72" else 64
+    q = torch.randn(1, 2, 1 if case == "decoding" else 33, head_dim).to(dtype)
+    k = torch.randn(1, 2, 33, head_dim).to(dtype)
+    if case == "features apart":
+        k = torch.randn(1, 2, 33, 65).half()[..., :64]
+    options: dict[str, Any] = {}
+    if case == "padding":
+        options["key_padding_mask"] = torch.ones(1, 33, dtype=torch.bool)
+    spans = rk.Spans.from_lengths([33]) if case == "spans" else None
+    found = rk.attention(q, k, k, spans, backend="triton", **options)
+    wanted = rk.attention(q, k, k, spans, backend="reference", **options)
+    assert read == [False]
+    torch.testing.assert_close(found.out, wanted.out, rtol=5e-3, atol=5e-3)
 
 
 def test_head_dims_beyond_256_are_refused() -> None:

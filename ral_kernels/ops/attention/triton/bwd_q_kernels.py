@@ -215,7 +215,7 @@ def attention_bwd_dq_kernel(
     kv_head = h // (sizes.num_heads // sizes.num_kv_heads)
     IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
     keys = Keys(
-        head_of(k, b, kv_head), head_of(v, b, kv_head), k_start, length_k,
+        head_of(k, b, kv_head), head_of(v, b, kv_head), 0, 0, k_start, length_k,
         spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K),
     )  # fmt: skip
     num_spans = span_rows.num_spans

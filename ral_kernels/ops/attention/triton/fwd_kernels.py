@@ -46,6 +46,8 @@ from .scores import (
     row_tile,
     scores,
     spans_of_keys,
+    tensor_of,
+    tensor_tile,
 )
 
 
@@ -75,6 +77,8 @@ def attend(
     """
     MAY_MIX: tl.constexpr = IS_EDGE or IS_SHORT
     HAS_LEFT: tl.constexpr = masks.window.HAS_LEFT
+    # A block at an edge may hold rows of other heads: their values would be multiplied by 0.
+    BY_TENSOR: tl.constexpr = tile.BY_TENSOR and not IS_EDGE
     HAS_BIAS: tl.constexpr = masks.span_bias.ptr is not None
     HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
     GENERAL: tl.constexpr = score.HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
@@ -112,7 +116,10 @@ def attend(
                 q.mask, tile.BLOCK_K, MAY_MIX,
             )  # fmt: skip
         # [BLOCK_K, BLOCK_D]
-        k = row_tile(k_head, rows, mask_k, tile.HEAD_DIM, tile.PART_D)
+        if BY_TENSOR:
+            k = tensor_tile(keys.k_tensor, keys.start + block * tile.BLOCK_K)
+        else:
+            k = row_tile(k_head, rows, mask_k, tile.HEAD_DIM, tile.PART_D)
         dot = tl.zeros([tile.BLOCK_Q, tile.BLOCK_K], tl.float32)
         dot = dot_rows(dot, q, k, tile.HEAD_DIM, tile.PART_D, tile.PRECISION)
         if GENERAL:
@@ -134,7 +141,10 @@ def attend(
         # 0 · NaN is NaN: values of padding keys are not read.
         mask_v = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
         # [BLOCK_K, BLOCK_DV]
-        v = row_tile(v_head, rows, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
+        if BY_TENSOR:
+            v = tensor_tile(keys.v_tensor, keys.start + block * tile.BLOCK_K)
+        else:
+            v = row_tile(v_head, rows, mask_v, tile.HEAD_DIM_V, tile.PART_DV)
         acc = add_weighted_rows(  # (6)
             acc * alpha[:, None], p, v, tile.HEAD_DIM_V, tile.BLOCK_DV, tile.PART_DV,
             tile.PRECISION,
@@ -206,6 +216,10 @@ def attention_fwd_kernel(
     q,
     k,
     v,
+    q_tensor,  # tensor descriptors, or None
+    k_tensor,
+    v_tensor,
+    matrices,
     out,  # with splits: float32 and partial, as are lse and marginals
     out_stride_split,
     lse_ptr,
@@ -249,7 +263,10 @@ def attention_fwd_kernel(
 
     # [BLOCK_Q, BLOCK_D]
     q_rows = b * q.stride_b + heads * q.stride_h + q_tokens.to(tl.int64) * q.stride_t
-    q_tile = row_tile(Head(q.ptr, 1), q_rows, mask_q, tile.HEAD_DIM, tile.PART_D)
+    if tile.BY_TENSOR:
+        q_tile = tensor_tile(tensor_of(q_tensor, matrices.q, b, h), q_start + block * TOKENS)
+    else:
+        q_tile = row_tile(Head(q.ptr, 1), q_rows, mask_q, tile.HEAD_DIM, tile.PART_D)
 
     # Which keys do the rows see, and which of these do all rows see?
     diagonal = 0 if masks.window.TOP_LEFT else length_k - length_q
@@ -299,7 +316,9 @@ def attention_fwd_kernel(
     head_masks = masks_of_rows(masks, b, heads, q_tokens)
     IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
     keys = Keys(
-        head_of(k, b, kv_head), head_of(v, b, kv_head), k_start, length_k,
+        head_of(k, b, kv_head), head_of(v, b, kv_head),
+        tensor_of(k_tensor, matrices.k, b, kv_head), tensor_of(v_tensor, matrices.v, b, kv_head),
+        k_start, length_k,
         spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K),
     )  # fmt: skip
 

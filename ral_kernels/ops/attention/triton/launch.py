@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ....runtime import triton_runtime
 from ....runtime.triton_rows import Rows, SpanValues, constant
-from ....runtime.triton_runtime import Tile
+from ....runtime.triton_runtime import INTERPRETER, Tile
 from ....runtime.triton_spans import has_short_spans, num_blocks, num_span_blocks, span_blocks
 from ..arguments import AttentionArgs
 from . import tiles
@@ -25,17 +26,20 @@ from .bwd_q_kernels import attention_bwd_dq_kernel
 from .fwd_kernels import attention_fwd_combine_kernel, attention_fwd_kernel
 from .parameters import (
     NO_ATTN_MASK,
+    NO_MATRICES,
     NO_PADDING,
     NO_SPAN_TABLE,
     AttnMask,
     KeySplits,
     Masks,
+    Matrices,
     Packed,
     Padding,
     Score,
     Sizes,
     SpanRows,
     SpanTable,
+    Steps,
     TileSizes,
     Window,
 )
@@ -113,6 +117,7 @@ def _tile_sizes(
     group: int,
     mixed_q: int,
     mixed_stages: int | None,
+    by_tensor: bool,
     precision: str,
 ) -> TileSizes:
     is_wide = dtype == torch.float32
@@ -132,6 +137,7 @@ def _tile_sizes(
         MIXED_STAGES=mixed_stages,
         GROUP=group,
         TERMS=3 if is_wide else 2,
+        BY_TENSOR=by_tensor,
         PRECISION=precision,
     )
     return TileSizes(*map(constant, sizes))
@@ -152,9 +158,10 @@ def _sizes(
     group: int = 1,
     mixed_q: int | None = None,
     mixed_stages: int | None = None,
+    by_tensor: bool = False,
 ) -> TileSizes:
     head_dims = (args.head_dim, args.head_dim_v)
-    sizes = (block_q, block_k, group, mixed_q or block_q, mixed_stages)
+    sizes = (block_q, block_k, group, mixed_q or block_q, mixed_stages, by_tensor)
     return _tile_sizes(args.q.dtype, *head_dims, *sizes, _precision())
 
 
@@ -243,6 +250,52 @@ def launch_fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor)
     run(_tile("decode" if is_decoding else "fwd", args, run, has_spans))
 
 
+def _matrix(x: Tensor, rows: int) -> tuple[Any, Steps] | None:
+    """A descriptor of tiles [rows, D], and its steps; None where rows of heads form no matrix."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch_size, heads, length, head_dim = x.shape
+    b, h, t, _ = x.stride()
+    if t < head_dim:  # rows overlap
+        return None
+    side_by_side = h % t != 0  # a row of the matrix is a token with all of its heads
+    is_matrix = b % t == 0 and (not side_by_side or h * (heads - 1) + head_dim <= t)
+    is_aligned = (
+        x.data_ptr() % 16 == 0 and h * x.element_size() % 16 == t * x.element_size() % 16 == 0
+    )
+    if not is_matrix or not is_aligned or _power_of_2(head_dim) != head_dim or x.numel() == 0:
+        return None
+    last = b * (batch_size - 1) + t * (length - 1) + (0 if side_by_side else h * (heads - 1))
+    width = head_dim + (h * (heads - 1) if side_by_side else 0)
+    steps = Steps(b // t, 0, h) if side_by_side else Steps(b // t, h // t, 0)
+    return TensorDescriptor(x, [last // t + 1, width], [t, 1], [rows, head_dim]), steps
+
+
+def _by_tensor(args: AttentionArgs, tile: Tile, block_q: int, is_decoding: bool) -> dict[str, Any]:
+    """Arguments of the forward that read q, k and v by tensor descriptors; none of them if not.
+
+    They are read so with RAL_TRITON_TMA=1, on Hopper, where tiles are whole: without
+    decoding, spans and padding, in 16 bits, with head dims that are powers of two. Spans leave the
+    kernel no registers for it.
+    """
+    found: list[tuple[Any, Steps] | None] = [None]
+    if (
+        os.environ.get("RAL_TRITON_TMA", "0") == "1"
+        and triton_runtime.architecture(args.q.device) in ("sm_90", INTERPRETER)
+        and not is_decoding
+        and args.num_spans == 0
+        and args.key_padding_mask is None
+        and args.q.dtype != torch.float32
+    ):
+        inputs = ((args.q, block_q), (args.k, tile.block_k), (args.v, tile.block_k))
+        found = [_matrix(x, rows) for x, rows in inputs]
+    if None in found:
+        return {"q_tensor": None, "k_tensor": None, "v_tensor": None, "matrices": NO_MATRICES}
+    tensors, steps = zip(*found, strict=True)
+    names = ("q_tensor", "k_tensor", "v_tensor")
+    return {**dict(zip(names, tensors, strict=True)), "matrices": Matrices(*steps)}
+
+
 def _launch_fwd(
     args: AttentionArgs,
     out: Tensor,
@@ -274,9 +327,14 @@ def _launch_fwd(
         args.span_bias is not None or sequences is not None or args.q.dtype == torch.float32
         or tiles.head_dim_class(args.head_dim, args.head_dim_v) != 128
     )  # fmt: skip
-    sizes = _sizes(args, block_q, tile.block_k, group, mixed_stages=1 if is_crowded else None)
+    by_tensor = _by_tensor(args, tile, block_q, is_decoding)
+    sizes = _sizes(
+        args, block_q, tile.block_k, group, mixed_stages=1 if is_crowded else None,
+        by_tensor=by_tensor["q_tensor"] is not None,
+    )  # fmt: skip
     arguments = {
         **_common_arguments(args),
+        **by_tensor,
         "out": Rows(out, *strides[:3]),
         "out_stride_split": stride_split,
         "lse_ptr": lse,

@@ -113,6 +113,28 @@ class Score(NamedTuple):
     HAS_CAP: Any
 
 
+class Steps(NamedTuple):
+    """From one head to another in a matrix that holds the rows of all."""
+
+    row_b: Any
+    row_h: Any
+    column_h: Any
+
+
+class Matrices(NamedTuple):
+    """The steps in the tensor descriptors of q, k and v, which are arguments of their own.
+
+    Triton's launcher looks for descriptors among arguments, and not within tuples.
+    """
+
+    q: Steps
+    k: Steps
+    v: Steps
+
+
+NO_MATRICES = Matrices(*[Steps(0, 0, 0)] * 3)
+
+
 class TileSizes(NamedTuple):
     """Constants of a launch."""
 
@@ -129,4 +151,5 @@ class TileSizes(NamedTuple):
     MIXED_STAGES: Any  # of the loop that may form products in a branch; None: as of the others
     GROUP: Any  # heads of a kv head whose rows share a tile (decoding), else 1
     TERMS: Any  # bfloat16 numbers that a sum over spans is split into
+    BY_TENSOR: Any  # whether tensor descriptors read q, and K and V of blocks without masks
     PRECISION: Any  # of products of float32, as tl.dot names it

@@ -52,9 +52,19 @@ class Keys(NamedTuple):
 
     k: Any  # Head
     v: Any  # Head
+    k_tensor: Any  # HeadTensor
+    v_tensor: Any  # HeadTensor
     start: Any
     length: Any
     spans: Any  # SpanBlock of the first block
+
+
+class HeadTensor(NamedTuple):
+    """A tensor descriptor, and where the rows of one head begin in it; 0 where there is none."""
+
+    x: Any
+    row: Any
+    column: Any
 
 
 class Queries(NamedTuple):
@@ -161,6 +171,22 @@ def row_tile(head, rows, mask_rows, HEAD_DIM: tl.constexpr, PART_D: tl.constexpr
     """
     x = load_rows(head, rows, mask_rows, 0, HEAD_DIM, PART_D) if HEAD_DIM <= PART_D else 0
     return RowTile(x, head, rows, mask_rows)
+
+
+@triton.jit
+def tensor_of(tensor, steps, b, h):
+    """Head h of sample b in a tensor descriptor."""
+    if tensor is None:
+        return HeadTensor(0, 0, 0)
+    else:
+        row = (b * steps.row_b + h * steps.row_h).to(tl.int32)
+        return HeadTensor(tensor, row, (h * steps.column_h).to(tl.int32))
+
+
+@triton.jit
+def tensor_tile(tensor, first):
+    """`row_tile` of neighbours from row `first` of a head on, which all exist."""
+    return RowTile(tensor.x.load([tensor.row + first, tensor.column]), 0, first, 0)
 
 
 @triton.jit
