@@ -28,6 +28,7 @@ from .marginals import (
     gathered_shares,
     here,
     moved_spans,
+    opaque_zero,
     spans_of_places,
     uniform_shares,
 )
@@ -293,6 +294,32 @@ def keys_of_program(spans, packed, b, program, seqlen_k, tile):
 
 
 @triton.jit
+def ranges_of_queries(keys, length_q, splits, masks, tile):
+    """Which blocks of queries see some of the keys, and which of these see all of them."""
+    diagonal = 0 if masks.window.TOP_LEFT else keys.length - length_q
+    low, full_low = 0, 0
+    high, full_high = length_q, length_q
+    first_key, last_key = keys.first - diagonal, keys.last - diagonal
+    if masks.window.HAS_RIGHT:
+        low, full_low = first_key - masks.window.right, last_key - masks.window.right
+    if masks.window.HAS_LEFT:
+        high = tl.minimum(length_q, last_key + masks.window.left + 1)
+        full_high = tl.minimum(length_q, first_key + masks.window.left + 1)
+    ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_Q)
+    if splits.ranges is not None:
+        ranges = part_of_ranges(ranges, tl.program_id(1) % splits.ranges, splits.ranges)
+    return ranges
+
+
+@triton.jit
+def keys_again(spans, packed, num_k_blocks, sizes, tile):
+    """`keys_of_program`, formed where it is called: its numbers take no registers before."""
+    program = tl.program_id(0) + opaque_zero(False)
+    b = (program // num_k_blocks // sizes.num_kv_heads).to(tl.int64)
+    return keys_of_program(spans, packed, b, program % num_k_blocks, sizes.seqlen_k, tile)
+
+
+@triton.jit
 def write_key_gradients(
     k,
     v,
@@ -319,14 +346,25 @@ def write_key_gradients(
     span_rows,
     score,
     tile,
+    num_k_blocks,
+    spans,
+    packed,
     HAS_SPANS: tl.constexpr,
     IS_MIXED: tl.constexpr,
 ):
     """dk and dv of a program's keys from the query blocks `ranges` of heads [first, last)."""
+    # Wide tiles have no registers to keep numbers of the keys. With more arguments this takes more.
+    IS_PLAIN: tl.constexpr = masks.span_bias.ptr is None and masks.attn_mask.ptr is None
+    IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
+    FORMS_AGAIN: tl.constexpr = HAS_SPANS and IS_PLAIN and not IS_PACKED and tile.BLOCK_Q > 16
     dk_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
     dv_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_DV], tl.float32)
     for head in range(first_head, last_head):
         h = tl.cast(head, tl.int64)
+        if FORMS_AGAIN and not IS_MIXED:
+            ranges = ranges_of_queries(
+                keys_again(spans, packed, num_k_blocks, sizes, tile), length_q, splits, masks, tile
+            )
         rows = (b * sizes.num_heads + h) * sizes.seqlen_q
         queries = Queries(
             head_of(q, b, h), head_of(dout, b, h), lse_ptr + rows, delta_ptr + rows, q_start,
@@ -350,6 +388,8 @@ def write_key_gradients(
 
     # Formed here: numbers in the layout of the stores would take registers in the loops.
     if HAS_SPANS:
+        if FORMS_AGAIN:
+            keys = keys_again(spans, packed, num_k_blocks, sizes, tile)
         offs = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
         found = offs < keys.num_places
         positions = tl.load(keys.spans.positions_ptr + offs, mask=found, other=-1).to(tl.int64)
@@ -413,22 +453,11 @@ def attention_bwd_dkdv_kernel(
     k_tile = row_tile(head_of(k, b, kv_head), k_tokens, real, tile.HEAD_DIM, tile.PART_D)
     v_tile = row_tile(head_of(v, b, kv_head), k_tokens, real, tile.HEAD_DIM_V, tile.PART_DV)
 
-    # Which queries see some of the keys, and which of these see all of them?
     diagonal = 0 if masks.window.TOP_LEFT else length_k - length_q
-    low, full_low = 0, 0
-    high, full_high = length_q, length_q
-    first_key, last_key = keys.first - diagonal, keys.last - diagonal
-    if masks.window.HAS_RIGHT:
-        low, full_low = first_key - masks.window.right, last_key - masks.window.right
-    if masks.window.HAS_LEFT:
-        high = tl.minimum(length_q, last_key + masks.window.left + 1)
-        full_high = tl.minimum(length_q, first_key + masks.window.left + 1)
-    ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_Q)
-    split = tl.program_id(1)
-    head_split = split
+    ranges = ranges_of_queries(keys, length_q, splits, masks, tile)
+    head_split = tl.program_id(1)
     if splits.ranges is not None:
-        head_split = split // splits.ranges
-        ranges = part_of_ranges(ranges, split % splits.ranges, splits.ranges)
+        head_split = head_split // splits.ranges
 
     group = sizes.num_heads // sizes.num_kv_heads
     heads_per_split = tl.cdiv(group, splits.heads)
@@ -437,17 +466,17 @@ def attention_bwd_dkdv_kernel(
     last_head = tl.minimum(first_head + heads_per_split, last_head)
     HAS_SPANS: tl.constexpr = spans.entries_ptr is not None
     # A branch around all of it, because a product in a branch takes registers in the loops.
-    if keys.is_mixed:
+    if keys.is_mixed if HAS_SPANS else False:
         write_key_gradients(
             k_tile, v_tile, dk, dv, keys, first_head, last_head, ranges, b, kv_head, q, dout,
             lse_ptr, delta_ptr, dmarginals_ptr, q_start, length_q, diagonal, padding_ptr, masks,
-            sizes, splits, span_rows, score, tile, HAS_SPANS, True,
+            sizes, splits, span_rows, score, tile, num_k_blocks, spans, packed, HAS_SPANS, True,
         )  # fmt: skip
     else:
         write_key_gradients(
             k_tile, v_tile, dk, dv, keys, first_head, last_head, ranges, b, kv_head, q, dout,
             lse_ptr, delta_ptr, dmarginals_ptr, q_start, length_q, diagonal, padding_ptr, masks,
-            sizes, splits, span_rows, score, tile, HAS_SPANS, False,
+            sizes, splits, span_rows, score, tile, num_k_blocks, spans, packed, HAS_SPANS, False,
         )  # fmt: skip
 
 

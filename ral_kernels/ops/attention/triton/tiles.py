@@ -91,7 +91,7 @@ _SPANS = (
     row("fwd", "sm_100", HALF, PLAIN, None, (64, 32, 8, 2), None),
     row("decode", "sm_90", HALF, ANY, None, (64, 32, 8, 2), None),
     row("bwd_dkdv", "sm_80", FLOAT32, PLAIN, (16, 32, 8, 2), None, None),
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), (16, 32, 8, 2)),
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, None, (16, 32, 8, 2)),
     row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 64, 8, 2), None),
     row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 16, 8, 1)),
     row("bwd_dq", "sm_90", HALF, HEAVY, None, (128, 16, 8, 2), None),
@@ -99,13 +99,14 @@ _SPANS = (
 )
 # Offsets of packed sequences take registers, too.
 _SPANS_PACKED = (
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), None),
     row("fwd", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
     row("bwd_dq", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
 )
 # With spans, where Triton 3.6.0 alone spills.
 _SPANS_36 = (
     row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 1), None, None),
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), None, None),
+    row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), (16, 128, 8, 2), None),
 )
 _SPANS_PACKED_36 = (
     row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 2), None),
