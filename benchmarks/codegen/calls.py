@@ -270,6 +270,7 @@ def calls(sizes: Sizes = COMPILED) -> list[Call]:
 # variants and head dims left out differ in constants; `make codegen` has them all.
 TESTED = (
     ("bfloat16", 128, "attention", "spans"),
+    ("bfloat16", 128, "attention", "no spans"),
     ("bfloat16", 128, "attention", "decoding"),
     ("bfloat16", 128, "policy", "keys"),
     ("bfloat16", 128, "policy", "spans"),
