@@ -216,21 +216,17 @@ def attention_fwd_kernel(
     q,
     k,
     v,
-    q_tensor,  # tensor descriptors, or None
+    q_tensor,  # tensor descriptors, or None; Triton looks for them outside of tuples
     k_tensor,
     v_tensor,
-    matrices,
     out,  # with splits: float32 and partial, as are lse and marginals
-    out_stride_split,
     lse_ptr,
     marginals_ptr,
     spans,
     masks,
     packed,
     sizes,
-    batch_size,
-    num_q_blocks,
-    num_splits,
+    programs,
     span_rows,
     score,
     tile,
@@ -241,7 +237,7 @@ def attention_fwd_kernel(
     and V are read once for all of them.
     """
     block, h, b, split = numbers_of_program(
-        0, num_q_blocks, sizes.num_heads // tile.GROUP, batch_size
+        0, programs.q_blocks, sizes.num_heads // tile.GROUP, programs.batch_size
     )
 
     # Blocks count rows. A group of 7 does not divide BLOCK_Q, so packed sequences are looked up in
@@ -264,7 +260,7 @@ def attention_fwd_kernel(
     # [BLOCK_Q, BLOCK_D]
     q_rows = b * q.stride_b + heads * q.stride_h + q_tokens.to(tl.int64) * q.stride_t
     if tile.BY_TENSOR:
-        q_tile = tensor_tile(tensor_of(q_tensor, matrices.q, b, h), q_start + block * TOKENS)
+        q_tile = tensor_tile(tensor_of(q_tensor, q, b, h), q_start + block * TOKENS)
     else:
         q_tile = row_tile(Head(q.ptr, 1), q_rows, mask_q, tile.HEAD_DIM, tile.PART_D)
 
@@ -288,7 +284,7 @@ def attention_fwd_kernel(
         )
     else:
         ranges = block_ranges(low, high, full_low, full_high, tile.BLOCK_K)
-    ranges = part_of_ranges(ranges, split.to(tl.int32), num_splits, HAS_SPANS)
+    ranges = part_of_ranges(ranges, split.to(tl.int32), programs.splits, HAS_SPANS)
 
     has_rows = False
     mask_rows = mask_q
@@ -304,7 +300,7 @@ def attention_fwd_kernel(
             marginals_ptr += block.to(tl.int64) * TOKENS * span_rows.num_spans
         else:
             marginals_rows = (offs % tile.GROUP).to(tl.int64) * num_rows + q_positions
-        first_row_of_head = (split * batch_size + b) * sizes.num_heads + h * tile.GROUP
+        first_row_of_head = (split * programs.batch_size + b) * sizes.num_heads + h * tile.GROUP
         first_row_of_head = first_row_of_head * num_rows
         marginals_ptr += (first_row_of_head + q_start - span_rows.start) * span_rows.num_spans
     sums = Sums(marginals_ptr, marginals_rows, mask_rows, span_rows.num_spans)
@@ -317,7 +313,7 @@ def attention_fwd_kernel(
     IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
     keys = Keys(
         head_of(k, b, kv_head), head_of(v, b, kv_head),
-        tensor_of(k_tensor, matrices.k, b, kv_head), tensor_of(v_tensor, matrices.v, b, kv_head),
+        tensor_of(k_tensor, k, b, kv_head), tensor_of(v_tensor, v, b, kv_head),
         k_start, length_k,
         spans_of_keys(spans, b, sequence, k_start, IS_PACKED, tile.BLOCK_K),
     )  # fmt: skip
@@ -358,12 +354,14 @@ def attention_fwd_kernel(
     lse = tl.where(normaliser > 0, (m + tl.log2(normaliser)) * LN2, float("-inf"))  # (4)
     # Numbers of the program once more, which would take registers in the loops.
     _, h, b, split = numbers_of_program(
-        opaque_zero(False), num_q_blocks, sizes.num_heads // tile.GROUP, batch_size
+        opaque_zero(False), programs.q_blocks, sizes.num_heads // tile.GROUP, programs.batch_size
     )
     heads = h * tile.GROUP + offs % tile.GROUP
-    lse_rows = ((split * batch_size + b) * sizes.num_heads + heads) * sizes.seqlen_q + q_tokens
+    lse_rows = (
+        (split * programs.batch_size + b) * sizes.num_heads + heads
+    ) * sizes.seqlen_q + q_tokens
     tl.store(lse_ptr + lse_rows, lse, mask=mask_q)
-    out_rows = split * out_stride_split + b * out.stride_b + heads * out.stride_h
+    out_rows = split * programs.split_stride + b * out.stride_b + heads * out.stride_h
     out_rows += q_tokens.to(tl.int64) * out.stride_t
     store_rows(
         Head(out.ptr, 1), out_rows, mask_q, acc * inverse[:, None], 0, tile.HEAD_DIM_V,

@@ -26,20 +26,18 @@ from .bwd_q_kernels import attention_bwd_dq_kernel
 from .fwd_kernels import attention_fwd_combine_kernel, attention_fwd_kernel
 from .parameters import (
     NO_ATTN_MASK,
-    NO_MATRICES,
     NO_PADDING,
     NO_SPAN_TABLE,
     AttnMask,
     KeySplits,
     Masks,
-    Matrices,
     Packed,
     Padding,
+    Programs,
     Score,
     Sizes,
     SpanRows,
     SpanTable,
-    Steps,
     TileSizes,
     Window,
 )
@@ -250,8 +248,8 @@ def launch_fwd(args: AttentionArgs, out: Tensor, marginals: Tensor, lse: Tensor)
     run(_tile("decode" if is_decoding else "fwd", args, run, has_spans))
 
 
-def _matrix(x: Tensor, rows: int) -> tuple[Any, Steps] | None:
-    """A descriptor of tiles [rows, D], and its steps; None where rows of heads form no matrix."""
+def _matrix(x: Tensor, rows: int) -> Any:
+    """A descriptor of tiles [rows, D] of all heads; None where their rows form no matrix."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     batch_size, heads, length, head_dim = x.shape
@@ -267,8 +265,7 @@ def _matrix(x: Tensor, rows: int) -> tuple[Any, Steps] | None:
         return None
     last = b * (batch_size - 1) + t * (length - 1) + (0 if side_by_side else h * (heads - 1))
     width = head_dim + (h * (heads - 1) if side_by_side else 0)
-    steps = Steps(b // t, 0, h) if side_by_side else Steps(b // t, h // t, 0)
-    return TensorDescriptor(x, [last // t + 1, width], [t, 1], [rows, head_dim]), steps
+    return TensorDescriptor(x, [last // t + 1, width], [t, 1], [rows, head_dim])
 
 
 def _by_tensor(args: AttentionArgs, tile: Tile, block_q: int, is_decoding: bool) -> dict[str, Any]:
@@ -278,7 +275,7 @@ def _by_tensor(args: AttentionArgs, tile: Tile, block_q: int, is_decoding: bool)
     decoding, spans and padding, in 16 bits, with head dims that are powers of two. Spans leave the
     kernel no registers for it.
     """
-    found: list[tuple[Any, Steps] | None] = [None]
+    found = [None] * 3
     if (
         os.environ.get("RAL_TRITON_TMA", "0") == "1"
         and triton_runtime.architecture(args.q.device) in ("sm_90", INTERPRETER)
@@ -290,10 +287,8 @@ def _by_tensor(args: AttentionArgs, tile: Tile, block_q: int, is_decoding: bool)
         inputs = ((args.q, block_q), (args.k, tile.block_k), (args.v, tile.block_k))
         found = [_matrix(x, rows) for x, rows in inputs]
     if None in found:
-        return {"q_tensor": None, "k_tensor": None, "v_tensor": None, "matrices": NO_MATRICES}
-    tensors, steps = zip(*found, strict=True)
-    names = ("q_tensor", "k_tensor", "v_tensor")
-    return {**dict(zip(names, tensors, strict=True)), "matrices": Matrices(*steps)}
+        found = [None] * 3
+    return dict(zip(("q_tensor", "k_tensor", "v_tensor"), found, strict=True))
 
 
 def _launch_fwd(
@@ -336,13 +331,10 @@ def _launch_fwd(
         **_common_arguments(args),
         **by_tensor,
         "out": Rows(out, *strides[:3]),
-        "out_stride_split": stride_split,
         "lse_ptr": lse,
         "marginals_ptr": marginals if has_marginals else None,
         "spans": _span_table(args, tile.block_k, has_marginals or args.span_bias is not None),
-        "batch_size": args.batch_size,
-        "num_q_blocks": q_blocks,
-        "num_splits": num_splits,
+        "programs": Programs(q_blocks, args.batch_size, num_splits, stride_split),
         "tile": sizes,
     }
     # A loop over keys that reads only values in parts cannot be pipelined.

@@ -113,26 +113,13 @@ class Score(NamedTuple):
     HAS_CAP: Any
 
 
-class Steps(NamedTuple):
-    """From one head to another in a matrix that holds the rows of all."""
+class Programs(NamedTuple):
+    """Over what those of the forward are spread."""
 
-    row_b: Any
-    row_h: Any
-    column_h: Any
-
-
-class Matrices(NamedTuple):
-    """The steps in the tensor descriptors of q, k and v, which are arguments of their own.
-
-    Triton's launcher looks for descriptors among arguments, and not within tuples.
-    """
-
-    q: Steps
-    k: Steps
-    v: Steps
-
-
-NO_MATRICES = Matrices(*[Steps(0, 0, 0)] * 3)
+    q_blocks: Any
+    batch_size: Any
+    splits: Any  # over the keys; with more than one, results are float32 and partial
+    split_stride: Any  # between two parts of out
 
 
 class TileSizes(NamedTuple):

@@ -174,13 +174,14 @@ def row_tile(head, rows, mask_rows, HEAD_DIM: tl.constexpr, PART_D: tl.constexpr
 
 
 @triton.jit
-def tensor_of(tensor, steps, b, h):
-    """Head h of sample b in a tensor descriptor."""
+def tensor_of(tensor, x, b, h):
+    """Head h of sample b in a tensor descriptor of all rows of x."""
     if tensor is None:
         return HeadTensor(0, 0, 0)
     else:
-        row = (b * steps.row_b + h * steps.row_h).to(tl.int32)
-        return HeadTensor(tensor, row, (h * steps.column_h).to(tl.int32))
+        offset = b * x.stride_b + h * x.stride_h
+        row, column = offset // x.stride_t, offset % x.stride_t
+        return HeadTensor(tensor, row.to(tl.int32), column.to(tl.int32))
 
 
 @triton.jit
