@@ -196,11 +196,12 @@ def _tile(
     """The tile of a kernel: the table's, or with RAL_AUTOTUNE=1 the fastest."""
     architecture = triton_runtime.architecture(args.q.device)
     size = tiles.head_dim_class(args.head_dim, args.head_dim_v)
-    is_biased = args.span_bias is not None or args.attn_mask is not None
+    has_attn_mask = args.attn_mask is not None
+    is_biased = args.span_bias is not None or has_attn_mask
     key = (architecture, args.q.dtype, size, is_biased)
     is_packed = args.cu_seqlens_q is not None
     is_short = has_short_spans(args.seqlen_k, args.num_spans)
-    best = tiles.tile(kernel, *key, needs_spans, is_packed, is_short)
+    best = tiles.tile(kernel, *key, needs_spans, is_packed, is_short, has_attn_mask)
     has_spans = args.num_spans > 0
     return triton_runtime.tuned(
         f"attention_{kernel}",

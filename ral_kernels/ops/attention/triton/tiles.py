@@ -103,10 +103,19 @@ _SPANS_PACKED = (
     row("fwd", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
     row("bwd_dq", "sm_90", HALF, PLAIN, None, (128, 32, 8, 2), None),
 )
+# With attn_mask, which takes more of them than a bias does.
+_SPANS_MASKED = (
+    row("fwd", "sm_80", HALF, HEAVY, None, (32, 64, 8, 2), None),
+    row("fwd", "sm_100", HALF, HEAVY, None, (64, 32, 8, 2), None),
+    row("bwd_dq", "sm_80", HALF, HEAVY, None, (32, 64, 8, 2), None),
+)
 # With spans, where Triton 3.6.0 alone spills.
 _SPANS_36 = (
     row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 1), None, None),
     row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), (16, 128, 8, 2), None),
+)
+_SPANS_MASKED_36 = (
+    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (32, 32, 8, 2), None),
 )
 _SPANS_PACKED_36 = (
     row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 2), None),
@@ -129,6 +138,7 @@ def tile(
     needs_spans: bool = False,
     is_packed: bool = False,
     has_short_spans: bool = False,
+    has_attn_mask: bool = False,
 ) -> Tile:
     """The tile of one of KERNELS for head dims of class `size`."""
     if architecture == INTERPRETER:
@@ -136,6 +146,8 @@ def tile(
     rows: tuple[Row, ...] = _TABLE
     if needs_spans:
         rows = (*(_SPANS_36 if _is_triton_36() else ()), *_SPANS, *rows)
+    if needs_spans and has_attn_mask:
+        rows = (*(_SPANS_MASKED_36 if _is_triton_36() else ()), *_SPANS_MASKED, *rows)
     if needs_spans and has_short_spans:
         rows = (*_SHORT, *rows)
     if needs_spans and is_packed:
