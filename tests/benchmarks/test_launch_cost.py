@@ -45,8 +45,10 @@ def test_launches_are_told_from_their_call(monkeypatch: pytest.MonkeyPatch) -> N
     row = launch_cost.costs(rounds=3)["toy"]
     assert row["launches"] == 2
     timed = 20 + 3  # measure() warms up
-    assert ran[0] == 1 + timed
-    assert kernel.launches == 2 * (1 + 2 * timed)
+    repeated = 20 + launch_cost.REPEATED
+    assert ran[0] == 1 + timed + repeated
+    assert kernel.launches == 2 * (1 + 2 * timed + repeated)
+    assert row["repeated_least_us"] > 0
     assert row["triton_least_us"] > 0 and row["least_us"] <= row["us"]["median"]
 
 
