@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from benchmarks.problems.attention import ATTENTION, contestants
 from benchmarks.problems.attention.exact import exact
 from benchmarks.problems.attention.problem import AttentionProblem, random_problem, with_spans
 from benchmarks.problems.ral import RAL
+from ral_kernels.runtime import cuda_library
 
 ROOT = Path(__file__).resolve().parents[2]
 # A budget that no machine is too slow for: what a budget leaves out has tests of its own.
@@ -175,6 +177,20 @@ def test_a_layout_without_room_is_said() -> None:
     layer = random_layer([60], HEADS, torch.float32, "cpu")
     with pytest.raises(ValueError, match="--layout offset: no frame fits into 60 keys"):
         runner.laid_out(layer, "offset")
+
+
+def test_cuda_kernels_take_part_with_their_head_dims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention has more of them than the policy: benchmarks offer what each op computes."""
+    monkeypatch.setattr("ral_kernels.available_backends", lambda: {"cuda": "yes"})
+    monkeypatch.setattr(cuda_library, "cannot_run", cuda_library.cannot_compute)
+    for registry, head_dims in ((ATTENTION.registry, (64, 72, 80, 96)), (RAL.registry, (64, 128))):
+        refuse = registry["ral_cuda"].refuse
+        for head_dim in (*head_dims, 104):
+            x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 2, 64, head_dim))
+            reason = refuse(SimpleNamespace(q=x, k=x), True)
+            assert (reason is None) == (head_dim in head_dims), reason
+    monkeypatch.setattr("ral_kernels.available_backends", lambda: {"cuda": "no driver"})
+    assert ATTENTION.registry["ral_cuda"].refuse(SimpleNamespace(q=x, k=x), True) == "no driver"
 
 
 def test_a_picture_without_layouts_is_as_it_was(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import ral_kernels as rk
+from ral_kernels.ops.attention.cuda import HEAD_DIMS
 from ral_kernels.runtime import cuda_library
 from ral_kernels.runtime.backends import BackendName
 
@@ -45,12 +46,16 @@ def ral_plain(problem: AttentionProblem, *, backend: BackendName | None = None) 
     return attend
 
 
-def no_cuda_kernels(problem: Any, backward: bool) -> str | None:
-    """Why the CUDA C++ kernels cannot take part."""
+def no_cuda_kernels(
+    problem: Any, backward: bool, head_dims: tuple[int, ...] = cuda_library.HEAD_DIMS
+) -> str | None:
+    """Why the CUDA C++ kernels, which have these head dims, cannot take part."""
     if not problem.q.is_cuda:
         return "CUDA C++ kernels"
     reason = rk.available_backends()["cuda"]
-    return (None if reason == "yes" else reason) or cuda_library.cannot_run(problem.q, problem.k)
+    if reason != "yes":
+        return reason
+    return cuda_library.cannot_run(problem.q, problem.k, head_dims=head_dims)
 
 
 def _causal_sdpa(
@@ -340,7 +345,7 @@ SAME_SPANS = (  # those of the problem
             functools.partial(prepare, backend="cuda"),
             answer=answer,
             on=("cuda",),
-            refuse=no_cuda_kernels,
+            refuse=functools.partial(no_cuda_kernels, head_dims=HEAD_DIMS),
             ours=True,
         )
         for prepare, what, answer in (
