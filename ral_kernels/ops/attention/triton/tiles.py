@@ -109,23 +109,36 @@ _SPANS_MASKED = (
     row("fwd", "sm_100", HALF, HEAVY, None, (64, 32, 8, 2), None),
     row("bwd_dq", "sm_80", HALF, HEAVY, None, (32, 64, 8, 2), None),
 )
-# With spans, where Triton 3.6.0 alone spills.
-_SPANS_36 = (
-    row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 1), None, None),
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), (16, 128, 8, 2), None),
-)
-_SPANS_MASKED_36 = (
-    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (32, 32, 8, 2), None),
-)
-_SPANS_PACKED_36 = (
-    row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 2), None),
-)
+# The same, where other versions of Triton than 3.7 spill.
+_SPANS_OF_VERSION = {
+    "3.6": (
+        row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 1), None, None),
+        row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), (16, 128, 8, 2), None),
+    ),
+    "3.9": (
+        row("fwd", "sm_80", HALF, HEAVY, None, (32, 64, 8, 2), None),
+        row("fwd", "sm_100", HALF, PLAIN, None, (128, 32, 8, 2), None),
+        row("fwd", "sm_100", HALF, HEAVY, None, (64, 32, 8, 2), None),
+        row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), None),
+    ),
+}
+_SPANS_MASKED_OF_VERSION = {
+    "3.6": (row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (32, 32, 8, 2), None),),
+    "3.9": (
+        row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (32, 32, 8, 2), None),
+        row("bwd_dq", "sm_100", HALF, HEAVY, None, (64, 32, 8, 1), None),
+    ),
+}
+_SPANS_PACKED_OF_VERSION = {
+    "3.6": (row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 2), None),),
+}
 # fmt: on
 
 
 @functools.cache
-def _is_triton_36() -> bool:
-    return importlib.metadata.version("triton").startswith("3.6.")
+def _version() -> str:
+    """Triton's, as "3.7"."""
+    return ".".join(importlib.metadata.version("triton").split(".")[:2])
 
 
 @functools.cache
@@ -145,13 +158,13 @@ def tile(
         return _INTERPRETED[kernel]
     rows: tuple[Row, ...] = _TABLE
     if needs_spans:
-        rows = (*(_SPANS_36 if _is_triton_36() else ()), *_SPANS, *rows)
+        rows = (*_SPANS_OF_VERSION.get(_version(), ()), *_SPANS, *rows)
     if needs_spans and has_attn_mask:
-        rows = (*(_SPANS_MASKED_36 if _is_triton_36() else ()), *_SPANS_MASKED, *rows)
+        rows = (*_SPANS_MASKED_OF_VERSION.get(_version(), ()), *_SPANS_MASKED, *rows)
     if needs_spans and has_short_spans:
         rows = (*_SHORT, *rows)
     if needs_spans and is_packed:
-        rows = (*(_SPANS_PACKED_36 if _is_triton_36() else ()), *_SPANS_PACKED, *rows)
+        rows = (*_SPANS_PACKED_OF_VERSION.get(_version(), ()), *_SPANS_PACKED, *rows)
     found = find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
     # The loop over short blocks takes the registers of a pipeline.
     is_crowded = needs_spans and has_short_spans and kernel in ("fwd", "decode")
