@@ -321,7 +321,7 @@ def _launch_fwd(
     is_crowded = has_marginals and (
         triton_runtime.architecture(args.q.device) != "sm_90" or
         args.span_bias is not None or sequences is not None or args.q.dtype == torch.float32
-        or tiles.head_dim_class(args.head_dim, args.head_dim_v) != 128
+        or not 64 < max(args.head_dim, args.head_dim_v) <= 128
     )  # fmt: skip
     by_tensor = _by_tensor(args, tile, block_q, is_decoding)
     sizes = _sizes(
