@@ -7,10 +7,10 @@ No GPU is needed: benchmarks/gpu/mock.py stands for one. Launches take Triton's 
 specialisation and the lookup of the compiled kernel, and stop at the driver. Tensors lie on the
 CPU, so the cost of an allocation differs from that on a GPU. The first run compiles the kernels.
 
-Of each call the command prints its launches and its microseconds: between the other calls, whose
-code and data displace its own from the caches, and repeated at once. "Triton" is what the same
-launches take alone, between others. `--profile` prints the functions in
-which one call spends its time; the profiler itself takes most of what it shows.
+Of each call the command prints its launches and its microseconds, between other calls and repeated
+at once. Other calls displace its code and data from the caches. "Triton" is what the same launches
+take alone, between others. `--profile` prints the functions in which one call spends its time; the
+profiler itself takes most of what it shows.
 """
 
 from __future__ import annotations

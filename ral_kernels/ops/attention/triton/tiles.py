@@ -79,8 +79,8 @@ _TABLE = (
     row("bwd_dq", "sm_100", FLOAT32, PLAIN, (64, 32, 4, 1), (32, 32, 8, 2), (32, 16, 8, 2)),
     row("bwd_dq", "sm_100", FLOAT32, HEAVY, (64, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 2)),
 )
-# Head dims 65 to 96, where the masks of padding take registers.
-_96 = (row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), None),)
+# Head dims 65 to 96 spill with 32 rows.
+_UP_TO_96 = (row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), None),)
 # With spans of few keys: they come with a loop more.
 _SHORT = (
     row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 32, 8, 1)),
@@ -159,7 +159,7 @@ def tile(
     """The tile of one of KERNELS for head dims of class `size`."""
     if architecture == INTERPRETER:
         return _INTERPRETED[kernel]
-    rows: tuple[Row, ...] = (*_96, *_TABLE) if size == 96 else _TABLE
+    rows: tuple[Row, ...] = (*_UP_TO_96, *_TABLE) if size == 96 else _TABLE
     if needs_spans:
         rows = (*_SPANS_OF_VERSION.get(_version(), ()), *_SPANS, *rows)
     if needs_spans and has_attn_mask:

@@ -77,7 +77,7 @@ _TABLE = (
     # On sm_90 the ptxas of Triton 3.6.0 serialises the wgmma of 64 rows (C7515).
     row("dq", ANY, HALF, HEAVY, (128, 32, 8, 2), (128, 32, 8, 2), None),
     row("dq", ANY, HALF, HEAVY, (64, 32, 8, 2), BLOCK_D=128),
-    # A third fewer instructions than with 32 rows and 8 warps, which Triton 3.6.0 spills.
+    # With 32 rows and 8 warps all warps issue half as much again, and Triton 3.6.0 spills.
     row("dk", "sm_90", HALF, HEAVY, None, (16, 64, 4, 2), None),
     row("dk", ANY, HALF, HEAVY, (32, 64, 8, 2), BLOCK_D=128),
     row("bias", ANY, HALF, HEAVY, (64, 32, 8, 1), BLOCK_D=128),
