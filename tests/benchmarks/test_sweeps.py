@@ -140,7 +140,7 @@ def test_resolution_sweep_on_random_input(tmp_path: Path) -> None:
     assert (size["visual_tokens"], size["num_spans"], size["seqlen"]) == (60, 2, 60)
 
 
-@pytest.mark.slow(stands_in="test_gate_of_layouts")
+@pytest.mark.slow(stands_in="tests/benchmarks/test_gates.py::test_gate_of_layouts")
 def test_layouts_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--frames", "2", "--grid", "6", "10", "--input", "random", "--no-backward"]
     options += ["--layout", "16", "--layouts", "offset,16", "--contestants", "ral", "--no-plot"]
