@@ -21,14 +21,17 @@ from ....runtime.triton_blocks import (
     part_of_ranges,
 )
 from ....runtime.triton_rows import Head, head_of, load_rows, store_rows
+from ....runtime.triton_softmax import LOG2E
 from ....runtime.triton_spans import MIXED, NO_SPAN, blocks_of_sequence, sequence_of_span_blocks
 from .marginals import (
     SpanBlock,
     entry_of,
     gathered_shares,
     here,
+    is_span,
     moved_spans,
     opaque_zero,
+    span_of,
     spans_of_places,
     uniform_shares,
 )
@@ -37,7 +40,6 @@ from .scores import (
     Place,
     Queries,
     add_weighted_rows,
-    backward_lse_log2,
     dot_rows,
     exist,
     in_window,
@@ -59,7 +61,7 @@ def attention_bwd_delta_kernel(
     dout,
     dmarginals_ptr,
     dlse_ptr,
-    delta_ptr,
+    terms,
     num_heads,
     seqlen_q,
     span_rows,
@@ -68,14 +70,19 @@ def attention_bwd_delta_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Equation (10), 0 in fully masked rows. One program: BLOCK_Q queries of one head."""
+    """Equation (10), and what else RowTerms holds. One program: BLOCK_Q queries of one head.
+
+    In a fully masked row δ is 0, and +inf for lse makes every weight exactly 0.
+    """
     num_blocks = tl.cdiv(seqlen_q, BLOCK_Q)
     bh = (tl.program_id(0) // num_blocks).to(tl.int64)
     b, h = bh // num_heads, bh % num_heads
     tokens = tl.program_id(0) % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    mask_q = tokens < seqlen_q
-    lse = tl.load(lse_ptr + bh * seqlen_q + tokens, mask=mask_q, other=float("-inf"))
-    mask_q = mask_q & (lse > float("-inf"))  # a row that sees no key is a constant
+    exists = tokens < seqlen_q
+    lse = tl.load(lse_ptr + bh * seqlen_q + tokens, mask=exists, other=float("-inf"))
+    mask_q = exists & (lse > float("-inf"))  # a row that sees no key is a constant
+    head_ptr = terms.ptr + bh * terms.stride_h
+    tl.store(head_ptr + tokens, tl.where(mask_q, lse * LOG2E, float("inf")), mask=exists)
     delta = tl.zeros([BLOCK_Q], tl.float32)
     if dout.ptr is not None:
         # [BLOCK_Q, BLOCK_DV]
@@ -96,7 +103,21 @@ def attention_bwd_delta_kernel(
             delta += tl.sum(dm * tl.load(marginals_ptr + offsets, mask=mask, other=0.0), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + bh * seqlen_q + tokens, mask=mask_q, other=0.0)
-    tl.store(delta_ptr + bh * seqlen_q + tokens, delta, mask=tokens < seqlen_q)
+    head_ptr += seqlen_q
+    tl.store(head_ptr + tokens, delta, mask=exists)
+    if dmarginals_ptr is not None:
+        head_ptr += seqlen_q
+        places = tokens - terms.first
+        exists = exists & (places >= 0) & (places < terms.num_rows)
+        for start in range(0, span_rows.num_spans, BLOCK_S):
+            columns = start + tl.arange(0, BLOCK_S)
+            mask_s = columns < span_rows.num_spans
+            # [BLOCK_Q, BLOCK_S]
+            mask = mask_rows[:, None] & mask_s[None, :]
+            dm = tl.load(dmarginals_ptr + rows[:, None] + columns[None, :], mask=mask, other=0.0)
+            offsets = places[:, None] + columns.to(tl.int64)[None, :] * terms.num_rows
+            mask = exists[:, None] & mask_s[None, :]
+            tl.store(head_ptr + offsets, delta[:, None] - dm, mask=mask)
 
 
 @triton.jit
@@ -130,6 +151,39 @@ def weights_and_gradient(
 
 
 @triton.jit
+def spans_of_slots(kinds, SLOTS: tl.constexpr):
+    """[SLOTS]: the span of each of a tile's blocks of keys, which hold one or none; -1 of none."""
+    kind = tl.zeros([SLOTS], tl.int32) + kinds[0]
+    if SLOTS == 2:
+        kind = tl.where(tl.arange(0, SLOTS) == 0, kind, kinds[1])
+    return tl.where(is_span(kind), span_of(kind), -1)
+
+
+@triton.jit
+def offsets_to_deltas(key_spans, terms, seqlen_q):
+    """How far after a query's δ that of RowTerms for each span stands; 0 for -1."""
+    offsets = seqlen_q - terms.first + key_spans.to(tl.int64) * terms.num_rows
+    return tl.where(key_spans >= 0, offsets, 0)
+
+
+@triton.jit
+def load_deltas(delta_ptr, offsets, mask_q, IS_EDGE: tl.constexpr):
+    """[len(offsets), BLOCK_Q]; 0 of queries that do not exist."""
+    pointers = delta_ptr[None, :] + offsets[:, None]
+    return tl.load(pointers, mask=mask_q[None, :], other=0.0) if IS_EDGE else tl.load(pointers)
+
+
+@triton.jit
+def keys_of_slots(x, BLOCK_K: tl.constexpr, TABLE_K: tl.constexpr):
+    """Rows for a tile's blocks of keys -> [BLOCK_K, BLOCK_Q], or as it is if there is one block."""
+    if BLOCK_K > TABLE_K:
+        BLOCK_Q: tl.constexpr = x.shape[1]
+        x = tl.broadcast_to(x[:, None, :], [BLOCK_K // TABLE_K, TABLE_K, BLOCK_Q])
+        x = tl.reshape(x, [BLOCK_K, BLOCK_Q])
+    return x
+
+
+@triton.jit
 def query_blocks(
     ranges, tile, IS_EDGE: tl.constexpr, IS_MIXED: tl.constexpr, IS_ONLY: tl.constexpr
 ):  # fmt: skip
@@ -155,8 +209,9 @@ def add_key_gradients(
     diagonal,
     kinds,
     spans,
-    dmarginals_ptr,
+    terms,
     span_rows,
+    seqlen_q,
     span_bias_ptr,
     attn_mask_ptr,
     padding_ptr,
@@ -168,10 +223,15 @@ def add_key_gradients(
 ):
     """The query blocks of one loop and head. Tiles are [BLOCK_K, BLOCK_Q]: pᵀ, dsᵀ."""
     BLOCK_Q: tl.constexpr = tile.MIXED_Q if IS_MIXED else tile.BLOCK_Q
+    HAS_SHARES: tl.constexpr = terms.first is not None
     offs = tl.arange(0, BLOCK_Q)
-    key_spans = 0
+    key_spans, to_deltas = 0, 0
     if IS_MIXED:
         key_spans = spans_of_places(kinds, spans, tile.BLOCK_K, tile.TABLE_K)
+    if HAS_SHARES:
+        if not IS_MIXED:
+            key_spans = spans_of_slots(kinds, tile.BLOCK_K // tile.TABLE_K)
+        to_deltas = offsets_to_deltas(key_spans, terms, seqlen_q)
     for i in tl.range(0, blocks.number, num_stages=tile.MIXED_STAGES if IS_MIXED else None):
         block = block_number(i, blocks, IS_EDGE)
         first_token = (queries.start + block * BLOCK_Q).to(tl.int64)
@@ -182,22 +242,22 @@ def add_key_gradients(
         # [BLOCK_Q, BLOCK_D]
         q = row_tile(queries.q, q_tokens, mask_q, tile.HEAD_DIM, tile.PART_D)
         # [BLOCK_Q]
-        lse = tl.load(queries.lse_ptr + q_tokens, mask=mask_q, other=float("-inf"))
-        delta = tl.load(queries.delta_ptr + q_tokens, mask=mask_q, other=0.0)
+        lse_log2_ptr = queries.lse_log2_ptr + q_tokens
+        delta_ptr = queries.delta_ptr + q_tokens
+        if IS_EDGE:
+            lse_log2 = tl.load(lse_log2_ptr, mask=mask_q, other=float("inf"))
+        else:
+            lse_log2 = tl.load(lse_log2_ptr)
         dp = tl.zeros([tile.BLOCK_K, BLOCK_Q], tl.float32)
-        delta_m = delta[None, :]  # δ without the gradient of the marginal
-        if dmarginals_ptr is not None:  # (9)
-            num_spans = span_rows.num_spans
-            mask_rows = mask_q & (q_tokens >= span_rows.start) & (q_tokens < span_rows.stop)
-            first_row_ptr = dmarginals_ptr + first_token * num_spans
-            rows = offs.to(tl.int64) * num_spans
-            if IS_MIXED:
-                delta_m -= gathered_shares(key_spans, first_row_ptr, rows, 1, mask_rows, False)
-            else:
-                delta_m -= uniform_shares(
-                    kinds, first_row_ptr, rows, 1, mask_rows, tile.BLOCK_K, tile.TABLE_K, True,
-                    False,
-                )  # fmt: skip
+        if HAS_SHARES:  # (9): δ without the gradient of the marginal
+            # The interpreter splats no condition.
+            at = tl.zeros_like(to_deltas) + first_token
+            has_marginals = (at < span_rows.stop) & (at + BLOCK_Q > span_rows.start)
+            delta_m = load_deltas(delta_ptr, tl.where(has_marginals, to_deltas, 0), mask_q, IS_EDGE)
+            if not IS_MIXED:
+                delta_m = keys_of_slots(delta_m, tile.BLOCK_K, tile.TABLE_K)
+        else:
+            delta_m = load_deltas(delta_ptr, tl.zeros([1], tl.int64), mask_q, IS_EDGE)
         bias = 0.0
         if masks.span_bias.ptr is not None:
             bias_ptr = span_bias_ptr + first_token * masks.span_bias.stride_t
@@ -217,7 +277,7 @@ def add_key_gradients(
             dp = dot_rows(dp, v, dout, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
         mask_offsets = q_tokens.to(tl.int64) * masks.attn_mask.stride_t
         p, ds, dcap = weights_and_gradient(
-            dot, dp, bias, backward_lse_log2(lse)[None, :], delta_m, place, masks,
+            dot, dp, bias, lse_log2[None, :], delta_m, place, masks,
             HeadMasks(attn_mask_ptr, mask_offsets, padding_ptr), score, IS_EDGE, True,
         )  # fmt: skip
         if HAS_DOUT:
@@ -333,9 +393,7 @@ def write_key_gradients(
     kv_head,
     q,
     dout,
-    lse_ptr,
-    delta_ptr,
-    dmarginals_ptr,
+    terms,
     q_start,
     length_q,
     diagonal,
@@ -365,23 +423,18 @@ def write_key_gradients(
             ranges = ranges_of_queries(
                 keys_again(spans, packed, num_k_blocks, sizes, tile), length_q, splits, masks, tile
             )
-        rows = (b * sizes.num_heads + h) * sizes.seqlen_q
+        head_ptr = terms.ptr + (b * sizes.num_heads + h) * terms.stride_h
         queries = Queries(
-            head_of(q, b, h), head_of(dout, b, h), lse_ptr + rows, delta_ptr + rows, q_start,
+            head_of(q, b, h), head_of(dout, b, h), head_ptr, head_ptr + sizes.seqlen_q, q_start,
             length_q,
         )  # fmt: skip
-        head_dmarginals_ptr = dmarginals_ptr
-        if dmarginals_ptr is not None:
-            num_rows = span_rows.stop - span_rows.start
-            first_row = (b * sizes.num_heads + h) * num_rows - span_rows.start
-            head_dmarginals_ptr = dmarginals_ptr + first_row * span_rows.num_spans
         # With a bias the second of two loops spills.
         IS_ONLY: tl.constexpr = IS_MIXED or masks.span_bias.ptr is not None
         for IS_EDGE in tl.static_range(1 if IS_ONLY else 0, 2):
             dk_sum, dv_sum = add_key_gradients(
                 dk_sum, dv_sum, query_blocks(ranges, tile, IS_EDGE, IS_MIXED, IS_ONLY), k, v,
                 keys.positions, queries, dout.ptr is not None, diagonal, keys.kinds, keys.spans,
-                head_dmarginals_ptr, span_rows, head_of(masks.span_bias, b, h).ptr,
+                terms, span_rows, sizes.seqlen_q, head_of(masks.span_bias, b, h).ptr,
                 head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
                 IS_MIXED,
             )  # fmt: skip
@@ -415,9 +468,7 @@ def attention_bwd_dkdv_kernel(
     k,
     v,
     dout,
-    lse_ptr,
-    delta_ptr,
-    dmarginals_ptr,
+    terms,
     dk,
     dv,
     spans,
@@ -469,14 +520,14 @@ def attention_bwd_dkdv_kernel(
     if keys.is_mixed if HAS_SPANS else False:
         write_key_gradients(
             k_tile, v_tile, dk, dv, keys, first_head, last_head, ranges, b, kv_head, q, dout,
-            lse_ptr, delta_ptr, dmarginals_ptr, q_start, length_q, diagonal, padding_ptr, masks,
-            sizes, splits, span_rows, score, tile, num_k_blocks, spans, packed, HAS_SPANS, True,
+            terms, q_start, length_q, diagonal, padding_ptr, masks, sizes, splits, span_rows, score,
+            tile, num_k_blocks, spans, packed, HAS_SPANS, True,
         )  # fmt: skip
     else:
         write_key_gradients(
             k_tile, v_tile, dk, dv, keys, first_head, last_head, ranges, b, kv_head, q, dout,
-            lse_ptr, delta_ptr, dmarginals_ptr, q_start, length_q, diagonal, padding_ptr, masks,
-            sizes, splits, span_rows, score, tile, num_k_blocks, spans, packed, HAS_SPANS, False,
+            terms, q_start, length_q, diagonal, padding_ptr, masks, sizes, splits, span_rows, score,
+            tile, num_k_blocks, spans, packed, HAS_SPANS, False,
         )  # fmt: skip
 
 

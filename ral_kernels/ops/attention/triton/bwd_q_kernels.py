@@ -29,7 +29,6 @@ from .scores import (
     Keys,
     Place,
     add_weighted_rows,
-    backward_lse_log2,
     blocks_of_keys,
     dot_rows,
     keys_of_block,
@@ -152,8 +151,7 @@ def attention_bwd_dq_kernel(
     k,
     v,
     dout,
-    lse_ptr,
-    delta_ptr,
+    terms,
     dmarginals_ptr,
     dq,
     dspan_bias_ptr,
@@ -183,9 +181,10 @@ def attention_bwd_dq_kernel(
     mask_q = q_positions < length_q
     q_tokens = q_start + q_positions
     rows = (b * sizes.num_heads + h) * sizes.seqlen_q + q_tokens
+    row_ptr = terms.ptr + (b * sizes.num_heads + h) * terms.stride_h + q_tokens
     # [BLOCK_Q]
-    lse = tl.load(lse_ptr + rows, mask=mask_q, other=float("-inf"))
-    delta = tl.load(delta_ptr + rows, mask=mask_q, other=0.0)
+    lse_log2 = tl.load(row_ptr, mask=mask_q, other=float("inf"))
+    delta = tl.load(row_ptr + sizes.seqlen_q, mask=mask_q, other=0.0)
     # [BLOCK_Q, BLOCK_D], [BLOCK_Q, BLOCK_DV]
     q_tile = row_tile(head_of(q, b, h), q_tokens, mask_q, tile.HEAD_DIM, tile.PART_D)
     dout_tile = q_tile
@@ -245,7 +244,7 @@ def attention_bwd_dq_kernel(
         if LOOP != SHORT or HAS_SHORT:
             state = add_query_gradients(
                 state, blocks_of_keys(ranges, masks, LOOP, HAS_SHORT), q_tile, dout_tile,
-                q_positions, backward_lse_log2(lse), delta, keys, diagonal, HAS_SPANS, HAS_SHORT,
+                q_positions, lse_log2, delta, keys, diagonal, HAS_SPANS, HAS_SHORT,
                 dout.ptr is not None, dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks,
                 head_masks, score, tile, LOOP == EDGE, LOOP == SHORT,
             )  # fmt: skip

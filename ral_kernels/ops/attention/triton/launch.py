@@ -34,6 +34,7 @@ from .parameters import (
     Packed,
     Padding,
     Programs,
+    RowTerms,
     Score,
     Sizes,
     SpanRows,
@@ -48,6 +49,7 @@ FLOAT32_PART = 32  # features in one matrix product of float32
 BLOCKS_PER_SPLIT = 4  # at least, because a split writes and reads partial results
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of dk and dv: fewer leave the last ones to run alone
 TABLE_KEYS = 64  # at most, in a block of the table of spans for dk and dv
+MARGIN = 128  # queries in the widest block of dk and dv
 ROWS_JOINED = 32  # keys in a program that joins parts of dk or dv
 
 
@@ -398,6 +400,19 @@ def _join(partial: Tensor, x: Tensor) -> None:
     triton_runtime.launch(attention_bwd_join_kernel, (programs,), arguments, 4, 1)
 
 
+def _row_terms(args: AttentionArgs, has_dmarginals: bool) -> RowTerms:
+    """Room for RowTerms. A block of queries that has marginals ends at most MARGIN rows after."""
+    first, num_rows, size = None, 0, 2 * args.seqlen_q
+    if has_dmarginals:
+        first = max(args.row_start - MARGIN, 0)
+        num_rows = min(args.row_stop + MARGIN, args.seqlen_q) - first
+        size += args.num_spans * num_rows
+    x = torch.empty(
+        (args.batch_size, args.num_heads, size), dtype=torch.float32, device=args.q.device
+    )
+    return RowTerms(x, size, first, num_rows)
+
+
 def launch_bwd(
     args: AttentionArgs,
     out: Tensor,
@@ -417,7 +432,7 @@ def launch_bwd(
     if dout is not None and _may_have_empty_rows(args):
         # An empty row may get inf or NaN, and 0 · NaN is NaN: its weights of 0 would not hide it.
         dout = dout.masked_fill((lse == float("-inf"))[..., None], 0.0)
-    delta = torch.empty_like(lse)
+    terms = _row_terms(args, dmarginals is not None)
     arguments = {
         "out": Rows.of(out),
         "marginals_ptr": marginals,
@@ -425,7 +440,7 @@ def launch_bwd(
         "dout": Rows.of(dout),
         "dmarginals_ptr": dmarginals,
         "dlse_ptr": dlse,
-        "delta_ptr": delta,
+        "terms": terms,
         "num_heads": args.num_heads,
         "seqlen_q": args.seqlen_q,
         "span_rows": SpanRows(args.num_spans, args.row_start, args.row_stop),
@@ -442,9 +457,7 @@ def launch_bwd(
     common = {
         **_common_arguments(args),
         "dout": Rows.of(dout),
-        "lse_ptr": lse,
-        "delta_ptr": delta,
-        "dmarginals_ptr": dmarginals,
+        "terms": terms,
     }
     if dout is None:
         dv.zero_()  # (8): a loss on marginals alone has no gradient for the values
@@ -493,6 +506,7 @@ def launch_bwd(
         q_blocks = num_blocks(args.seqlen_q, tile.block_q, sequences)
         arguments = {
             **common,
+            "dmarginals_ptr": dmarginals,
             "dq": Rows.of(dq),
             "dspan_bias_ptr": dspan_bias,
             "spans": _span_table(args, tile.block_k, needs_spans),

@@ -104,6 +104,19 @@ class SpanRows(NamedTuple):
     stop: Any
 
 
+class RowTerms(NamedTuple):
+    """What the backward reads of each query, float32 [B, H, 2 T + S R].
+
+    A head has lse in base 2, δ, and for every span δ less the gradient of its marginal. These rows
+    reach beyond those of the marginals, so that a block of queries reads one kind.
+    """
+
+    ptr: Any
+    stride_h: Any
+    first: Any  # of the R rows; None without gradients of marginals
+    num_rows: Any  # R
+
+
 class Score(NamedTuple):
     """How a score follows from q kᵀ."""
 

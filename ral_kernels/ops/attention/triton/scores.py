@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ....runtime.triton_blocks import edge_blocks, full_blocks
 from ....runtime.triton_rows import Head, load_rows
-from ....runtime.triton_softmax import LOG2E, in_base_2, tanh
+from ....runtime.triton_softmax import in_base_2, tanh
 from ....runtime.triton_spans import first_span_block, sequence_of_block
 from .marginals import here, moved_spans
 
@@ -72,7 +72,7 @@ class Queries(NamedTuple):
 
     q: Any  # Head
     dout: Any  # Head
-    lse_ptr: Any
+    lse_log2_ptr: Any
     delta_ptr: Any
     start: Any
     length: Any
@@ -84,12 +84,6 @@ class HeadMasks(NamedTuple):
     attn_mask_ptr: Any
     attn_mask_rows: Any
     padding_ptr: Any
-
-
-@triton.jit
-def backward_lse_log2(lse):
-    """lse in base 2; +inf in place of -inf makes every weight of a fully masked row exactly 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
