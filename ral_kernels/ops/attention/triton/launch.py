@@ -322,7 +322,7 @@ def _launch_fwd(
     # Where the loop at the edge, pipelined, needs more registers than there are.
     is_crowded = has_marginals and (
         triton_runtime.architecture(args.q.device) != "sm_90" or
-        args.span_bias is not None or sequences is not None or args.q.dtype == torch.float32
+        args.span_bias is not None or sequences is not None or args.q.dtype != torch.bfloat16
         or not 64 < max(args.head_dim, args.head_dim_v) <= 128
     )  # fmt: skip
     by_tensor = _by_tensor(args, tile, block_q, is_decoding)

@@ -9,14 +9,14 @@ import importlib.metadata
 import torch
 
 from ....runtime.triton_runtime import INTERPRETER, Tile
-from ....runtime.triton_tiles import ANY, FLOAT32, HALF, HEAVY, PLAIN, Row, find, row
+from ....runtime.triton_tiles import ANY, FLOAT32, HALF, HEAD_DIMS, HEAVY, PLAIN, Row, find, row
 
 KERNELS = ("fwd", "decode", "bwd_dkdv", "bwd_dq")
 
 
 def head_dim_class(head_dim: int, head_dim_v: int) -> int:
-    """64, 96, 128 or 256: tables are by the larger of the head dims."""
-    return next(size for size in (64, 96, 128, 256) if size >= max(head_dim, head_dim_v))
+    """64, 128 or 256: tables are by the larger of the head dims."""
+    return next(size for size in HEAD_DIMS if size >= max(head_dim, head_dim_v))
 
 
 # The interpreter takes time by the operation: few programs, but every test has block boundaries.
@@ -27,9 +27,9 @@ _INTERPRETED = {
     "bwd_dq": Tile(64, 64, 4, 1),
 }
 # Registers limit them all. Of the calls that tests compile none spills, with Triton 3.7.1 and on
-# sm_90 with 3.6.0; of those in benchmarks/results/codegen.md 96 do. wgmma and tcgen05 take 64 rows;
+# sm_90 with 3.6.0. wgmma and tcgen05 take 64 rows;
 # a tile with fewer stands where each of 64 spilled, and mma.sync multiplies. Head dims 72 to 96 are
-# padded to 128 and have its tiles, but for one.
+# padded to 128 and have its tiles.
 # HEAVY: with span_bias or attn_mask. Decoding is bound by memory: one row serves both variants.
 # On sm_90 ptxas serialises wgmma (C7515) in "fwd" with spans and head dims over 128. In "decode"
 # the ptxas of 3.6.0 does so with (64, 32, 4), and 3.7.1 spills with (64, 64, 4).
@@ -39,7 +39,7 @@ _TABLE = (
     row("fwd", "sm_80", HALF, PLAIN, (128, 64, 8, 3), (128, 32, 8, 3), (32, 32, 8, 2)),
     row("fwd", "sm_80", HALF, HEAVY, (128, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
     row("fwd", "sm_80", FLOAT32, PLAIN, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-    row("fwd", "sm_80", FLOAT32, HEAVY, (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+    row("fwd", "sm_80", FLOAT32, HEAVY, (32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 2)),
     row("fwd", "sm_90", HALF, PLAIN, (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
     row("fwd", "sm_90", HALF, HEAVY, (128, 64, 8, 3), (128, 64, 8, 3), (64, 16, 8, 2)),
     row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
@@ -50,8 +50,8 @@ _TABLE = (
     row("fwd", "sm_100", FLOAT32, HEAVY, (64, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
     row("decode", "sm_80", HALF, ANY, (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
     row("decode", "sm_80", FLOAT32, ANY, (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
-    row("decode", "sm_90", HALF, ANY, (64, 64, 4, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
-    row("decode", "sm_90", FLOAT32, ANY, (64, 32, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    row("decode", "sm_90", HALF, ANY, (64, 64, 4, 2), (64, 64, 8, 2), (16, 64, 8, 2)),
+    row("decode", "sm_90", FLOAT32, ANY, (64, 32, 4, 1), (16, 32, 8, 2), (16, 32, 8, 2)),
     row("decode", "sm_100", HALF, ANY, (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
     row("decode", "sm_100", FLOAT32, ANY, (64, 32, 4, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
     row("bwd_dkdv", "sm_80", HALF, PLAIN, (64, 32, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
@@ -66,8 +66,8 @@ _TABLE = (
     row("bwd_dkdv", "sm_100", HALF, HEAVY, (32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 2)),
     row("bwd_dkdv", "sm_100", FLOAT32, PLAIN, (16, 64, 4, 1), (16, 32, 8, 2), (16, 16, 8, 2)),
     row("bwd_dkdv", "sm_100", FLOAT32, HEAVY, (16, 64, 4, 1), (16, 32, 8, 2), (16, 32, 8, 2)),
-    row("bwd_dq", "sm_80", HALF, PLAIN, (128, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    row("bwd_dq", "sm_80", HALF, HEAVY, (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    row("bwd_dq", "sm_80", HALF, PLAIN, (128, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+    row("bwd_dq", "sm_80", HALF, HEAVY, (128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     row("bwd_dq", "sm_80", FLOAT32, PLAIN, (32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 2)),
     row("bwd_dq", "sm_80", FLOAT32, HEAVY, (32, 16, 8, 1), (32, 16, 8, 2), (32, 16, 8, 2)),
     row("bwd_dq", "sm_90", HALF, PLAIN, (128, 64, 8, 2), (128, 64, 8, 2), (64, 16, 8, 2)),
@@ -79,8 +79,6 @@ _TABLE = (
     row("bwd_dq", "sm_100", FLOAT32, PLAIN, (64, 32, 4, 1), (32, 32, 8, 2), (32, 16, 8, 2)),
     row("bwd_dq", "sm_100", FLOAT32, HEAVY, (64, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 2)),
 )
-# Head dims 65 to 96 spill with 32 rows.
-_UP_TO_96 = (row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), None),)
 # With spans of few keys: they come with a loop more.
 _SHORT = (
     row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 32, 8, 1)),
@@ -88,17 +86,23 @@ _SHORT = (
 )
 # With spans, where a row of the table spills.
 _SPANS = (
-    row("fwd", "sm_80", HALF, PLAIN, None, (64, 64, 8, 2), None),
+    row("fwd", "sm_80", HALF, PLAIN, (128, 32, 8, 2), (64, 64, 8, 2), None),
+    row("fwd", "sm_80", HALF, HEAVY, (64, 64, 8, 2), (32, 64, 8, 2), None),
+    row("fwd", "sm_80", FLOAT32, PLAIN, None, None, (32, 16, 8, 2)),
     row("fwd", "sm_90", HALF, PLAIN, None, None, (32, 64, 8, 2)),
-    row("fwd", "sm_90", HALF, HEAVY, None, (128, 32, 8, 2), None),
-    row("fwd", "sm_100", HALF, PLAIN, None, (64, 32, 8, 2), None),
+    row("fwd", "sm_90", HALF, HEAVY, None, (128, 32, 8, 2), (32, 64, 8, 2)),
+    row("fwd", "sm_100", HALF, PLAIN, None, (64, 64, 8, 2), (32, 64, 8, 2)),
+    row("fwd", "sm_100", HALF, HEAVY, None, (64, 64, 8, 2), (32, 64, 8, 2)),
     row("decode", "sm_90", HALF, ANY, None, (64, 32, 8, 2), None),
     row("bwd_dkdv", "sm_80", FLOAT32, PLAIN, (16, 32, 8, 2), None, None),
     row("bwd_dkdv", "sm_90", HALF, PLAIN, None, None, (16, 32, 8, 2)),
-    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 64, 8, 2), None),
+    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 128, 8, 2), None),
+    row("bwd_dq", "sm_80", HALF, HEAVY, None, (32, 64, 8, 2), None),
     row("bwd_dq", "sm_90", HALF, PLAIN, None, None, (32, 16, 8, 1)),
     row("bwd_dq", "sm_90", HALF, HEAVY, None, (128, 16, 8, 2), None),
-    row("bwd_dq", "sm_100", FLOAT32, PLAIN, (64, 16, 4, 1), None, None),
+    row("bwd_dq", "sm_90", FLOAT32, HEAVY, (64, 16, 4, 1), None, None),
+    row("bwd_dq", "sm_100", HALF, PLAIN, None, None, (64, 32, 8, 2)),
+    row("bwd_dq", "sm_100", FLOAT32, ANY, (64, 16, 4, 1), None, None),
 )
 # Offsets of packed sequences take registers, too.
 _SPANS_PACKED = (
@@ -108,9 +112,7 @@ _SPANS_PACKED = (
 )
 # With attn_mask, which takes more of them than a bias does.
 _SPANS_MASKED = (
-    row("fwd", "sm_80", HALF, HEAVY, None, (32, 64, 8, 2), None),
     row("fwd", "sm_100", HALF, HEAVY, None, (64, 32, 8, 2), None),
-    row("bwd_dq", "sm_80", HALF, HEAVY, None, (32, 64, 8, 2), None),
 )
 # The same, where other versions of Triton than 3.7 spill.
 _SPANS_OF_VERSION = {
@@ -159,7 +161,7 @@ def tile(
     """The tile of one of KERNELS for head dims of class `size`."""
     if architecture == INTERPRETER:
         return _INTERPRETED[kernel]
-    rows: tuple[Row, ...] = (*_UP_TO_96, *_TABLE) if size == 96 else _TABLE
+    rows: tuple[Row, ...] = _TABLE
     if needs_spans:
         rows = (*_SPANS_OF_VERSION.get(_version(), ()), *_SPANS, *rows)
     if needs_spans and has_attn_mask:
