@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
         # (instructions, barriers) of the shortest and of the longest path; without spans 390 and 2
         ("attention_fwd", "spans", "1", (390, 2), (429, 4)),  # the longest returns to a span
         ("attention_bwd_dq", "spans", "1", (400, 2), (400, 2)),  # without spans 391 and 2
-        # With two blocks of 16 queries it took 518. Loop 1 is of mixed blocks.
-        ("attention_bwd_dkdv", "spans", "2", (365, 2), (365, 2)),
-        ("attention_bwd_dkdv", "no spans", "1", (330, 2), (330, 2)),
+        # Loop 1 is of mixed blocks. At most 5 % more than without spans.
+        ("attention_bwd_dkdv", "spans", "2", (308, 2), (308, 2)),
+        ("attention_bwd_dkdv", "no spans", "1", (300, 2), (300, 2)),
         # Loop 2 is of neighbours in several spans. Before it was, they took 1038 and 47, 626 and 6.
         ("attention_fwd", "short spans", "2", (430, 4), (800, 11)),
         ("attention_bwd_dq", "short spans", "2", (410, 3), (610, 7)),

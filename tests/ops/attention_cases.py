@@ -296,6 +296,8 @@ CASES: tuple[AttentionCase, ...] = (
         options={"rows": slice(-5, None), "is_causal": True}),
     AttentionCase("rows_middle", 130, 127, num_heads=4, num_kv_heads=2, spans="equal",
         options={"rows": (61, 68)}),
+    AttentionCase("rows_far", 300, 130, num_heads=2, num_kv_heads=1, spans="equal",
+        options={"rows": (205, 213)}),  # most blocks of queries have none of them
     AttentionCase("rows_none", 61, 127, spans="equal", options={"rows": (7, 7)}),
     # extremes
     AttentionCase("large_scores", 61, 250, scores="large", spans="equal", options={"scale": 1.0}),
