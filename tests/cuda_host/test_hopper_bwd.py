@@ -30,7 +30,7 @@ from tests.ops import test_attention as common
 from tests.ops.attention_cases import CASES, AttentionCase
 
 HOPPER_SOURCES = (*sources_of("attention/bwd*"), str(HARNESS / "hopper_bwd_for_tests.cu"))
-SOURCES = ("attention/fwd.cu", *HOPPER_SOURCES)
+SOURCES = ("attention/fwd.cu", "attention/fwd_general.cu", *HOPPER_SOURCES)
 BWD, BWD_SM90 = "ral_cuda_attention_bwd", "ral_cuda_attention_bwd_sm90"
 
 # A consumer has 64 keys (dk, dv) or queries (dq), a block of threads 128 or 192 of them; buffers
