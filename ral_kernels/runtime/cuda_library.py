@@ -116,20 +116,23 @@ def hopper_missing() -> str | None:
     return None if missing is None else missing.decode()
 
 
-def cannot_run(*tensors: Tensor, head_dims: tuple[int, ...] = HEAD_DIMS) -> str | None:
+def cannot_run(*tensors: Tensor, head_dims: Sequence[int] = HEAD_DIMS) -> str | None:
     """Why the kernels cannot run on these queries, keys and values; None if they can."""
     if not tensors[0].is_cuda:
         return checks.wrong_device("CUDA", tensors[0].device)
     return cannot_compute(*tensors, head_dims=head_dims)
 
 
-def cannot_compute(*tensors: Tensor, head_dims: tuple[int, ...] = HEAD_DIMS) -> str | None:
+def cannot_compute(*tensors: Tensor, head_dims: Sequence[int] = HEAD_DIMS) -> str | None:
     """The same for dtypes and head dims alone, on any device."""
     for tensor in tensors:
         if tensor.dtype not in COMPUTED:
             return f"supports bfloat16 and float16; got {checks.dtype_name(tensor.dtype)}"
         if tensor.shape[-1] not in head_dims:
-            supported = f"{', '.join(map(str, head_dims[:-1]))} and {head_dims[-1]}"
+            if isinstance(head_dims, range):
+                supported = f"{head_dims[0]} to {head_dims[-1]} in steps of {head_dims.step}"
+            else:
+                supported = f"{', '.join(map(str, head_dims[:-1]))} and {head_dims[-1]}"
             return f"head dims {supported} are supported; got {tensor.shape[-1]}"
     return None
 

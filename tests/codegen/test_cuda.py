@@ -41,6 +41,9 @@ MULTIPLY = {
     "attention_fwd_kernel",
     "attention_bwd_dq_kernel",
     "attention_bwd_dkdv_kernel",
+    "attention_fwd_general_kernel",
+    "attention_bwd_dq_general_kernel",
+    "attention_bwd_dkdv_general_kernel",
     "policy_statistics_kernel",
     "policy_terms_kernel",
     "policy_moments_kernel",
@@ -177,7 +180,8 @@ def test_every_form_is_compiled(name: str, found: list[CudaKernel]) -> None:
     forms = {(k.dtype, k.head_dim, k.architecture) for k in found if k.name == name}
     architectures = {k.architecture for k in found if k.name in MULTIPLY}
     assert CHOSEN or architectures == {"sm_80", "sm_90"}
-    head_dims = (64, 96, 128) if name.startswith("attention") else (64, 128)
+    plain = name.startswith("attention") and "general" not in name
+    head_dims = (64, 96, 128) if plain else (64, 128)
     assert forms == set(product(("bf16", "fp16"), head_dims, architectures))
 
 

@@ -195,6 +195,9 @@ inline float exp2(float x) {
   const float y = ::exp2f(x);
   return y < host::kSmallestNormal ? 0.f : y;
 }
+inline float reciprocal(float x) {
+  return 1.0f / x;
+}
 inline float log2(float x) {
   return ::fabsf(x) < host::kSmallestNormal ? -INFINITY : ::log2f(x);
 }
@@ -209,6 +212,9 @@ inline int lowest_bit(uint64_t bits) {
 }
 template <typename T>
 T* opaque(T* x) {
+  return x;
+}
+inline int32_t opaque(int32_t x) {
   return x;
 }
 

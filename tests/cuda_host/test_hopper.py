@@ -18,13 +18,13 @@ from torch import Tensor
 
 import ral_kernels as rk
 from tests.cuda_host.backend import Kernels, host_library, on_host
-from tests.cuda_host.build import HARNESS
-from tests.cuda_host.test_attention import HALF, TILES, has_kernel, packed
+from tests.cuda_host.build import HARNESS, sources_of
+from tests.cuda_host.test_attention import HALF, TILES, is_plain, packed
 from tests.gpu.on_gpu import kernels_on
 from tests.ops import test_attention as common
 from tests.ops.attention_cases import CASES, AttentionCase
 
-SOURCES = ("attention/fwd.cu", "core/entry.cu", str(HARNESS / "hopper_for_tests.cu"))
+SOURCES = (*sources_of("attention/fwd*"), str(HARNESS / "hopper_for_tests.cu"))
 FWD, FWD_SM90 = "ral_cuda_attention_fwd", "ral_cuda_attention_fwd_sm90"
 
 # Of 300 keys. Blocks of 64 keys with a span each are added in their own way, and only if it is new.
@@ -87,7 +87,7 @@ def assert_agrees(library: Kernels, case: AttentionCase, dtype: torch.dtype, ord
 
 
 EVERY_CASE = [
-    case for case in (*filter(has_kernel, CASES), *TILES, *CONSUMERS) if case.head_dim in (64, 128)
+    case for case in (*filter(is_plain, CASES), *TILES, *CONSUMERS) if case.head_dim in (64, 128)
 ]
 
 

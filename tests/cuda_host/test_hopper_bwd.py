@@ -30,7 +30,7 @@ from tests.ops import test_attention as common
 from tests.ops.attention_cases import CASES, AttentionCase
 
 HOPPER_SOURCES = (*sources_of("attention/bwd*"), str(HARNESS / "hopper_bwd_for_tests.cu"))
-SOURCES = ("attention/fwd.cu", *HOPPER_SOURCES)
+SOURCES = ("attention/fwd.cu", "attention/fwd_general.cu", *HOPPER_SOURCES)
 BWD, BWD_SM90 = "ral_cuda_attention_bwd", "ral_cuda_attention_bwd_sm90"
 
 # A consumer has 64 keys (dk, dv) or queries (dq), a block of threads 128 or 192 of them; buffers
@@ -230,8 +230,19 @@ def test_what_a_map_cannot_say_is_left_to_the_other_kernels(hopper: Kernels) -> 
     assert hopper.functions.ral_cuda_failed_kernel() == b"a stride of 0"
 
 
-def test_other_head_dims_are_left_to_the_other_kernels(hopper: Kernels) -> None:
-    inputs = AttentionCase("columns", 9, 20, head_dim=80).inputs(torch.bfloat16)
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase("columns", 9, 20, head_dim=80),
+        AttentionCase("head_dim_v", 9, 20, head_dim=64, head_dim_v=128),
+        AttentionCase("span_bias", 9, 20, spans="equal", span_bias="full"),
+        AttentionCase("attn_mask", 9, 20, attn_mask="bool"),
+        AttentionCase("softcap", 9, 20, options={"softcap": 2.0}),
+    ],
+    ids=lambda case: case.name,
+)
+def test_other_calls_are_left_to_the_other_kernels(case: AttentionCase, hopper: Kernels) -> None:
+    inputs = case.inputs(torch.bfloat16)
     statuses = []
 
     def watched(*given):
@@ -239,12 +250,15 @@ def test_other_head_dims_are_left_to_the_other_kernels(hopper: Kernels) -> None:
         return statuses[-1]
 
     with on_host(hopper):
-        out = rk.attention(inputs.q.requires_grad_(), inputs.k, inputs.v, backend="cuda").out
+        out = rk.attention(
+            inputs.q.requires_grad_(), inputs.k, inputs.v, inputs.spans, backend="cuda",
+            **inputs.options,
+        ).out  # fmt: skip
         with mock.patch.object(hopper.functions, BWD, watched):
             out.float().sum().backward()
     assert statuses == [-2]
     reason = hopper.functions.ral_cuda_failed_kernel()
-    assert reason == b"a head dim that is neither 64 nor 128"
+    assert reason == b"options, or head dims other than 64 and 128"
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------

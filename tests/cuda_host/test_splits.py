@@ -67,10 +67,18 @@ def parts_of(heads: int, ranges: int) -> Iterator[None]:
 
 # In a kernel that is wider than a head dim, and that Hopper has not.
 COLUMNS = AttentionCase("columns_72", 140, 150, 1, 6, 2, 72, spans="ragged", options=CAUSAL)
+# In the general kernels, whose tiles of queries are half as long.
+GENERAL = AttentionCase("general", 140, 150, 2, 6, 2, 72, 128, spans="ragged", key_padding="left",
+    options={**CAUSAL, "softcap": 3.0})  # fmt: skip
+NOT_ON_HOPPER = [(COLUMNS, (3, 2)), (GENERAL, (3, 2))]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("case", "splits"), [*SPLITS, (COLUMNS, (3, 2))], ids=[*ids, COLUMNS.name])
+@pytest.mark.parametrize(
+    ("case", "splits"),
+    [*SPLITS, *NOT_ON_HOPPER],
+    ids=[*ids, *(case.name for case, _ in NOT_ON_HOPPER)],
+)
 def test_outputs_and_gradients(
     case: AttentionCase, splits: tuple[int, int], dtype: torch.dtype, cuda_anywhere: None
 ) -> None:

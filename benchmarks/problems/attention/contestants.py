@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def ral_plain(problem: AttentionProblem, *, backend: BackendName | None = None) 
 
 
 def no_cuda_kernels(
-    problem: Any, backward: bool, head_dims: tuple[int, ...] = cuda_library.HEAD_DIMS
+    problem: Any, backward: bool, head_dims: Sequence[int] = cuda_library.HEAD_DIMS
 ) -> str | None:
     """Why the CUDA C++ kernels, which have these head dims, cannot take part."""
     if not problem.q.is_cuda:

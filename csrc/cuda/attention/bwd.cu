@@ -15,8 +15,13 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_bwd(const ral_attention_params*
   const ral::cuda::AttentionBwdParams params =
       ral::cuda::bwd_params(*call, *outputs, *gradients, head_parts, range_parts, scratch);
   int error = ral::cuda::attention_bwd_delta(params, stream);
-  if (error == 0) error = ral::cuda::attention_bwd_dq(params, stream);
-  if (error == 0) error = ral::cuda::attention_bwd_dkdv(params, stream);
+  if (ral::cuda::is_general(*call)) {
+    if (error == 0) error = ral::cuda::attention_bwd_dq_general(params, stream);
+    if (error == 0) error = ral::cuda::attention_bwd_dkdv_general(params, stream);
+  } else {
+    if (error == 0) error = ral::cuda::attention_bwd_dq(params, stream);
+    if (error == 0) error = ral::cuda::attention_bwd_dkdv(params, stream);
+  }
   if (error == 0) error = ral::cuda::attention_bwd_join(params, stream);
   return error;
 }

@@ -1,7 +1,8 @@
 // What the backward kernels of `attention` share: equations (8) to (15) of
-// ral_kernels/ops/attention/README.md. These kernels have no soft cap, so dx = ds.
+// ral_kernels/ops/attention/README.md. Without a soft cap dx = ds.
 #pragma once
 
+#include "attention/general.h"
 #include "core/blocks.h"
 #include "core/tiles.h"
 
@@ -13,7 +14,7 @@ namespace cuda {
 // has sums of its own in float32, which attention_bwd_join_kernel adds in the order of the parts.
 struct KeySplits {
   int32_t heads, ranges, num_parts;  // num_parts = heads * ranges
-  int32_t columns;                   // kernel_head_dim
+  int32_t columns;                   // columns_of
   float *dk, *dv;                    // [num_parts, B, Hk, N, columns]; not used if it is 1
 };
 
@@ -28,7 +29,7 @@ struct AttentionBwdParams {
 };
 
 // The parameters of a call with `scratch` of 2 B H T floats. With several parts, head_parts *
-// range_parts * 2 B Hk N kernel_head_dim floats follow.
+// range_parts * 2 B Hk N columns_of floats follow.
 inline AttentionBwdParams bwd_params(const ral_attention_params& call,
                                      const ral_attention_outputs& outputs,
                                      const ral_attention_gradients& gradients, int32_t head_parts,
@@ -37,7 +38,7 @@ inline AttentionBwdParams bwd_params(const ral_attention_params& call,
   const int64_t num_keys = call.batch_size * call.num_kv_heads * call.seqlen_k;
   float* const dk = scratch + (2 * num_rows + 3) / 4 * 4;  // aligned to 16 bytes
   const int32_t num_parts = head_parts * range_parts;
-  const int32_t columns = kernel_head_dim(call.head_dim);
+  const int32_t columns = columns_of(call);
   float* const dv = dk + num_parts * num_keys * columns;
   const KeySplits splits{head_parts, range_parts, num_parts, columns, dk, dv};
   return {call, outputs, gradients, scratch, scratch + num_rows, splits, {}};
@@ -55,6 +56,8 @@ inline bool are_parts(const ral_attention_params& call, int32_t head_parts, int3
 int attention_bwd_delta(const AttentionBwdParams& params, void* stream);
 int attention_bwd_dq(const AttentionBwdParams& params, void* stream);
 int attention_bwd_dkdv(const AttentionBwdParams& params, void* stream);
+int attention_bwd_dq_general(const AttentionBwdParams& params, void* stream);
+int attention_bwd_dkdv_general(const AttentionBwdParams& params, void* stream);
 int attention_bwd_join(const AttentionBwdParams& params, void* stream);
 
 // The gradient of the marginals, row by row. Rows without marginals have none.

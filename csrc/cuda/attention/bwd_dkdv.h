@@ -9,21 +9,21 @@
 namespace ral {
 namespace cuda {
 
-template <typename T, int kHeadDim>
-struct attention_bwd_dkdv_kernel {
+// kGeneral: with what attention/general.h lists, and half the queries, for want of registers.
+template <typename T, int kHeadDim, bool kGeneral>
+struct AttentionBwdDkdv {
   using Params = AttentionBwdParams;
-  static constexpr int kBlockQ = 64;
+  static constexpr int kBlockQ = kGeneral ? 32 : 64;
   static constexpr int kWarps = kBlockK / 16;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = 2;
   using TileT = Tile<T, kHeadDim>;
   static constexpr int kSharedBytes =
       2 * TileT::bytes(kBlockK) + 2 * TileT::bytes(kBlockQ) + 2 * kBlockQ * int(sizeof(float));
-  static const char* name() { return "attention_bwd_dkdv_kernel"; }
 
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_attention_params& call = params.call;
-    const KeysOfBlock block = keys_of_block(params, kBlockK);
+    const KeysOfBlock block = keys_of_block<kGeneral>(params, kBlockK);
     if (block.num_keys <= 0) return;
     const Sequence& sequence = block.sequence;
 
@@ -33,16 +33,17 @@ struct attention_bwd_dkdv_kernel {
     const TileT dout{q.data + kBlockQ * TileT::kStride};
     float* const statistics = reinterpret_cast<float*>(dout.data + kBlockQ * TileT::kStride);
 
-    copy_rows<kBlockK, kThreads>(
+    copy_rows<kBlockK, kThreads, kGeneral>(
         k, rows_of<const T>(call.k, block.b, block.kv_head, block.first_token), call.k.stride_t,
         [&](int row) { return row < block.num_keys; }, call.head_dim);
-    copy_rows<kBlockK, kThreads>(
+    const int64_t columns_v = kGeneral ? call.head_dim_v : call.head_dim;
+    copy_rows<kBlockK, kThreads, kGeneral>(
         v, rows_of<const T>(call.v, block.b, block.kv_head, block.first_token), call.v.stride_t,
         [&](int row) {
           return row < block.num_keys && (block.padding == nullptr ||
                                           load_global(block.padding + block.first_key + row) != 0);
         },
-        call.head_dim);
+        columns_v);
     commit_copies();
     const int warp_key = warp_index() * 16;
     const WarpKeys keys(block, block.first_key, warp_key);
@@ -50,7 +51,7 @@ struct attention_bwd_dkdv_kernel {
     float dk[1][kHeadDim / 8][4], dv[1][kHeadDim / 8][4];
     clear(dk);
     clear(dv);
-    const float scale = call.scale * kLog2e;
+    const float scale = kGeneral ? 1.0f : call.scale * kLog2e;
     const QueriesOfPart part(params, block);
     const QueryRange range(block, part, block.first_key, block.num_keys);
     const ral_tensor& dout_tensor = params.gradients.dout;
@@ -58,6 +59,7 @@ struct attention_bwd_dkdv_kernel {
 
     for (int32_t h = part.first_head; h < part.stop_head; ++h) {
       const MarginalGradient dm(params, sequence, block.b, h);
+      const GeneralScores<kGeneral> general(call, sequence, block.b, h);
       const int64_t statistics_row =
           (block.b * call.num_heads + h) * call.seqlen_q + sequence.q_start;
       const T* q_rows = rows_of<const T>(call.q, block.b, h, sequence.q_start);
@@ -65,13 +67,13 @@ struct attention_bwd_dkdv_kernel {
           has_dout ? rows_of<const T>(dout_tensor, block.b, h, sequence.q_start) : nullptr;
       for (int32_t first = range.low / kBlockQ * kBlockQ; first <= range.high; first += kBlockQ) {
         sync_block();  // the previous queries are no longer read
-        copy_rows<kBlockQ, kThreads>(
+        copy_rows<kBlockQ, kThreads, kGeneral>(
             q, q_rows + first * call.q.stride_t, call.q.stride_t,
             [&](int row) { return first + row < sequence.length_q; }, call.head_dim);
         commit_copies();
-        copy_rows<kBlockQ, kThreads>(
+        copy_rows<kBlockQ, kThreads, kGeneral>(
             dout, dout_rows + first * dout_tensor.stride_t, dout_tensor.stride_t,
-            [&](int row) { return has_dout && first + row < sequence.length_q; }, call.head_dim);
+            [&](int row) { return has_dout && first + row < sequence.length_q; }, columns_v);
         commit_copies();
         if (thread_index() < kBlockQ) {
           const int32_t query = first + thread_index();
@@ -87,6 +89,10 @@ struct attention_bwd_dkdv_kernel {
         sync_block();                // k, v, q and the statistics have arrived
         float p[1][kBlockQ / 8][4];  // transposed: rows are keys, columns are queries
         multiply_transposed(p, k, warp_key, q);
+        GeneralSlopes<kGeneral, kBlockQ / 8> slopes;
+        general.bend(p);
+        general.differentiate(slopes, p);
+        general.template add_transposed<T>(p, keys, first);
         keys.weigh(p, statistics, scale, block.visibility, first);
         float ds[1][kBlockQ / 8][4];
         keys.begin(ds, statistics + kBlockQ, dm, first);
@@ -95,13 +101,23 @@ struct attention_bwd_dkdv_kernel {
         add_product(dv, p, TileT{opaque(dout.data)});   // (8)
         add_product_transposed(ds, v, warp_key, dout);  // (9)
         keys.differentiate(ds, p);
+        slopes.multiply(ds);
         add_product(dk, ds, TileT{opaque(q.data)});  // (15), without the scale
       }
     }
     wait_for_copies<0>();  // in flight still where no query sees the keys
     sync_block();          // k and v now stage the results
-    store_keys(params, block, block.first_token, warp_key, block.num_keys, dk, dv, k, v);
+    store_keys<kGeneral>(params, block, block.first_token, warp_key, block.num_keys, dk, dv, k, v);
   }
+};
+
+template <typename T, int kHeadDim>
+struct attention_bwd_dkdv_kernel : AttentionBwdDkdv<T, kHeadDim, false> {
+  static const char* name() { return "attention_bwd_dkdv_kernel"; }
+};
+template <typename T, int kHeadDim>
+struct attention_bwd_dkdv_general_kernel : AttentionBwdDkdv<T, kHeadDim, true> {
+  static const char* name() { return "attention_bwd_dkdv_general_kernel"; }
 };
 
 }  // namespace cuda

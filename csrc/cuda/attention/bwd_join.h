@@ -21,6 +21,7 @@ struct attention_bwd_join_kernel {
     const bool is_dk = block.part == 0;
     const ral_tensor& gradient = is_dk ? params.gradients.dk : params.gradients.dv;
     const int32_t columns = params.splits.columns;
+    const int64_t head_dim = is_dk ? call.head_dim : call.head_dim_v;
     const float factor = is_dk ? call.scale : 1.0f;
     const int64_t of_part = call.batch_size * call.num_kv_heads * call.seqlen_k * columns;
     const int64_t row =
@@ -29,7 +30,7 @@ struct attention_bwd_join_kernel {
     T* const rows = rows_of<T>(gradient, block.b, block.kv_head, block.first_token);
     for (int32_t at = kAtOnce * thread_index(); at < block.num_keys * columns;
          at += kAtOnce * kThreads) {
-      if (at % columns >= call.head_dim) continue;
+      if (at % columns >= head_dim) continue;
       Float4 sum{};
       for (int32_t part = 0; part < params.splits.num_parts; ++part) {
         const Float4 x = load_global(reinterpret_cast<const Float4*>(parts + part * of_part + at));

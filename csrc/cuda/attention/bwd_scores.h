@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/bwd.h"
+#include "attention/general.h"
 #include "core/blocks.h"
 #include "core/softmax.h"
 
@@ -12,9 +13,11 @@ namespace cuda {
 
 // ---- CTAs with keys: dk, dv ---------------------------------------------------------------------
 
+template <bool kGeneral = false>
 RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t block_k) {
+  const bool has_bias = kGeneral && params.call.span_bias.data != nullptr;
   return {params.call, params.order, params.splits.num_parts, block_k,
-          params.gradients.dmarginals != nullptr};
+          params.gradients.dmarginals != nullptr || has_bias};
 }
 
 // The heads [first_head, stop_head) and queries [low, high] that a CTA's part sums over. Ranges of
@@ -57,7 +60,7 @@ struct QueryRange {
 
 // Writes dk and dv of a warp's keys [row, row + 16) of `num_rows`: the gradients, or the part's own
 // sums. The stages as in store_rows. One branch for both keeps the Hopper kernel to registers.
-template <typename T, int kHeadDim>
+template <bool kGeneral = false, typename T, int kHeadDim>
 RAL_DEVICE void store_keys(const AttentionBwdParams& params, const KeysOfBlock& block,
                            int64_t first_token, int row, int32_t num_rows,
                            const float (&dk)[1][kHeadDim / 8][4],
@@ -67,12 +70,12 @@ RAL_DEVICE void store_keys(const AttentionBwdParams& params, const KeysOfBlock& 
   const KeySplits& splits = params.splits;
   if (splits.num_parts == 1) {
     const ral_tensor &to_dk = params.gradients.dk, &to_dv = params.gradients.dv;
-    store_rows<1>(
+    store_rows<1, kGeneral>(
         rows_of<T>(to_dk, block.b, block.kv_head, first_token), to_dk.stride_t, row, num_rows, dk,
         [&](int) { return call.scale; }, stage_dk, call.head_dim);
-    store_rows<1>(
+    store_rows<1, kGeneral>(
         rows_of<T>(to_dv, block.b, block.kv_head, first_token), to_dv.stride_t, row, num_rows, dv,
-        [](int) { return 1.0f; }, stage_dv, call.head_dim);
+        [](int) { return 1.0f; }, stage_dv, kGeneral ? call.head_dim_v : call.head_dim);
   } else {
     const int64_t matrix =
         (block.part * call.batch_size + block.b) * call.num_kv_heads + block.kv_head;
@@ -195,8 +198,10 @@ struct WarpKeys {
 struct QueriesWithGradient : QueriesOfBlock {
   MarginalGradient dm;
 
-  RAL_DEVICE QueriesWithGradient(const AttentionBwdParams& params, int32_t block_q)
-      : QueriesOfBlock(params.call, params.order, block_q, params.gradients.dmarginals != nullptr),
+  RAL_DEVICE QueriesWithGradient(const AttentionBwdParams& params, int32_t block_q,
+                                 bool has_bias = false)
+      : QueriesOfBlock(params.call, params.order, block_q,
+                       params.gradients.dmarginals != nullptr || has_bias),
         dm(params, sequence, b, h) {}
 };
 

@@ -47,8 +47,8 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_bwd_sm90(const ral_attention_pa
             ral::cuda::are_parts(*call, head_parts, range_parts));
   const ral::cuda::AttentionBwdParams params =
       ral::cuda::bwd_params(*call, *outputs, *gradients, head_parts, range_parts, scratch);
-  if (ral::cuda::kernel_head_dim(call->head_dim) == 96)
-    return ral::cuda::failed("a head dim that is neither 64 nor 128", ral::cuda::kNotTaken);
+  if (ral::cuda::is_general(*call) || ral::cuda::columns_of(*call) == 96)
+    return ral::cuda::failed("options, or head dims other than 64 and 128", ral::cuda::kNotTaken);
   RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_bwd_sm90, params, stream);
 #else
   static_cast<void>(call), static_cast<void>(outputs), static_cast<void>(gradients);

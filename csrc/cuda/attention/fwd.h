@@ -9,10 +9,12 @@ namespace cuda {
 // One CTA has kBlockQ queries of a head and walks over all keys that they see. Each warp owns
 // kWarpQ rows. K and V pass through shared memory, one block of each at a time. The next K arrives
 // while weights are multiplied with V; V arrives while scores are formed.
-template <typename T, int kHeadDim>
-struct attention_fwd_kernel {
+//
+// kGeneral: with what attention/general.h lists, and half the rows, for want of registers.
+template <typename T, int kHeadDim, bool kGeneral>
+struct AttentionFwd {
   using Params = AttentionFwdParams;
-  static constexpr int kRowTiles = 2, kWarps = 4;
+  static constexpr int kRowTiles = kGeneral ? 1 : 2, kWarps = 4;
   static constexpr int kRows = 2 * kRowTiles;    // per lane
   static constexpr int kWarpQ = 16 * kRowTiles;  // per warp
   static constexpr int kBlockQ = kWarpQ * kWarps;
@@ -22,12 +24,11 @@ struct attention_fwd_kernel {
   static constexpr int kSharedBytes =
       TileT::bytes(kBlockQ) + 2 * TileT::bytes(kBlockK) + kWarps * int(sizeof(MarginalRows));
 
-  static const char* name() { return "attention_fwd_kernel"; }
   using Scores = float[kRowTiles][kBlockK / 8][4];
 
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_attention_params& call = params.call;
-    const QueriesOfBlock block = queries_of_block(params, kBlockQ);
+    const QueriesOfBlock block = queries_of_block<kGeneral>(params, kBlockQ);
     if (block.num_queries <= 0) return;
     const Sequence& sequence = block.sequence;
     const Visibility& visibility = block.visibility;
@@ -52,7 +53,9 @@ struct attention_fwd_kernel {
       m[i] = minus_infinity();
       normaliser[i] = 0.0f;
     }
-    const float scale = call.scale * kLog2e;
+    const float scale = kGeneral ? 1.0f : call.scale * kLog2e;
+    const GeneralScores<kGeneral> general(call, sequence, block.b, block.h);
+    const int64_t columns_v = kGeneral ? call.head_dim_v : call.head_dim;
 
     const int32_t last_query = first_query + num_queries - 1;
     const int32_t low = visibility.first_key(first_query), high = visibility.last_key(last_query);
@@ -62,29 +65,31 @@ struct attention_fwd_kernel {
     const int32_t begin = low / kBlockK * kBlockK;
 
     const auto copy_keys = [&](TileT tile, const T* rows, int64_t stride, int32_t first,
-                               const uint8_t* hidden) {
-      copy_rows<kBlockK, kThreads>(
+                               const uint8_t* hidden, int64_t columns) {
+      copy_rows<kBlockK, kThreads, kGeneral>(
           tile, rows + first * stride, stride,
           [&](int row) {
             if (first + row >= visibility.length_k) return false;
             return hidden == nullptr || load_global(hidden + first + row) != 0;
           },
-          call.head_dim);
+          columns);
       commit_copies();
     };
-    copy_rows<kBlockQ, kThreads>(
+    copy_rows<kBlockQ, kThreads, kGeneral>(
         q, q_rows, call.q.stride_t, [&](int row) { return row < num_queries; }, call.head_dim);
     commit_copies();
-    if (low <= high) copy_keys(k, k_rows, call.k.stride_t, begin, nullptr);
+    if (low <= high) copy_keys(k, k_rows, call.k.stride_t, begin, nullptr, call.head_dim);
 
     for (int32_t first = begin; first <= high; first += kBlockK) {
       const KeyBlock keys = load_key_block(block.ids, block.padding, first, visibility.length_k);
       wait_for_copies<0>();
       sync_block();  // K has arrived; the previous block's V is no longer read
       // 0 · NaN is NaN, so values of padding are not read.
-      copy_keys(v, v_rows, call.v.stride_t, first, block.padding);
+      copy_keys(v, v_rows, call.v.stride_t, first, block.padding, columns_v);
       Scores s;
       multiply_transposed(s, q, warp_row, k);
+      general.bend(s);
+      general.template add<T>(s, keys, first, first_query + warp_row);
       const bool all_visible = first >= full_low && first + kBlockK - 1 <= full_high;
       if (!all_visible || ~keys.real != 0)
         hide(s, visibility, keys.real, first, first_query + warp_row, minus_infinity());
@@ -100,15 +105,25 @@ struct attention_fwd_kernel {
       if (marginals.num_spans != 0 && !keys.is_one_span()) marginals.add_spans(s, keys, m);
       wait_for_copies<0>();
       sync_block();  // V has arrived; all warps have formed their scores
-      if (first + kBlockK <= high) copy_keys(k, k_rows, call.k.stride_t, first + kBlockK, nullptr);
+      if (first + kBlockK <= high)
+        copy_keys(k, k_rows, call.k.stride_t, first + kBlockK, nullptr, call.head_dim);
       add_product(out, s, v);  // (6)
     }
     wait_for_copies<0>();  // in flight still where queries see no key
     sync_block();
     // The warp's rows of the query tile are no longer read, so they stage the output.
-    finish<kRowTiles>(params, block, block.first_token, num_queries, warp_row, q, out, m,
-                      normaliser, marginals);
+    finish<kRowTiles, kGeneral>(params, block, block.first_token, num_queries, warp_row, q, out, m,
+                                normaliser, marginals);
   }
+};
+
+template <typename T, int kHeadDim>
+struct attention_fwd_kernel : AttentionFwd<T, kHeadDim, false> {
+  static const char* name() { return "attention_fwd_kernel"; }
+};
+template <typename T, int kHeadDim>
+struct attention_fwd_general_kernel : AttentionFwd<T, kHeadDim, true> {
+  static const char* name() { return "attention_fwd_general_kernel"; }
 };
 
 }  // namespace cuda

@@ -2,6 +2,7 @@
 // before it and write the results after it.
 #pragma once
 
+#include "attention/general.h"
 #include "attention/marginals.h"
 #include "core/blocks.h"
 
@@ -14,8 +15,10 @@ struct AttentionFwdParams {
   CtaOrder order;
 };
 
+template <bool kGeneral = false>
 RAL_DEVICE QueriesOfBlock queries_of_block(const AttentionFwdParams& params, int32_t block_q) {
-  return {params.call, params.order, block_q, params.outputs.marginals != nullptr};
+  const bool has_bias = kGeneral && params.call.span_bias.data != nullptr;
+  return {params.call, params.order, block_q, params.outputs.marginals != nullptr || has_bias};
 }
 
 // The marginals of a warp's rows. `num_queries` rows begin at token `first_token`; warp_row is the
@@ -41,7 +44,7 @@ RAL_DEVICE SpanSums begin_marginals(const AttentionFwdParams& params, const Quer
 
 // Writes lse, marginals and out of a warp's rows, counted as in begin_marginals. m is in base 2;
 // normaliser holds each lane's part of the sum. The warp owns its rows of `stage`.
-template <int kRowTiles, typename T, int kHeadDim, typename SpanSums>
+template <int kRowTiles, bool kGeneral = false, typename T, int kHeadDim, typename SpanSums>
 RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& block,
                        int64_t first_token, int32_t num_queries, int warp_row,
                        Tile<T, kHeadDim> stage, const float (&out)[kRowTiles][kHeadDim / 8][4],
@@ -60,9 +63,10 @@ RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& b
     if (lane_index() % 4 == 0 && row < num_queries) store_global(lse + row, lse_log2[i] * kLn2);
   }
   if (marginals.num_spans != 0) marginals.end(lse_log2, m);
-  store_rows<kRowTiles>(
+  store_rows<kRowTiles, kGeneral>(
       rows_of<T>(params.outputs.out, block.b, block.h, first_token), params.outputs.out.stride_t,
-      warp_row, num_queries, out, [&](int i) { return inverse[i]; }, stage, call.head_dim);
+      warp_row, num_queries, out, [&](int i) { return inverse[i]; }, stage,
+      kGeneral ? call.head_dim_v : call.head_dim);
 }
 
 }  // namespace cuda

@@ -38,8 +38,8 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_fwd_sm90(const ral_attention_pa
                                                           const ral_attention_outputs* outputs,
                                                           void* stream) {
   RAL_CHECK(ral::check_attention(ral::Memory::kDevice, call, outputs, nullptr) == RAL_OK);
-  if (ral::cuda::kernel_head_dim(call->head_dim) == 96)
-    return ral::cuda::failed("a head dim that is neither 64 nor 128", ral::cuda::kNotTaken);
+  if (ral::cuda::is_general(*call) || ral::cuda::columns_of(*call) == 96)
+    return ral::cuda::failed("options, or head dims other than 64 and 128", ral::cuda::kNotTaken);
   RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_fwd_sm90, *call, *outputs, stream);
 }
 

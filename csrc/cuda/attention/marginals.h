@@ -15,6 +15,20 @@ struct alignas(16) MarginalRows {
   int32_t first, stop;  // rows of the warp that have marginals
 };
 
+// Adds columns [begin, end) of a block of numbers to the lane's part of each row's sum.
+template <int kRowTiles>
+RAL_DEVICE void add_columns(float (&sums)[2 * kRowTiles],
+                            const float (&x)[kRowTiles][kBlockK / 8][4], int begin, int end) {
+  const int mine = 2 * (lane_index() % 4);
+  RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int column = 8 * c + e + mine;
+      if (column < begin || column >= end) continue;
+      RAL_UNROLL for (int i = 0; i < 2 * kRowTiles; ++i)
+        sums[i] += x[i / 2][c][i % 2 * 2 + e];
+    }
+}
+
 // The marginals of a warp's rows while it walks over the keys.
 //
 // A lane sums its own columns while the span stays the same: this is a run. When the span changes,
@@ -71,7 +85,7 @@ struct Marginals {
         flush(m);
         span = next;
       }
-      add_columns(p, begin, end);
+      add_columns(run, p, begin, end);
       begin = end;
     }
   }
@@ -93,17 +107,6 @@ struct Marginals {
   }
 
  private:
-  RAL_DEVICE void add_columns(const float (&p)[kRowTiles][kBlockK / 8][4], int begin, int end) {
-    const int mine = 2 * (lane_index() % 4);
-    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int column = 8 * c + e + mine;
-        if (column < begin || column >= end) continue;
-        RAL_UNROLL for (int i = 0; i < kRows; ++i)
-          run[i] += p[i / 2][c][i % 2 * 2 + e];
-      }
-  }
-
   RAL_DEVICE void flush(const float (&m)[kRows]) {
     if (span >= 0) {
       const MarginalRows where = load_shared(rows);

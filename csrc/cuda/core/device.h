@@ -212,6 +212,12 @@ RAL_DEVICE float log2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x to 1 ulp.
+RAL_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 RAL_DEVICE float minus_infinity() {
   return __uint_as_float(0xff800000u);
 }
@@ -227,6 +233,10 @@ RAL_DEVICE int lowest_bit(uint64_t bits) {
 template <typename T>
 RAL_DEVICE T* opaque(T* x) {
   asm volatile("" : "+l"(x));
+  return x;
+}
+RAL_DEVICE int32_t opaque(int32_t x) {
+  asm volatile("" : "+r"(x));
   return x;
 }
 

@@ -38,15 +38,16 @@ struct Tile {
   }
 };
 
-// Whether a chunk of a row is one of the matrix. A tile of 64 or 128 columns has no others.
-template <typename T, int kColumns>
+// Whether a chunk of a row is one of the matrix. A tile of 64 or 128 columns has no others, unless
+// matrices of fewer columns are put into it (kFewer).
+template <bool kFewer, typename T, int kColumns>
 RAL_DEVICE bool has_chunk(Tile<T, kColumns> tile, int chunk, int64_t num_columns) {
-  return tile.kStride == kColumns || chunk * kChunk < num_columns;
+  return (tile.kStride == kColumns && !kFewer) || chunk * kChunk < num_columns;
 }
 
 // Starts copying kRows rows from `rows`, `stride` numbers apart. Rows where `exists(row)` is false,
 // and columns from `num_columns` on, become zeros and are not read.
-template <int kRows, int kThreads, typename T, int kColumns, typename Exists>
+template <int kRows, int kThreads, bool kFewer = false, typename T, int kColumns, typename Exists>
 RAL_DEVICE void copy_rows(Tile<T, kColumns> tile, const T* rows, int64_t stride, Exists exists,
                           int64_t num_columns = kColumns) {
   constexpr int kChunks = Tile<T, kColumns>::kChunks, kStride = Tile<T, kColumns>::kStride;
@@ -57,7 +58,7 @@ RAL_DEVICE void copy_rows(Tile<T, kColumns> tile, const T* rows, int64_t stride,
   const T* from = rows + row * stride + chunk * kChunk;
   RAL_UNROLL for (int i = 0; i < kRows; i += kStep)
     copy_async(to + i * kStride, from + i * stride,
-               has_chunk(tile, chunk, num_columns) && exists(row + i));
+               has_chunk<kFewer>(tile, chunk, num_columns) && exists(row + i));
 }
 
 // The lane's load_matrices offset of a 16 x 16 block: rows [row, row + 16), columns 0 to 15.
@@ -132,7 +133,7 @@ RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumns / 8][4],
 // Writes a warp's rows [row, row + 16 kRowTiles) of a matrix, the lane's i-th row times factor(i).
 // A lane holds only 4 adjacent bytes of a row, so rows pass through `stage`. The warp owns the rows
 // of `stage` with the same numbers by now. Columns from `num_columns` on are not written.
-template <int kRowTiles, typename T, int kColumns, typename Factor>
+template <int kRowTiles, bool kFewer = false, typename T, int kColumns, typename Factor>
 RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
                            const float (&values)[kRowTiles][kColumns / 8][4], Factor factor,
                            Tile<T, kColumns> stage, int64_t num_columns = kColumns) {
@@ -152,7 +153,7 @@ RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
   RAL_UNROLL for (int i = 0; i < 16 * kRowTiles * kChunks / kWarpSize; ++i) {
     const int n = i * kWarpSize + lane;
     const int at_row = row + n / kChunks, chunk = n % kChunks;
-    if (at_row < num_rows && has_chunk(stage, chunk, num_columns))
+    if (at_row < num_rows && has_chunk<kFewer>(stage, chunk, num_columns))
       store_global(reinterpret_cast<Vector16*>(rows + at_row * stride + chunk * kChunk),
                    load_shared(reinterpret_cast<const Vector16*>(stage.at(at_row, chunk))));
   }

@@ -15,8 +15,10 @@ from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 logger = logging.getLogger(__name__)
 
-# Those between the first and the last run in kernels for 96 columns.
-HEAD_DIMS = (64, 72, 80, 88, 96, 128)
+# Of plain calls 72 to 96 have kernels for 96 columns. Others than 64 and 128, and calls with
+# options, have the general kernels.
+HEAD_DIMS = range(8, 129, 8)
+PLAIN_HEAD_DIMS = (64, 72, 80, 88, 96, 128)
 
 # Of the kernel for dk and dv. That for sm_80 has half the keys, and a multiprocessor holds two.
 KEYS_OF_CTA, QUERIES_OF_TILE = 128, 64
@@ -68,6 +70,25 @@ def key_splits(args: AttentionArgs, multiprocessors: int) -> tuple[int, int]:
     return heads, max(1, wanted // heads)
 
 
+def is_general(args: AttentionArgs) -> bool:
+    """Whether the general kernels run the call: csrc/cuda/attention/general.h."""
+    return (
+        args.span_bias is not None
+        or args.attn_mask is not None
+        or args.softcap != 0
+        or args.head_dim != args.head_dim_v
+        or args.head_dim not in PLAIN_HEAD_DIMS
+    )
+
+
+def columns(args: AttentionArgs) -> int:
+    """Columns of the kernels that run the call."""
+    widest = max(args.head_dim, args.head_dim_v)
+    if widest <= 64:
+        return 64
+    return 96 if widest <= 96 and not is_general(args) else 128
+
+
 class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients]):
     """CUDA C++ kernels of csrc/cuda/attention."""
 
@@ -84,15 +105,6 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
 
     def has_no_kernel(self, args: AttentionArgs) -> str | None:
         """Why these options have no kernel, on whatever device; None if they have one."""
-        if args.head_dim != args.head_dim_v:
-            return f"head dims of k and v must be equal; got {args.head_dim} and {args.head_dim_v}"
-        for name, given in (
-            ("span_bias", args.span_bias is not None),
-            ("attn_mask", args.attn_mask is not None),
-            ("softcap", args.softcap != 0),
-        ):
-            if given:
-                return f"{name} is not supported"
         if args.cu_seqlens_q is not None and args.key_padding_mask is not None:
             return "key_padding_mask is not supported with packed sequences"
         return cuda_library.cannot_compute(args.q, args.k, args.v, head_dims=HEAD_DIMS)
@@ -106,12 +118,10 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
     def bwd(
         self, args: AttentionArgs, outputs: AttentionOutputs, gradients: AttentionGradients
     ) -> None:
-        """Write dq, dk and dv. `dspan_bias` is None, because span_bias is not supported.
+        """Write dq, dk, dv and, if it is wanted, dspan_bias.
 
-        Scratch: 2 B H T floats, and with several parts (`key_splits`) B Hk N (D + Dv) floats each,
-        D and Dv those of the kernels.
+        Scratch: 2 B H T floats, and with several parts (`key_splits`) 2 B Hk N `columns` each.
         """
-        assert gradients.dspan_bias is None
         args = _prepared(args)
         if gradients.dout is not None:
             gradients = replace(gradients, dout=cuda_library.aligned(gradients.dout))
@@ -119,8 +129,7 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
         parts = math.prod(splits)
         size = math.ceil(2 * outputs.lse.numel() / 4) * 4  # delta, lse in base 2
         if parts > 1:
-            columns = args.head_dim if args.head_dim in cuda_library.HEAD_DIMS else 96
-            size += parts * 2 * args.batch_size * args.num_kv_heads * args.seqlen_k * columns
+            size += parts * 2 * args.batch_size * args.num_kv_heads * args.seqlen_k * columns(args)
         scratch = cuda_library.scratch(outputs.lse, size)
         with cuda_library.on_device_of(args.q):
             status = _launch(
