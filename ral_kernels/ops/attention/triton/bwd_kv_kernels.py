@@ -167,10 +167,10 @@ def offsets_to_deltas(key_spans, terms, seqlen_q):
 
 
 @triton.jit
-def load_deltas(delta_ptr, offsets, mask_q, IS_EDGE: tl.constexpr):
+def load_deltas(delta_ptr, offsets, mask_q):
     """[len(offsets), BLOCK_Q]; 0 of queries that do not exist."""
     pointers = delta_ptr[None, :] + offsets[:, None]
-    return tl.load(pointers, mask=mask_q[None, :], other=0.0) if IS_EDGE else tl.load(pointers)
+    return tl.load(pointers, mask=mask_q[None, :], other=0.0)
 
 
 @triton.jit
@@ -244,20 +244,18 @@ def add_key_gradients(
         # [BLOCK_Q]
         lse_log2_ptr = queries.lse_log2_ptr + q_tokens
         delta_ptr = queries.delta_ptr + q_tokens
-        if IS_EDGE:
-            lse_log2 = tl.load(lse_log2_ptr, mask=mask_q, other=float("inf"))
-        else:
-            lse_log2 = tl.load(lse_log2_ptr)
+        # In whole blocks all queries exist; another number than 0 would take a select each.
+        lse_log2 = tl.load(lse_log2_ptr, mask=mask_q, other=float("inf") if IS_EDGE else 0.0)
         dp = tl.zeros([tile.BLOCK_K, BLOCK_Q], tl.float32)
         if HAS_SHARES:  # (9): δ without the gradient of the marginal
             # The interpreter splats no condition.
             at = tl.zeros_like(to_deltas) + first_token
             has_marginals = (at < span_rows.stop) & (at + BLOCK_Q > span_rows.start)
-            delta_m = load_deltas(delta_ptr, tl.where(has_marginals, to_deltas, 0), mask_q, IS_EDGE)
+            delta_m = load_deltas(delta_ptr, tl.where(has_marginals, to_deltas, 0), mask_q)
             if not IS_MIXED:
                 delta_m = keys_of_slots(delta_m, tile.BLOCK_K, tile.TABLE_K)
         else:
-            delta_m = load_deltas(delta_ptr, tl.zeros([1], tl.int64), mask_q, IS_EDGE)
+            delta_m = load_deltas(delta_ptr, tl.zeros([1], tl.int64), mask_q)
         bias = 0.0
         if masks.span_bias.ptr is not None:
             bias_ptr = span_bias_ptr + first_token * masks.span_bias.stride_t

@@ -118,13 +118,13 @@ _SPANS_MASKED = (
 _SPANS_OF_VERSION = {
     "3.6": (
         row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 1), None, None),
-        row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), (16, 128, 8, 2), None),
+        row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 64, 8, 2), None),
     ),
     "3.9": (
         row("fwd", "sm_80", HALF, HEAVY, None, (32, 64, 8, 2), None),
         row("fwd", "sm_100", HALF, PLAIN, None, (128, 32, 8, 2), None),
         row("fwd", "sm_100", HALF, HEAVY, None, (64, 32, 8, 2), None),
-        row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 128, 8, 2), None),
+        row("bwd_dkdv", "sm_90", FLOAT32, PLAIN, (16, 64, 8, 1), None, None),
     ),
 }
 _SPANS_MASKED_OF_VERSION = {
@@ -135,7 +135,7 @@ _SPANS_MASKED_OF_VERSION = {
     ),
 }
 _SPANS_PACKED_OF_VERSION = {
-    "3.6": (row("bwd_dkdv", "sm_90", HALF, PLAIN, None, (16, 64, 8, 2), None),),
+    "3.6": (row("bwd_dkdv", "sm_90", HALF, PLAIN, (16, 128, 8, 2), (16, 64, 8, 2), None),),
 }
 # fmt: on
 

@@ -57,7 +57,8 @@ _TABLE = (
     # sm_80 has the operands of mma.sync in registers, sm_100 copies what tcgen05.mma sums to them.
     row("statistics", "sm_80", HALF, PLAIN, None, None, (128, 32, 8, 2)),
     row("heads", "sm_80", HALF, PLAIN, None, None, (64, 32, 8, 2)),
-    row("sums", "sm_80", HALF, ANY, (64, 32, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), BLOCK_D=128),
+    row("sums", "sm_80", HALF, PLAIN, (64, 64, 8, 2), BLOCK_D=128),
+    row("sums", "sm_80", HALF, HEAVY, (64, 32, 8, 2), BLOCK_D=128),
     # With two stages, packed sequences with spans spill 32 bytes.
     row("dq", "sm_80", HALF, HEAVY, (64, 32, 8, 1), None, None),
     row("dq", "sm_80", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
