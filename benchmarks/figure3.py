@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="of the rows of the evaluation (default: %(default)s)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
+    parser.add_argument("--keep-weights", action="store_true",
+                        help="leave each run's weights beside its result")  # fmt: skip
     parser.add_argument("--tag", help="first in the name of the file: figure3-TAG-...")
     results.add_arguments(parser, quick="two arms, two seeds, short runs, frames alone")
     options = results.parse(parser, arguments, always=("tag",))
@@ -123,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_steps=settings["start_steps"],
         wrong_share=options.wrong_share,
         test_seed=options.test_seed,
+        keep_weights=options.keep_weights,
     )
     chosen = [(task, arm) for task in tasks for arm in arms if task in BY_NAME[arm].tasks]
     kinds = sorted({(task, BY_NAME[arm].style or TASKS[task].style) for task, arm in chosen})

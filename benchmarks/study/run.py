@@ -41,6 +41,7 @@ class Plan:
             where it does the task in that style; elsewhere a short training.
         wrong_share: of its last demonstrations, those that are wrong; None for the task's.
         test_seed: of the rows of the evaluation.
+        keep_weights: whether a run leaves its trained weights beside its result.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Plan:
     start_steps: int | None = None
     wrong_share: float | None = None
     test_seed: int = evaluate.TEST_SEED
+    keep_weights: bool = False
 
     def batches_of(self, task: StudyTask) -> int:
         return task.batches if self.batches is None else self.batches
@@ -62,6 +64,10 @@ class Plan:
 
     def result(self, task: str, arm: str, seed: int) -> Path:
         return self.folder / "runs" / f"{task}-{arm}-{seed}.json"
+
+    def weights(self, task: str, arm: str, seed: int) -> Path:
+        """By their names in transformers; without those of the vision tower, the start's."""
+        return self.result(task, arm, seed).with_suffix(".safetensors")
 
 
 def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
@@ -213,6 +219,8 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
         for name in ("attn/divergence", "attn/grad_share", "attn/differing_prefixes", "kl"):
             result[name] = engine.log.get(name, [])
         model = engine.policy
+        if plan.keep_weights:
+            keep(model, plan.weights(task_name, arm_name, seed))
     scores = evaluate.accuracies(model, bench.test, task.evaluated)
     for name in ("right", "thought", "grounded"):
         result[{"right": "accuracy"}.get(name, name)] = {
@@ -238,6 +246,16 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
     partial.replace(file)
     loaded: dict[str, Any] = json.loads(file.read_text())
     return loaded
+
+
+def keep(model: Decoder, file: Path) -> None:
+    """Write a decoder's weights."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    save_file({name: weight.contiguous() for name, weight in model.weights().items()}, partial)
+    partial.replace(file)
 
 
 def settings_of(arm: Arm, task: StudyTask) -> dict[str, Any]:
