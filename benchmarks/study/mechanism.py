@@ -176,7 +176,8 @@ class Watched:
 
         return Change(
             mean(moved, looks & held), mean(moved, looks & ~held),
-            mean(moved, looks & self.misread), mean(held.float(), looks), mean(divergence, self.mask), count / max(1, total),
+            mean(moved, looks & self.misread), mean(held.float(), looks),
+            mean(divergence, self.mask), count / max(1, total),
             correlation(moved, looks & groups), correlation(divergence, self.mask & groups),
         )  # fmt: skip
 

@@ -1,0 +1,174 @@
+"""The hypotheses about the task `chain`, fixed before their runs; it runs and reports them.
+
+python -m benchmarks.study.confirm run FOLDER       # resumable: every run is a file
+python -m benchmarks.study.confirm report FOLDER    # once all planned runs are there
+
+FOLDER gets a folder for each start, of the form of `benchmarks.figure3 --runs`. Runs go seed by
+seed over both starts and all arms, so that any prefix is balanced. There is one stopping rule: all
+planned seeds. So `report` compares nothing before.
+
+A difference is the mean over the two starts of a seed's paired differences, because both see the
+same prompts. Its interval is Student's over seeds. p is adjusted by Holm's method over the
+hypotheses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from .arms import BY_NAME
+from .report import Run, label_of, markdown
+from .run import Plan, be_quiet, make_start, make_teacher, run
+from .statistics import Estimate, holm, paired
+from .tasks import TASKS
+
+TASK = TASKS["chain"]
+STARTS = (1, 2)  # seed 0 is the one that everything was tuned on
+SEEDS = range(2000, 2020)
+TEST_SEED = 7_200_003  # of the evaluation's rows: others than those of tuning
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """An arm against another.
+
+    Attributes:
+        arm, against: names.
+        mark: which point of the arms' curves, from 0; None for the end of training.
+        predicted: in points of the endpoint, least and most of the mean difference.
+    """
+
+    arm: str
+    against: str
+    predicted: tuple[float, float]
+    mark: int | None = None
+
+    @property
+    def label(self) -> str:
+        when = "" if self.mark is None else f", point {self.mark + 1} of the curve"
+        return f"{label_of(self.arm)} over {label_of(self.against)}{when}"
+
+    def value(self, found: Run) -> float:
+        """The accuracy that is compared, as a share."""
+        if self.mark is not None:
+            return float(found["curve"][self.mark][1])
+        return TASK.at_endpoint(found["accuracy"])
+
+
+HYPOTHESES: tuple[Hypothesis, ...] = ()
+
+
+def arms(hypotheses: Sequence[Hypothesis]) -> list[str]:
+    """Those that take part, each once."""
+    return list(dict.fromkeys(name for one in hypotheses for name in (one.against, one.arm)))
+
+
+def plan_of(folder: Path, start: int) -> Plan:
+    return Plan(folder / f"start-{start}", None, ROWS, start, test_seed=TEST_SEED,
+                keep_weights=True)  # fmt: skip
+
+
+def jobs(folder: Path, hypotheses: Sequence[Hypothesis]) -> Iterator[tuple[Plan, str, int]]:
+    """Plan, arm and seed of each run, in order."""
+    plans = [plan_of(folder, start) for start in STARTS]
+    for seed in SEEDS:
+        for plan in plans:
+            for arm in arms(hypotheses):
+                yield plan, arm, seed
+
+
+def difference(one: Hypothesis, runs: dict[tuple[str, int], dict[int, Run]]) -> Estimate | None:
+    """The mean over starts, seed by seed.
+
+    Args:
+        runs: by arm and start, by seed.
+    """
+    values = []
+    for arm in (one.arm, one.against):
+        of = [runs.get((arm, start), {}) for start in STARTS]
+        common = set(of[0]).intersection(*of)
+        values.append({n: fmean(one.value(seeds[n]) for seeds in of) for n in common})
+    return paired(*values)
+
+
+def table(
+    hypotheses: Sequence[Hypothesis], runs: dict[tuple[str, int], dict[int, Run]]
+) -> list[list[str]]:
+    """Each hypothesis, over both starts and at each; first the heads."""
+    lines = [["hypothesis", "predicted", "seeds", "difference", "p, Holm",
+              *(f"start {start}" for start in STARTS)]]  # fmt: skip
+    found = [difference(one, runs) for one in hypotheses]
+    assert all(one is not None for one in found)
+    estimates = [one for one in found if one is not None]
+    adjusted = holm([one.p for one in estimates])
+    for one, estimate, p in zip(hypotheses, estimates, adjusted, strict=True):
+        of_starts = []
+        for start in STARTS:
+            ours, theirs = (
+                {seed: one.value(r) for seed, r in runs[arm, start].items()}
+                for arm in (one.arm, one.against)
+            )
+            of_start = paired(ours, theirs)
+            of_starts.append("" if of_start is None else of_start.signed)
+        low, high = (f"{x:+g}".replace("-", "−") for x in one.predicted)
+        lines.append([one.label, f"{low} to {high}", str(estimate.seeds), estimate.signed,
+                      "< 0.001" if p < 0.001 else f"{p:.3f}", *of_starts])  # fmt: skip
+    return lines
+
+
+def collect(
+    folder: Path, hypotheses: Sequence[Hypothesis]
+) -> tuple[dict[tuple[str, int], dict[int, Run]], int]:
+    """The runs that are there, and how many are not."""
+    runs: dict[tuple[str, int], dict[int, Run]] = {}
+    missing = 0
+    for plan, arm, seed in jobs(folder, hypotheses):
+        file = plan.result(TASK.name, arm, seed)
+        if file.exists():
+            runs.setdefault((arm, plan.start_seed), {})[seed] = json.loads(file.read_text())
+        else:
+            missing += 1
+    return runs, missing
+
+
+def main(
+    arguments: Sequence[str] | None = None, hypotheses: Sequence[Hypothesis] = HYPOTHESES
+) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args(arguments)
+    planned = list(jobs(options.folder, hypotheses))
+    if options.what == "report":
+        runs, missing = collect(options.folder, hypotheses)
+        if missing or not planned:
+            print(f"confirm: {missing} of {len(planned)} runs are missing; nothing is compared")
+            return 1
+        print(markdown(table(hypotheses, runs)))
+        return 0
+    import torch
+
+    torch.set_num_threads(1)
+    be_quiet()
+    for start in STARTS:
+        plan = plan_of(options.folder, start)
+        make_start(plan, TASK, TASK.style)
+        if any(BY_NAME[arm].teacher for arm in arms(hypotheses)):
+            make_teacher(plan, TASK)
+        run(plan, TASK.name, "start", 0)
+    for number, (plan, arm, seed) in enumerate(planned, start=1):
+        done = run(plan, TASK.name, arm, seed)
+        print(f"{number} of {len(planned)}: start {plan.start_seed}, seed {seed}, {arm}, "
+              f"{done['cpu_seconds']:.0f} CPU-seconds", flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The fixed hypotheses about `chain`: their arms, the order of runs, and what is compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study import confirm
+from benchmarks.study.arms import BY_NAME
+from benchmarks.study.confirm import HYPOTHESES, SEEDS, STARTS, Hypothesis, arms, jobs
+from benchmarks.study.evaluate import TEST_SEED
+from benchmarks.study.statistics import estimate
+
+_TWO = (Hypothesis("ral_1_last", "grpo", (-1, 2)), Hypothesis("opad", "logits", (1, 4), mark=0))
+
+
+def test_hypotheses_are_of_fresh_seeds_starts_and_rows() -> None:
+    assert len(HYPOTHESES) <= 4 and len(SEEDS) >= 20 and len(STARTS) == 2
+    assert min(SEEDS) >= 2000 and 0 not in STARTS and confirm.TEST_SEED != TEST_SEED
+    for one in HYPOTHESES:
+        for arm in map(BY_NAME.__getitem__, (one.arm, one.against)):
+            assert "chain" in arm.tasks and (one.mark is None or arm.curve)
+        assert one.predicted[0] < one.predicted[1]
+
+
+def test_any_prefix_of_the_runs_is_balanced(tmp_path: Path) -> None:
+    planned = [(plan.start_seed, arm, seed) for plan, arm, seed in jobs(tmp_path, _TWO)]
+    each = len(STARTS) * len(arms(_TWO))
+    assert arms(_TWO) == ["grpo", "ral_1_last", "logits", "opad"]
+    assert len(set(planned)) == len(planned) == len(SEEDS) * each
+    for number, seed in enumerate(SEEDS):
+        assert {n for _, _, n in planned[number * each : (number + 1) * each]} == {seed}
+    assert len({plan.folder for plan, _, _ in jobs(tmp_path, _TWO)}) == len(STARTS)
+
+
+def test_nothing_is_compared_before_all_runs_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Differences of both starts are one value of a seed."""
+    gains = {}
+    last = None
+    for plan, arm, seed in jobs(tmp_path, _TWO):
+        gain = 0.01 * (seed % 7) + 0.021 * (plan.start_seed == STARTS[0])
+        gains[plan.start_seed, seed] = gain
+        right = 0.3 + gain * (arm == "ral_1_last")
+        early = 0.1 + 0.05 * (arm == "opad") + 0.001 * (seed % 2) * (arm == "opad")
+        last = plan.result("chain", arm, seed)
+        last.parent.mkdir(parents=True, exist_ok=True)
+        last.write_text(
+            json.dumps({"accuracy": {"24": right, "32": right}, "curve": [[16, early], [32, 0]]})
+        )
+    assert last is not None
+    kept = last.read_text()
+    last.unlink()
+    assert confirm.main(["report", str(tmp_path)], _TWO) == 1
+    assert "1 of 160 runs are missing" in capsys.readouterr().out
+    last.write_text(kept)
+    assert confirm.main(["report", str(tmp_path)], _TWO) == 0
+    lines = capsys.readouterr().out.splitlines()
+    wanted = estimate(
+        [sum(gains[start, seed] for start in STARTS) / len(STARTS) for seed in SEEDS]
+    ).signed
+    assert f"| {len(SEEDS)} | {wanted} |" in lines[2] and "+5.0" in lines[3]
+    for start in STARTS:
+        assert estimate([gains[start, seed] for seed in SEEDS]).signed in lines[2]
+
+
+def test_runs_are_made_in_their_order_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    for name in ("make_start", "make_teacher"):
+        monkeypatch.setattr(
+            confirm, name, lambda plan, *_, name=name: made.append(f"{name} {plan.start_seed}")
+        )
+    monkeypatch.setattr(confirm, "be_quiet", lambda: None)
+    monkeypatch.setattr(confirm, "SEEDS", range(2000, 2002))
+
+    def run(plan, task, arm, seed):
+        made.append(f"{arm} {plan.start_seed} {seed}")
+        return {"cpu_seconds": 1.0}
+
+    monkeypatch.setattr(confirm, "run", run)
+    assert confirm.main(["run", str(tmp_path)], _TWO[:1]) == 0
+    assert made[:4] == ["make_start 1", "start 1 0", "make_start 2", "start 2 0"]
+    assert made[4:] == [f"{arm} {start} {seed}" for seed in (2000, 2001)
+                        for start in STARTS for arm in ("grpo", "ral_1_last")]  # fmt: skip
+    made.clear()
+    assert confirm.main(["run", str(tmp_path)], _TWO) == 0
+    assert "make_teacher 2" in made
