@@ -21,7 +21,8 @@ BUDGET: dict[str, Any] = {
 }
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
 _ONE_LOOK = ("frames", "resolution")
-_ALL_TASKS = (*_ONE_LOOK, "chain")
+_CHAINS = ("chain", "chain_long")
+_ALL_TASKS = (*_ONE_LOOK, *_CHAINS)
 SHARPENING = 1.4  # factor on all attention scores of a trained model, as one more evaluation
 
 
@@ -86,7 +87,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("ral_visual", "RAL λ = 5, visual", {**_RAL, "attn_scope": "visual"}, tasks=_FRAMES),
     Arm("ral_flipped", "RAL λ = 5, sign flipped", _RAL, control="flipped", against=("ral",)),
     Arm("ral_shuffled", "RAL λ = 5, shuffled", _RAL, control="shuffled", against=("ral",)),
-    Arm("grpo_inner", "GRPO, 4 iterations", _INNER, tasks=("frames", "chain")),
+    Arm("grpo_inner", "GRPO, 4 iterations", _INNER, tasks=("frames", *_CHAINS)),
     Arm(
         "ral_inner", "RAL λ = 5, 4 iterations", {**_RAL, **_INNER}, against=("grpo_inner",),
         tasks=_FRAMES,
@@ -129,7 +130,7 @@ CHAIN: tuple[Arm, ...] = tuple(
         f"ral_{coefficient:g}_{layers}{suffix}",
         f"RAL λ = {coefficient:g}, {layers} layer{'s' * (layers == 'all')}{more}",
         {"attn_coef": coefficient, "attn_layers": _LAYERS[layers], **settings},
-        against=(against,), tasks=("chain",),
+        against=(against,), tasks=_CHAINS,
     )
     for suffix, more, settings, against, places in (
         ("", "", {}, "grpo", ("first", "last", "all")),
@@ -142,13 +143,14 @@ CHAIN: tuple[Arm, ...] = tuple(
 ) + tuple(
     Arm(
         name, f"RAL λ = {settings['attn_coef']:g}, all layers{more}",
-        {"attn_layers": "all", **settings}, control=control, against=(against,), tasks=("chain",),
+        {"attn_layers": "all", **settings}, control=control, against=(against,), tasks=_CHAINS,
     )
     for name, more, settings, control, against in (
         ("ral_30_all", "", {"attn_coef": 30.0}, None, "grpo"),
         ("ral_100_all", "", {"attn_coef": 100.0}, None, "grpo"),
         ("ral_10_all_flipped", ", sign flipped", {"attn_coef": 10.0}, "flipped", "ral_10_all"),
         ("ral_10_all_shuffled", ", shuffled", {"attn_coef": 10.0}, "shuffled", "ral_10_all"),
+        ("ral_30_all_shuffled", ", shuffled", {"attn_coef": 30.0}, "shuffled", "ral_30_all"),
         ("ral_10_all_random", ", from a random model", {"attn_coef": 10.0, **_FROM_START},
          "random", "ral_10_all_ref"),
     )

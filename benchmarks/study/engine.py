@@ -131,7 +131,7 @@ class Engine:
         self._references = References()
         assert config.attn_layers is not None  # RALConfig has put the last one
         self._terms = Terms(terms, policy, config.attn_layers, self._references)
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._generator = torch.Generator(policy.device).manual_seed(config.seed)
         self._evidence: Evidence | None = None
         if config.needs_evidence:
             self._evidence = find_evidence(prompts, rows, policy.config, config.evidence_sigma)
@@ -494,7 +494,7 @@ class Engine:
 
 def _scramble(model: Decoder, seed: int) -> None:
     """Let the entries of each layer's weights of queries, keys and values change places."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     for name, weight in model.named_parameters():
         if name.endswith("qkv_proj.weight"):
             order = torch.randperm(weight.numel(), generator=generator)

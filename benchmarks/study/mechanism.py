@@ -115,7 +115,7 @@ class Watched:
 
     @torch.no_grad()
     def _write(self, start: Decoder, reader: Reader, end: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(start.device).manual_seed(seed)
 
         def choose(logits: Tensor) -> Tensor:
             logits[:, reader.suppressed] = float("-inf")

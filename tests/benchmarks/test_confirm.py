@@ -78,9 +78,11 @@ def test_runs_are_made_in_their_order_and_once(
     monkeypatch.setattr(confirm, "be_quiet", lambda: None)
     monkeypatch.setattr(confirm, "SEEDS", range(2000, 2002))
 
+    right = 0.2
+
     def run(plan, task, arm, seed):
         made.append(f"{arm} {plan.start_seed} {seed}")
-        return {"cpu_seconds": 1.0}
+        return {"cpu_seconds": 1.0, "accuracy": {"24": right, "32": right}}
 
     monkeypatch.setattr(confirm, "run", run)
     assert confirm.main(["run", str(tmp_path)], _TWO[:1]) == 0
@@ -90,3 +92,7 @@ def test_runs_are_made_in_their_order_and_once(
     made.clear()
     assert confirm.main(["run", str(tmp_path)], _TWO) == 0
     assert "make_teacher 2" in made
+    made.clear()
+    right = 0.01
+    assert confirm.main(["run", str(tmp_path)], _TWO) == 1
+    assert made == ["make_start 1", "start 1 0"]  # no room: another start is to be chosen

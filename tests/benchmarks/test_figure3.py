@@ -54,6 +54,38 @@ def test_quick_starts_from_the_bundled_model(tmp_path, monkeypatch) -> None:
     assert [options["steps"] for options in trained] == [one.SHORT_STEPS] * 2
 
 
+def test_a_larger_model_and_a_limit_of_time(tmp_path, monkeypatch) -> None:
+    """A start has its own shape; a run that is there counts, however late it is."""
+    from ral.digits import start
+
+    trained = []
+    monkeypatch.setattr(start, "train_start", lambda *args, **options: trained.append(options))
+    plan = one.Plan(tmp_path, 1, 2, shape=(4, 512))
+    for task in ("chain", "chain_long"):
+        one.make_start(plan, TASKS[task], "think")
+    assert [(each["num_layers"], each["hidden_size"]) for each in trained] == [(4, 512)] * 2
+    assert plan.start(TASKS["chain"], "think") != plan.start(TASKS["chain_long"], "think")
+    job = "chain", "grpo", 0
+    assert figure3._work(plan, job, until=0.0) is None
+    plan.result(*job).parent.mkdir()
+    plan.result(*job).write_text('{"arm": "grpo"}')
+    assert figure3._work(plan, job, until=0.0) == {"arm": "grpo"}
+
+
+def test_another_device_is_where_tensors_are_made() -> None:
+    threads = torch.get_num_threads()
+    try:
+        one.be_on("meta")
+        assert torch.zeros(1).device.type == "meta"
+    finally:
+        torch.set_default_device(None)
+    try:
+        one.be_on("cpu")
+        assert (torch.get_num_threads(), torch.zeros(1).device.type) == (1, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_arms(arm) -> None:
     """Each is a configuration that is not refused, and differs from what it is compared with."""
