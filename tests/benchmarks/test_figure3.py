@@ -171,6 +171,23 @@ def test_controls_change_what_attention_learns_from_and_nothing_else(
     assert rests == pytest.approx([rests[0]] * 3)
 
 
+def test_a_random_reference_differs_in_what_attends_alone(plan) -> None:
+    """The same entries at other places; and a term that is not 0 at the start of a batch."""
+    references, terms = [], []
+    for name in ("ral_10_all_ref", "ral_10_all_random"):
+        engine, rollouts = _batch(plan, name, task="chain")
+        assert engine.reference is not None
+        references.append(dict(engine.reference.named_parameters()))
+        whole = float(engine.loss(rollouts))
+        engine._controlled = torch.zeros_like  # type: ignore[method-assign]
+        terms.append(whole - float(engine.loss(rollouts)))
+    for name, weight in references[0].items():
+        other = references[1][name]
+        assert torch.equal(weight, other) == (not name.endswith("qkv_proj.weight"))
+        assert torch.equal(weight.flatten().sort()[0], other.flatten().sort()[0])
+    assert terms[0] == 0 and abs(terms[1]) > 1e-6
+
+
 @pytest.mark.parametrize("task, style, extent, queries", [
     ("frames", "think", 4, 1), ("frames", "direct", 4, 1), ("chain", "think", 6, 8),
 ])  # fmt: skip
