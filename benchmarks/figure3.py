@@ -1,4 +1,4 @@
-"""What reinforcing attention does to accuracy as frames and resolution grow: the paper's Figure 3.
+r"""What reinforcing attention does to accuracy as frames and resolution grow: the paper's Figure 3.
 
     python -m benchmarks.figure3 --quick               # two arms, two seeds, short runs
     python -m benchmarks.figure3 --seeds 5 --workers 2 # the whole study
@@ -11,6 +11,11 @@ same number of rollouts. It is evaluated on held-out digits, up to sizes that no
 are compared seed by seed at the endpoint of each task (`study/tasks.py`), with Student's 95 %
 interval. Every run is a file, so a stopped study resumes.
 
+`--device cuda` trains on a GPU, where there is room for a larger model:
+
+    python -m benchmarks.figure3 --device cuda --shape 4 512 --tasks chain_long --workers 1 \
+        --arms grpo ral_1_last ral_10_all --minutes 6         # resumes where it stopped
+
 `--study objectives` runs the arms of docs/objectives.md, on frames unless `--tasks` says
 otherwise. It also prints how many rollouts each takes to reach an accuracy.
 
@@ -22,15 +27,15 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import math
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.harness import results
 from benchmarks.study import run as one
@@ -41,12 +46,15 @@ from benchmarks.study.report import comparisons, curves, plain, reached, table
 from benchmarks.study.tasks import TASKS
 
 
-def _begin_worker() -> None:
-    torch.set_num_threads(1)  # two threads on two busy cores are slower than one
+def _begin_worker(device: str) -> None:
+    one.be_on(device)
     one.be_quiet()
 
 
-def _work(plan: one.Plan, job: tuple[str, str, int]) -> dict[str, Any]:
+def _work(plan: one.Plan, job: tuple[str, str, int], until: float) -> dict[str, Any] | None:
+    """The run; None if it is not there and it is too late to begin."""
+    if time.time() > until and not plan.result(*job).exists():
+        return None
     return one.run(plan, *job)
 
 
@@ -89,6 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="of the rows of the evaluation (default: %(default)s)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     parser.add_argument("--runs", type=Path, help="folder of starts and runs; default in the cache")
+    parser.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("LAYERS", "HIDDEN"),
+                        help="of the language model, with heads of 16 (default: 2 64)")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="begin no run later; the same call goes on")  # fmt: skip
+    parser.add_argument("--keep-weights", action="store_true",
+                        help="leave each run's weights beside its result")  # fmt: skip
     parser.add_argument("--tag", help="first in the name of the file: figure3-TAG-...")
     results.add_arguments(parser, quick="two arms, two seeds, short runs, frames alone")
     options = results.parse(parser, arguments, always=("tag",))
@@ -106,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "start_steps": 0 if quick else None,
         "tag": options.tag, "study": options.study, "wrong_share": options.wrong_share,
         "reach": options.reach, "test_seed": options.test_seed,
+        "device": options.device, "shape": options.shape,
     }  # fmt: skip
     run = results.begin("figure3", options, settings)
     commit = run["commit"]["hash"] or "none"
@@ -114,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"{commit}-{length}-{settings['test_rows']}-{options.start_seed}"
     name += "-quick" if quick else ""
     name += "" if options.wrong_share is None else f"-wrong{options.wrong_share:g}"
+    name += "" if options.device == "cpu" else f"-{options.device.replace(':', '')}"
+    name += f"-{options.shape[0]}x{options.shape[1]}" if options.shape else ""
     name += "" if options.test_seed == TEST_SEED else f"-rows{options.test_seed}"
     plan = one.Plan(
         options.runs or default / "figure3" / name,
@@ -123,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_steps=settings["start_steps"],
         wrong_share=options.wrong_share,
         test_seed=options.test_seed,
+        keep_weights=options.keep_weights,
+        device=options.device,
+        shape=tuple(options.shape) if options.shape else None,
     )
     chosen = [(task, arm) for task in tasks for arm in arms if task in BY_NAME[arm].tasks]
     kinds = sorted({(task, BY_NAME[arm].style or TASKS[task].style) for task, arm in chosen})
@@ -131,12 +152,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [(task, "start", 0) for task in tasks] + [(task, "teacher", 0) for task in taught]
     # Seed by seed, so that a study that is stopped has all arms of some seeds.
     jobs += [(task, arm, seed) for seed in seeds for task, arm in chosen]
+    until = time.time() + 60 * options.minutes
     with concurrent.futures.ProcessPoolExecutor(
-        options.workers, multiprocessing.get_context("spawn"), _begin_worker
+        options.workers,
+        multiprocessing.get_context("spawn"),
+        _begin_worker,
+        (options.device,),
     ) as pool:
         _all(pool, _prepare, plan, kinds, "starts")
         _all(pool, _prepare, plan, [(task, "teacher") for task in taught], "teachers")
-        run["runs"] = _all(pool, _work, plan, jobs, "runs")
+        work = partial(_work, until=until)
+        run["runs"] = [made for made in _all(pool, work, plan, jobs, "runs") if made is not None]
+    if len(run["runs"]) < len(jobs):
+        print(f"{len(run['runs'])} of {len(jobs)} runs in {options.minutes:g} minutes")
     for task in tasks:
         print(f"\n{task}: right answers, %, mean ± 95 % over {settings['seeds']} seeds")
         print(f"endpoint: {TASKS[task].endpoint_label}\n")

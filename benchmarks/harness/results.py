@@ -26,7 +26,8 @@ from . import commands, machine
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LOCAL = RESULTS / "local"
 CPU = torch.device("cpu")
-UNNAMED = {"out", "commit_results", "no_plot", "runs", "workers"}  # options that change no result
+# options that change no result
+UNNAMED = {"out", "commit_results", "no_plot", "runs", "workers", "keep_weights", "minutes"}
 LONGEST = 60  # characters of the settings in a file's name
 SLOWER = 2.0  # times the expected time, from where on a run says so
 

@@ -21,7 +21,8 @@ BUDGET: dict[str, Any] = {
 }
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
 _ONE_LOOK = ("frames", "resolution")
-_ALL_TASKS = (*_ONE_LOOK, "chain")
+_CHAINS = ("chain", "chain_long")
+_ALL_TASKS = (*_ONE_LOOK, *_CHAINS)
 SHARPENING = 1.4  # factor on all attention scores of a trained model, as one more evaluation
 
 
@@ -35,7 +36,8 @@ class Arm:
         settings: of `RALConfig`, over `BUDGET`.
         control: what is done to the advantages that the attention terms see: None, "flipped" or
             "shuffled" over the rollouts of a minibatch (of a rollout batch where evidence chooses
-            good ones by them); "wrong": the evidence is the frame or cell after the right one.
+            good ones by them); "wrong": the evidence is the frame or cell after the right one;
+            "random": the reference model's weights of queries, keys and values change places.
         teacher: whether a teacher takes part.
         style: form of the responses, and of the start: "direct" for RAL-zero, None for the task's.
         against: the arms that it is compared with, seed by seed.
@@ -59,6 +61,8 @@ class Arm:
 _FRAMES, _RESOLUTION = ("frames",), ("resolution",)
 _RAL = {"attn_coef": 5.0, "attn_layers": "all"}
 _INNER = {"num_iterations": 4}
+# Without β there is no reference model.
+_FROM_START: dict[str, Any] = {"attn_reference": "ref", "beta": 1e-6}
 _NOISE = {"attn_layers": "all", "attn_explore_sigma": 1.0}  # of spans that the task names
 _EVIDENCE = {"evidence_coef": 1.0, "evidence_divergence": "jsd", "evidence_sigma": 0.0}
 _ALL = {**_EVIDENCE, "evidence_on": "all"}
@@ -76,14 +80,14 @@ ARMS: tuple[Arm, ...] = (
     Arm("ral_l50", "RAL λ = 50, all layers", {**_RAL, "attn_coef": 50.0}),
     Arm(
         "ral_ref", "RAL λ = 5, from the start",
-        {**_RAL, "attn_reference": "ref", "beta": 1e-6},  # without β there is no reference model
+        {**_RAL, **_FROM_START},
         tasks=_FRAMES,
     ),
     Arm("ral_frame", "RAL λ = 5, of frames", {**_RAL, "attn_granularity": "frame"}, tasks=_FRAMES),
     Arm("ral_visual", "RAL λ = 5, visual", {**_RAL, "attn_scope": "visual"}, tasks=_FRAMES),
     Arm("ral_flipped", "RAL λ = 5, sign flipped", _RAL, control="flipped", against=("ral",)),
     Arm("ral_shuffled", "RAL λ = 5, shuffled", _RAL, control="shuffled", against=("ral",)),
-    Arm("grpo_inner", "GRPO, 4 iterations", _INNER, tasks=("frames", "chain")),
+    Arm("grpo_inner", "GRPO, 4 iterations", _INNER, tasks=("frames", *_CHAINS)),
     Arm(
         "ral_inner", "RAL λ = 5, 4 iterations", {**_RAL, **_INNER}, against=("grpo_inner",),
         tasks=_FRAMES,
@@ -120,22 +124,36 @@ ARMS: tuple[Arm, ...] = (
 )  # fmt: skip
 _LAYERS: dict[str, Any] = {"first": [0], "last": [-1], "all": "all"}
 # What is tried on the tuning seeds of `chain`: λ by layers, of tokens and of frames, from the old
-# policy and from the start, with 2 iterations and with 4.
+# policy and from the start, with 2 iterations and with 4; larger λ, because steps are small there.
 CHAIN: tuple[Arm, ...] = tuple(
     Arm(
         f"ral_{coefficient:g}_{layers}{suffix}",
         f"RAL λ = {coefficient:g}, {layers} layer{'s' * (layers == 'all')}{more}",
         {"attn_coef": coefficient, "attn_layers": _LAYERS[layers], **settings},
-        against=(against,), tasks=("chain",),
+        against=(against,), tasks=_CHAINS,
     )
     for suffix, more, settings, against, places in (
         ("", "", {}, "grpo", ("first", "last", "all")),
         ("_frame", ", of frames", {"attn_granularity": "frame"}, "grpo", ("last", "all")),
-        ("_ref", ", from the start", {"attn_reference": "ref", "beta": 1e-6}, "grpo", ("all",)),
+        ("_ref", ", from the start", _FROM_START, "grpo", ("all",)),
         ("_inner", ", 4 iterations", _INNER, "grpo_inner", ("all",)),
     )
     for layers in places
     for coefficient in (0.3, 1.0, 3.0, 10.0)
+) + tuple(
+    Arm(
+        name, f"RAL λ = {settings['attn_coef']:g}, all layers{more}",
+        {"attn_layers": "all", **settings}, control=control, against=(against,), tasks=_CHAINS,
+    )
+    for name, more, settings, control, against in (
+        ("ral_30_all", "", {"attn_coef": 30.0}, None, "grpo"),
+        ("ral_100_all", "", {"attn_coef": 100.0}, None, "grpo"),
+        ("ral_10_all_flipped", ", sign flipped", {"attn_coef": 10.0}, "flipped", "ral_10_all"),
+        ("ral_10_all_shuffled", ", shuffled", {"attn_coef": 10.0}, "shuffled", "ral_10_all"),
+        ("ral_30_all_shuffled", ", shuffled", {"attn_coef": 30.0}, "shuffled", "ral_30_all"),
+        ("ral_10_all_random", ", from a random model", {"attn_coef": 10.0, **_FROM_START},
+         "random", "ral_10_all_ref"),
+    )
 )  # fmt: skip
 OBJECTIVES: tuple[Arm, ...] = tuple(
     Arm(

@@ -126,10 +126,12 @@ class Engine:
         self.reference: Decoder | None = None
         if config.beta > 0:
             self.reference = copy.deepcopy(policy).requires_grad_(False)
+            if control == "random":
+                _scramble(self.reference, config.seed)
         self._references = References()
         assert config.attn_layers is not None  # RALConfig has put the last one
         self._terms = Terms(terms, policy, config.attn_layers, self._references)
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._generator = torch.Generator(policy.device).manual_seed(config.seed)
         self._evidence: Evidence | None = None
         if config.needs_evidence:
             self._evidence = find_evidence(prompts, rows, policy.config, config.evidence_sigma)
@@ -488,6 +490,15 @@ class Engine:
         for number, layer in enumerate(self._terms.layers):
             stack.enter_context(rk.steer(model, bias[:, number], spans=spans, layers=layer))
         return spans
+
+
+def _scramble(model: Decoder, seed: int) -> None:
+    """Let the entries of each layer's weights of queries, keys and values change places."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if name.endswith("qkv_proj.weight"):
+            order = torch.randperm(weight.numel(), generator=generator)
+            weight.data = weight.flatten()[order].view_as(weight)
 
 
 def _evidence(inputs: Mapping[str, Tensor]) -> Evidence | None:

@@ -42,6 +42,10 @@ class Pictures(nn.Module):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.tower.parameters()).device
+
     def __len__(self) -> int:
         return len(self._features)
 
@@ -80,7 +84,7 @@ class Pictures(nn.Module):
             key: image for key, image in zip(keys, images, strict=True) if key not in self._numbers
         }
         if new:
-            made = pixels(images=list(new.values()), return_tensors="pt")
+            made = pixels(images=list(new.values()), return_tensors="pt").to(self.device)
             grids = made["image_grid_thw"]
             seen = self._tower[0](made["pixel_values"], grid_thw=grids).pooler_output
             tokens = (grids.prod(-1) // self.spatial_merge_size**2).tolist()

@@ -128,6 +128,7 @@ class Reader:
             processor_kwargs={"padding": True, "padding_side": "left"},
             add_generation_prompt=not completions,
         )  # fmt: skip
+        fields = fields.to(self.pictures.device)
         ids, mask, grid = (fields[x] for x in ("input_ids", "attention_mask", "image_grid_thw"))
         positions, _ = self._base.get_rope_index(
             ids, fields["mm_token_type_ids"], image_grid_thw=grid, attention_mask=mask

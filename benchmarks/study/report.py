@@ -273,7 +273,8 @@ def _kind(task: str, study: dict[str, Any]) -> tuple[Any, ...]:
     settings = study["settings"]
     batches = settings["batches"] or TASKS[task].batches
     start = settings["start_seed"], settings.get("wrong_share")
-    return *start, batches, settings["test_rows"], settings.get("test_seed", TEST_SEED)
+    rows = settings["test_rows"], settings.get("test_seed", TEST_SEED)
+    return *start, batches, *rows, tuple(settings.get("shape") or ())
 
 
 _AXIS = {"frames": "number of frames", "cells": "side of the grid"}

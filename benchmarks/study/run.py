@@ -11,6 +11,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from ral import RALConfig
 
 from . import evaluate
@@ -41,6 +43,9 @@ class Plan:
             where it does the task in that style; elsewhere a short training.
         wrong_share: of its last demonstrations, those that are wrong; None for the task's.
         test_seed: of the rows of the evaluation.
+        keep_weights: whether a run leaves its trained weights beside its result.
+        device: where everything is trained; other than "cpu" only after `be_on` in this process.
+        shape: layers and hidden size of the language model; None for the tiny one.
     """
 
     folder: Path
@@ -50,18 +55,32 @@ class Plan:
     start_steps: int | None = None
     wrong_share: float | None = None
     test_seed: int = evaluate.TEST_SEED
+    keep_weights: bool = False
+    device: str = "cpu"
+    shape: tuple[int, int] | None = None
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Of `ral.digits.model.make_model`."""
+        if self.shape is None:
+            return {}
+        return {"num_layers": self.shape[0], "hidden_size": self.shape[1]}
 
     def batches_of(self, task: StudyTask) -> int:
         return task.batches if self.batches is None else self.batches
 
     def start(self, task: StudyTask, style: str) -> Path:
-        return self.folder / "starts" / f"{task.name}-{style}-{self.start_seed}"
+        return self.folder / "starts" / f"{task.named}-{style}-{self.start_seed}"
 
     def teacher(self, task: StudyTask) -> Path:
-        return self.folder / "starts" / f"{task.name}-teacher-{self.start_seed}"
+        return self.folder / "starts" / f"{task.named}-teacher-{self.start_seed}"
 
     def result(self, task: str, arm: str, seed: int) -> Path:
         return self.folder / "runs" / f"{task}-{arm}-{seed}.json"
+
+    def weights(self, task: str, arm: str, seed: int) -> Path:
+        """By their names in transformers; without those of the vision tower, the start's."""
+        return self.result(task, arm, seed).with_suffix(".safetensors")
 
 
 def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
@@ -81,6 +100,7 @@ def make_start(plan: Plan, task: StudyTask, style: str) -> Path:
             folder, task=name, style=chosen, seed=plan.start_seed, extents=task.seen,
             wrong_share=task.wrong_share if plan.wrong_share is None else plan.wrong_share,
             steps=SHORT_STEPS if plan.start_steps == 0 else plan.start_steps,
+            **plan.model_options,
         )  # fmt: skip
     return folder
 
@@ -117,7 +137,7 @@ class Bench:
 
         self.plan, self.task, self.style = plan, task, style
         self.start = str(make_start(plan, task, style))
-        model = load_model(self.start, dtype="float32")
+        model = load_model(self.start, dtype="float32").to(plan.device)
         self.reader = Reader(model, load_processor(self.start))
 
     @cache  # noqa: B019 - benches live as long as their process
@@ -138,7 +158,7 @@ class Bench:
     @classmethod
     def of(cls, plan: Plan, task: StudyTask, style: str) -> Bench:
         """The one of this process."""
-        key = (plan, task.name, style)
+        key = (plan, task.named, style)
         if key not in cls._made:
             cls._made[key] = cls(plan, task, style)
         return cls._made[key]
@@ -147,7 +167,8 @@ class Bench:
         """A descendant of the start, whose vision tower is the start's."""
         from ral.models import load_model
 
-        return Decoder.of(load_model(str(folder), dtype="float32"))
+        made: Any = Decoder.of(load_model(str(folder), dtype="float32"))
+        return made.to(self.plan.device)
 
     @lru_cache(maxsize=2)  # noqa: B019
     def prompts(self, seed: int, count: int) -> tuple[Prompts, list[dict[str, Any]]]:
@@ -213,6 +234,8 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
         for name in ("attn/divergence", "attn/grad_share", "attn/differing_prefixes", "kl"):
             result[name] = engine.log.get(name, [])
         model = engine.policy
+        if plan.keep_weights:
+            keep(model, plan.weights(task_name, arm_name, seed))
     scores = evaluate.accuracies(model, bench.test, task.evaluated)
     for name in ("right", "thought", "grounded"):
         result[{"right": "accuracy"}.get(name, name)] = {
@@ -238,6 +261,16 @@ def run(plan: Plan, task_name: str, arm_name: str, seed: int) -> dict[str, Any]:
     partial.replace(file)
     loaded: dict[str, Any] = json.loads(file.read_text())
     return loaded
+
+
+def keep(model: Decoder, file: Path) -> None:
+    """Write a decoder's weights."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    save_file({name: weight.contiguous() for name, weight in model.weights().items()}, partial)
+    partial.replace(file)
 
 
 def settings_of(arm: Arm, task: StudyTask) -> dict[str, Any]:
@@ -291,6 +324,14 @@ def _watch(
             curves["curve"].append([done, bench.endpoint(policy)])
 
     return curves, watch
+
+
+def be_on(device: str) -> None:
+    """Let this process make its tensors on a device. On the CPU it has one thread."""
+    if device == "cpu":
+        torch.set_num_threads(1)  # two threads on two busy cores are slower than one
+    else:
+        torch.set_default_device(device)
 
 
 def be_quiet() -> None:

@@ -25,6 +25,7 @@ class StudyTask:
         batches: rollout batches of a run.
         learning_rate: of its first step.
         spans: settings of `RALConfig` for noise on attention: what each draw is for.
+        variant: of the extents; starts of two variants differ.
     """
 
     name: str
@@ -38,6 +39,12 @@ class StudyTask:
     batches: int
     learning_rate: float
     spans: dict[str, Any] = field(hash=False)
+    variant: str = ""
+
+    @property
+    def named(self) -> str:
+        """The task and its variant, which has a start of its own."""
+        return self.name + self.variant
 
     @property
     def longest(self) -> int:
@@ -88,5 +95,11 @@ TASKS = {
         "chain", "think", "frames", seen=(6, 8, 16, 32), trained=(6, 8, 16),
         evaluated=(6, 8, 16, 24, 32, 48), endpoint=(24, 32), wrong_share=0.15,
         batches=80, learning_rate=2e-4, spans={"attn_granularity": "frame"},
+    ),
+    # For larger models: a chain has at most 100 frames, because its numbers have two digits.
+    "chain_long": StudyTask(
+        "chain", "think", "frames", seen=(8, 16, 32, 64), trained=(8, 16, 32),
+        evaluated=(8, 16, 32, 48, 64, 96), endpoint=(48, 64), wrong_share=0.15,
+        batches=80, learning_rate=2e-4, spans={"attn_granularity": "frame"}, variant="-long",
     ),
 }  # fmt: skip

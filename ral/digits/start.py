@@ -113,7 +113,7 @@ def train_start(
     """Train the tiny model on demonstrations and write it to a folder.
 
     The same arguments give the same weights on the same machine and number of threads; one
-    thread is the fastest.
+    thread is the fastest. It trains on torch's default device.
 
     Args:
         folder: of the checkpoint, as `save_start` writes it.
@@ -142,7 +142,8 @@ def train_start(
     began = time.perf_counter()
     extents = EXTENTS[task] if extents is None else tuple(extents)
     processor = make_processor(make_tokenizer(WORDS if task == "chain" else ()))
-    model = make_model(seed=seed, tokenizer=processor.tokenizer, **model_options).train()
+    model = make_model(seed=seed, tokenizer=processor.tokenizer, **model_options)
+    model = model.to(torch.get_default_device()).train()
     train_vision(model, processor, task, seed=seed, log=say)
     if task == "chain":
         pools = encode_chains(model, processor, extents, looks, style, seed, wrong_share)
@@ -205,9 +206,9 @@ def train_vision(
     chosen = rng.integers(len(scans.ids), size=(count, 1))
     colours = rng.integers(-1, len(NAMES), size=(count, 1))
     cells = Puzzle(chosen, scans.digits[chosen], colours, None, 0, 0, int(rng.integers(1 << 31)))
-    pixels, grids = _pixels(processor, draw(cells, "train", NOISE[task]))
-    digits = torch.from_numpy(cells.digits[:, 0])
-    names = torch.from_numpy(colours[:, 0] + 1)
+    pixels, grids = _pixels(processor, draw(cells, "train", NOISE[task]), model.device)
+    digits = torch.from_numpy(cells.digits[:, 0]).to(model.device)
+    names = torch.from_numpy(colours[:, 0] + 1).to(model.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = torch.nn.Linear(model.config.text_config.hidden_size, 10 + 1 + len(NAMES))
@@ -216,7 +217,7 @@ def train_vision(
     right = 0.0
     for step in range(steps):
         _set_rate(optimizer, 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps))
-        rows = torch.from_numpy(rng.integers(count, size=VISION_BATCH))
+        rows = torch.from_numpy(rng.integers(count, size=VISION_BATCH)).to(model.device)
         told = head(tower(pixels[rows].flatten(0, 1), grid_thw=grids[rows]).pooler_output)
         loss = cross_entropy(told[:, :10], digits[rows]) + cross_entropy(told[:, 10:], names[rows])
         loss.backward()
@@ -237,7 +238,7 @@ def encode(model: Any, processor: Any, task: Task, extent: int, style: Style, se
     with torch.no_grad():
         for first in range(0, count, 64):
             frames = [draw(p, "train", NOISE[task]) for p in puzzles[first : first + 64]]
-            pixels, grids = _pixels(processor, np.concatenate(frames))
+            pixels, grids = _pixels(processor, np.concatenate(frames), model.device)
             seen = tower(pixels.flatten(0, 1), grid_thw=grids).pooler_output
             features.append(seen.view(len(frames), -1, seen.shape[-1]))
     cells = features[0].shape[1] // len(frames[0])
@@ -275,7 +276,7 @@ def encode_chains(
         for number in range(count):
             chain = make_chain(SECONDS, "train", seed + 1_000_000, number)
             where[number, chain.numbers] = number * SECONDS + np.arange(SECONDS)
-            pixels, grids = _pixels(processor, draw(chain, "train", NOISE["chain"]))
+            pixels, grids = _pixels(processor, draw(chain, "train", NOISE["chain"]), model.device)
             seen = tower(pixels.flatten(0, 1), grid_thw=grids).pooler_output
             bank.append(seen.view(SECONDS, -1, seen.shape[-1]))
     features = torch.cat(bank)
@@ -290,6 +291,7 @@ def encode_chains(
             )
             shown = np.stack([chain.numbers for chain in asked])
             pictures = torch.from_numpy(where[rng.integers(count, size=shown.shape), shown])
+            pictures = pictures.to(model.device)
             made = _rows(
                 model, processor, style, asked, right, wrong, grids[:extent], features.shape[1]
             )
@@ -319,7 +321,8 @@ def _rows(
         space = " " if isinstance(asked[0], Chain) else ""
         names = [f"{space}{second}s" for second in range(SECONDS)]
         time_ids = torch.tensor([_one(tokenizer, name) for name in names])
-        times = time_ids[torch.from_numpy(np.stack([p.times for p in asked]))]  # type: ignore[misc]
+        seen = torch.from_numpy(np.stack([p.times for p in asked]))  # type: ignore[misc]
+        times = time_ids[seen.to(time_ids.device)]
     ids = torch.tensor(tokenizer(prompts)["input_ids"])
     completions = torch.tensor(tokenizer([text + END for text in right])["input_ids"])
     whole = torch.cat([ids[:1], completions[:1]], 1)
@@ -359,9 +362,10 @@ def _fit(
         pool = rng.choice(len(pools), p=shares)
         rows = pools[pool]
         size = min(batch_size, batch_size * 64 // int(lengths[pool]))
-        chosen = torch.from_numpy(rng.integers(ROWS, size=size))
+        chosen = torch.from_numpy(rng.integers(ROWS, size=size)).to(model.device)
         practice = step < PRACTICE_SHARE * steps
         is_wrong = torch.from_numpy(rng.random((size, 1)) < (0 if practice else wrong_share))
+        is_wrong = is_wrong.to(model.device)
         completions = torch.where(is_wrong, rows.wrong[chosen], rows.right[chosen])
         loss, led = _losses(model, rows, chosen, completions)
         (loss * completions.shape[1] + (led if practice else 0)).backward()
@@ -424,13 +428,15 @@ def _prompt_text(processor: Any, puzzle: Puzzle, style: Style, cells: int) -> st
     return str(text).replace(IMAGE, IMAGE * cells)
 
 
-def _pixels(processor: Any, frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def _pixels(
+    processor: Any, frames: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches [frames, patches, 1176] of frames of one size, and their grids [frames, 3]."""
     from PIL import Image
 
     made = processor.image_processor(
         images=[Image.fromarray(frame) for frame in frames], return_tensors="pt"
-    )
+    ).to(device)
     return made["pixel_values"].unflatten(0, (len(frames), -1)), made["image_grid_thw"]
 
 

@@ -54,6 +54,38 @@ def test_quick_starts_from_the_bundled_model(tmp_path, monkeypatch) -> None:
     assert [options["steps"] for options in trained] == [one.SHORT_STEPS] * 2
 
 
+def test_a_larger_model_and_a_limit_of_time(tmp_path, monkeypatch) -> None:
+    """A start has its own shape; a run that is there counts, however late it is."""
+    from ral.digits import start
+
+    trained = []
+    monkeypatch.setattr(start, "train_start", lambda *args, **options: trained.append(options))
+    plan = one.Plan(tmp_path, 1, 2, shape=(4, 512))
+    for task in ("chain", "chain_long"):
+        one.make_start(plan, TASKS[task], "think")
+    assert [(each["num_layers"], each["hidden_size"]) for each in trained] == [(4, 512)] * 2
+    assert plan.start(TASKS["chain"], "think") != plan.start(TASKS["chain_long"], "think")
+    job = "chain", "grpo", 0
+    assert figure3._work(plan, job, until=0.0) is None
+    plan.result(*job).parent.mkdir()
+    plan.result(*job).write_text('{"arm": "grpo"}')
+    assert figure3._work(plan, job, until=0.0) == {"arm": "grpo"}
+
+
+def test_another_device_is_where_tensors_are_made() -> None:
+    threads = torch.get_num_threads()
+    try:
+        one.be_on("meta")
+        assert torch.zeros(1).device.type == "meta"
+    finally:
+        torch.set_default_device(None)
+    try:
+        one.be_on("cpu")
+        assert (torch.get_num_threads(), torch.zeros(1).device.type) == (1, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_arms(arm) -> None:
     """Each is a configuration that is not refused, and differs from what it is compared with."""
@@ -137,6 +169,23 @@ def test_controls_change_what_attention_learns_from_and_nothing_else(
     assert terms[1] == pytest.approx(-terms[0], rel=1e-2) and abs(terms[0]) > 1e-5
     assert terms[2] != pytest.approx(terms[0], rel=1e-2)
     assert rests == pytest.approx([rests[0]] * 3)
+
+
+def test_a_random_reference_differs_in_what_attends_alone(plan) -> None:
+    """The same entries at other places; and a term that is not 0 at the start of a batch."""
+    references, terms = [], []
+    for name in ("ral_10_all_ref", "ral_10_all_random"):
+        engine, rollouts = _batch(plan, name, task="chain")
+        assert engine.reference is not None
+        references.append(dict(engine.reference.named_parameters()))
+        whole = float(engine.loss(rollouts))
+        engine._controlled = torch.zeros_like  # type: ignore[method-assign]
+        terms.append(whole - float(engine.loss(rollouts)))
+    for name, weight in references[0].items():
+        other = references[1][name]
+        assert torch.equal(weight, other) == (not name.endswith("qkv_proj.weight"))
+        assert torch.equal(weight.flatten().sort()[0], other.flatten().sort()[0])
+    assert terms[0] == 0 and abs(terms[1]) > 1e-6
 
 
 @pytest.mark.parametrize("task, style, extent, queries", [

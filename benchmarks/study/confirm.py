@@ -1,0 +1,208 @@
+"""The hypotheses about the task `chain`, fixed before their runs; it runs and reports them.
+
+python -m benchmarks.study.confirm run FOLDER       # resumable: every run is a file
+python -m benchmarks.study.confirm report FOLDER    # once all planned runs are there
+
+FOLDER gets a folder for each start, of the form of `benchmarks.figure3 --runs`. Runs go seed by
+seed over both starts and all arms, so that any prefix is balanced. There is one stopping rule: all
+planned seeds. So `report` compares nothing before.
+
+A difference is the mean over the two starts of a seed's paired differences, because both see the
+same prompts. Its interval is Student's over seeds. p is adjusted by Holm's method over the
+hypotheses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from .arms import BY_NAME
+from .report import Run, label_of, markdown
+from .run import Plan, be_quiet, make_start, make_teacher, run
+from .statistics import Estimate, holm, paired
+from .tasks import TASKS
+
+TASK = TASKS["chain"]
+STARTS = 2
+CANDIDATES = range(1, 9)  # seeds of starts, in order; everything was tuned on seed 0
+SEEDS = range(2000, 2020)
+TEST_SEED = 7_200_003  # of the evaluation's rows: others than those of tuning
+ROWS = 256
+ROOM = 0.05, 0.5  # accuracy of a start at the endpoint; the next takes the place of one outside
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """An arm against another.
+
+    Attributes:
+        arm, against: names.
+        mark: which point of the arms' curves, from 0; None for the end of training.
+        predicted: in points of the endpoint, least and most of the mean difference.
+    """
+
+    arm: str
+    against: str
+    predicted: tuple[float, float]
+    mark: int | None = None
+
+    @property
+    def label(self) -> str:
+        when = "" if self.mark is None else f", point {self.mark + 1} of the curve"
+        return f"{label_of(self.arm)} over {label_of(self.against)}{when}"
+
+    def value(self, found: Run) -> float:
+        """The accuracy that is compared, as a share."""
+        if self.mark is not None:
+            return float(found["curve"][self.mark][1])
+        return TASK.at_endpoint(found["accuracy"])
+
+
+HYPOTHESES = (
+    Hypothesis("ral_1_last", "grpo", (-1.0, 1.5)),  # the paper's form
+    Hypothesis("ral_30_all", "grpo", (-1.0, 2.0)),  # the best of screening, where its term counts
+    Hypothesis("ral_30_all", "ral_30_all_shuffled", (-1.5, 1.5)),
+    Hypothesis("opad", "logits", (1.0, 6.0), mark=0),  # after 16 rollout batches
+)
+
+
+def arms(hypotheses: Sequence[Hypothesis]) -> list[str]:
+    """Those that take part, each once."""
+    return list(dict.fromkeys(name for one in hypotheses for name in (one.against, one.arm)))
+
+
+def plan_of(folder: Path, start: int) -> Plan:
+    return Plan(folder / f"start-{start}", None, ROWS, start, test_seed=TEST_SEED,
+                keep_weights=True)  # fmt: skip
+
+
+def starts(folder: Path) -> list[int]:
+    """The first `STARTS` candidates with room to teach, as far as they have been evaluated."""
+    found: list[int] = []
+    for start in CANDIDATES:
+        file = plan_of(folder, start).result(TASK.name, "start", 0)
+        if len(found) == STARTS or not file.exists():
+            break
+        right = TASK.at_endpoint(json.loads(file.read_text())["accuracy"])
+        if ROOM[0] <= right <= ROOM[1]:
+            found.append(start)
+    return found
+
+
+def jobs(
+    folder: Path, hypotheses: Sequence[Hypothesis], of: Sequence[int]
+) -> Iterator[tuple[Plan, str, int]]:
+    """Plan, arm and seed of each run, in order; `of` are the starts."""
+    plans = [plan_of(folder, start) for start in of]
+    for seed in SEEDS:
+        for plan in plans:
+            for arm in arms(hypotheses):
+                yield plan, arm, seed
+
+
+def difference(one: Hypothesis, runs: dict[tuple[str, int], dict[int, Run]]) -> Estimate | None:
+    """The mean over starts, seed by seed.
+
+    Args:
+        runs: by arm and start, by seed.
+    """
+    used = sorted({start for _, start in runs})
+    values = []
+    for arm in (one.arm, one.against):
+        of = [runs.get((arm, start), {}) for start in used]
+        common = set(of[0]).intersection(*of)
+        values.append({n: fmean(one.value(seeds[n]) for seeds in of) for n in common})
+    return paired(*values)
+
+
+def table(
+    hypotheses: Sequence[Hypothesis], runs: dict[tuple[str, int], dict[int, Run]]
+) -> list[list[str]]:
+    """Each hypothesis, over both starts and at each; first the heads."""
+    used = sorted({start for _, start in runs})
+    lines = [["hypothesis", "predicted", "seeds", "difference", "p, Holm",
+              *(f"start {start}" for start in used)]]  # fmt: skip
+    found = [difference(one, runs) for one in hypotheses]
+    assert all(one is not None for one in found)
+    estimates = [one for one in found if one is not None]
+    adjusted = holm([one.p for one in estimates])
+    for one, estimate, p in zip(hypotheses, estimates, adjusted, strict=True):
+        of_starts = []
+        for start in used:
+            ours, theirs = (
+                {seed: one.value(r) for seed, r in runs[arm, start].items()}
+                for arm in (one.arm, one.against)
+            )
+            of_start = paired(ours, theirs)
+            of_starts.append("" if of_start is None else of_start.signed)
+        low, high = (f"{x:+g}".replace("-", "−") for x in one.predicted)
+        lines.append([one.label, f"{low} to {high}", str(estimate.seeds), estimate.signed,
+                      "< 0.001" if p < 0.001 else f"{p:.3f}", *of_starts])  # fmt: skip
+    return lines
+
+
+def collect(
+    folder: Path, hypotheses: Sequence[Hypothesis]
+) -> tuple[dict[tuple[str, int], dict[int, Run]], int]:
+    """The runs that are there, and how many are not."""
+    runs: dict[tuple[str, int], dict[int, Run]] = {}
+    missing = 0
+    for plan, arm, seed in jobs(folder, hypotheses, starts(folder)):
+        file = plan.result(TASK.name, arm, seed)
+        if file.exists():
+            runs.setdefault((arm, plan.start_seed), {})[seed] = json.loads(file.read_text())
+        else:
+            missing += 1
+    return runs, missing
+
+
+def main(
+    arguments: Sequence[str] | None = None, hypotheses: Sequence[Hypothesis] = HYPOTHESES
+) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args(arguments)
+    if options.what == "report":
+        runs, missing = collect(options.folder, hypotheses)
+        if len(starts(options.folder)) < STARTS or missing:
+            total = STARTS * len(SEEDS) * len(arms(hypotheses))
+            there = sum(len(seeds) for seeds in runs.values())
+            print(f"confirm: {there} of {total} runs are there; nothing is compared before all are")
+            return 1
+        print(markdown(table(hypotheses, runs)))
+        return 0
+    import torch
+
+    torch.set_num_threads(1)
+    be_quiet()
+    for start in CANDIDATES:
+        if len(starts(options.folder)) == STARTS:
+            break
+        plan = plan_of(options.folder, start)
+        make_start(plan, TASK, TASK.style)
+        right = TASK.at_endpoint(run(plan, TASK.name, "start", 0)["accuracy"])
+        print(f"start {start} is right in {right:.1%} at the endpoint", flush=True)
+    chosen = starts(options.folder)
+    if len(chosen) < STARTS:
+        print(f"confirm: fewer than {STARTS} starts have room to teach")
+        return 1
+    if any(BY_NAME[arm].teacher for arm in arms(hypotheses)):
+        for start in chosen:
+            make_teacher(plan_of(options.folder, start), TASK)
+    planned = list(jobs(options.folder, hypotheses, chosen))
+    for number, (plan, arm, seed) in enumerate(planned, start=1):
+        done = run(plan, TASK.name, arm, seed)
+        print(f"{number} of {len(planned)}: start {plan.start_seed}, seed {seed}, {arm}, "
+              f"{done['cpu_seconds']:.0f} CPU-seconds", flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
