@@ -36,6 +36,7 @@ def test_looks_of_a_response() -> None:
     right = f"<think>{words}</think><answer>{answer}</answer>"
     path = chain.path[: chain.looks].tolist()
     parts = words.split(" ")
+    assert chain.times is not None
     parts[2] = str((int(parts[2]) + 1) % 10)  # the first tens
     parts[4] = next(f"{second}s" for second in range(100) if second not in chain.times)
     wrong = f"<think>{' '.join(parts)}</think><answer>{answer}</answer>"
