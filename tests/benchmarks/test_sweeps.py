@@ -171,9 +171,9 @@ def test_cuda_kernels_take_part_with_their_head_dims(monkeypatch: pytest.MonkeyP
     """Attention has more of them than the policy: benchmarks offer what each op computes."""
     monkeypatch.setattr("ral_kernels.available_backends", lambda: {"cuda": "yes"})
     monkeypatch.setattr(cuda_library, "cannot_run", cuda_library.cannot_compute)
-    for registry, head_dims in ((ATTENTION.registry, (64, 72, 80, 96)), (RAL.registry, (64, 128))):
+    for registry, head_dims in ((ATTENTION.registry, (8, 64, 72, 104)), (RAL.registry, (64, 128))):
         refuse = registry["ral_cuda"].refuse
-        for head_dim in (*head_dims, 104):
+        for head_dim in (*head_dims, 100):
             x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 2, 64, head_dim))
             reason = refuse(SimpleNamespace(q=x, k=x), True)
             assert (reason is None) == (head_dim in head_dims), reason

@@ -52,7 +52,7 @@ _TABLE = (
     # float16: dS and the other factor are float32 in these products, twice the registers.
     row("dq", ANY, FLOAT16, ANY, (64, 64, 8, 2), BLOCK_D=64),
     row("dk", "sm_80", FLOAT16, ANY, (64, 32, 8, 2), BLOCK_D=64),
-    row("dk", "sm_100", FLOAT16, ANY, (64, 32, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1), BLOCK_D=64),
+    row("dk", "sm_100", FLOAT16, ANY, (32, 64, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1), BLOCK_D=64),
     row("dk", ANY, FLOAT16, ANY, (32, 64, 8, 2), BLOCK_D=64),
     # sm_80 has the operands of mma.sync in registers, sm_100 copies what tcgen05.mma sums to them.
     row("statistics", "sm_80", HALF, PLAIN, None, None, (128, 32, 8, 2)),
