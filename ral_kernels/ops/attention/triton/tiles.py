@@ -63,7 +63,7 @@ _TABLE = (
     row("bwd_dkdv", "sm_90", FLOAT32, PLAIN, (16, 128, 8, 1), (16, 32, 8, 2), (16, 32, 8, 1)),
     row("bwd_dkdv", "sm_90", FLOAT32, HEAVY, (16, 128, 8, 1), (16, 32, 8, 2), (16, 32, 8, 2)),
     row("bwd_dkdv", "sm_100", HALF, PLAIN, (32, 128, 8, 2), (32, 64, 8, 1), (32, 32, 8, 2)),
-    row("bwd_dkdv", "sm_100", HALF, HEAVY, (32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 2)),
+    row("bwd_dkdv", "sm_100", HALF, HEAVY, (32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
     row("bwd_dkdv", "sm_100", FLOAT32, PLAIN, (16, 64, 4, 1), (16, 32, 8, 2), (16, 16, 8, 2)),
     row("bwd_dkdv", "sm_100", FLOAT32, HEAVY, (16, 64, 4, 1), (16, 32, 8, 2), (16, 32, 8, 2)),
     row("bwd_dq", "sm_80", HALF, PLAIN, (128, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
@@ -112,6 +112,7 @@ _SPANS_PACKED = (
 )
 # With attn_mask, which takes more of them than a bias does.
 _SPANS_MASKED = (
+    row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 64, 8, 2), None),
     row("fwd", "sm_100", HALF, HEAVY, None, (64, 32, 8, 2), None),
 )
 # The same, where other versions of Triton than 3.7 spill.

@@ -55,7 +55,8 @@ _TABLE = (
     row("dk", "sm_100", FLOAT16, ANY, (32, 64, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1), BLOCK_D=64),
     row("dk", ANY, FLOAT16, ANY, (32, 64, 8, 2), BLOCK_D=64),
     # sm_80 has the operands of mma.sync in registers, sm_100 copies what tcgen05.mma sums to them.
-    row("statistics", "sm_80", HALF, PLAIN, None, None, (128, 32, 8, 2)),
+    row("statistics", "sm_80", HALF, PLAIN, None, None, (64, 32, 8, 2)),
+    row("statistics", "sm_100", HALF, PLAIN, None, None, (64, 32, 8, 2)),
     row("heads", "sm_80", HALF, PLAIN, None, None, (64, 32, 8, 2)),
     row("sums", "sm_80", HALF, PLAIN, (64, 64, 8, 2), BLOCK_D=128),
     row("sums", "sm_80", HALF, HEAVY, (64, 32, 8, 2), BLOCK_D=128),
@@ -66,7 +67,7 @@ _TABLE = (
     row("sums", "sm_100", HALF, ANY, (64, 32, 8, 2), BLOCK_D=128),
     row("heads", "sm_100", HALF, HEAVY, (64, 32, 8, 1), BLOCK_D=128),
     row("heads", "sm_100", HALF, PLAIN, (64, 128, 8, 2), None, None),
-    row("heads", "sm_100", HALF, PLAIN, None, None, (64, 32, 4, 1), BLOCK_D=128),
+    row("heads", "sm_100", HALF, PLAIN, None, None, (64, 32, 8, 2), BLOCK_D=128),
     row("dk", "sm_100", HALF, PLAIN, None, None, (32, 64, 8, 1)),
     row("statistics", ANY, HALF, PLAIN, (128, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2)),
     row("heads", ANY, HALF, PLAIN, (64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
