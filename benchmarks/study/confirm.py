@@ -24,7 +24,7 @@ from statistics import fmean
 
 from .arms import BY_NAME
 from .report import Run, label_of, markdown
-from .run import Plan, be_quiet, make_start, make_teacher, run
+from .run import Plan, be_on, be_quiet, make_start, make_teacher, run
 from .statistics import Estimate, holm, paired
 from .tasks import TASKS
 
@@ -178,9 +178,7 @@ def main(
             return 1
         print(markdown(table(hypotheses, runs)))
         return 0
-    import torch
-
-    torch.set_num_threads(1)
+    be_on("cpu")
     be_quiet()
     for start in CANDIDATES:
         if len(starts(options.folder)) == STARTS:

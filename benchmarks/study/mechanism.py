@@ -39,7 +39,7 @@ from .decoder import Decoder
 from .evaluate import TEST_SEED
 from .prompts import Reader
 from .report import Run, label_of, plain
-from .run import Bench, Plan
+from .run import Bench, Plan, be_on
 from .statistics import estimate
 from .tasks import TASKS
 
@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start-seed", type=int, default=0)
     parser.add_argument("--test-seed", type=int, default=TEST_SEED)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    be_on("cpu")
     plan = Plan(options.runs, None, 256, options.start_seed, test_seed=options.test_seed)
     files = sorted((options.runs / "runs").glob("chain-*.json"))
     runs = [json.loads(file.read_text()) for file in files]

@@ -219,7 +219,7 @@ def test_a_bias_that_hides_spans(cuda_on_host: Kernels) -> None:
 
 
 def test_steering_a_model(cuda_on_host: Kernels) -> None:
-    """`rk.steer` reaches the kernels: a bias of -inf for a span takes all attention from it."""
+    """`rk.steer` reaches the kernels: a bias of a span changes the logits, and has a gradient."""
     register()
     torch.manual_seed(0)
     model = build("qwen2", "ral", torch.bfloat16)

@@ -26,13 +26,13 @@ from ....runtime.triton_spans import MIXED, NO_SPAN, blocks_of_sequence, sequenc
 from .marginals import (
     SpanBlock,
     entry_of,
-    gathered_shares,
+    gathered_bias,
     here,
-    is_span,
+    keys_of_slots,
     moved_spans,
     opaque_zero,
-    span_of,
     spans_of_places,
+    spans_of_slots,
     uniform_shares,
 )
 from .scores import (
@@ -151,15 +151,6 @@ def weights_and_gradient(
 
 
 @triton.jit
-def spans_of_slots(kinds, SLOTS: tl.constexpr):
-    """[SLOTS]: the span of each of a tile's blocks of keys, which hold one or none; -1 of none."""
-    kind = tl.zeros([SLOTS], tl.int32) + kinds[0]
-    if SLOTS == 2:
-        kind = tl.where(tl.arange(0, SLOTS) == 0, kind, kinds[1])
-    return tl.where(is_span(kind), span_of(kind), -1)
-
-
-@triton.jit
 def offsets_to_deltas(key_spans, terms, seqlen_q):
     """How far after a query's δ that of RowTerms for each span stands; 0 for -1."""
     offsets = seqlen_q - terms.first + key_spans.to(tl.int64) * terms.num_rows
@@ -171,16 +162,6 @@ def load_deltas(delta_ptr, offsets, mask_q):
     """[len(offsets), BLOCK_Q]; 0 of queries that do not exist."""
     pointers = delta_ptr[None, :] + offsets[:, None]
     return tl.load(pointers, mask=mask_q[None, :], other=0.0)
-
-
-@triton.jit
-def keys_of_slots(x, BLOCK_K: tl.constexpr, TABLE_K: tl.constexpr):
-    """Rows for a tile's blocks of keys -> [BLOCK_K, BLOCK_Q], or as it is if there is one block."""
-    if BLOCK_K > TABLE_K:
-        BLOCK_Q: tl.constexpr = x.shape[1]
-        x = tl.broadcast_to(x[:, None, :], [BLOCK_K // TABLE_K, TABLE_K, BLOCK_Q])
-        x = tl.reshape(x, [BLOCK_K, BLOCK_Q])
-    return x
 
 
 @triton.jit
@@ -262,7 +243,7 @@ def add_key_gradients(
             rows = offs.to(tl.int64) * masks.span_bias.stride_t
             stride_s = masks.span_bias.stride_s
             if IS_MIXED:
-                bias = gathered_shares(key_spans, bias_ptr, rows, stride_s, mask_q, True)
+                bias = gathered_bias(key_spans, bias_ptr, rows, stride_s, mask_q)
             else:
                 bias = uniform_shares(
                     kinds, bias_ptr, rows, stride_s, mask_q, tile.BLOCK_K, tile.TABLE_K, True, True

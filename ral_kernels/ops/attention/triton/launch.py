@@ -466,6 +466,7 @@ def launch_bwd(
     mixed_stages = 1 if needs_spans else None
 
     def run_dkdv(tile: Tile) -> None:
+        assert tile.block_q <= MARGIN, "a block would read RowTerms of another span"
         k_blocks = num_blocks(args.seqlen_k, tile.block_k, sequences)
         programs = args.batch_size * args.num_kv_heads * k_blocks
         heads, ranges = key_splits(

@@ -265,21 +265,37 @@ def spans_of_places(kinds, spans, BLOCK_K: tl.constexpr, TABLE_K: tl.constexpr):
 
 
 @triton.jit
-def gathered_shares(
+def gathered_bias(
     key_spans,  # [BLOCK_K]
-    per_span_ptr,
+    span_bias_ptr,
     row_offsets,  # int64
     stride_s,
     mask_rows,
-    IS_BIAS: tl.constexpr,
 ):
-    """[BLOCK_K, BLOCK_Q]: per_span Eᵀ, element by element; 0 for keys in no span."""
+    """[BLOCK_K, BLOCK_Q]: span_bias Eᵀ in base 2, element by element; 0 for keys in no span."""
     offsets = row_offsets[None, :] + (key_spans.to(tl.int64) * stride_s)[:, None]
     mask = mask_rows[None, :] & (key_spans >= 0)[:, None]
-    values = tl.load(per_span_ptr + offsets, mask=mask, other=0.0)
-    if IS_BIAS:
-        values = bias_or_minus_infinity(bias_in_base_2(values))
-    return values
+    values = tl.load(span_bias_ptr + offsets, mask=mask, other=0.0)
+    return bias_or_minus_infinity(bias_in_base_2(values))
+
+
+@triton.jit
+def spans_of_slots(kinds, SLOTS: tl.constexpr):
+    """[SLOTS]: the span of each of a tile's blocks of keys, which hold one or none; -1 of none."""
+    kind = tl.zeros([SLOTS], tl.int32) + kinds[0]
+    if SLOTS == 2:
+        kind = tl.where(tl.arange(0, SLOTS) == 0, kind, kinds[1])
+    return tl.where(is_span(kind), span_of(kind), -1)
+
+
+@triton.jit
+def keys_of_slots(x, BLOCK_K: tl.constexpr, TABLE_K: tl.constexpr):
+    """Rows for a tile's blocks of keys -> [BLOCK_K, BLOCK_Q], or as it is if there is one block."""
+    if BLOCK_K > TABLE_K:
+        BLOCK_Q: tl.constexpr = x.shape[1]
+        x = tl.broadcast_to(x[:, None, :], [BLOCK_K // TABLE_K, TABLE_K, BLOCK_Q])
+        x = tl.reshape(x, [BLOCK_K, BLOCK_Q])
+    return x
 
 
 @triton.jit
@@ -316,8 +332,7 @@ def uniform_shares(
     if IS_BIAS:
         values = bias_or_minus_infinity(bias_in_base_2(values))
     if SLOTS > 1:
-        x = tl.broadcast_to(values[:, None, :], [SLOTS, TABLE_K, BLOCK_Q])
-        return tl.reshape(x, [BLOCK_K, BLOCK_Q])
+        return keys_of_slots(values, BLOCK_K, TABLE_K)
     elif TRANSPOSED:
         return values[None, :]
     else:
