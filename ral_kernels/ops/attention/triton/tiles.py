@@ -27,8 +27,9 @@ _INTERPRETED = {
     "bwd_dq": Tile(64, 64, 4, 1),
 }
 # Registers limit them all. Of the calls that tests compile none spills, with Triton 3.7.1, with
-# 3.9.0, and on sm_90 with 3.6.0. wgmma and tcgen05 take 64 rows; a tile with fewer stands where each
-# of 64 spilled, and mma.sync multiplies. Head dims 72 to 96 are padded to 128 and have its tiles.
+# 3.9.0, and on sm_90 with 3.6.0. wgmma and tcgen05 take 64 rows; a tile with fewer stands where
+# each of 64 spilled, and mma.sync multiplies. Head dims 72 to 96 are padded to 128 and have its
+# tiles.
 # HEAVY: with span_bias or attn_mask. Decoding is bound by memory: one row serves both variants.
 # On sm_90 ptxas serialises wgmma (C7515) in "fwd" with spans and head dims over 128. In "decode"
 # the ptxas of 3.6.0 does so with (64, 32, 4), and 3.7.1 spills with (64, 64, 4).
