@@ -2,6 +2,7 @@
 
 Triton specialises each element of a tuple as it specialises a parameter: divisibility by 16, a
 value of 1, None. `do_not_specialize` does not reach into a tuple, so what it names stays outside.
+A launch pays for each element, so None stands for a tuple of what is not there.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -25,8 +26,8 @@ class Rows(NamedTuple):
     stride_t: Any
 
     @classmethod
-    def of(cls, x: Tensor | None) -> Rows:
-        return NO_ROWS if x is None else cls(x, *x.stride()[:3])
+    def of(cls, x: Tensor | None) -> Rows | None:
+        return None if x is None else cls(x, *x.stride()[:3])
 
 
 class SpanValues(NamedTuple):
@@ -39,8 +40,8 @@ class SpanValues(NamedTuple):
     stride_s: Any
 
     @classmethod
-    def of(cls, x: Tensor | None) -> SpanValues:
-        return NO_SPAN_VALUES if x is None else cls(x, *x.stride())
+    def of(cls, x: Tensor | None) -> SpanValues | None:
+        return None if x is None else cls(x, *x.stride())
 
 
 class Head(NamedTuple):
@@ -50,20 +51,22 @@ class Head(NamedTuple):
     stride: Any
 
 
-@functools.lru_cache(4096, typed=True)
+class _Constant(tl.constexpr):
+    """One object for each value, so that its identity is its hash: a launch hashes twenty."""
+
+    __hash__ = object.__hash__
+
+
+@functools.lru_cache(None, typed=True)
 def constant(value: bool | int | str) -> Any:
     """A constant within a tuple, in place of an annotation."""
-    return tl.constexpr(value)
-
-
-NO_ROWS = Rows(None, 0, 0, 0)
-NO_SPAN_VALUES = SpanValues(None, 0, 0, 0, 0)
+    return _Constant(value)
 
 
 @triton.jit
 def head_of(x, b, h):
-    """The rows of head h of sample b; 0 where x has no pointer, as functions return no None."""
-    if x.ptr is None:
+    """The rows of head h of sample b; 0 where x is None, as functions return no None."""
+    if x is None:
         return Head(0, 0)
     else:
         return Head(x.ptr + b * x.stride_b + h * x.stride_h, x.stride_t)

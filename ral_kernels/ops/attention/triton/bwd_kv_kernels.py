@@ -84,7 +84,7 @@ def attention_bwd_delta_kernel(
     head_ptr = terms.ptr + bh * terms.stride_h
     tl.store(head_ptr + tokens, tl.where(mask_q, lse * LOG2E, float("inf")), mask=exists)
     delta = tl.zeros([BLOCK_Q], tl.float32)
-    if dout.ptr is not None:
+    if dout is not None:
         # [BLOCK_Q, BLOCK_DV]
         dout_rows = load_rows(head_of(dout, b, h), tokens, mask_q, 0, HEAD_DIM_V, BLOCK_DV)
         out_rows = load_rows(head_of(out, b, h), tokens, mask_q, 0, HEAD_DIM_V, BLOCK_DV)
@@ -135,8 +135,8 @@ def weights_and_gradient(
     TRANSPOSED: tl.constexpr,
 ):
     """Equations (5) and (11): p, ds and the derivative of the soft cap."""
-    HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
-    if HAS_MASK or score.HAS_CAP or masks.span_bias.ptr is not None:
+    HAS_MASK: tl.constexpr = masks.attn_mask is not None or masks.padding is not None
+    if HAS_MASK or score.HAS_CAP or masks.span_bias is not None:
         s, dcap = scores(dot, bias, place, masks, head_masks, score, IS_EDGE, TRANSPOSED)
         # s <= lse, but not by much where a mask of finfo.min has rounded both.
         p = tl.exp2(tl.minimum(s - lse_log2, 0.0))
@@ -238,7 +238,7 @@ def add_key_gradients(
         else:
             delta_m = load_deltas(delta_ptr, tl.zeros([1], tl.int64), mask_q)
         bias = 0.0
-        if masks.span_bias.ptr is not None:
+        if masks.span_bias is not None:
             bias_ptr = span_bias_ptr + first_token * masks.span_bias.stride_t
             rows = offs.to(tl.int64) * masks.span_bias.stride_t
             stride_s = masks.span_bias.stride_s
@@ -254,7 +254,9 @@ def add_key_gradients(
             # [BLOCK_Q, BLOCK_DV]
             dout = row_tile(queries.dout, q_tokens, mask_q, tile.HEAD_DIM_V, tile.PART_DV)
             dp = dot_rows(dp, v, dout, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
-        mask_offsets = q_tokens.to(tl.int64) * masks.attn_mask.stride_t
+        mask_offsets = q_tokens.to(tl.int64)
+        if masks.attn_mask is not None:
+            mask_offsets *= masks.attn_mask.stride_t
         p, ds, dcap = weights_and_gradient(
             dot, dp, bias, lse_log2[None, :], delta_m, place, masks,
             HeadMasks(attn_mask_ptr, mask_offsets, padding_ptr), score, IS_EDGE, True,
@@ -391,7 +393,7 @@ def write_key_gradients(
 ):
     """dk and dv of a program's keys from the query blocks `ranges` of heads [first, last)."""
     # Wide tiles have no registers to keep numbers of the keys. With more arguments this takes more.
-    IS_PLAIN: tl.constexpr = masks.span_bias.ptr is None and masks.attn_mask.ptr is None
+    IS_PLAIN: tl.constexpr = masks.span_bias is None and masks.attn_mask is None
     IS_PACKED: tl.constexpr = packed.cu_seqlens_k_ptr is not None
     FORMS_AGAIN: tl.constexpr = HAS_SPANS and IS_PLAIN and not IS_PACKED and tile.BLOCK_Q > 16
     dk_sum = tl.zeros([tile.BLOCK_K, tile.BLOCK_D], tl.float32)
@@ -408,11 +410,11 @@ def write_key_gradients(
             length_q,
         )  # fmt: skip
         # With a bias the second of two loops spills.
-        IS_ONLY: tl.constexpr = IS_MIXED or masks.span_bias.ptr is not None
+        IS_ONLY: tl.constexpr = IS_MIXED or masks.span_bias is not None
         for IS_EDGE in tl.static_range(1 if IS_ONLY else 0, 2):
             dk_sum, dv_sum = add_key_gradients(
                 dk_sum, dv_sum, query_blocks(ranges, tile, IS_EDGE, IS_MIXED, IS_ONLY), k, v,
-                keys.positions, queries, dout.ptr is not None, diagonal, keys.kinds, keys.spans,
+                keys.positions, queries, dout is not None, diagonal, keys.kinds, keys.spans,
                 terms, span_rows, sizes.seqlen_q, head_of(masks.span_bias, b, h).ptr,
                 head_of(masks.attn_mask, b, h).ptr, padding_ptr, masks, score, tile, IS_EDGE,
                 IS_MIXED,
@@ -435,7 +437,7 @@ def write_key_gradients(
     if splits.dk_stride is not None:
         dk_head = Head(dk_head.ptr + part * splits.dk_stride, dk_head.stride)
     store_rows(dk_head, k_tokens, mask_k, dk_sum * score.tau, 0, tile.HEAD_DIM, tile.BLOCK_D)
-    if dout.ptr is not None:
+    if dout is not None:
         if splits.dv_stride is not None:
             dv_head = Head(dv_head.ptr + part * splits.dv_stride, dv_head.stride)
         store_rows(dv_head, k_tokens, mask_k, dv_sum, 0, tile.HEAD_DIM_V, tile.BLOCK_DV)

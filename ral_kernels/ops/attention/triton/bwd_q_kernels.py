@@ -110,7 +110,7 @@ def add_query_gradients(
                     tile.BLOCK_K, tile.TERMS, False,
                 )  # fmt: skip
         bias = 0.0
-        if masks.span_bias.ptr is not None:
+        if masks.span_bias is not None:
             bias = bias_of_tile(
                 kind, block_spans, masks.span_bias.ptr, span_bias_rows, masks.span_bias.stride_s,
                 q.mask, tile.BLOCK_K, MAY_MIX,
@@ -188,7 +188,7 @@ def attention_bwd_dq_kernel(
     # [BLOCK_Q, BLOCK_D], [BLOCK_Q, BLOCK_DV]
     q_tile = row_tile(head_of(q, b, h), q_tokens, mask_q, tile.HEAD_DIM, tile.PART_D)
     dout_tile = q_tile
-    if dout.ptr is not None:
+    if dout is not None:
         dout_tile = row_tile(head_of(dout, b, h), q_tokens, mask_q, tile.HEAD_DIM_V, tile.PART_DV)
 
     diagonal = 0 if masks.window.TOP_LEFT else length_k - length_q
@@ -230,7 +230,7 @@ def attention_bwd_dq_kernel(
     rows_of_program = tl.arange(0, tile.BLOCK_Q)
     dspan_bias = Sums(dspan_bias_ptr, rows_of_program, mask_q, num_spans)
     span_bias_rows = rows
-    if masks.span_bias.ptr is not None:
+    if masks.span_bias is not None:
         span_bias_rows = h * masks.span_bias.stride_h
         span_bias_rows += q_tokens.to(tl.int64) * masks.span_bias.stride_t
         span_bias_rows += b * masks.span_bias.stride_b
@@ -245,7 +245,7 @@ def attention_bwd_dq_kernel(
             state = add_query_gradients(
                 state, blocks_of_keys(ranges, masks, LOOP, HAS_SHORT), q_tile, dout_tile,
                 q_positions, lse_log2, delta, keys, diagonal, HAS_SPANS, HAS_SHORT,
-                dout.ptr is not None, dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks,
+                dout is not None, dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks,
                 head_masks, score, tile, LOOP == EDGE, LOOP == SHORT,
             )  # fmt: skip
     dq_sum, run, run_kind = state

@@ -79,8 +79,8 @@ def attend(
     HAS_LEFT: tl.constexpr = masks.window.HAS_LEFT
     # A block at an edge may hold rows of other heads: their values would be multiplied by 0.
     BY_TENSOR: tl.constexpr = tile.BY_TENSOR and not IS_EDGE
-    HAS_BIAS: tl.constexpr = masks.span_bias.ptr is not None
-    HAS_MASK: tl.constexpr = masks.attn_mask.ptr is not None or masks.padding.ptr is not None
+    HAS_BIAS: tl.constexpr = masks.span_bias is not None
+    HAS_MASK: tl.constexpr = masks.attn_mask is not None or masks.padding is not None
     GENERAL: tl.constexpr = score.HAS_CAP or HAS_MASK or HAS_BIAS  # more than a scale and a window
     acc, normaliser, m, exponent, run, run_kind = state
     if IS_SHORT and sums.ptr is not None:  # noqa: SIM102 (known when compiled; the next is not)
@@ -305,7 +305,7 @@ def attention_fwd_kernel(
         marginals_ptr += (first_row_of_head + q_start - span_rows.start) * span_rows.num_spans
     sums = Sums(marginals_ptr, marginals_rows, mask_rows, span_rows.num_spans)
     span_bias_rows = heads
-    if masks.span_bias.ptr is not None:
+    if masks.span_bias is not None:
         span_bias_rows = heads * masks.span_bias.stride_h
         span_bias_rows += q_tokens.to(tl.int64) * masks.span_bias.stride_t
         span_bias_rows += b * masks.span_bias.stride_b

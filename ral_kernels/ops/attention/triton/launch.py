@@ -25,8 +25,6 @@ from .bwd_kv_kernels import (
 from .bwd_q_kernels import attention_bwd_dq_kernel
 from .fwd_kernels import attention_fwd_combine_kernel, attention_fwd_kernel
 from .parameters import (
-    NO_ATTN_MASK,
-    NO_PADDING,
     NO_SPAN_TABLE,
     AttnMask,
     KeySplits,
@@ -72,7 +70,7 @@ def _as_bytes(mask: Tensor) -> Tensor:
 
 
 def _masks(args: AttentionArgs) -> Masks:
-    attn_mask, padding = NO_ATTN_MASK, NO_PADDING
+    attn_mask = padding = None
     if args.attn_mask is not None:
         b, h, t, n = args.attn_mask.stride()
         is_bool = constant(args.attn_mask.dtype == torch.bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ....runtime.triton_rows import SpanValues, constant
+from ....runtime.triton_rows import SpanValues
 
 
 class SpanTable(NamedTuple):
@@ -54,16 +54,12 @@ class Window(NamedTuple):
     TOP_LEFT: Any  # the diagonal starts at the first key, and otherwise ends at the last one
 
 
-NO_ATTN_MASK = AttnMask(None, 0, 0, 0, 0, constant(False))
-NO_PADDING = Padding(None, 0, 0)
-
-
 class Masks(NamedTuple):
-    """What is added to scores or hides keys. Pointers may be None."""
+    """What is added to scores or hides keys. What is not there is None."""
 
-    span_bias: SpanValues
-    attn_mask: AttnMask
-    padding: Padding
+    span_bias: SpanValues | None
+    attn_mask: AttnMask | None
+    padding: Padding | None
     window: Window
 
 

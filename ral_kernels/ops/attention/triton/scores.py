@@ -234,7 +234,7 @@ def in_window(place, masks, TRANSPOSED: tl.constexpr):
 def masks_of_rows(masks, b, heads, q_tokens):
     """The masks of sample b for rows of `heads`: one head, or one for each row."""
     attn_mask_ptr, attn_mask_rows = 0, heads
-    if masks.attn_mask.ptr is not None:
+    if masks.attn_mask is not None:
         attn_mask_ptr = masks.attn_mask.ptr
         attn_mask_rows = heads * masks.attn_mask.stride_h
         attn_mask_rows += q_tokens.to(tl.int64) * masks.attn_mask.stride_t
@@ -245,7 +245,7 @@ def masks_of_rows(masks, b, heads, q_tokens):
 @triton.jit
 def padding_of(masks, b):
     """The key padding mask of sample b; 0 without one."""
-    if masks.padding.ptr is None:
+    if masks.padding is None:
         return 0
     else:
         return masks.padding.ptr + b * masks.padding.stride_b
@@ -254,7 +254,7 @@ def padding_of(masks, b):
 @triton.jit
 def real_keys(masks, padding_ptr, k_tokens, mask_k):
     """mask_k without padding."""
-    if masks.padding.ptr is not None:
+    if masks.padding is not None:
         offsets = k_tokens.to(tl.int64) * masks.padding.stride_n
         mask_k = mask_k & (tl.load(padding_ptr + offsets, mask=mask_k, other=0) != 0)
     return mask_k
@@ -281,13 +281,13 @@ def scores(
         squashed = tanh(s)
         s = squashed * score.cap
         dcap = 1.0 - squashed * squashed
-    if masks.span_bias.ptr is not None:
+    if masks.span_bias is not None:
         s += bias
-    if masks.padding.ptr is not None:
+    if masks.padding is not None:
         offsets = place.k_tokens.to(tl.int64) * masks.padding.stride_n
         real = tl.load(head_masks.padding_ptr + offsets, mask=place.mask_k, other=0) != 0
         s = tl.where(tl.expand_dims(real, KEY), s, float("-inf"))
-    if masks.attn_mask.ptr is not None:
+    if masks.attn_mask is not None:
         offsets = tl.expand_dims(place.k_tokens.to(tl.int64) * masks.attn_mask.stride_n, KEY)
         offsets = tl.expand_dims(head_masks.attn_mask_rows, QUERY) + offsets
         mask = tl.expand_dims(place.mask_q, QUERY) & tl.expand_dims(place.mask_k, KEY)

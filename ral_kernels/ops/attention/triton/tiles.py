@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 
 import torch
 
@@ -115,7 +114,10 @@ _SPANS_MASKED = (
     row("bwd_dkdv", "sm_90", HALF, HEAVY, None, (16, 64, 8, 2), None),
     row("fwd", "sm_100", HALF, HEAVY, None, (64, 32, 8, 2), None),
 )
-# The same, where other versions of Triton than 3.7 spill.
+# Where other versions of Triton than 3.7 spill.
+_NO_SPANS_OF_VERSION = {
+    "3.6": (row("bwd_dq", "sm_100", HALF, PLAIN, None, (128, 64, 4, 2), None),),
+}
 _SPANS_OF_VERSION = {
     "3.6": (
         row("fwd", "sm_90", FLOAT32, PLAIN, (64, 32, 4, 1), None, None),
@@ -141,10 +143,11 @@ _SPANS_PACKED_OF_VERSION = {
 # fmt: on
 
 
-@functools.cache
 def _version() -> str:
     """Triton's, as "3.7"."""
-    return ".".join(importlib.metadata.version("triton").split(".")[:2])
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 @functools.cache
@@ -163,14 +166,16 @@ def tile(
     if architecture == INTERPRETER:
         return _INTERPRETED[kernel]
     rows: tuple[Row, ...] = _TABLE
-    if needs_spans:
+    if not needs_spans:
+        rows = (*_NO_SPANS_OF_VERSION.get(_version(), ()), *rows)
+    else:
         rows = (*_SPANS_OF_VERSION.get(_version(), ()), *_SPANS, *rows)
-    if needs_spans and has_attn_mask:
-        rows = (*_SPANS_MASKED_OF_VERSION.get(_version(), ()), *_SPANS_MASKED, *rows)
-    if needs_spans and has_short_spans:
-        rows = (*_SHORT, *rows)
-    if needs_spans and is_packed:
-        rows = (*_SPANS_PACKED_OF_VERSION.get(_version(), ()), *_SPANS_PACKED, *rows)
+        if has_attn_mask:
+            rows = (*_SPANS_MASKED_OF_VERSION.get(_version(), ()), *_SPANS_MASKED, *rows)
+        if has_short_spans:
+            rows = (*_SHORT, *rows)
+        if is_packed:
+            rows = (*_SPANS_PACKED_OF_VERSION.get(_version(), ()), *_SPANS_PACKED, *rows)
     found = find(rows, kernel, architecture, dtype, HEAVY if is_biased else PLAIN, size)
     # The loop over short blocks takes the registers of a pipeline.
     is_crowded = needs_spans and has_short_spans and kernel in ("fwd", "decode")

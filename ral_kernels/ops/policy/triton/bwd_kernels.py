@@ -70,7 +70,7 @@ def policy_bwd_dq_kernel(
     HAS_FLAGS: tl.constexpr = flags.padding_ptr is not None or flags.scope_ptr is not None
     HAS_SPANS: tl.constexpr = flags.span_ids_ptr is not None
     # With a bias, ptxas would serialise wgmma around the branch (C7515).
-    ALWAYS_MASKED: tl.constexpr = HAS_FLAGS and bias.ptr is not None
+    ALWAYS_MASKED: tl.constexpr = HAS_FLAGS and bias is not None
     sample, row_block, head, split = program_of_head(
         samples, heads, num_rows, query_start, tile.BLOCK_Q
     )
@@ -107,7 +107,7 @@ def policy_bwd_dq_kernel(
             s = head_scores(x, score)
             outcome = outcomes_of(flags, sample.keys, offs_k, mask_k)
             biased = s
-            if bias.ptr is not None:
+            if bias is not None:
                 biased += span_bias(
                     bias, sample.rows, head, offs_q[:, None], outcome[None, :], mask_q[:, None]
                 )
@@ -267,7 +267,7 @@ def policy_bwd_dk_kernel(
                 )  # fmt: skip
                 s = head_scores(x, score)
                 biased = s
-                if bias.ptr is not None:
+                if bias is not None:
                     biased += span_bias(
                         bias, sample.rows, head, offs_q[None, :], outcome[:, None],
                         mask_q[None, :],

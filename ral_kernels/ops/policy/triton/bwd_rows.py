@@ -92,7 +92,7 @@ def policy_bwd_sums_kernel(
             )  # fmt: skip
             s = head_scores(x, score)
             outcome = outcomes_of(flags, sample.keys, offs_k, mask_k)
-            if bias.ptr is not None:
+            if bias is not None:
                 s += span_bias(
                     bias, sample.rows, head, offs_q[:, None], outcome[None, :], mask_q[:, None]
                 )

@@ -61,7 +61,7 @@ def policy_fwd_kernel(
     offs_k = key_block * tile.BLOCK_K + tl.arange(0, tile.BLOCK_K)
     mask_q = offs_q < sample.num_rows
     span_k = offs_k
-    if bias.ptr is not None:
+    if bias is not None:
         span_k = outcomes_of(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
     mask_k = real_keys(flags, sample.keys, offs_k, offs_k < sample.seqlen_k)
     _, valid = key_masks(

@@ -129,9 +129,11 @@ class Keys:
         b, h, t, _ = x.stride()
         return Rows(x, b if self.packing is None else t, h, t)
 
-    def span_values(self, x: Tensor | None) -> SpanValues:
+    def span_values(self, x: Tensor | None) -> SpanValues | None:
         values = SpanValues.of(x)
-        return values if self.packing is None else values._replace(stride_b=values.stride_t)
+        if values is None or self.packing is None:
+            return values
+        return values._replace(stride_b=values.stride_t)
 
     def outcomes(self, x: Tensor) -> Outcomes:
         b, t = x.stride()[:2]

@@ -391,7 +391,7 @@ def sum_of_weights(
                 tile.BLOCK_K, HAS_PREFIX,
             )  # fmt: skip
             s = head_scores(x, score)
-            if bias.ptr is not None:
+            if bias is not None:
                 s += span_bias(  # (2)
                     bias, sample.rows, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
                 )

@@ -107,7 +107,7 @@ def policy_statistics_kernel(
                 tile.BLOCK_K, HAS_PREFIX,
             )  # fmt: skip
             s = head_scores(x, score)
-            if bias.ptr is not None:
+            if bias is not None:
                 span_k = outcomes_of(flags, sample.keys, offs_k, mask_k)
                 s += span_bias(  # (2)
                     bias, sample.rows, head, offs_q[:, None], span_k[None, :], mask_q[:, None]
