@@ -49,6 +49,9 @@ _COUNTED = {
     "STG": "stores",
     "ST": "stores",
     "SHFL": "shuffles",
+    "STS": "shared stores",
+    "VOTE": "votes",
+    "VOTEU": "votes",
 }
 
 
@@ -57,8 +60,8 @@ def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
 
     Args:
         code: of the kernel.
-        counts: "loads" and "stores" in global memory, "shuffles"; "additions" are the least that
-            there must be. Others are not looked at.
+        counts: "loads" and "stores" in global memory, "shared stores", "shuffles", "votes" and
+            "additions". Others are not looked at.
 
     Returns:
         The steps from the start of the loop to the jump back; None if there is no such way.
@@ -70,14 +73,13 @@ def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
     after = _successors(code)
     names = ["products", *counts]
     wanted = (products, *counts.values())
-    additions = names.index("additions") if "additions" in names else None
     counted_at = [
         names.index(name) if (name := _COUNTED.get(opcode_of(x))) in names else -1 for _, x in code
     ]
 
     def counted(index: int, before: tuple[int, ...]) -> tuple[int, ...]:
         at = counted_at[index]
-        if at < 0 or (at == additions and before[at] == wanted[at]):
+        if at < 0:
             return before
         return (*before[:at], before[at] + 1, *before[at + 1 :])
 

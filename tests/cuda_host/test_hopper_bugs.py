@@ -87,7 +87,16 @@ FORWARD: list[Bug] = [
      (FWD, "start_p_v();\n      wait_for_products<0>();", "start_p_v();"), "products running"),
     ("span_border_off_by_one", (MARGINALS, "mine + e < end", "mine + e <= end"), OTHER_BITS),
     ("run_not_rescaled", (MARGINALS, "run[i] * alpha[i]", "run[i]"), OTHER_BITS),
-    ("run_not_closed", (MARGINALS, "close(next);", "span = next;"), OTHER_BITS),
+    ("run_not_closed",
+     (MARGINALS, "close(keys.span_of(borders.first));", "span = keys.span_of(borders.first);"),
+     OTHER_BITS),
+    ("queue_written_with_new_maxima",
+     (FWD, "marginals.empty_queue(before);", "marginals.empty_queue(m);"), OTHER_BITS),
+    ("queue_overwritten", (MARGINALS, "queued = 0;\n    sync_warp();", "queued = 0;"), "race"),
+    ("queue_read_too_early",
+     (MARGINALS, "// All lanes have stored their parts.\n    sync_warp();", ""), "race"),
+    ("span_that_comes_back_overwritten",
+     (MARGINALS, "again = span <= highest ? 1 : again;", "again = 0;"), OTHER_BITS),
     ("panel_missed",
      (TILES, "columns_descriptor(b, step)", "columns_descriptor(b, step % 4)"), OTHER_BITS),
 ]  # fmt: skip
@@ -134,7 +143,10 @@ BACKWARD: list[Bug] = [
      (SHARED, "sync_block();\n    return *barriers;", "return *barriers;"), NOT_BEGUN),
 ]  # fmt: skip
 
-FORWARD_CASE = AttentionCase("seeded", 140, 400, 1, 1, 1, 128, spans="ragged", key_padding="left")
+FORWARD_CASES = (
+    AttentionCase("seeded", 140, 400, 1, 1, 1, 128, spans="ragged", key_padding="left"),
+    AttentionCase("spans_come_back", 140, 200, 1, 1, 1, 128, spans="unsorted"),
+)
 BACKWARD_CASE = AttentionCase(
     "seeded", 270, 300, 1, 1, 1, 128, spans="ragged", key_padding="left",
     options={"is_causal": True},
@@ -158,16 +170,17 @@ class SeededForward:
     def __init__(self, folder: Path) -> None:
         self._library = library_of(FORWARD, forward.SOURCES, folder)
         with on_host(self._library):
-            self._wanted = self._outputs(forward.FWD, 0)
+            self._wanted = [self._outputs(forward.FWD, 0, case) for case in FORWARD_CASES]
 
-    def _outputs(self, entry: str, order: int) -> tuple[Tensor | None, ...]:
-        return forward.outputs(self._library, entry, order, FORWARD_CASE, torch.float16)
+    def _outputs(self, entry: str, order: int, case: AttentionCase) -> tuple[Tensor | None, ...]:
+        return forward.outputs(self._library, entry, order, case, torch.float16)
 
     def check(self, bug: int, orders: range) -> None:
-        for order in orders:
-            with on_host(self._library), self._library.with_bug(bug):
-                found = self._outputs(forward.FWD_SM90, order)
-            forward.assert_same_bits(found, self._wanted)
+        for case, wanted in zip(FORWARD_CASES, self._wanted, strict=True):
+            for order in orders:
+                with on_host(self._library), self._library.with_bug(bug):
+                    found = self._outputs(forward.FWD_SM90, order, case)
+                forward.assert_same_bits(found, wanted)
 
 
 class SeededBackward:

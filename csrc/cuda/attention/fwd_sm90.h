@@ -71,7 +71,8 @@ struct attention_fwd_sm90_kernel {
   static constexpr int kKeysAt = kConsumers * kTileBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kMarginalsAt = kValuesAt + kStages * kTileBytes;
-  static constexpr int kBarriersAt = kMarginalsAt + 4 * kConsumers * int(sizeof(MarginalRows));
+  static constexpr int kBarriersAt =
+      kMarginalsAt + 4 * kConsumers * int(sizeof(MarginalsSm90::Shared));
   static constexpr int kUsedBytes = kBarriersAt + int(sizeof(Barriers));
   static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // room to align to 1024 bytes
 
@@ -142,10 +143,11 @@ struct attention_fwd_sm90_kernel {
     const int64_t first_token = block.first_token + group * kGroupQ;
     const int32_t num_queries = block.num_queries - group * kGroupQ;  // none if negative
     const int32_t warp_query = block.first_query + group * kGroupQ + warp_row;
-    auto* marginal_rows = reinterpret_cast<MarginalRows*>(shared + kMarginalsAt);
-    marginal_rows += group * 4 + warp_index() % 4;
+    auto* of_warp = reinterpret_cast<MarginalsSm90::Shared*>(shared + kMarginalsAt);
+    of_warp += group * 4 + warp_index() % 4;
     auto marginals = begin_marginals<MarginalsSm90>(params.forward, block, first_token, num_queries,
-                                                    warp_row, marginal_rows);
+                                                    warp_row, &of_warp->rows);
+    marginals.shared = of_warp;
     float out[1][kHeadDim / 8][4];
     clear(out);
     float m[2] = {minus_infinity(), minus_infinity()};
@@ -162,8 +164,8 @@ struct attention_fwd_sm90_kernel {
                    v = shared_address(shared + kValuesAt);
     Scores s;
     uint32_t p[kBlockK / 16][4];  // rounded weights, as A operands
-    float alpha[2];
-    KeyBlock keys{};  // those of the block that p belongs to
+    float before[2], after[2];    // before: the rows' maxima without the block
+    KeyBlock keys{};              // those of the block that p belongs to
     Ring<kStages> ring_k, ring_v;
 
     const auto start_q_k = [&] {
@@ -188,12 +190,21 @@ struct attention_fwd_sm90_kernel {
       const bool all_visible = first >= full_low && first + kBlockK - 1 <= full_high;
       if (!all_visible || ~keys.real != 0)
         hide(s, block.visibility, keys.real, first, warp_query, minus_infinity());
-      float sum[2];
-      RAL_UNROLL for (int i = 0; i < 2; ++i) {
-        alpha[i] = weigh(s, i, m[i], scale, sum[i]);
-        normaliser[i] = normaliser[i] * alpha[i] + sum[i];
+      float sum[2], alpha[2];
+      RAL_UNROLL for (int i = 0; i < 2; ++i)
+        before[i] = m[i];
+      if (borders.are == MarginalsSm90::Borders::kOne) {
+        marginals.weigh_two(s, borders, scale, m, sum, alpha, after);
+      } else {
+        RAL_UNROLL for (int i = 0; i < 2; ++i)
+          alpha[i] = weigh(s, i, m[i], scale, sum[i]);
+        if (marginals.num_spans != 0) marginals.add_one(sum, alpha, borders);
       }
-      if (marginals.num_spans != 0) marginals.add(s, keys, borders, sum, alpha, m);
+      RAL_UNROLL for (int i = 0; i < 2; ++i)
+        normaliser[i] = normaliser[i] * alpha[i] + sum[i];
+    };
+    const auto add_spans = [&](const auto& borders) {
+      if (borders.are != MarginalsSm90::Borders::kNone) marginals.add(s, keys, borders, after, m);
     };
 
     const auto load = [&](int32_t first) {
@@ -211,6 +222,7 @@ struct attention_fwd_sm90_kernel {
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);
       weigh_all(begin, borders);  // alpha is not needed: `out` is 0
+      add_spans(borders);
       round_left<T>(p, s[0]);
     }
     for (int32_t n = 1; n < num_blocks; ++n) {
@@ -229,10 +241,14 @@ struct attention_fwd_sm90_kernel {
       pin(p);
       give_up(barriers.empty_v, ring_v);
       // Most maxima are found early, and then no row rescales.
-      if (ballot(alpha[0] != 1.0f || alpha[1] != 1.0f) != 0) {
+      if (ballot(m[0] != before[0] || m[1] != before[1]) != 0) {
+        if (marginals.num_spans != 0) marginals.empty_queue(before);
+        const float alpha[2] = {exp2(before[0] - stabiliser(m[0])),
+                                exp2(before[1] - stabiliser(m[1]))};
         RAL_UNROLL for (int c = 0; c < kHeadDim / 8; ++c) RAL_UNROLL
           for (int e = 0; e < 4; ++e) out[0][c][e] *= alpha[e / 2];
       }
+      add_spans(borders);
       round_left<T>(p, s[0]);
     }
     if (num_blocks > 0) {
@@ -240,7 +256,7 @@ struct attention_fwd_sm90_kernel {
       wait_for_products<0>();
       pin(out[0]);
     }
-    marginals.rows = marginal_rows;  // no register holds it through the loop
+    marginals.rows = &of_warp->rows;  // no register holds it through the loop
     sync_group(1 + group);
     const Tile<T, kHeadDim> stage{reinterpret_cast<T*>(q_tile)};
     finish<1>(params.forward, block, first_token, num_queries, warp_row, stage, out, m, normaliser,

@@ -38,16 +38,23 @@ RAL_DEVICE void hide(float (&s)[kRowTiles][kBlockK / 8][4], const Visibility& vi
   }
 }
 
-// Turns the scores of the lane's i-th row into weights relative to 2^m. `sum` is the lane's part of
-// their sum. Returns the factor that rescales what was relative to the old maximum.
+// Raises m to the maximum of the scores of the lane's i-th row, in base 2. Returns the factor that
+// rescales what was relative to the old maximum.
 template <int kRowTiles>
-RAL_DEVICE float weigh(float (&s)[kRowTiles][kBlockK / 8][4], int i, float& m, float scale,
-                       float& sum) {
+RAL_DEVICE float raise(const float (&s)[kRowTiles][kBlockK / 8][4], int i, float& m, float scale) {
   float highest[2] = {minus_infinity(), minus_infinity()};  // chains half as long
   RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
     for (int e = 0; e < 2; ++e) highest[e] = maximum(highest[e], s[i / 2][c][i % 2 * 2 + e]);
   const float before = m;
   m = maximum(before, quad_maximum(maximum(highest[0], highest[1])) * scale);
+  return exp2(before - stabiliser(m));
+}
+
+// Turns the scores of the lane's i-th row into weights relative to 2^m. `sum` is the lane's part of
+// their sum. Calls each(column, weight), where a column counts from the lane's first.
+template <int kRowTiles, typename Each>
+RAL_DEVICE void weigh_raised(float (&s)[kRowTiles][kBlockK / 8][4], int i, float m, float scale,
+                             float& sum, const Each& each) {
   const float stable = stabiliser(m);
   sum = 0.0f;
   RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
@@ -55,8 +62,17 @@ RAL_DEVICE float weigh(float (&s)[kRowTiles][kBlockK / 8][4], int i, float& m, f
       float& weight = s[i / 2][c][i % 2 * 2 + e];
       weight = exp2(weight * scale - stable);
       sum += weight;
+      each(8 * c + e, weight);
     }
-  return exp2(before - stable);
+}
+
+// Both. Returns the factor.
+template <int kRowTiles>
+RAL_DEVICE float weigh(float (&s)[kRowTiles][kBlockK / 8][4], int i, float& m, float scale,
+                       float& sum) {
+  const float alpha = raise(s, i, m, scale);
+  weigh_raised(s, i, m, scale, sum, [](int, float) {});
+  return alpha;
 }
 
 }  // namespace cuda
