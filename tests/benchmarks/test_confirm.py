@@ -9,17 +9,16 @@ import pytest
 
 from benchmarks.study import confirm
 from benchmarks.study.arms import BY_NAME
-from benchmarks.study.confirm import CANDIDATES, HYPOTHESES, SEEDS, STARTS, Hypothesis, arms, jobs
+from benchmarks.study.confirm import HYPOTHESES, SEEDS, STARTS, Hypothesis, arms, jobs
 from benchmarks.study.evaluate import TEST_SEED
 from benchmarks.study.statistics import estimate
 
-_CHOSEN = [1, 3]  # start 2 has no room
 _TWO = (Hypothesis("ral_1_last", "grpo", (-1, 2)), Hypothesis("opad", "logits", (1, 4), mark=0))
 
 
 def test_hypotheses_are_of_fresh_seeds_starts_and_rows() -> None:
-    assert len(HYPOTHESES) <= 4 and len(SEEDS) >= 20 and STARTS == 2
-    assert min(SEEDS) >= 2000 and 0 not in CANDIDATES and confirm.TEST_SEED != TEST_SEED
+    assert len(HYPOTHESES) <= 4 and len(SEEDS) >= 20 and len(STARTS) == 2
+    assert min(SEEDS) >= 2000 and 0 not in STARTS and confirm.TEST_SEED != TEST_SEED
     for one in HYPOTHESES:
         for arm in map(BY_NAME.__getitem__, (one.arm, one.against)):
             assert "chain" in arm.tasks and (one.mark is None or arm.curve)
@@ -27,39 +26,22 @@ def test_hypotheses_are_of_fresh_seeds_starts_and_rows() -> None:
 
 
 def test_any_prefix_of_the_runs_is_balanced(tmp_path: Path) -> None:
-    planned = [(plan.start_seed, arm, seed) for plan, arm, seed in jobs(tmp_path, _TWO, _CHOSEN)]
-    each = STARTS * len(arms(_TWO))
+    planned = [(plan.start_seed, arm, seed) for plan, arm, seed in jobs(tmp_path, _TWO)]
+    each = len(STARTS) * len(arms(_TWO))
     assert arms(_TWO) == ["grpo", "ral_1_last", "logits", "opad"]
     assert len(set(planned)) == len(planned) == len(SEEDS) * each
     for number, seed in enumerate(SEEDS):
         assert {n for _, _, n in planned[number * each : (number + 1) * each]} == {seed}
-    assert len({plan.folder for plan, _, _ in jobs(tmp_path, _TWO, _CHOSEN)}) == STARTS
-
-
-def _evaluated(folder: Path, start: int, right: float) -> None:
-    file = confirm.plan_of(folder, start).result("chain", "start", 0)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"accuracy": {"24": right, "32": right}}))
-
-
-def test_starts_without_room_give_their_place_to_the_next(tmp_path: Path) -> None:
-    assert confirm.starts(tmp_path) == []
-    for start, right in ((1, 0.2), (2, 0.02), (4, 0.2)):
-        _evaluated(tmp_path, start, right)
-    assert confirm.starts(tmp_path) == [1]  # 3 is to be evaluated before 4
-    _evaluated(tmp_path, 3, 0.3)
-    assert confirm.starts(tmp_path) == _CHOSEN
+    assert len({plan.folder for plan, _, _ in jobs(tmp_path, _TWO)}) == len(STARTS)
 
 
 def test_nothing_is_compared_before_all_runs_are_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Differences of both starts are one value of a seed."""
-    for start, right in ((1, 0.2), (2, 0.6), (3, 0.3)):
-        _evaluated(tmp_path, start, right)
     gains = {}
     last = None
-    for plan, arm, seed in jobs(tmp_path, _TWO, _CHOSEN):
+    for plan, arm, seed in jobs(tmp_path, _TWO):
         gain = 0.01 * (seed % 7) + 0.021 * (plan.start_seed == 1)
         gains[plan.start_seed, seed] = gain
         right = 0.3 + gain * (arm == "ral_1_last")
@@ -78,10 +60,10 @@ def test_nothing_is_compared_before_all_runs_are_there(
     assert confirm.main(["report", str(tmp_path)], _TWO) == 0
     lines = capsys.readouterr().out.splitlines()
     wanted = estimate(
-        [sum(gains[start, seed] for start in _CHOSEN) / STARTS for seed in SEEDS]
+        [sum(gains[start, seed] for start in STARTS) / len(STARTS) for seed in SEEDS]
     ).signed
     assert f"| {len(SEEDS)} | {wanted} |" in lines[2] and "+5.1" in lines[3]
-    for start in _CHOSEN:
+    for start in STARTS:
         assert estimate([gains[start, seed] for seed in SEEDS]).signed in lines[2]
 
 
@@ -95,23 +77,18 @@ def test_runs_are_made_in_their_order_and_once(
         )
     monkeypatch.setattr(confirm, "be_quiet", lambda: None)
     monkeypatch.setattr(confirm, "SEEDS", range(2000, 2002))
-    rights = {1: 0.2, 2: 0.02, 3: 0.3}
 
     def run(plan, task, arm, seed):
         made.append(f"{arm} {plan.start_seed} {seed}")
-        right = rights[plan.start_seed]
-        if arm == "start":
-            _evaluated(tmp_path, plan.start_seed, right)
-        return {"cpu_seconds": 1.0, "accuracy": {"24": right, "32": right}}
+        return {"cpu_seconds": 1.0, "accuracy": {"24": 0.2, "32": 0.3}}
 
     monkeypatch.setattr(confirm, "run", run)
     assert confirm.main(["run", str(tmp_path)], _TWO[:1]) == 0
-    assert made[:6] == [f"{what} {start}{seed}" for start in (1, 2, 3)
-                        for what, seed in (("make_start", ""), ("start", " 0"))]  # fmt: skip
-    assert made[6:] == [f"{arm} {start} {seed}" for seed in (2000, 2001)
-                        for start in _CHOSEN for arm in ("grpo", "ral_1_last")]  # fmt: skip
+    first = [f"{what} {start}{seed}" for start in STARTS
+             for what, seed in (("make_start", ""), ("start", " 0"))]  # fmt: skip
+    assert made[:4] == first
+    assert made[4:] == [f"{arm} {start} {seed}" for seed in (2000, 2001)
+                        for start in STARTS for arm in ("grpo", "ral_1_last")]  # fmt: skip
     made.clear()
     assert confirm.main(["run", str(tmp_path)], _TWO) == 0
-    assert made[:2] == [f"make_teacher {start}" for start in _CHOSEN]
-    monkeypatch.setattr(confirm, "CANDIDATES", range(1, 3))
-    assert confirm.main(["run", str(tmp_path)], _TWO) == 1
+    assert [what for what in made if "teacher" in what] == [f"make_teacher {n}" for n in STARTS]
