@@ -1,6 +1,6 @@
 """The hypotheses about the task `chain`, fixed before their runs; it runs and reports them.
 
-python -m benchmarks.study.confirm run FOLDER       # resumable: every run is a file
+python -m benchmarks.study.confirm run FOLDER       # resumable: every run is a file; --start N
 python -m benchmarks.study.confirm report FOLDER    # once all planned runs are there
 
 FOLDER gets a folder for each start, of the form of `benchmarks.figure3 --runs`. Runs go seed by
@@ -155,6 +155,8 @@ def main(
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--start", type=int, choices=STARTS,
+                        help="run from this start alone, so that two processes share the runs")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.what == "report":
         runs, missing = collect(options.folder, hypotheses)
@@ -168,13 +170,14 @@ def main(
     be_on("cpu")
     be_quiet()
     has_teacher = any(BY_NAME[arm].teacher for arm in arms(hypotheses))
-    for plan in plans(options.folder):
+    mine = [plan for plan in plans(options.folder) if options.start in (None, plan.start_seed)]
+    for plan in mine:
         make_start(plan, TASK, TASK.style)
         right = TASK.at_endpoint(run(plan, TASK.name, "start", 0)["accuracy"])
         print(f"start {plan.start_seed} is right in {right:.1%} at the endpoint", flush=True)
         if has_teacher:
             make_teacher(plan, TASK)
-    planned = list(jobs(options.folder, hypotheses))
+    planned = [job for job in jobs(options.folder, hypotheses) if job[0] in mine]
     for number, (plan, arm, seed) in enumerate(planned, start=1):
         done = run(plan, TASK.name, arm, seed)
         print(f"{number} of {len(planned)}: start {plan.start_seed}, seed {seed}, {arm}, "

@@ -92,3 +92,8 @@ def test_runs_are_made_in_their_order_and_once(
     made.clear()
     assert confirm.main(["run", str(tmp_path)], _TWO) == 0
     assert [what for what in made if "teacher" in what] == [f"make_teacher {n}" for n in STARTS]
+    made.clear()
+    assert confirm.main(["run", str(tmp_path), "--start", "2"], _TWO[:1]) == 0
+    assert made == ["make_start 2", "start 2 0"] + [
+        f"{arm} 2 {seed}" for seed in (2000, 2001) for arm in ("grpo", "ral_1_last")
+    ]
