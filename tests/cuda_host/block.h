@@ -40,8 +40,8 @@ struct Warp {
   bool at_barrier;
   bool ended;
   // Counts the barriers of the warp and of the block that it has passed; at the last one of the
-  // block it became `block_epoch`.
-  uint32_t epoch, block_epoch;
+  // block it became `block_epoch`, at the last one of its warpgroup `group_epoch`.
+  uint32_t epoch, block_epoch, group_epoch;
   // Two sets: a lane may bring its next value before another has fetched this one.
   uint32_t values[2][kLanes];
   const void* rows[kLanes];

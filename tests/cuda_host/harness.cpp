@@ -252,7 +252,7 @@ void run_block(int64_t index) {
     warp.first = 0;
     warp.stride = 1;
     warp.phase = 0;
-    warp.epoch = warp.block_epoch = 1;
+    warp.epoch = warp.block_epoch = warp.group_epoch = 1;
     begin_phase(warp);
   }
   const size_t first = order_seed == 0 ? 0 : next_random() % here.warps.size();

@@ -54,7 +54,9 @@ struct Product {
   float (*sum)[4];
   int num_tiles;
   const uint32_t* left;  // in registers; null: in shared memory, as `a` says
-  uint64_t a, b;
+  uint64_t a;
+  bool b_is_k_major;
+  uint64_t b;
   Site site;
 };
 
@@ -259,12 +261,10 @@ inline const uint16_t* element(uint64_t descriptor, bool k_major, int mn, int k)
 // What a product reads of shared memory. Swizzling moves chunks only within 128 bytes.
 inline void add_reads(const Product& product, std::vector<Bytes>& reads) {
   const auto start_of = [](uint64_t operand) { return (uint32_t(operand & 0x3fff) << 4) & ~127u; };
+  const auto add_panel = [&](uint32_t at) { reads.push_back({at, at + kPanelSize}); };
   const uint32_t first = start_of(product.b);
-  if (product.left == nullptr) {
-    for (const uint32_t operand : {first, start_of(product.a)})
-      reads.push_back({operand, operand + kPanelSize});
-    return;
-  }
+  if (product.left == nullptr) add_panel(start_of(product.a));
+  if (product.b_is_k_major) return add_panel(first);
   const uint32_t lead = uint32_t(product.b >> 16 & 0x3fff) << 4;
   for (uint32_t panel = 0; panel < uint32_t(product.num_tiles) / 8; ++panel)
     reads.push_back({first + panel * lead, first + panel * lead + 16 * 128});
@@ -351,7 +351,7 @@ inline void do_product(const Product& product) {
       const int column = 8 * c + 2 * (lane % 4) + e;
       float right[16];
       for (int k = 0; k < 16; ++k)
-        right[k] = number(element(product.b, product.left == nullptr, column, k), product.is_bf16);
+        right[k] = number(element(product.b, product.b_is_k_major, column, k), product.is_bf16);
       for (int half = 0; half < 2; ++half) {
         float& sum = product.sum[c][2 * half + e];
         if (!product.accumulate) sum = 0.0f;
@@ -430,7 +430,11 @@ inline void sync_group(int number, Site site = Site::here()) {
   int& met = host::hopper().met[number];
   const int turn = met / 4;
   host::sync(Stop::kSyncWarp, site);
-  if (lane_index() == 0) ++met;
+  if (lane_index() == 0 && ++met % 4 == 0) {  // the last warp; the others have waited since theirs
+    const int first = host::current_thread / host::kLanes / 4 * 4;
+    for (int warp = first; warp < first + 4; ++warp)
+      host::block().warps[size_t(warp)].group_epoch = host::block().warps[size_t(warp)].epoch;
+  }
   while (host::exchange(Stop::kShuffle, met / 4 > turn, 0, site) == 0) {
   }
 }
@@ -510,12 +514,17 @@ void wait_for_products(Site site = Site::here()) {
 template <typename T>
 void start_scores(float (&s)[8][4], uint64_t a, uint64_t b, bool accumulate,
                   Site site = Site::here()) {
-  host::start({std::is_same<T, Bf16>::value, accumulate, s, 8, nullptr, a, b, site});
+  host::start({std::is_same<T, Bf16>::value, accumulate, s, 8, nullptr, a, true, b, site});
+}
+template <typename T>
+void start_scores(float (&s)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate,
+                  Site site = Site::here()) {
+  host::start({std::is_same<T, Bf16>::value, accumulate, s, 8, a, 0, true, b, site});
 }
 template <typename T, int kTiles>
 void start_product(float (&out)[kTiles][4], const uint32_t (&a)[4], uint64_t b,
                    Site site = Site::here()) {
-  host::start({std::is_same<T, Bf16>::value, true, out, kTiles, a, 0, b, site});
+  host::start({std::is_same<T, Bf16>::value, true, out, kTiles, a, 0, false, b, site});
 }
 
 // ---- Launch -------------------------------------------------------------------------------------

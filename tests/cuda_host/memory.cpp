@@ -264,8 +264,14 @@ void begin_bulk_copy(const void* to, int bytes, Site site) {
 
 void end_bulk_copy(const void* to, int bytes) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(to);
-  for (uintptr_t address = first; address < first + uintptr_t(bytes); address += Chunk::kBytes)
-    shared_chunk(address).in_flight = 0;
+  // Written before anything that the block's threads do after their first sync_block: the order of
+  // reads after a copy is that of its mbarrier.
+  const Stamp begin_of_block{block().serial, 0, 0};
+  for (uintptr_t address = first; address < first + uintptr_t(bytes); address += Chunk::kBytes) {
+    Chunk& chunk = shared_chunk(address);
+    chunk.in_flight = 0;
+    record_arrival(chunk, begin_of_block);
+  }
 }
 
 bool is_settled(const void* pointer, int bytes, Site site) {

@@ -64,9 +64,13 @@ Gap gap_between(const Stamp& earlier, const Stamp& now, Space space) {
                              earlier.serial >= block().first_serial_of_launch;
     return other_block ? Gap::kBlocks : Gap::kNone;
   }
-  if (earlier.warp() != now.warp())
-    return earlier.epoch() < block().warps[size_t(earlier.warp())].block_epoch ? Gap::kNone
-                                                                               : Gap::kWarps;
+  if (earlier.warp() != now.warp()) {
+    const Warp& warp = block().warps[size_t(earlier.warp())];
+    const bool same_group = earlier.warp() / 4 == now.warp() / 4;
+    const bool met = earlier.epoch() < warp.block_epoch ||
+                     (same_group && earlier.epoch() < warp.group_epoch);
+    return met ? Gap::kNone : Gap::kWarps;
+  }
   if (earlier.epoch() != now.epoch()) return Gap::kNone;
   const bool alone = earlier.thread() == now.thread() && !earlier.whole_warp() && !now.whole_warp();
   return alone ? Gap::kNone : Gap::kLanes;

@@ -45,8 +45,8 @@ V_DONE = """weigh_all(first, borders);
       give_up(barriers.empty_v, ring_v);"""
 EMPTY = "wait(&empty[ring.stage], ring.parity_before());"
 RELEASE = "if (lane_index() == 0) arrive(&empty[ring.stage]);"
-SCORES = "pin(s);\n  begin_products();"
-PRODUCTS = "pin(left);\n  begin_products();"
+SCORES = "pin(s);\n  pin(left);\n  begin_products();"
+PRODUCTS = "pin(sum);\n  pin(left);\n  begin_products();"
 FORWARD: list[Bug] = [
     ("k_given_up_too_early",
      (FWD, K_DONE, "give_up(barriers.empty_k, ring_k);\nwait_for_products<1>();\npin(s[0]);"),
@@ -98,7 +98,11 @@ FORWARD: list[Bug] = [
     ("span_that_comes_back_overwritten",
      (MARGINALS, "again = span <= highest ? 1 : again;", "again = 0;"), OTHER_BITS),
     ("panel_missed",
-     (TILES, "columns_descriptor(b, step)", "columns_descriptor(b, step % 4)"), OTHER_BITS),
+     (TILES, "left[step], columns_descriptor(b, step)",
+      "left[step], columns_descriptor(b, step % 4)"), OTHER_BITS),
+    ("queries_of_one_panel", (TILES, "tile + step / 4 * kPanelBytes", "tile"), OTHER_BITS),
+    ("output_over_queries_of_others",
+     (FWD, "sync_group(1 + group);\n    const Tile", "const Tile"), "race"),
 ]  # fmt: skip
 
 DKDV, DQ, SHARED = (f"attention/bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90", "sm90"))

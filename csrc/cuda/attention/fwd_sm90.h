@@ -42,8 +42,9 @@ struct AttentionFwdSm90Params {
 //     synchronises its warps. Its product reads them only then. Two consumers may both do so: they
 //     write the same zeros, and both before they release the buffer. The copy that refills it comes
 //     after the same fence and the arrival at `empty`.
-//  6. Output. It passes through the consumer's own queries in shared memory. Its four warps
-//     synchronise before the first store, each after waiting for its own last products.
+//  6. Output. It passes through the consumer's own queries in shared memory, in another layout. Its
+//     four warps synchronise before the first store, each after its last products, and after it has
+//     read its queries into registers.
 template <typename T, int kHeadDim>
 struct attention_fwd_sm90_kernel {
   using Params = AttentionFwdSm90Params;
@@ -57,6 +58,9 @@ struct attention_fwd_sm90_kernel {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
   static_assert(kGroupThreads * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536,
                 "the registers of an SM");
+
+  // Of head dim 64 they would not fit, and 2^x bounds that kernel, not shared memory.
+  static constexpr bool kQueriesInRegisters = kHeadDim == 128;
 
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kTileBytes = kPanels * kPanelBytes;  // 64 rows of q, k or v
@@ -160,8 +164,8 @@ struct attention_fwd_sm90_kernel {
     const bool is_ragged = block.padding != nullptr || call.cu_seqlens_q != nullptr;
 
     char* q_tile = shared + group * kTileBytes;
-    const uint32_t q = shared_address(q_tile), k = shared_address(shared + kKeysAt),
-                   v = shared_address(shared + kValuesAt);
+    const uint32_t k = shared_address(shared + kKeysAt), v = shared_address(shared + kValuesAt);
+    uint32_t q[kQueriesInRegisters ? kHeadDim / 16 : 1][4];
     Scores s;
     uint32_t p[kBlockK / 16][4];  // rounded weights, as A operands
     float before[2], after[2];    // before: the rows' maxima without the block
@@ -170,7 +174,11 @@ struct attention_fwd_sm90_kernel {
 
     const auto start_q_k = [&] {
       wait(&barriers.full_k[ring_k.stage], ring_k.parity());
-      start_all_scores<T, kHeadDim>(s[0], q, k + ring_k.stage * kTileBytes);
+      const uint32_t tile = k + ring_k.stage * kTileBytes;
+      if constexpr (kQueriesInRegisters)
+        start_all_scores<T>(s[0], q, tile);
+      else
+        start_all_scores<T, kHeadDim>(s[0], shared_address(q_tile), tile);
     };
     const auto start_p_v = [&] {
       wait(&barriers.full_v[ring_v.stage], ring_v.parity());
@@ -213,6 +221,7 @@ struct attention_fwd_sm90_kernel {
     LoadedKeys next = load(begin);  // of the block whose scores start next
 
     wait(&barriers.full_q, 0);
+    if constexpr (kQueriesInRegisters) load_left<T>(q, q_tile, warp_row);
     if (num_blocks > 0) {
       start_q_k();
       keys = describe(next);

@@ -171,6 +171,9 @@ RAL_DEVICE void wait_for_products() {
 // s [64, 64] = a bᵀ, or s += a bᵀ with `accumulate`, contracted over 16 columns of a and b.
 template <typename T>
 RAL_DEVICE void start_scores(float (&s)[8][4], uint64_t a, uint64_t b, bool accumulate);
+// The same with a's [64, 16] in registers.
+template <typename T>
+RAL_DEVICE void start_scores(float (&s)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
 // out [64, 8 kTiles] += a b, with a [64, 16] in registers, contracted over 16 rows of b.
 template <typename T>
@@ -189,6 +192,16 @@ RAL_DEVICE void start_product(float (&out)[16][4], const uint32_t (&a)[4], uint6
         "}, %32, %33, p, 1, 1, 0, 0;\n}"                                                       \
         : RAL_TILES_8(s, 0)                                                                    \
         : "l"(a), "l"(b), "r"(int(accumulate)));                                               \
+  }                                                                                            \
+  template <>                                                                                  \
+  RAL_DEVICE void start_scores<T>(float (&s)[8][4], const uint32_t (&a)[4], uint64_t b,        \
+                                  bool accumulate) {                                           \
+    asm volatile(                                                                              \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                           \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" RAL_REGISTERS_0_31    \
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                         \
+        : RAL_TILES_8(s, 0)                                                                    \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));           \
   }                                                                                            \
   template <>                                                                                  \
   RAL_DEVICE void start_product<T>(float (&out)[8][4], const uint32_t (&a)[4], uint64_t b) {   \

@@ -2,6 +2,7 @@
 // memory, in panels of 64 columns (hopper/layout.h). A warpgroup holds 64 rows of accumulators.
 #pragma once
 
+#include "core/tiles.h"
 #include "hopper/instructions.h"
 
 namespace ral {
@@ -29,6 +30,16 @@ RAL_DEVICE void clear_rows(char* tile, uint64_t rows) {
       clear_shared(tile + panel * kPanelBytes + row * kPanelRowBytes + (half * 4 + chunk) * 16);
 }
 
+// Reads a warp's 16 rows of a tile, from row `row` on, as the A operands of a product that contracts
+// over columns: one for each 16 columns.
+template <typename T, int kSteps>
+RAL_DEVICE void load_left(uint32_t (&left)[kSteps][4], char* tile, int row) {
+  RAL_UNROLL for (int step = 0; step < kSteps; ++step) {
+    const Tile<T, kPanelColumns> panel{reinterpret_cast<T*>(tile + step / 4 * kPanelBytes)};
+    load_matrices(left[step], panel.data + (left_offset(panel, row) ^ 2 * (step % 4) * kChunk));
+  }
+}
+
 // Starts s = a bᵀ, or s += a bᵀ with kAdds, as one group. a, b: shared addresses of tiles of
 // kColumns columns.
 template <typename T, int kColumns, bool kAdds = false>
@@ -38,6 +49,18 @@ RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t a, uint32_t b) {
   RAL_UNROLL for (int step = 0; step < kColumns / 16; ++step)
     start_scores<T>(s, columns_descriptor(a, step), columns_descriptor(b, step),
                     kAdds || step != 0);
+  commit_products();
+}
+
+// The same with a, `left` [64, 16 kSteps], in registers. Then shared memory gives b alone: with both,
+// it would be slower than the tensor cores.
+template <typename T, bool kAdds = false, int kSteps>
+RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t (&left)[kSteps][4], uint32_t b) {
+  pin(s);
+  pin(left);
+  begin_products();
+  RAL_UNROLL for (int step = 0; step < kSteps; ++step)
+    start_scores<T>(s, left[step], columns_descriptor(b, step), kAdds || step != 0);
   commit_products();
 }
 
