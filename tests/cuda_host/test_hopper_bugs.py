@@ -31,6 +31,7 @@ WRITTEN_AFTER = "registers were written after they were pinned for a product"
 NOT_BEGUN = "a barrier that has not begun"
 UNALIGNED = "a panel off 1024 bytes"
 FOR_EVER = "waits for ever"
+UNINITIALISED = "which this block never wrote"
 Bug = tuple[str, Patch, str]
 
 FWD, TILES = "attention/fwd_sm90.h", "hopper/tiles.h"
@@ -69,7 +70,7 @@ FORWARD: list[Bug] = [
     ("not_aligned", (FWD, "shared += -shared_address(shared) & (kSwizzledBytes - 1);", ""),
      UNALIGNED),
     ("no_barrier_after_the_setup", (FWD, "sync_block();", ""), NOT_BEGUN),
-    ("queries_not_waited_for", (FWD, "wait(&barriers.full_q, 0);", ""), NOT_WAITED),
+    ("queries_not_waited_for", (FWD, "wait(&barriers.full_q, 0);", ""), UNINITIALISED),
     ("keys_not_waited_for",
      (FWD, "wait(&barriers.full_k[ring_k.stage], ring_k.parity());", ""), NOT_WAITED),
     ("values_not_waited_for",
@@ -98,11 +99,12 @@ FORWARD: list[Bug] = [
     ("span_that_comes_back_overwritten",
      (MARGINALS, "again = span <= highest ? 1 : again;", "again = 0;"), OTHER_BITS),
     ("panel_missed",
-     (TILES, "left[step], columns_descriptor(b, step)",
-      "left[step], columns_descriptor(b, step % 4)"), OTHER_BITS),
+     (TILES, "columns_descriptor(right, step)", "columns_descriptor(right, step % 4)"),
+     OTHER_BITS),
     ("queries_of_one_panel", (TILES, "tile + step / 4 * kPanelBytes", "tile"), OTHER_BITS),
     ("output_over_queries_of_others",
-     (FWD, "sync_group(1 + group);\n    const Tile", "const Tile"), "race"),
+     (FWD, "marginals.rows = &of_warp->rows;  // no register holds it through the loop\n"
+      "    sync_group(1 + group);", "marginals.rows = &of_warp->rows;"), "race"),
 ]  # fmt: skip
 
 DKDV, DQ, SHARED = (f"attention/bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90", "sm90"))

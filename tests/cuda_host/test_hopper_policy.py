@@ -196,8 +196,7 @@ BUGS: list[Bug] = [
      WRITTEN_AFTER),
     ("scores_written_while_they_run", (FILE, "take(even, first);\n      finish(odd);",
      "take(even, first);\nodd[0][0][0] = 3.0f;\nfinish(odd);"), WRITTEN_WHILE),
-    ("panel_missed", (TILES_H, "columns_descriptor(a, step), columns_descriptor(b, step)",
-      "columns_descriptor(a, step), columns_descriptor(b, step % 4)"),
+    ("panel_missed", (TILES_H, "columns_descriptor(b, step)", "columns_descriptor(b, step % 4)"),
      OTHER_BITS),
 ]  # fmt: skip
 # Blocks that a warp sees whole lie before and after its own keys.

@@ -52,15 +52,16 @@ RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t a, uint32_t b) {
   commit_products();
 }
 
-// The same with a, `left` [64, 16 kSteps], in registers. Then shared memory gives b alone: with both,
-// it would be slower than the tensor cores.
+// Starts s = left rightᵀ, or s += .., as one group, with `left` [64, 16 kSteps] in registers. Shared
+// memory, which gives the other operand alone, then keeps up with the tensor cores.
 template <typename T, bool kAdds = false, int kSteps>
-RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t (&left)[kSteps][4], uint32_t b) {
+RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t (&left)[kSteps][4],
+                                 uint32_t right) {
   pin(s);
   pin(left);
   begin_products();
   RAL_UNROLL for (int step = 0; step < kSteps; ++step)
-    start_scores<T>(s, left[step], columns_descriptor(b, step), kAdds || step != 0);
+    start_scores<T>(s, left[step], columns_descriptor(right, step), kAdds || step != 0);
   commit_products();
 }
 
