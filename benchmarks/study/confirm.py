@@ -34,6 +34,7 @@ SHAPE = 2, 96  # layers and hidden size; of 64, starts of fresh seeds look at a 
 SEEDS = range(2000, 2020)
 TEST_SEED = 7_200_003  # of the evaluation's rows: others than those of tuning
 ROWS = 256
+KEPT = "arm", "seed", "accuracy", "sharpened", "curve", "looks", "target", "cpu_seconds"
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def main(
     parser.add_argument("folder", type=Path)
     parser.add_argument("--start", type=int, choices=STARTS,
                         help="run from this start alone, so that two processes share the runs")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="with report: also write all runs to this file")
     options = parser.parse_args(arguments)
     if options.what == "report":
         runs, missing = collect(options.folder, hypotheses)
@@ -166,6 +168,10 @@ def main(
             print(f"confirm: {there} of {total} runs are there; nothing is compared before all are")
             return 1
         print(markdown(table(hypotheses, runs)))
+        if options.json is not None:
+            found = [{"start": start, **{name: one[name] for name in KEPT if name in one}}
+                     for (_, start), seeds in runs.items() for one in seeds.values()]  # fmt: skip
+            options.json.write_text("\n".join(map(json.dumps, found)) + "\n")
         return 0
     be_on("cpu")
     be_quiet()

@@ -49,7 +49,8 @@ def test_nothing_is_compared_before_all_runs_are_there(
         last = plan.result("chain", arm, seed)
         last.parent.mkdir(parents=True, exist_ok=True)
         last.write_text(
-            json.dumps({"accuracy": {"24": right, "32": right}, "curve": [[16, early], [32, 0]]})
+            json.dumps({"arm": arm, "seed": seed, "accuracy": {"24": right, "32": right},
+                        "curve": [[16, early], [32, 0]]})  # fmt: skip
         )
     assert last is not None
     kept = last.read_text()
@@ -57,7 +58,9 @@ def test_nothing_is_compared_before_all_runs_are_there(
     assert confirm.main(["report", str(tmp_path)], _TWO) == 1
     assert "159 of 160 runs are there" in capsys.readouterr().out
     last.write_text(kept)
-    assert confirm.main(["report", str(tmp_path)], _TWO) == 0
+    written = tmp_path / "runs.jsonl"
+    assert confirm.main(["report", str(tmp_path), "--json", str(written)], _TWO) == 0
+    assert len({line for line in written.read_text().splitlines()}) == 160
     lines = capsys.readouterr().out.splitlines()
     wanted = estimate(
         [sum(gains[start, seed] for start in STARTS) / len(STARTS) for seed in SEEDS]
