@@ -157,7 +157,7 @@ def main(
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--start", type=int, choices=STARTS,
-                        help="run from this start alone, so that two processes share the runs")  # fmt: skip
+                        help="run from this start alone: two processes share the runs")  # fmt: skip
     parser.add_argument("--json", type=Path, help="with report: also write all runs to this file")
     options = parser.parse_args(arguments)
     if options.what == "report":

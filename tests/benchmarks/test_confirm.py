@@ -49,8 +49,14 @@ def test_nothing_is_compared_before_all_runs_are_there(
         last = plan.result("chain", arm, seed)
         last.parent.mkdir(parents=True, exist_ok=True)
         last.write_text(
-            json.dumps({"arm": arm, "seed": seed, "accuracy": {"24": right, "32": right},
-                        "curve": [[16, early], [32, 0]]})  # fmt: skip
+            json.dumps(
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "accuracy": {"24": right, "32": right},
+                    "curve": [[16, early], [32, 0]],
+                }
+            )
         )
     assert last is not None
     kept = last.read_text()

@@ -30,8 +30,8 @@ RAL_DEVICE void clear_rows(char* tile, uint64_t rows) {
       clear_shared(tile + panel * kPanelBytes + row * kPanelRowBytes + (half * 4 + chunk) * 16);
 }
 
-// Reads a warp's 16 rows of a tile, from row `row` on, as the A operands of a product that contracts
-// over columns: one for each 16 columns.
+// Reads a warp's 16 rows of a tile, from row `row` on, as the A operands of a product that
+// contracts over columns: one for each 16 columns.
 template <typename T, int kSteps>
 RAL_DEVICE void load_left(uint32_t (&left)[kSteps][4], char* tile, int row) {
   RAL_UNROLL for (int step = 0; step < kSteps; ++step) {
@@ -52,11 +52,10 @@ RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t a, uint32_t b) {
   commit_products();
 }
 
-// Starts s = left rightᵀ, or s += .., as one group, with `left` [64, 16 kSteps] in registers. Shared
-// memory, which gives the other operand alone, then keeps up with the tensor cores.
+// Starts s = left rightᵀ, or s += .., as one group, with `left` [64, 16 kSteps] in registers.
+// Shared memory, which gives the other operand alone, then keeps up with the tensor cores.
 template <typename T, bool kAdds = false, int kSteps>
-RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t (&left)[kSteps][4],
-                                 uint32_t right) {
+RAL_DEVICE void start_all_scores(float (&s)[8][4], uint32_t (&left)[kSteps][4], uint32_t right) {
   pin(s);
   pin(left);
   begin_products();
