@@ -66,7 +66,7 @@ def test_nothing_is_compared_before_all_runs_are_there(
     last.write_text(kept)
     written = tmp_path / "runs.jsonl"
     assert confirm.main(["report", str(tmp_path), "--json", str(written)], _TWO) == 0
-    assert len({line for line in written.read_text().splitlines()}) == 160
+    assert len(set(written.read_text().splitlines())) == 160
     lines = capsys.readouterr().out.splitlines()
     wanted = estimate(
         [sum(gains[start, seed] for start in STARTS) / len(STARTS) for seed in SEEDS]
