@@ -1,5 +1,5 @@
 // What the backwards of the `attention` op share: the walk over keys and queries to dq, dk, dv and
-// dspan_bias. Equations (8) to (15) of ral_kernels/ops/attention/README.md.
+// dspan_bias. Equations (8) to (16) of ral_kernels/ops/attention/README.md.
 //
 // A task is one key block. It walks over the column blocks that see it, last queries first. For
 // each it recomputes P^T, forms dS^T, and adds to its own dK and dV. dQ belongs to the column
@@ -85,8 +85,7 @@ class BackwardKeys {
     scratch_ = arena.at<uint32_t>(scratch);
     if (gradients_.dspan_bias) {
       for (int worker = 0; worker < threads; ++worker) {
-        memset(scratch_of(worker) + scratch_layout_.dbias, 0,
-               queries_.bias_size() * sizeof(float));
+        memset(scratch_of(worker) + scratch_layout_.dbias, 0, queries_.bias_size() * sizeof(float));
       }
     }
 
