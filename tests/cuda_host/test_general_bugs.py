@@ -108,16 +108,19 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
     ),
     "the_last_run_is_lost": ((SPAN_BIAS, "flush();\n    sync_warp();", "sync_warp();"), None),
     "the_excess_of_a_row_forgets_dlse": (
-        (SPAN_BIAS, "params->gradients.dlse != nullptr && mine", "false && mine"),
+        (SPAN_BIAS, "params->gradients.dlse != nullptr", "false"),
         None,
     ),
     "the_excess_of_a_row_forgets_keys_in_no_span": (
         (SPAN_BIAS, "excess += sum;", "excess += span >= 0 ? sum : 0.0f;"),
         None,
     ),
-    "rows_are_corrected_before_they_are_there": ((SPAN_BIAS, "sync_warp();", ";"), "race"),
+    "rows_are_corrected_before_they_are_there": (
+        (SPAN_BIAS, "flush();\n    sync_warp();", "flush();"),
+        "race",
+    ),
     "bias_gradient_of_rows_beyond": (
-        (SPAN_BIAS, "i && row < num_rows", "i && row <= num_rows"),
+        (SPAN_BIAS, "row < num_rows", "row <= num_rows"),
         r"(out of range|race between blocks|race): attention_bwd_dq_general_kernel|dspan_bias",
     ),
 }  # fmt: skip
