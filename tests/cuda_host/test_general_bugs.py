@@ -115,10 +115,6 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
         (SPAN_BIAS, "excess += sum;", "excess += span >= 0 ? sum : 0.0f;"),
         None,
     ),
-    "rows_are_corrected_before_they_are_there": (
-        (SPAN_BIAS, "flush();\n    sync_warp();", "flush();"),
-        "race",
-    ),
     "bias_gradient_of_rows_beyond": (
         (SPAN_BIAS, "row < num_rows", "row <= num_rows"),
         r"(out of range|race between blocks|race): attention_bwd_dq_general_kernel|dspan_bias",
