@@ -50,8 +50,8 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
     "bias_gradient_after_the_cap": (
         (
             DQ,
-            "dbias.add(ds, keys);\n      slopes.multiply(ds);",
-            "slopes.multiply(ds);\n      dbias.add(ds, keys);",
+            "dbias.add(p, ds, keys);\n      slopes.multiply(ds);",
+            "slopes.multiply(ds);\n      dbias.add(p, ds, keys);",
         ),
         None,
     ),
@@ -99,14 +99,22 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
         None,
     ),
     "a_span_that_comes_back_is_stored_again": (
-        (SPAN_BIAS, "if (span <= highest) sum += load_global(address);", ";"),
+        (SPAN_BIAS, "sum += load_global(sums(row, span));", ";"),
         None,
     ),
     "spans_that_nobody_sees_keep_what_was_there": (
-        (SPAN_BIAS, "store_global(rows + int64_t(r) * num_spans + s, 0.0f);", ";"),
+        (SPAN_BIAS, "store_global(sums(r, s), 0.0f);", ";"),
         None,
     ),
-    "the_last_run_is_lost": ((SPAN_BIAS, "if (rows != nullptr) flush();", ";"), None),
+    "the_last_run_is_lost": ((SPAN_BIAS, "flush();\n    sync_warp();", "sync_warp();"), None),
+    "the_excess_of_a_row_forgets_dlse": (
+        (SPAN_BIAS, "params->gradients.dlse != nullptr", "false"),
+        None,
+    ),
+    "the_excess_of_a_row_forgets_keys_in_no_span": (
+        (SPAN_BIAS, "excess += sum;", "excess += span >= 0 ? sum : 0.0f;"),
+        None,
+    ),
     "bias_gradient_of_rows_beyond": (
         (SPAN_BIAS, "row < num_rows", "row <= num_rows"),
         r"(out of range|race between blocks|race): attention_bwd_dq_general_kernel|dspan_bias",

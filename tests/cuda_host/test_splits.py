@@ -68,8 +68,8 @@ def parts_of(heads: int, ranges: int) -> Iterator[None]:
 # In a kernel that is wider than a head dim, and that Hopper has not.
 COLUMNS = AttentionCase("columns_72", 140, 150, 1, 6, 2, 72, spans="ragged", options=CAUSAL)
 # In the general kernels, whose tiles of queries are half as long.
-GENERAL = AttentionCase("general", 140, 150, 2, 6, 2, 72, 128, spans="ragged", key_padding="left",
-    options={**CAUSAL, "softcap": 3.0})  # fmt: skip
+GENERAL = AttentionCase("general", 140, 150, 2, 6, 2, 72, 128, spans="ragged", span_bias="full",
+    key_padding="left", options={**CAUSAL, "softcap": 3.0})  # fmt: skip
 NOT_ON_HOPPER = [(COLUMNS, (3, 2)), (GENERAL, (3, 2))]
 
 

@@ -264,6 +264,13 @@ CASES: tuple[AttentionCase, ...] = (
         spans="unsorted", num_spans=11, span_bias="per_span"),
     AttentionCase("span_bias_softcap", 61, 127, spans="ragged", span_bias="full",
         options={"softcap": 1.5}),
+    # In few keys and few spans the roundings of out do not average out.
+    AttentionCase("span_bias_in_a_window", 140, 61, spans="equal", span_bias="full",
+        options={"window": (3, 2)}),
+    AttentionCase("span_bias_rows_middle", 130, 127, num_heads=4, num_kv_heads=2, spans="gaps",
+        num_spans=3, span_bias="per_row", options={"rows": (61, 68), "window": (9, 0)}),
+    AttentionCase("span_bias_one_span", 61, 127, spans="everything", num_spans=1,
+        span_bias="full"),
     AttentionCase("span_bias_1000", 7, 1500, spans="equal", num_spans=1000, head_dim=32,
         span_bias="full"),
     # masks

@@ -150,7 +150,8 @@ LONG_CASES = ("increasing_for_long", "window_over_blocks")
 
 # In the interpreter float16 differs from float32 by where the kernels convert, which these pass.
 HALF_CASES = ("decode", "gqa_7", "head_dim_v_smaller", "unsorted_spans", "span_bias_softcap",
-    "mask_float", "fully_masked_rows", "window_causal", "rows_none", "large_scores")  # fmt: skip
+    "span_bias_in_a_window", "span_bias_rows_middle", "mask_float", "fully_masked_rows",
+    "window_causal", "rows_none", "large_scores")  # fmt: skip
 
 
 @pytest.mark.in_interpreter(
@@ -182,6 +183,8 @@ ISA_CASES = (
     "layout_mixed",
     "unsorted_spans",
     "span_bias_full",
+    "span_bias_in_a_window",
+    "span_bias_rows_middle",
     "fully_masked_rows",
     "padding_left",
     "window_both",

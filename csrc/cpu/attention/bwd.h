@@ -13,6 +13,7 @@ class AttentionBackward
   using Base = BackwardKeys<AttentionBackward, Compute, V, kPanels>;
   friend Base;
   using Base::has_dout_;
+  using Base::kBiasColumns;
   using Base::kColumns;
   using Base::kColumnSteps;
   using Base::kNoGradient;
@@ -128,12 +129,15 @@ class AttentionBackward
         RAL_UNROLL for (int r = 0; r < kTileRows; ++r)
           ds[r][v] = load(probs[r] + v * kLanes) * (ds[r][v] + shift);
       }
-      if (view.dbias && span >= 0) {
-        float* dbias =
-            reinterpret_cast<float*>(scratch + scratch_layout_.dbias) + span * kColumns + column;
+      if (view.dbias) {
+        float* dbias = dbias_of(span, column, scratch);
+        const auto add = [](float* sum, const auto& of_row) {
+          store(sum, load(sum) + (((of_row(0) + of_row(1)) + (of_row(2) + of_row(3))) +
+                                  (of_row(4) + of_row(5))));
+        };
         for (int v = 0; v < V; ++v) {
-          const Vec total = ((ds[0][v] + ds[1][v]) + (ds[2][v] + ds[3][v])) + (ds[4][v] + ds[5][v]);
-          store(dbias + v * kLanes, load(dbias + v * kLanes) + total);
+          add(dbias + v * kLanes, [&](int r) { return ds[r][v]; });
+          add(dbias + kColumns + v * kLanes, [&](int r) { return load(probs[r] + v * kLanes); });
         }
       }
     } else {
@@ -148,7 +152,8 @@ class AttentionBackward
           ds[r][v] = load(probs[r] + v * kLanes) * (ds[r][v] + shift);
         }
       }
-      if (view.dbias) add_mixed_bias(ids, s.seqlen_k - group * kTileRows, column, ds, scratch);
+      if (view.dbias)
+        add_mixed_bias(ids, s.seqlen_k - group * kTileRows, column, ds, probs, scratch);
     }
     if (params_.softcap > 0) {
       for (int r = 0; r < kTileRows; ++r) {
@@ -191,14 +196,22 @@ class AttentionBackward
     }
   }
 
-  // Span sums of dS^T on a tile with a span boundary.
+  float* dbias_of(int32_t span, int64_t column, uint32_t* scratch) const {
+    return reinterpret_cast<float*>(scratch + scratch_layout_.dbias) +
+           this->queries_.bias_row(span) * kBiasColumns + column;
+  }
+
+  // Span sums of dS^T and P^T on a tile with a span boundary.
   RAL_NOINLINE void add_mixed_bias(const int32_t* ids, int64_t num_keys, int64_t column,
-                                   const Vec (&ds)[kTileRows][V], uint32_t* scratch) const {
+                                   const Vec (&ds)[kTileRows][V],
+                                   const float (&probs)[kTileRows][kWidth],
+                                   uint32_t* scratch) const {
     for (int r = 0; r < kTileRows && r < num_keys; ++r) {
-      if (ids[r] < 0) continue;
-      float* dbias =
-          reinterpret_cast<float*>(scratch + scratch_layout_.dbias) + ids[r] * kColumns + column;
-      for (int v = 0; v < V; ++v) store(dbias + v * kLanes, load(dbias + v * kLanes) + ds[r][v]);
+      float* sums = dbias_of(ids[r], column, scratch);
+      for (int64_t v = 0; v < kWidth; v += kLanes) {
+        store(sums + v, load(sums + v) + ds[r][v / kLanes]);
+        store(sums + kColumns + v, load(sums + kColumns + v) + load(probs[r] + v));
+      }
     }
   }
 

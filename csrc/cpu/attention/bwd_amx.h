@@ -15,6 +15,7 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
   using Base = BackwardKeys<AmxBackward, AmxCompute, 2, kPanels>;
   friend Base;
   using Base::has_dout_;
+  using Base::kBiasColumns;
   using Base::kColumns;
   using Base::kColumnSteps;
   using Base::kStepsPerGroup;
@@ -43,6 +44,7 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
     float* dbias;             // or null
     const int32_t* span_ids;  // of the tile; null if no span matters
     int64_t keys;             // of the tile, without padding
+    int64_t no_span;          // row of dbias for keys in no span
     uint32_t* p_rows;         // or null
     uint32_t* ds_rows;
     uint32_t* ds_pairs;
@@ -114,6 +116,7 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
     const bool spans = view.dmarginals || view.dbias;
     tile.span_ids = spans ? problem_.span_ids(s) + group * kTileRows : nullptr;
     tile.keys = s.seqlen_k - group * kTileRows;
+    tile.no_span = this->queries_.bias_row(-1);
     tile.p_rows =
         has_dout_ ? rows_tile(scratch_layout_.p_rows, row_group, panel, scratch) : nullptr;
     tile.ds_rows = rows_tile(scratch_layout_.ds_rows, row_group, panel, scratch);
@@ -145,10 +148,12 @@ class AmxBackward : public BackwardKeys<AmxBackward<kPanels>, AmxCompute, 2, kPa
           p[i][v] = exp2_bounded((x.scores[r][v] * factor - lse[v]) * kLog2e);
           ds[i][v] = p[i][v] * (x.dp[r][v] + shift[v]);
         }
-        if (x.dbias && span >= 0) {
-          float* dbias = x.dbias + span * kColumns;
-          store(dbias, load(dbias) + ds[i][0]);
-          store(dbias + kLanes, load(dbias + kLanes) + ds[i][1]);
+        if (x.dbias && r < x.keys) {
+          float* sums = x.dbias + (span >= 0 ? span : x.no_span) * kBiasColumns;
+          for (int v = 0; v < 2; ++v, sums += kLanes) {
+            store(sums, load(sums) + ds[i][v]);
+            store(sums + kColumns, load(sums + kColumns) + p[i][v]);
+          }
         }
         if (x.capped) {
           ds[i][0] = ds[i][0] * x.slope[r * 2];

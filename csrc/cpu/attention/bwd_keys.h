@@ -1,5 +1,5 @@
 // What the backwards of the `attention` op share: the walk over keys and queries to dq, dk, dv and
-// dspan_bias. Equations (8) to (15) of ral_kernels/ops/attention/README.md.
+// dspan_bias. Equations (8) to (16) of ral_kernels/ops/attention/README.md.
 //
 // A task is one key block. It walks over the column blocks that see it, last queries first. For
 // each it recomputes P^T, forms dS^T, and adds to its own dK and dV. dQ belongs to the column
@@ -26,6 +26,7 @@ class BackwardKeys {
   using View = typename Queries::View;
   static constexpr int64_t kWidth = Queries::kWidth;
   static constexpr int64_t kColumns = Queries::kColumns;
+  static constexpr int64_t kBiasColumns = Queries::kBiasColumns;
   static constexpr int64_t kColumnSteps = Queries::kColumnSteps;
   static constexpr int64_t kGroupsPerBlock = Compute::kBackwardKeys / kTileRows;
   static constexpr int64_t kKeysPerBlock = kGroupsPerBlock * kTileRows;
@@ -48,7 +49,6 @@ class BackwardKeys {
     k_feature_groups_ = round_up(head_dim, kTileRows) / kTileRows;
     padded_k_ = round_up(head_dim, kPanel);
     padded_v_ = round_up(head_dim_v, kPanel);
-    const int64_t span_rows = round_up(params_.num_spans, kLanes) * kColumns;
     const int64_t groups = problem_.total_groups * kv_heads;
     const int64_t blocks = problem_.total_blocks * kv_heads;
     const int threads = params_.num_threads;
@@ -75,7 +75,7 @@ class BackwardKeys {
                                    : scratch_layout_.add(kKeysPerBlock / Compute::kPair * kColumns);
     scratch_layout_.few_queries = scratch_layout_.add(
         has_few_queries(params_) ? kFewQueries * round_up(head_dim, kLanes) : 0);
-    scratch_layout_.dbias = scratch_layout_.add(gradients_.dspan_bias ? span_rows : 0);
+    scratch_layout_.dbias = scratch_layout_.add(queries_.bias_size());
     const size_t scratch = arena.reserve(scratch_layout_.size * threads, 4);
     if (!arena.allocate()) return RAL_OUT_OF_MEMORY;
     key_rows_ = arena.at<uint32_t>(key_rows);
@@ -85,7 +85,7 @@ class BackwardKeys {
     scratch_ = arena.at<uint32_t>(scratch);
     if (gradients_.dspan_bias) {
       for (int worker = 0; worker < threads; ++worker) {
-        memset(scratch_of(worker) + scratch_layout_.dbias, 0, span_rows * sizeof(float));
+        memset(scratch_of(worker) + scratch_layout_.dbias, 0, queries_.bias_size() * sizeof(float));
       }
     }
 
@@ -218,17 +218,17 @@ class BackwardKeys {
     __atomic_store_n(turn, key_block + 1, __ATOMIC_RELEASE);
   }
 
-  // Adds this worker's span sums of dS to the block's, and clears them.
+  // Adds this worker's span sums of dS and P to the block's, and clears them.
   void flush_dbias(const Sequence& s, const View& v, GroupRange seen, uint32_t* scratch) const {
     const int32_t* ids = problem_.span_ids(s);
     float* local = reinterpret_cast<float*>(scratch + scratch_layout_.dbias);
-    int32_t previous = -1;
+    int64_t previous = -1;
     for (int64_t key = seen.begin * kTileRows; key < seen.end * kTileRows && key < s.seqlen_k;
          ++key) {
-      const int32_t span = ids[key];
-      if (span < 0 || span == previous) continue;
-      previous = span;
-      for (int64_t c = span * kColumns; c < (span + 1) * kColumns; c += kLanes) {
+      const int64_t row = queries_.bias_row(ids[key]);
+      if (row == previous) continue;
+      previous = row;
+      for (int64_t c = row * kBiasColumns; c < (row + 1) * kBiasColumns; c += kLanes) {
         store(v.dbias + c, load(v.dbias + c) + load(local + c));
         store(local + c, Vec{});
       }

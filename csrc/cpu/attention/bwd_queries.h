@@ -13,6 +13,7 @@ class BackwardQueries {
   static constexpr int64_t kWidth = V * kLanes;
   static constexpr int64_t kColumns = kWidth * kPanels;
   static constexpr int64_t kColumnSteps = kColumns / Compute::kPair;  // elements along the queries
+  static constexpr int64_t kBiasColumns = 2 * kColumns;
   using Block = ColumnBlock<kColumns, kWidth>;
 
   // One column block, as a key block sees it.
@@ -27,7 +28,7 @@ class BackwardQueries {
     float* delta;
     float* dmarginals;  // [S][kColumns] or null; so are the next two
     float* bias;
-    float* dbias;
+    float* dbias;  // [S + 1][kBiasColumns]: of each bias_row() the sums of dS, then those of P
   };
 
   BackwardQueries(const Problem& problem, const ral_attention_outputs& outputs,
@@ -40,6 +41,12 @@ class BackwardQueries {
         has_dout_(gradients.dout.data != nullptr),
         padded_v_(round_up(params_.head_dim_v, kPanel)),
         padded_spans_(round_up(params_.num_spans, kLanes)) {}
+
+  int64_t bias_size() const {
+    return gradients_.dspan_bias ? (padded_spans_ + 1) * kBiasColumns : 0;
+  }
+  // Where the sums of a span are. Keys in no span count in the sum over a whole row.
+  int64_t bias_row(int32_t span) const { return span >= 0 ? span : params_.num_spans; }
 
   // Room that prepare() and finish() need, in 32-bit elements.
   int64_t stage_size() const {
@@ -62,7 +69,7 @@ class BackwardQueries {
     layout_.delta = layout_.add(kColumns);
     layout_.dmarginals = layout_.add(gradients_.dmarginals ? span_rows : 0);
     layout_.bias = layout_.add(params_.span_bias.data ? span_rows : 0);
-    layout_.dbias = layout_.add(gradients_.dspan_bias ? span_rows : 0);
+    layout_.dbias = layout_.add(bias_size());
     data_offset_ = arena.reserve(blocks * layout_.size, sizeof(uint32_t));
     blocks_offset_ = arena.reserve(blocks, sizeof(Block));
     turns_offset_ = arena.reserve(blocks, sizeof(int64_t));
@@ -110,7 +117,7 @@ class BackwardQueries {
       load_span_rows<Block, kColumns>(problem_, s, block, params_.span_bias, float_stage, v.bias);
     }
     if (v.dmarginals) load_dmarginals(s, block, live, v);
-    if (v.dbias) memset(v.dbias, 0, padded_spans_ * kColumns * sizeof(float));
+    if (v.dbias) memset(v.dbias, 0, bias_size() * sizeof(float));
 
     const GroupRange visible =
         groups_of_keys(block.block_first, block.block_last, GroupRange{0, s.num_groups});
@@ -148,6 +155,7 @@ class BackwardQueries {
         v.dq, params_.head_dim, factor, v.block.count, params_.dtype,
         [&](int64_t c) { return column_row(problem_, s, gradients_.dq, v.block, c); });
     if (!v.dbias) return;
+    settle_bias(s, v);
     for (int64_t c = 0; c < kColumns; ++c) factor[c] = 1.f;
     write_columns<kColumns>(
         v.dbias, params_.num_spans, factor, v.block.count, RAL_FLOAT32, [&](int64_t c) {
@@ -159,6 +167,27 @@ class BackwardQueries {
   }
 
  private:
+  // Sums of dS become rows of dspan_bias, equation (16), in place.
+  void settle_bias(const Sequence& s, const View& v) const {
+    for (int64_t first = 0; first < kColumns; first += kLanes) {
+      alignas(64) float dlse[kLanes] = {};
+      for (int64_t i = 0; gradients_.dlse && i < kLanes && first + i < v.block.count; ++i) {
+        if (v.lse[first + i] == __builtin_inff()) continue;
+        const typename Block::Column& column = v.block.column[first + i];
+        dlse[i] = gradients_.dlse[(s.batch * params_.num_heads + column.head) * params_.seqlen_q +
+                                  column.token];
+      }
+      Vec excess = -load(dlse);
+      for (int64_t row = 0; row <= params_.num_spans; ++row) {
+        excess += load(v.dbias + row * kBiasColumns + first);
+      }
+      for (int64_t span = 0; span < params_.num_spans; ++span) {
+        const float* sums = v.dbias + span * kBiasColumns + first;
+        store(v.dbias + span * kColumns + first, load(sums) - load(sums + kColumns) * excess);
+      }
+    }
+  }
+
   // delta = dO.O - dLSE, equation (10) without the marginals; 0 in columns that are not live.
   void compute_delta(const Sequence& s, const Block& block, const bool* live, float* stage,
                      float* delta) const {

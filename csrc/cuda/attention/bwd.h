@@ -1,4 +1,4 @@
-// What the backward kernels of `attention` share: equations (8) to (15) of
+// What the backward kernels of `attention` share: equations (8) to (16) of
 // ral_kernels/ops/attention/README.md. Without a soft cap dx = ds.
 #pragma once
 
@@ -22,26 +22,29 @@ struct AttentionBwdParams {
   ral_attention_params call;
   ral_attention_outputs outputs;
   ral_attention_gradients gradients;
-  float* delta;     // [B, H, T], written by attention_bwd_delta_kernel
-  float* lse_log2;  // [B, H, T], from the same kernel; 0 where a row sees no key
+  float* delta;         // [B, H, T], written by attention_bwd_delta_kernel
+  float* lse_log2;      // [B, H, T], from the same kernel; 0 where a row sees no key
+  float* span_weights;  // [B, H, T, S], of the kernel that writes dspan_bias
   KeySplits splits;
   CtaOrder order;
 };
 
-// The parameters of a call with `scratch` of 2 B H T floats. With several parts, head_parts *
-// range_parts * 2 B Hk N columns_of floats follow.
+// The parameters of a call with `scratch` of 2 B H T floats, and B H T S more if dspan_bias is
+// wanted. With several parts, head_parts * range_parts * 2 B Hk N columns_of floats follow.
 inline AttentionBwdParams bwd_params(const ral_attention_params& call,
                                      const ral_attention_outputs& outputs,
                                      const ral_attention_gradients& gradients, int32_t head_parts,
                                      int32_t range_parts, float* scratch) {
   const int64_t num_rows = call.batch_size * call.num_heads * call.seqlen_q;
   const int64_t num_keys = call.batch_size * call.num_kv_heads * call.seqlen_k;
-  float* const dk = scratch + (2 * num_rows + 3) / 4 * 4;  // aligned to 16 bytes
+  float* const span_weights = scratch + 2 * num_rows;
+  const int64_t size = num_rows * (gradients.dspan_bias != nullptr ? 2 + call.num_spans : 2);
+  float* const dk = scratch + (size + 3) / 4 * 4;  // aligned to 16 bytes
   const int32_t num_parts = head_parts * range_parts;
   const int32_t columns = columns_of(call);
   float* const dv = dk + num_parts * num_keys * columns;
   const KeySplits splits{head_parts, range_parts, num_parts, columns, dk, dv};
-  return {call, outputs, gradients, scratch, scratch + num_rows, splits, {}};
+  return {call, outputs, gradients, scratch, scratch + num_rows, span_weights, splits, {}};
 }
 
 // Whether head_parts and range_parts split the queries of a call.

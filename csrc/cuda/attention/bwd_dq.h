@@ -1,6 +1,6 @@
 // dq of `attention`: equations (9), (11) and (14) of ral_kernels/ops/attention/README.md. A CTA has
 // kBlockQ queries of a head and walks over the keys that they see. The general kernel also writes
-// dspan_bias (12).
+// dspan_bias (12), (16).
 #pragma once
 
 #include "attention/bwd_scores.h"
@@ -84,7 +84,7 @@ struct AttentionBwdDq {
       sync_block();                                   // v has arrived
       add_product_transposed(ds, dout, warp_row, v);  // (9)
       rows.differentiate(ds, p);
-      dbias.add(ds, keys);
+      dbias.add(p, ds, keys);
       slopes.multiply(ds);
       add_product(dq, ds, TileT{opaque(k.data)});  // (14), without the scale
       sync_block();                                // k and v are no longer read

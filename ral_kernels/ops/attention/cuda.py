@@ -120,14 +120,18 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
     ) -> None:
         """Write dq, dk, dv and, if it is wanted, dspan_bias.
 
-        Scratch: 2 B H T floats, and with several parts (`key_splits`) 2 B Hk N `columns` each.
+        Scratch: 2 B H T floats, with dspan_bias B H T S more, and with several parts
+        (`key_splits`) 2 B Hk N `columns` each.
         """
         args = _prepared(args)
         if gradients.dout is not None:
             gradients = replace(gradients, dout=cuda_library.aligned(gradients.dout))
         splits = key_splits(args, cuda_library.multiprocessors(args.q))
         parts = math.prod(splits)
-        size = math.ceil(2 * outputs.lse.numel() / 4) * 4  # delta, lse in base 2
+        size = 2 * outputs.lse.numel()  # delta, lse in base 2
+        if gradients.dspan_bias is not None:
+            size += gradients.dspan_bias.numel()
+        size = math.ceil(size / 4) * 4
         if parts > 1:
             size += parts * 2 * args.batch_size * args.num_kv_heads * args.seqlen_k * columns(args)
         scratch = cuda_library.scratch(outputs.lse, size)

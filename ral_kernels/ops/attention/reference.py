@@ -206,7 +206,12 @@ def _bwd(
     # NaN would be NaN.
     ds = torch.where(p == 0, 0.0, p * (dp - delta))  # (11)
     if gradients.dspan_bias is not None:
-        gradients.dspan_bias[:, :, seq.q] = _to_spans(args, seq, ds)  # (12)
+        m = _to_spans(args, seq, p)
+        excess = ds.sum(-1, keepdim=True)
+        if gradients.dlse is not None:
+            excess -= gradients.dlse[:, :, seq.q, None]
+        correction = torch.where(m == 0, 0.0, m * excess)
+        gradients.dspan_bias[:, :, seq.q] = _to_spans(args, seq, ds) - correction  # (12), (16)
     if dcap is not None:
         ds = ds * dcap  # (13)
     gradients.dq[:, :, seq.q] = ds @ k * args.scale  # (14)

@@ -16,6 +16,7 @@ from .marginals import (
     add_mixed_block,
     add_mixed_shares,
     bias_of_tile,
+    correct_rows,
     entry_of,
     here,
     leave_span,
@@ -43,7 +44,7 @@ from .scores import (
 
 @triton.jit
 def add_query_gradients(
-    state,  # dq, run, run_kind
+    state,  # dq, run, run of weights, excess of the sum of ds over dlse, run_kind
     blocks,
     q,
     dout,
@@ -58,6 +59,7 @@ def add_query_gradients(
     dmarginals_ptr,
     mask_rows,
     dspan_bias,
+    weights,
     span_bias_rows,
     masks,
     head_masks,
@@ -69,11 +71,13 @@ def add_query_gradients(
     """The key blocks of one loop, as in fwd_kernels.py."""
     MAY_MIX: tl.constexpr = IS_EDGE or IS_SHORT
     HAS_LEFT: tl.constexpr = masks.window.HAS_LEFT
-    dq, run, run_kind = state
+    dq, run, run_of_weights, excess, run_kind = state
     dmarginals_rows = q_positions.to(tl.int64) * dspan_bias.num_spans
     if IS_SHORT and dspan_bias.ptr is not None:
         leave_span(dspan_bias, run_kind, run, True)
+        leave_span(weights, run_kind, run_of_weights, True)
         run = tl.zeros_like(run)
+        run_of_weights = tl.zeros_like(run)
         run_kind = MIXED
     # Formed here: what several loops share would take registers in all of them.
     offsets = here(tl.arange(0, tile.BLOCK_K).to(tl.int64))
@@ -92,7 +96,9 @@ def add_query_gradients(
         if dspan_bias.ptr is not None and not IS_SHORT:  # noqa: SIM102 (known when compiled)
             if kind != run_kind:
                 leave_span(dspan_bias, run_kind, run, IS_EDGE)
+                leave_span(weights, run_kind, run_of_weights, IS_EDGE)
                 run = tl.zeros_like(run)
+                run_of_weights = tl.zeros_like(run)
                 run_kind = kind
         # 0 · NaN is NaN: padding keys are not read.
         real = real_keys(masks, head_masks.padding_ptr, k_tokens, mask_k)
@@ -123,7 +129,7 @@ def add_query_gradients(
             # [BLOCK_K, BLOCK_DV]
             v = row_tile(v_head, rows, real, tile.HEAD_DIM_V, tile.PART_DV)
             dp = dot_rows(dp, dout, v, tile.HEAD_DIM_V, tile.PART_DV, tile.PRECISION)  # (9)
-        _, ds, dcap = weights_and_gradient(
+        p, ds, dcap = weights_and_gradient(
             dot, dp, bias, lse_log2[:, None], delta_m, place, masks, head_masks,
             score, IS_EDGE, False,
         )  # fmt: skip
@@ -133,16 +139,20 @@ def add_query_gradients(
         )
 
         if dspan_bias.ptr is not None:  # (12)
+            sum_of_block = tl.sum(ds, 1)
+            excess += sum_of_block
             if not IS_SHORT:
-                run += tl.sum(ds, 1)
+                run += sum_of_block
+                run_of_weights += tl.sum(p, 1)
             if MAY_MIX:  # noqa: SIM102 (known when compiled; the next is not)
                 if IS_SHORT or kind == MIXED:
                     one = tl.full([tile.BLOCK_Q], 1.0, tl.float32)
                     add_mixed_block(dspan_bias, ds, one, block_spans, tile.BLOCK_K, tile.TERMS)
+                    add_mixed_block(weights, p, one, block_spans, tile.BLOCK_K, tile.TERMS)
         # One block ahead: nothing waits for this load.
         next_block = block_number(i + 1, blocks, IS_EDGE, HAS_SPANS, HAS_SHORT, HAS_LEFT)
         kind, first_key = entry_of(keys.spans, next_block, HAS_SPANS)
-    return dq, run, run_kind
+    return dq, run, run_of_weights, excess, run_kind
 
 
 @triton.jit
@@ -155,6 +165,8 @@ def attention_bwd_dq_kernel(
     dmarginals_ptr,
     dq,
     dspan_bias_ptr,
+    weights_ptr,  # [B, H, T, S], sums of p over spans, with dspan_bias
+    dlse_ptr,
     spans,
     masks,
     packed,
@@ -227,8 +239,10 @@ def attention_bwd_dq_kernel(
     if dspan_bias_ptr is not None:
         first_row = (b * sizes.num_heads + h) * sizes.seqlen_q + q_start + block * tile.BLOCK_Q
         dspan_bias_ptr += first_row * num_spans
+        weights_ptr += first_row * num_spans
     rows_of_program = tl.arange(0, tile.BLOCK_Q)
     dspan_bias = Sums(dspan_bias_ptr, rows_of_program, mask_q, num_spans)
+    weights = Sums(weights_ptr, rows_of_program, mask_q, num_spans)
     span_bias_rows = rows
     if masks.span_bias is not None:
         span_bias_rows = h * masks.span_bias.stride_h
@@ -239,18 +253,23 @@ def attention_bwd_dq_kernel(
     dq_sum = tl.zeros([tile.BLOCK_Q, tile.BLOCK_D], tl.float32)
     run = tl.zeros([tile.BLOCK_Q], tl.float32)
     run_kind = ranges.whole.first * 0 + NO_SPAN
-    state = dq_sum, run, run_kind
+    excess = run
+    if dlse_ptr is not None:
+        excess -= tl.load(dlse_ptr + rows, mask=mask_q, other=0.0)
+    state = dq_sum, run, run, excess, run_kind
     for LOOP in tl.static_range(3):
         if LOOP != SHORT or HAS_SHORT:
             state = add_query_gradients(
                 state, blocks_of_keys(ranges, masks, LOOP, HAS_SHORT), q_tile, dout_tile,
                 q_positions, lse_log2, delta, keys, diagonal, HAS_SPANS, HAS_SHORT,
-                dout is not None, dmarginals_ptr, mask_rows, dspan_bias, span_bias_rows, masks,
-                head_masks, score, tile, LOOP == EDGE, LOOP == SHORT,
+                dout is not None, dmarginals_ptr, mask_rows, dspan_bias, weights, span_bias_rows,
+                masks, head_masks, score, tile, LOOP == EDGE, LOOP == SHORT,
             )  # fmt: skip
-    dq_sum, run, run_kind = state
+    dq_sum, run, run_of_weights, excess, run_kind = state
     if dspan_bias_ptr is not None:
         leave_span(dspan_bias, run_kind, run, True)
+        leave_span(weights, run_kind, run_of_weights, True)
+        correct_rows(dspan_bias, weights, excess)
 
     # Numbers of the program once more, which would take registers in the loops.
     pid = (tl.program_id(0) + opaque_zero(False)) // num_q_blocks

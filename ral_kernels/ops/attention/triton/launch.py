@@ -500,14 +500,18 @@ def launch_bwd(
                 _join(parts_of_x, x)
 
     def run_dq(tile: Tile) -> None:
+        weights = None
         if dspan_bias is not None:
-            dspan_bias.zero_()  # the kernel adds to it
+            dspan_bias.zero_()  # the kernel adds to both
+            weights = torch.zeros_like(dspan_bias)
         q_blocks = num_blocks(args.seqlen_q, tile.block_q, sequences)
         arguments = {
             **common,
             "dmarginals_ptr": dmarginals,
             "dq": Rows.of(dq),
             "dspan_bias_ptr": dspan_bias,
+            "weights_ptr": weights,
+            "dlse_ptr": None if dspan_bias is None else dlse,
             "spans": _span_table(args, tile.block_k, needs_spans),
             "num_q_blocks": q_blocks,
             "tile": _sizes(args, tile.block_q, tile.block_k, mixed_stages=mixed_stages),

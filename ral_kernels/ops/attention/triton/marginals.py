@@ -211,6 +211,22 @@ def scale_rows(sums, factor):
 
 
 @triton.jit
+def correct_rows(sums, weights, excess):
+    """sums[rows] -= weights · excess (16); where a weight is 0, excess may be inf or NaN."""
+    excess = tl.gather(excess, tl.arange(0, excess.shape[0]), 0)  # as in scale_rows
+    rows = sums.rows + opaque_zero(True)
+    columns = tl.arange(0, GROUP)
+    for start in tl.range(0, sums.num_spans, GROUP, num_stages=1):
+        mask = sums.mask_rows[:, None] & (start + columns < sums.num_spans)[None, :]
+        offsets = (rows.to(tl.int64) * sums.num_spans)[:, None] + (start + columns)[None, :]
+        # [BLOCK_Q, GROUP]
+        weight = tl.load(weights.ptr + offsets, mask=mask, other=0.0)
+        stored = tl.load(sums.ptr + offsets, mask=mask, other=0.0)
+        corrected = tl.where(weight == 0.0, stored, stored - weight * excess[:, None])
+        tl.store(sums.ptr + offsets, corrected, mask=mask)
+
+
+@triton.jit
 def add_mixed_block(
     sums,
     x,  # [BLOCK_Q, BLOCK_K]
