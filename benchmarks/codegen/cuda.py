@@ -39,7 +39,6 @@ STACK_LIMIT = {
     "attention_fwd_kernel 128": 160,
     "attention_bwd_dkdv_kernel 96": 56,
     "attention_bwd_dkdv_kernel 128": 56,
-    "attention_bwd_dq_general_kernel 128": 8,  # on sm_80
     "attention_bwd_dkdv_general_kernel 128": 24,  # on sm_80
     "policy_bwd_dk_kernel 64": 8,  # float16 on sm_90
 }

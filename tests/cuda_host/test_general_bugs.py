@@ -38,6 +38,10 @@ ON_BLOCKS = dataclasses.replace(CASE, seqlen_k=128, options={"softcap": 2.0})
 
 SLOPES = "general.differentiate(slopes, p);"
 BIASED = "general.template add_transposed<T>(p, keys, first);"
+LAST_RUN = (
+    "gradients.flush([&](int32_t r) { return sums_of(r); },\n"
+    "                    [&](int i, float sum) { count(i, sum); });"
+)
 IN_ROW = "chunk * kChunk < num_columns"
 
 # The patch, and what finds it: a report that says so, or None for wrong numbers.
@@ -50,8 +54,8 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
     "bias_gradient_after_the_cap": (
         (
             DQ,
-            "dbias.add(p, ds, keys);\n      slopes.multiply(ds);",
-            "slopes.multiply(ds);\n      dbias.add(p, ds, keys);",
+            "dbias.add(ds, keys);\n      slopes.multiply(ds);",
+            "slopes.multiply(ds);\n      dbias.add(ds, keys);",
         ),
         None,
     ),
@@ -99,24 +103,24 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
         None,
     ),
     "a_span_that_comes_back_is_stored_again": (
-        (SPAN_BIAS, "sum += load_global(sums(row, span));", ";"),
+        (SPAN_BIAS, "if (span <= highest) sum += load_global(row + span);", ";"),
         None,
     ),
     "spans_that_nobody_sees_keep_what_was_there": (
-        (SPAN_BIAS, "store_global(sums(r, s), 0.0f);", ";"),
+        (SPAN_BIAS, "store_global(sums_of(r) + s, 0.0f);", ";"),
         None,
     ),
-    "the_last_run_is_lost": ((SPAN_BIAS, "flush();\n    sync_warp();", "sync_warp();"), None),
+    "the_last_run_is_lost": ((SPAN_BIAS, LAST_RUN, ";"), None),
     "the_excess_of_a_row_forgets_dlse": (
-        (SPAN_BIAS, "params->gradients.dlse != nullptr", "false"),
+        (SPAN_BIAS, "params.gradients.dlse != nullptr", "false"),
         None,
     ),
     "the_excess_of_a_row_forgets_keys_in_no_span": (
-        (SPAN_BIAS, "excess += sum;", "excess += span >= 0 ? sum : 0.0f;"),
+        (SPAN_BIAS, "excess += sum;", "excess += gradients.span >= 0 ? sum : 0.0f;"),
         None,
     ),
     "bias_gradient_of_rows_beyond": (
-        (SPAN_BIAS, "row < num_rows", "row <= num_rows"),
+        (SPAN_BIAS, "row < num_rows()", "row <= num_rows()"),
         r"(out of range|race between blocks|race): attention_bwd_dq_general_kernel|dspan_bias",
     ),
 }  # fmt: skip

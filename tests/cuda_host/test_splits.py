@@ -165,7 +165,7 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
     "a_head_is_left_out": ((SCORES, "cut(of_heads + 1)", "cut(of_heads + 1) - 1"), None),
     "ranges_overlap": ((SCORES, "int32_t(range * tiles / splits.ranges) * kTile", "0"), None),
     "parts_off_16_bytes": (
-        ("attention/bwd.h", "(2 * num_rows + 3) / 4 * 4", "2 * num_rows"),
+        ("attention/bwd.h", "(size + 3) / 4 * 4", "size"),
         "misaligned: attention_bwd_join_kernel",
     ),
 }

@@ -47,8 +47,7 @@ struct AttentionBwdDq {
     const int warp_row = warp_index() * 16;
     const WarpQueries rows(params, block, warp_row);
     const GeneralScores<kGeneral> general(call, block.sequence, b, h);
-    SpanBiasGradient<kGeneral> dbias;
-    dbias.begin(params, block, warp_row);
+    SpanBiasGradient<kGeneral> dbias(params, block);
 
     float dq[1][kHeadDim / 8][4];
     clear(dq);
@@ -78,13 +77,14 @@ struct AttentionBwdDq {
       general.differentiate(slopes, p);
       general.template add<T>(p, keys, first, rows.warp_query);
       rows.weigh(p, keys, first, range, scale, block.visibility);
+      dbias.add_weights(p, keys);  // before there is ds, for want of registers
       float ds[1][kBlockK / 8][4];
       rows.begin(ds, keys, block);
       wait_for_copies<0>();
       sync_block();                                   // v has arrived
       add_product_transposed(ds, dout, warp_row, v);  // (9)
       rows.differentiate(ds, p);
-      dbias.add(p, ds, keys);
+      dbias.add(ds, keys);
       slopes.multiply(ds);
       add_product(dq, ds, TileT{opaque(k.data)});  // (14), without the scale
       sync_block();                                // k and v are no longer read
