@@ -47,7 +47,7 @@ struct AttentionBwdDq {
     const int warp_row = warp_index() * 16;
     const WarpQueries rows(params, block, warp_row);
     const GeneralScores<kGeneral> general(call, block.sequence, b, h);
-    SpanBiasGradient<kGeneral> dbias(params, block);
+    SpanBiasGradient<kGeneral> dbias(params, block, warp_row);
 
     float dq[1][kHeadDim / 8][4];
     clear(dq);

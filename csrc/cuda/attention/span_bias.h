@@ -58,12 +58,14 @@ struct SpanBiasGradient {
   static constexpr int kRows = SpanSums::kRows;
   const AttentionBwdParams& params;
   const QueriesWithGradient& block;
+  const int warp_row;  // the warp's first query in the CTA
   SpanSums gradients, weights;  // of ds and of p
   float excess;  // of a row's sum of ds over dlse; lane i of a quad has that of its row i
 
   // A sync_block lies between it and the first sums.
-  RAL_DEVICE SpanBiasGradient(const AttentionBwdParams& params, const QueriesWithGradient& block)
-      : params(params), block(block), excess(0.0f) {
+  RAL_DEVICE SpanBiasGradient(const AttentionBwdParams& params, const QueriesWithGradient& block,
+                              int warp_row)
+      : params(params), block(block), warp_row(warp_row), excess(0.0f) {
     if (!is_wanted()) return;
     const int32_t mine = row_in_warp(lane_index() % 2);
     if (params.gradients.dlse != nullptr && mine < num_rows())
@@ -112,7 +114,7 @@ struct SpanBiasGradient {
  private:
   RAL_DEVICE bool is_wanted() const { return params.gradients.dspan_bias != nullptr; }
   RAL_DEVICE int32_t num_rows() const {
-    return minimum(block.num_queries - warp_index() * 8 * kRows, 8 * kRows);
+    return minimum(block.num_queries - warp_row, 8 * kRows);
   }
   RAL_DEVICE void count(int i, float sum) {
     if (lane_index() % 4 == i) excess += sum;
@@ -121,7 +123,7 @@ struct SpanBiasGradient {
   // The warp's first query among all, formed where it is used, for want of registers.
   RAL_DEVICE int64_t first_row() const {
     const ral_attention_params& call = params.call;
-    const int32_t token = opaque(int32_t(block.first_token) + warp_index() * 8 * kRows);
+    const int32_t token = opaque(int32_t(block.first_token) + warp_row);
     return (block.b * call.num_heads + block.h) * call.seqlen_q + token;
   }
   RAL_DEVICE float* sums_of(int32_t row) const { return row_of(params.gradients.dspan_bias, row); }
@@ -132,7 +134,7 @@ struct SpanBiasGradient {
 };
 template <>
 struct SpanBiasGradient<false> {
-  RAL_DEVICE SpanBiasGradient(const AttentionBwdParams&, const QueriesWithGradient&) {}
+  RAL_DEVICE SpanBiasGradient(const AttentionBwdParams&, const QueriesWithGradient&, int) {}
   template <typename S>
   RAL_DEVICE void add_weights(const S&, const KeyBlock&) {}
   template <typename S>
