@@ -58,7 +58,7 @@ struct SpanBiasGradient {
   static constexpr int kRows = SpanSums::kRows;
   const AttentionBwdParams& params;
   const QueriesWithGradient& block;
-  const int warp_row;  // the warp's first query in the CTA
+  const int warp_row;           // the warp's first query in the CTA
   SpanSums gradients, weights;  // of ds and of p
   float excess;  // of a row's sum of ds over dlse; lane i of a quad has that of its row i
 
@@ -113,9 +113,7 @@ struct SpanBiasGradient {
 
  private:
   RAL_DEVICE bool is_wanted() const { return params.gradients.dspan_bias != nullptr; }
-  RAL_DEVICE int32_t num_rows() const {
-    return minimum(block.num_queries - warp_row, 8 * kRows);
-  }
+  RAL_DEVICE int32_t num_rows() const { return minimum(block.num_queries - warp_row, 8 * kRows); }
   RAL_DEVICE void count(int i, float sum) {
     if (lane_index() % 4 == i) excess += sum;
   }
