@@ -13,7 +13,8 @@ rollouts, so that arms differ in attention alone. Two tables are printed, means 
   group, of that change and that divergence with the rollout's advantage.
 
 All of it is of one layer's head mean over frames. RAL lowers A · JSD, so a trace of it would be a
-correlation of the divergence with the advantage that is below GRPO's.
+correlation of the divergence with the advantage that is below GRPO's. The last column has that
+difference, paired by seed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .evaluate import TEST_SEED
 from .prompts import Reader
 from .report import Run, label_of, plain
 from .run import Bench, Plan, be_on
-from .statistics import estimate
+from .statistics import Estimate, estimate, paired
 from .tasks import TASKS
 
 TASK = TASKS["chain"]
@@ -267,12 +268,19 @@ def changes(
     """The change at one extent, mean over seeds; first the heads."""
     lines = [[
         f"arm, {extent} frames", "seeds", "right before", "wrong before", "misread", "JSD, 1e-3",
-        "change ~ advantage", "JSD ~ advantage",
+        "change ~ advantage", "JSD ~ advantage", "... less GRPO's",
     ]]  # fmt: skip
+    of_grpo = {
+        seed: change.divergence_with_reward
+        for (arm, seed, size), change in of.items() if arm == "grpo" and size == extent
+    }  # fmt: skip
     for arm, mine in _by_arm(runs):
-        found = [of[key] for run in mine if (key := (arm, run["seed"], extent)) in of]
+        of_seed = {n: of[key] for run in mine if (key := (arm, n := run["seed"], extent)) in of}
+        found = list(of_seed.values())
         if not found:
             continue
+        correlations = {seed: change.divergence_with_reward for seed, change in of_seed.items()}
+        over_grpo = paired(correlations, of_grpo) if arm != "grpo" else None
         lines.append([
             label_of(arm), str(len(found)),
             *(estimate([getattr(x, name) for x in found]).signed
@@ -280,11 +288,12 @@ def changes(
             f"{1e3 * fmean(x.divergence for x in found):.1f}",
             *(_plain(estimate([getattr(x, name) for x in found]))
               for name in ("with_reward", "divergence_with_reward")),
+            "" if over_grpo is None else _plain(over_grpo),
         ])  # fmt: skip
     return lines
 
 
-def _plain(found: Any) -> str:
+def _plain(found: Estimate) -> str:
     half = "" if found.seeds == 1 else f" ± {found.half_width:.3f}"
     return f"{found.mean:+.3f}{half}".replace("-", "−")
 

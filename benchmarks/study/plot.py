@@ -1,6 +1,6 @@
-"""The study's pictures, one a task, from its JSON.
+"""The study's pictures, one a task, from its JSON, and that of `confirm` from its lines.
 
-python -m benchmarks.study.plot FILE.json    # draws them again
+python -m benchmarks.study.plot FILE.json FILE.jsonl    # draws them again
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arms import ARMS
+from ral.digits.chains import LOOKS
+
+from .arms import ARMS, BY_NAME
 from .report import FIXED_LABELS, Run, at_endpoint, by_arm, compare, label_of
 from .statistics import Estimate, estimate, paired
 from .tasks import TASKS, StudyTask
@@ -96,6 +98,69 @@ def draw(path: Path) -> list[Path]:
         plt.close(figure)
         drawn.append(out)
     return drawn
+
+
+def draw_starts(path: Path) -> Path:
+    """For each start of the task `chain`: accuracy and gain against frames, with 95 % intervals.
+
+    Args:
+        path: runs as JSON lines, of `benchmarks.study.confirm report --json`; the picture lies
+            beside it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    task = TASKS["chain"]
+    runs = [{"task": "chain", **json.loads(line)} for line in path.read_text().splitlines()]
+    starts = sorted({run["start"] for run in runs})
+    figure = plt.figure(figsize=(12, 4.2 * len(starts)), constrained_layout=True)
+    rows: Any = figure.subplots(len(starts), 2, squeeze=False)
+    for (accuracy, gain), start in zip(rows, starts, strict=True):
+        of = by_arm([run for run in runs if run["start"] == start], "chain")
+        _accuracy(accuracy, task, of)
+        accuracy.set_title(f"start {start}: accuracy", loc="left", fontsize=11)
+        _gain_of_each(gain, task, of)
+        gain.set_title(
+            f"start {start}: gain over the arm that each is compared with", loc="left", fontsize=11
+        )
+    figure.suptitle(
+        f"chain: tiny Qwen2.5-VL follows {LOOKS} looks; {len({run['seed'] for run in runs})} seeds "
+        "from each start; 95 % of the mean",
+        fontsize=10, color=_GREY,
+    )  # fmt: skip
+    out = path.with_suffix(".png")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    return out
+
+
+def _gain_of_each(axes: Any, task: StudyTask, of: dict[str, dict[int, Run]]) -> None:
+    """Paired differences at each size; points of one size lie beside one another."""
+    axes.axhline(0, color=_STYLES["grpo"]["color"], linewidth=1.2)
+    pairs = [
+        (arm, against) for arm in of if arm in BY_NAME for against in BY_NAME[arm].against
+        if against in of
+    ]  # fmt: skip
+    for place, (arm, against) in enumerate(pairs):
+        values = [
+            [{seed: run["accuracy"][str(n)] for seed, run in of[name].items()}
+             for name in (arm, against)]
+            for n in task.evaluated
+        ]  # fmt: skip
+        found = [one for one in (paired(*both) for both in values) if one is not None]
+        x = [n * 1.025 ** (place - (len(pairs) - 1) / 2) for n in _sizes(task)]
+        axes.errorbar(
+            x, [100 * one.mean for one in found], yerr=[100 * one.half_width for one in found],
+            fmt="o-", markersize=4, linewidth=1.4, capsize=2.5, color=_style_of(arm)["color"],
+            label=f"{label_of(arm)} − {label_of(against)}",
+        )  # fmt: skip
+    _along_sizes(axes, task)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.35 * (high - low), high + 0.08 * (high - low))  # room for the legend
+    axes.set_ylabel("difference, points")
+    _legend(axes, loc="lower left")
 
 
 def _sizes(task: StudyTask) -> list[int]:
@@ -235,7 +300,8 @@ def _endpoint(axes: Any, name: str, of: dict[str, dict[int, Run]]) -> None:
 
 def main(paths: Sequence[str]) -> int:
     for path in paths:
-        for picture in draw(Path(path)):
+        file = Path(path)
+        for picture in [draw_starts(file)] if file.suffix == ".jsonl" else draw(file):
             print(picture)
     return 0
 

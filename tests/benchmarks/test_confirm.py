@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study import confirm
+from benchmarks.study import confirm, plot
 from benchmarks.study.arms import BY_NAME
 from benchmarks.study.confirm import HYPOTHESES, SEEDS, STARTS, Hypothesis, arms, jobs
 from benchmarks.study.evaluate import TEST_SEED
+from benchmarks.study.report import by_arm
 from benchmarks.study.statistics import estimate
 
+ROOT = Path(__file__).resolve().parents[2]
 _TWO = (Hypothesis("ral_1_last", "grpo", (-1, 2)), Hypothesis("opad", "logits", (1, 4), mark=0))
 
 
@@ -106,3 +108,27 @@ def test_runs_are_made_in_their_order_and_once(
     assert made == ["make_start 2", "start 2 0"] + [
         f"{arm} 2 {seed}" for seed in (2000, 2001) for arm in ("grpo", "ral_1_last")
     ]
+
+
+def test_the_picture_has_the_differences_of_the_report(tmp_path: Path) -> None:
+    """From the committed runs: the mean over the endpoint and both starts is the report's."""
+    from matplotlib.figure import Figure
+
+    kept = ROOT / "benchmarks/results/amd-epyc-2-cores/chain-confirm-47d2ac1.jsonl"
+    runs = [{"task": "chain", **json.loads(line)} for line in kept.read_text().splitlines()]
+    at = [confirm.TASK.evaluated.index(extent) for extent in confirm.TASK.endpoint]
+    gains = []
+    for start in STARTS:
+        axes = Figure().subplots()
+        of = by_arm([run for run in runs if run["start"] == start], "chain")
+        plot._gain_of_each(axes, confirm.TASK, of)
+        lines = {c.get_label(): c.lines[0].get_ydata() for c in axes.containers}
+        assert len(lines) == 4
+        gains += [lines["RAL λ = 30, all layers − GRPO"][n] for n in at]
+    by_key = {(arm, start): {r["seed"]: r for r in runs if (r["arm"], r["start"]) == (arm, start)}
+              for arm in ("grpo", "ral_30_all") for start in STARTS}  # fmt: skip
+    wanted = confirm.difference(HYPOTHESES[1], by_key)
+    assert wanted is not None and sum(gains) / 4 == pytest.approx(100 * wanted.mean)
+    copy = tmp_path / kept.name
+    copy.write_text(kept.read_text())
+    assert plot.draw_starts(copy).stat().st_size > 20_000

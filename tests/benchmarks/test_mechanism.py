@@ -126,3 +126,17 @@ def test_a_study_whose_weights_were_kept(
     assert len([line for line in said.splitlines() if line.startswith("GRPO")]) == 2
     found = mechanism.of_study(plan, [{"arm": "grpo", "seed": 3}])
     assert found["grpo", 3, 6].divergence > 0
+
+
+def test_a_correlation_is_compared_with_that_of_grpo_seed_by_seed() -> None:
+    runs = [{"arm": arm, "seed": seed} for arm in ("grpo", "ral_1_last") for seed in (3, 4, 5)]
+    of = {
+        (run["arm"], run["seed"], 16): mechanism.Change(
+            *[0.0] * 7, 0.1 * run["seed"] - 0.02 * (run["arm"] != "grpo")
+        )
+        for run in runs
+    }
+    del of["grpo", 5, 16]
+    heads, grpo, ral = mechanism.changes(runs, of, 16)
+    assert heads[-1] == "... less GRPO's" and grpo[-1] == ""
+    assert ral[-2].startswith("+0.380 ±") and ral[-1] == "−0.020 ± 0.000"
