@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,7 +120,7 @@ def test_the_picture_has_the_differences_of_the_report(tmp_path: Path) -> None:
     at = [confirm.TASK.evaluated.index(extent) for extent in confirm.TASK.endpoint]
     gains = []
     for start in STARTS:
-        axes = Figure().subplots()
+        axes: Any = Figure().subplots()
         of = by_arm([run for run in runs if run["start"] == start], "chain")
         plot._gain_of_each(axes, confirm.TASK, of)
         lines = {c.get_label(): c.lines[0].get_ydata() for c in axes.containers}

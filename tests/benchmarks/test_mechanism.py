@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,9 @@ def test_a_study_whose_weights_were_kept(
 
 
 def test_a_correlation_is_compared_with_that_of_grpo_seed_by_seed() -> None:
-    runs = [{"arm": arm, "seed": seed} for arm in ("grpo", "ral_1_last") for seed in (3, 4, 5)]
+    runs: list[dict[str, Any]] = [
+        {"arm": arm, "seed": seed} for arm in ("grpo", "ral_1_last") for seed in (3, 4, 5)
+    ]
     of = {
         (run["arm"], run["seed"], 16): mechanism.Change(
             *[0.0] * 7, 0.1 * run["seed"] - 0.02 * (run["arm"] != "grpo")
