@@ -36,10 +36,12 @@ PRODUCTS = ("HMMA", "HGMMA")
 # Bytes a thread that may lie in local memory, where registers run short; all others have none.
 STACK_LIMIT = {
     "attention_fwd_kernel 96": 128,
-    "attention_fwd_kernel 128": 160,
-    "attention_bwd_dkdv_kernel 96": 56,
-    "attention_bwd_dkdv_kernel 128": 56,
+    "attention_fwd_kernel 128": 152,
+    "attention_bwd_dkdv_kernel 96": 48,
+    "attention_bwd_dkdv_kernel 128": 32,
     "attention_bwd_dkdv_general_kernel 128": 24,  # on sm_80
+    "attention_bwd_dkdv_general_kernel 256": 24,  # on sm_80
+    "attention_bwd_dq_general_kernel 256": 48,
     "policy_bwd_dk_kernel 64": 8,  # float16 on sm_90
 }
 # What a warp may issue for one block of a main loop: instructions, taken branches, global loads,

@@ -86,7 +86,7 @@ def keys(seqlen: int, num_heads: int, num_kv_heads: int, splits: tuple[int, int]
 def row(seqlen: int, num_heads: int, num_kv_heads: int) -> str:
     args = SimpleNamespace(
         batch_size=1, num_heads=num_heads, num_kv_heads=num_kv_heads, seqlen_q=seqlen,
-        seqlen_k=seqlen, cu_seqlens_q=None,
+        seqlen_k=seqlen, cu_seqlens_q=None, window_left=-1, window_right=0,
     )  # fmt: skip
     splits = key_splits(args, MULTIPROCESSORS)  # type: ignore[arg-type]
     parts = math.prod(splits)

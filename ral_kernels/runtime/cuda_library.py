@@ -163,6 +163,18 @@ def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
+def has_too_little_shared_memory(x: Tensor, size: int) -> str | None:
+    """Why the device of `x` has no room for a CTA of `size` bytes; None if it has."""
+    properties = torch.cuda.get_device_properties(x.device)
+    found = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if found >= size:
+        return None
+    return (
+        f"head dims above 128 need {size >> 10} KiB of shared memory a CTA; this GPU has "
+        f"{found >> 10} KiB"
+    )
+
+
 def stream(x: Tensor) -> int:
     """The current stream of the device of `x`."""
     return int(torch.cuda.current_stream(x.device).cuda_stream)

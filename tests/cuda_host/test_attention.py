@@ -95,9 +95,25 @@ GENERAL = [
     AttentionCase("mask_empty_rows_128", 140, 70, 2, 2, 1, 128, attn_mask="empty_rows"),
 ]  # fmt: skip
 
+# Of 256 columns: dq, dk and dv are written in two bands of 128.
+WIDE = [
+    AttentionCase("dims_256", 140, 150, 2, 4, 2, 256, spans="ragged", layout="strided",
+        options={"is_causal": True}),
+    AttentionCase("dims_136", 61, 130, 1, 2, 1, 136, spans="unsorted", layout="mixed"),
+    AttentionCase("dims_248_window", 140, 200, 1, 2, 1, 248, key_padding="left",
+        options={"window": (70, 3)}),
+    AttentionCase("dims_64_256", 70, 130, 1, 2, 1, 64, 256, spans="equal", layout="strided"),
+    AttentionCase("dims_256_64", 70, 130, 1, 2, 1, 256, 64, spans="gaps", layout="strided"),
+    AttentionCase("all_else_256", 100, 150, 2, 4, 2, 256, 192, layout="strided",
+        spans="unsorted", span_bias="full", attn_mask="minus_infinity", key_padding="left",
+        options={"is_causal": True, "softcap": 3.0, "rows": (10, 90)}),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if has_kernel(c)] + TILES + WIDTHS + GENERAL, ids=lambda c: c.name
+    "case",
+    [c for c in CASES if has_kernel(c)] + TILES + WIDTHS + GENERAL + WIDE,
+    ids=lambda c: c.name,
 )
 @pytest.mark.parametrize("dtype", HALF, ids=("bfloat16", "float16"))
 def test_outputs_and_gradients(
@@ -238,7 +254,7 @@ def test_steering_a_model(cuda_on_host: Kernels) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [TILES[0], TILES[3], TILES[-1], *GENERAL[1:3]], ids=lambda c: c.name
+    "case", [TILES[0], TILES[3], TILES[-1], *GENERAL[1:3], WIDE[-1]], ids=lambda c: c.name
 )
 def test_any_order_of_threads_gives_the_same_bits(
     case: AttentionCase, cuda_on_host: Kernels

@@ -22,7 +22,7 @@ from tests.ops.attention_cases import AttentionCase
 # One dtype of two.
 FEWER: tuple[Patch, ...] = tuple(
     ("core/launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
-    for kernel in ("Bf16, 64", "Bf16, 96", "Bf16, 128", "Fp16, 96")
+    for kernel in ("Bf16, 64", "Bf16, 96", "Bf16, 128", "Bf16, 256", "Fp16, 96")
 )
 GENERAL, SPAN_BIAS = "attention/general.h", "attention/span_bias.h"
 DQ, DKDV = "attention/bwd_dq.h", "attention/bwd_dkdv.h"
@@ -35,6 +35,9 @@ CASE = AttentionCase("seeded", 70, 140, 2, 4, 2, 40, 48, spans="unsorted", num_s
 
 # The last run of spans ends with the last block: no key without a span follows.
 ON_BLOCKS = dataclasses.replace(CASE, seqlen_k=128, options={"softcap": 2.0})
+
+# Two CTAs write two bands of columns.
+IN_BANDS = dataclasses.replace(CASE, head_dim=256, head_dim_v=136, options={"softcap": 2.0})
 
 SLOPES = "general.differentiate(slopes, p);"
 BIASED = "general.template add_transposed<T>(p, keys, first);"
@@ -123,6 +126,36 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
         (SPAN_BIAS, "row < num_rows()", "row <= num_rows()"),
         r"(out of range|race between blocks|race): attention_bwd_dq_general_kernel|dspan_bias",
     ),
+    "bands_of_dq_alike": ((DQ, "TileT{opaque(k.data) + column}", "TileT{opaque(k.data)}"), None),
+    "bands_of_dk_alike": ((DKDV, "TileT{opaque(q.data) + column}", "TileT{opaque(q.data)}"), None),
+    "bands_of_dv_alike": (
+        (DKDV, "TileT{opaque(dout.data) + column}", "TileT{opaque(dout.data)}"),
+        None,
+    ),
+    "bands_of_the_parts_in_one_place": (
+        (
+            SCORES,
+            "(matrix * call.seqlen_k + first_token) * kHeadDim + first_column",
+            "(matrix * call.seqlen_k + first_token) * kHeadDim",
+        ),
+        "race between blocks: attention_bwd_dkdv_general_kernel",
+    ),
+    "bands_write_one_bias": (
+        (
+            SPAN_BIAS,
+            "params.gradients.dspan_bias != nullptr && block.band == 0",
+            "params.gradients.dspan_bias != nullptr",
+        ),
+        "race between blocks: attention_bwd_dq_general_kernel",
+    ),
+    "chunks_further_on_are_not_swizzled": (
+        (
+            TILES,
+            "(offset ^ d % kSwizzled * kChunk) + d / kSwizzled * (kSwizzled * kChunk)",
+            "offset + d * kChunk",
+        ),
+        "(in flight|race|out of range): attention_fwd_general_kernel",
+    ),
 }  # fmt: skip
 
 
@@ -135,11 +168,15 @@ def seeded(build_folder: Path) -> Kernels:
 @pytest.mark.parametrize("bug", range(len(BUGS) + 1), ids=["none", *BUGS])
 def test_seeded_bug_of_general_kernels_is_found(bug: int, seeded: Kernels) -> None:
     name = ["none", *BUGS][bug]
-    case = ON_BLOCKS if name == "the_last_run_is_lost" else CASE
+    case = CASE
+    if name == "the_last_run_is_lost":
+        case = ON_BLOCKS
+    elif name.startswith("bands"):
+        case = IN_BANDS
     parts = 2 if "parts" in name else 1
     with on_host(seeded), parts_of(parts, 1), seeded.with_bug(bug):
         if bug == 0:
-            for correct in (CASE, ON_BLOCKS):
+            for correct in (CASE, ON_BLOCKS, IN_BANDS):
                 common.check_case(correct, torch.float16, "cuda")
             return
         with pytest.raises(AssertionError) as caught:

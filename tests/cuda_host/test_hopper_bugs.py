@@ -21,7 +21,15 @@ from tests.ops.attention_cases import AttentionCase
 # One dtype and head dim of four: bugs need no more.
 ONE_TYPE: tuple[Patch, ...] = tuple(
     ("core/launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
-    for kernel in ("Bf16, 64", "Bf16, 96", "Bf16, 128", "Fp16, 64", "Fp16, 96")
+    for kernel in (
+        "Bf16, 64",
+        "Bf16, 96",
+        "Bf16, 128",
+        "Bf16, 256",
+        "Fp16, 64",
+        "Fp16, 96",
+        "Fp16, 256",
+    )
 )
 OTHER_BITS = "bits"
 NOT_WAITED = "whose copy its warp has not waited for"

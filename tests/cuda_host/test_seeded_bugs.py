@@ -17,7 +17,15 @@ from tests.ops.attention_cases import AttentionCase
 # One dtype and head dim of four: each bug is a build of its own.
 FEWER: tuple[Patch, ...] = tuple(
     ("core/launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
-    for kernel in ("Bf16, 64", "Bf16, 96", "Bf16, 128", "Fp16, 96", "Fp16, 128")
+    for kernel in (
+        "Bf16, 64",
+        "Bf16, 96",
+        "Bf16, 128",
+        "Bf16, 256",
+        "Fp16, 96",
+        "Fp16, 128",
+        "Fp16, 256",
+    )
 )
 SOURCES = sources_of("attention/*")
 CASE = AttentionCase("seeded", 140, 200, spans="ragged", num_spans=6, options={"is_causal": True})

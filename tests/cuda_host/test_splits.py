@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -70,7 +71,9 @@ COLUMNS = AttentionCase("columns_72", 140, 150, 1, 6, 2, 72, spans="ragged", opt
 # In the general kernels, whose tiles of queries are half as long.
 GENERAL = AttentionCase("general", 140, 150, 2, 6, 2, 72, 128, spans="ragged", span_bias="full",
     key_padding="left", options={**CAUSAL, "softcap": 3.0})  # fmt: skip
-NOT_ON_HOPPER = [(COLUMNS, (3, 2)), (GENERAL, (3, 2))]
+# Of which two CTAs write two bands of columns.
+BANDS = AttentionCase("bands", 140, 150, 1, 6, 2, 200, 256, spans="ragged", options=CAUSAL)
+NOT_ON_HOPPER = [(COLUMNS, (3, 2)), (GENERAL, (3, 2)), (BANDS, (3, 2))]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -199,11 +202,17 @@ def test_seeded_bug_of_parts_is_found(bug: int, seeded: Kernels) -> None:
 
 
 def splits_of(
-    seqlen: int, num_heads: int, num_kv_heads: int, multiprocessors: int = 132, sequences: int = 0
+    seqlen: int,
+    num_heads: int,
+    num_kv_heads: int,
+    multiprocessors: int = 132,
+    sequences: int = 0,
+    window: tuple[int, int] = (-1, 0),
 ) -> tuple[int, int]:
     args = SimpleNamespace(
         batch_size=1, num_heads=num_heads, num_kv_heads=num_kv_heads, seqlen_q=seqlen,
         seqlen_k=seqlen, cu_seqlens_q=torch.zeros(sequences + 1) if sequences else None,
+        window_left=window[0], window_right=window[1],
     )  # fmt: skip
     return attention_cuda.key_splits(args, multiprocessors)  # type: ignore[arg-type]
 
@@ -220,10 +229,14 @@ def splits_of(
         ((0, 2, 1), (1, 1)),
         ((4096, 28, 4, 16), (1, 1)),  # a GPU with fewer multiprocessors
         ((4096, 16, 2, 132, 8), (4, 1)),  # packed
+        ((4096, 1, 1, 132, 0, (1024, 0)), (1, 1)),  # most ranges would see nothing of a block
+        ((4096, 16, 2, 132, 0, (1024, 0)), (4, 1)),
+        ((4096, 16, 2, 132, 0, (64, 64)), (2, 1)),  # a block of keys has 256 queries
+        ((4096, 1, 1, 132, 0, (4096, 0)), (1, 4)),  # no window in fact
     ],
     ids=str,
 )
-def test_parts_are_as_many_as_fill_the_gpu(shape: tuple[int, ...], wanted: tuple[int, int]) -> None:
+def test_parts_are_as_many_as_fill_the_gpu(shape: Any, wanted: tuple[int, int]) -> None:
     assert splits_of(*shape) == wanted
 
 

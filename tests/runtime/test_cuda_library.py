@@ -53,9 +53,9 @@ def test_a_launch_that_fails_names_kernel_and_shapes(built: None, pretended: Non
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda: (qkv(136), {}), "head dims 8 to 128 in steps of 8 are supported; got 136"),
-        (lambda: (qkv(68), {}), "head dims 8 to 128 in steps of 8 are supported; got 68"),
-        (lambda: (qkv(64, v_dim=256), {}), "in steps of 8 are supported; got 256"),
+        (lambda: (qkv(264), {}), "head dims 8 to 256 in steps of 8 are supported; got 264"),
+        (lambda: (qkv(68), {}), "head dims 8 to 256 in steps of 8 are supported; got 68"),
+        (lambda: (qkv(64, v_dim=264), {}), "in steps of 8 are supported; got 264"),
         (lambda: (qkv(dtype=torch.float32), {}), "supports bfloat16 and float16; got float32"),
     ],
     ids=("head_dim", "head_dim_off_8", "head_dim_v", "dtype"),
@@ -66,6 +66,29 @@ def test_what_has_no_kernel_is_refused(call: Any, reason: str, pretended: None) 
         rk.attention(*tensors, backend="cuda", **options)
     assert str(caught.value).startswith("attention: backend 'cuda' cannot run this call: ")
     assert reason in str(caught.value)
+
+
+def test_a_gpu_without_room_for_wide_heads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100 has 163 KiB of shared memory a CTA, an RTX 4090 has 99."""
+    room = SimpleNamespace(shared_memory_per_block_optin=163 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    monkeypatch.setattr(ATTENTION, "available", lambda: None)
+    monkeypatch.setattr(cuda_library, "cannot_run", lambda *tensors, head_dims: None)
+
+    def ran(*args: Any) -> None:
+        raise LookupError("the cuda backend was chosen")
+
+    monkeypatch.setattr(ATTENTION, "fwd", ran)
+    for head_dim in (128, 136):
+        with pytest.raises(LookupError):
+            rk.attention(*qkv(head_dim), backend="cuda")
+    room.shared_memory_per_block_optin = 99 << 10
+    with pytest.raises(LookupError):
+        rk.attention(*qkv(128), backend="cuda")
+    reason = "head dims above 128 need 128 KiB of shared memory a CTA; this GPU has 99 KiB"
+    for dims in ((136, None), (64, 256)):
+        with pytest.raises(NotImplementedError, match=reason):
+            rk.attention(*qkv(dims[0], v_dim=dims[1]), backend="cuda")
 
 
 def test_kernels_that_no_gpu_has_run_are_not_chosen(

@@ -9,21 +9,28 @@
 namespace ral {
 namespace cuda {
 
-// kGeneral: with what attention/general.h lists, and half the queries, for want of registers.
+// kGeneral: with what attention/general.h lists, and half the queries, for want of registers. For
+// the same want, a CTA forms at most 128 columns of dk and dv; another one has the others.
 template <typename T, int kHeadDim, bool kGeneral>
 struct AttentionBwdDkdv {
   using Params = AttentionBwdParams;
   static constexpr int kBlockQ = kGeneral ? 32 : 64;
   static constexpr int kWarps = kBlockK / 16;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kColumns = kHeadDim < 128 ? kHeadDim : 128;  // of dk and dv
+  static constexpr int kBands = kHeadDim / kColumns;
+  static constexpr int kMinBlocks = kBands == 1 ? 2 : 1;
   using TileT = Tile<T, kHeadDim>;
+  using Columns = Tile<T, kColumns>;
   static constexpr int kSharedBytes =
       2 * TileT::bytes(kBlockK) + 2 * TileT::bytes(kBlockQ) + 2 * kBlockQ * int(sizeof(float));
+  static_assert(2 * kBlockQ >= kBlockK, "queries make room for the results");
 
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_attention_params& call = params.call;
-    const KeysOfBlock block = keys_of_block<kGeneral>(params, kBlockK);
+    KeysOfBlock block = keys_of_block<kGeneral>(params, kBlockK, kBands);
+    const int column = block.part % kBands * kColumns;
+    block.part /= kBands;
     if (block.num_keys <= 0) return;
     const Sequence& sequence = block.sequence;
 
@@ -48,15 +55,15 @@ struct AttentionBwdDkdv {
     const int warp_key = warp_index() * 16;
     const WarpKeys keys(block, block.first_key, warp_key);
 
-    float dk[1][kHeadDim / 8][4], dv[1][kHeadDim / 8][4];
-    clear(dk);
-    clear(dv);
     const float scale = kGeneral ? 1.0f : call.scale * kLog2e;
     const QueriesOfPart part(params, block);
     const QueryRange range(block, part, block.first_key, block.num_keys);
     const ral_tensor& dout_tensor = params.gradients.dout;
     const bool has_dout = dout_tensor.data != nullptr;
 
+    float dk[1][kColumns / 8][4], dv[1][kColumns / 8][4];
+    clear(dk);
+    clear(dv);
     for (int32_t h = part.first_head; h < part.stop_head; ++h) {
       const MarginalGradient dm(params, sequence, block.b, h);
       const GeneralScores<kGeneral> general(call, sequence, block.b, h);
@@ -97,17 +104,19 @@ struct AttentionBwdDkdv {
         float ds[1][kBlockQ / 8][4];
         keys.begin(ds, statistics + kBlockQ, dm, first);
         wait_for_copies<0>();
-        sync_block();                                   // dout has arrived
-        add_product(dv, p, TileT{opaque(dout.data)});   // (8)
-        add_product_transposed(ds, v, warp_key, dout);  // (9)
+        sync_block();                                           // dout has arrived
+        add_product(dv, p, TileT{opaque(dout.data) + column});  // (8)
+        add_product_transposed(ds, v, warp_key, dout);          // (9)
         keys.differentiate(ds, p);
         slopes.multiply(ds);
-        add_product(dk, ds, TileT{opaque(q.data)});  // (15), without the scale
+        add_product(dk, ds, TileT{opaque(q.data) + column});  // (15), without the scale
       }
     }
     wait_for_copies<0>();  // in flight still where no query sees the keys
-    sync_block();          // k and v now stage the results
-    store_keys<kGeneral>(params, block, block.first_token, warp_key, block.num_keys, dk, dv, k, v);
+    sync_block();          // q and dout now stage the results
+    const Columns stage{q.data};
+    store_keys<kHeadDim, kGeneral>(params, block, block.first_token, warp_key, block.num_keys,
+                                   column, dk, dv, stage, stage);
   }
 };
 

@@ -9,14 +9,14 @@ template <typename T, int kHeadDim>
 static int launch_dkdv(AttentionBwdParams params, void* stream) {
   using Dkdv = attention_bwd_dkdv_general_kernel<T, kHeadDim>;
   const ral_attention_params& call = params.call;
-  const int32_t num_parts = params.splits.num_parts;
+  const int32_t num_parts = Dkdv::kBands * params.splits.num_parts;
   params.order = order_of_keys(call, kBlockK, num_parts);
   const int64_t blocks = params.order.num_blocks * call.num_kv_heads * call.batch_size;
   return run<Dkdv>(blocks * num_parts, params, stream);
 }
 
 int attention_bwd_dkdv_general(const AttentionBwdParams& params, void* stream) {
-  RAL_DISPATCH(params.call.dtype, params.splits.columns, launch_dkdv, params, stream);
+  RAL_DISPATCH_GENERAL(params.call.dtype, params.splits.columns, launch_dkdv, params, stream);
 }
 
 }  // namespace cuda

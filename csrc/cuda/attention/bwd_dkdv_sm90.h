@@ -224,9 +224,9 @@ struct attention_bwd_dkdv_sm90_kernel : AttentionBwdSm90<kHeadDim, 2> {
     }
     sync_group(1 + group);
     const int64_t token = block.first_token + group * kGroupK;
-    store_keys(backward, block, token, warp_key, num_keys, dk, dv,
-               Tile<T, kHeadDim>{reinterpret_cast<T*>(k_tile)},
-               Tile<T, kHeadDim>{reinterpret_cast<T*>(v_tile)});
+    store_keys<kHeadDim>(backward, block, token, warp_key, num_keys, 0, dk, dv,
+                         Tile<T, kHeadDim>{reinterpret_cast<T*>(k_tile)},
+                         Tile<T, kHeadDim>{reinterpret_cast<T*>(v_tile)});
   }
 };
 

@@ -9,21 +9,28 @@
 namespace ral {
 namespace cuda {
 
-// kGeneral: with what attention/general.h lists.
+// kGeneral: with what attention/general.h lists. A CTA forms at most 128 columns of dq, for want
+// of registers; another one has the others.
 template <typename T, int kHeadDim, bool kGeneral>
 struct AttentionBwdDq {
   using Params = AttentionBwdParams;
   static constexpr int kWarps = 4;
   static constexpr int kBlockQ = 16 * kWarps;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kColumns = kHeadDim < 128 ? kHeadDim : 128;  // of dq
+  static constexpr int kBands = kHeadDim / kColumns;
+  static constexpr int kMinBlocks = kBands == 1 ? 2 : 1;
   using TileT = Tile<T, kHeadDim>;
+  using Columns = Tile<T, kColumns>;
+  static_assert(kBlockQ <= kBlockK, "keys make room for the results");
   static constexpr int kSharedBytes = 2 * TileT::bytes(kBlockQ) + 2 * TileT::bytes(kBlockK);
 
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_attention_params& call = params.call;
-    const QueriesWithGradient block(params, kBlockQ, kGeneral && call.span_bias.data != nullptr);
-    if (block.num_queries <= 0) return;
+    const QueriesWithGradient block(params, kBlockQ, kGeneral && call.span_bias.data != nullptr,
+                                    kBands);
+    const int column = block.band * kColumns;
+    if (block.num_queries <= 0 || column >= call.head_dim) return;
     const int64_t b = block.b, h = block.h, first_token = block.first_token;
 
     const TileT q{reinterpret_cast<T*>(shared)};
@@ -49,11 +56,11 @@ struct AttentionBwdDq {
     const GeneralScores<kGeneral> general(call, block.sequence, b, h);
     SpanBiasGradient<kGeneral> dbias(params, block, warp_row);
 
-    float dq[1][kHeadDim / 8][4];
-    clear(dq);
     const float scale = kGeneral ? 1.0f : call.scale * kLog2e;
     const KeyRange range(block.visibility, block.first_query, block.num_queries);
 
+    float dq[1][kColumns / 8][4];
+    clear(dq);
     for (int32_t first = range.low / kBlockK * kBlockK; first <= range.high; first += kBlockK) {
       // 0 · NaN is NaN, so neither keys nor values of padding are read.
       const auto is_real = [&](int row) {
@@ -86,15 +93,17 @@ struct AttentionBwdDq {
       rows.differentiate(ds, p);
       dbias.add(ds, keys);
       slopes.multiply(ds);
-      add_product(dq, ds, TileT{opaque(k.data)});  // (14), without the scale
-      sync_block();                                // k and v are no longer read
+      add_product(dq, ds, TileT{opaque(k.data) + column});  // (14), without the scale
+      sync_block();                                         // k and v are no longer read
     }
     dbias.end();
     wait_for_copies<0>();  // in flight still where queries see no key
     sync_block();
+    // No longer read, k stages the results.
     store_rows<1, kGeneral>(
-        rows_of<T>(params.gradients.dq, b, h, first_token), params.gradients.dq.stride_t, warp_row,
-        block.num_queries, dq, [&](int) { return call.scale; }, q, call.head_dim);
+        rows_of<T>(params.gradients.dq, b, h, first_token) + column, params.gradients.dq.stride_t,
+        warp_row, block.num_queries, dq, [&](int) { return call.scale; }, Columns{k.data},
+        call.head_dim - column);
   }
 };
 

@@ -13,10 +13,12 @@ namespace cuda {
 
 // ---- CTAs with keys: dk, dv ---------------------------------------------------------------------
 
+// Bands of a part are neighbours, and count as parts.
 template <bool kGeneral = false>
-RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t block_k) {
+RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t block_k,
+                                     int32_t num_bands = 1) {
   const bool has_bias = kGeneral && params.call.span_bias.data != nullptr;
-  return {params.call, params.order, params.splits.num_parts, block_k,
+  return {params.call, params.order, num_bands * params.splits.num_parts, block_k,
           params.gradients.dmarginals != nullptr || has_bias};
 }
 
@@ -58,30 +60,32 @@ struct QueryRange {
                  : minimum(block.visibility.last_query(first_key + num_keys - 1), part.high)) {}
 };
 
-// Writes dk and dv of a warp's keys [row, row + 16) of `num_rows`: the gradients, or the part's own
-// sums. The stages as in store_rows. One branch for both keeps the Hopper kernel to registers.
-template <bool kGeneral = false, typename T, int kHeadDim>
+// Writes columns from `first_column` on of dk and dv, of a warp's keys [row, row + 16) of
+// `num_rows`: the gradients, or the part's own sums of kHeadDim columns. The stages as in
+// store_rows. One branch for both keeps the Hopper kernel to registers.
+template <int kHeadDim, bool kGeneral = false, typename T, int kColumns>
 RAL_DEVICE void store_keys(const AttentionBwdParams& params, const KeysOfBlock& block,
-                           int64_t first_token, int row, int32_t num_rows,
-                           const float (&dk)[1][kHeadDim / 8][4],
-                           const float (&dv)[1][kHeadDim / 8][4], Tile<T, kHeadDim> stage_dk,
-                           Tile<T, kHeadDim> stage_dv) {
+                           int64_t first_token, int row, int32_t num_rows, int first_column,
+                           const float (&dk)[1][kColumns / 8][4],
+                           const float (&dv)[1][kColumns / 8][4], Tile<T, kColumns> stage_dk,
+                           Tile<T, kColumns> stage_dv) {
   const ral_attention_params& call = params.call;
   const KeySplits& splits = params.splits;
   if (splits.num_parts == 1) {
     const ral_tensor &to_dk = params.gradients.dk, &to_dv = params.gradients.dv;
+    const int64_t columns_v = kGeneral ? call.head_dim_v : call.head_dim;
     store_rows<1, kGeneral>(
-        rows_of<T>(to_dk, block.b, block.kv_head, first_token), to_dk.stride_t, row, num_rows, dk,
-        [&](int) { return call.scale; }, stage_dk, call.head_dim);
+        rows_of<T>(to_dk, block.b, block.kv_head, first_token) + first_column, to_dk.stride_t, row,
+        num_rows, dk, [&](int) { return call.scale; }, stage_dk, call.head_dim - first_column);
     store_rows<1, kGeneral>(
-        rows_of<T>(to_dv, block.b, block.kv_head, first_token), to_dv.stride_t, row, num_rows, dv,
-        [](int) { return 1.0f; }, stage_dv, kGeneral ? call.head_dim_v : call.head_dim);
+        rows_of<T>(to_dv, block.b, block.kv_head, first_token) + first_column, to_dv.stride_t, row,
+        num_rows, dv, [](int) { return 1.0f; }, stage_dv, columns_v - first_column);
   } else {
     const int64_t matrix =
         (block.part * call.batch_size + block.b) * call.num_kv_heads + block.kv_head;
-    const int64_t at = (matrix * call.seqlen_k + first_token) * kHeadDim;
-    store_float_rows(splits.dk + at, row, num_rows, dk);
-    store_float_rows(splits.dv + at, row, num_rows, dv);
+    const int64_t at = (matrix * call.seqlen_k + first_token) * kHeadDim + first_column;
+    store_float_rows<kHeadDim>(splits.dk + at, row, num_rows, dk);
+    store_float_rows<kHeadDim>(splits.dv + at, row, num_rows, dv);
   }
 }
 
@@ -199,9 +203,9 @@ struct QueriesWithGradient : QueriesOfBlock {
   MarginalGradient dm;
 
   RAL_DEVICE QueriesWithGradient(const AttentionBwdParams& params, int32_t block_q,
-                                 bool has_bias = false)
+                                 bool has_bias = false, int32_t num_bands = 1)
       : QueriesOfBlock(params.call, params.order, block_q,
-                       params.gradients.dmarginals != nullptr || has_bias),
+                       params.gradients.dmarginals != nullptr || has_bias, num_bands),
         dm(params, sequence, b, h) {}
 };
 

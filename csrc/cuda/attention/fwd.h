@@ -19,7 +19,7 @@ struct AttentionFwd {
   static constexpr int kWarpQ = 16 * kRowTiles;  // per warp
   static constexpr int kBlockQ = kWarpQ * kWarps;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = kHeadDim > 128 ? 1 : 2;
   using TileT = Tile<T, kHeadDim>;
   static constexpr int kSharedBytes =
       TileT::bytes(kBlockQ) + 2 * TileT::bytes(kBlockK) + kWarps * int(sizeof(MarginalRows));

@@ -15,7 +15,7 @@ static int launch_fwd(const ral_attention_params& call, const ral_attention_outp
 
 int attention_fwd_general(const ral_attention_params& call, const ral_attention_outputs& outputs,
                           void* stream) {
-  RAL_DISPATCH(call.dtype, general_columns(call), launch_fwd, call, outputs, stream);
+  RAL_DISPATCH_GENERAL(call.dtype, general_columns(call), launch_fwd, call, outputs, stream);
 }
 
 }  // namespace cuda

@@ -15,7 +15,7 @@ namespace cuda {
 inline int32_t general_columns(const ral_attention_params& call) {
   const int64_t widest = call.head_dim > call.head_dim_v ? call.head_dim : call.head_dim_v;
   if (call.head_dim % kChunk != 0 || call.head_dim_v % kChunk != 0) return 0;
-  return widest <= 64 ? 64 : widest <= 128 ? 128 : 0;
+  return widest <= 64 ? 64 : widest <= 128 ? 128 : widest <= 256 ? 256 : 0;
 }
 
 // Whether a call needs them.

@@ -112,7 +112,9 @@ struct SpanBiasGradient {
   }
 
  private:
-  RAL_DEVICE bool is_wanted() const { return params.gradients.dspan_bias != nullptr; }
+  RAL_DEVICE bool is_wanted() const {
+    return params.gradients.dspan_bias != nullptr && block.band == 0;
+  }
   RAL_DEVICE int32_t num_rows() const { return minimum(block.num_queries - warp_row, 8 * kRows); }
   RAL_DEVICE void count(int i, float sum) {
     if (lane_index() % 4 == i) excess += sum;

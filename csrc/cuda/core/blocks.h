@@ -54,12 +54,14 @@ RAL_DEVICE const uint8_t* padding_of(const ral_attention_params& call, int64_t b
   return call.key_padding_mask + b * call.key_padding_mask_stride_b;
 }
 
-// CTAs of block_q queries of a head. Those of a group read the same keys and values.
-inline CtaOrder order_of_queries(const ral_attention_params& call, int32_t block_q) {
+// CTAs of block_q queries of a head, num_bands for each block. Those of a group read the same keys
+// and values.
+inline CtaOrder order_of_queries(const ral_attention_params& call, int32_t block_q,
+                                 int32_t num_bands = 1) {
   const int64_t blocks =
       count_blocks(call.seqlen_q, call.num_sequences, block_q, call.cu_seqlens_q != nullptr);
   return CtaOrder::of(blocks, call.batch_size * call.num_kv_heads,
-                      call.num_heads / call.num_kv_heads,
+                      num_bands * (call.num_heads / call.num_kv_heads),
                       call.seqlen_k * (call.head_dim + call.head_dim_v) * kNumberBytes);
 }
 
@@ -73,9 +75,11 @@ inline CtaOrder order_of_keys(const ral_attention_params& call, int32_t block_k,
                       num_parts * call.seqlen_q * (call.head_dim + call.head_dim_v) * kNumberBytes);
 }
 
-// Queries [first_query, first_query + num_queries) of a head's sequence.
+// Queries [first_query, first_query + num_queries) of a head's sequence. Several CTAs may have the
+// same: each writes a band of columns.
 struct QueriesOfBlock {
   int64_t b, h, kv_head;
+  int32_t band;
   Sequence sequence;
   int32_t first_query, num_queries;  // no queries: nothing to do
   int64_t first_token;               // the first query's, in the packed tensors
@@ -85,20 +89,22 @@ struct QueriesOfBlock {
 
   // wants_spans: the call has marginals, or a gradient of them.
   RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, const CtaOrder& order,
-                            int32_t block_q, bool wants_spans)
-      : QueriesOfBlock(call, order, order.place(), block_q, wants_spans) {}
+                            int32_t block_q, bool wants_spans, int32_t num_bands = 1)
+      : QueriesOfBlock(call, order, order.place(), block_q, wants_spans, num_bands) {}
 
  private:
   RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, const CtaOrder& order,
-                            const CtaOrder::Place& place, int32_t block_q, bool wants_spans)
+                            const CtaOrder::Place& place, int32_t block_q, bool wants_spans,
+                            int32_t num_bands)
       // Late causal queries see the most keys.
-      : QueriesOfBlock(call, order.num_blocks - 1 - place.block, place.head, block_q, wants_spans) {
-  }
+      : QueriesOfBlock(call, order.num_blocks - 1 - place.block, place.head / num_bands,
+                       int32_t(place.head % num_bands), block_q, wants_spans) {}
   RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, int32_t block, int64_t head,
-                            int32_t block_q, bool wants_spans)
+                            int32_t band, int32_t block_q, bool wants_spans)
       : b(head / call.num_heads),
         h(head % call.num_heads),
         kv_head(h / (call.num_heads / call.num_kv_heads)),
+        band(band),
         sequence(locate(call, block_q, block, false)),
         first_query(sequence.block * block_q),
         num_queries(minimum(block_q, sequence.length_q - first_query)),

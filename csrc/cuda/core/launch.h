@@ -33,6 +33,16 @@
     RAL_DISPATCH(dtype, head_dim, function, __VA_ARGS__);                             \
   } while (false)
 
+// The same for the general kernels of `attention`, which have 64, 128 or 256 columns.
+#define RAL_DISPATCH_GENERAL(dtype, columns, function, ...)                            \
+  do {                                                                                 \
+    if ((columns) == 256) {                                                            \
+      if ((dtype) == RAL_BFLOAT16) return function<ral::cuda::Bf16, 256>(__VA_ARGS__); \
+      if ((dtype) == RAL_FLOAT16) return function<ral::cuda::Fp16, 256>(__VA_ARGS__);  \
+    }                                                                                  \
+    RAL_DISPATCH(dtype, columns, function, __VA_ARGS__);                               \
+  } while (false)
+
 // Leaves an entry point whose call does not pass its check in ral/check.h.
 #define RAL_CHECK(passes)                                                       \
   do {                                                                          \

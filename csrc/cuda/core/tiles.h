@@ -31,10 +31,18 @@ struct Tile {
   RAL_DEVICE T* at(int row, int chunk) const { return data + offset(row, chunk); }
   static constexpr int bytes(int rows) { return rows * kStride * int(sizeof(T)); }
 
-  // Offset of a chunk, in numbers. offset(row, c ^ d) = offset(row, c) ^ 8 d, and rows 8 apart are
-  // 8 kStride apart. So a product forms all its addresses from one number per lane and constants.
+  // Offset of a chunk, in numbers. Rows 8 apart are 8 kStride apart. So a product forms all its
+  // addresses from one number per lane and constants.
   RAL_DEVICE static int offset(int row, int chunk) {
     return row * kStride + (chunk ^ (row & 7)) * kChunk;
+  }
+  // offset(row, chunk ^ d), from the offset of a chunk below 8. Only the last three bits are
+  // swizzled, so 8 chunks are a constant. nvcc spills less without that constant where a warp has
+  // 32 rows, and with it where it has 16.
+  template <int kRowTiles>
+  RAL_DEVICE static int flipped(int offset, int d) {
+    constexpr int kSwizzled = kRowTiles == 1 ? 8 : kChunks;
+    return (offset ^ d % kSwizzled * kChunk) + d / kSwizzled * (kSwizzled * kChunk);
   }
 };
 
@@ -46,19 +54,23 @@ RAL_DEVICE bool has_chunk(Tile<T, kColumns> tile, int chunk, int64_t num_columns
 }
 
 // Starts copying kRows rows from `rows`, `stride` numbers apart. Rows where `exists(row)` is false,
-// and columns from `num_columns` on, become zeros and are not read.
+// and columns from `num_columns` on, become zeros and are not read. Wide rows are copied in bands
+// of columns, which begin where the swizzle repeats.
 template <int kRows, int kThreads, bool kFewer = false, typename T, int kColumns, typename Exists>
 RAL_DEVICE void copy_rows(Tile<T, kColumns> tile, const T* rows, int64_t stride, Exists exists,
                           int64_t num_columns = kColumns) {
   constexpr int kChunks = Tile<T, kColumns>::kChunks, kStride = Tile<T, kColumns>::kStride;
-  constexpr int kStep = kThreads / kChunks;  // rows that the CTA copies at once
+  constexpr int kBand = kChunks < kThreads / 8 ? kChunks : kThreads / 8;
+  constexpr int kStep = kThreads / kBand;  // rows that the CTA copies at once
   static_assert(kStep % 8 == 0 && kRows % kStep == 0, "a thread's rows differ by a multiple of 8");
-  const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
+  static_assert(kBand % 8 == 0 && kChunks % kBand == 0, "all bands are swizzled alike");
+  const int row = thread_index() / kBand, chunk = thread_index() % kBand;
   T* to = tile.at(row, chunk);
   const T* from = rows + row * stride + chunk * kChunk;
-  RAL_UNROLL for (int i = 0; i < kRows; i += kStep)
-    copy_async(to + i * kStride, from + i * stride,
-               has_chunk<kFewer>(tile, chunk, num_columns) && exists(row + i));
+  RAL_UNROLL for (int i = 0; i < kRows; i += kStep) RAL_UNROLL
+    for (int c = 0; c < kChunks; c += kBand)
+      copy_async(to + i * kStride + c * kChunk, from + i * stride + c * kChunk,
+                 has_chunk<kFewer>(tile, chunk + c, num_columns) && exists(row + i));
 }
 
 // The lane's load_matrices offset of a 16 x 16 block: rows [row, row + 16), columns 0 to 15.
@@ -85,10 +97,12 @@ RAL_DEVICE void add_product_transposed(float (&product)[kRowTiles][kColumnTiles]
   RAL_UNROLL for (int step = 0; step < kColumns / 16; ++step) {
     uint32_t left[kRowTiles][4];
     RAL_UNROLL for (int r = 0; r < kRowTiles; ++r)
-      load_matrices(left[r], a.data + (a_offset ^ 2 * step * kChunk) + 16 * r * a.kStride);
+      load_matrices(
+          left[r], a.data + a.template flipped<kRowTiles>(a_offset, 2 * step) + 16 * r * a.kStride);
     RAL_UNROLL for (int c = 0; c < kColumnTiles; c += 2) {
       uint32_t right[4];  // of column tiles c and c + 1
-      load_matrices(right, b.data + (b_offset ^ 2 * step * kChunk) + 8 * c * b.kStride);
+      load_matrices(right,
+                    b.data + b.template flipped<kRowTiles>(b_offset, 2 * step) + 8 * c * b.kStride);
       RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) {
         multiply_add<T>(product[r][c], left[r], right[0], right[1]);
         multiply_add<T>(product[r][c + 1], left[r], right[2], right[3]);
@@ -106,9 +120,9 @@ RAL_DEVICE void multiply_transposed(float (&product)[kRowTiles][kColumnTiles][4]
 }
 
 // sum += weights b. The weights [16 kRowTiles, 8 kInnerTiles] are in registers and are rounded to
-// T. b has 8 kInnerTiles rows.
-template <int kRowTiles, int kInnerTiles, typename T, int kColumns>
-RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumns / 8][4],
+// T. b has 8 kInnerTiles rows, of which the sum takes the first 8 kColumnTiles columns.
+template <int kRowTiles, int kColumnTiles, int kInnerTiles, typename T, int kColumns>
+RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumnTiles][4],
                             const float (&weights)[kRowTiles][kInnerTiles][4],
                             Tile<T, kColumns> b) {
   const int b_offset = left_offset(b, 0);
@@ -119,9 +133,10 @@ RAL_DEVICE void add_product(float (&sum)[kRowTiles][kColumns / 8][4],
         const float (&pair)[4] = weights[r][2 * step + i / 2];
         left[r][i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
       }
-    RAL_UNROLL for (int c = 0; c < kColumns / 8; c += 2) {
+    RAL_UNROLL for (int c = 0; c < kColumnTiles; c += 2) {
       uint32_t right[4];
-      load_matrices_transposed(right, b.data + (b_offset ^ c * kChunk) + 16 * step * b.kStride);
+      load_matrices_transposed(
+          right, b.data + b.template flipped<kRowTiles>(b_offset, c) + 16 * step * b.kStride);
       RAL_UNROLL for (int r = 0; r < kRowTiles; ++r) {
         multiply_add<T>(sum[r][c], left[r], right[0], right[1]);
         multiply_add<T>(sum[r][c + 1], left[r], right[2], right[3]);
@@ -159,18 +174,18 @@ RAL_DEVICE void store_rows(T* rows, int64_t stride, int row, int num_rows,
   }
 }
 
-// Writes a warp's rows [row, row + 16 kRowTiles) of a dense float32 matrix. Four lanes write the 32
-// bytes of a sector.
-template <int kRowTiles, int kTiles>
+// Writes a warp's rows [row, row + 16 kRowTiles) of a float32 matrix whose rows have kStride
+// numbers. Four lanes write the 32 bytes of a sector.
+template <int kStride, int kRowTiles, int kTiles>
 RAL_DEVICE void store_float_rows(float* rows, int row, int num_rows,
                                  const float (&values)[kRowTiles][kTiles][4]) {
   const int first = row + lane_index() / 4;
-  float* const to = rows + int64_t(first) * 8 * kTiles + 2 * (lane_index() % 4);
+  float* const to = rows + int64_t(first) * kStride + 2 * (lane_index() % 4);
   RAL_UNROLL for (int i = 0; i < 2 * kRowTiles; ++i) {
     if (first + 8 * i >= num_rows) continue;
     RAL_UNROLL for (int c = 0; c < kTiles; ++c) {
       const float (&pair)[4] = values[i / 2][c];
-      store_global(reinterpret_cast<Float2*>(to + 8 * (8 * i * kTiles + c)),
+      store_global(reinterpret_cast<Float2*>(to + 8 * i * kStride + 8 * c),
                    Float2{pair[i % 2 * 2], pair[i % 2 * 2 + 1]});
     }
   }

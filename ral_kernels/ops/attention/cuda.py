@@ -16,9 +16,10 @@ from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 logger = logging.getLogger(__name__)
 
 # Of plain calls 72 to 96 have kernels for 96 columns. Others than 64 and 128, and calls with
-# options, have the general kernels.
-HEAD_DIMS = range(8, 129, 8)
+# options, have the general kernels, of 64, 128 or 256 columns.
+HEAD_DIMS = range(8, 257, 8)
 PLAIN_HEAD_DIMS = (64, 72, 80, 88, 96, 128)
+WIDE_SHARED_BYTES = 128 << 10  # of the largest CTA of 256 columns, that for dq
 
 # Of the kernel for dk and dv. That for sm_80 has half the keys, and a multiprocessor holds two.
 KEYS_OF_CTA, QUERIES_OF_TILE = 128, 64
@@ -59,15 +60,20 @@ def key_splits(args: AttentionArgs, multiprocessors: int) -> tuple[int, int]:
 
     Parts fill the GPU where kv heads and blocks of keys are too few: two CTAs a multiprocessor at
     most, each with enough to do. Heads are split first, because a CTA walks over heads one by one.
+    Under a narrow window the queries are not split: those that see a block of keys would be in few
+    of the ranges.
     `python -m benchmarks.codegen.schedule` shows what the rule gains.
     """
     sequences = 1 if args.cu_seqlens_q is None else args.cu_seqlens_q.numel() - 1
     ctas = args.batch_size * args.num_kv_heads * math.ceil(args.seqlen_k / KEYS_OF_CTA)
-    tiles = math.ceil(args.seqlen_q / max(sequences, 1) / QUERIES_OF_TILE)
+    queries = seen = args.seqlen_q / max(sequences, 1)
+    if args.window_left >= 0 and args.window_right >= 0:
+        seen = min(queries, args.window_left + args.window_right + KEYS_OF_CTA)
     group = args.num_heads // args.num_kv_heads
+    tiles = math.ceil(seen / QUERIES_OF_TILE)
     wanted = min(2 * multiprocessors // max(ctas, 1), group * tiles // TILES_OF_PART)
     heads = max(1, min(wanted, group))
-    return heads, max(1, wanted // heads)
+    return heads, 1 if 2 * seen <= queries else max(1, wanted // heads)
 
 
 def is_general(args: AttentionArgs) -> bool:
@@ -86,7 +92,9 @@ def columns(args: AttentionArgs) -> int:
     widest = max(args.head_dim, args.head_dim_v)
     if widest <= 64:
         return 64
-    return 96 if widest <= 96 and not is_general(args) else 128
+    if widest <= 96 and not is_general(args):
+        return 96
+    return 128 if widest <= 128 else 256
 
 
 class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients]):
@@ -99,9 +107,11 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
         return cuda_library.only_on_request()
 
     def can_run(self, args: AttentionArgs) -> str | None:
-        return cuda_library.cannot_run(
-            args.q, args.k, args.v, head_dims=HEAD_DIMS
-        ) or self.has_no_kernel(args)
+        reason = cuda_library.cannot_run(args.q, args.k, args.v, head_dims=HEAD_DIMS)
+        reason = reason or self.has_no_kernel(args)
+        if reason is None and columns(args) == 256:
+            reason = cuda_library.has_too_little_shared_memory(args.q, WIDE_SHARED_BYTES)
+        return reason
 
     def has_no_kernel(self, args: AttentionArgs) -> str | None:
         """Why these options have no kernel, on whatever device; None if they have one."""
