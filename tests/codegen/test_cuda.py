@@ -43,6 +43,7 @@ MULTIPLY = {
     "attention_bwd_dq_kernel",
     "attention_bwd_dkdv_kernel",
     "attention_fwd_general_kernel",
+    "attention_fwd_split_kernel",
     "attention_bwd_dq_general_kernel",
     "attention_bwd_dkdv_general_kernel",
     "policy_statistics_kernel",
@@ -188,9 +189,10 @@ def test_every_form_is_compiled(name: str, found: list[CudaKernel]) -> None:
     forms = {(k.dtype, k.head_dim, k.architecture) for k in found if k.name == name}
     architectures = {k.architecture for k in found if k.name in MULTIPLY}
     assert CHOSEN or architectures == {"sm_80", "sm_90"}
-    head_dims = (64, 128, 256) if "general" in name else (64, 128)
-    if name.startswith("attention") and "general" not in name:
-        head_dims = (64, 96, 128)
+    head_dims = (64, 128)
+    if name.startswith("attention"):
+        is_general = "general" in name or "split" in name
+        head_dims = (64, 128, 256) if is_general else (64, 96, 128)
     assert forms == set(product(("bf16", "fp16"), head_dims, architectures))
 
 

@@ -10,8 +10,9 @@ namespace cuda {
 // kWarpQ rows. K and V pass through shared memory, one block of each at a time. The next K arrives
 // while weights are multiplied with V; V arrives while scores are formed.
 //
-// kGeneral: with what attention/general.h lists, and half the rows, for want of registers.
-template <typename T, int kHeadDim, bool kGeneral>
+// kGeneral: with what attention/general.h lists, and half the rows, for want of registers. kSplit:
+// a CTA walks over the keys of its part alone (KeyParts).
+template <typename T, int kHeadDim, bool kGeneral, bool kSplit = false>
 struct AttentionFwd {
   using Params = AttentionFwdParams;
   static constexpr int kRowTiles = kGeneral ? 1 : 2, kWarps = 4;
@@ -28,7 +29,7 @@ struct AttentionFwd {
 
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_attention_params& call = params.call;
-    const QueriesOfBlock block = queries_of_block<kGeneral>(params, kBlockQ);
+    const QueriesOfBlock block = queries_of_block<kGeneral, kSplit>(params, kBlockQ);
     if (block.num_queries <= 0) return;
     const Sequence& sequence = block.sequence;
     const Visibility& visibility = block.visibility;
@@ -43,7 +44,7 @@ struct AttentionFwd {
 
     const int warp_row = warp_index() * kWarpQ;  // the warp's first row in the CTA
     auto* marginal_rows = reinterpret_cast<MarginalRows*>(v.data + kBlockK * TileT::kStride);
-    auto marginals = begin_marginals<Marginals<kRowTiles>>(
+    auto marginals = begin_marginals<Marginals<kRowTiles>, kSplit>(
         params, block, block.first_token, num_queries, warp_row, marginal_rows + warp_index());
 
     float out[kRowTiles][kHeadDim / 8][4];
@@ -58,7 +59,12 @@ struct AttentionFwd {
     const int64_t columns_v = kGeneral ? call.head_dim_v : call.head_dim;
 
     const int32_t last_query = first_query + num_queries - 1;
-    const int32_t low = visibility.first_key(first_query), high = visibility.last_key(last_query);
+    int32_t low = visibility.first_key(first_query), high = visibility.last_key(last_query);
+    if (kSplit) {
+      const KeysOfPart part(params.parts, block.band, visibility.length_k);
+      low = maximum(low, part.low);
+      high = minimum(high, part.high);
+    }
     // Range of keys that all rows see, before padding.
     const int32_t full_low = visibility.first_key(last_query);
     const int32_t full_high = visibility.last_key(first_query);
@@ -112,8 +118,8 @@ struct AttentionFwd {
     wait_for_copies<0>();  // in flight still where queries see no key
     sync_block();
     // The warp's rows of the query tile are no longer read, so they stage the output.
-    finish<kRowTiles, kGeneral>(params, block, block.first_token, num_queries, warp_row, q, out, m,
-                                normaliser, marginals);
+    finish<kRowTiles, kGeneral, kSplit>(params, block, block.first_token, num_queries, warp_row, q,
+                                        out, m, normaliser, marginals);
   }
 };
 
@@ -124,6 +130,11 @@ struct attention_fwd_kernel : AttentionFwd<T, kHeadDim, false> {
 template <typename T, int kHeadDim>
 struct attention_fwd_general_kernel : AttentionFwd<T, kHeadDim, true> {
   static const char* name() { return "attention_fwd_general_kernel"; }
+};
+
+template <typename T, int kHeadDim>
+struct attention_fwd_split_kernel : AttentionFwd<T, kHeadDim, true, true> {
+  static const char* name() { return "attention_fwd_split_kernel"; }
 };
 
 }  // namespace cuda

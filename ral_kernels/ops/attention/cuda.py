@@ -8,6 +8,8 @@ import logging
 import math
 from dataclasses import replace
 
+from torch import Tensor
+
 from ...runtime import cuda_library
 from ...runtime.backends import DifferentiableBackend
 from . import c_structs
@@ -24,6 +26,11 @@ WIDE_SHARED_BYTES = 128 << 10  # of the largest CTA of 256 columns, that for dq
 # Of the kernel for dk and dv. That for sm_80 has half the keys, and a multiprocessor holds two.
 KEYS_OF_CTA, QUERIES_OF_TILE = 128, 64
 TILES_OF_PART = 16  # fewest tiles of queries that are worth sums of their own
+
+# Of the forward in parts of the keys.
+FEW_QUERIES = 64  # of a CTA
+KEYS_OF_PART = 256  # fewest that are worth results of their own
+MOST_SCRATCH = 16 << 20  # floats
 
 
 @functools.cache
@@ -55,6 +62,21 @@ def _launch(entry: str, args: AttentionArgs, *rest: object) -> int:
     return status
 
 
+def _launch_parts(args: AttentionArgs, outputs: AttentionOutputs, parts: int) -> int:
+    size = outputs.lse.numel() * (general_columns(args) + 2)
+    if outputs.marginals is not None:
+        size += outputs.marginals.numel()
+    scratch = cuda_library.scratch(outputs.lse, parts * size)
+    status: int = _library().ral_cuda_attention_fwd_split(
+        c_structs.params(args),
+        c_structs.outputs(outputs),
+        parts,
+        ctypes.c_void_p(scratch.data_ptr()),
+        ctypes.c_void_p(cuda_library.stream(args.q)),
+    )
+    return status
+
+
 def key_splits(args: AttentionArgs, multiprocessors: int) -> tuple[int, int]:
     """(parts of a group's heads, ranges of queries) over which sums for dk and dv are split.
 
@@ -76,6 +98,57 @@ def key_splits(args: AttentionArgs, multiprocessors: int) -> tuple[int, int]:
     return heads, 1 if 2 * seen <= queries else max(1, wanted // heads)
 
 
+def heads_as_queries(
+    args: AttentionArgs, outputs: AttentionOutputs
+) -> tuple[AttentionArgs, AttentionOutputs]:
+    """The same call of one query, with the heads of a group as the queries of their kv head.
+
+    So a CTA reads keys and values once for the group. What the query sees by position becomes all
+    keys there are. All tensors are views.
+    """
+    shape = (args.num_kv_heads, args.num_heads // args.num_kv_heads)
+    position = 0 if args.top_left else args.seqlen_k - 1
+    first = 0 if args.window_left < 0 else max(0, position - args.window_left)
+    stop = args.seqlen_k if args.window_right < 0 else position + args.window_right + 1
+    if args.seqlen_q != 1 or args.cu_seqlens_q is not None or shape[1] == 1 or first >= stop:
+        return args, outputs
+
+    def keys(x: Tensor | None, dim: int = -1) -> Tensor | None:
+        return None if x is None else x.narrow(dim, first, min(stop, args.seqlen_k) - first)
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.squeeze(2).unflatten(1, shape)
+
+    marginals = outputs.marginals
+    if args.num_rows == 1:
+        marginals = rows(marginals)
+    elif marginals is not None:
+        marginals = marginals.narrow(1, 0, shape[0])
+    packed = replace(
+        args, q=rows(args.q), k=keys(args.k, 2), v=keys(args.v, 2), span_ids=keys(args.span_ids),
+        span_bias=rows(args.span_bias), attn_mask=keys(rows(args.attn_mask)),
+        key_padding_mask=keys(args.key_padding_mask), window_left=-1, window_right=-1,
+        top_left=False, row_start=0, row_stop=shape[1] if args.num_rows == 1 else 0,
+    )  # fmt: skip
+    lse = outputs.lse.view(-1, *shape)
+    return packed, replace(outputs, out=rows(outputs.out), lse=lse, marginals=marginals)
+
+
+def key_parts(args: AttentionArgs, multiprocessors: int) -> int:
+    """Parts of the keys that fill the GPU where queries are few, as in decoding."""
+    sequences = 1 if args.cu_seqlens_q is None else args.cu_seqlens_q.numel() - 1
+    ctas = args.batch_size * args.num_heads * max(sequences, 1)
+    if args.seqlen_q > FEW_QUERIES * max(sequences, 1):
+        return 1
+    rows = args.batch_size * args.num_heads * max(args.seqlen_q, 1)
+    parts = min(
+        2 * multiprocessors // max(ctas, 1),
+        args.seqlen_k // max(sequences, 1) // KEYS_OF_PART,
+        MOST_SCRATCH // (rows * (general_columns(args) + 2 + args.num_spans)),
+    )
+    return max(1, parts)
+
+
 def is_general(args: AttentionArgs) -> bool:
     """Whether the general kernels run the call: csrc/cuda/attention/general.h."""
     return (
@@ -87,14 +160,15 @@ def is_general(args: AttentionArgs) -> bool:
     )
 
 
+def general_columns(args: AttentionArgs) -> int:
+    """Columns of the general kernels for the call."""
+    widest = max(args.head_dim, args.head_dim_v)
+    return 64 if widest <= 64 else 128 if widest <= 128 else 256
+
+
 def columns(args: AttentionArgs) -> int:
     """Columns of the kernels that run the call."""
-    widest = max(args.head_dim, args.head_dim_v)
-    if widest <= 64:
-        return 64
-    if widest <= 96 and not is_general(args):
-        return 96
-    return 128 if widest <= 128 else 256
+    return 96 if 64 < args.head_dim <= 96 and not is_general(args) else general_columns(args)
 
 
 class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients]):
@@ -120,9 +194,18 @@ class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, Atten
         return cuda_library.cannot_compute(args.q, args.k, args.v, head_dims=HEAD_DIMS)
 
     def fwd(self, args: AttentionArgs, outputs: AttentionOutputs) -> None:
-        args = _prepared(args)
+        """Write out, lse and marginals.
+
+        Scratch, for a few queries (`key_parts`): what each part of the keys gives in float32, at
+        most 64 MiB.
+        """
+        args, outputs = heads_as_queries(_prepared(args), outputs)
+        parts = key_parts(args, cuda_library.multiprocessors(args.q))
         with cuda_library.on_device_of(args.q):
-            status = _launch("ral_cuda_attention_fwd", args, c_structs.outputs(outputs))
+            if parts > 1:
+                status = _launch_parts(args, outputs, parts)
+            else:
+                status = _launch("ral_cuda_attention_fwd", args, c_structs.outputs(outputs))
         cuda_library.raise_for_status("attention", status, q=args.q, k=args.k, v=args.v)
 
     def bwd(
