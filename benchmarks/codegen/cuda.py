@@ -37,7 +37,7 @@ PRODUCTS = ("HMMA", "HGMMA")
 STACK_LIMIT = {
     "attention_fwd_kernel 96": 128,
     "attention_fwd_kernel 128": 152,
-    "attention_fwd_split_kernel 256": 24,  # on sm_90
+    "attention_fwd_split_kernel 256": 8,  # on sm_90
     "attention_bwd_dkdv_kernel 96": 48,
     "attention_bwd_dkdv_kernel 128": 32,
     "attention_bwd_dkdv_general_kernel 128": 24,  # on sm_80

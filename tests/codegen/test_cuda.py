@@ -189,7 +189,7 @@ def test_every_form_is_compiled(name: str, found: list[CudaKernel]) -> None:
     forms = {(k.dtype, k.head_dim, k.architecture) for k in found if k.name == name}
     architectures = {k.architecture for k in found if k.name in MULTIPLY}
     assert CHOSEN or architectures == {"sm_80", "sm_90"}
-    head_dims = (64, 128)
+    head_dims: tuple[int, ...] = (64, 128)
     if name.startswith("attention"):
         is_general = "general" in name or "split" in name
         head_dims = (64, 128, 256) if is_general else (64, 96, 128)

@@ -36,6 +36,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ATTENTION, "can_run", ATTENTION.has_no_kernel)
     monkeypatch.setattr(cuda_library, "on_device_of", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(cuda_library, "stream", lambda x: 0)
+    monkeypatch.setattr(cuda_library, "multiprocessors", lambda x: 132)
 
 
 @pytest.mark.skipif(GPU, reason="launches do not fail here")

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -63,9 +64,7 @@ def _launch(entry: str, args: AttentionArgs, *rest: object) -> int:
 
 
 def _launch_parts(args: AttentionArgs, outputs: AttentionOutputs, parts: int) -> int:
-    size = outputs.lse.numel() * (general_columns(args) + 2)
-    if outputs.marginals is not None:
-        size += outputs.marginals.numel()
+    size = outputs.lse.numel() * (general_columns(args) + 2) + outputs.marginals.numel()
     scratch = cuda_library.scratch(outputs.lse, parts * size)
     status: int = _library().ral_cuda_attention_fwd_split(
         c_structs.params(args),
@@ -113,23 +112,24 @@ def heads_as_queries(
     if args.seqlen_q != 1 or args.cu_seqlens_q is not None or shape[1] == 1 or first >= stop:
         return args, outputs
 
-    def keys(x: Tensor | None, dim: int = -1) -> Tensor | None:
-        return None if x is None else x.narrow(dim, first, min(stop, args.seqlen_k) - first)
+    def keys(x: Tensor, dim: int = -1) -> Tensor:
+        return x.narrow(dim, first, min(stop, args.seqlen_k) - first)
 
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.squeeze(2).unflatten(1, shape)
+    def rows(x: Tensor) -> Tensor:
+        return x.squeeze(2).unflatten(1, shape)
 
-    marginals = outputs.marginals
-    if args.num_rows == 1:
-        marginals = rows(marginals)
-    elif marginals is not None:
-        marginals = marginals.narrow(1, 0, shape[0])
+    def if_any(change: Callable[[Tensor], Tensor], x: Tensor | None) -> Tensor | None:
+        return None if x is None else change(x)
+
+    has_row = args.num_rows == 1
     packed = replace(
-        args, q=rows(args.q), k=keys(args.k, 2), v=keys(args.v, 2), span_ids=keys(args.span_ids),
-        span_bias=rows(args.span_bias), attn_mask=keys(rows(args.attn_mask)),
-        key_padding_mask=keys(args.key_padding_mask), window_left=-1, window_right=-1,
-        top_left=False, row_start=0, row_stop=shape[1] if args.num_rows == 1 else 0,
+        args, q=rows(args.q), k=keys(args.k, 2), v=keys(args.v, 2),
+        span_ids=if_any(keys, args.span_ids), span_bias=if_any(rows, args.span_bias),
+        attn_mask=if_any(lambda x: keys(rows(x)), args.attn_mask),
+        key_padding_mask=if_any(keys, args.key_padding_mask), window_left=-1, window_right=-1,
+        top_left=False, row_start=0, row_stop=shape[1] if has_row else 0,
     )  # fmt: skip
+    marginals = rows(outputs.marginals) if has_row else outputs.marginals[:, : shape[0]]
     lse = outputs.lse.view(-1, *shape)
     return packed, replace(outputs, out=rows(outputs.out), lse=lse, marginals=marginals)
 
