@@ -257,15 +257,16 @@ def test_every_page_in_a_browser(site: Path, address: str, browser_page: Any) ->
 def test_the_search_finds_an_op(address: str, browser_page: Any) -> None:
     from playwright.sync_api import TimeoutError
 
-    browser_page.goto(f"{address}/index.html")
     query, found = (
         browser_page.locator(x) for x in ("input[name=query]", ".md-search-result__item")
     )
-    for _ in range(20):  # what is typed before the page's script listens is lost
-        query.fill("")
+    # What is typed before the page's script listens is lost, and typing it again finds nothing.
+    for patience in (1, 3, 10, 30):
+        browser_page.goto(f"{address}/index.html")
+        browser_page.wait_for_timeout(1000 * patience)
         query.fill("span_bias")
         try:
-            found.nth(3).wait_for(timeout=5000)
+            found.nth(3).wait_for(timeout=10_000 * patience)
         except TimeoutError:
             continue
         return
