@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,6 +34,15 @@ LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic") if sys.platform == "linux" else ("-sh
 
 # (file relative to csrc/cuda, text in it, text to put in its place)
 Patch = tuple[str, str, str]
+
+
+def only(*kept: str) -> tuple[Patch, ...]:
+    """Patches that compile the kernels of these dtypes and columns alone, such as "Fp16, 64"."""
+    call = r"return function<ral::cuda::(\w+, \d+)>\(__VA_ARGS__\);"
+    dispatched = re.finditer(call, (CUDA / "core/launch.h").read_text())
+    found = {match[1]: match[0] for match in dispatched}
+    assert set(kept) <= set(found)
+    return tuple(("core/launch.h", line, "break;") for k, line in found.items() if k not in kept)
 
 
 def switched(bugs: Sequence[Patch]) -> tuple[Patch, ...]:

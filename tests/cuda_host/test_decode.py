@@ -18,6 +18,7 @@ import ral_kernels as rk
 from ral_kernels.ops.attention import cuda as attention_cuda
 from tests.cuda_host.backend import Kernels, host_library, on_host
 from tests.cuda_host.build import Patch, switched
+from tests.cuda_host.test_attention import check_any_order
 from tests.cuda_host.test_seeded_bugs import FEWER, SOURCES, WRONG_NUMBERS
 from tests.ops import test_attention as common
 from tests.ops.attention_cases import AttentionCase
@@ -107,15 +108,8 @@ def test_packed_sequences(cuda_on_host: Kernels) -> None:
 def test_any_order_of_threads_gives_the_same_bits(
     case: AttentionCase, cuda_on_host: Kernels
 ) -> None:
-    found = []
-    for order in range(4):
-        cuda_on_host.set_order(order)
-        inputs = case.inputs(torch.bfloat16).requires_grad_()
-        with parts_of(3):
-            found.append(common.outputs_and_gradients(inputs, "cuda"))
-    for other in found[1:]:
-        for x, y in zip(found[0], other, strict=True):
-            assert torch.equal(x, y)
+    with parts_of(3):
+        check_any_order(case, cuda_on_host)
 
 
 # ---- Bugs put in on purpose ---------------------------------------------------------------------

@@ -13,17 +13,14 @@ import pytest
 import torch
 
 from tests.cuda_host.backend import Kernels, Violation, host_library, on_host
-from tests.cuda_host.build import Patch, switched
+from tests.cuda_host.build import Patch, only, switched
 from tests.cuda_host.test_seeded_bugs import SOURCES, WRONG_NUMBERS
 from tests.cuda_host.test_splits import parts_of
 from tests.ops import test_attention as common
 from tests.ops.attention_cases import AttentionCase
 
 # One dtype of two.
-FEWER: tuple[Patch, ...] = tuple(
-    ("core/launch.h", f"return function<ral::cuda::{kernel}>(__VA_ARGS__);", "break;")
-    for kernel in ("Bf16, 64", "Bf16, 96", "Bf16, 128", "Bf16, 256", "Fp16, 96")
-)
+FEWER = only("Fp16, 64", "Fp16, 128", "Fp16, 256")
 GENERAL, SPAN_BIAS = "attention/general.h", "attention/span_bias.h"
 DQ, DKDV = "attention/bwd_dq.h", "attention/bwd_dkdv.h"
 TILES, ROWS, SCORES = "core/tiles.h", "attention/fwd_rows.h", "attention/bwd_scores.h"
