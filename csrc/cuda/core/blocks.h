@@ -76,7 +76,7 @@ inline CtaOrder order_of_keys(const ral_attention_params& call, int32_t block_k,
 }
 
 // Queries [first_query, first_query + num_queries) of a head's sequence. Several CTAs may have the
-// same: each writes a band of columns.
+// same: each has a band, of columns that it writes or of keys that it walks over.
 struct QueriesOfBlock {
   int64_t b, h, kv_head;
   int32_t band;

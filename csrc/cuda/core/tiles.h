@@ -46,8 +46,8 @@ struct Tile {
   }
 };
 
-// Whether a chunk of a row is one of the matrix. A tile of 64 or 128 columns has no others, unless
-// matrices of fewer columns are put into it (kFewer).
+// Whether a chunk of a row is one of the matrix. A tile of 64, 128 or 256 columns has no others,
+// unless matrices of fewer columns are put into it (kFewer).
 template <bool kFewer, typename T, int kColumns>
 RAL_DEVICE bool has_chunk(Tile<T, kColumns> tile, int chunk, int64_t num_columns) {
   return (tile.kStride == kColumns && !kFewer) || chunk * kChunk < num_columns;
