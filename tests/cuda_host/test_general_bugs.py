@@ -140,7 +140,7 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
     "bands_write_one_bias": (
         (
             SPAN_BIAS,
-            "params.gradients.dspan_bias != nullptr && block.band == 0",
+            "params.gradients.dspan_bias != nullptr && block.share == 0",
             "params.gradients.dspan_bias != nullptr",
         ),
         "race between blocks: attention_bwd_dq_general_kernel",

@@ -162,7 +162,7 @@ BUGS: dict[str, tuple[Patch, str | None]] = {
         None,
     ),
     "parts_in_one_place": (
-        (SCORES, "block.part * call.batch_size + block.b", "block.b"),
+        (SCORES, "block.share * call.batch_size + block.b", "block.b"),
         "race between blocks: attention_bwd_dkdv_kernel",
     ),
     "a_head_is_left_out": ((SCORES, "cut(of_heads + 1)", "cut(of_heads + 1) - 1"), None),

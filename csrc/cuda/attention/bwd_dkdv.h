@@ -29,8 +29,8 @@ struct AttentionBwdDkdv {
   RAL_DEVICE static void run(const Params& params, char* shared) {
     const ral_attention_params& call = params.call;
     KeysOfBlock block = keys_of_block<kGeneral>(params, kBlockK, kBands);
-    const int column = block.part % kBands * kColumns;
-    block.part /= kBands;
+    const int column = block.share % kBands * kColumns;
+    block.share /= kBands;
     if (block.num_keys <= 0) return;
     const Sequence& sequence = block.sequence;
 

@@ -29,7 +29,7 @@ struct AttentionBwdDq {
     const ral_attention_params& call = params.call;
     const QueriesWithGradient block(params, kBlockQ, kGeneral && call.span_bias.data != nullptr,
                                     kBands);
-    const int column = block.band * kColumns;
+    const int column = block.share * kColumns;
     if (block.num_queries <= 0 || column >= call.head_dim) return;
     const int64_t b = block.b, h = block.h, first_token = block.first_token;
 

@@ -18,7 +18,7 @@ struct attention_bwd_join_kernel {
   RAL_DEVICE static void run(const Params& params, char*) {
     const ral_attention_params& call = params.call;
     const KeysOfBlock block(call, params.order, 2, kBlockK, false);
-    const bool is_dk = block.part == 0;
+    const bool is_dk = block.share == 0;
     const ral_tensor& gradient = is_dk ? params.gradients.dk : params.gradients.dv;
     const int32_t columns = params.splits.columns;
     const int64_t head_dim = is_dk ? call.head_dim : call.head_dim_v;

@@ -13,7 +13,7 @@ namespace cuda {
 
 // ---- CTAs with keys: dk, dv ---------------------------------------------------------------------
 
-// Bands of a part are neighbours, and count as parts.
+// A share is a band of columns of a part of the queries. The bands of a part are neighbours.
 template <bool kGeneral = false>
 RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t block_k,
                                      int32_t num_bands = 1) {
@@ -22,7 +22,7 @@ RAL_DEVICE KeysOfBlock keys_of_block(const AttentionBwdParams& params, int32_t b
           params.gradients.dmarginals != nullptr || has_bias};
 }
 
-// The heads [first_head, stop_head) and queries [low, high] that a CTA's part sums over. Ranges of
+// The heads [first_head, stop_head) and queries [low, high] that a CTA's share sums over. Ranges of
 // queries do not depend on the keys, so kernels with other blocks of keys have the same parts.
 struct QueriesOfPart {
   int32_t first_head, stop_head;
@@ -31,7 +31,7 @@ struct QueriesOfPart {
   RAL_DEVICE QueriesOfPart(const AttentionBwdParams& params, const KeysOfBlock& block) {
     const KeySplits& splits = params.splits;
     const int32_t group = int32_t(params.call.num_heads / params.call.num_kv_heads);
-    const int32_t of_heads = block.part / splits.ranges, range = block.part % splits.ranges;
+    const int32_t of_heads = block.share / splits.ranges, range = block.share % splits.ranges;
     // The first parts of heads are the larger ones.
     const auto cut = [&](int32_t part) {
       return int32_t(block.kv_head) * group + (part * group + splits.heads - 1) / splits.heads;
@@ -82,7 +82,7 @@ RAL_DEVICE void store_keys(const AttentionBwdParams& params, const KeysOfBlock& 
         num_rows, dv, [](int) { return 1.0f; }, stage_dv, columns_v - first_column);
   } else {
     const int64_t matrix =
-        (block.part * call.batch_size + block.b) * call.num_kv_heads + block.kv_head;
+        (block.share * call.batch_size + block.b) * call.num_kv_heads + block.kv_head;
     const int64_t at = (matrix * call.seqlen_k + first_token) * kHeadDim + first_column;
     store_float_rows<kHeadDim>(splits.dk + at, row, num_rows, dk);
     store_float_rows<kHeadDim>(splits.dv + at, row, num_rows, dv);

@@ -61,7 +61,7 @@ struct AttentionFwd {
     const int32_t last_query = first_query + num_queries - 1;
     int32_t low = visibility.first_key(first_query), high = visibility.last_key(last_query);
     if (kSplit) {
-      const KeysOfPart part(params.parts, block.band, visibility.length_k);
+      const KeysOfPart part(params.parts, block.share, visibility.length_k);
       low = maximum(low, part.low);
       high = minimum(high, part.high);
     }

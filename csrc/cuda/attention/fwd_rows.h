@@ -25,7 +25,7 @@ struct AttentionFwdParams {
   KeyParts parts;  // of attention_fwd_split_kernel alone
 };
 
-// With kSplit the block's band is its part of the keys.
+// With kSplit the block's share is its part of the keys.
 template <bool kGeneral = false, bool kSplit = false>
 RAL_DEVICE QueriesOfBlock queries_of_block(const AttentionFwdParams& params, int32_t block_q) {
   const bool has_bias = kGeneral && params.call.span_bias.data != nullptr;
@@ -59,7 +59,7 @@ RAL_DEVICE SpanSums begin_marginals(const AttentionFwdParams& params, const Quer
   const int32_t first = int32_t(row < -kWarpQ ? kWarpQ : row < 0 ? -row : 0);
   const int64_t end = num_rows - row < kWarpQ ? num_rows - row : kWarpQ;
   const int32_t stop = minimum(int32_t(end), num_queries - warp_row);
-  const int64_t part = kSplit ? block.band * call.batch_size : 0;
+  const int64_t part = kSplit ? block.share * call.batch_size : 0;
   float* data = (kSplit ? params.parts.marginals : params.outputs.marginals) +
                 (((part + block.b) * call.num_heads + block.h) * num_rows + row) * call.num_spans;
   if (first < stop) marginals.begin(at, {data, first, stop}, int32_t(call.num_spans));
@@ -78,7 +78,7 @@ RAL_DEVICE void finish(const AttentionFwdParams& params, const QueriesOfBlock& b
                        SpanSums& marginals) {
   const ral_attention_params& call = params.call;
   float inverse[2 * kRowTiles], lse_log2[2 * kRowTiles];
-  const int64_t part = kSplit ? block.band * call.batch_size : 0;
+  const int64_t part = kSplit ? block.share * call.batch_size : 0;
   const int64_t first_row =
       ((part + block.b) * call.num_heads + block.h) * call.seqlen_q + first_token;
   float* const lse = params.outputs.lse + first_row;

@@ -113,7 +113,7 @@ struct SpanBiasGradient {
 
  private:
   RAL_DEVICE bool is_wanted() const {
-    return params.gradients.dspan_bias != nullptr && block.band == 0;
+    return params.gradients.dspan_bias != nullptr && block.share == 0;
   }
   RAL_DEVICE int32_t num_rows() const { return minimum(block.num_queries - warp_row, 8 * kRows); }
   RAL_DEVICE void count(int i, float sum) {

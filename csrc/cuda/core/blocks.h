@@ -54,32 +54,33 @@ RAL_DEVICE const uint8_t* padding_of(const ral_attention_params& call, int64_t b
   return call.key_padding_mask + b * call.key_padding_mask_stride_b;
 }
 
-// CTAs of block_q queries of a head, num_bands for each block. Those of a group read the same keys
+// CTAs of block_q queries of a head, num_shares for each block. Those of a group read the same keys
 // and values.
 inline CtaOrder order_of_queries(const ral_attention_params& call, int32_t block_q,
-                                 int32_t num_bands = 1) {
+                                 int32_t num_shares = 1) {
   const int64_t blocks =
       count_blocks(call.seqlen_q, call.num_sequences, block_q, call.cu_seqlens_q != nullptr);
   return CtaOrder::of(blocks, call.batch_size * call.num_kv_heads,
-                      num_bands * (call.num_heads / call.num_kv_heads),
+                      num_shares * (call.num_heads / call.num_kv_heads),
                       call.seqlen_k * (call.head_dim + call.head_dim_v) * kNumberBytes);
 }
 
-// CTAs of block_k keys of a part of a kv head. The parts of a kv head walk over queries of
-// different heads at a time.
+// CTAs of block_k keys of a kv head, num_shares for each block. At a time they walk over queries of
+// different heads.
 inline CtaOrder order_of_keys(const ral_attention_params& call, int32_t block_k,
-                              int32_t num_parts) {
+                              int32_t num_shares) {
   const int64_t blocks =
       count_blocks(call.seqlen_k, call.num_sequences, block_k, call.cu_seqlens_q != nullptr);
-  return CtaOrder::of(blocks, call.batch_size * call.num_kv_heads, num_parts,
-                      num_parts * call.seqlen_q * (call.head_dim + call.head_dim_v) * kNumberBytes);
+  return CtaOrder::of(
+      blocks, call.batch_size * call.num_kv_heads, num_shares,
+      num_shares * call.seqlen_q * (call.head_dim + call.head_dim_v) * kNumberBytes);
 }
 
 // Queries [first_query, first_query + num_queries) of a head's sequence. Several CTAs may have the
-// same: each has a band, of columns that it writes or of keys that it walks over.
+// same: each has a share, columns that it writes or keys that it walks over.
 struct QueriesOfBlock {
   int64_t b, h, kv_head;
-  int32_t band;
+  int32_t share;
   Sequence sequence;
   int32_t first_query, num_queries;  // no queries: nothing to do
   int64_t first_token;               // the first query's, in the packed tensors
@@ -89,22 +90,22 @@ struct QueriesOfBlock {
 
   // wants_spans: the call has marginals, or a gradient of them.
   RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, const CtaOrder& order,
-                            int32_t block_q, bool wants_spans, int32_t num_bands = 1)
-      : QueriesOfBlock(call, order, order.place(), block_q, wants_spans, num_bands) {}
+                            int32_t block_q, bool wants_spans, int32_t num_shares = 1)
+      : QueriesOfBlock(call, order, order.place(), block_q, wants_spans, num_shares) {}
 
  private:
   RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, const CtaOrder& order,
                             const CtaOrder::Place& place, int32_t block_q, bool wants_spans,
-                            int32_t num_bands)
+                            int32_t num_shares)
       // Late causal queries see the most keys.
-      : QueriesOfBlock(call, order.num_blocks - 1 - place.block, place.head / num_bands,
-                       int32_t(place.head % num_bands), block_q, wants_spans) {}
+      : QueriesOfBlock(call, order.num_blocks - 1 - place.block, place.head / num_shares,
+                       int32_t(place.head % num_shares), block_q, wants_spans) {}
   RAL_DEVICE QueriesOfBlock(const ral_attention_params& call, int32_t block, int64_t head,
-                            int32_t band, int32_t block_q, bool wants_spans)
+                            int32_t share, int32_t block_q, bool wants_spans)
       : b(head / call.num_heads),
         h(head % call.num_heads),
         kv_head(h / (call.num_heads / call.num_kv_heads)),
-        band(band),
+        share(share),
         sequence(locate(call, block_q, block, false)),
         first_query(sequence.block * block_q),
         num_queries(minimum(block_q, sequence.length_q - first_query)),
@@ -115,10 +116,10 @@ struct QueriesOfBlock {
 };
 
 // Keys [first_key, first_key + num_keys) of a kv head's sequence. Several CTAs may have the same:
-// the parts of a kv head.
+// each has a share, queries that it walks over and columns that it writes.
 struct KeysOfBlock {
   int64_t b, kv_head;
-  int32_t part;
+  int32_t share;
   Sequence sequence;
   int32_t first_key, num_keys;  // no keys: nothing to do
   int64_t first_token;          // the first key's, in the packed tensors
@@ -126,21 +127,21 @@ struct KeysOfBlock {
   const int32_t* ids;  // as above
   const uint8_t* padding;
 
-  RAL_DEVICE KeysOfBlock(const ral_attention_params& call, const CtaOrder& order, int32_t num_parts,
-                         int32_t block_k, bool wants_spans)
+  RAL_DEVICE KeysOfBlock(const ral_attention_params& call, const CtaOrder& order,
+                         int32_t num_shares, int32_t block_k, bool wants_spans)
       // Most queries see early causal keys.
-      : KeysOfBlock(call, order.place(), num_parts, block_k, wants_spans) {}
+      : KeysOfBlock(call, order.place(), num_shares, block_k, wants_spans) {}
 
  private:
   RAL_DEVICE KeysOfBlock(const ral_attention_params& call, const CtaOrder::Place& place,
-                         int32_t num_parts, int32_t block_k, bool wants_spans)
-      : KeysOfBlock(call, place.block, place.head / num_parts, int32_t(place.head % num_parts),
+                         int32_t num_shares, int32_t block_k, bool wants_spans)
+      : KeysOfBlock(call, place.block, place.head / num_shares, int32_t(place.head % num_shares),
                     block_k, wants_spans) {}
   RAL_DEVICE KeysOfBlock(const ral_attention_params& call, int32_t block, int64_t head,
-                         int32_t part, int32_t block_k, bool wants_spans)
+                         int32_t share, int32_t block_k, bool wants_spans)
       : b(head / call.num_kv_heads),
         kv_head(head % call.num_kv_heads),
-        part(part),
+        share(share),
         sequence(locate(call, block_k, block, true)),
         first_key(sequence.block * block_k),
         num_keys(minimum(block_k, sequence.length_k - first_key)),
