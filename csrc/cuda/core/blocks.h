@@ -65,8 +65,8 @@ inline CtaOrder order_of_queries(const ral_attention_params& call, int32_t block
                       call.seqlen_k * (call.head_dim + call.head_dim_v) * kNumberBytes);
 }
 
-// CTAs of block_k keys of a kv head, num_shares for each block. At a time they walk over queries of
-// different heads.
+// CTAs of block_k keys of a kv head, num_shares for each block. They are counted as reading queries
+// of different heads, though the bands of a part read the same.
 inline CtaOrder order_of_keys(const ral_attention_params& call, int32_t block_k,
                               int32_t num_shares) {
   const int64_t blocks =
