@@ -14,6 +14,8 @@ namespace ral {
 namespace cuda {
 namespace host {
 
+constexpr int kMaxWarps = 32;
+
 struct PendingCopy {
   char* to;
   const char* from;  // null: zeros
@@ -42,6 +44,8 @@ struct Warp {
   // Counts the barriers of the warp and of the block that it has passed; at the last one of the
   // block it became `block_epoch`, at the last one of its warpgroup `group_epoch`.
   uint32_t epoch, block_epoch, group_epoch;
+  // What other warps did in epochs before these, it sees through mbarriers.
+  uint32_t seen[kMaxWarps];
   // Two sets: a lane may bring its next value before another has fetched this one.
   uint32_t values[2][kLanes];
   const void* rows[kLanes];

@@ -253,6 +253,7 @@ void run_block(int64_t index) {
     warp.stride = 1;
     warp.phase = 0;
     warp.epoch = warp.block_epoch = warp.group_epoch = 1;
+    std::fill_n(warp.seen, kMaxWarps, 0u);
     begin_phase(warp);
   }
   const size_t first = order_seed == 0 ? 0 : next_random() % here.warps.size();

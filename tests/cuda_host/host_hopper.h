@@ -110,10 +110,11 @@ struct HopperLane {
   bool unpublished = false;  // it has stored what the async proxy does not see yet
 };
 
-// A barrier's past: its phases that are over, and what products were still to read when warps
-// arrived.
+// A barrier's past: its phases that are over, what warps had done before they arrived (up to which
+// epoch of each warp), and what products were still to read then.
 struct History {
   int64_t phases = 0;
+  uint32_t arrived[kMaxWarps] = {}, over[kMaxWarps] = {};  // in all phases, in those that are over
   std::vector<Bytes> read_in_this_phase, read_in_the_last;
 };
 
@@ -186,8 +187,41 @@ inline void end_phase(Barrier& barrier) {
   barrier.pending = barrier.arrivals;
   History& history = hopper().barriers[&barrier];
   ++history.phases;
+  std::copy_n(history.arrived, kMaxWarps, history.over);
   history.read_in_the_last.swap(history.read_in_this_phase);
   history.read_in_this_phase.clear();
+}
+
+// What the arriving lane may pass on: all that its warp did before it last synchronised, and what
+// the warp itself sees of others.
+inline void release(History& history) {
+  const std::vector<Warp>& warps = block().warps;
+  const Warp& warp = block().warp();
+  for (size_t other = 0; other < warps.size(); ++other) {
+    uint32_t before = warp.seen[other];
+    if (int(other) / 4 == warp.index / 4) before = std::max(before, warps[other].group_epoch);
+    if (int(other) == warp.index) before = warp.epoch;
+    history.arrived[other] = std::max(history.arrived[other], before);
+  }
+}
+inline void acquire(const History& history) {
+  uint32_t* const seen = block().warp().seen;
+  for (int other = 0; other < kMaxWarps; ++other)
+    seen[other] = std::max(seen[other], history.over[other]);
+}
+
+// Waits until it is so for lane 0 of the warp. False, after a report, once that is hopeless.
+template <typename IsSo>
+bool waits_until(Site site, const IsSo& is_so) {
+  constexpr int kPatience = 20000;
+  for (int i = 0; exchange(Stop::kShuffle, is_so(), 0, site) == 0; ++i) {
+    if (i == kPatience) complain("waits for ever", site);
+    if (i >= kPatience || hopeless()) {
+      hopeless() = true;
+      return false;
+    }
+  }
+  return true;
 }
 
 // False, after a report, for memory that is no barrier.
@@ -395,7 +429,9 @@ inline void arrive(Barrier* barrier, Site site = Site::here()) {
   if (barrier->pending == 0) return host::complain("one arrival too many", site);
   --barrier->pending;
   host::Hopper& state = host::hopper();
-  std::vector<host::Bytes>& still_read = state.barriers[barrier].read_in_this_phase;
+  host::History& history = state.barriers[barrier];
+  host::release(history);
+  std::vector<host::Bytes>& still_read = history.read_in_this_phase;
   for (const host::Group& group : state.lanes[size_t(host::current_thread)].groups)
     still_read.insert(still_read.end(), group.reads.begin(), group.reads.end());
   host::end_phase(*barrier);
@@ -406,23 +442,17 @@ inline void arrive_expecting(Barrier* barrier, uint32_t bytes, Site site = Site:
   arrive(barrier, site);
 }
 inline void wait(Barrier* barrier, uint32_t parity, Site site = Site::here()) {
-  constexpr int kPatience = 20000;
-  bool& hopeless = host::hopeless();
   if (!host::has_begun(*barrier, site)) return;
   host::HopperLane& lane = host::hopper().lanes[size_t(host::current_thread)];
   lane.waited_for = barrier;
-  for (int i = 0;; ++i) {
+  const bool is_over = host::waits_until(site, [&] {
     if (lane_index() == 0) host::do_some_copy();
-    if (host::exchange(Stop::kShuffle, barrier->parity != parity, 0, site) != 0) {
-      lane.passed[barrier] = host::hopper().barriers[barrier].phases;
-      return;
-    }
-    if (i == kPatience) host::complain("waits for ever", site);
-    if (i >= kPatience || hopeless) {
-      hopeless = true;
-      return;
-    }
-  }
+    return barrier->parity != parity;
+  });
+  if (!is_over) return;
+  const host::History& history = host::hopper().barriers[barrier];
+  lane.passed[barrier] = history.phases;
+  host::acquire(history);
 }
 inline void sync_group(int number, Site site = Site::here()) {
   if (host::hopper().lanes[size_t(host::current_thread)].unpublished)
@@ -435,8 +465,7 @@ inline void sync_group(int number, Site site = Site::here()) {
     for (int warp = first; warp < first + 4; ++warp)
       host::block().warps[size_t(warp)].group_epoch = host::block().warps[size_t(warp)].epoch;
   }
-  while (host::exchange(Stop::kShuffle, met / 4 > turn, 0, site) == 0) {
-  }
+  host::waits_until(site, [&] { return met / 4 > turn; });
 }
 
 // ---- TMA ----------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ Gap gap_between(const Stamp& earlier, const Stamp& now, Space space) {
     const Warp& warp = block().warps[size_t(earlier.warp())];
     const bool same_group = earlier.warp() / 4 == now.warp() / 4;
     const bool met =
-        earlier.epoch() < warp.block_epoch || (same_group && earlier.epoch() < warp.group_epoch);
+        earlier.epoch() < warp.block_epoch || (same_group && earlier.epoch() < warp.group_epoch) ||
+        earlier.epoch() < block().warps[size_t(now.warp())].seen[earlier.warp()];
     return met ? Gap::kNone : Gap::kWarps;
   }
   if (earlier.epoch() != now.epoch()) return Gap::kNone;

@@ -34,6 +34,7 @@ TOKENS = {
     "tokens_between_halves_of_a_frame": torch.cat(
         [torch.zeros(70), torch.arange(1, 161), torch.zeros(70)]
     ).int(),
+    "the_last_token_goes_on": torch.arange(300).clamp(max=127),
     "tokens_descend": torch.arange(300).flip(0),
     "every_other_token": torch.where(torch.arange(300) % 2 == 0, torch.arange(300), -1),
 }

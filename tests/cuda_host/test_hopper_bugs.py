@@ -32,15 +32,18 @@ UNINITIALISED = "which this block never wrote"
 Bug = tuple[str, Patch, str]
 
 FWD, TILES = "attention/fwd_sm90.h", "hopper/tiles.h"
-MARGINALS = "attention/marginals_sm90.h"
+MARGINALS, NOTES = "attention/marginals_sm90.h", "hopper/noted_keys.h"
 K_DONE = """wait_for_products<1>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);"""
-V_DONE = """weigh_all(first, borders);
-      wait_for_products<0>();
+V_DONE = """wait_for_products<0>();
       pin(out[0]);
       pin(p);
+      sync_warp();  // all lanes have read the note of these values
       give_up(barriers.empty_v, ring_v);"""
+EACH_KEY = "note.bits |= KeyNote::kEachKey;"
+WRITE_NOTE = "keys.write(notes(shared) + ring.stage, loaded);"
+NOTED = "if (lane_index() == 0) arrive(&barriers.full_k[ring.stage]);"
 EMPTY = "wait(&empty[ring.stage], ring.parity_before());"
 RELEASE = "if (lane_index() == 0) arrive(&empty[ring.stage]);"
 SCORES = "pin(s);\n  pin(left);\n  begin_products();"
@@ -52,14 +55,12 @@ FORWARD: list[Bug] = [
     ("scores_not_waited_for",
      (FWD, K_DONE, "pin(s[0]);\ngive_up(barriers.empty_k, ring_k);"), WRITTEN_WHILE),
     ("v_given_up_too_early",
-     (FWD, V_DONE, "weigh_all(first, borders);\ngive_up(barriers.empty_v, ring_v);\n"
+     (FWD, V_DONE, "sync_warp();\ngive_up(barriers.empty_v, ring_v);\n"
       "wait_for_products<0>();\npin(out[0]);\npin(p);"), STILL_READ),
     ("weights_rounded_too_early",
-     (FWD, V_DONE, "weigh_all(first, borders);\nround_left<T>(p, s[0]);\nwait_for_products<0>();\n"
-      "pin(out[0]);\npin(p);\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
+     (FWD, V_DONE, f"round_left<T>(p, s[0]);\n{V_DONE}"), WRITTEN_WHILE),
     ("out_scaled_too_early",
-     (FWD, V_DONE, "weigh_all(first, borders);\ngive_up(barriers.empty_v, ring_v);"),
-     WRITTEN_WHILE),
+     (FWD, V_DONE, "sync_warp();\ngive_up(barriers.empty_v, ring_v);"), WRITTEN_WHILE),
     ("scores_written_after_the_fence",
      (TILES, SCORES, f"{SCORES}\ns[0][0] = 3.0f;"), WRITTEN_AFTER),
     ("weights_written_after_the_fence",
@@ -86,8 +87,8 @@ FORWARD: list[Bug] = [
     ("span_border_off_by_one", (MARGINALS, "mine + e < end", "mine + e <= end"), OTHER_BITS),
     ("run_not_rescaled", (MARGINALS, "run[i] * alpha[i]", "run[i]"), OTHER_BITS),
     ("run_not_closed",
-     (MARGINALS, "close(keys.span_of(borders.first));", "span = keys.span_of(borders.first);"),
-     OTHER_BITS),
+     (MARGINALS, "close(load_shared(&keys->spans[block.border()]));",
+      "span = load_shared(&keys->spans[block.border()]);"), OTHER_BITS),
     ("queue_written_with_new_maxima",
      (FWD, "marginals.empty_queue(before);", "marginals.empty_queue(m);"), OTHER_BITS),
     ("queue_overwritten", (MARGINALS, "queued = 0;\n    sync_warp();", "queued = 0;"), "race"),
@@ -95,6 +96,20 @@ FORWARD: list[Bug] = [
      (MARGINALS, "// All lanes have stored their parts.\n    sync_warp();", ""), "race"),
     ("span_that_comes_back_overwritten",
      (MARGINALS, "again = span <= highest ? 1 : again;", "again = 0;"), OTHER_BITS),
+    ("note_not_synchronised",
+     (FWD, f"{WRITE_NOTE}\n      sync_warp();", WRITE_NOTE), "race"),
+    ("note_never_arrives", (FWD, NOTED, ""), FOR_EVER),
+    ("note_not_waited_for", (FWD, "begin_barrier(&barriers->full_k[stage], 2);",
+                             "begin_barrier(&barriers->full_k[stage], 1);"), "race"),
+    ("note_overwritten",
+     (FWD, "wait(&barriers.empty_v[ring.stage], ring.parity_before());", ""), "race"),
+    ("note_given_up_while_lanes_read",
+     (FWD, V_DONE, V_DONE.replace("sync_warp();", "")), "race"),
+    ("note_of_another_block", (FWD, "notes(shared) + ring_k.stage", "notes(shared)"), OTHER_BITS),
+    ("run_that_goes_on_forgotten", (NOTES, "open = keys.span_of(kBlockK - 1);", ""), OTHER_BITS),
+    ("run_of_a_key_goes_on", 
+     (NOTES, f"{EACH_KEY}\n        open = -1;", EACH_KEY), OTHER_BITS),
+    ("new_spans_that_are_not", (NOTES, "note.first_span > highest", "true"), OTHER_BITS),
     ("panel_missed",
      (TILES, "columns_descriptor(right, step)", "columns_descriptor(right, step % 4)"),
      OTHER_BITS),
@@ -149,6 +164,8 @@ BACKWARD: list[Bug] = [
 FORWARD_CASES = (
     AttentionCase("seeded", 140, 400, 1, 1, 1, 128, spans="ragged", key_padding="left"),
     AttentionCase("spans_come_back", 140, 200, 1, 1, 1, 128, spans="unsorted"),
+    *(forward.TokensCase(name, 70, 300, 1, 1, 1, 128)
+      for name in ("each_token_twice", "the_last_token_goes_on")),
 )
 BACKWARD_CASE = AttentionCase(
     "seeded", 270, 300, 1, 1, 1, 128, spans="ragged", key_padding="left",

@@ -14,16 +14,17 @@ struct AttentionFwdSm90Params {
 };
 
 // One CTA has kBlockQ queries of a head and walks over all keys that they see. Each of kConsumers
-// consumer warpgroups owns 64 queries. One producer warpgroup issues TMA copies, first of the
-// queries. Blocks of 64 keys of K and of V follow, each through a ring of kStages buffers. The
-// producer keeps few registers and the consumers take many. A consumer starts the scores of a
-// block, then the product of the previous block's weights with their V. It forms weights while that
-// product runs.
+// consumer warpgroups owns 64 queries. One warp of the producer warpgroup issues TMA copies, first
+// of the queries. Blocks of 64 keys of K and of V follow, each through a ring of kStages buffers.
+// Another of its warps notes what consumers need to know of a block's keys. The producer keeps few
+// registers and the consumers take many. A consumer starts the scores of a block, then the product
+// of the previous block's weights with their V. It forms weights while that product runs.
 //
 // Why no buffer is read or overwritten too early:
 //  1. Full. The producer arrives at `full` with the expected bytes, and TMA completes them. So a
-//     phase ends when all bytes have arrived. Every consumer waits for every phase of every buffer,
-//     in order. It skips none, so a parity never stands for a phase two turns away.
+//     phase ends when all bytes have arrived, that of K once its note is written too. Every
+//     consumer waits for every phase of every buffer, in order. It skips none, so a parity never
+//     stands for a phase two turns away.
 //  2. Empty. One lane of each consumer warp arrives when the warp's part of the products that read
 //     the buffer is done: 4 kConsumers arrivals in all. wait_for_products returns once it is done.
 //     The producer waits for these arrivals before it refills the buffer. Reads by wgmma and writes
@@ -42,7 +43,10 @@ struct AttentionFwdSm90Params {
 //     synchronises its warps. Its product reads them only then. Two consumers may both do so: they
 //     write the same zeros, and both before they release the buffer. The copy that refills it comes
 //     after the same fence and the arrival at `empty`.
-//  6. Output. It passes through the consumer's own queries in shared memory, in another layout. Its
+//  6. Notes. A consumer reads the note of block n once it has K(n), and last before it starts the
+//     product with V(n). So a note may be overwritten once V(n) has been given up. The warp that
+//     writes it waits for that.
+//  7. Output. It passes through the consumer's own queries in shared memory, in another layout. Its
 //     four warps synchronise before the first store, each after its last products, and after it has
 //     read its queries into registers.
 template <typename T, int kHeadDim>
@@ -75,8 +79,9 @@ struct attention_fwd_sm90_kernel {
   static constexpr int kKeysAt = kConsumers * kTileBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kMarginalsAt = kValuesAt + kStages * kTileBytes;
-  static constexpr int kBarriersAt =
+  static constexpr int kNotesAt =
       kMarginalsAt + 4 * kConsumers * int(sizeof(MarginalsSm90::Shared));
+  static constexpr int kBarriersAt = kNotesAt + kStages * int(sizeof(NotedKeys));
   static constexpr int kUsedBytes = kBarriersAt + int(sizeof(Barriers));
   static constexpr int kSharedBytes = kUsedBytes + kSwizzledBytes;  // room to align to 1024 bytes
 
@@ -91,7 +96,7 @@ struct attention_fwd_sm90_kernel {
     if (thread_index() == 0) {
       begin_barrier(&barriers->full_q, 1);
       for (int stage = 0; stage < kStages; ++stage) {
-        begin_barrier(&barriers->full_k[stage], 1);
+        begin_barrier(&barriers->full_k[stage], 2);
         begin_barrier(&barriers->full_v[stage], 1);
         begin_barrier(&barriers->empty_k[stage], 4 * kConsumers);
         begin_barrier(&barriers->empty_v[stage], 4 * kConsumers);
@@ -107,6 +112,7 @@ struct attention_fwd_sm90_kernel {
     if (group == 0) {
       give_registers<kProducerRegisters>();
       if (warp_index() == 0) produce(params, block, begin, num_blocks, shared, *barriers);
+      if (warp_index() == 1) note_keys(block, begin, num_blocks, shared, *barriers);
     } else {
       take_registers<kConsumerRegisters>();
       consume(params, block, begin, num_blocks, shared, *barriers, group - 1);
@@ -140,6 +146,25 @@ struct attention_fwd_sm90_kernel {
     }
   }
 
+  RAL_DEVICE static NotedKeys* notes(char* shared) {
+    return reinterpret_cast<NotedKeys*>(shared + kNotesAt);
+  }
+
+  // One converged warp runs it.
+  RAL_DEVICE static void note_keys(const QueriesOfBlock& block, int32_t begin, int32_t num_blocks,
+                                   char* shared, Barriers& barriers) {
+    Ring<kStages> ring;
+    KeyNotes keys;
+    for (int32_t n = 0; n < num_blocks; ++n, ring.advance()) {
+      const LoadedKeys loaded =
+          load_keys<true>(block.ids, block.padding, begin + n * kBlockK, block.visibility.length_k);
+      wait(&barriers.empty_v[ring.stage], ring.parity_before());
+      keys.write(notes(shared) + ring.stage, loaded);
+      sync_warp();
+      if (lane_index() == 0) arrive(&barriers.full_k[ring.stage]);
+    }
+  }
+
   RAL_DEVICE static void consume(const Params& params, const QueriesOfBlock& block, int32_t begin,
                                  int32_t num_blocks, char* shared, Barriers& barriers, int group) {
     const ral_attention_params& call = params.forward.call;
@@ -169,23 +194,32 @@ struct attention_fwd_sm90_kernel {
     Scores s;
     uint32_t p[kBlockK / 16][4];  // rounded weights, as A operands
     float before[2], after[2];    // before: the rows' maxima without the block
-    KeyBlock keys{};              // those of the block that p belongs to
+    KeyNote note;                 // of the block whose scores started last
+    const NotedKeys* keys;        // all that was noted of it
     Ring<kStages> ring_k, ring_v;
 
     const auto start_q_k = [&] {
       wait(&barriers.full_k[ring_k.stage], ring_k.parity());
+      keys = notes(shared) + ring_k.stage;
+      const KeyNote noted = load_shared(&keys->note);
       const uint32_t tile = k + ring_k.stage * kTileBytes;
       if constexpr (kQueriesInRegisters)
         start_all_scores<T>(s[0], q, tile);
       else
         start_all_scores<T, kHeadDim>(s[0], shared_address(q_tile), tile);
+      // The shuffles tell the compiler that all lanes have the same note.
+      note = {shuffle(noted.bits, 0), shuffle(noted.first_span, 0)};
+      if (marginals.num_spans == 0) note = note.without_spans();
     };
     const auto start_p_v = [&] {
       wait(&barriers.full_v[ring_v.stage], ring_v.parity());
-      if (is_ragged && ~keys.real != 0) {
-        clear_rows<kPanels>(shared + kValuesAt + ring_v.stage * kTileBytes, ~keys.real);
-        publish_to_async();
-        sync_group(1 + group);
+      if (is_ragged) {
+        const uint64_t unreal = ~load_shared(&notes(shared)[ring_v.stage].real);
+        if (unreal != 0) {
+          clear_rows<kPanels>(shared + kValuesAt + ring_v.stage * kTileBytes, unreal);
+          publish_to_async();
+          sync_group(1 + group);
+        }
       }
       start_all_products<T>(out[0], p, v + ring_v.stage * kTileBytes);
     };
@@ -194,70 +228,63 @@ struct attention_fwd_sm90_kernel {
       ring.advance();
     };
     // Turns scores into weights. alpha rescales what was relative to the old maxima.
-    const auto weigh_all = [&](int32_t first, const auto& borders) {
+    const auto weigh_all = [&](int32_t first) {
       const bool all_visible = first >= full_low && first + kBlockK - 1 <= full_high;
-      if (!all_visible || ~keys.real != 0)
-        hide(s, block.visibility, keys.real, first, warp_query, minus_infinity());
+      if (!all_visible || note.hides())
+        hide(s, block.visibility, load_shared(&keys->real), first, warp_query, minus_infinity());
       float sum[2], alpha[2];
       RAL_UNROLL for (int i = 0; i < 2; ++i)
         before[i] = m[i];
-      if (borders.are == MarginalsSm90::Borders::kOne) {
-        marginals.weigh_two(s, borders, scale, m, sum, alpha, after);
+      if (note.borders() == KeyNote::kOne) {
+        marginals.weigh_two(s, note, scale, m, sum, alpha, after);
       } else {
         RAL_UNROLL for (int i = 0; i < 2; ++i)
           alpha[i] = weigh(s, i, m[i], scale, sum[i]);
-        if (marginals.num_spans != 0) marginals.add_one(sum, alpha, borders);
+        if (marginals.num_spans != 0) marginals.add_one(sum, alpha, note);
       }
       RAL_UNROLL for (int i = 0; i < 2; ++i)
         normaliser[i] = normaliser[i] * alpha[i] + sum[i];
     };
-    const auto add_spans = [&](const auto& borders) {
-      if (borders.are != MarginalsSm90::Borders::kNone) marginals.add(s, keys, borders, after, m);
+    const auto add_spans = [&] {
+      if (note.borders() != KeyNote::kNone) marginals.add(s, note, keys, after, m);
     };
-
-    const auto load = [&](int32_t first) {
-      return load_keys<true>(block.ids, block.padding, first, block.visibility.length_k);
-    };
-    LoadedKeys next = load(begin);  // of the block whose scores start next
 
     wait(&barriers.full_q, 0);
     if constexpr (kQueriesInRegisters) load_left<T>(q, q_tile, warp_row);
     if (num_blocks > 0) {
       start_q_k();
-      keys = describe(next);
-      const auto borders = marginals.enter(keys, m);
-      next = load(begin + kBlockK);
+      marginals.enter(note, m);
       wait_for_products<0>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);
-      weigh_all(begin, borders);  // alpha is not needed: `out` is 0
-      add_spans(borders);
+      weigh_all(begin);  // alpha is not needed: `out` is 0
+      add_spans();
       round_left<T>(p, s[0]);
     }
     for (int32_t n = 1; n < num_blocks; ++n) {
       const int32_t first = begin + n * kBlockK;
       start_q_k();
       start_p_v();
-      keys = describe(next);
-      const auto borders = marginals.enter(keys, m);
-      next = load(first + kBlockK);
+      marginals.enter(note, m);
       wait_for_products<1>();
       pin(s[0]);
       give_up(barriers.empty_k, ring_k);
-      weigh_all(first, borders);
+      weigh_all(first);
+      // Most maxima are found early, and then no row rescales.
+      const bool rises = ballot(m[0] != before[0] || m[1] != before[1]) != 0;
       wait_for_products<0>();
       pin(out[0]);
       pin(p);
+      sync_warp();  // all lanes have read the note of these values
       give_up(barriers.empty_v, ring_v);
-      // Most maxima are found early, and then no row rescales.
-      if (ballot(m[0] != before[0] || m[1] != before[1]) != 0) {
+      if (rises) {
         if (marginals.num_spans != 0) marginals.empty_queue(before);
         const float alpha[2] = {exp2(before[0] - stabiliser(m[0])),
                                 exp2(before[1] - stabiliser(m[1]))};
         RAL_UNROLL for (int c = 0; c < kHeadDim / 8; ++c) RAL_UNROLL
           for (int e = 0; e < 4; ++e) out[0][c][e] *= alpha[e / 2];
       }
-      add_spans(borders);
+      add_spans();
       round_left<T>(p, s[0]);
     }
     if (num_blocks > 0) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/marginals.h"
+#include "hopper/noted_keys.h"
 
 namespace ral {
 namespace cuda {
@@ -24,36 +25,18 @@ struct MarginalsSm90 : Marginals<1> {
   int32_t again;         // not 0: one of them is not the first of its span
   int32_t queued_spans;  // lane i: that of run i
 
-  // What add() needs to know of a block. A border is a key whose span is not that of the key before
-  // it, in the block.
-  struct Borders {
-    enum { kNone, kOne, kMany, kEachKeyOfNewSpans } are;
-    int32_t first;  // if it is one
-  };
-
   // Call it before the block's weights are formed. m is the rows' maximum so far.
-  RAL_DEVICE Borders enter(const KeyBlock& keys, const float (&m)[kRows]) {
-    if (num_spans == 0) return {Borders::kNone, 0};
-    const int32_t first_span = keys.span_of(0);
-    const bool begins = ballot(first_span != span) != 0;
-    if (begins) close(first_span);
+  RAL_DEVICE void enter(const KeyNote& block, const float (&m)[kRows]) {
+    if (!block.has_borders()) return;
+    if (block.begins()) close(block.first_span);
     if (ballot(queued >= kQueued - 8) != 0) write_queued(m);
-    const uint32_t low = uint32_t(keys.starts) & ~1u, high = uint32_t(keys.starts >> 32);
-    const uint32_t word = low != 0 ? low : high;
-    if (word == 0) return {Borders::kNone, 0};
-    if ((word & (word - 1)) == 0 && (low == 0 || high == 0)) {
-      const int32_t first = lowest_bit(word) + (low != 0 ? 0 : 32);
-      return {Borders::kOne, first};
-    }
-    const bool each = begins && ~keys.starts == 0 && are_new_and_ascend(keys);
-    return {each ? Borders::kEachKeyOfNewSpans : Borders::kMany, 0};
   }
 
   // Weighs the scores of a block with one border, as weigh() does. The run that is open gets the
   // keys before the border; `after` is the lane's part of the keys after it.
-  RAL_DEVICE void weigh_two(Weights& s, const Borders& borders, float scale, float (&m)[kRows],
+  RAL_DEVICE void weigh_two(Weights& s, const KeyNote& block, float scale, float (&m)[kRows],
                             float (&sum)[kRows], float (&alpha)[kRows], float (&after)[kRows]) {
-    const int border = borders.first - 2 * (lane_index() % 4);  // from the lane's first key
+    const int border = block.border() - 2 * (lane_index() % 4);  // from the lane's first key
     RAL_UNROLL for (int i = 0; i < kRows; ++i) {
       alpha[i] = raise(s, i, m[i], scale);
       run[i] *= alpha[i];
@@ -71,9 +54,9 @@ struct MarginalsSm90 : Marginals<1> {
   // Rescales the open run from the maxima before, by alpha, and adds a block without borders. sum:
   // the lane's parts of its row sums.
   RAL_DEVICE void add_one(const float (&sum)[kRows], const float (&alpha)[kRows],
-                          const Borders& borders) {
+                          const KeyNote& block) {
     RAL_UNROLL for (int i = 0; i < kRows; ++i)
-      run[i] = run[i] * alpha[i] + (borders.are == Borders::kNone ? sum[i] : 0.0f);
+      run[i] = run[i] * alpha[i] + (block.borders() == KeyNote::kNone ? sum[i] : 0.0f);
   }
 
   // Call it when a maximum has risen, before a run is closed, with the maxima before.
@@ -83,16 +66,16 @@ struct MarginalsSm90 : Marginals<1> {
 
   // Adds a block with borders after weigh_two() or add_one(). p: its weights, relative to the rows'
   // maxima m; after: of weigh_two().
-  RAL_DEVICE void add(const Weights& p, const KeyBlock& keys, const Borders& borders,
+  RAL_DEVICE void add(const Weights& p, const KeyNote& block, const NotedKeys* keys,
                       const float (&after)[kRows], const float (&m)[kRows]) {
-    if (borders.are == Borders::kOne) {
-      close(keys.span_of(borders.first));
+    if (block.borders() == KeyNote::kOne) {
+      close(load_shared(&keys->spans[block.border()]));
       RAL_UNROLL for (int i = 0; i < kRows; ++i)
         run[i] = after[i];
-    } else if (borders.are == Borders::kMany) {
+    } else if (block.borders() == KeyNote::kMany) {
       add_spans(p, keys, m);
     } else {
-      write_each(p, keys, m);
+      write_each(p, block, m);
     }
   }
 
@@ -176,9 +159,10 @@ struct MarginalsSm90 : Marginals<1> {
   }
 
   // Adds a block with several borders.
-  RAL_DEVICE void add_spans(const Weights& p, const KeyBlock& keys, const float (&m)[kRows]) {
+  RAL_DEVICE void add_spans(const Weights& p, const NotedKeys* keys, const float (&m)[kRows]) {
+    const uint64_t starts = load_shared(&keys->starts) & ~uint64_t(1);
     RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) {
-      uint32_t borders = uint32_t((keys.starts & ~uint64_t(1)) >> 8 * c) & 0xff;
+      uint32_t borders = uint32_t(starts >> 8 * c) & 0xff;
       int begin = 0;
       if (borders == 0) {
         add_keys(p, c, 0, 8);
@@ -188,7 +172,7 @@ struct MarginalsSm90 : Marginals<1> {
       do {
         const int border = lowest_bit(borders);
         add_keys(p, c, begin, border);
-        close(keys.span_of(8 * c + border));
+        close(load_shared(&keys->spans[8 * c + border]));
         begin = border;
         borders &= borders - 1;
       } while (borders != 0);
@@ -196,28 +180,20 @@ struct MarginalsSm90 : Marginals<1> {
     }
   }
 
-  // Whether the spans of a block's keys ascend, and none was written before.
-  RAL_DEVICE bool are_new_and_ascend(const KeyBlock& keys) const {
-    const int lane = lane_index();
-    const int32_t before_low = shuffle_up(keys.low, 1), last_low = keys.span_of(31);
-    const int32_t within_high = shuffle_up(keys.high, 1);
-    const bool ascends = keys.low > (lane == 0 ? highest : before_low) &&
-                         keys.high > (lane == 0 ? last_low : within_high);
-    return ballot(!ascends) == 0;
-  }
-
-  // Adds a block of spans of one key, which are all new: each weight is a sum. No run is open.
-  RAL_DEVICE void write_each(const Weights& p, const KeyBlock& keys, const float (&m)[kRows]) {
+  // Adds a block of spans of one key, which follow one another and are all new: each weight is a
+  // sum. No run is open.
+  RAL_DEVICE void write_each(const Weights& p, const KeyNote& block, const float (&m)[kRows]) {
     span = -1;  // nothing of these spans is left to write
-    highest = keys.span_of(kBlockK - 1);
-    float* const rows_of_lane[kRows] = {row_of(0), row_of(1)};
-    RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int32_t key_span = keys.span_of_column(c, e);
-        RAL_UNROLL for (int i = 0; i < kRows; ++i)
-          if (rows_of_lane[i] != nullptr)
-            store_global(rows_of_lane[i] + key_span, stabiliser(m[i]) + log2(p[0][c][2 * i + e]));
-      }
+    highest = block.first_span + kBlockK - 1;
+    const int32_t first = block.first_span + 2 * (lane_index() % 4);
+    RAL_UNROLL for (int i = 0; i < kRows; ++i) {
+      float* const row = row_of(i);
+      if (row == nullptr) continue;
+      const float stable = stabiliser(m[i]);
+      RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
+        for (int e = 0; e < 2; ++e)
+          store_global(row + first + 8 * c + e, stable + log2(p[0][c][2 * i + e]));
+    }
   }
 };
 

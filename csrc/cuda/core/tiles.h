@@ -209,6 +209,10 @@ RAL_DEVICE float warp_sum(float x) {
     x += shuffle_xor(x, mask);
   return x;
 }
+RAL_DEVICE int32_t warp_maximum(int32_t x) {
+  for (int mask = 1; mask < kWarpSize; mask *= 2) x = maximum(x, shuffle_xor(x, mask));
+  return x;
+}
 
 // Index of the lane's i-th row, of 2 kRowTiles, among the warp's rows.
 RAL_DEVICE int row_in_warp(int i) {
