@@ -45,10 +45,12 @@ class Step(NamedTuple):
 _COUNTED = {
     "HGMMA": "products",
     "FADD": "additions",
+    "FFMA": "fused multiply-additions",
     "LDG": "loads",
     "STG": "stores",
     "ST": "stores",
     "SHFL": "shuffles",
+    "LDS": "shared loads",
     "STS": "shared stores",
     "VOTE": "votes",
     "VOTEU": "votes",
@@ -60,8 +62,8 @@ def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
 
     Args:
         code: of the kernel.
-        counts: "loads" and "stores" in global memory, "shared stores", "shuffles", "votes" and
-            "additions". Others are not looked at.
+        counts: of what _COUNTED names; "loads" and "stores" are of global memory. Others are not
+            looked at.
 
     Returns:
         The steps from the start of the loop to the jump back; None if there is no such way.

@@ -6,6 +6,7 @@ granted.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ OFFSETS = (100, 400, 700)  # clocks between the starts of two warps
 
 ASSUMPTIONS = (
     "One quadrant of an SM: a warp of each consumer, in order, with a scoreboard.",
-    "One instruction a clock. Clocks that a pipe is busy / until the result: FP32 1/4, ALU 2/5, "
+    "One instruction a clock. Of warps that could issue, always the first does, or the one that "
+    "issued longest ago: nobody says which, and the mean of both counts. Clocks that a pipe is busy / until the result: FP32 1/4, ALU 2/5, "
     "integer multiply-add 2/4, 2^x and log2 8/20, conversion to 16 bits 2/6, uniform 2/6, "
     f"shuffle 4/24, shared memory 4/26, global memory 4/{LOAD_LATENCY}, mbarrier 2/20.",
     f"A taken branch costs {TAKEN_BRANCH} clocks. No wait at an mbarrier lasts.",
@@ -147,6 +149,7 @@ def _range(register: str, width: int) -> list[str]:
 @dataclass
 class _Warp:
     time: float
+    number: int
     place: int = 0
     rounds: int = 0
     ready: dict[str, float] = field(default_factory=dict)  # when a register's value is there
@@ -157,13 +160,14 @@ class _Warp:
 def timing(way: Sequence[Step], warps: int) -> Timing:
     """Of a way through a main loop, with this number of consumers."""
     code = [_Instruction(step.instruction, step.taken) for step in way]
-    clocks = sum(_clocks(code, warps, offset) for offset in OFFSETS) / len(OFFSETS)
+    runs = [_clocks(code, warps, *how) for how in itertools.product(OFFSETS, (False, True))]
+    clocks = sum(runs) / len(runs)
     tensor = sum(x.columns / 2 for x in code if x.opcode == "HGMMA") * warps
     return Timing(clocks, tensor / clocks)
 
 
-def _clocks(code: Sequence[_Instruction], count: int, offset: int) -> float:
-    warps = [_Warp(n * offset) for n in range(count)]
+def _clocks(code: Sequence[_Instruction], count: int, offset: int, in_turn: bool) -> float:
+    warps = [_Warp(n * offset, n) for n in range(count)]
     pipes: dict[str, float] = {}
     issue = tensor = 0.0
 
@@ -176,7 +180,9 @@ def _clocks(code: Sequence[_Instruction], count: int, offset: int) -> float:
         return time if x.pipe is None else max(time, pipes.get(x.pipe.name, 0.0))
 
     while running := [warp for warp in warps if warp.rounds < ROUNDS]:
-        now, warp = min(((earliest(w), w) for w in running), key=lambda pair: pair[0])
+        now, *_, warp = min(
+            (earliest(w), w.time if in_turn else 0, w.number, w) for w in running
+        )
         x = code[warp.place]
         issue = warp.time = now + 1
         if x.opcode == "HGMMA":
