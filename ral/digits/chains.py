@@ -16,14 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from .puzzles import NAMES, SECONDS, TILES, Puzzle
-from .scans import Split, load_scans
+from .scans import Scans, Split, load_scans
 
 TENS, UNITS = "red", "blue"
 LOOKS = 4
 WORDS = (
     "Start", " at", " follow", " times", " When", *(f" {second}s" for second in range(SECONDS))
 )  # fmt: skip
-_SEED = 2  # of this task, beside those of TASKS
+CELL_NAMES = tuple(f"{colour}{digit}" for colour in NAMES for digit in range(10))
+CELL_WORDS = (
+    "Start", " at", " follow", " times", " Which",
+    *(space + name for name in CELL_NAMES for space in ("", " ")),
+)  # fmt: skip
+_SEED, _CELL_SEED = 2, 3  # of these tasks, beside those of TASKS
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,35 @@ class Chain(Puzzle):
         cells = np.argmax(self.colours == NAMES.index(colour), axis=1)
         digits: np.ndarray = np.take_along_axis(self.digits, cells[:, None], 1)[:, 0]
         return digits
+
+    @property
+    def names(self) -> list[str]:
+        """[frames], what the question and thoughts call each."""
+        assert self.times is not None
+        return [f"{time}s" for time in self.times]
+
+    def spelt(self, frame: int) -> str:
+        """What a look at a frame writes down, before the name of the next one."""
+        tens, units = divmod(int(self.numbers[frame]), 10)
+        return f" {tens} {units}"
+
+
+@dataclass(frozen=True)
+class CellChain(Chain):
+    """A chain over the cells of a still picture, which has two tiles a cell: name, then pointer."""
+
+    @property
+    def side(self) -> int:
+        return round(len(self.path) ** 0.5)
+
+    @property
+    def names(self) -> list[str]:
+        """[cells]"""
+        tiles = self.colours[0] * 10 + self.digits[0]
+        return [CELL_NAMES[number] for number in tiles[::2]]
+
+    def spelt(self, frame: int) -> str:
+        return ""
 
 
 def make_chain(
@@ -103,8 +137,45 @@ def make_chain(
     )  # fmt: skip
 
 
+def make_cell_chain(
+    side: int, split: Split, seed: int, index: int, looks: int | tuple[int, ...] = LOOKS
+) -> CellChain:
+    """Chain `index` over the cells of a picture; arguments as of `make_chain`, `side` at most 8."""
+    several = (looks,) if isinstance(looks, int) else looks
+    if not (several and min(several) >= 1 and max(several) + 2 <= side**2 <= len(CELL_NAMES)):
+        raise ValueError(
+            "make_cell_chain: looks must be at least 1 and the cells within looks + 2.."
+            f"{len(CELL_NAMES)}; got looks={looks}, side={side}"
+        )
+    rng = np.random.default_rng([seed, index, _CELL_SEED, split == "test"])
+    names = rng.choice(len(CELL_NAMES), size=side**2, replace=False)
+    path = rng.permutation(side**2)
+    shown = np.empty_like(names)
+    shown[path] = names[np.roll(path, -1)]
+    scans = load_scans(split)
+    chosen, colours = name_tiles(names, shown, scans, rng)
+    noise_seed = int(rng.integers(1 << 31))
+    looks = int(rng.choice(several))
+    return CellChain(
+        chosen, scans.digits[chosen], colours, None, 0, int(path[looks - 1]), noise_seed, path,
+        looks,
+    )  # fmt: skip
+
+
+def name_tiles(
+    names: np.ndarray, shown: np.ndarray, scans: Scans, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scans and colours [1, 2 · cells] of cells with names that show others, by CELL_NAMES."""
+    colours, digits = np.divmod(np.stack([names, shown], 1).reshape(1, -1), 10)
+    of_digit = [np.flatnonzero(scans.digits == digit) for digit in range(10)]
+    chosen = np.array([[rng.choice(of_digit[digit]) for digit in digits[0]]])
+    return chosen, colours
+
+
 def question(chain: Chain) -> str:
-    """The text after the frames."""
+    """The text after the pictures."""
+    if isinstance(chain, CellChain):
+        return f"Start at {chain.names[chain.path[0]]} and follow {chain.looks} times. Which?"
     return f"Start at {chain.seconds[0]}s and follow {TENS} and {UNITS} {chain.looks} times. When?"
 
 
@@ -115,13 +186,13 @@ def thought(chain: Chain, slips: np.ndarray | None = None) -> tuple[str, str]:
         chain: the frames.
         slips: bool [looks]; where true, the look is at the frame after the one that is named.
     """
-    assert chain.times is not None
-    frames = len(chain.times)
+    names, frames = chain.names, len(chain.path)
     frame, words = int(chain.path[0]), []
     following = dict(zip(chain.path, np.roll(chain.path, -1), strict=True))
     for look in range(chain.looks):
         seen = (frame + 1) % frames if slips is not None and slips[look] else frame
-        tens, units = divmod(int(chain.numbers[seen]), 10)
-        words.append(f" {chain.times[frame]}s {tens} {units}")
+        words.append(f" {names[frame]}{chain.spelt(seen)}")
         frame = int(following[seen])
-    return "".join(words), f"{chain.times[frame]}s"
+    if isinstance(chain, CellChain):
+        words.append(f" {names[frame]}")
+    return "".join(words), names[frame]

@@ -26,7 +26,17 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from .chains import LOOKS, WORDS, Chain, make_chain
+from .chains import (
+    CELL_NAMES,
+    CELL_WORDS,
+    LOOKS,
+    WORDS,
+    CellChain,
+    Chain,
+    make_cell_chain,
+    make_chain,
+    name_tiles,
+)
 from .evaluate import Accuracy, evaluate
 from .model import END, IMAGE, make_model, make_processor, make_tokenizer, save_start
 from .puzzles import NAMES, SECONDS, TILES, Puzzle, Task, draw, make_puzzle
@@ -37,10 +47,12 @@ EXTENTS: dict[Task, tuple[int, ...]] = {
     "cell": (1, 2, 3, 4, 6, 8),
     "timestamp": (2, 4, 8, 16, 32, 64),
     "chain": (6, 8, 16, 32),
+    "chain_cells": (3, 4, 6, 8),
 }
-STEPS: dict[Task, int] = {"cell": 900, "timestamp": 900, "chain": 1200}
+WORDS_OF: dict[Task, tuple[str, ...]] = {"chain": WORDS, "chain_cells": CELL_WORDS}
+STEPS: dict[Task, int] = {"cell": 900, "timestamp": 900, "chain": 1200, "chain_cells": 1200}
 SHORT = 36  # visual tokens; longer rows come less often, to keep the form at any length
-TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8, "chain": 8}
+TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8, "chain": 8, "chain_cells": 4}
 VISION_STEPS, VISION_BATCH = 100, 256
 CELLS = 8192  # drawn for each extent
 ROWS = 4096  # questions about them
@@ -141,12 +153,14 @@ def train_start(
     say = log or (lambda line: None)
     began = time.perf_counter()
     extents = EXTENTS[task] if extents is None else tuple(extents)
-    processor = make_processor(make_tokenizer(WORDS if task == "chain" else ()))
+    processor = make_processor(make_tokenizer(WORDS_OF.get(task, ())))
     model = make_model(seed=seed, tokenizer=processor.tokenizer, **model_options)
     model = model.to(torch.get_default_device()).train()
     train_vision(model, processor, task, seed=seed, log=say)
     if task == "chain":
         pools = encode_chains(model, processor, extents, looks, style, seed, wrong_share)
+    elif task == "chain_cells":
+        pools = encode_cell_chains(model, processor, extents, looks, style, seed, wrong_share)
     else:
         pools = [encode(model, processor, task, extent, style, seed) for extent in extents]
     say(f"start: {time.perf_counter() - began:.0f} s, vision tower trained, pictures encoded")
@@ -156,7 +170,7 @@ def train_start(
             model,
             pools,
             steps,
-            1.0 if task == "chain" else wrong_share,
+            1.0 if task in WORDS_OF else wrong_share,
             seed,
             batch_size,
             learning_rate,
@@ -195,7 +209,7 @@ def train_vision(
     steps: int = VISION_STEPS,
     log: Log = print,
 ) -> float:
-    """Train the vision tower to tell digit and colour of single cells.
+    """Train the vision tower to tell digits and colours of single cells.
 
     Returns:
         the share of digits that were right in the last batch.
@@ -203,15 +217,17 @@ def train_vision(
     rng = np.random.default_rng([seed, 1])
     scans = load_scans("train")
     count = 4096
-    chosen = rng.integers(len(scans.ids), size=(count, 1))
-    colours = rng.integers(-1, len(NAMES), size=(count, 1))
+    tiles = 2 if task == "chain_cells" else 1
+    chosen = rng.integers(len(scans.ids), size=(count, tiles))
+    colours = rng.integers(-1, len(NAMES), size=(count, tiles))
     cells = Puzzle(chosen, scans.digits[chosen], colours, None, 0, 0, int(rng.integers(1 << 31)))
     pixels, grids = _pixels(processor, draw(cells, "train", NOISE[task]), model.device)
-    digits = torch.from_numpy(cells.digits[:, 0]).to(model.device)
-    names = torch.from_numpy(colours[:, 0] + 1).to(model.device)
+    digits = torch.from_numpy(cells.digits).to(model.device)
+    names = torch.from_numpy(colours + 1).to(model.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = torch.nn.Linear(model.config.text_config.hidden_size, 10 + 1 + len(NAMES))
+        told_of_tile = 10 + 1 + len(NAMES)
+        head = torch.nn.Linear(model.config.text_config.hidden_size, tiles * told_of_tile)
     tower = model.model.visual
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], weight_decay=0.05)
     right = 0.0
@@ -219,11 +235,13 @@ def train_vision(
         _set_rate(optimizer, 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps))
         rows = torch.from_numpy(rng.integers(count, size=VISION_BATCH)).to(model.device)
         told = head(tower(pixels[rows].flatten(0, 1), grid_thw=grids[rows]).pooler_output)
-        loss = cross_entropy(told[:, :10], digits[rows]) + cross_entropy(told[:, 10:], names[rows])
+        told = told.view(-1, told_of_tile)
+        digit, name = digits[rows].flatten(), names[rows].flatten()
+        loss = cross_entropy(told[:, :10], digit) + cross_entropy(told[:, 10:], name)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        right = (told[:, :10].argmax(1) == digits[rows]).float().mean().item()
+        right = (told[:, :10].argmax(1) == digit).float().mean().item()
     log(f"start: the vision tower reads {right:.0%} of the digits it is trained on")
     return right
 
@@ -296,6 +314,56 @@ def encode_chains(
                 model, processor, style, asked, right, wrong, grids[:extent], features.shape[1]
             )
             pools.append(replace(made, pictures=pictures, features=features))
+    return pools
+
+
+def encode_cell_chains(
+    model: Any,
+    processor: Any,
+    extents: Sequence[int],
+    looks: int | tuple[int, ...],
+    style: Style,
+    seed: int,
+    wrong_share: float,
+) -> list[_Rows]:
+    """As `encode_chains`, for cells: one is drawn for each name and pointer, in pictures of any."""
+    rng = np.random.default_rng([seed, 2])
+    scans, names = load_scans("train"), len(CELL_NAMES)
+    number = {name: n for n, name in enumerate(CELL_NAMES)}
+    name_ids = torch.tensor([_one(processor.tokenizer, f" {name}") for name in CELL_NAMES])
+    pools = []
+    for side in extents:
+        order = np.resize(rng.permutation(names**2), -(-(names**2) // side**2) * side**2)
+        where = np.empty(names**2, np.int64)
+        where[order] = np.arange(len(order))
+        features = []
+        with torch.no_grad():
+            for cells in order.reshape(-1, side**2):
+                chosen, colours = name_tiles(*np.divmod(cells, names), scans, rng)
+                picture = CellChain(
+                    chosen, scans.digits[chosen], colours, None, 0, 0, int(rng.integers(1 << 31)),
+                    cells, 1,
+                )  # fmt: skip
+                drawn = draw(picture, "train", NOISE["chain_cells"])
+                pixels, grids = _pixels(processor, drawn, model.device)
+                seen = model.model.visual(pixels.flatten(0, 1), grid_thw=grids).pooler_output
+                features.append(seen[:, None])
+        for of_row in (looks,) if isinstance(looks, int) else looks:
+            asked = [make_cell_chain(side, "train", seed + 2_000_000, row, of_row)
+                     for row in range(ROWS)]  # fmt: skip
+            right, wrong = (
+                [demonstration(chain, style, share, rng) for chain in asked]
+                for share in (0.0, wrong_share)
+            )
+            called = np.array([[number[name] for name in chain.names] for chain in asked])
+            shown = np.array([c.colours[0, 1::2] * 10 + c.digits[0, 1::2] for c in asked])
+            made = _rows(model, processor, style, asked, right, wrong, grids, side**2)
+            pools.append(
+                replace(
+                    made, times=name_ids[called], features=torch.cat(features),
+                    pictures=torch.from_numpy(where[called * names + shown]),
+                )
+            )  # fmt: skip
     return pools
 
 

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .chains import LOOKS, Chain, make_chain, question, thought
+from .chains import LOOKS, CellChain, Chain, make_cell_chain, make_chain, question, thought
 from .puzzles import NAMES, SECONDS, TASKS, Puzzle, Task, draw, make_puzzle
 from .scans import CELL, Split
 
 Style = Literal["think", "direct"]
-NOISE = {"cell": 12.0, "timestamp": 24.0, "chain": 24.0}  # of 255
+NOISE = {"cell": 12.0, "timestamp": 24.0, "chain": 24.0, "chain_cells": 12.0}  # of 255
 
 
 def make_dataset(
@@ -74,7 +74,7 @@ def make_dataset(
         raise ValueError(f"make_dataset: wrong_share must be within 0..1; got {wrong_share}")
     if seed < 0:
         raise ValueError(f"make_dataset: seed must be at least 0; got {seed}")
-    extents = _extents(task, grid if task == "cell" else frames)
+    extents = _extents(task, grid if task in ("cell", "chain_cells") else frames)
     several = (looks,) if isinstance(looks, int) else tuple(looks)
     drawn = _Draw(task, split, seed)
     rows: dict[str, list] = {
@@ -92,7 +92,7 @@ def make_dataset(
         rows["prompt"].append([{"role": "user", "content": prompt(puzzle, style)}])
         rows["images"].append([index, extent])
         rows["solution"].append(solution(puzzle, style))
-        rows["problem_type"].append("OCR" if "s" in rows["solution"][-1] else "numerical")
+        rows["problem_type"].append("numerical" if rows["solution"][-1].isdigit() else "OCR")
         rows["problem_id"].append(f"digits-{task}-{split}-{extent}-{seed}-{index}")
         rows["completion"].append([{"role": "assistant", "content": answer}])
         rows["evidence"].append(evidence(puzzle))
@@ -101,9 +101,8 @@ def make_dataset(
 
 def longest(task: Task, looks: int | Sequence[int] = LOOKS) -> int:
     """Tokens that a response may have; the demonstrations have 5 fewer at least."""
-    if task != "chain":
-        return 12
-    return 3 * (looks if isinstance(looks, int) else max(looks)) + 11
+    most = looks if isinstance(looks, int) else max(looks)
+    return {"chain": 3 * most + 11, "chain_cells": most + 12}.get(task, 12)
 
 
 def puzzle_of(
@@ -117,6 +116,8 @@ def puzzle_of(
     """Puzzle `index` of any of the tasks; `looks` is of a chain."""
     if task == "chain":
         return make_chain(extent, split, seed, index, looks)
+    if task == "chain_cells":
+        return make_cell_chain(extent, split, seed, index, looks)
     return make_puzzle(task, extent, split, seed, index)
 
 
@@ -124,10 +125,9 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
     """The parts of the question: images, with their times before them, and text."""
     colour = puzzle.colour
     if puzzle.times is None:
-        return [
-            {"type": "image"},
-            {"type": "text", "text": f"Which digit is in the {colour} cell?"},
-        ]
+        is_chain = isinstance(puzzle, CellChain)
+        asked = question(puzzle) if is_chain else f"Which digit is in the {colour} cell?"
+        return [{"type": "image"}, {"type": "text", "text": asked}]
     parts: list[dict[str, str]] = []
     space = " " if isinstance(puzzle, Chain) else ""  # a chain's times are all of one token
     for time in puzzle.times:
@@ -144,12 +144,16 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
 
 def evidence(puzzle: Puzzle) -> list[dict[str, Any]]:
     """Where to look: the frames of a video in order, or the asked cell of a still picture."""
-    if isinstance(puzzle, Chain):
-        return [{"image": int(frame)} for frame in puzzle.path[: puzzle.looks]]
-    if puzzle.times is not None:
-        return [{"image": puzzle.frame}]
-    row, column = divmod(puzzle.cell, puzzle.side)
-    return [{"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}]
+    is_chain = isinstance(puzzle, Chain)
+    still = puzzle.times is None
+    path = puzzle.path[: puzzle.looks] if is_chain else [puzzle.cell if still else puzzle.frame]
+    if not still:
+        return [{"image": int(frame)} for frame in path]
+    corners = [divmod(int(cell), puzzle.side) for cell in path]
+    return [
+        {"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}
+        for row, column in corners
+    ]
 
 
 def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
@@ -159,6 +163,8 @@ def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
     """
     if isinstance(puzzle, Chain) and style == "think":
         path = puzzle.path[: puzzle.looks]
+        if puzzle.times is None:
+            return [(1 + n, int(cell)) for n, cell in enumerate(path)]
         return [(1 + 3 * n + half, int(frame)) for n, frame in enumerate(path) for half in (0, 1)]
     token = 0 if style == "direct" else 3
     if puzzle.times is None:
@@ -211,7 +217,7 @@ def _answer(puzzle: Puzzle, style: Style, frame: int, cell: int) -> str:
 
 
 def _extents(task: str, extents: int | Sequence[int]) -> list[int]:
-    name, most = ("grid", 64) if task == "cell" else ("frames", SECONDS)
+    name, most = ("frames", SECONDS) if task in ("timestamp", "chain") else ("grid", 64)
     several = [extents] if isinstance(extents, int) else list(extents)
     if not several or not all(1 <= extent <= most for extent in several):
         raise ValueError(f"make_dataset: {name} must be within 1..{most}; got {extents}")
