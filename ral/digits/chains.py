@@ -23,11 +23,10 @@ LOOKS = 4
 WORDS = (
     "Start", " at", " follow", " times", " When", *(f" {second}s" for second in range(SECONDS))
 )  # fmt: skip
-CELL_NAMES = tuple(f"{colour}{digit}" for colour in NAMES for digit in range(10))
+CELL_NAMES = tuple(f"{colour} {digit}" for colour in NAMES for digit in range(10))
 CELL_WORDS = (
-    "Start", " at", " follow", " times", " Which",
-    *(space + name for name in CELL_NAMES for space in ("", " ")),
-)  # fmt: skip
+    "Start", " at", " follow", " times", " Which", *(name.replace(" ", "") for name in CELL_NAMES)
+)
 _SEED, _CELL_SEED = 2, 3  # of these tasks, beside those of TASKS
 
 
@@ -168,7 +167,7 @@ def name_tiles(
     """Scans and colours [1, 2 · cells] of cells with names that show others, by CELL_NAMES."""
     colours, digits = np.divmod(np.stack([names, shown], 1).reshape(1, -1), 10)
     of_digit = [np.flatnonzero(scans.digits == digit) for digit in range(10)]
-    chosen = np.array([[rng.choice(of_digit[digit]) for digit in digits[0]]])
+    chosen = np.array([[of_digit[n][rng.integers(len(of_digit[n]))] for n in digits[0]]])
     return chosen, colours
 
 
@@ -195,4 +194,4 @@ def thought(chain: Chain, slips: np.ndarray | None = None) -> tuple[str, str]:
         frame = int(following[seen])
     if isinstance(chain, CellChain):
         words.append(f" {names[frame]}")
-    return "".join(words), names[frame]
+    return "".join(words), names[frame].replace(" ", "")

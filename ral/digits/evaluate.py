@@ -30,7 +30,7 @@ _FORMS = {
     "think": re.compile(r"<think>([^<]*)</think><answer>([^<]*)</answer>"),
     "direct": re.compile(r"()<answer>([^<]*)</answer>"),
 }
-_LOOK = re.compile(r" \d+s \d \d|(?<=[a-z]\d) [a-z]+\d")
+_LOOK = re.compile(r" \d+s \d \d|(?<= \d) [a-z]+ \d")
 
 
 @dataclass(frozen=True)

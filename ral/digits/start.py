@@ -41,7 +41,7 @@ from .evaluate import Accuracy, evaluate
 from .model import END, IMAGE, make_model, make_processor, make_tokenizer, save_start
 from .puzzles import NAMES, SECONDS, TILES, Puzzle, Task, draw, make_puzzle
 from .scans import load_scans
-from .tasks import NOISE, Style, demonstration, prompt, response
+from .tasks import NOISE, Style, demonstration, looks_of, prompt, response
 
 EXTENTS: dict[Task, tuple[int, ...]] = {
     "cell": (1, 2, 3, 4, 6, 8),
@@ -87,6 +87,8 @@ class _Rows:
     Attributes:
         prompts: [N, P] token ids; right, wrong: [N, C] completions; both int64.
         digits: [N] token ids of the right digits; None where thoughts spell them.
+        looks: tokens of completions that look, and [N, tokens] token ids of the names of the cells
+            that they look at; None where a name is one token.
         times: [N, frames] token ids, None without times.
         pictures: [N] which features a row has, or [N, frames] of several pictures each.
         features: [pictures, image tokens, hidden_size] float32.
@@ -101,6 +103,7 @@ class _Rows:
     pictures: torch.Tensor
     features: torch.Tensor
     positions: torch.Tensor
+    looks: tuple[list[int], torch.Tensor] | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -330,7 +333,7 @@ def encode_cell_chains(
     rng = np.random.default_rng([seed, 2])
     scans, names = load_scans("train"), len(CELL_NAMES)
     number = {name: n for n, name in enumerate(CELL_NAMES)}
-    name_ids = torch.tensor([_one(processor.tokenizer, f" {name}") for name in CELL_NAMES])
+    name_ids = torch.tensor([_one(processor.tokenizer, name.replace(" ", "")) for name in CELL_NAMES])
     pools = []
     for side in extents:
         order = np.resize(rng.permutation(names**2), -(-(names**2) // side**2) * side**2)
@@ -358,10 +361,13 @@ def encode_cell_chains(
             called = np.array([[number[name] for name in chain.names] for chain in asked])
             shown = np.array([c.colours[0, 1::2] * 10 + c.digits[0, 1::2] for c in asked])
             made = _rows(model, processor, style, asked, right, wrong, grids, side**2)
+            looks_at = np.array([looks_of(chain, style) for chain in asked])  # [N, tokens, 2]
+            at = torch.from_numpy(np.take_along_axis(called, looks_at[..., 1], 1))
             pools.append(
                 replace(
                     made, times=name_ids[called], features=torch.cat(features),
                     pictures=torch.from_numpy(where[called * names + shown]),
+                    looks=(looks_at[0, :, 0].tolist(), name_ids[at]),
                 )
             )  # fmt: skip
     return pools
@@ -471,6 +477,11 @@ def _losses(
     named = model.lm_head(model.model.language_model.norm(first_layer))
     target = times[..., None].expand(named.shape[:-1])
     placed = cross_entropy(named.flatten(0, -2), target.flatten())
+    if rows.looks is not None:
+        tokens, wanted = rows.looks
+        looking = output.hidden_states[1][:, rows.prompts.shape[1] :][:, tokens]
+        said = model.lm_head(model.model.language_model.norm(looking))
+        placed = placed + cross_entropy(said.flatten(0, 1), wanted[chosen].flatten())
     if rows.digits is None:
         return loss, placed
     return loss, placed + cross_entropy(logits[:, NAMED], rows.digits[chosen])

@@ -102,7 +102,7 @@ def make_dataset(
 def longest(task: Task, looks: int | Sequence[int] = LOOKS) -> int:
     """Tokens that a response may have; the demonstrations have 5 fewer at least."""
     most = looks if isinstance(looks, int) else max(looks)
-    return {"chain": 3 * most + 11, "chain_cells": most + 12}.get(task, 12)
+    return {"chain": 3 * most + 11, "chain_cells": 2 * most + 13}.get(task, 12)
 
 
 def puzzle_of(
@@ -164,7 +164,7 @@ def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
     if isinstance(puzzle, Chain) and style == "think":
         path = puzzle.path[: puzzle.looks]
         if puzzle.times is None:
-            return [(1 + n, int(cell)) for n, cell in enumerate(path)]
+            return [(2 + 2 * n + half, int(cell)) for n, cell in enumerate(path) for half in (0, 1)]
         return [(1 + 3 * n + half, int(frame)) for n, frame in enumerate(path) for half in (0, 1)]
     token = 0 if style == "direct" else 3
     if puzzle.times is None:
