@@ -1,4 +1,4 @@
-"""Chains of looks: each frame of a video shows the time of another, and the question follows them.
+"""Chains of looks: each frame or cell shows the name of another, and the question follows them.
 
 "Start at 17s and follow red and blue 4 times. When?" In each frame the digit in the red tile is
 the tens and the digit in the blue tile the units of a time; two more tiles distract. The response
@@ -7,6 +7,10 @@ writes down each time that it follows and the two digits that it reads there:
 
 The numbers of a video lead once through all of its frames. So every number names a frame, and a
 wrong look goes on to another frame, and to a wrong answer unless a second one undoes it.
+
+The same over the cells of a still picture: "Start at red 7 and follow 4 times. Which?" A cell has
+two tiles: its name, and the name of another cell. All names of a picture differ. The response is
+`<think> red 7 blue 3 green 0 pink 2 cyan 5</think><answer>cyan5</answer>`.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .puzzles import NAMES, SECONDS, TILES, Puzzle
-from .scans import Scans, Split, load_scans
+from .scans import Split, load_scans
 
 TENS, UNITS = "red", "blue"
 LOOKS = 4
@@ -24,9 +28,8 @@ WORDS = (
     "Start", " at", " follow", " times", " When", *(f" {second}s" for second in range(SECONDS))
 )  # fmt: skip
 CELL_NAMES = tuple(f"{colour} {digit}" for colour in NAMES for digit in range(10))
-CELL_WORDS = (
-    "Start", " at", " follow", " times", " Which", *(name.replace(" ", "") for name in CELL_NAMES)
-)
+CELL_ANSWERS = tuple(name.replace(" ", "") for name in CELL_NAMES)
+CELL_WORDS = ("Start", " at", " follow", " times", " Which", *CELL_ANSWERS)
 _SEED, _CELL_SEED = 2, 3  # of these tasks, beside those of TASKS
 
 
@@ -61,6 +64,11 @@ class Chain(Puzzle):
         return digits
 
     @property
+    def shown(self) -> np.ndarray:
+        """[frames], the number that a frame's picture depends on, apart from chance."""
+        return self.numbers
+
+    @property
     def names(self) -> list[str]:
         """[frames], what the question and thoughts call each."""
         assert self.times is not None
@@ -74,20 +82,40 @@ class Chain(Puzzle):
 
 @dataclass(frozen=True)
 class CellChain(Chain):
-    """A chain over the cells of a still picture, which has two tiles a cell: name, then pointer."""
+    """A chain over the cells of a still picture.
+
+    `path` is of cells in reading order, and `cell` is where the last look is. Each cell has two
+    tiles, so `scans`, `digits` and `colours` are [1, 2 · cells].
+    """
 
     @property
     def side(self) -> int:
         return round(len(self.path) ** 0.5)
 
     @property
+    def numbers(self) -> np.ndarray:
+        """[cells], which of `CELL_NAMES` each cell shows, the name of the next."""
+        return self._tiles[1::2]
+
+    @property
+    def called(self) -> np.ndarray:
+        """[cells], which of `CELL_NAMES` is each cell's own."""
+        return self._tiles[::2]
+
+    @property
+    def shown(self) -> np.ndarray:
+        return self.called * len(CELL_NAMES) + self.numbers
+
+    @property
     def names(self) -> list[str]:
-        """[cells]"""
-        tiles = self.colours[0] * 10 + self.digits[0]
-        return [CELL_NAMES[number] for number in tiles[::2]]
+        return [CELL_NAMES[number] for number in self.called]
 
     def spelt(self, frame: int) -> str:
         return ""
+
+    @property
+    def _tiles(self) -> np.ndarray:
+        return self.colours[0] * 10 + self.digits[0]
 
 
 def make_chain(
@@ -139,51 +167,55 @@ def make_chain(
 def make_cell_chain(
     side: int, split: Split, seed: int, index: int, looks: int | tuple[int, ...] = LOOKS
 ) -> CellChain:
-    """Chain `index` over the cells of a picture; arguments as of `make_chain`, `side` at most 8."""
+    """Chain `index` over side × side cells, at most 8 × 8; otherwise as `make_chain`."""
     several = (looks,) if isinstance(looks, int) else looks
-    if not (several and min(several) >= 1 and max(several) + 2 <= side**2 <= len(CELL_NAMES)):
+    most = len(CELL_NAMES)
+    if not (several and min(several) >= 1 and max(several) + 2 <= side**2 <= most):
         raise ValueError(
-            "make_cell_chain: looks must be at least 1 and the cells within looks + 2.."
-            f"{len(CELL_NAMES)}; got looks={looks}, side={side}"
+            f"make_cell_chain: looks must be at least 1 and cells within looks + 2..{most}; got "
+            f"looks={looks}, side={side}"
         )
     rng = np.random.default_rng([seed, index, _CELL_SEED, split == "test"])
-    names = rng.choice(len(CELL_NAMES), size=side**2, replace=False)
+    names = rng.choice(most, size=side**2, replace=False)
     path = rng.permutation(side**2)
     shown = np.empty_like(names)
     shown[path] = names[np.roll(path, -1)]
+    return lay_out(names, shown, path, several, split, rng)
+
+
+def lay_out(
+    names: np.ndarray,
+    shown: np.ndarray,
+    path: np.ndarray,
+    looks: tuple[int, ...],
+    split: Split,
+    rng: np.random.Generator,
+) -> CellChain:
+    """A picture of cells by their names and what they show, [cells] numbers of `CELL_NAMES`."""
     scans = load_scans(split)
-    chosen, colours = name_tiles(names, shown, scans, rng)
-    noise_seed = int(rng.integers(1 << 31))
-    looks = int(rng.choice(several))
-    return CellChain(
-        chosen, scans.digits[chosen], colours, None, 0, int(path[looks - 1]), noise_seed, path,
-        looks,
-    )  # fmt: skip
-
-
-def name_tiles(
-    names: np.ndarray, shown: np.ndarray, scans: Scans, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scans and colours [1, 2 · cells] of cells with names that show others, by CELL_NAMES."""
     colours, digits = np.divmod(np.stack([names, shown], 1).reshape(1, -1), 10)
     of_digit = [np.flatnonzero(scans.digits == digit) for digit in range(10)]
     chosen = np.array([[of_digit[n][rng.integers(len(of_digit[n]))] for n in digits[0]]])
-    return chosen, colours
+    noise_seed = int(rng.integers(1 << 31))
+    count = int(rng.choice(looks))
+    last = int(path[count - 1])
+    return CellChain(chosen, scans.digits[chosen], colours, None, 0, last, noise_seed, path, count)
 
 
 def question(chain: Chain) -> str:
     """The text after the pictures."""
+    start = f"Start at {chain.names[chain.path[0]]} and follow"
     if isinstance(chain, CellChain):
-        return f"Start at {chain.names[chain.path[0]]} and follow {chain.looks} times. Which?"
-    return f"Start at {chain.seconds[0]}s and follow {TENS} and {UNITS} {chain.looks} times. When?"
+        return f"{start} {chain.looks} times. Which?"
+    return f"{start} {TENS} and {UNITS} {chain.looks} times. When?"
 
 
 def thought(chain: Chain, slips: np.ndarray | None = None) -> tuple[str, str]:
     """What a look at each frame writes down, and the answer.
 
     Args:
-        chain: the frames.
-        slips: bool [looks]; where true, the look is at the frame after the one that is named.
+        chain: the frames or cells.
+        slips: bool [looks]; where true, the look is at the one after the one that is named.
     """
     names, frames = chain.names, len(chain.path)
     frame, words = int(chain.path[0]), []

@@ -14,6 +14,7 @@ from .scans import CELL, Scans, Split, load_scans
 
 Task = Literal["cell", "timestamp", "chain", "chain_cells"]
 TASKS: tuple[Task, ...] = ("cell", "timestamp", "chain", "chain_cells")
+STILL: tuple[Task, ...] = ("cell", "chain_cells")  # tasks of one picture, a grid of cells
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 45, 50),
     "orange": (235, 115, 25),

@@ -11,7 +11,8 @@ From answers alone the model learns it late or never, because copying any time i
 dense losses help while the demonstrations are right. Image tokens after the first layer name the
 time of their frame, and the position that names the time also names the digit. Chains need only the
 first: their thoughts spell digits. A picture of theirs depends on the number in it alone, so the
-same pictures make new chains.
+same pictures make new chains. Cells have names of two words, which a thought spells. There, tokens
+that look name the cell after the first layer; without that, few looks were right after 900 steps.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .chains import (
+    CELL_ANSWERS,
     CELL_NAMES,
     CELL_WORDS,
     LOOKS,
     WORDS,
     CellChain,
     Chain,
-    make_cell_chain,
+    lay_out,
     make_chain,
-    name_tiles,
 )
 from .evaluate import Accuracy, evaluate
 from .model import END, IMAGE, make_model, make_processor, make_tokenizer, save_start
 from .puzzles import NAMES, SECONDS, TILES, Puzzle, Task, draw, make_puzzle
 from .scans import load_scans
-from .tasks import NOISE, Style, demonstration, looks_of, prompt, response
+from .tasks import NOISE, Style, demonstration, looks_of, prompt, puzzle_of, response
 
 EXTENTS: dict[Task, tuple[int, ...]] = {
     "cell": (1, 2, 3, 4, 6, 8),
@@ -56,6 +57,7 @@ TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8, "chain": 8, "chain_cells"
 VISION_STEPS, VISION_BATCH = 100, 256
 CELLS = 8192  # drawn for each extent
 ROWS = 4096  # questions about them
+BANK_SIDE = 4  # of the pictures in which cells of chains are drawn; its square divides 80 · 80
 NAMED = 1  # token of a completion, after its first tag, that names the time or colour
 PRACTICE_SHARE = 0.75  # of the steps, before those with wrong demonstrations
 
@@ -87,9 +89,9 @@ class _Rows:
     Attributes:
         prompts: [N, P] token ids; right, wrong: [N, C] completions; both int64.
         digits: [N] token ids of the right digits; None where thoughts spell them.
-        looks: tokens of completions that look, and [N, tokens] token ids of the names of the cells
+        times: [N, frames] token ids, or of cells' names; None without either.
+        looks: which tokens of right completions look, and [N, tokens] ids of the names of the cells
             that they look at; None where a name is one token.
-        times: [N, frames] token ids, None without times.
         pictures: [N] which features a row has, or [N, frames] of several pictures each.
         features: [pictures, image tokens, hidden_size] float32.
         positions: [3, 1, P + C], the same for all rows.
@@ -100,10 +102,10 @@ class _Rows:
     wrong: torch.Tensor
     digits: torch.Tensor | None
     times: torch.Tensor | None
+    looks: tuple[torch.Tensor, torch.Tensor] | None
     pictures: torch.Tensor
     features: torch.Tensor
     positions: torch.Tensor
-    looks: tuple[list[int], torch.Tensor] | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -160,10 +162,8 @@ def train_start(
     model = make_model(seed=seed, tokenizer=processor.tokenizer, **model_options)
     model = model.to(torch.get_default_device()).train()
     train_vision(model, processor, task, seed=seed, log=say)
-    if task == "chain":
-        pools = encode_chains(model, processor, extents, looks, style, seed, wrong_share)
-    elif task == "chain_cells":
-        pools = encode_cell_chains(model, processor, extents, looks, style, seed, wrong_share)
+    if task in WORDS_OF:
+        pools = encode_chains(model, processor, extents, looks, style, seed, wrong_share, task)
     else:
         pools = [encode(model, processor, task, extent, style, seed) for extent in extents]
     say(f"start: {time.perf_counter() - began:.0f} s, vision tower trained, pictures encoded")
@@ -283,94 +283,66 @@ def encode_chains(
     style: Style,
     seed: int,
     wrong_share: float,
+    task: Task = "chain",
 ) -> list[_Rows]:
-    """Draw frames that show each number, compute their features, and make chains of them.
+    """Draw what frames or cells can show, compute their features, and make chains of them.
 
-    A picture depends on the number that it shows, and on nothing else of its chain. So the chains
-    of all extents and looks are of the same pictures, each time in another order.
+    A picture depends on what it shows, and on nothing else of its chain. So the chains of all
+    extents and looks are of the same pictures, each time in another order.
     """
     rng = np.random.default_rng([seed, 2])
-    count = CELLS // (SECONDS * TILES * TILES)
-    bank, where = [], np.empty((count, SECONDS), np.int64)  # where[k, n] shows n
-    tower = model.model.visual
-    with torch.no_grad():
-        for number in range(count):
-            chain = make_chain(SECONDS, "train", seed + 1_000_000, number)
-            where[number, chain.numbers] = number * SECONDS + np.arange(SECONDS)
-            pixels, grids = _pixels(processor, draw(chain, "train", NOISE["chain"]), model.device)
-            seen = tower(pixels.flatten(0, 1), grid_thw=grids).pooler_output
-            bank.append(seen.view(SECONDS, -1, seen.shape[-1]))
-    features = torch.cat(bank)
+    of_cells = task == "chain_cells"
+    features, where = (_cell_bank if of_cells else _frame_bank)(model, processor, seed)
     pools = []
     for extent in extents:
         for of_row in (looks,) if isinstance(looks, int) else looks:
-            asked = [make_chain(extent, "train", seed + 2_000_000, row, of_row)
-                     for row in range(ROWS)]  # fmt: skip
+            asked: Any = [puzzle_of(task, extent, "train", seed + 2_000_000, row, of_row)
+                          for row in range(ROWS)]  # fmt: skip
             right, wrong = (
                 [demonstration(chain, style, share, rng) for chain in asked]
                 for share in (0.0, wrong_share)
             )
-            shown = np.stack([chain.numbers for chain in asked])
-            pictures = torch.from_numpy(where[rng.integers(count, size=shown.shape), shown])
+            shown = np.stack([chain.shown for chain in asked])
+            pictures = torch.from_numpy(where[rng.integers(len(where), size=shown.shape), shown])
             pictures = pictures.to(model.device)
-            made = _rows(
-                model, processor, style, asked, right, wrong, grids[:extent], features.shape[1]
-            )
+            side = 2 * (extent if of_cells else TILES)  # in patches
+            grids = torch.tensor([[1, side, side]] * (1 if of_cells else extent))
+            tokens = extent**2 if of_cells else features.shape[1]
+            made = _rows(model, processor, style, asked, right, wrong, grids, tokens)
             pools.append(replace(made, pictures=pictures, features=features))
     return pools
 
 
-def encode_cell_chains(
-    model: Any,
-    processor: Any,
-    extents: Sequence[int],
-    looks: int | tuple[int, ...],
-    style: Style,
-    seed: int,
-    wrong_share: float,
-) -> list[_Rows]:
-    """As `encode_chains`, for cells: one is drawn for each name and pointer, in pictures of any."""
-    rng = np.random.default_rng([seed, 2])
-    scans, names = load_scans("train"), len(CELL_NAMES)
-    number = {name: n for n, name in enumerate(CELL_NAMES)}
-    name_ids = torch.tensor([_one(processor.tokenizer, name.replace(" ", "")) for name in CELL_NAMES])
-    pools = []
-    for side in extents:
-        order = np.resize(rng.permutation(names**2), -(-(names**2) // side**2) * side**2)
-        where = np.empty(names**2, np.int64)
-        where[order] = np.arange(len(order))
-        features = []
-        with torch.no_grad():
-            for cells in order.reshape(-1, side**2):
-                chosen, colours = name_tiles(*np.divmod(cells, names), scans, rng)
-                picture = CellChain(
-                    chosen, scans.digits[chosen], colours, None, 0, 0, int(rng.integers(1 << 31)),
-                    cells, 1,
-                )  # fmt: skip
-                drawn = draw(picture, "train", NOISE["chain_cells"])
-                pixels, grids = _pixels(processor, drawn, model.device)
-                seen = model.model.visual(pixels.flatten(0, 1), grid_thw=grids).pooler_output
-                features.append(seen[:, None])
-        for of_row in (looks,) if isinstance(looks, int) else looks:
-            asked = [make_cell_chain(side, "train", seed + 2_000_000, row, of_row)
-                     for row in range(ROWS)]  # fmt: skip
-            right, wrong = (
-                [demonstration(chain, style, share, rng) for chain in asked]
-                for share in (0.0, wrong_share)
-            )
-            called = np.array([[number[name] for name in chain.names] for chain in asked])
-            shown = np.array([c.colours[0, 1::2] * 10 + c.digits[0, 1::2] for c in asked])
-            made = _rows(model, processor, style, asked, right, wrong, grids, side**2)
-            looks_at = np.array([looks_of(chain, style) for chain in asked])  # [N, tokens, 2]
-            at = torch.from_numpy(np.take_along_axis(called, looks_at[..., 1], 1))
-            pools.append(
-                replace(
-                    made, times=name_ids[called], features=torch.cat(features),
-                    pictures=torch.from_numpy(where[called * names + shown]),
-                    looks=(looks_at[0, :, 0].tolist(), name_ids[at]),
-                )
-            )  # fmt: skip
-    return pools
+def _frame_bank(model: Any, processor: Any, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Features [pictures, tokens, hidden_size] of frames, and [k, n] which of them show n."""
+    count = CELLS // (SECONDS * TILES * TILES)
+    bank, where = [], np.empty((count, SECONDS), np.int64)
+    for number in range(count):
+        chain = make_chain(SECONDS, "train", seed + 1_000_000, number)
+        where[number, chain.numbers] = number * SECONDS + np.arange(SECONDS)
+        bank.append(_features(model, processor, draw(chain, "train", NOISE["chain"])))
+    return torch.cat(bank), where
+
+
+def _cell_bank(model: Any, processor: Any, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """As `_frame_bank`, of a cell for each name and what it shows, among others in pictures."""
+    rng = np.random.default_rng([seed, 4])
+    count, size = len(CELL_NAMES), BANK_SIDE**2
+    order = rng.permutation(count**2).reshape(-1, size)
+    bank = []
+    for cells in order:
+        picture = lay_out(*np.divmod(cells, count), np.arange(size), (1,), "train", rng)
+        drawn = draw(picture, "train", NOISE["chain_cells"])
+        bank.append(_features(model, processor, drawn).view(size, 1, -1))
+    return torch.cat(bank), np.argsort(order.ravel())[None]
+
+
+@torch.no_grad()
+def _features(model: Any, processor: Any, frames: np.ndarray) -> torch.Tensor:
+    """[frames, tokens, hidden_size], as the vision tower sees them."""
+    pixels, grids = _pixels(processor, frames, model.device)
+    seen: torch.Tensor = model.model.visual(pixels.flatten(0, 1), grid_thw=grids).pooler_output
+    return seen.view(len(frames), -1, seen.shape[-1])
 
 
 def _rows(
@@ -390,12 +362,19 @@ def _rows(
     """
     tokenizer = processor.tokenizer
     prompts = [_prompt_text(processor, puzzle, style, cells) for puzzle in asked]
-    times = None
-    if asked[0].times is not None:
+    chains: Any = asked
+    times = looks = None
+    if isinstance(asked[0], CellChain):
+        name_ids = torch.tensor([_one(tokenizer, name) for name in CELL_ANSWERS])
+        called = torch.from_numpy(np.stack([chain.called for chain in chains]))
+        times = name_ids[called.to(name_ids.device)]
+        seen = torch.tensor([looks_of(chain, style) for chain in asked])  # [N, tokens, 2]
+        looks = seen[0, :, 0], times.gather(1, seen[..., 1])
+    elif asked[0].times is not None:
         space = " " if isinstance(asked[0], Chain) else ""
         names = [f"{space}{second}s" for second in range(SECONDS)]
         time_ids = torch.tensor([_one(tokenizer, name) for name in names])
-        seen = torch.from_numpy(np.stack([p.times for p in asked]))  # type: ignore[misc]
+        seen = torch.from_numpy(np.stack([chain.times for chain in chains]))
         times = time_ids[seen.to(time_ids.device)]
     ids = torch.tensor(tokenizer(prompts)["input_ids"])
     completions = torch.tensor(tokenizer([text + END for text in right])["input_ids"])
@@ -409,6 +388,7 @@ def _rows(
         wrong=torch.tensor(tokenizer([text + END for text in wrong])["input_ids"]),
         digits=None,
         times=times,
+        looks=looks,
         pictures=torch.empty(0),
         features=torch.empty(0),
         positions=positions,

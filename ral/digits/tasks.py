@@ -1,10 +1,11 @@
-"""The three digits tasks as datasets: prompts, pictures, solutions and demonstrations.
+"""The digits tasks as datasets: prompts, pictures, solutions and demonstrations.
 
 `cell`: an n × n grid, one cell a visual token. "Which digit is in the red cell?"
 `timestamp`: frames of 2 × 2 noisy tiles, each after its time as text, one tile of each coloured.
 The response names the time before the digit. In the start the digit hardly depends on that time:
 after a wrong time it still names the asked colour's digit more often than the wrong frame's.
 `chain`: frames that name each other's times, to be followed for some looks (`ral.digits.chains`).
+`chain_cells`: the same over the cells of an n × n grid.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .chains import LOOKS, CellChain, Chain, make_cell_chain, make_chain, question, thought
-from .puzzles import NAMES, SECONDS, TASKS, Puzzle, Task, draw, make_puzzle
+from .puzzles import NAMES, SECONDS, STILL, TASKS, Puzzle, Task, draw, make_puzzle
 from .scans import CELL, Split
 
 Style = Literal["think", "direct"]
@@ -40,18 +41,18 @@ def make_dataset(
 
     The same arguments give the same rows, pixel for pixel. Columns: prompt, images, solution,
     problem_type, problem_id, completion, evidence: the frame, or the cell's box in pixels; of a
-    chain the frame of each look, in order.
+    chain those of each look, in order.
 
     Args:
-        task: "cell", "timestamp" or "chain".
+        task: one of `TASKS`.
         size: number of rows.
         split: whose scans are drawn; the splits share none.
-        grid: cells on a side of a grid, for "cell"; of several, each row takes one at random.
+        grid: cells on a side of a grid, for `STILL`; of several, each row takes one at random.
         frames: frames of a row, at most 100, for the others; of several, as above.
         style: "think" for `<think>…</think><answer>…</answer>`, "direct" for the answer alone.
         seed: of the rows.
         wrong_share: share of the completions that answer for the last cell or frame instead of the
-            asked one; of a chain, share of the looks that are at the frame after the named one. A
+            asked one; of a chain, share of the looks that are at the one after the named one. A
             model trained on them looks there as often, and GRPO can unlearn it. Prompts and
             solutions do not change.
         looks: of a chain; of several, as above.
@@ -74,7 +75,7 @@ def make_dataset(
         raise ValueError(f"make_dataset: wrong_share must be within 0..1; got {wrong_share}")
     if seed < 0:
         raise ValueError(f"make_dataset: seed must be at least 0; got {seed}")
-    extents = _extents(task, grid if task in ("cell", "chain_cells") else frames)
+    extents = _extents(task, grid if task in STILL else frames)
     several = (looks,) if isinstance(looks, int) else tuple(looks)
     drawn = _Draw(task, split, seed)
     rows: dict[str, list] = {
@@ -143,7 +144,7 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
 
 
 def evidence(puzzle: Puzzle) -> list[dict[str, Any]]:
-    """Where to look: the frames of a video in order, or the asked cell of a still picture."""
+    """Where to look, in order: frames of a video, or cells of a still picture."""
     is_chain = isinstance(puzzle, Chain)
     still = puzzle.times is None
     path = puzzle.path[: puzzle.looks] if is_chain else [puzzle.cell if still else puzzle.frame]
@@ -159,7 +160,8 @@ def evidence(puzzle: Puzzle) -> list[dict[str, Any]]:
 def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
     """Where the right response looks: a token, whose successor says what is seen, and the frame.
 
-    In a still picture it is the cell. A look of a chain has two tokens, before tens and units.
+    In a still picture it is the cell. A look of a chain has two tokens, before tens and units, or
+    before the colour and digit of a cell's name.
     """
     if isinstance(puzzle, Chain) and style == "think":
         path = puzzle.path[: puzzle.looks]
@@ -175,7 +177,7 @@ def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
 
 
 def solution(puzzle: Puzzle, style: Style) -> str:
-    """The bare answer: a digit, time and digit in a direct answer about frames, a chain's time."""
+    """The bare answer: a digit; time and digit in a direct answer about frames; a chain's name."""
     if isinstance(puzzle, Chain):
         return thought(puzzle)[1]
     return _answer(puzzle, style, puzzle.frame, puzzle.cell)
@@ -217,7 +219,7 @@ def _answer(puzzle: Puzzle, style: Style, frame: int, cell: int) -> str:
 
 
 def _extents(task: str, extents: int | Sequence[int]) -> list[int]:
-    name, most = ("frames", SECONDS) if task in ("timestamp", "chain") else ("grid", 64)
+    name, most = ("grid", 64) if task in STILL else ("frames", SECONDS)
     several = [extents] if isinstance(extents, int) else list(extents)
     if not several or not all(1 <= extent <= most for extent in several):
         raise ValueError(f"make_dataset: {name} must be within 1..{most}; got {extents}")
