@@ -51,7 +51,7 @@ EXTENTS: dict[Task, tuple[int, ...]] = {
     "chain_cells": (3, 4, 6, 8),
 }
 WORDS_OF: dict[Task, tuple[str, ...]] = {"chain": WORDS, "chain_cells": CELL_WORDS}
-STEPS: dict[Task, int] = {"cell": 900, "timestamp": 900, "chain": 1200, "chain_cells": 1200}
+STEPS: dict[Task, int] = {"cell": 900, "timestamp": 900, "chain": 1200, "chain_cells": 300}
 SHORT = 36  # visual tokens; longer rows come less often, to keep the form at any length
 TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8, "chain": 8, "chain_cells": 4}
 VISION_STEPS, VISION_BATCH = 100, 256
