@@ -99,7 +99,7 @@ TASKS = {
     "chain_cells": StudyTask(
         "chain_cells", "think", "cells", seen=(3, 4, 6), trained=(3, 4, 6),
         evaluated=(3, 4, 5, 6, 7, 8), endpoint=(7, 8), wrong_share=0.1,
-        batches=80, learning_rate=2e-4, spans={"attn_granularity": "tile", "attn_tile": [1, 1]},
+        batches=200, learning_rate=2e-4, spans={"attn_granularity": "tile", "attn_tile": [1, 1]},
     ),
     # For larger models: a chain has at most 100 frames, because its numbers have two digits.
     "chain_long": StudyTask(

@@ -126,8 +126,9 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
     """The parts of the question: images, with their times before them, and text."""
     colour = puzzle.colour
     if puzzle.times is None:
-        is_chain = isinstance(puzzle, CellChain)
-        asked = question(puzzle) if is_chain else f"Which digit is in the {colour} cell?"
+        asked = f"Which digit is in the {colour} cell?"
+        if isinstance(puzzle, CellChain):
+            asked = question(puzzle)
         return [{"type": "image"}, {"type": "text", "text": asked}]
     parts: list[dict[str, str]] = []
     space = " " if isinstance(puzzle, Chain) else ""  # a chain's times are all of one token
@@ -145,15 +146,14 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
 
 def evidence(puzzle: Puzzle) -> list[dict[str, Any]]:
     """Where to look, in order: frames of a video, or cells of a still picture."""
-    is_chain = isinstance(puzzle, Chain)
-    still = puzzle.times is None
-    path = puzzle.path[: puzzle.looks] if is_chain else [puzzle.cell if still else puzzle.frame]
-    if not still:
+    path: Any = [puzzle.cell if puzzle.times is None else puzzle.frame]
+    if isinstance(puzzle, Chain):
+        path = puzzle.path[: puzzle.looks]
+    if puzzle.times is not None:
         return [{"image": int(frame)} for frame in path]
-    corners = [divmod(int(cell), puzzle.side) for cell in path]
     return [
         {"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}
-        for row, column in corners
+        for row, column in (divmod(int(cell), puzzle.side) for cell in path)
     ]
 
 

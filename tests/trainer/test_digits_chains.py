@@ -18,6 +18,7 @@ from ral.digits.chains import (
     WORDS,
     CellChain,
     Chain,
+    lay_out,
     make_cell_chain,
     make_chain,
     thought,
@@ -175,7 +176,6 @@ def test_practice_shows_each_cell_its_name_and_pointer(monkeypatch: Any) -> None
     processor = make_processor(make_tokenizer(CELL_WORDS))
     model = make_model(tokenizer=processor.tokenizer)
     shown: list[Any] = []
-    lay_out = start.lay_out
 
     def noted(names: Any, numbers: Any, *rest: Any) -> Any:
         shown.extend(zip(names, numbers, strict=True))
