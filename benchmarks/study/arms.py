@@ -21,7 +21,7 @@ BUDGET: dict[str, Any] = {
 }
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
 _ONE_LOOK = ("frames", "resolution")
-_CHAINS = ("chain", "chain_long")
+_CHAINS = ("chain", "chain_long", "chain_cells")
 _ALL_TASKS = (*_ONE_LOOK, *_CHAINS)
 SHARPENING = 1.4  # factor on all attention scores of a trained model, as one more evaluation
 

@@ -96,6 +96,11 @@ TASKS = {
         evaluated=(6, 8, 16, 24, 32, 48), endpoint=(24, 32), wrong_share=0.15,
         batches=80, learning_rate=2e-4, spans={"attn_granularity": "frame"},
     ),
+    "chain_cells": StudyTask(
+        "chain_cells", "think", "cells", seen=(3, 4, 6), trained=(3, 4, 6),
+        evaluated=(3, 4, 5, 6, 7, 8), endpoint=(7, 8), wrong_share=0.1,
+        batches=200, learning_rate=2e-4, spans={"attn_granularity": "tile", "attn_tile": [1, 1]},
+    ),
     # For larger models: a chain has at most 100 frames, because its numbers have two digits.
     "chain_long": StudyTask(
         "chain", "think", "frames", seen=(8, 16, 32, 64), trained=(8, 16, 32),

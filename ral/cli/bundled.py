@@ -16,7 +16,7 @@ from .run import say
 from .sources import digits_task
 
 # Of a start's demonstrations, or of a chain's looks, which GRPO can unlearn. A teacher has none.
-WRONG_SHARE = {"cell": 0.5, "timestamp": 0.5, "chain": 0.15}
+WRONG_SHARE = {"cell": 0.5, "timestamp": 0.5, "chain": 0.15, "chain_cells": 0.1}
 SEED = 0  # of weights and demonstrations, whatever the run's: from some seeds nothing is learnt
 _DONE = "start.json"  # written last
 

@@ -75,12 +75,13 @@ def _cells(
         if given.max_pixels:
             raise Refused("max_pixels needs other data than digits, which have one size")
         from ..digits.evaluate import EXTENTS
+        from ..digits.puzzles import STILL
         from ..digits.tasks import make_dataset
 
-        size = "grid" if task == "cell" else "frames"
-        wrong = given.frames if task == "cell" else given.grids
-        if wrong:
-            raise Refused(f"{given.data} takes {'grids' if task == 'cell' else 'frames'} only")
+        is_still = task in STILL
+        if given.frames if is_still else given.grids:
+            raise Refused(f"{given.data} takes {'grids' if is_still else 'frames'} only")
+        size = "grid" if is_still else "frames"
         for extent in given.grids or given.frames or EXTENTS[task]:
             with refusing():
                 rows = make_dataset(
@@ -90,7 +91,7 @@ def _cells(
             yield {"frames": None, "grid": None, "max_pixels": None, size: extent}, rows
         return
     if given.grids:
-        raise Refused("grids needs data=digits:cell")
+        raise Refused("grids needs data=digits:cell or digits:chain_cells")
     for frames in given.frames or [16]:
         with refusing():
             rows = load_rows(

@@ -13,7 +13,8 @@ DIGITS_EVAL_ROWS = 500
 DIGITS = "digits"  # the bundled model, and the prefix of the bundled data
 _DATA = (
     "A file of JSON lines, a JSON array, a parquet file, a folder of `datasets`, OWNER/NAME of a "
-    "dataset on the Hub, or the bundled digits:cell, digits:timestamp or digits:chain."
+    "dataset on the Hub, or the bundled digits:cell, digits:timestamp, digits:chain or "
+    "digits:chain_cells."
 )
 _ROOT = "Folder that paths in the data are relative to; default the data's own."
 _FPS = "Frames a second of a video file, as far as {0} allows; default {0} of any video."
@@ -130,7 +131,7 @@ class DataSettings:
         default_factory=lambda: [8],
         metadata={
             "help": "Frames of a row of digits:timestamp or digits:chain, or cells on a side in "
-            "digits:cell. Of several values each row takes one."
+            "digits:cell or digits:chain_cells. Of several values each row takes one."
         },
     )
 
@@ -216,7 +217,10 @@ class EvalSettings:
     fps: float | None = _setting(None, _FPS.format("frames"))
     grids: list[int] = field(
         default_factory=list,
-        metadata={"help": "Cells on a side in digits:cell; default 2,3,4,6,8."},
+        metadata={
+            "help": "Cells on a side; default 2,3,4,6,8 for digits:cell, 3,4,6,8 for "
+            "digits:chain_cells."
+        },
     )
     max_pixels: list[int] = field(
         default_factory=list,

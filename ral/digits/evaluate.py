@@ -23,13 +23,14 @@ EXTENTS: dict[Task, tuple[int, ...]] = {
     "cell": (2, 3, 4, 6, 8),
     "timestamp": (4, 8, 16, 32, 64),
     "chain": (8, 16, 32, 64),
+    "chain_cells": (3, 4, 6, 8),
 }
 # Exactly the form of the demonstrations.
 _FORMS = {
     "think": re.compile(r"<think>([^<]*)</think><answer>([^<]*)</answer>"),
     "direct": re.compile(r"()<answer>([^<]*)</answer>"),
 }
-_LOOK = re.compile(r" \d+s \d \d")
+_LOOK = re.compile(r" \d+s \d \d|(?<= \d) [a-z]+ \d")
 
 
 @dataclass(frozen=True)

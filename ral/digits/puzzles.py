@@ -12,8 +12,9 @@ import numpy as np
 
 from .scans import CELL, Scans, Split, load_scans
 
-Task = Literal["cell", "timestamp", "chain"]
-TASKS: tuple[Task, ...] = ("cell", "timestamp", "chain")
+Task = Literal["cell", "timestamp", "chain", "chain_cells"]
+TASKS: tuple[Task, ...] = ("cell", "timestamp", "chain", "chain_cells")
+STILL: tuple[Task, ...] = ("cell", "chain_cells")  # tasks of one picture, a grid of cells
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 45, 50),
     "orange": (235, 115, 25),
@@ -134,7 +135,10 @@ def _paint(puzzle: Puzzle, scans: Scans, noise: float) -> np.ndarray:
         ground[:, :, 1:-1, edge] *= _EDGE
     cells = ground + (_INK - ground) * ink
     frames, side = len(cells), puzzle.side
-    pictures = cells.reshape(frames, side, side, CELL, CELL, 3).swapaxes(2, 3)
+    columns = cells.shape[1] // side
+    narrow = columns // side  # tiles that share the width of a cell
+    cells = cells.reshape(frames, -1, CELL, CELL // narrow, narrow, 3).mean(4)
+    pictures = cells.reshape(frames, side, columns, CELL, CELL // narrow, 3).swapaxes(2, 3)
     pictures = pictures.reshape(frames, side * CELL, side * CELL, 3)
     if noise:
         rng = np.random.default_rng(puzzle.noise_seed)

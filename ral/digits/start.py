@@ -11,7 +11,8 @@ From answers alone the model learns it late or never, because copying any time i
 dense losses help while the demonstrations are right. Image tokens after the first layer name the
 time of their frame, and the position that names the time also names the digit. Chains need only the
 first: their thoughts spell digits. A picture of theirs depends on the number in it alone, so the
-same pictures make new chains.
+same pictures make new chains. Cells have names of two words, which a thought spells. There, tokens
+that look name the cell after the first layer; without that, few looks were right after 900 steps.
 """
 
 from __future__ import annotations
@@ -26,24 +27,37 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from .chains import LOOKS, WORDS, Chain, make_chain
+from .chains import (
+    CELL_ANSWERS,
+    CELL_NAMES,
+    CELL_WORDS,
+    LOOKS,
+    WORDS,
+    CellChain,
+    Chain,
+    lay_out,
+    make_chain,
+)
 from .evaluate import Accuracy, evaluate
 from .model import END, IMAGE, make_model, make_processor, make_tokenizer, save_start
 from .puzzles import NAMES, SECONDS, TILES, Puzzle, Task, draw, make_puzzle
 from .scans import load_scans
-from .tasks import NOISE, Style, demonstration, prompt, response
+from .tasks import NOISE, Style, demonstration, looks_of, prompt, puzzle_of, response
 
 EXTENTS: dict[Task, tuple[int, ...]] = {
     "cell": (1, 2, 3, 4, 6, 8),
     "timestamp": (2, 4, 8, 16, 32, 64),
     "chain": (6, 8, 16, 32),
+    "chain_cells": (3, 4, 6, 8),
 }
-STEPS: dict[Task, int] = {"cell": 900, "timestamp": 900, "chain": 1200}
+WORDS_OF: dict[Task, tuple[str, ...]] = {"chain": WORDS, "chain_cells": CELL_WORDS}
+STEPS: dict[Task, int] = {"cell": 900, "timestamp": 900, "chain": 1200, "chain_cells": 300}
 SHORT = 36  # visual tokens; longer rows come less often, to keep the form at any length
-TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8, "chain": 8}
+TYPICAL: dict[Task, int] = {"cell": 3, "timestamp": 8, "chain": 8, "chain_cells": 4}
 VISION_STEPS, VISION_BATCH = 100, 256
 CELLS = 8192  # drawn for each extent
 ROWS = 4096  # questions about them
+BANK_SIDE = 4  # of the pictures in which cells of chains are drawn; its square divides 80 · 80
 NAMED = 1  # token of a completion, after its first tag, that names the time or colour
 PRACTICE_SHARE = 0.75  # of the steps, before those with wrong demonstrations
 
@@ -75,7 +89,9 @@ class _Rows:
     Attributes:
         prompts: [N, P] token ids; right, wrong: [N, C] completions; both int64.
         digits: [N] token ids of the right digits; None where thoughts spell them.
-        times: [N, frames] token ids, None without times.
+        times: [N, frames] token ids, or of cells' names; None without either.
+        looks: which tokens of right completions look, and [N, tokens] ids of the names of the cells
+            that they look at; None where a name is one token.
         pictures: [N] which features a row has, or [N, frames] of several pictures each.
         features: [pictures, image tokens, hidden_size] float32.
         positions: [3, 1, P + C], the same for all rows.
@@ -86,6 +102,7 @@ class _Rows:
     wrong: torch.Tensor
     digits: torch.Tensor | None
     times: torch.Tensor | None
+    looks: tuple[torch.Tensor, torch.Tensor] | None
     pictures: torch.Tensor
     features: torch.Tensor
     positions: torch.Tensor
@@ -141,12 +158,12 @@ def train_start(
     say = log or (lambda line: None)
     began = time.perf_counter()
     extents = EXTENTS[task] if extents is None else tuple(extents)
-    processor = make_processor(make_tokenizer(WORDS if task == "chain" else ()))
+    processor = make_processor(make_tokenizer(WORDS_OF.get(task, ())))
     model = make_model(seed=seed, tokenizer=processor.tokenizer, **model_options)
     model = model.to(torch.get_default_device()).train()
     train_vision(model, processor, task, seed=seed, log=say)
-    if task == "chain":
-        pools = encode_chains(model, processor, extents, looks, style, seed, wrong_share)
+    if task in WORDS_OF:
+        pools = encode_chains(model, processor, extents, looks, style, seed, wrong_share, task)
     else:
         pools = [encode(model, processor, task, extent, style, seed) for extent in extents]
     say(f"start: {time.perf_counter() - began:.0f} s, vision tower trained, pictures encoded")
@@ -156,7 +173,7 @@ def train_start(
             model,
             pools,
             steps,
-            1.0 if task == "chain" else wrong_share,
+            1.0 if task in WORDS_OF else wrong_share,
             seed,
             batch_size,
             learning_rate,
@@ -195,7 +212,7 @@ def train_vision(
     steps: int = VISION_STEPS,
     log: Log = print,
 ) -> float:
-    """Train the vision tower to tell digit and colour of single cells.
+    """Train the vision tower to tell digits and colours of single cells.
 
     Returns:
         the share of digits that were right in the last batch.
@@ -203,15 +220,17 @@ def train_vision(
     rng = np.random.default_rng([seed, 1])
     scans = load_scans("train")
     count = 4096
-    chosen = rng.integers(len(scans.ids), size=(count, 1))
-    colours = rng.integers(-1, len(NAMES), size=(count, 1))
+    tiles = 2 if task == "chain_cells" else 1
+    chosen = rng.integers(len(scans.ids), size=(count, tiles))
+    colours = rng.integers(-1, len(NAMES), size=(count, tiles))
     cells = Puzzle(chosen, scans.digits[chosen], colours, None, 0, 0, int(rng.integers(1 << 31)))
     pixels, grids = _pixels(processor, draw(cells, "train", NOISE[task]), model.device)
-    digits = torch.from_numpy(cells.digits[:, 0]).to(model.device)
-    names = torch.from_numpy(colours[:, 0] + 1).to(model.device)
+    digits = torch.from_numpy(cells.digits).to(model.device)
+    names = torch.from_numpy(colours + 1).to(model.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = torch.nn.Linear(model.config.text_config.hidden_size, 10 + 1 + len(NAMES))
+        told_of_tile = 10 + 1 + len(NAMES)
+        head = torch.nn.Linear(model.config.text_config.hidden_size, tiles * told_of_tile)
     tower = model.model.visual
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], weight_decay=0.05)
     right = 0.0
@@ -219,11 +238,13 @@ def train_vision(
         _set_rate(optimizer, 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps))
         rows = torch.from_numpy(rng.integers(count, size=VISION_BATCH)).to(model.device)
         told = head(tower(pixels[rows].flatten(0, 1), grid_thw=grids[rows]).pooler_output)
-        loss = cross_entropy(told[:, :10], digits[rows]) + cross_entropy(told[:, 10:], names[rows])
+        told = told.view(-1, told_of_tile)
+        digit, name = digits[rows].flatten(), names[rows].flatten()
+        loss = cross_entropy(told[:, :10], digit) + cross_entropy(told[:, 10:], name)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        right = (told[:, :10].argmax(1) == digits[rows]).float().mean().item()
+        right = (told[:, :10].argmax(1) == digit).float().mean().item()
     log(f"start: the vision tower reads {right:.0%} of the digits it is trained on")
     return right
 
@@ -262,41 +283,66 @@ def encode_chains(
     style: Style,
     seed: int,
     wrong_share: float,
+    task: Task = "chain",
 ) -> list[_Rows]:
-    """Draw frames that show each number, compute their features, and make chains of them.
+    """Draw what frames or cells can show, compute their features, and make chains of them.
 
-    A picture depends on the number that it shows, and on nothing else of its chain. So the chains
-    of all extents and looks are of the same pictures, each time in another order.
+    A picture depends on what it shows, and on nothing else of its chain. So the chains of all
+    extents and looks are of the same pictures, each time in another order.
     """
     rng = np.random.default_rng([seed, 2])
-    count = CELLS // (SECONDS * TILES * TILES)
-    bank, where = [], np.empty((count, SECONDS), np.int64)  # where[k, n] shows n
-    tower = model.model.visual
-    with torch.no_grad():
-        for number in range(count):
-            chain = make_chain(SECONDS, "train", seed + 1_000_000, number)
-            where[number, chain.numbers] = number * SECONDS + np.arange(SECONDS)
-            pixels, grids = _pixels(processor, draw(chain, "train", NOISE["chain"]), model.device)
-            seen = tower(pixels.flatten(0, 1), grid_thw=grids).pooler_output
-            bank.append(seen.view(SECONDS, -1, seen.shape[-1]))
-    features = torch.cat(bank)
+    of_cells = task == "chain_cells"
+    features, where = (_cell_bank if of_cells else _frame_bank)(model, processor, seed)
     pools = []
     for extent in extents:
         for of_row in (looks,) if isinstance(looks, int) else looks:
-            asked = [make_chain(extent, "train", seed + 2_000_000, row, of_row)
-                     for row in range(ROWS)]  # fmt: skip
+            asked: Any = [puzzle_of(task, extent, "train", seed + 2_000_000, row, of_row)
+                          for row in range(ROWS)]  # fmt: skip
             right, wrong = (
                 [demonstration(chain, style, share, rng) for chain in asked]
                 for share in (0.0, wrong_share)
             )
-            shown = np.stack([chain.numbers for chain in asked])
-            pictures = torch.from_numpy(where[rng.integers(count, size=shown.shape), shown])
+            shown = np.stack([chain.shown for chain in asked])
+            pictures = torch.from_numpy(where[rng.integers(len(where), size=shown.shape), shown])
             pictures = pictures.to(model.device)
-            made = _rows(
-                model, processor, style, asked, right, wrong, grids[:extent], features.shape[1]
-            )
+            side = 2 * (extent if of_cells else TILES)  # in patches
+            grids = torch.tensor([[1, side, side]] * (1 if of_cells else extent))
+            tokens = extent**2 if of_cells else features.shape[1]
+            made = _rows(model, processor, style, asked, right, wrong, grids, tokens)
             pools.append(replace(made, pictures=pictures, features=features))
     return pools
+
+
+def _frame_bank(model: Any, processor: Any, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Features [pictures, tokens, hidden_size] of frames, and [k, n] which of them show n."""
+    count = CELLS // (SECONDS * TILES * TILES)
+    bank, where = [], np.empty((count, SECONDS), np.int64)
+    for number in range(count):
+        chain = make_chain(SECONDS, "train", seed + 1_000_000, number)
+        where[number, chain.numbers] = number * SECONDS + np.arange(SECONDS)
+        bank.append(_features(model, processor, draw(chain, "train", NOISE["chain"])))
+    return torch.cat(bank), where
+
+
+def _cell_bank(model: Any, processor: Any, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """As `_frame_bank`, of a cell for each name and what it shows, among others in pictures."""
+    rng = np.random.default_rng([seed, 4])
+    count, size = len(CELL_NAMES), BANK_SIDE**2
+    order = rng.permutation(count**2).reshape(-1, size)
+    bank = []
+    for cells in order:
+        picture = lay_out(*np.divmod(cells, count), np.arange(size), (1,), "train", rng)
+        drawn = draw(picture, "train", NOISE["chain_cells"])
+        bank.append(_features(model, processor, drawn).view(size, 1, -1))
+    return torch.cat(bank), np.argsort(order.ravel())[None]
+
+
+@torch.no_grad()
+def _features(model: Any, processor: Any, frames: np.ndarray) -> torch.Tensor:
+    """[frames, tokens, hidden_size], as the vision tower sees them."""
+    pixels, grids = _pixels(processor, frames, model.device)
+    seen: torch.Tensor = model.model.visual(pixels.flatten(0, 1), grid_thw=grids).pooler_output
+    return seen.view(len(frames), -1, seen.shape[-1])
 
 
 def _rows(
@@ -316,12 +362,19 @@ def _rows(
     """
     tokenizer = processor.tokenizer
     prompts = [_prompt_text(processor, puzzle, style, cells) for puzzle in asked]
-    times = None
-    if asked[0].times is not None:
+    chains: Any = asked
+    times = looks = None
+    if isinstance(asked[0], CellChain):
+        name_ids = torch.tensor([_one(tokenizer, name) for name in CELL_ANSWERS])
+        called = torch.from_numpy(np.stack([chain.called for chain in chains]))
+        times = name_ids[called.to(name_ids.device)]
+        seen = torch.tensor([looks_of(chain, style) for chain in asked])  # [N, tokens, 2]
+        looks = seen[0, :, 0], times.gather(1, seen[..., 1])
+    elif asked[0].times is not None:
         space = " " if isinstance(asked[0], Chain) else ""
         names = [f"{space}{second}s" for second in range(SECONDS)]
         time_ids = torch.tensor([_one(tokenizer, name) for name in names])
-        seen = torch.from_numpy(np.stack([p.times for p in asked]))  # type: ignore[misc]
+        seen = torch.from_numpy(np.stack([chain.times for chain in chains]))
         times = time_ids[seen.to(time_ids.device)]
     ids = torch.tensor(tokenizer(prompts)["input_ids"])
     completions = torch.tensor(tokenizer([text + END for text in right])["input_ids"])
@@ -335,6 +388,7 @@ def _rows(
         wrong=torch.tensor(tokenizer([text + END for text in wrong])["input_ids"]),
         digits=None,
         times=times,
+        looks=looks,
         pictures=torch.empty(0),
         features=torch.empty(0),
         positions=positions,
@@ -403,6 +457,11 @@ def _losses(
     named = model.lm_head(model.model.language_model.norm(first_layer))
     target = times[..., None].expand(named.shape[:-1])
     placed = cross_entropy(named.flatten(0, -2), target.flatten())
+    if rows.looks is not None:
+        tokens, wanted = rows.looks
+        looking = output.hidden_states[1][:, rows.prompts.shape[1] :][:, tokens]
+        said = model.lm_head(model.model.language_model.norm(looking))
+        placed = placed + cross_entropy(said.flatten(0, 1), wanted[chosen].flatten())
     if rows.digits is None:
         return loss, placed
     return loss, placed + cross_entropy(logits[:, NAMED], rows.digits[chosen])

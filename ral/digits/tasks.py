@@ -1,10 +1,11 @@
-"""The three digits tasks as datasets: prompts, pictures, solutions and demonstrations.
+"""The digits tasks as datasets: prompts, pictures, solutions and demonstrations.
 
 `cell`: an n × n grid, one cell a visual token. "Which digit is in the red cell?"
 `timestamp`: frames of 2 × 2 noisy tiles, each after its time as text, one tile of each coloured.
 The response names the time before the digit. In the start the digit hardly depends on that time:
 after a wrong time it still names the asked colour's digit more often than the wrong frame's.
 `chain`: frames that name each other's times, to be followed for some looks (`ral.digits.chains`).
+`chain_cells`: the same over the cells of an n × n grid.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .chains import LOOKS, Chain, make_chain, question, thought
-from .puzzles import NAMES, SECONDS, TASKS, Puzzle, Task, draw, make_puzzle
+from .chains import LOOKS, CellChain, Chain, make_cell_chain, make_chain, question, thought
+from .puzzles import NAMES, SECONDS, STILL, TASKS, Puzzle, Task, draw, make_puzzle
 from .scans import CELL, Split
 
 Style = Literal["think", "direct"]
-NOISE = {"cell": 12.0, "timestamp": 24.0, "chain": 24.0}  # of 255
+NOISE = {"cell": 12.0, "timestamp": 24.0, "chain": 24.0, "chain_cells": 12.0}  # of 255
 
 
 def make_dataset(
@@ -40,18 +41,18 @@ def make_dataset(
 
     The same arguments give the same rows, pixel for pixel. Columns: prompt, images, solution,
     problem_type, problem_id, completion, evidence: the frame, or the cell's box in pixels; of a
-    chain the frame of each look, in order.
+    chain those of each look, in order.
 
     Args:
-        task: "cell", "timestamp" or "chain".
+        task: one of `TASKS`.
         size: number of rows.
         split: whose scans are drawn; the splits share none.
-        grid: cells on a side of a grid, for "cell"; of several, each row takes one at random.
+        grid: cells on a side of a grid, for `STILL`; of several, each row takes one at random.
         frames: frames of a row, at most 100, for the others; of several, as above.
         style: "think" for `<think>…</think><answer>…</answer>`, "direct" for the answer alone.
         seed: of the rows.
         wrong_share: share of the completions that answer for the last cell or frame instead of the
-            asked one; of a chain, share of the looks that are at the frame after the named one. A
+            asked one; of a chain, share of the looks that are at the one after the named one. A
             model trained on them looks there as often, and GRPO can unlearn it. Prompts and
             solutions do not change.
         looks: of a chain; of several, as above.
@@ -74,7 +75,7 @@ def make_dataset(
         raise ValueError(f"make_dataset: wrong_share must be within 0..1; got {wrong_share}")
     if seed < 0:
         raise ValueError(f"make_dataset: seed must be at least 0; got {seed}")
-    extents = _extents(task, grid if task == "cell" else frames)
+    extents = _extents(task, grid if task in STILL else frames)
     several = (looks,) if isinstance(looks, int) else tuple(looks)
     drawn = _Draw(task, split, seed)
     rows: dict[str, list] = {
@@ -92,7 +93,7 @@ def make_dataset(
         rows["prompt"].append([{"role": "user", "content": prompt(puzzle, style)}])
         rows["images"].append([index, extent])
         rows["solution"].append(solution(puzzle, style))
-        rows["problem_type"].append("OCR" if "s" in rows["solution"][-1] else "numerical")
+        rows["problem_type"].append("numerical" if rows["solution"][-1].isdigit() else "OCR")
         rows["problem_id"].append(f"digits-{task}-{split}-{extent}-{seed}-{index}")
         rows["completion"].append([{"role": "assistant", "content": answer}])
         rows["evidence"].append(evidence(puzzle))
@@ -101,9 +102,8 @@ def make_dataset(
 
 def longest(task: Task, looks: int | Sequence[int] = LOOKS) -> int:
     """Tokens that a response may have; the demonstrations have 5 fewer at least."""
-    if task != "chain":
-        return 12
-    return 3 * (looks if isinstance(looks, int) else max(looks)) + 11
+    most = looks if isinstance(looks, int) else max(looks)
+    return {"chain": 3 * most + 11, "chain_cells": 2 * most + 13}.get(task, 12)
 
 
 def puzzle_of(
@@ -117,6 +117,8 @@ def puzzle_of(
     """Puzzle `index` of any of the tasks; `looks` is of a chain."""
     if task == "chain":
         return make_chain(extent, split, seed, index, looks)
+    if task == "chain_cells":
+        return make_cell_chain(extent, split, seed, index, looks)
     return make_puzzle(task, extent, split, seed, index)
 
 
@@ -124,10 +126,10 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
     """The parts of the question: images, with their times before them, and text."""
     colour = puzzle.colour
     if puzzle.times is None:
-        return [
-            {"type": "image"},
-            {"type": "text", "text": f"Which digit is in the {colour} cell?"},
-        ]
+        asked = f"Which digit is in the {colour} cell?"
+        if isinstance(puzzle, CellChain):
+            asked = question(puzzle)
+        return [{"type": "image"}, {"type": "text", "text": asked}]
     parts: list[dict[str, str]] = []
     space = " " if isinstance(puzzle, Chain) else ""  # a chain's times are all of one token
     for time in puzzle.times:
@@ -143,22 +145,28 @@ def prompt(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
 
 
 def evidence(puzzle: Puzzle) -> list[dict[str, Any]]:
-    """Where to look: the frames of a video in order, or the asked cell of a still picture."""
+    """Where to look, in order: frames of a video, or cells of a still picture."""
+    path: Any = [puzzle.cell if puzzle.times is None else puzzle.frame]
     if isinstance(puzzle, Chain):
-        return [{"image": int(frame)} for frame in puzzle.path[: puzzle.looks]]
+        path = puzzle.path[: puzzle.looks]
     if puzzle.times is not None:
-        return [{"image": puzzle.frame}]
-    row, column = divmod(puzzle.cell, puzzle.side)
-    return [{"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}]
+        return [{"image": int(frame)} for frame in path]
+    return [
+        {"image": 0, "box": [CELL * n for n in (column, row, column + 1, row + 1)]}
+        for row, column in (divmod(int(cell), puzzle.side) for cell in path)
+    ]
 
 
 def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
     """Where the right response looks: a token, whose successor says what is seen, and the frame.
 
-    In a still picture it is the cell. A look of a chain has two tokens, before tens and units.
+    In a still picture it is the cell. A look of a chain has two tokens, before tens and units, or
+    before the colour and digit of a cell's name.
     """
     if isinstance(puzzle, Chain) and style == "think":
         path = puzzle.path[: puzzle.looks]
+        if puzzle.times is None:
+            return [(2 + 2 * n + half, int(cell)) for n, cell in enumerate(path) for half in (0, 1)]
         return [(1 + 3 * n + half, int(frame)) for n, frame in enumerate(path) for half in (0, 1)]
     token = 0 if style == "direct" else 3
     if puzzle.times is None:
@@ -169,7 +177,7 @@ def looks_of(puzzle: Puzzle, style: Style) -> list[tuple[int, int]]:
 
 
 def solution(puzzle: Puzzle, style: Style) -> str:
-    """The bare answer: a digit, time and digit in a direct answer about frames, a chain's time."""
+    """The bare answer: a digit; time and digit in a direct answer about frames; a chain's name."""
     if isinstance(puzzle, Chain):
         return thought(puzzle)[1]
     return _answer(puzzle, style, puzzle.frame, puzzle.cell)
@@ -211,7 +219,7 @@ def _answer(puzzle: Puzzle, style: Style, frame: int, cell: int) -> str:
 
 
 def _extents(task: str, extents: int | Sequence[int]) -> list[int]:
-    name, most = ("grid", 64) if task == "cell" else ("frames", SECONDS)
+    name, most = ("grid", 64) if task in STILL else ("frames", SECONDS)
     several = [extents] if isinstance(extents, int) else list(extents)
     if not several or not all(1 <= extent <= most for extent in several):
         raise ValueError(f"make_dataset: {name} must be within 1..{most}; got {extents}")

@@ -21,9 +21,9 @@ from benchmarks.study.prompts import Reader
 from benchmarks.study.statistics import deviation, estimate, holm, paired
 from benchmarks.study.tasks import TASKS
 from ral import RALConfig
-from ral.digits.chains import WORDS
 from ral.digits.evaluate import evaluate
 from ral.digits.model import make_model, make_processor, make_tokenizer, save_start
+from ral.digits.start import WORDS_OF
 
 pytestmark = pytest.mark.xdist_group("study")  # one worker prepares what is evaluated
 
@@ -192,18 +192,20 @@ def test_a_random_reference_differs_in_what_attends_alone(
 
 @pytest.mark.parametrize("task, style, extent, queries", [
     ("frames", "think", 4, 1), ("frames", "direct", 4, 1), ("chain", "think", 6, 8),
+    ("chain_cells", "think", 3, 8),
 ])  # fmt: skip
 def test_target_attention_and_sharpening(task, style, extent, queries) -> None:
     """Against the model's own attention maps: the share on the frame that is asked about."""
     import ral_kernels as rk
 
-    model, reader = _model_and_reader(words=WORDS if task == "chain" else ())
+    model, reader = _model_and_reader(words=WORDS_OF.get(TASKS[task].name, ()))
     decoder = Decoder.of(model)
     watch = TargetAttention(reader, TASKS[task], style, extent, 6)
     inputs = {**watch.prompts.fields}
     shares = watch(decoder)
     maps = model(**inputs, output_attentions=True, use_cache=False).attentions
-    ids = rk.spans_for(model.config, inputs, "frame").spans.ids
+    granularity = "token" if TASKS[task].axis == "cells" else "frame"
+    ids = rk.spans_for(model.config, inputs, granularity).spans.ids
     assert watch.rows.shape == (queries,)
     by_query = watch.of_queries(decoder)
     for share, of_queries, attention in zip(shares, by_query, maps, strict=True):

@@ -344,7 +344,7 @@ FAILING: dict[str, tuple[str, tuple[str, ...], str]] = {
     "no such digits": (
         "train",
         ("data=digits:sum",),
-        "digits:cell, digits:timestamp or digits:chain",
+        "digits:cell, digits:timestamp, digits:chain or digits:chain_cells",
     ),
     "bad rows": ("train", ("data={folder}/bad.jsonl",), "bad.jsonl:1"),
     "an attention": ("train", ("attn_implementation=abacus",), "cannot load "),

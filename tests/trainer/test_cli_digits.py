@@ -57,11 +57,16 @@ def test_train(made: list[dict[str, Any]], tmp_path: Path, capsys: Any) -> None:
     assert len(made) == 2 and (made[1]["task"], made[1]["style"]) == ("cell", "direct")
 
 
-@pytest.mark.parametrize(("role", "share"), [("start", 0.15), ("teacher", 0.0)])
-def test_a_chain(made: list[dict[str, Any]], tmp_path: Path, role: str, share: float) -> None:
+@pytest.mark.parametrize(
+    ("task", "role", "share"),
+    [("chain", "start", 0.15), ("chain_cells", "start", 0.1), ("chain", "teacher", 0.0)],
+)
+def test_a_chain(
+    made: list[dict[str, Any]], tmp_path: Path, task: str, role: str, share: float
+) -> None:
     """Half of its looks wrong, it would never be right."""
-    bundled_model(role, "digits:chain", "think", tmp_path)
-    assert made == [{"task": "chain", "style": "think", "seed": 0, "wrong_share": share}]
+    bundled_model(role, f"digits:{task}", "think", tmp_path)
+    assert made == [{"task": task, "style": "think", "seed": 0, "wrong_share": share}]
 
 
 def test_a_start_that_was_broken_off_is_made_again(

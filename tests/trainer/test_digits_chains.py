@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ral.digits import start
-from ral.digits.chains import TENS, UNITS, WORDS, Chain, make_chain, thought
+from ral.digits.chains import (
+    CELL_NAMES,
+    CELL_WORDS,
+    TENS,
+    UNITS,
+    WORDS,
+    CellChain,
+    Chain,
+    lay_out,
+    make_cell_chain,
+    make_chain,
+    thought,
+)
 from ral.digits.evaluate import judge
 from ral.digits.model import IMAGE, make_model, make_processor, make_tokenizer
 from ral.digits.puzzles import COLOURS, NAMES, SECONDS, draw
-from ral.digits.scans import CELL, load_scans
+from ral.digits.scans import CELL as PIXELS
+from ral.digits.scans import load_scans
 from ral.digits.tasks import longest, looks_of, make_dataset, puzzle_of
 from ral.rewards import combined_reward
 
 LOOK = re.compile(r" (\d+)s (\d) (\d)")
+CELL = re.compile(r" ([a-z]+ \d)")
 
 
 def _chains(frames: int = 8, count: int = 20, looks: int = 4) -> list[Chain]:
@@ -43,8 +58,9 @@ def test_numbers_lead_once_through_all_frames(frames: int) -> None:
 def test_each_frame_has_one_red_and_one_blue_tile() -> None:
     """Read off the pixels: the background of a tile is nearest to its own colour."""
     (chain,) = _chains(count=1)
-    tiles = draw(chain, "test", 24.0).astype(np.float32).reshape(-1, 2, CELL, 2, CELL, 3)
-    ground = np.median(tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, CELL * CELL, 3), axis=2)
+    tiles = draw(chain, "test", 24.0).astype(np.float32).reshape(-1, 2, PIXELS, 2, PIXELS, 3)
+    tiles = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, PIXELS**2, 3)
+    ground = np.median(tiles, axis=2)
     palette = np.array([*COLOURS.values(), (88, 92, 98)])
     nearest = np.abs(ground[:, :, None] - palette).sum(-1).argmin(-1)
     for colour, power in ((TENS, 10), (UNITS, 1)):
@@ -72,6 +88,118 @@ def test_the_answer_cannot_be_told_from_the_start() -> None:
     assert counts[1, 0] == 0  # never the frame of the start
     expected = count / np.array([[frames], [frames - 1]])
     assert (np.abs(counts - expected)[[0, 1], :][:, 1:] < 5 * expected**0.5).all()
+
+
+@pytest.mark.parametrize("side", [3, 8])
+def test_cells_lead_once_through_all_cells(side: int) -> None:
+    """All names differ, and a cell's two tiles have the grounds of its name and of the next one."""
+    for index in range(5):
+        chain = make_cell_chain(side, "test", 3, index)
+        names = chain.names
+        assert len(set(names)) == side**2 == len(chain.numbers) and set(names) <= {*CELL_NAMES}
+        cell, seen = int(chain.path[0]), []
+        for _ in names:
+            seen.append(cell)
+            cell = names.index(CELL_NAMES[chain.numbers[cell]])
+        assert seen == chain.path.tolist() and sorted(seen) == list(range(side**2))
+        assert cell == chain.path[0] and chain.cell == seen[3]
+        assert (load_scans("test").digits[chain.scans] == chain.digits).all()
+        (picture,) = draw(chain, "test").astype(np.float32)
+        assert picture.shape == (side * PIXELS, side * PIXELS, 3)
+        tiles = picture.reshape(side, PIXELS, 2 * side, PIXELS // 2, 3).swapaxes(1, 2)
+        ground = np.median(tiles.reshape(2 * side**2, -1, 3), axis=1)
+        palette = np.array([*COLOURS.values()])
+        nearest = np.abs(ground[:, None] - palette).sum(-1).argmin(-1)
+        # In a narrow tile a thick digit may take more room than the ground.
+        assert (nearest == chain.colours[0]).mean() > 0.8
+
+
+def test_looks_at_cells_are_at_their_own_tokens() -> None:
+    """The right response spells the names along the path; each look is at the cell just named."""
+    tokenizer = make_tokenizer(CELL_WORDS)
+    for looks in (2, 4):
+        rows = make_dataset("chain_cells", size=4, grid=(3, 4), looks=looks, seed=3)
+        for index, row in enumerate(rows):
+            side = row["images"][0].width // PIXELS
+            chain = puzzle_of("chain_cells", side, "train", 3, index, looks)
+            assert isinstance(chain, CellChain)
+            said = row["completion"][0]["content"]
+            ids = tokenizer(said)["input_ids"]
+            assert tokenizer.decode(ids) == said and len(ids) == 2 * looks + 7
+            assert len(ids) < longest("chain_cells", looks)
+            names = [chain.names[cell] for cell in chain.path[: looks + 1]]
+            assert CELL.findall(said) == names and row["solution"] == names[-1].replace(" ", "")
+            asked = row["prompt"][0]["content"][-1]["text"]
+            assert asked == f"Start at {names[0]} and follow {looks} times. Which?"
+            assert len(tokenizer(asked)["input_ids"]) == 11
+            where = looks_of(chain, "think")
+            for half in (0, 1):
+                for (token, cell), shown in zip(where[half::2], names[1:], strict=True):
+                    assert CELL_NAMES[chain.numbers[cell]] == shown
+                    assert tokenizer.decode(ids[token + 1]) == f" {shown.split()[half]}"
+            assert row["evidence"] == [
+                {"image": 0, "box": [PIXELS * x for x in (c, r, c + 1, r + 1)]}
+                for r, c in (divmod(cell, side) for _, cell in where[::2])
+            ]
+            assert row["problem_type"] == "OCR"
+
+
+def test_a_slip_reads_the_next_cell_and_goes_on_from_it() -> None:
+    for index in range(20):
+        chain = make_cell_chain(3, "test", 3, index)
+        for look in range(4):
+            words, answer = thought(chain, np.arange(4) == look)
+            named = CELL.findall(words)
+            assert named[-1].replace(" ", "") == answer != thought(chain)[1]
+            for n, (name, following) in enumerate(pairwise(named)):
+                seen = (chain.names.index(name) + (n == look)) % 9
+                assert following == CELL_NAMES[chain.numbers[seen]]
+    right, wrong = (
+        f"<think>{words}</think><answer>{answer}</answer>"
+        for words, answer in (thought(chain), thought(chain, np.arange(4) == 2))
+    )
+    scores = judge([right, wrong], [right] * 2, [thought(chain)[1]] * 2, "think")
+    assert scores.looks == (1.0, 1.0, 0.5, 0.5) and scores.formed == 1.0
+
+
+def test_chains_of_cells_do_not_depend_on_looks_and_are_refused() -> None:
+    chain = make_cell_chain(4, "train", 3, 5, 2)
+    again = make_cell_chain(4, "train", 3, 5, (4, 6))
+    assert (draw(chain, "train") == draw(again, "train")).all() and again.looks in (4, 6)
+    for side, looks in ((2, 4), (9, 4), (3, 0)):
+        with pytest.raises(ValueError, match="make_cell_chain: looks must be"):
+            make_cell_chain(side, "train", 0, 0, looks)
+
+
+def test_practice_shows_each_cell_its_name_and_pointer(monkeypatch: Any) -> None:
+    monkeypatch.setattr(start, "ROWS", 6)
+    processor = make_processor(make_tokenizer(CELL_WORDS))
+    model = make_model(tokenizer=processor.tokenizer)
+    shown: list[Any] = []
+
+    def noted(names: Any, numbers: Any, *rest: Any) -> Any:
+        shown.extend(zip(names, numbers, strict=True))
+        return lay_out(names, numbers, *rest)
+
+    monkeypatch.setattr(start, "lay_out", noted)
+    for rows in start.encode_chains(model, processor, (3, 4), 2, "think", 0, 1.0, "chain_cells"):
+        assert rows.features.shape == (80 * 80, 1, 64) and rows.times is not None
+        assert rows.visual_tokens == rows.times.shape[1] == rows.pictures.shape[1]
+        assert rows.looks is not None
+        tokens, wanted = rows.looks
+        decode = processor.tokenizer.decode
+        for row in range(6):
+            names = [decode([token]) for token in rows.times[row]]
+            cells = [shown[picture] for picture in rows.pictures[row]]
+            assert names == [CELL_NAMES[name].replace(" ", "") for name, _ in cells]
+            for ids, slip in ((rows.right[row], 0), (rows.wrong[row], 1)):
+                said = [name.replace(" ", "") for name in CELL.findall(decode(ids))]
+                for name, following in pairwise(said):
+                    _, number = cells[(names.index(name) + slip) % len(names)]
+                    assert CELL_NAMES[number].replace(" ", "") == following
+            assert tokens.tolist() == [2, 3, 4, 5]
+            path = [name.replace(" ", "") for name in CELL.findall(decode(rows.right[row]))]
+            assert [decode([token]) for token in wanted[row]] == [path[0]] * 2 + [path[1]] * 2
 
 
 @pytest.mark.parametrize("frames, looks", [(5, 4), (101, 4), (8, 0), (8, ())])
