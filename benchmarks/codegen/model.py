@@ -24,9 +24,10 @@ OFFSETS = (100, 400, 700)  # clocks between the starts of two warps
 ASSUMPTIONS = (
     "One quadrant of an SM: a warp of each consumer, in order, with a scoreboard.",
     "One instruction a clock. Of warps that could issue, always the first does, or the one that "
-    "issued longest ago: nobody says which, and the mean of both counts. Clocks that a pipe is busy / until the result: FP32 1/4, ALU 2/5, "
-    "integer multiply-add 2/4, 2^x and log2 8/20, conversion to 16 bits 2/6, uniform 2/6, "
-    f"shuffle 4/24, shared memory 4/26, global memory 4/{LOAD_LATENCY}, mbarrier 2/20.",
+    "issued longest ago: nobody says which, and the mean of both counts.",
+    "Clocks that a pipe is busy / until the result: FP32 1/4, ALU 2/5, integer multiply-add 2/4, "
+    "2^x and log2 8/20, conversion to 16 bits 2/6, uniform 2/6, shuffle 4/24, shared memory 4/26, "
+    f"global memory 4/{LOAD_LATENCY}, mbarrier 2/20.",
     f"A taken branch costs {TAKEN_BRANCH} clocks. No wait at an mbarrier lasts.",
     "A product of n columns takes n/2 clocks of the tensor pipe, or the time in which shared "
     f"memory gives its operands at 128 bytes a clock, of which TMA takes {SHARED_TAKEN:.0%}. "
@@ -180,9 +181,7 @@ def _clocks(code: Sequence[_Instruction], count: int, offset: int, in_turn: bool
         return time if x.pipe is None else max(time, pipes.get(x.pipe.name, 0.0))
 
     while running := [warp for warp in warps if warp.rounds < ROUNDS]:
-        now, *_, warp = min(
-            (earliest(w), w.time if in_turn else 0, w.number, w) for w in running
-        )
+        now, *_, warp = min((earliest(w), w.time if in_turn else 0, w.number, w) for w in running)
         x = code[warp.place]
         issue = warp.time = now + 1
         if x.opcode == "HGMMA":

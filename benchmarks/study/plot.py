@@ -101,7 +101,7 @@ def draw(path: Path) -> list[Path]:
 
 
 def draw_starts(path: Path) -> Path:
-    """For each start of the task `chain`: accuracy and gain against frames, with 95 % intervals.
+    """For each start of a chain: accuracy and gain against its axis, with 95 % intervals.
 
     Args:
         path: runs as JSON lines, of `benchmarks.study.confirm report --json`; the picture lies
@@ -112,13 +112,14 @@ def draw_starts(path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    task = TASKS["chain"]
     runs = [{"task": "chain", **json.loads(line)} for line in path.read_text().splitlines()]
+    name = runs[0]["task"]
+    task = TASKS[name]
     starts = sorted({run["start"] for run in runs})
     figure = plt.figure(figsize=(12, 4.2 * len(starts)), constrained_layout=True)
     rows: Any = figure.subplots(len(starts), 2, squeeze=False)
     for (accuracy, gain), start in zip(rows, starts, strict=True):
-        of = by_arm([run for run in runs if run["start"] == start], "chain")
+        of = by_arm([run for run in runs if run["start"] == start], name)
         _accuracy(accuracy, task, of)
         accuracy.set_title(f"start {start}: accuracy", loc="left", fontsize=11)
         _gain_of_each(gain, task, of)
@@ -126,8 +127,8 @@ def draw_starts(path: Path) -> Path:
             f"start {start}: gain over the arm that each is compared with", loc="left", fontsize=11
         )
     figure.suptitle(
-        f"chain: tiny Qwen2.5-VL follows {LOOKS} looks; {len({run['seed'] for run in runs})} seeds "
-        "from each start; 95 % of the mean",
+        f"{name}: tiny Qwen2.5-VL follows {LOOKS} looks; {len({run['seed'] for run in runs})} "
+        "seeds from each start; 95 % of the mean",
         fontsize=10, color=_GREY,
     )  # fmt: skip
     out = path.with_suffix(".png")

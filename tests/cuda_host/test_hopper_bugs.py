@@ -107,7 +107,7 @@ FORWARD: list[Bug] = [
      (FWD, V_DONE, V_DONE.replace("sync_warp();", "")), "race"),
     ("note_of_another_block", (FWD, "notes(shared) + ring_k.stage", "notes(shared)"), OTHER_BITS),
     ("run_that_goes_on_forgotten", (NOTES, "open = keys.span_of(kBlockK - 1);", ""), OTHER_BITS),
-    ("run_of_a_key_goes_on", 
+    ("run_of_a_key_goes_on",
      (NOTES, f"{EACH_KEY}\n        open = -1;", EACH_KEY), OTHER_BITS),
     ("new_spans_that_are_not", (NOTES, "note.first_span > highest", "true"), OTHER_BITS),
     ("panel_missed",
@@ -164,8 +164,10 @@ BACKWARD: list[Bug] = [
 FORWARD_CASES = (
     AttentionCase("seeded", 140, 400, 1, 1, 1, 128, spans="ragged", key_padding="left"),
     AttentionCase("spans_come_back", 140, 200, 1, 1, 1, 128, spans="unsorted"),
-    *(forward.TokensCase(name, 70, 300, 1, 1, 1, 128)
-      for name in ("each_token_twice", "the_last_token_goes_on")),
+    *(
+        forward.TokensCase(name, 70, 300, 1, 1, 1, 128)
+        for name in ("each_token_twice", "the_last_token_goes_on")
+    ),
 )
 BACKWARD_CASE = AttentionCase(
     "seeded", 270, 300, 1, 1, 1, 128, spans="ragged", key_padding="left",
