@@ -36,8 +36,8 @@ struct Stamp {
 struct Cell {
   Stamp writer;
   // Two readers in the running block, of different warps if there were such, else different lanes:
-  // what comes after both comes after all. Mbarriers order single warps, so with them a third reader
-  // may be missed, but never the last.
+  // what comes after both comes after all. Mbarriers order single warps, so with them a third
+  // reader may be missed, but never the last.
   Stamp reader, other_reader;
   Stamp reader_of_earlier_block;
 };

@@ -41,8 +41,7 @@ V_DONE = """wait_for_products<0>();
       pin(p);
       sync_warp();  // all lanes have read the note of these values
       give_up(barriers.empty_v, ring_v);"""
-EACH_KEY = "note.bits |= KeyNote::kEachKey;"
-WRITE_NOTE = "keys.write(notes(shared) + ring.stage, loaded);"
+WRITE_NOTE = "keys.write(notes(shared) + ring.stage, loaded, next_span);"
 NOTED = "if (lane_index() == 0) arrive(&barriers.full_k[ring.stage]);"
 EMPTY = "wait(&empty[ring.stage], ring.parity_before());"
 RELEASE = "if (lane_index() == 0) arrive(&empty[ring.stage]);"
@@ -107,8 +106,7 @@ FORWARD: list[Bug] = [
      (FWD, V_DONE, V_DONE.replace("sync_warp();", "")), "race"),
     ("note_of_another_block", (FWD, "notes(shared) + ring_k.stage", "notes(shared)"), OTHER_BITS),
     ("run_that_goes_on_forgotten", (NOTES, "open = keys.span_of(kBlockK - 1);", ""), OTHER_BITS),
-    ("run_of_a_key_goes_on",
-     (NOTES, f"{EACH_KEY}\n        open = -1;", EACH_KEY), OTHER_BITS),
+    ("span_of_a_key_goes_on", (NOTES, "next_span != open", "true"), OTHER_BITS),
     ("new_spans_that_are_not", (NOTES, "note.first_span > highest", "true"), OTHER_BITS),
     ("panel_missed",
      (TILES, "columns_descriptor(right, step)", "columns_descriptor(right, step % 4)"),

@@ -156,10 +156,12 @@ struct attention_fwd_sm90_kernel {
     Ring<kStages> ring;
     KeyNotes keys;
     for (int32_t n = 0; n < num_blocks; ++n, ring.advance()) {
-      const LoadedKeys loaded =
-          load_keys<true>(block.ids, block.padding, begin + n * kBlockK, block.visibility.length_k);
+      const int32_t first = begin + n * kBlockK, length = block.visibility.length_k;
+      const LoadedKeys loaded = load_keys<true>(block.ids, block.padding, first, length);
+      const bool has_next = block.ids != nullptr && first + kBlockK < length;
+      const int32_t next_span = has_next ? load_global(block.ids + first + kBlockK) : -1;
       wait(&barriers.empty_v[ring.stage], ring.parity_before());
-      keys.write(notes(shared) + ring.stage, loaded);
+      keys.write(notes(shared) + ring.stage, loaded, next_span);
       sync_warp();
       if (lane_index() == 0) arrive(&barriers.full_k[ring.stage]);
     }

@@ -164,18 +164,15 @@ struct MarginalsSm90 : Marginals<1> {
     RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) {
       uint32_t borders = uint32_t(starts >> 8 * c) & 0xff;
       int begin = 0;
-      if (borders == 0) {
-        add_keys(p, c, 0, 8);
-        continue;
-      }
-      if (ballot(queued >= kQueued - 8) != 0) write_queued(m);
-      do {
+      // Laid out for few taken branches: tiles without borders fall through.
+      while (__builtin_expect(borders != 0, 0)) {
+        if (__builtin_expect(begin == 0 && ballot(queued >= kQueued - 8) != 0, 0)) write_queued(m);
         const int border = lowest_bit(borders);
         add_keys(p, c, begin, border);
         close(load_shared(&keys->spans[8 * c + border]));
         begin = border;
         borders &= borders - 1;
-      } while (borders != 0);
+      }
       add_keys(p, c, begin, 8);
     }
   }

@@ -10,7 +10,8 @@ namespace cuda {
 
 // A border is a key whose span is not that of the key before it, in the block.
 struct alignas(8) KeyNote {
-  // kEachKey: spans of one key that follow one another, and that no block before had.
+  // kEachKey: spans of one key that follow one another, and that no other block so far has, nor the
+  // key after the block.
   enum Borders : uint32_t { kNone, kOne, kMany, kEachKey };
   static constexpr uint32_t kBegins = 4, kHides = 8, kBorder = 16;
 
@@ -40,9 +41,9 @@ struct KeyNotes {
   int32_t open = -1;     // span of the run that goes on after the blocks so far
   int32_t highest = -1;  // the largest span in them
 
-  // A collective of the warp. Others see the note after the warp has synchronised and one of its
-  // lanes has arrived at a barrier that they wait for.
-  RAL_DEVICE void write(NotedKeys* at, const LoadedKeys& loaded) {
+  // A collective of the warp. next_span: of the key after the block. Others see the note after the
+  // warp has synchronised and one of its lanes has arrived at a barrier that they wait for.
+  RAL_DEVICE void write(NotedKeys* at, const LoadedKeys& loaded, int32_t next_span) {
     const KeyBlock keys = describe(loaded);
     const int lane = lane_index();
     KeyNote note{~keys.real != 0 ? KeyNote::kHides : 0, -1};
@@ -55,9 +56,8 @@ struct KeyNotes {
       open = keys.span_of(kBlockK - 1);
       const int32_t of_lane = note.first_span + lane;
       const bool follows = keys.low == of_lane && keys.high == of_lane + kWarpSize;
-      if (begins && note.first_span > highest && ballot(!follows) == 0) {
+      if (begins && note.first_span > highest && ballot(!follows) == 0 && next_span != open) {
         note.bits |= KeyNote::kEachKey;
-        open = -1;
       } else if (inner != 0) {
         note.bits |= (inner & (inner - 1)) == 0 ? KeyNote::kOne : KeyNote::kMany;
       }
