@@ -1,6 +1,6 @@
-"""What a start's thoughts are for, and what its rollouts leave to learn, on the task `chain`.
+"""What a start's thoughts are for, and what its rollouts leave to learn, on chains of looks.
 
-python -m benchmarks.study.thoughts FOLDER
+python -m benchmarks.study.thoughts FOLDER      # --task chain_cells
 
 FOLDER has the start, as `python -m benchmarks.figure3 --tasks chain --runs RUNS` leaves it in
 RUNS/starts/chain-think-0. In a right thought, the time that a look names is replaced by that of
@@ -10,6 +10,8 @@ follows:
 - named: the digits of the frame that is named now;
 - replaced: those of the frame that was named before;
 - answer: the answer of the chain from the frame that is named now.
+
+Cells are named by what is read, so there a name is replaced whole.
 
 Then rollouts: the share of right ones, and of groups whose rewards differ.
 """
@@ -24,15 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ral.digits.chains import Chain, thought
+from ral.digits.chains import CELL_NAMES, CellChain, Chain, thought
 from ral.digits.tasks import puzzle_of
 
 from .arms import BUDGET
 from .decoder import Decoder
 from .prompts import Reader
-from .tasks import TASKS
+from .tasks import TASKS, StudyTask
 
-TASK = TASKS["chain"]
 SEED = 7_000_005  # of these rows; neither training nor evaluation uses it
 ROWS, GROUPS = 128, 64
 
@@ -41,28 +42,30 @@ def swapped(chain: Chain, look: int, to: int, digits: bool) -> tuple[str, dict[s
     """The begin of a thought that names another frame, and what each frame would make follow.
 
     Args:
-        chain: the frames.
+        chain: the frames, or cells.
         look: which look names the frame, from the second one, number 1.
         to: the frame.
-        digits: whether the digits before the time name it too.
+        digits: whether the digits before the time name it too; in cells the name is all there is.
 
     Returns:
-        The thought up to the time; by "named" and "replaced" the two digits that follow, and by
-        "answer" the answer of the chain that goes on from `to`.
+        The thought up to the name; by "named" and "replaced" what is read next, and by "answer" the
+        answer of the chain that goes on from `to`.
     """
-    assert chain.times is not None
-    words = thought(chain)[0].split(" ")[: 3 * look + 2]
-    words[-1] = f"{chain.times[to]}s"
-    if digits:
-        words[-3:-1] = str(chain.times[to] // 10), str(chain.times[to] % 10)
     path = chain.path.tolist()
     end = path[(path.index(to) + chain.looks - look) % len(path)]
-
-    def spelt(frame: int) -> str:
-        return f" {chain.numbers[frame] // 10} {chain.numbers[frame] % 10}"
-
+    words = thought(chain)[0].split(" ")
+    if isinstance(chain, CellChain):
+        words = [*words[: 2 * look + 1], *chain.names[to].split(" ")]
+        read = [f" {CELL_NAMES[number]}" for number in chain.numbers]
+    else:
+        assert chain.times is not None
+        words = [*words[: 3 * look + 1], chain.names[to]]
+        if digits:
+            words[-3:-1] = str(chain.times[to] // 10), str(chain.times[to] % 10)
+        read = [chain.spelt(frame) for frame in range(len(path))]
+    answer = chain.names[end].replace(" ", "")
     return "<think>" + " ".join(words), {
-        "named": spelt(to), "replaced": spelt(path[look]), "answer": f">{chain.times[end]}s<",
+        "named": read[to], "replaced": read[path[look]], "answer": f">{answer}<",
     }  # fmt: skip
 
 
@@ -71,14 +74,16 @@ class Rows:
 
     Args:
         reader: of the model's prompts.
-        extent: frames of a row.
+        task: a chain.
+        extent: frames of a row, or cells on a side.
     """
 
-    def __init__(self, reader: Reader, extent: int) -> None:
-        self._reader = reader
-        self.rows = list(TASK.rows(ROWS, extent, "test", SEED))
+    def __init__(self, reader: Reader, task: StudyTask, extent: int) -> None:
+        self._reader, self.task = reader, task
+        self.rows = list(task.rows(ROWS, extent, "test", SEED))
         self._prompts = reader.encode(self.rows)
-        self.chains: list[Any] = [puzzle_of("chain", extent, "test", SEED, i) for i in range(ROWS)]
+        name: Any = task.name
+        self.chains: list[Any] = [puzzle_of(name, extent, "test", SEED, i) for i in range(ROWS)]
 
     @torch.inference_mode()
     def responses(
@@ -95,7 +100,7 @@ class Rows:
         tokenizer, prompts = self._reader.tokenizer, self._prompts
         given = tokenizer(list(begins))["input_ids"] if begins else [[]] * len(of)
         written = torch.tensor(given).T  # [tokens, B]
-        step = iter(range(len(written) + TASK.longest))
+        step = iter(range(len(written) + self.task.longest))
 
         def choose(logits: Tensor) -> Tensor:
             at = next(step)
@@ -107,14 +112,14 @@ class Rows:
             return (logits / temperature).softmax(-1).multinomial(1)[:, 0]
 
         said = model.generate(
-            *prompts.begun(model, of), prompts.start[of], choose, longest=TASK.longest,
+            *prompts.begun(model, of), prompts.start[of], choose, longest=self.task.longest,
             end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
         )  # fmt: skip
         return list(tokenizer.batch_decode(said[:, len(written) :], skip_special_tokens=True))
 
 
 def swap(model: Decoder, rows: Rows, digits: bool) -> dict[str, float]:
-    """Shares of rows: after a swapped time comes what "named", "replaced" and "answer" say."""
+    """Shares of rows: after a swapped name comes what "named", "replaced" and "answer" say."""
     rng = np.random.default_rng(SEED)
     found = {"named": 0, "replaced": 0, "answer": 0}
     look_of = rng.integers(1, rows.chains[0].looks, size=ROWS)
@@ -122,7 +127,7 @@ def swap(model: Decoder, rows: Rows, digits: bool) -> dict[str, float]:
         of = np.flatnonzero(look_of == look)
         begins, wanted = [], []
         for chain in (rows.chains[row] for row in of):
-            to = rng.choice(np.delete(np.arange(len(chain.times)), chain.path[look]))
+            to = rng.choice(np.delete(np.arange(len(chain.path)), chain.path[look]))
             begin, follows = swapped(chain, int(look), int(to), digits)
             begins.append(begin)
             wanted.append(follows)
@@ -144,7 +149,7 @@ def spread(model: Decoder, rows: Rows, seed: int = 0) -> dict[str, float]:
         torch.manual_seed(seed)
         said = rows.responses(model, of, None, BUDGET["temperature"])
     asked = [rows.rows[row] for row in of.tolist()]
-    rewards = combined_reward(TASK.style)(
+    rewards = combined_reward(rows.task.style)(
         [[{"role": "assistant", "content": text}] for text in said],
         [row["solution"] for row in asked], [row["problem_type"] for row in asked],
     )  # fmt: skip
@@ -157,25 +162,28 @@ def spread(model: Decoder, rows: Rows, seed: int = 0) -> dict[str, float]:
     }
 
 
-def main(folder: str, extents: Sequence[int] = TASK.evaluated) -> None:
+def main(folder: str, name: str = "chain") -> None:
     from ral.models import load_model, load_processor
 
     torch.set_num_threads(1)
     model = load_model(folder, dtype="float32")
     reader = Reader(model, load_processor(folder))
     decoder = Decoder.of(model)
-    for extent in extents:
-        rows = Rows(reader, extent)
-        for what, shares in (
-            ("time swapped", swap(decoder, rows, digits=False)),
-            ("time and digits swapped", swap(decoder, rows, digits=True)),
-            ("rollouts", spread(decoder, rows)),
-        ):
-            print(f"{extent} frames, {what}:",
+    task = TASKS[name]
+    swaps = {"time swapped": False, "time and digits swapped": True}
+    if task.axis == "cells":
+        swaps = {"name swapped": False}
+    for extent in task.evaluated:
+        rows = Rows(reader, task, extent)
+        made = {what: swap(decoder, rows, digits) for what, digits in swaps.items()}
+        for what, shares in {**made, "rollouts": spread(decoder, rows)}.items():
+            print(f"{extent} {task.axis}, {what}:",
                   ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", help="of the start")
-    main(parser.parse_args().folder)
+    parser.add_argument("--task", choices=("chain", "chain_cells"), default="chain")
+    options = parser.parse_args()
+    main(options.folder, options.task)

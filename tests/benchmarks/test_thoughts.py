@@ -9,7 +9,8 @@ import pytest
 from benchmarks.study import thoughts
 from benchmarks.study.decoder import Decoder
 from benchmarks.study.prompts import Reader
-from ral.digits.chains import WORDS, make_chain
+from benchmarks.study.tasks import TASKS
+from ral.digits.chains import CELL_NAMES, WORDS, make_cell_chain, make_chain
 from ral.digits.model import make_model, make_processor, make_tokenizer
 
 pytestmark = pytest.mark.xdist_group("study")
@@ -35,12 +36,30 @@ def test_a_swapped_thought_leads_to_the_named_frame() -> None:
             assert follows["replaced"].split() == [*f"{chain.numbers[chain.path[look]]:02}"]
 
 
+def test_a_swapped_thought_leads_to_the_named_cell() -> None:
+    chain = make_cell_chain(3, "test", 3, 5)
+    for look in (1, 3):
+        for to in set(range(9)) - {int(chain.path[look])}:
+            begin, follows = thoughts.swapped(chain, look, to, digits=False)
+            right = begin.removeprefix("<think>").split(" ")[1:]
+            names = [" ".join(right[n : n + 2]) for n in range(0, len(right), 2)]
+            assert names == [chain.names[cell] for cell in chain.path[:look]] + [chain.names[to]]
+            assert follows["replaced"] == f" {chain.names[chain.path[look + 1]]}"
+            cell = to
+            for done in range(look, chain.looks):
+                name = CELL_NAMES[chain.numbers[cell]]
+                if done == look:
+                    assert follows["named"] == f" {name}"
+                cell = chain.names.index(name)
+            assert follows["answer"] == f">{chain.names[cell].replace(' ', '')}<"
+
+
 def test_an_untrained_start_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thoughts, "ROWS", 6)
     monkeypatch.setattr(thoughts, "GROUPS", 2)
     processor = make_processor(make_tokenizer(WORDS))
     model = make_model(tokenizer=processor.tokenizer)
-    rows = thoughts.Rows(Reader(model, processor), 6)
+    rows = thoughts.Rows(Reader(model, processor), TASKS["chain"], 6)
     decoder = Decoder.of(make_model(tokenizer=processor.tokenizer))
     assert thoughts.swap(decoder, rows, True)["answer"] == 0
     assert thoughts.spread(decoder, rows) == {"right": 0, "differ": 0}
