@@ -137,6 +137,40 @@ class Study:
                           "< 0.001" if p < 0.001 else f"{p:.3f}", *of_starts])  # fmt: skip
         return lines
 
+    def means(self, runs: Runs) -> list[list[str]]:
+        """Of each arm and start at the endpoint, in per cent: right answers, and attention of the
+        last layer on where to look, where it was measured; first the heads.
+
+        Args:
+            runs: those that are compared, and that of each start as it is, of arm "start".
+        """
+        used = sorted({start for _, start in runs})
+        heads = [f"start {start}: {what}" for start in used for what in ("right", "attention")]
+        lines = [["arm", *heads]]
+        for arm in ("start", *self.arms()):
+            line = [label_of(arm)]
+            for start in used:
+                of = list(runs[arm, start].values())
+                right = fmean(self.task.at_endpoint(one["accuracy"]) for one in of)
+                last = [
+                    {n: shares[-1] for n, shares in one.get("target", {}).items()} for one in of
+                ]
+                there = [self.task.at_endpoint(shares) for shares in last if shares]
+                line += [f"{100 * right:.1f}", f"{100 * fmean(there):.1f}" if there else ""]
+            lines.append(line)
+        return lines
+
+    def starts(self, folder: Path) -> Runs:
+        """What the starts are right in, as they are."""
+        files = {
+            plan.start_seed: plan.result(self.task.name, "start", 0) for plan in self.plans(folder)
+        }
+        return {
+            ("start", start): {0: json.loads(file.read_text())}
+            for start, file in files.items()
+            if file.exists()
+        }
+
     def collect(self, folder: Path) -> tuple[Runs, int]:
         """The runs that are there, and how many are not."""
         runs: Runs = {}
@@ -192,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"confirm: {there} of {total} runs are there; nothing is compared before all are")
             return 1
         print(markdown(study.table(runs)))
+        if starts := study.starts(options.folder):
+            print("\n" + markdown(study.means({**starts, **runs})))
         if options.json is not None:
             found = [
                 {"task": task.name, "start": start, **{k: one[k] for k in KEPT if k in one}}

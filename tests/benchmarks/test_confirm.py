@@ -85,6 +85,16 @@ def test_nothing_is_compared_before_all_runs_are_there(
     assert f"| {len(SEEDS)} | {wanted} |" in lines[2] and "+5.1" in lines[3]
     for start in STARTS:
         assert estimate([gains[start, seed] for seed in SEEDS]).signed in lines[2]
+    assert not any("start 1: right" in line for line in lines)
+    for plan in _TWO.plans(tmp_path):
+        made = {"accuracy": {"24": 0.2, "32": 0.4}, "target": {"24": [0, 0.5], "32": [0, 0.3]}}
+        plan.result("chain", "start", 0).write_text(json.dumps(made))
+    assert confirm.main(["report", str(tmp_path)]) == 0
+    *_, means = capsys.readouterr().out.split("\n\n")
+    heads, _, of_start, grpo, *_ = means.splitlines()
+    assert "start 1: right | start 1: attention" in heads
+    assert of_start.endswith("| 30.0 | 40.0 | 30.0 | 40.0 |")
+    assert grpo.endswith("| 30.0 |  | 30.0 |  |")
 
 
 def test_runs_are_made_in_their_order_and_once(

@@ -124,17 +124,17 @@ struct MarginalsSm90 : Marginals<1> {
     };
     int32_t first = 0;
     if (ballot(again != 0) == 0) {
-      do {  // four runs; a lane has two
-        int32_t at[2], of[2];
-        float total[2];
-        RAL_UNROLL for (int n = 0; n < 2; ++n) {
+      do {  // eight runs; a lane has four
+        int32_t at[4], of[4];
+        float total[4];
+        RAL_UNROLL for (int n = 0; n < 4; ++n) {
           at[n] = first + 2 * n + half;
           of[n] = shuffle(queued_spans, at[n]);
           total[n] = total_of(minimum(at[n], queued - 1));
         }
-        RAL_UNROLL for (int n = 0; n < 2; ++n)
+        RAL_UNROLL for (int n = 0; n < 4; ++n)
           if (at[n] < queued && own != nullptr) store_global(own + of[n], total[n]);
-        first += 4;
+        first += 8;
       } while (ballot(first < queued) != 0);
     } else {  // what is not in global memory yet is -inf there
       do {
