@@ -24,7 +24,7 @@ OFFSETS = (100, 400, 700)  # clocks between the starts of two warps
 ASSUMPTIONS = (
     "One quadrant of an SM: a warp of each consumer, in order, with a scoreboard.",
     "One instruction a clock. Of warps that could issue, always the first does, or the one that "
-    "issued longest ago: nobody says which, and the mean of both counts.",
+    "has waited longest: nobody says which, and the mean of both counts.",
     "Clocks that a pipe is busy / until the result: FP32 1/4, ALU 2/5, integer multiply-add 2/4, "
     "2^x and log2 8/20, conversion to 16 bits 2/6, uniform 2/6, shuffle 4/24, shared memory 4/26, "
     f"global memory 4/{LOAD_LATENCY}, mbarrier 2/20.",

@@ -21,7 +21,8 @@ BUDGET: dict[str, Any] = {
 }
 ROLLOUTS = 128  # per rollout batch, as BUDGET makes them
 _ONE_LOOK = ("frames", "resolution")
-_CHAINS = ("chain", "chain_long", "chain_cells")
+_CHAINS_OF_FRAMES = ("chain", "chain_long")
+_CHAINS = (*_CHAINS_OF_FRAMES, "chain_cells")
 _ALL_TASKS = (*_ONE_LOOK, *_CHAINS)
 SHARPENING = 1.4  # factor on all attention scores of a trained model, as one more evaluation
 
@@ -130,7 +131,7 @@ CHAIN: tuple[Arm, ...] = tuple(
         f"ral_{coefficient:g}_{layers}{suffix}",
         f"RAL λ = {coefficient:g}, {layers} layer{'s' * (layers == 'all')}{more}",
         {"attn_coef": coefficient, "attn_layers": _LAYERS[layers], **settings},
-        against=(against,), tasks=_CHAINS,
+        against=(against,), tasks=_CHAINS_OF_FRAMES if suffix == "_frame" else _CHAINS,
     )
     for suffix, more, settings, against, places in (
         ("", "", {}, "grpo", ("first", "last", "all")),
