@@ -63,9 +63,13 @@ def each_op(rehearse: bool) -> list[Unit]:
     for backend in small.BACKENDS:
         made = []
         for call in small.calls(backend):
-            name = f"{backend} {call} {BFLOAT16} 128"
-            settings = {"backend": backend, "call": call, "dtype": BFLOAT16, "head_dim": 128}
-            made.append(Point(name, "check", 30.0, {**settings, "seqlen": seqlen}))
+            for head_dim in (128, 256) if small.is_wide(backend, call) else (128,):
+                name = f"{backend} {call} {BFLOAT16} {head_dim}"
+                settings = {
+                    "backend": backend, "call": call, "dtype": BFLOAT16, "head_dim": head_dim,
+                    "seqlen": seqlen,
+                }  # fmt: skip
+                made.append(Point(name, "check", 30.0, settings))
         made.sort(key=lambda point: _value(point.name))
         parts = -(-len(made) // PER_PROCESS)
         for part in range(parts):

@@ -32,6 +32,8 @@ def names(backends: Sequence[str] = small.BACKENDS) -> list[str]:
         dtypes = ("bfloat16", "float32") if backend == "triton" else ("bfloat16", "float16")
         for dtype, head_dim in ((dtypes[0], 128), (dtypes[0], 64), (dtypes[1], 64)):
             found += [f"{backend} {call} {dtype} {head_dim}" for call in small.calls(backend)]
+        wide = (call for call in small.calls(backend) if small.is_wide(backend, call))
+        found += [f"{backend} {call} {dtypes[0]} 256" for call in wide]
     return found
 
 

@@ -168,6 +168,11 @@ def calls(backend: str) -> dict[str, Call]:
     return found
 
 
+def is_wide(backend: str, call: str) -> bool:
+    """Whether a call has kernels of its own for head dim 256."""
+    return backend != "triton" and call.startswith("attention")
+
+
 def run(call: Call, small: Small) -> Results:
     """The outputs of a call, and as `d<name>` the gradients of its inputs."""
     outputs = call(small)
