@@ -16,15 +16,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ral_kernels.runtime import cuda_library
 
 from .compiler import SHARED_LIMIT
-from .main_loop import Code, MainLoop, main_loop, opcode_of, parse, way
-from .model import ASSUMPTIONS, Timing, timing
+from .main_loop import Code, MainLoop, Step, main_loops, opcode_of, parse, way
+from .model import ASSUMPTIONS, Handover, Timing, timing
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "codegen_cuda.md"
 LIBRARY = "libral_cuda.so"
@@ -50,41 +50,63 @@ STACK_LIMIT = {
 LOOP_LIMIT = {
     "attention_fwd_sm90_kernel 64": (295, 7, 0, 7),
     "attention_fwd_sm90_kernel 128": (305, 7, 0, 7),
+    "attention_fwd_sm90_kernel 256": (370, 7, 0, 8),
     "attention_bwd_dq_sm90_kernel 64": (370, 9, 0, 6),
     "attention_bwd_dq_sm90_kernel 128": (405, 9, 0, 6),
-    "attention_bwd_dkdv_sm90_kernel 64": (445, 6, 4, 13),
-    "attention_bwd_dkdv_sm90_kernel 128": (485, 6, 4, 13),
+    "attention_bwd_dq_sm90_kernel 256": (505, 9, 0, 5),
+    "attention_bwd_dkdv_sm90_kernel 64": (445, 6, 4, 6),
+    "attention_bwd_dkdv_sm90_kernel 128": (485, 6, 4, 8),
+    "attention_bwd_dkdv_wide_sm90_kernel 256 dk": (390, 6, 2, 5),
+    "attention_bwd_dkdv_wide_sm90_kernel 256 dv": (320, 4, 2, 5),
     "policy_statistics_sm90_kernel 64": (475, 14, 0, 8),  # two blocks a turn
     "policy_statistics_sm90_kernel 128": (510, 14, 0, 8),
 }
 
+# Consumers of different roles, in the order of their code, and who waits for whom. All others have
+# one role.
+ROLES: dict[str, tuple[str, ...]] = {"attention_bwd_dkdv_wide_sm90_kernel": ("dk", "dv")}
+HANDOVERS = {
+    "attention_bwd_dkdv_wide_sm90_kernel": (Handover(0, 0, 1, 2), Handover(1, 1, 0, 2)),
+}
+
 FUSED = "fused multiply-additions"
 # Blocks that a main loop may meet, each by what its way through the loop counts, and the most
-# clocks that it may take, as a multiple of the first's, at head dims 128 and 64.
-BLOCKS: dict[str, dict[str, tuple[dict[str, int], float, float]]] = {
+# clocks that it may take at each head dim, as a multiple of the first's. Of several roles the
+# first's way counts, and the others go their shortest.
+BLOCKS: dict[str, dict[str, tuple[dict[str, int], dict[int, float]]]] = {
     "attention_fwd_sm90_kernel": {
-        "without marginals": ({"stores": 0, "shared stores": 0, FUSED: 34}, 1.0, 1.0),
+        "without marginals":
+            ({"stores": 0, "shared stores": 0, FUSED: 34}, {64: 1.0, 128: 1.0, 256: 1.0}),
         "in the span of the block before":
-            ({"stores": 0, "shared stores": 0, FUSED: 36}, 1.05, 1.05),
-        "a span of its own": ({"stores": 0, "shared stores": 2, FUSED: 36}, 1.05, 1.12),
+            ({"stores": 0, "shared stores": 0, FUSED: 36}, {64: 1.05, 128: 1.05, 256: 1.05}),
+        "a span of its own":
+            ({"stores": 0, "shared stores": 2, FUSED: 36}, {64: 1.12, 128: 1.05, 256: 1.05}),
         "a span of its own, 8 are written":
-            ({"stores": 4, "shared stores": 2, FUSED: 36}, 1.4, 1.55),
+            ({"stores": 4, "shared stores": 2, FUSED: 36}, {64: 1.55, 128: 1.4, 256: 1.05}),
         "one border":
-            ({"stores": 0, "shared stores": 2, "shared loads": 2, "additions": 96}, 1.1, 1.2),
+            ({"stores": 0, "shared stores": 2, "shared loads": 2, "additions": 96},
+             {64: 1.2, 128: 1.1, 256: 1.05}),
         "spans of 16 tokens: 4 borders":
-            ({"stores": 0, "shared stores": 8, "shared loads": 5, "additions": 78}, 1.6, 1.8),
-        "a span each token": ({"stores": 32, "shared stores": 2}, 1.6, 1.8),
+            ({"stores": 0, "shared stores": 8, "shared loads": 5, "additions": 78},
+             {64: 1.8, 128: 1.6, 256: 1.05}),
+        "a span each token":
+            ({"stores": 32, "shared stores": 2}, {64: 1.8, 128: 1.6, 256: 1.05}),
     },
     "attention_bwd_dq_sm90_kernel": {
-        "without marginals": ({"loads": 0}, 1.0, 1.0),
-        "one span": ({"loads": 4}, 1.05, 1.15),
-        "one border": ({"loads": 6}, 1.05, 1.1),
-        "more borders, up to one each token": ({"loads": 34}, 1.15, 1.5),
+        "without marginals": ({"loads": 0}, {64: 1.0, 128: 1.0, 256: 1.0}),
+        "one span": ({"loads": 4}, {64: 1.15, 128: 1.05, 256: 1.05}),
+        "one border": ({"loads": 6}, {64: 1.1, 128: 1.05, 256: 1.05}),
+        "more borders, up to one each token": ({"loads": 34}, {64: 1.5, 128: 1.15, 256: 1.05}),
     },
     "attention_bwd_dkdv_sm90_kernel": {
-        "without marginals": ({"loads": 4}, 1.0, 1.0),
-        "one or two spans in 16 keys": ({"loads": 8}, 1.05, 1.15),
-        "more, up to one each token": ({"loads": 36}, 1.75, 2.4),
+        "without marginals": ({"loads": 4}, {64: 1.0, 128: 1.0}),
+        "one or two spans in 16 keys": ({"loads": 8}, {64: 1.15, 128: 1.05}),
+        "more, up to one each token": ({"loads": 36}, {64: 2.4, 128: 1.75}),
+    },
+    "attention_bwd_dkdv_wide_sm90_kernel": {
+        "without marginals": ({"loads": 2}, {256: 1.0}),
+        "one or two spans in 16 keys": ({"loads": 6}, {256: 1.05}),
+        "more, up to one each token": ({"loads": 34}, {256: 1.5}),
     },
 }  # fmt: skip
 
@@ -108,7 +130,7 @@ class CudaKernel:
         threads: of a block; shared: bytes of a block.
         registers: of a thread; stack: bytes of a thread in local memory, where spills go.
         instructions: how often each of INSTRUCTIONS stands in the code.
-        loop: the main loop of a kernel for Hopper.
+        loops: the main loops of a kernel for Hopper, one of each role.
     """
 
     name: str
@@ -120,7 +142,7 @@ class CudaKernel:
     registers: int
     stack: int
     instructions: dict[str, int]
-    loop: MainLoop | None = None
+    loops: list[MainLoop] = dataclasses.field(default_factory=list)
     code: Code = dataclasses.field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -179,7 +201,7 @@ def kernels() -> list[CudaKernel]:
                     CudaKernel(
                         name, dtype, head_dim, architecture.removesuffix("a"), entry.threads,
                         entry.shared_bytes, int(match[1]), int(match[2]),
-                        _count(code), main_loop(code), code,
+                        _count(code), main_loops(code), code,
                     )
                 )  # fmt: skip
     return sorted(found, key=lambda k: (k.name, k.dtype, k.head_dim, k.architecture))
@@ -250,9 +272,9 @@ def problems(found: Sequence[CudaKernel]) -> list[str]:
             wrong.append(f"{where}: {kernel.stack} bytes in local memory, {allowed} are known of")
         if kernel.blocks < 1:
             wrong.append(f"{where}: {kernel.shared} bytes of shared memory do not fit")
-        if kernel.loop is not None:
-            limit = LOOP_LIMIT[f"{kernel.name} {kernel.head_dim}"]
-            issued = loop_facts(kernel.loop)
+        for name, loop in named_loops(kernel):
+            limit = LOOP_LIMIT[name]
+            issued = loop_facts(loop)
             if any(x > y for x, y in zip(issued, limit, strict=True)):
                 wrong.append(f"{where}: its main loop issues {issued}, {limit} are allowed")
     return wrong
@@ -279,18 +301,35 @@ def blocks(found: Sequence[CudaKernel]) -> list[Block]:
         if kernel.name not in BLOCKS or kernel.dtype != "bf16" or not kernel.code:
             continue
         first = None
-        for name, (counts, *limits) in BLOCKS[kernel.name].items():
-            steps = way(kernel.code, counts)
-            assert steps is not None, f"{kernel.name} {kernel.head_dim} has no way for: {name}"
-            result = timing(steps, kernel.threads // 128 - 1)
+        for name, (counts, limits) in BLOCKS[kernel.name].items():
+            steps = _way(kernel, name, counts)
+            ways = [steps] * (kernel.threads // 128 - 1)
+            for role in range(1, len(ROLES.get(kernel.name, ""))):
+                ways[role] = _way(kernel, name, {}, role)
+            result = timing(ways, HANDOVERS.get(kernel.name, ()))
             first = first or result
             described.append(
                 Block(
                     kernel.name, kernel.head_dim, name, len(steps), sum(x.taken for x in steps),
-                    result, result.clocks / first.clocks, limits[kernel.head_dim == 64],
+                    result, result.clocks / first.clocks, limits[kernel.head_dim],
                 )
             )  # fmt: skip
     return described
+
+
+def _way(kernel: CudaKernel, name: str, counts: Mapping[str, int], role: int = 0) -> list[Step]:
+    steps = way(kernel.code, counts, role)
+    assert steps is not None, f"{kernel.name} {kernel.head_dim} has no way for: {name}"
+    return steps
+
+
+def named_loops(kernel: CudaKernel) -> list[tuple[str, MainLoop]]:
+    """Its main loops, under their names in LOOP_LIMIT."""
+    name = f"{kernel.name} {kernel.head_dim}"
+    roles = ROLES.get(kernel.name)
+    if roles is None:
+        return [(name, loop) for loop in kernel.loops]
+    return [(f"{name} {role}", loop) for role, loop in zip(roles, kernel.loops, strict=True)]
 
 
 def loop_facts(loop: MainLoop) -> tuple[int, int, int, int]:
@@ -332,11 +371,12 @@ def markdown(found: Sequence[CudaKernel], nvcc: str) -> str:
         "of `policy_statistics_sm90_kernel` has two blocks.",
         "",
         *_table(
-            ("kernel", "head dim", "products", "instructions", "on uniform registers",
+            ("kernel", "head dim and role", "products", "instructions", "on uniform registers",
              "taken branches", "global loads", "between products"),
             sorted({
-                (f"`{k.name}`", str(k.head_dim), *map(str, dataclasses.astuple(k.loop)))
-                for k in found if k.loop is not None
+                (f"`{k.name}`", name.removeprefix(f"{k.name} "),
+                 *map(str, dataclasses.astuple(loop)))
+                for k in found for name, loop in named_loops(k)
             }),
         ),
         "",

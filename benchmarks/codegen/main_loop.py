@@ -14,7 +14,7 @@ Code = list[tuple[int, str]]  # (address, instruction), in order of addresses
 
 @dataclass(frozen=True)
 class MainLoop:
-    """What a warp issues for one block of the loop that holds most products.
+    """What a warp issues for one block of a loop that holds most products.
 
     Of all ways through the loop it is that with the most products, and of these the shortest: no
     masks, no spans, no wait that lasts. A branch to the next instruction counts as not taken.
@@ -57,21 +57,22 @@ _COUNTED = {
 }
 
 
-def way(code: Code, counts: Mapping[str, int]) -> list[Step] | None:
-    """The shortest way through the main loop with all products and so many of what is counted.
+def way(code: Code, counts: Mapping[str, int], role: int = 0) -> list[Step] | None:
+    """The shortest way through a main loop with all products and so many of what is counted.
 
     Args:
         code: of the kernel.
         counts: of what _COUNTED names; "loads" and "stores" are of global memory. Others are not
             looked at.
+        role: which of `main_loops`.
 
     Returns:
         The steps from the start of the loop to the jump back; None if there is no such way.
     """
     best = _best(code)
-    if best is None:
+    if role >= len(best):
         return None
-    path, products = best[0], best[1].products
+    path, products = best[role][0], best[role][1].products
     after = _successors(code)
     names = ["products", *counts]
     wanted = (products, *counts.values())
@@ -115,18 +116,25 @@ def parse(lines: Iterable[str]) -> Code:
     return [(int(match[1], 16), match[2]) for match in matches if match]
 
 
-def main_loop(code: Code) -> MainLoop | None:
-    """The main loop of a kernel's code; None if no loop has an HGMMA."""
-    best = _best(code)
-    return None if best is None else best[1]
+def main_loops(code: Code) -> list[MainLoop]:
+    """The main loops of a kernel's code, in its order: where warps have roles, one of each role.
+
+    They have as many products as any loop, and share none. Empty if no loop has an HGMMA.
+    """
+    return [loop for _, loop in _best(code)]
 
 
-def _best(code: Code) -> tuple[list[int], MainLoop] | None:
+def _best(code: Code) -> list[tuple[list[int], MainLoop]]:
     if not any("HGMMA" in instruction for _, instruction in code):
-        return None
+        return []
     found = [(path, _describe(code, path)) for path in _loops(code)]
-    found = [(path, loop) for path, loop in found if loop.products > 0]
-    return max(found, key=lambda x: (x[1].products, -x[1].instructions), default=None)
+    most = max((loop.products for _, loop in found), default=0)
+    kept: dict[frozenset[int], tuple[list[int], MainLoop]] = {}
+    for path, loop in sorted(found, key=lambda x: x[1].instructions):
+        products = frozenset(index for index in path if "HGMMA" in code[index][1])
+        if 0 < most == loop.products and products.isdisjoint(itertools.chain(*kept)):
+            kept[products] = path, loop
+    return sorted(kept.values(), key=lambda x: x[0][0])
 
 
 def opcode_of(instruction: str) -> str:

@@ -7,6 +7,7 @@ granted.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ ASSUMPTIONS = (
     "Clocks that a pipe is busy / until the result: FP32 1/4, ALU 2/5, integer multiply-add 2/4, "
     "2^x and log2 8/20, conversion to 16 bits 2/6, uniform 2/6, shuffle 4/24, shared memory 4/26, "
     f"global memory 4/{LOAD_LATENCY}, mbarrier 2/20.",
-    f"A taken branch costs {TAKEN_BRANCH} clocks. No wait at an mbarrier lasts.",
+    f"A taken branch costs {TAKEN_BRANCH} clocks. No wait at an mbarrier lasts, but where one "
+    "consumer waits for another.",
     "A product of n columns takes n/2 clocks of the tensor pipe, or the time in which shared "
     f"memory gives its operands at 128 bytes a clock, of which TMA takes {SHARED_TAKEN:.0%}. "
     "Products queue in order of issue.",
@@ -42,6 +44,20 @@ class Timing(NamedTuple):
 
     clocks: float
     utilisation: float
+
+
+class Handover(NamedTuple):
+    """In every round the wait of one consumer is for the arrival of another.
+
+    Attributes:
+        giver, arrival: a consumer, and which of its arrivals at mbarriers in a round.
+        taker, wait: another one, and which of its waits for mbarriers in a round.
+    """
+
+    giver: int
+    arrival: int
+    taker: int
+    wait: int
 
 
 class _Pipe(NamedTuple):
@@ -158,32 +174,53 @@ class _Warp:
     ends: list[float] = field(default_factory=list)  # of rounds
 
 
-def timing(way: Sequence[Step], warps: int) -> Timing:
-    """Of a way through a main loop, with this number of consumers."""
-    code = [_Instruction(step.instruction, step.taken) for step in way]
-    runs = [_clocks(code, warps, *how) for how in itertools.product(OFFSETS, (False, True))]
+def timing(ways: Sequence[Sequence[Step]], handovers: Sequence[Handover] = ()) -> Timing:
+    """Of consumers, each with its way through a main loop."""
+    codes = [[_Instruction(step.instruction, step.taken) for step in way] for way in ways]
+    runs = [_clocks(codes, handovers, *how) for how in itertools.product(OFFSETS, (False, True))]
     clocks = sum(runs) / len(runs)
-    tensor = sum(x.columns / 2 for x in code if x.opcode == "HGMMA") * warps
+    tensor = sum(x.columns / 2 for code in codes for x in code if x.opcode == "HGMMA")
     return Timing(clocks, tensor / clocks)
 
 
-def _clocks(code: Sequence[_Instruction], count: int, offset: int, in_turn: bool) -> float:
-    warps = [_Warp(n * offset, n) for n in range(count)]
+def _nth(code: Sequence[_Instruction], text: str, n: int) -> int:
+    return [place for place, x in enumerate(code) if text in x.text][n]
+
+
+def _clocks(
+    codes: Sequence[Sequence[_Instruction]],
+    handovers: Sequence[Handover],
+    offset: int,
+    in_turn: bool,
+) -> float:
+    warps = [_Warp(n * offset, n) for n in range(len(codes))]
     pipes: dict[str, float] = {}
     issue = tensor = 0.0
+    given: list[list[float]] = [[] for _ in handovers]  # when, in each round
+    gives = {(x.giver, _nth(codes[x.giver], "ARRIVE", x.arrival)): n
+             for n, x in enumerate(handovers)}  # fmt: skip
+    takes = {(x.taker, _nth(codes[x.taker], "TRYWAIT", x.wait)): n
+             for n, x in enumerate(handovers)}  # fmt: skip
 
     def earliest(warp: _Warp) -> float:
-        x = code[warp.place]
+        x = codes[warp.number][warp.place]
         written, read = x.registers
         time = max([warp.time, issue, *(warp.ready.get(r, 0.0) for r in (*read, *written))])
+        if (taken := takes.get((warp.number, warp.place))) is not None:
+            so_far = given[taken]
+            time = max(time, so_far[warp.rounds]) if warp.rounds < len(so_far) else math.inf
         if x.pending is not None and len(warp.products) > x.pending:
             time = max(time, warp.products[-1 - x.pending])
         return time if x.pipe is None else max(time, pipes.get(x.pipe.name, 0.0))
 
     while running := [warp for warp in warps if warp.rounds < ROUNDS]:
         now, *_, warp = min((earliest(w), w.time if in_turn else 0, w.number, w) for w in running)
+        assert now < math.inf, "each waits for another"
+        code = codes[warp.number]
         x = code[warp.place]
         issue = warp.time = now + 1
+        if (gift := gives.get((warp.number, warp.place))) is not None:
+            given[gift].append(now + _PIPES["SYNCS"].latency)
         if x.opcode == "HGMMA":
             tensor = max(tensor, now + 8) + x.product_clocks
             if "gsb0" in x.text:
@@ -202,4 +239,4 @@ def _clocks(code: Sequence[_Instruction], count: int, offset: int, in_turn: bool
             warp.ends.append(warp.time)
             warp.products = warp.products[-4:]
     rounds = ROUNDS + LAST - FIRST
-    return sum((warp.ends[LAST] - warp.ends[FIRST]) / rounds for warp in warps) / count
+    return sum((warp.ends[LAST] - warp.ends[FIRST]) / rounds for warp in warps) / len(warps)

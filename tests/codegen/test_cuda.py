@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from itertools import product
@@ -28,10 +29,11 @@ from benchmarks.codegen.cuda import (
     kernels,
     loop_facts,
     markdown,
+    named_loops,
     problems,
 )
-from benchmarks.codegen.main_loop import MainLoop, Step, main_loop, parse, way
-from benchmarks.codegen.model import timing
+from benchmarks.codegen.main_loop import MainLoop, Step, main_loops, parse, way
+from benchmarks.codegen.model import Handover, timing
 from ral_kernels.ops.attention.cuda import WIDE_SHARED_BYTES
 from ral_kernels.runtime import native
 from tests.conftest import skip_or_fail
@@ -56,6 +58,7 @@ HOPPER = {
     "attention_fwd_sm90_kernel",
     "attention_bwd_dq_sm90_kernel",
     "attention_bwd_dkdv_sm90_kernel",
+    "attention_bwd_dkdv_wide_sm90_kernel",
     "policy_statistics_sm90_kernel",
 }
 
@@ -87,14 +90,14 @@ def test_limits_hold(found: list[CudaKernel]) -> None:
 
 def test_the_largest_cta_of_wide_heads_is_known(found: list[CudaKernel]) -> None:
     """By its size GPUs are refused that have too little; all that run it have 99 KiB."""
-    wide = [kernel.shared for kernel in found if kernel.head_dim == 256]
-    assert max(wide) == WIDE_SHARED_BYTES
-    assert max(k.shared for k in found if k.head_dim < 256 and "sm90" not in k.name) <= 99 << 10
+    known = [kernel for kernel in found if "sm90" not in kernel.name]  # Hopper has enough
+    assert max(k.shared for k in known if k.head_dim == 256) == WIDE_SHARED_BYTES
+    assert max(k.shared for k in known if k.head_dim < 256) <= 99 << 10
 
 
 def test_main_loops_stay_short(found: list[CudaKernel]) -> None:
     """`problems` holds them to LOOP_LIMIT, which leaves them no more room than a compiler needs."""
-    loops = {f"{k.name} {k.head_dim}": k.loop for k in found if k.loop is not None}
+    loops = dict(named for kernel in found for named in named_loops(kernel))
     if not loops:
         skip_or_fail("cuda", "a library without kernels for Hopper")
     assert sorted(loops) == sorted(LOOP_LIMIT)
@@ -132,15 +135,31 @@ def test_the_model_queues_products() -> None:
     product = "HGMMA.64x128x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0"
     products = [Step(product, False)] * 2
     wait = Step("WARPGROUP.DEPBAR.LE gsb0, 0x0", False)
-    full = timing([*products, wait], 2)
+    full = timing([[*products, wait]] * 2)
     assert full.clocks == pytest.approx(256, abs=2) and full.utilisation > 0.99
     # A chain of 100 additions of 4 clocks after each wait: 128 + 400 clocks and some.
     chain = [Step("FADD R7, R7, R8", False)] * 100
-    slow = timing([*products, wait, *chain], 2)
+    slow = timing([[*products, wait, *chain]] * 2)
     assert 528 <= slow.clocks < 560 and slow.utilisation == pytest.approx(256 / slow.clocks)
     # The accumulators are read by the products, so a load to them is waited for.
     load = Step("LDG.E R40, desc[UR6][R4.64]", False)
-    assert timing([load, *products, wait], 2).clocks > timing([*products, wait], 2).clocks
+    assert timing([[load, *products, wait]] * 2).clocks > full.clocks
+
+
+def test_the_model_waits_for_another_consumer() -> None:
+    """Two chains of 100 additions of 4 clocks: beside each other, or each after the other."""
+    additions = [Step("FADD R7, R7, R8", False)] * 100
+    arrive = Step("SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R6+URZ], RZ", False)
+    wait = Step("SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [R16+URZ+0x18], R17", False)
+    ways = [*additions, arrive, wait], [wait, *additions, arrive]
+    there, back = Handover(0, 0, 1, 0), Handover(1, 0, 0, 0)
+    assert timing(ways).clocks == pytest.approx(400, abs=30)
+    assert timing(ways, [there]).clocks == pytest.approx(400, abs=30)
+    assert timing(ways, [there, back]).clocks == pytest.approx(800, abs=60)
+    # One consumer of a short way waits in each round.
+    assert timing([ways[0], [wait]], [there]).clocks == pytest.approx(400, abs=30)
+    with pytest.raises(AssertionError, match="each waits for another"):
+        timing([[wait, arrive], [wait, arrive]], [there, back])
 
 
 # A loop of two products. P0: an inner wait, P1: a mask outside the loop's addresses. P2 skips all.
@@ -166,15 +185,32 @@ LOOP = """
 """
 
 
-def test_the_main_loop_is_found() -> None:
+def test_main_loops_are_found() -> None:
     code = parse(LOOP.splitlines())
     assert len(code) == 18
     expected = MainLoop(products=2, instructions=13, uniform=3, branches=1, loads=1, between=2)
-    assert main_loop(code) == expected
-    assert main_loop([line for line in code if "HGMMA" not in line[1]]) is None
+    assert main_loops(code) == [expected]
+    assert main_loops([line for line in code if "HGMMA" not in line[1]]) == []
     # Without a way around it, a detour counts: two instructions, a branch there and one back.
     detour = parse(LOOP.replace("@!P1 BRA P3, 0x00f0", "BRA 0x00f0").splitlines())
-    assert main_loop(detour) == dataclasses.replace(expected, instructions=16, branches=3)
+    assert main_loops(detour) == [dataclasses.replace(expected, instructions=16, branches=3)]
+
+
+def test_each_role_has_a_main_loop() -> None:
+    """Two loops of as many products, the second with one more instruction."""
+    first = LOOP.replace("S2R R0, SR_TID.X", "@P5 BRA 0x0200")
+    second = re.sub(r"(0x|/\*)00([0-9a-f]0)\b", r"\g<1>02\2", LOOP)
+    second = second.replace("@P2 BRA 0x02b0", "FMUL R7, R7, R8")
+    code = parse((first + second).splitlines())
+    expected = MainLoop(products=2, instructions=13, uniform=3, branches=1, loads=1, between=2)
+    assert main_loops(code) == [expected, expected]
+    assert way(code, {}, role=1) != way(code, {})
+    assert way(code, {}, role=2) is None
+    kernel = CudaKernel(
+        "attention_bwd_dkdv_wide_sm90_kernel", "bf16", 256, "sm_90", 384, 0, 168, 0, {},
+        main_loops(code), code,
+    )  # fmt: skip
+    assert [name.split()[-1] for name, _ in named_loops(kernel)] == ["dk", "dv"]
 
 
 def test_products_run_on_tensor_cores(found: list[CudaKernel]) -> None:
@@ -184,15 +220,21 @@ def test_products_run_on_tensor_cores(found: list[CudaKernel]) -> None:
         assert (products > 0) == (kernel.name in MULTIPLY | HOPPER), kernel
 
 
-@pytest.mark.parametrize("name", sorted(MULTIPLY))
+@pytest.mark.parametrize("name", sorted(MULTIPLY | HOPPER))
 def test_every_form_is_compiled(name: str, found: list[CudaKernel]) -> None:
     forms = {(k.dtype, k.head_dim, k.architecture) for k in found if k.name == name}
     architectures = {k.architecture for k in found if k.name in MULTIPLY}
     assert CHOSEN or architectures == {"sm_80", "sm_90"}
+    if name in HOPPER:
+        architectures &= {"sm_90"}
     head_dims: tuple[int, ...] = (64, 128)
     if name.startswith("attention"):
         is_general = "general" in name or "split" in name
-        head_dims = (64, 128, 256) if is_general else (64, 96, 128)
+        head_dims = (64, 128, 256) if is_general or "sm90" in name else (64, 96, 128)
+    if "wide" in name:
+        head_dims = (256,)
+    elif name == "attention_bwd_dkdv_sm90_kernel":
+        head_dims = (64, 128)
     assert forms == set(product(("bf16", "fp16"), head_dims, architectures))
 
 
@@ -202,7 +244,7 @@ def test_what_is_wrong_is_said(found: list[CudaKernel]) -> None:
     large = dataclasses.replace(good, shared=300 * 1024)
     loop = MainLoop(products=20, instructions=551, uniform=222, branches=40, loads=0, between=12)
     hopper = dataclasses.replace(
-        good, name="attention_bwd_dq_sm90_kernel", head_dim=128, loop=loop, code=[]
+        good, name="attention_bwd_dq_sm90_kernel", head_dim=128, loops=[loop], code=[]
     )
     where = f"{good.architecture} {good.name} {good.dtype} {good.head_dim}"
     assert problems([hopper]) == [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ral_kernels as rk
 from ral_kernels.integrations.transformers import register
-from ral_kernels.ops.attention.cuda import HEAD_DIMS, PLAIN_HEAD_DIMS
+from ral_kernels.ops.attention.cuda import HEAD_DIMS
 from tests.cuda_host.backend import Kernels
 from tests.integrations.models import build
 from tests.integrations.models import inputs as inputs_of
@@ -22,17 +22,6 @@ HALF = (torch.bfloat16, torch.float16)
 
 def has_kernel(case: AttentionCase) -> bool:
     return case.head_dim in HEAD_DIMS and case.head_dim_v in (None, *HEAD_DIMS)
-
-
-def is_plain(case: AttentionCase) -> bool:
-    """Whether it needs none of the general kernels, which Hopper does not have."""
-    return (
-        case.head_dim in PLAIN_HEAD_DIMS
-        and case.head_dim_v in (None, case.head_dim)
-        and case.span_bias == "none"
-        and case.attn_mask == "none"
-        and "softcap" not in case.options
-    )
 
 
 # Blocks are 128 queries (forward), 64 (backward) and 64 keys; a warp has 32 rows, or 16.

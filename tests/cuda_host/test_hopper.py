@@ -1,7 +1,8 @@
 """The forward of `attention` for Hopper in the harness, where copies and products are badly timed.
 
-It weighs the same blocks of keys in the same order as the kernel for sm_80, which test_attention.py
-compares with the reference. Here, where products are summed alike, both must give the same bits.
+It weighs the same blocks of keys in the same order as the plain kernel for sm_80, which
+test_attention.py compares with the reference. Here, where products are summed alike, both must give
+the same bits. Head dims between its columns must give those of inputs with zeros after them.
 The last section runs it on a Hopper GPU where there is one; `make gpu` does.
 """
 
@@ -14,15 +15,16 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ral_kernels as rk
 from tests.cuda_host.backend import Kernels, host_library, on_host
 from tests.cuda_host.build import HARNESS, sources_of
-from tests.cuda_host.test_attention import HALF, TILES, is_plain, packed
+from tests.cuda_host.test_attention import HALF, TILES, WIDE, WIDTHS, has_kernel, packed
 from tests.gpu.on_gpu import kernels_on
 from tests.ops import test_attention as common
-from tests.ops.attention_cases import CASES, AttentionCase
+from tests.ops.attention_cases import CASES, AttentionCase, AttentionInputs
 
 SOURCES = (*sources_of("attention/fwd*"), str(HARNESS / "hopper_for_tests.cu"))
 FWD, FWD_SM90 = "ral_cuda_attention_fwd", "ral_cuda_attention_fwd_sm90"
@@ -45,7 +47,8 @@ class TokensCase(AttentionCase):
         return rk.Spans(TOKENS[self.name].to(device), 300)
 
 
-# A consumer has 64 queries, a block of threads 128 or 192; buffers are used anew after 256 keys.
+# A consumer has 64 queries, a block of threads 128 or 192. Buffers are used anew after 256 keys, of
+# 256 columns after 128.
 CONSUMERS = [
     AttentionCase("ring_64", 200, 700, spans="ragged", options={"is_causal": True}),
     AttentionCase("ring_128", 130, 600, head_dim=128, spans="equal", key_padding="left"),
@@ -53,6 +56,22 @@ CONSUMERS = [
     AttentionCase("rows_across_consumers", 200, 70, spans="ragged", options={"rows": (60, 70)}),
     AttentionCase("spans_of_16", 70, 320, head_dim=128, spans="equal", num_spans=20),
     *(TokensCase(name, 70, 300, head_dim=64 + 64 * (n % 2)) for n, name in enumerate(TOKENS)),
+    AttentionCase("ring_256", 130, 330, 1, 2, 1, 256, spans="ragged", options={"is_causal": True}),
+    TokensCase("a_span_each_token", 70, 300, 1, 1, 1, 256),
+    AttentionCase(
+        "dims_80_window",
+        140,
+        270,
+        1,
+        2,
+        1,
+        80,
+        spans="equal",
+        layout="strided",
+        key_padding="left",
+        options={"window": (70, 3)},
+    ),
+    AttentionCase("dims_192_128", 70, 200, 1, 2, 1, 192, 128, spans="equal", layout="mixed"),
 ]
 
 
@@ -61,17 +80,60 @@ def hopper(build_folder: Path) -> Kernels:
     return host_library(build_folder, (), SOURCES)
 
 
-def outputs(library: Kernels, entry: str, order: int, case: AttentionCase, dtype: torch.dtype):
+def plain_entry(entry: str, columns: int) -> str:
+    """Of the plain kernels for sm_80; those of 256 columns are in hopper*_for_tests.cu."""
+    return f"{entry}_plain_256" if columns == 256 else entry
+
+
+def columns_of(case: AttentionCase) -> int:
+    """Columns of the kernels for Hopper that run it."""
+    widest = max(case.head_dim, case.head_dim_v or 0)
+    return next(columns for columns in (64, 128, 256) if widest <= columns)
+
+
+def widened(inputs: AttentionInputs, columns: int) -> AttentionInputs:
+    """The same call with zeros after the head dims, up to `columns`."""
+    if inputs.q.shape[-1] == inputs.v.shape[-1] == columns:
+        return inputs
+
+    def wide(x: Tensor) -> Tensor:
+        return F.pad(x.detach(), (0, columns - x.shape[-1])).requires_grad_(x.requires_grad)
+
+    options = {"scale": inputs.q.shape[-1] ** -0.5, **inputs.options}
+    return AttentionInputs(wide(inputs.q), wide(inputs.k), wide(inputs.v), inputs.spans, options)
+
+
+def call(
+    library: Kernels, entry: str, order: int, inputs: AttentionInputs
+) -> rk.AttentionOutput[Tensor | None]:
+    """The forward by the kernel of `entry`."""
     kernel = getattr(library.functions, entry)
     with mock.patch.object(library.functions, FWD, kernel, create=True):
         library.set_order(order)
         try:
-            inputs = case.inputs(dtype)
             return rk.attention(
                 inputs.q, inputs.k, inputs.v, inputs.spans, backend="cuda", **inputs.options
             )
         finally:
             library.set_order(0)
+
+
+def plain_outputs(
+    library: Kernels, inputs: AttentionInputs, columns: int
+) -> rk.AttentionOutput[Tensor | None]:
+    """By the plain kernel for sm_80, of inputs with zeros after them; `out` has them too."""
+    return call(library, plain_entry(FWD, columns), 0, widened(inputs, columns))
+
+
+def outputs(
+    library: Kernels, order: int | None, case: AttentionCase, dtype: torch.dtype
+) -> rk.AttentionOutput[Tensor | None]:
+    """By the kernel for Hopper in some order, or with None by the plain one."""
+    inputs = case.inputs(dtype)
+    if order is not None:
+        return call(library, FWD_SM90, order, inputs)
+    found = plain_outputs(library, inputs, columns_of(case))
+    return found._replace(out=found.out[..., : inputs.v.shape[-1]])
 
 
 def assert_same_bits(ours: tuple[Tensor | None, ...], wanted: tuple[Tensor | None, ...]) -> None:
@@ -81,15 +143,23 @@ def assert_same_bits(ours: tuple[Tensor | None, ...], wanted: tuple[Tensor | Non
 
 
 def assert_agrees(library: Kernels, case: AttentionCase, dtype: torch.dtype, orders: range) -> None:
-    wanted = outputs(library, FWD, 0, case, dtype)
+    wanted = outputs(library, None, case, dtype)
     assert not wanted.out.isnan().any()
     for order in orders:
-        assert_same_bits(outputs(library, FWD_SM90, order, case, dtype), wanted)
+        assert_same_bits(outputs(library, order, case, dtype), wanted)
 
 
-EVERY_CASE = [
-    case for case in (*filter(is_plain, CASES), *TILES, *CONSUMERS) if case.head_dim in (64, 128)
-]
+def is_taken(case: AttentionCase) -> bool:
+    """Whether it has no options that the kernels for Hopper leave to others."""
+    return (
+        has_kernel(case)
+        and case.span_bias == "none"
+        and case.attn_mask == "none"
+        and "softcap" not in case.options
+    )
+
+
+EVERY_CASE = list(filter(is_taken, (*CASES, *TILES, *WIDTHS, *WIDE, *CONSUMERS)))
 
 
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
@@ -100,7 +170,7 @@ def test_same_bits_as_for_sm_80(case: AttentionCase, hopper: Kernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=("bfloat16", "float16"))
-@pytest.mark.parametrize("case", CONSUMERS[:2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CONSUMERS[:2], CONSUMERS[-4]], ids=lambda case: case.name)
 def test_any_order_gives_the_same_bits(
     case: AttentionCase, dtype: torch.dtype, hopper: Kernels
 ) -> None:
@@ -108,7 +178,7 @@ def test_any_order_gives_the_same_bits(
         assert_agrees(hopper, case, dtype, range(2, 5))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_packed_sequences_do_not_see_each_other(head_dim: int, hopper: Kernels) -> None:
     """NaN in one sequence stays there, although its rows are copied with its neighbours'."""
     lengths = [65, 131, 1, 9, 70], [65, 131, 20, 9, 300]
@@ -118,7 +188,7 @@ def test_packed_sequences_do_not_see_each_other(head_dim: int, hopper: Kernels) 
         x[cuts[1] : cuts[2]] = float("nan")
     spans = rk.Spans(torch.arange(len(k)) * 6 // len(k), 6)
     results = []
-    for entry, order in ((FWD, 0), (FWD_SM90, 1)):
+    for entry, order in ((plain_entry(FWD, head_dim), 0), (FWD_SM90, 1)):
         with (
             on_host(hopper),
             mock.patch.object(hopper.functions, FWD, getattr(hopper.functions, entry)),
@@ -139,9 +209,11 @@ def test_packed_sequences_do_not_see_each_other(head_dim: int, hopper: Kernels) 
         assert not wanted.isnan().any() and torch.equal(ours, wanted)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_values_behind_padding_are_not_read(side: str, hopper: Kernels) -> None:
-    case = AttentionCase("padded", 70, 400, batch_size=2, key_padding=side, spans="equal")
+@pytest.mark.parametrize(("side", "head_dim"), [("left", 64), ("right", 64), ("left", 256)])
+def test_values_behind_padding_are_not_read(side: str, head_dim: int, hopper: Kernels) -> None:
+    case = AttentionCase(
+        "padded", 70, 400, batch_size=2, head_dim=head_dim, key_padding=side, spans="equal"
+    )
     inputs = case.inputs(torch.bfloat16)
     hidden = ~inputs.options["key_padding_mask"][:, None, :, None]
     assert hidden.any()
@@ -179,7 +251,7 @@ def test_what_a_map_cannot_say_is_left_to_the_other_kernel(hopper: Kernels) -> N
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 ON_GPU = [(case, dtype) for case in EVERY_CASE for dtype in HALF] if HOPPER else []
-HEAD_DIMS_ON_GPU = [64, 128] if HOPPER else []
+HEAD_DIMS_ON_GPU = [64, 80, 128, 256] if HOPPER else []
 DEVICE = torch.device("cuda", 0)
 
 

@@ -18,8 +18,6 @@ from tests.cuda_host.backend import Kernels, host_library, on_host
 from tests.cuda_host.build import Patch, only, switched
 from tests.ops.attention_cases import AttentionCase
 
-# One dtype and head dim: bugs need no more.
-ONE_TYPE = only("Fp16, 128")
 OTHER_BITS = "bits"
 NOT_WAITED = "whose copy its warp has not waited for"
 STILL_READ = "still to read"
@@ -121,12 +119,12 @@ DKDV, DQ, SHARED = (f"attention/bwd_{name}.h" for name in ("dkdv_sm90", "dq_sm90
 DONE = """wait_for_products<1>();
         pin(dv[0]);
         pin(left_p);
-        Base::give_up(barriers, ring, 1);
+        Base::give_up(barriers, rings, 1);
         wait_for_products<0>();
         pin(dk[0]);
         pin(left_ds);
-        Base::give_up(barriers, ring, 0);"""
-GIVE_UP_DOUT, GIVE_UP_Q = (f"Base::give_up(barriers, ring, {which});" for which in (1, 0))
+        Base::give_up(barriers, rings, 0);"""
+GIVE_UP_DOUT, GIVE_UP_Q = (f"Base::give_up(barriers, rings, {which});" for which in (1, 0))
 BACKWARD: list[Bug] = [
     ("dout_never_given_up", (DKDV, DONE, DONE.replace(GIVE_UP_DOUT, "")), FOR_EVER),
     ("dout_given_up_too_early",
@@ -141,7 +139,7 @@ BACKWARD: list[Bug] = [
      (DKDV, "sync_warp();  // all lanes have read the previous statistics", ""), "race"),
     ("own_keys_not_waited_for", (DKDV, "wait(&barriers.full_own, 0);", ""), NOT_WAITED),
     ("dout_not_waited_for",
-     (DKDV, "Base::wait_for(barriers, ring, 1);\n"
+     (DKDV, "Base::wait_for(barriers, rings, 1);\n"
       "        start_all_scores<T, kHeadDim, true>(ds[0], v, dout);",
       "start_all_scores<T, kHeadDim, true>(ds[0], v, dout);"), NOT_WAITED),
     ("keys_given_up_too_early",
@@ -150,13 +148,45 @@ BACKWARD: list[Bug] = [
     ("zeros_not_published", (DQ, "publish_to_async();", ""), "stores without publish_to_async"),
     ("own_queries_not_waited_for", (DQ, "wait(&barriers.full_own, 0);", ""), NOT_WAITED),
     ("passed_over_and_kept",
-     (SHARED, "for (int which = 0; which < 2; ++which) give_up(barriers, ring, which);", ""),
+     (SHARED, "for (int which = 0; which < 2; ++which) give_up(barriers, rings, which);", ""),
      FOR_EVER),
     ("half_the_bytes_expected",
      (SHARED, "arrive_expecting(full, kTileBytes);", "arrive_expecting(full, kTileBytes / 2);"),
      "hopper: "),
     ("no_barrier_after_the_setup",
      (SHARED, "sync_block();\n    return *barriers;", "return *barriers;"), NOT_BEGUN),
+]  # fmt: skip
+
+WIDE = "attention/bwd_dkdv_wide_sm90.h"
+GIVE = "sync_warp();\n      if (lane_index() == 0) arrive(&handover.given[warp]);"
+ASK = "sync_warp();\n      if (lane_index() == 0) arrive(&handover.wants[warp]);"
+DK_DONE = "wait_for_products<1>();\n        give_up_dk();"
+WIDE_BACKWARD: list[Bug] = [
+    ("weights_written_unasked", (WIDE, "wait(&handover.wants[warp], tiles.parity());", ""), "race"),
+    ("asked_while_lanes_read", (WIDE, ASK, ASK.replace("sync_warp();", "")), "race"),
+    ("never_asked", (WIDE, ASK, "sync_warp();"), FOR_EVER),
+    ("weights_not_waited_for",
+     (WIDE, "wait(&handover.given[warp], tiles.parity());", ""), "race"),
+    ("given_while_lanes_write", (WIDE, GIVE, GIVE.replace("sync_warp();", "")), "race"),
+    ("never_given", (WIDE, GIVE, "sync_warp();"), FOR_EVER),
+    ("weights_overwritten",
+     (WIDE, "sync_warp();  // all lanes have read the weights of the tile before", ""), "race"),
+    ("lse_read_too_early",
+     (WIDE, "lse_log2.store(statistics->lse_log2);\n      sync_warp();",
+      "lse_log2.store(statistics->lse_log2);"), "race"),
+    ("operand_of_dv_written_while_it_runs",
+     (WIDE, "end_dv();\n        advance();", "advance();\n        end_dv();"), WRITTEN_WHILE),
+    ("queries_given_up_too_early",
+     (WIDE, DK_DONE, "give_up_dk();\n        wait_for_products<1>();"), STILL_READ),
+    ("dout_given_up_too_early",
+     (WIDE, "wait_for_products<0>();\n        differentiate();", "differentiate();"),
+     WRITTEN_WHILE),
+    ("queries_of_the_next_tile",
+     (WIDE, "Base::tile(shared, rings_before, 0)", "Base::tile(shared, rings, 0)"), NOT_WAITED),
+    ("dout_of_the_next_tile",
+     (WIDE, "Base::tile(shared, rings_before, 1)", "Base::tile(shared, rings, 1)"), NOT_WAITED),
+    ("zeros_not_published", (WIDE, "publish_to_async();", ""), "stores without publish_to_async"),
+    ("zeros_not_synchronised", (WIDE, "sync_group(1 + group);", ""), OTHER_BITS),
 ]  # fmt: skip
 
 FORWARD_CASES = (
@@ -167,54 +197,61 @@ FORWARD_CASES = (
         for name in ("each_token_twice", "the_last_token_goes_on")
     ),
 )
-BACKWARD_CASE = AttentionCase(
-    "seeded", 270, 300, 1, 1, 1, 128, spans="ragged", key_padding="left",
-    options={"is_causal": True},
+BACKWARD_CASE, WIDE_CASE = (
+    AttentionCase(
+        "seeded", 270, 300, 1, 1, 1, head_dim, spans="ragged", key_padding="left",
+        options={"is_causal": True},
+    )
+    for head_dim in (128, 256)
 )  # fmt: skip
 
 
 # One of each kind in the quick tier.
 QUICK = (
     "k_given_up_too_early", "scores_written_after_the_fence", "not_aligned",
-    "values_not_waited_for", "never_given_up", "operand_used_twice", "statistics_overwritten",
+    "values_not_waited_for", "never_given_up", "operand_used_twice", "lse_overwritten",
 )  # fmt: skip
 
 
-def library_of(bugs: list[Bug], sources: tuple[str, ...], folder: Path) -> Kernels:
-    return host_library(folder, (*switched([patch for _, patch, _ in bugs]), *ONE_TYPE), sources)
+def library_of(bugs: list[Bug], sources: tuple[str, ...], folder: Path, kernel: str) -> Kernels:
+    """Of one dtype and head dim: bugs need no more."""
+    patches = switched([patch for _, patch, _ in bugs])
+    return host_library(folder, (*patches, *only(kernel)), sources)
 
 
 class SeededForward:
     """A forward by the kernel for sm_80, and by that for Hopper with a bug."""
 
     def __init__(self, folder: Path) -> None:
-        self._library = library_of(FORWARD, forward.SOURCES, folder)
+        self._library = library_of(FORWARD, forward.SOURCES, folder, "Fp16, 128")
         with on_host(self._library):
-            self._wanted = [self._outputs(forward.FWD, 0, case) for case in FORWARD_CASES]
+            self._wanted = [self._outputs(None, case) for case in FORWARD_CASES]
 
-    def _outputs(self, entry: str, order: int, case: AttentionCase) -> tuple[Tensor | None, ...]:
-        return forward.outputs(self._library, entry, order, case, torch.float16)
+    def _outputs(self, order: int | None, case: AttentionCase) -> tuple[Tensor | None, ...]:
+        return forward.outputs(self._library, order, case, torch.float16)
 
     def check(self, bug: int, orders: range) -> None:
         for case, wanted in zip(FORWARD_CASES, self._wanted, strict=True):
             for order in orders:
                 with on_host(self._library), self._library.with_bug(bug):
-                    found = self._outputs(forward.FWD_SM90, order, case)
+                    found = self._outputs(order, case)
                 forward.assert_same_bits(found, wanted)
 
 
 class SeededBackward:
-    """The same of the backward."""
+    """The same of backwards."""
 
-    def __init__(self, folder: Path) -> None:
-        self._library = library_of(BACKWARD, backward.SOURCES, folder)
-        self._backward = backward.Backward(self._library, BACKWARD_CASE, torch.float16)
+    def __init__(
+        self, library: Kernels, runs: list[backward.Backward | backward.PackedBackward]
+    ) -> None:
+        self._library, self._runs = library, runs
 
     def check(self, bug: int, orders: range) -> None:
-        for order in orders:
-            with self._library.with_bug(bug):
-                found = self._backward.on_hopper(order)
-            backward.assert_agree(self._backward.wanted, [found])
+        for run in self._runs:
+            for order in orders:
+                with self._library.with_bug(bug):
+                    found = run.on_hopper(order)
+                backward.assert_agree(run.wanted, [found])
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +261,20 @@ def seeded_forward(build_folder: Path) -> SeededForward:
 
 @pytest.fixture(scope="module")
 def seeded_backward(build_folder: Path) -> SeededBackward:
-    return SeededBackward(build_folder)
+    library = library_of(BACKWARD, backward.SOURCES, build_folder, "Fp16, 128")
+    return SeededBackward(library, [backward.Backward(library, BACKWARD_CASE, torch.float16)])
+
+
+@pytest.fixture(scope="module")
+def seeded_wide_backward(build_folder: Path) -> SeededBackward:
+    library = library_of(WIDE_BACKWARD, backward.SOURCES, build_folder, "Bf16, 256")
+    return SeededBackward(
+        library,
+        [
+            backward.Backward(library, WIDE_CASE, torch.bfloat16),
+            backward.PackedBackward(library, [65, 30, 20], [65, 30, 20], 256),
+        ],
+    )
 
 
 def named(bugs: list[Bug], stands_in: str) -> list[object]:
@@ -255,8 +305,26 @@ def test_seeded_bug_of_the_backward_is_found(
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("bug", "text"), named(WIDE_BACKWARD, "test_seeded_bug_of_the_backward_is_found")
+)
+def test_seeded_bug_of_the_wide_backward_is_found(
+    bug: int, text: str, seeded_wide_backward: SeededBackward
+) -> None:
+    with pytest.raises(AssertionError) as caught:
+        seeded_wide_backward.check(bug, range(1, 4))
+    assert text in str(caught.value) or text == OTHER_BITS
+
+
 def test_without_a_bug_nothing_is_found(
     seeded_forward: SeededForward, seeded_backward: SeededBackward
 ) -> None:
     seeded_forward.check(0, range(1, 3))
     seeded_backward.check(0, range(1, 2))
+
+
+@pytest.mark.slow(stands_in="test_without_a_bug_nothing_is_found")
+def test_without_a_bug_nothing_is_found_in_the_wide_backward(
+    seeded_wide_backward: SeededBackward,
+) -> None:
+    seeded_wide_backward.check(0, range(1, 2))

@@ -12,8 +12,8 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_bwd(const ral_attention_params*
   RAL_CHECK(scratch != nullptr &&
             ral::check_attention_bwd(ral::Memory::kDevice, call, outputs, gradients) == RAL_OK &&
             ral::cuda::are_parts(*call, head_parts, range_parts));
-  const ral::cuda::AttentionBwdParams params =
-      ral::cuda::bwd_params(*call, *outputs, *gradients, head_parts, range_parts, scratch);
+  const ral::cuda::AttentionBwdParams params = ral::cuda::bwd_params(
+      *call, *outputs, *gradients, head_parts, range_parts, ral::cuda::columns_of(*call), scratch);
   int error = ral::cuda::attention_bwd_delta(params, stream);
   if (ral::cuda::is_general(*call)) {
     if (error == 0) error = ral::cuda::attention_bwd_dq_general(params, stream);

@@ -14,7 +14,7 @@ namespace cuda {
 // has sums of its own in float32, which attention_bwd_join_kernel adds in the order of the parts.
 struct KeySplits {
   int32_t heads, ranges, num_parts;  // num_parts = heads * ranges
-  int32_t columns;                   // columns_of
+  int32_t columns;                   // of the kernels
   float *dk, *dv;                    // [num_parts, B, Hk, N, columns]; not used if it is 1
 };
 
@@ -30,18 +30,18 @@ struct AttentionBwdParams {
 };
 
 // The parameters of a call with `scratch` of 2 B H T floats, and B H T S more if dspan_bias is
-// wanted. With several parts, head_parts * range_parts * 2 B Hk N columns_of floats follow.
+// wanted. With several parts, head_parts * range_parts * 2 B Hk N columns floats follow.
+// columns: of the kernels that run the call.
 inline AttentionBwdParams bwd_params(const ral_attention_params& call,
                                      const ral_attention_outputs& outputs,
                                      const ral_attention_gradients& gradients, int32_t head_parts,
-                                     int32_t range_parts, float* scratch) {
+                                     int32_t range_parts, int32_t columns, float* scratch) {
   const int64_t num_rows = call.batch_size * call.num_heads * call.seqlen_q;
   const int64_t num_keys = call.batch_size * call.num_kv_heads * call.seqlen_k;
   float* const span_weights = scratch + 2 * num_rows;
   const int64_t size = num_rows * (gradients.dspan_bias != nullptr ? 2 + call.num_spans : 2);
   float* const dk = scratch + (size + 3) / 4 * 4;  // aligned to 16 bytes
   const int32_t num_parts = head_parts * range_parts;
-  const int32_t columns = columns_of(call);
   float* const dv = dk + num_parts * num_keys * columns;
   const KeySplits splits{head_parts, range_parts, num_parts, columns, dk, dv};
   return {call, outputs, gradients, scratch, scratch + num_rows, span_weights, splits, {}};

@@ -1,7 +1,10 @@
-// Launch of attention_bwd_dkdv_sm90_kernel.
+// Launch of attention_bwd_dkdv_sm90_kernel or, of 256 columns, attention_bwd_dkdv_wide_sm90_kernel.
 #ifdef RAL_CUDA_SM90
 
+#include <type_traits>
+
 #include "attention/bwd_dkdv_sm90.h"
+#include "attention/bwd_dkdv_wide_sm90.h"
 #include "core/launch.h"
 
 namespace ral {
@@ -9,7 +12,8 @@ namespace cuda {
 
 template <typename T, int kHeadDim>
 static int launch_dkdv_sm90(AttentionBwdSm90Params params, void* stream) {
-  using Dkdv = attention_bwd_dkdv_sm90_kernel<T, kHeadDim>;
+  using Dkdv = std::conditional_t<kHeadDim == 256, attention_bwd_dkdv_wide_sm90_kernel<T, kHeadDim>,
+                                  attention_bwd_dkdv_sm90_kernel<T, kHeadDim>>;
   const ral_attention_params& call = params.backward.call;
   const int32_t num_parts = params.backward.splits.num_parts;
   params.backward.order = order_of_keys(call, Dkdv::kBlockKeys, num_parts);
@@ -18,8 +22,8 @@ static int launch_dkdv_sm90(AttentionBwdSm90Params params, void* stream) {
 }
 
 int attention_bwd_dkdv_sm90(const AttentionBwdSm90Params& params, void* stream) {
-  const ral_attention_params& call = params.backward.call;
-  RAL_DISPATCH(call.dtype, call.head_dim, launch_dkdv_sm90, params, stream);
+  RAL_DISPATCH_GENERAL(params.backward.call.dtype, params.backward.splits.columns, launch_dkdv_sm90,
+                       params, stream);
 }
 
 }  // namespace cuda

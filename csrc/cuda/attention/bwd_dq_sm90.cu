@@ -17,8 +17,8 @@ static int launch_dq_sm90(AttentionBwdSm90Params params, void* stream) {
 }
 
 int attention_bwd_dq_sm90(const AttentionBwdSm90Params& params, void* stream) {
-  const ral_attention_params& call = params.backward.call;
-  RAL_DISPATCH(call.dtype, call.head_dim, launch_dq_sm90, params, stream);
+  RAL_DISPATCH_GENERAL(params.backward.call.dtype, params.backward.splits.columns, launch_dq_sm90,
+                       params, stream);
 }
 
 }  // namespace cuda

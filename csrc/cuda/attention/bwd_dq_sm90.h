@@ -11,15 +11,15 @@ namespace cuda {
 struct WarpQueriesSm90 : WarpQueries {
   using WarpQueries::WarpQueries;
 
-  // dm of a block of keys, as the lane's rows need it.
+  // dm of a block of keys, as the lane's rows need it. With more spans than two, ds holds it.
   struct Dm {
     enum { kNothing, kOneSpan, kTwoSpans, kEachKey } of;
     int32_t border;  // with two spans: the second's first key
     float low[kRows], high[kRows];
-    float each[kBlockK / 8][4];  // with more
   };
-  // begin() may come later: nothing waits for what this loads.
-  RAL_DEVICE Dm load_dm(const KeyBlock& keys, const QueriesWithGradient& block) const {
+  // begin() may come later: nothing waits for what this loads. Until then ds has no other use.
+  RAL_DEVICE Dm load_dm(float (&ds)[1][kBlockK / 8][4], const KeyBlock& keys,
+                        const QueriesWithGradient& block) const {
     Dm dm;
     dm.of = Dm::kNothing;
     dm.border = 0;
@@ -45,7 +45,7 @@ struct WarpQueriesSm90 : WarpQueries {
       for (int e = 0; e < 2; ++e) {
         const int32_t span = keys.span_of_column(c, e);
         RAL_UNROLL for (int i = 0; i < kRows; ++i)
-          dm.each[c][2 * i + e] = MarginalGradient::at(rows_of_lane[i], span);
+          ds[0][c][2 * i + e] = MarginalGradient::at(rows_of_lane[i], span);
       }
     return dm;
   }
@@ -60,7 +60,7 @@ struct WarpQueriesSm90 : WarpQueries {
     }
     if (dm.of == Dm::kEachKey) {
       RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
-        for (int e = 0; e < 4; ++e) ds[0][c][e] = dm.each[c][e] - delta[e / 2];
+        for (int e = 0; e < 4; ++e) ds[0][c][e] -= delta[e / 2];
     } else if (dm.of == Dm::kTwoSpans) {
       RAL_UNROLL for (int c = 0; c < kBlockK / 8; ++c) RAL_UNROLL
         for (int e = 0; e < 4; ++e) ds[0][c][e] = 8 * c + e % 2 < border ? low[e / 2] : high[e / 2];
@@ -71,14 +71,19 @@ struct WarpQueriesSm90 : WarpQueries {
   }
 };
 
+template <int kHeadDim>
+using BaseOfDqSm90 = AttentionBwdSm90<kHeadDim, kHeadDim == 64 ? 3 : 2, kHeadDim == 64 ? 3 : 2,
+                                      kHeadDim == 256 ? 2 : 3, kHeadDim == 256 ? 1 : 3>;
+
 // One CTA has 64 queries of a head for each consumer warpgroup, and walks over the keys that they
-// see.
+// see. Of 256 columns there is room for two blocks of keys and one of values. The next values come
+// while a consumer forms dq.
 template <typename T, int kHeadDim>
-struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 ? 3 : 2> {
+struct attention_bwd_dq_sm90_kernel : BaseOfDqSm90<kHeadDim> {
   using Params = AttentionBwdSm90Params;
-  using Base = AttentionBwdSm90<kHeadDim, kHeadDim == 64 ? 3 : 2>;
-  using Base::kConsumers, Base::kPanels, Base::kStages, Base::kTileBytes;
-  using typename Base::Barriers;
+  using Base = BaseOfDqSm90<kHeadDim>;
+  using Base::kConsumers, Base::kPanels, Base::kTileBytes;
+  using typename Base::Barriers, typename Base::Rings;
   static constexpr int kGroupQ = kPanelRows, kBlockQ = kGroupQ * kConsumers;
   static constexpr int kMinBlocks = 1;
   static constexpr int kSharedBytes = Base::kStatisticsAt + kSwizzledBytes;
@@ -109,11 +114,11 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     const int32_t query_token = int32_t(block.first_token);
     Base::bring_own(shared, barriers, params.q, params.dout, query_token,
                     params.dout_token(query_token), block.h, block.b);
-    Ring<kStages> ring;
-    for (int32_t first = begin; first <= high; first += kBlockK, ring.advance()) {
+    Rings rings;
+    for (int32_t first = begin; first <= high; first += kBlockK, rings.advance()) {
       const int32_t token = block.sequence.k_start + first;
-      Base::bring(shared, barriers, ring, 0, params.k, token, block.kv_head, block.b);
-      Base::bring(shared, barriers, ring, 1, params.v, token, block.kv_head, block.b);
+      Base::bring(shared, barriers, rings, 0, params.k, token, block.kv_head, block.b);
+      Base::bring(shared, barriers, rings, 1, params.v, token, block.kv_head, block.b);
     }
   }
 
@@ -140,58 +145,58 @@ struct attention_bwd_dq_sm90_kernel : AttentionBwdSm90<kHeadDim, kHeadDim == 64 
     float p[1][kBlockK / 8][4], ds[1][kBlockK / 8][4];
     uint32_t left[4][4];
     const float scale = call.scale * kLog2e;
-    Ring<kStages> ring;
+    Rings rings;
     // Of the next block of its own: keys are loaded a round before, dm while the last product of a
     // round runs.
     const auto load = [&](int32_t first) {
       return load_keys<true>(block.ids, block.padding, first, block.visibility.length_k);
     };
     KeyBlock keys = describe(load(own_begin));
-    WarpQueriesSm90::Dm dm = rows.load_dm(keys, block);
+    WarpQueriesSm90::Dm dm = rows.load_dm(ds, keys, block);
     LoadedKeys next = load(own_begin + kBlockK);
 
     wait(&barriers.full_own, 0);
-    for (int32_t first = begin; first <= high; first += kBlockK, ring.advance()) {
+    for (int32_t first = begin; first <= high; first += kBlockK, rings.advance()) {
       if (first < own_begin || first > range.high) {
-        Base::pass_over(barriers, ring);
+        Base::pass_over(barriers, rings);
         continue;
       }
       // Before products start: ptxas would wait for them where branches meet that write `ds`.
       rows.begin(ds, dm);
-      char* const k_tile = Base::tile(shared, ring, 0);
-      const uint32_t k = shared_address(k_tile), v = shared_address(Base::tile(shared, ring, 1));
-      Base::wait_for(barriers, ring, 0);
+      char* const k_tile = Base::tile(shared, rings, 0);
+      const uint32_t k = shared_address(k_tile), v = shared_address(Base::tile(shared, rings, 1));
+      Base::wait_for(barriers, rings, 0);
       if (is_ragged && ~keys.real != 0) {
         clear_rows<kPanels>(k_tile, ~keys.real);
         publish_to_async();
         sync_group(1 + group);
       }
       start_all_scores<T, kHeadDim>(p[0], q, k);
-      Base::wait_for(barriers, ring, 1);
+      Base::wait_for(barriers, rings, 1);
       start_all_scores<T, kHeadDim, true>(ds[0], dout, v);  // (9)
       wait_for_products<1>();
       pin(p[0]);
       rows.weigh(p, keys, first, range, scale, block.visibility);
       wait_for_products<0>();
       pin(ds[0]);
-      Base::give_up(barriers, ring, 1);
+      Base::give_up(barriers, rings, 1);
       rows.differentiate(ds, p);
       round_left<T>(left, ds[0]);
       start_all_products<T>(dq[0], left, k);  // (14), without the scale
       keys = describe(next);
-      dm = rows.load_dm(keys, block);
+      dm = rows.load_dm(ds, keys, block);
       next = load(first + 2 * kBlockK);
       wait_for_products<0>();
       pin(dq[0]);
       pin(left);
-      Base::give_up(barriers, ring, 0);
+      Base::give_up(barriers, rings, 0);
     }
     sync_group(1 + group);
     const ral_tensor& tensor = backward.gradients.dq;
-    store_rows<1>(
+    store_rows<1, true>(
         rows_of<T>(tensor, block.b, block.h, block.first_token + group * kGroupQ), tensor.stride_t,
         warp_row, num_queries, dq, [&](int) { return call.scale; },
-        Tile<T, kHeadDim>{reinterpret_cast<T*>(q_tile)});
+        Tile<T, kHeadDim>{reinterpret_cast<T*>(q_tile)}, call.head_dim);
   }
 };
 

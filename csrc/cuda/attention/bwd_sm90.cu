@@ -9,18 +9,18 @@
 namespace ral {
 namespace cuda {
 
-template <typename T, int kHeadDim>
-int attention_bwd_sm90(const AttentionBwdParams& backward, void* stream) {
+static int attention_bwd_sm90(const AttentionBwdParams& backward, void* stream) {
   if (!is_hopper()) return failed("a GPU that is not of compute capability 9.0", kNotTaken);
   const ral_attention_params& call = backward.call;
   AttentionBwdSm90Params params{{}, {}, {}, {}, backward};
   const ral_tensor& dout = backward.gradients.dout;
-  const char* reason = encode_tensor<kHeadDim>(params.q, call, call.q, false);
-  if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.k, call, call.k, true);
-  if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.v, call, call.v, true);
+  const bool has_dout = dout.data != nullptr;
+  const char* reason = encode_tensor(params.q, call, call.q, call.head_dim, false);
+  if (reason == nullptr) reason = encode_tensor(params.k, call, call.k, call.head_dim, true);
+  if (reason == nullptr) reason = encode_tensor(params.v, call, call.v, call.head_dim_v, true);
   if (reason == nullptr)
-    reason =
-        encode_tensor<kHeadDim>(params.dout, call, dout.data == nullptr ? call.q : dout, false);
+    reason = encode_tensor(params.dout, call, has_dout ? dout : call.q,
+                           has_dout ? call.head_dim_v : call.head_dim, false);
   if (reason != nullptr) return failed(reason, kNotTaken);
   int error = attention_bwd_delta(backward, stream);
   if (error == 0) error = attention_bwd_dq_sm90(params, stream);
@@ -45,11 +45,12 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_bwd_sm90(const ral_attention_pa
   RAL_CHECK(scratch != nullptr &&
             ral::check_attention_bwd(ral::Memory::kDevice, call, outputs, gradients) == RAL_OK &&
             ral::cuda::are_parts(*call, head_parts, range_parts));
-  const ral::cuda::AttentionBwdParams params =
-      ral::cuda::bwd_params(*call, *outputs, *gradients, head_parts, range_parts, scratch);
-  if (ral::cuda::is_general(*call) || ral::cuda::columns_of(*call) == 96)
-    return ral::cuda::failed("options, or head dims other than 64 and 128", ral::cuda::kNotTaken);
-  RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_bwd_sm90, params, stream);
+  if (ral::cuda::has_options(*call))
+    return ral::cuda::failed("a soft cap, span_bias or attn_mask", ral::cuda::kNotTaken);
+  return ral::cuda::attention_bwd_sm90(
+      ral::cuda::bwd_params(*call, *outputs, *gradients, head_parts, range_parts,
+                            ral::cuda::hopper_columns(*call), scratch),
+      stream);
 #else
   static_cast<void>(call), static_cast<void>(outputs), static_cast<void>(gradients);
   static_cast<void>(head_parts), static_cast<void>(range_parts);

@@ -24,12 +24,13 @@ struct AttentionBwdSm90Params {
 int attention_bwd_dq_sm90(const AttentionBwdSm90Params& params, void* stream);
 int attention_bwd_dkdv_sm90(const AttentionBwdSm90Params& params, void* stream);
 
-// A CTA has kConsumers consumer warpgroups, each with a tile of keys (dk, dv) or of queries (dq).
-// Each keeps its tile of two tensors in shared memory. One producer warpgroup issues TMA copies of
-// two tensors of the other side, through a ring of kStages pairs of buffers. The producer keeps few
-// registers and the consumers take many.
+// A CTA has kConsumers consumer warpgroups, and kOwnTiles tiles of keys (dk, dv) or of queries
+// (dq). It keeps these of two tensors in shared memory. Each consumer has a tile of its own, but
+// for attention/bwd_dkdv_wide_sm90.h, where both share one. One producer warpgroup issues TMA
+// copies of two tensors of the other side, through a ring of buffers for each. A pair is what both
+// rings hold of the same rows. The producer keeps few registers and the consumers take many.
 //
-// Why no buffer is read or overwritten too early, in both kernels:
+// Why no buffer is read or overwritten too early, in all kernels:
 //  1. Full. The producer arrives at `full` with the expected bytes, and TMA completes them. So a
 //     phase ends when all bytes have arrived. Every consumer waits for every phase of every buffer,
 //     in order, even where it has nothing to do. It skips none, so a parity never stands for a
@@ -39,12 +40,12 @@ int attention_bwd_dkdv_sm90(const AttentionBwdSm90Params& params, void* stream);
 //     The producer waits for these arrivals before it refills the buffer. Reads by wgmma and writes
 //     by TMA belong to one proxy, and that mbarrier orders them.
 //  3. Deadlock. A consumer waits for both buffers of a pair, and releases both before it waits for
-//     the next pair. The producer fills pairs in that order. It waits only for the
-//     release of the pair kStages before.
+//     the next pair. The producer fills pairs in that order. Before it fills a buffer it waits only
+//     for the release of an earlier pair's. attention/bwd_dkdv_wide_sm90.h has its own argument.
 //  4. Registers. begin_products (wgmma.fence) stands between the last access to accumulators or A
 //     operands and the products that start. While products run, no thread touches their registers.
 //     Groups end in the order in which they began: after wait_for_products<1> all but the newest
-//     are done. pin() holds the compiler to this order. No product runs from one pair to the next.
+//     are done. pin() holds the compiler to this order.
 //  5. Padding. Rows that are padding, or of another sequence, would enter a sum as 0 · NaN where a
 //     product contracts over them. Each consumer that uses the tile zeroes them with ordinary
 //     stores, publishes these to the async proxy and synchronises its warps. Its products read them
@@ -56,7 +57,8 @@ int attention_bwd_dkdv_sm90(const AttentionBwdSm90Params& params, void* stream);
 //     synchronise before the first store, each after waiting for its own last products.
 //  7. Statistics. Lanes exchange statistics of queries, and dm of spans, by ordinary accesses
 //     within a warp: a sync_warp stands on both sides of the stores.
-template <int kHeadDim, int kConsumerWarpgroups>
+template <int kHeadDim, int kConsumerWarpgroups, int kOwnTiles = kConsumerWarpgroups,
+          int kFirstStages = 3, int kSecondStages = 3>
 struct AttentionBwdSm90 {
   static constexpr int kConsumers = kConsumerWarpgroups;
   static constexpr int kThreads = kGroupThreads * (kConsumers + 1);
@@ -68,18 +70,19 @@ struct AttentionBwdSm90 {
 
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kTileBytes = kPanels * kPanelBytes;
-  static constexpr int kStages = 3;
+  using Rings = TwoRings<kFirstStages, kSecondStages>;
 
   // Index 0 is the operand of scores (q or k), index 1 that of gradients of weights (dout or v).
   struct Barriers {
-    Barrier full_own, full[2][kStages], empty[2][kStages];
+    static constexpr int kMost = kFirstStages > kSecondStages ? kFirstStages : kSecondStages;
+    Barrier full_own, full[2][kMost], empty[2][kMost];
   };
   // Offsets in shared memory, in this order. The tiles begin at multiples of 1024 bytes.
-  RAL_ARITHMETIC static int own_at(int which) { return which * kConsumers * kTileBytes; }
+  RAL_ARITHMETIC static int own_at(int which) { return which * kOwnTiles * kTileBytes; }
   RAL_ARITHMETIC static int ring_at(int which) {
-    return (2 * kConsumers + which * kStages) * kTileBytes;
+    return (2 * kOwnTiles + which * kFirstStages) * kTileBytes;
   }
-  static constexpr int kBarriersAt = (2 * kConsumers + 2 * kStages) * kTileBytes;
+  static constexpr int kBarriersAt = (2 * kOwnTiles + kFirstStages + kSecondStages) * kTileBytes;
   static constexpr int kStatisticsAt = kBarriersAt + int(sizeof(Barriers) + 15) / 16 * 16;
 
   // The CTA's shared memory from a multiple of 1024 bytes on.
@@ -92,7 +95,7 @@ struct AttentionBwdSm90 {
     if (thread_index() == 0) {
       begin_barrier(&barriers->full_own, 1);
       for (int which = 0; which < 2; ++which)
-        for (int stage = 0; stage < kStages; ++stage) {
+        for (int stage = 0; stage < Barriers::kMost; ++stage) {
           begin_barrier(&barriers->full[which][stage], 1);
           begin_barrier(&barriers->empty[which][stage], 4 * kConsumers);
         }
@@ -104,48 +107,46 @@ struct AttentionBwdSm90 {
 
   // ---- Producer: one converged warp, whose lane 0 issues the copies -----------------------------
 
-  // Copies the consumers' own tiles, from tokens `first_token` and `second_token` on.
+  // Copies the own tiles, from tokens `first_token` and `second_token` on.
   RAL_DEVICE static void bring_own(char* shared, Barriers& barriers, const TensorMap& first,
                                    const TensorMap& second, int32_t first_token,
                                    int32_t second_token, int64_t head, int64_t batch) {
     if (lane_index() != 0) return;
-    arrive_expecting(&barriers.full_own, 2 * kConsumers * kTileBytes);
-    for (int group = 0; group < kConsumers; ++group) {
-      copy_tile<kPanels>(shared + own_at(0) + group * kTileBytes, first,
-                         first_token + group * kPanelRows, int32_t(head), int32_t(batch),
+    arrive_expecting(&barriers.full_own, 2 * kOwnTiles * kTileBytes);
+    for (int tile = 0; tile < kOwnTiles; ++tile) {
+      copy_tile<kPanels>(shared + own_at(0) + tile * kTileBytes, first,
+                         first_token + tile * kPanelRows, int32_t(head), int32_t(batch),
                          &barriers.full_own);
-      copy_tile<kPanels>(shared + own_at(1) + group * kTileBytes, second,
-                         second_token + group * kPanelRows, int32_t(head), int32_t(batch),
+      copy_tile<kPanels>(shared + own_at(1) + tile * kTileBytes, second,
+                         second_token + tile * kPanelRows, int32_t(head), int32_t(batch),
                          &barriers.full_own);
     }
   }
 
   // Waits for the release of one buffer of a pair, then refills it.
-  RAL_DEVICE static void bring(char* shared, Barriers& barriers, const Ring<kStages>& ring,
-                               int which, const TensorMap& map, int32_t token, int64_t head,
-                               int64_t batch) {
-    wait(&barriers.empty[which][ring.stage], ring.parity_before());
+  RAL_DEVICE static void bring(char* shared, Barriers& barriers, const Rings& rings, int which,
+                               const TensorMap& map, int32_t token, int64_t head, int64_t batch) {
+    wait(&barriers.empty[which][rings.stage(which)], rings.parity_before(which));
     if (lane_index() != 0) return;
-    Barrier* full = &barriers.full[which][ring.stage];
+    Barrier* full = &barriers.full[which][rings.stage(which)];
     arrive_expecting(full, kTileBytes);
-    copy_tile<kPanels>(shared + ring_at(which) + ring.stage * kTileBytes, map, token, int32_t(head),
-                       int32_t(batch), full);
+    copy_tile<kPanels>(tile(shared, rings, which), map, token, int32_t(head), int32_t(batch), full);
   }
 
   // ---- Consumers --------------------------------------------------------------------------------
 
-  RAL_DEVICE static void wait_for(Barriers& barriers, const Ring<kStages>& ring, int which) {
-    wait(&barriers.full[which][ring.stage], ring.parity());
+  RAL_DEVICE static void wait_for(Barriers& barriers, const Rings& rings, int which) {
+    wait(&barriers.full[which][rings.stage(which)], rings.parity(which));
   }
-  RAL_DEVICE static void give_up(Barriers& barriers, const Ring<kStages>& ring, int which) {
-    if (lane_index() == 0) arrive(&barriers.empty[which][ring.stage]);
+  RAL_DEVICE static void give_up(Barriers& barriers, const Rings& rings, int which) {
+    if (lane_index() == 0) arrive(&barriers.empty[which][rings.stage(which)]);
   }
-  RAL_DEVICE static void pass_over(Barriers& barriers, const Ring<kStages>& ring) {
-    for (int which = 0; which < 2; ++which) wait_for(barriers, ring, which);
-    for (int which = 0; which < 2; ++which) give_up(barriers, ring, which);
+  RAL_DEVICE static void pass_over(Barriers& barriers, const Rings& rings) {
+    for (int which = 0; which < 2; ++which) wait_for(barriers, rings, which);
+    for (int which = 0; which < 2; ++which) give_up(barriers, rings, which);
   }
-  RAL_DEVICE static char* tile(char* shared, const Ring<kStages>& ring, int which) {
-    return shared + ring_at(which) + ring.stage * kTileBytes;
+  RAL_DEVICE static char* tile(char* shared, const Rings& rings, int which) {
+    return shared + ring_at(which) + rings.stage(which) * kTileBytes;
   }
 };
 

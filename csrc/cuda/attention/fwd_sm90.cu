@@ -2,10 +2,10 @@
 // alone. An nvcc that does not know sm_90a compiles it without that macro; the entry points then
 // only say so.
 //
-// It takes all calls that ral_cuda_attention_fwd takes, with key padding and packed sequences too.
-// Exceptions are tensors that no tensor map can describe (map_shape in hopper/layout.h). They have
-// no elements, a stride of 0, rows that overlap, or no alignment to 16 bytes. The caller passes
-// those to ral_cuda_attention_fwd.
+// It takes all calls that ral_cuda_attention_fwd takes, with key padding and packed sequences too,
+// but for two kinds. One has a soft cap, span_bias or attn_mask. The other has tensors that no
+// tensor map can describe (map_shape in hopper/layout.h): no elements, a stride of 0, rows that
+// overlap, or no alignment to 16 bytes. The caller passes those to ral_cuda_attention_fwd.
 #include "core/launch.h"
 
 #ifdef RAL_CUDA_SM90
@@ -22,9 +22,9 @@ int attention_fwd_sm90(const ral_attention_params& call, const ral_attention_out
   if (!is_hopper()) return failed("a GPU that is not of compute capability 9.0", kNotTaken);
   AttentionFwdSm90Params params{
       {}, {}, {}, {call, outputs, order_of_queries(call, Kernel::kBlockQ)}};
-  const char* reason = encode_tensor<kHeadDim>(params.q, call, call.q, false);
-  if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.k, call, call.k, true);
-  if (reason == nullptr) reason = encode_tensor<kHeadDim>(params.v, call, call.v, true);
+  const char* reason = encode_tensor(params.q, call, call.q, call.head_dim, false);
+  if (reason == nullptr) reason = encode_tensor(params.k, call, call.k, call.head_dim, true);
+  if (reason == nullptr) reason = encode_tensor(params.v, call, call.v, call.head_dim_v, true);
   if (reason != nullptr) return failed(reason, kNotTaken);
   return run<Kernel>(params.forward.order.num_blocks * call.num_heads * call.batch_size, params,
                      stream);
@@ -38,9 +38,10 @@ extern "C" RAL_EXPORT int32_t ral_cuda_attention_fwd_sm90(const ral_attention_pa
                                                           const ral_attention_outputs* outputs,
                                                           void* stream) {
   RAL_CHECK(ral::check_attention(ral::Memory::kDevice, call, outputs, nullptr) == RAL_OK);
-  if (ral::cuda::is_general(*call) || ral::cuda::columns_of(*call) == 96)
-    return ral::cuda::failed("options, or head dims other than 64 and 128", ral::cuda::kNotTaken);
-  RAL_DISPATCH(call->dtype, call->head_dim, ral::cuda::attention_fwd_sm90, *call, *outputs, stream);
+  if (ral::cuda::has_options(*call))
+    return ral::cuda::failed("a soft cap, span_bias or attn_mask", ral::cuda::kNotTaken);
+  RAL_DISPATCH_GENERAL(call->dtype, ral::cuda::hopper_columns(*call), ral::cuda::attention_fwd_sm90,
+                       *call, *outputs, stream);
 }
 
 // Null, or the reason why the library has no kernels for Hopper.

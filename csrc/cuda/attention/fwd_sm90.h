@@ -63,12 +63,12 @@ struct attention_fwd_sm90_kernel {
   static_assert(kGroupThreads * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536,
                 "the registers of an SM");
 
-  // Of head dim 64 they would not fit, and 2^x bounds that kernel, not shared memory.
+  // Of other head dims they would not fit. Of 64, 2^x bounds the kernel, not shared memory.
   static constexpr bool kQueriesInRegisters = kHeadDim == 128;
 
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kTileBytes = kPanels * kPanelBytes;  // 64 rows of q, k or v
-  static constexpr int kStages = 4;
+  static constexpr int kStages = kHeadDim == 256 ? 2 : 4;
   static_assert(kBlockK == kPanelRows, "a block of keys is a tile");
 
   struct Barriers {
@@ -297,8 +297,8 @@ struct attention_fwd_sm90_kernel {
     marginals.rows = &of_warp->rows;  // no register holds it through the loop
     sync_group(1 + group);
     const Tile<T, kHeadDim> stage{reinterpret_cast<T*>(q_tile)};
-    finish<1>(params.forward, block, first_token, num_queries, warp_row, stage, out, m, normaliser,
-              marginals);
+    finish<1, true>(params.forward, block, first_token, num_queries, warp_row, stage, out, m,
+                    normaliser, marginals);
   }
 };
 

@@ -18,15 +18,26 @@ inline int32_t general_columns(const ral_attention_params& call) {
   return widest <= 64 ? 64 : widest <= 128 ? 128 : widest <= 256 ? 256 : 0;
 }
 
-// Whether a call needs them.
-inline bool is_general(const ral_attention_params& call) {
-  return call.span_bias.data != nullptr || call.attn_mask.data != nullptr || call.softcap > 0.0f ||
-         call.head_dim != call.head_dim_v || kernel_head_dim(call.head_dim) == 0;
+// Whether a call has options that only the general kernels take.
+inline bool has_options(const ral_attention_params& call) {
+  return call.span_bias.data != nullptr || call.attn_mask.data != nullptr || call.softcap > 0.0f;
 }
 
-// Columns of the kernels that run a call.
+// Whether a call needs the general kernels.
+inline bool is_general(const ral_attention_params& call) {
+  return has_options(call) || call.head_dim != call.head_dim_v ||
+         kernel_head_dim(call.head_dim) == 0;
+}
+
+// Columns of the kernels for all GPUs that run a call.
 inline int32_t columns_of(const ral_attention_params& call) {
   return is_general(call) ? general_columns(call) : kernel_head_dim(call.head_dim);
+}
+
+// Columns of the kernels for Hopper: a tensor map gives zeros past the head dim. 0: they do not
+// take the call.
+inline int32_t hopper_columns(const ral_attention_params& call) {
+  return has_options(call) ? 0 : general_columns(call);
 }
 
 // A bias times log2 e. finfo.min stays finite: such keys count where a row has no others.

@@ -33,7 +33,8 @@
     RAL_DISPATCH(dtype, head_dim, function, __VA_ARGS__);                             \
   } while (false)
 
-// The same for the general kernels of `attention`, which have 64, 128 or 256 columns.
+// The same for the general kernels of `attention` and those for Hopper, which have 64, 128 or 256
+// columns.
 #define RAL_DISPATCH_GENERAL(dtype, columns, function, ...)                            \
   do {                                                                                 \
     if ((columns) == 256) {                                                            \

@@ -167,6 +167,12 @@ RAL_DEVICE void wait_for_products() {
 #define RAL_REGISTERS_32_63                                                               \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define RAL_REGISTERS_64_127                                                              \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, " \
+  "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "    \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "  \
+  "%126, %127"
 
 // s [64, 64] = a bᵀ, or s += a bᵀ with `accumulate`, contracted over 16 columns of a and b.
 template <typename T>
@@ -180,6 +186,8 @@ template <typename T>
 RAL_DEVICE void start_product(float (&out)[8][4], const uint32_t (&a)[4], uint64_t b);
 template <typename T>
 RAL_DEVICE void start_product(float (&out)[16][4], const uint32_t (&a)[4], uint64_t b);
+template <typename T>
+RAL_DEVICE void start_product(float (&out)[32][4], const uint32_t (&a)[4], uint64_t b);
 
 // The last operands, in order: p (keep the accumulators), the signs of a and b. Then, for each
 // operand in shared memory, whether it is MN-major.
@@ -220,12 +228,23 @@ RAL_DEVICE void start_product(float (&out)[16][4], const uint32_t (&a)[4], uint6
         ", " RAL_REGISTERS_32_63 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"                \
         : RAL_TILES_8(out, 0), RAL_TILES_8(out, 8)                                             \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+  }                                                                                            \
+  template <>                                                                                  \
+  RAL_DEVICE void start_product<T>(float (&out)[32][4], const uint32_t (&a)[4], uint64_t b) {  \
+    asm volatile(                                                                              \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                             \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" RAL_REGISTERS_0_31   \
+        ", " RAL_REGISTERS_32_63 ", " RAL_REGISTERS_64_127                                     \
+        "}, {%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}"                                    \
+        : RAL_TILES_8(out, 0), RAL_TILES_8(out, 8), RAL_TILES_8(out, 16), RAL_TILES_8(out, 24) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
   }
 
 RAL_PRODUCTS(Bf16, "bf16")
 RAL_PRODUCTS(Fp16, "f16")
 
 #undef RAL_PRODUCTS
+#undef RAL_REGISTERS_64_127
 #undef RAL_REGISTERS_32_63
 #undef RAL_REGISTERS_0_31
 #undef RAL_TILES_8

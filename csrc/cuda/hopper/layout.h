@@ -132,5 +132,27 @@ struct Ring {
   }
 };
 
+// The places of one user in two rings that advance together.
+template <int kFirst, int kSecond>
+struct TwoRings {
+  Ring<kFirst> first;
+  Ring<kSecond> second;  // of rings of one size the first serves both
+
+  RAL_ARITHMETIC int32_t stage(int which) const {
+    return uses_first(which) ? first.stage : second.stage;
+  }
+  RAL_ARITHMETIC uint32_t parity(int which) const {
+    return uses_first(which) ? first.parity() : second.parity();
+  }
+  RAL_ARITHMETIC uint32_t parity_before(int which) const { return parity(which) ^ 1; }
+  RAL_ARITHMETIC void advance() {
+    first.advance();
+    if (kFirst != kSecond) second.advance();
+  }
+
+ private:
+  RAL_ARITHMETIC static bool uses_first(int which) { return which == 0 || kFirst == kSecond; }
+};
+
 }  // namespace cuda
 }  // namespace ral

@@ -87,13 +87,13 @@ RAL_DEVICE void round_left(uint32_t (&left)[4][4], const float (&x)[8][4]) {
     }
 }
 
-// Encodes the map of q, k, v or dout. Returns null, or the reason why it cannot.
-template <int kHeadDim>
-const char* encode_tensor(TensorMap& map, const ral_attention_params& call, const ral_tensor& x,
-                          bool is_of_keys) {
+// Encodes the map of q, k, v or dout, which has `columns` columns. A tile may have more: they are
+// zeros. Returns null, or the reason why it cannot.
+inline const char* encode_tensor(TensorMap& map, const ral_attention_params& call,
+                                 const ral_tensor& x, int64_t columns, bool is_of_keys) {
   MapShape shape;
   const char* reason =
-      map_shape(x, kHeadDim, is_of_keys ? call.seqlen_k : call.seqlen_q,
+      map_shape(x, columns, is_of_keys ? call.seqlen_k : call.seqlen_q,
                 is_of_keys ? call.num_kv_heads : call.num_heads, call.batch_size, shape);
   return reason == nullptr ? encode_map(map, call.dtype, x.data, shape) : reason;
 }

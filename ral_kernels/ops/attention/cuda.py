@@ -18,10 +18,8 @@ from .arguments import AttentionArgs, AttentionGradients, AttentionOutputs
 
 logger = logging.getLogger(__name__)
 
-# Of plain calls 72 to 96 have kernels for 96 columns. Others than 64 and 128, and calls with
-# options, have the general kernels, of 64, 128 or 256 columns.
+# Kernels have 64, 128 or 256 columns; some for all GPUs have 96. A head dim takes the next of them.
 HEAD_DIMS = range(8, 257, 8)
-PLAIN_HEAD_DIMS = (64, 72, 80, 88, 96, 128)
 WIDE_SHARED_BYTES = 128 << 10  # of the largest CTA of 256 columns, that for dq
 
 # Of the kernel for dk and dv. That for sm_80 has half the keys, and a multiprocessor holds two.
@@ -64,7 +62,7 @@ def _launch(entry: str, args: AttentionArgs, *rest: object) -> int:
 
 
 def _launch_parts(args: AttentionArgs, outputs: AttentionOutputs, parts: int) -> int:
-    size = outputs.lse.numel() * (general_columns(args) + 2) + outputs.marginals.numel()
+    size = outputs.lse.numel() * (columns(args) + 2) + outputs.marginals.numel()
     scratch = cuda_library.scratch(outputs.lse, parts * size)
     status: int = _library().ral_cuda_attention_fwd_split(
         c_structs.params(args),
@@ -144,31 +142,15 @@ def key_parts(args: AttentionArgs, multiprocessors: int) -> int:
     parts = min(
         2 * multiprocessors // max(ctas, 1),
         args.seqlen_k // max(sequences, 1) // KEYS_OF_PART,
-        MOST_SCRATCH // (rows * (general_columns(args) + 2 + args.num_spans)),
+        MOST_SCRATCH // (rows * (columns(args) + 2 + args.num_spans)),
     )
     return max(1, parts)
 
 
-def is_general(args: AttentionArgs) -> bool:
-    """Whether the general kernels run the call: csrc/cuda/attention/general.h."""
-    return (
-        args.span_bias is not None
-        or args.attn_mask is not None
-        or args.softcap != 0
-        or args.head_dim != args.head_dim_v
-        or args.head_dim not in PLAIN_HEAD_DIMS
-    )
-
-
-def general_columns(args: AttentionArgs) -> int:
-    """Columns of the general kernels for the call."""
+def columns(args: AttentionArgs) -> int:
+    """The most columns of the kernels that may run the call."""
     widest = max(args.head_dim, args.head_dim_v)
     return 64 if widest <= 64 else 128 if widest <= 128 else 256
-
-
-def columns(args: AttentionArgs) -> int:
-    """Columns of the kernels that run the call."""
-    return 96 if 64 < args.head_dim <= 96 and not is_general(args) else general_columns(args)
 
 
 class CudaAttention(DifferentiableBackend[AttentionArgs, AttentionOutputs, AttentionGradients]):
