@@ -185,6 +185,10 @@ WIDE_BACKWARD: list[Bug] = [
      (WIDE, "Base::tile(shared, rings_before, 0)", "Base::tile(shared, rings, 0)"), NOT_WAITED),
     ("dout_of_the_next_tile",
      (WIDE, "Base::tile(shared, rings_before, 1)", "Base::tile(shared, rings, 1)"), NOT_WAITED),
+    ("dm_of_rows_before_those_that_have_one",
+     ("attention/bwd.h", "maximum(first - query, 0)", "0"), OTHER_BITS),
+    ("dm_of_rows_after_those_that_have_one",
+     ("attention/bwd.h", "minimum(stop - query, count)", "count"), OTHER_BITS),
     ("zeros_not_published", (WIDE, "publish_to_async();", ""), "stores without publish_to_async"),
     ("zeros_not_synchronised", (WIDE, "sync_group(1 + group);", ""), OTHER_BITS),
 ]  # fmt: skip
@@ -204,6 +208,10 @@ BACKWARD_CASE, WIDE_CASE = (
     )
     for head_dim in (128, 256)
 )  # fmt: skip
+
+WIDE_ROWS_CASE = AttentionCase(
+    "rows", 100, 70, 1, 1, 1, 256, spans="equal", num_spans=40, options={"rows": (30, 61)}
+)
 
 
 # One of each kind in the quick tier.
@@ -272,6 +280,7 @@ def seeded_wide_backward(build_folder: Path) -> SeededBackward:
         library,
         [
             backward.Backward(library, WIDE_CASE, torch.bfloat16),
+            backward.Backward(library, WIDE_ROWS_CASE, torch.bfloat16),
             backward.PackedBackward(library, [65, 30, 20], [65, 30, 20], 256),
         ],
     )

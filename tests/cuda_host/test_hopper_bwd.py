@@ -67,6 +67,21 @@ CONSUMERS = [
         num_spans=60,
         key_padding="left",
     ),
+    *(
+        AttentionCase(
+            f"rows_and_many_spans_{head_dim}",
+            160,
+            140,
+            1,
+            2,
+            1,
+            head_dim,
+            spans="equal",
+            num_spans=60,
+            options={"rows": (70, 101)},
+        )
+        for head_dim in (128, 256)
+    ),
     AttentionCase("no_query_sees_256", 40, 300, 1, 1, 1, 256, options={"window": (5, 0)}),
 ]
 

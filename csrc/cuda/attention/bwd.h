@@ -82,6 +82,11 @@ struct MarginalGradient {
     stop = int32_t(end < sequence.length_q ? end : sequence.length_q);
   }
 
+  // Bit i: whether query + i has one, i < count <= 32.
+  RAL_DEVICE uint32_t has(int32_t query, int count) const {
+    const int32_t low = maximum(first - query, 0), high = minimum(stop - query, count);
+    return low >= high ? 0 : ~0u << low & ~0u >> (32 - high);
+  }
   // The row of a query, or null.
   RAL_DEVICE const float* row(int32_t query) const {
     return query >= first && query < stop ? rows + query * num_spans : nullptr;

@@ -87,16 +87,26 @@ struct WarpRuns : WarpKeys {
     }
     if (!has_many) return;
     sync_warp();
-    // A lane has run lane % 16: dm of ascending spans are neighbours in memory.
-    constexpr int kAtOnce = 16;
+    // A lane has run lane % 16 and 16 neighbouring queries: dm of ascending spans are neighbours in
+    // memory.
+    constexpr int kAtOnce = 16, kHalf = kWarpSize / 2;
+    const int half = lane_index() / kHalf * kAtOnce;
     for (int begin = 0; begin < TileStatistics::kQueries; begin += 2 * kAtOnce) {
-      const int row = begin + lane_index() / 16;
+      const int row = begin + half;
+      const uint32_t there = span_of_run < 0 ? 0 : dm.has(first_query + row, kAtOnce);
+      const float* const from = dm.rows + (first_query + row) * dm.num_spans + span_of_run;
+      // A span's number has 32 bits. nvcc would multiply 64-bit numbers for each query.
+      const int64_t stride = opaque(int32_t(dm.num_spans));
       float of_run[kAtOnce];
       RAL_UNROLL for (int i = 0; i < kAtOnce; ++i)
-        of_run[i] = dm.at(first_query + row + 2 * i, span_of_run);
-      RAL_UNROLL for (int i = 0; i < kAtOnce; ++i)
-        store_shared(at->less_delta + lane_index() % 16 * TileStatistics::kRunStride + row + 2 * i,
-                     of_run[i] - load_shared(at->delta + row + 2 * i));
+        of_run[i] = (there >> i & 1) != 0 ? load_global(from + i * stride) : 0.0f;
+      float* const to = at->less_delta + lane_index() % kHalf * TileStatistics::kRunStride + row;
+      RAL_UNROLL for (int i = 0; i < kAtOnce; i += 4) {
+        const Float4 less = load_shared(reinterpret_cast<const Float4*>(at->delta + row + i));
+        store_shared(reinterpret_cast<Float4*>(to + i),
+                     Float4{{of_run[i] - less.x[0], of_run[i + 1] - less.x[1],
+                             of_run[i + 2] - less.x[2], of_run[i + 3] - less.x[3]}});
+      }
     }
   }
 
