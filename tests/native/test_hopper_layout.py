@@ -285,19 +285,22 @@ class Expected:
 
 EXPECTED = {
     # Twice each, in the loop and before or after it: q kᵀ, p v.
-    "attention_fwd_sm90_kernel": Expected(2, 2, 4, (3, 1), {64: 3, 128: 2}),
+    "attention_fwd_sm90_kernel": Expected(2, 2, 4, (3, 1), {64: 3, 128: 2, 256: 2}),
     # k qᵀ, v doutᵀ, pᵀ dout, dsᵀ q.
     "attention_bwd_dkdv_sm90_kernel": Expected(2, 2, 4, (1, 3), {64: 2, 128: 2}),
+    # k qᵀ and pᵀ dout of one consumer, v doutᵀ and dsᵀ q of the other. Each twice, in the loop and
+    # before or after it.
+    "attention_bwd_dkdv_wide_sm90_kernel": Expected(4, 4, 8, (6, 2), {256: 2}),
     # q kᵀ, dout vᵀ, ds k.
-    "attention_bwd_dq_sm90_kernel": Expected(2, 1, 3, (2, 1), {64: 3, 128: 2}),
+    "attention_bwd_dq_sm90_kernel": Expected(2, 1, 3, (2, 1), {64: 3, 128: 2, 256: 2}),
     # q kᵀ of the first block, and of two in the loop.
     "policy_statistics_sm90_kernel": Expected(3, 0, 3, (3, 0), {64: 2, 128: 2}),
 }
 FORMS = [
     (kernel, dtype, head_dim)
-    for kernel in EXPECTED
+    for kernel, expected in EXPECTED.items()
     for dtype in ("Bf16", "Fp16")
-    for head_dim in (64, 128)
+    for head_dim in expected.consumers
 ]
 Form = tuple[str, str, int]
 Code = list[tuple[int, str]]  # (address, instruction) in order
